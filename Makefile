@@ -1,0 +1,43 @@
+# `make study` runs the article's study, `make test` runs all tests; both build one .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+OUT    ?= study-article
+SEEDS  ?= 64
+
+.PHONY: study test test-fast check format constraints clean
+
+study: $(READY)
+	$(BIN)/polyak study article --seeds $(SEEDS) --out $(OUT)
+
+test: check
+	$(BIN)/pytest -n 2
+
+test-fast: $(READY)
+	$(BIN)/pytest -n 2 -m "not slow"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "polyak is developed with Python 3.11: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# After a change of dependencies: what a fresh environment resolves to becomes the pins.
+constraints:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[dev]"
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

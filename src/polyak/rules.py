@@ -1,0 +1,363 @@
+"""Rules: what an average is. Every average is two lines of linear algebra; only scalars differ.
+
+    update :  slot    <- lerp(slot, live, fraction)      for each slot that moves
+    readout:  average  = sum of coefficient * slot       coefficients sum to 1; "live" may be a term
+
+A rule gives the scalars, from a clock whose `tick` is one update:
+
+    tick = rule.tick(tick, elapsed)      n updates so far, the time t after the last, its elapsed time
+    rule.fractions(tick)                 {slot: fraction}; a slot that is not named stays
+    rule.readout(tick)                   {slot or "live": coefficient}
+
+A fraction of 1 is a copy, and a slot's first move is one, so a slot needs no initial value.
+A rule sees floats, never a tensor: the engine applies it to a model's weights, `theory` to unit
+impulses, and the two cannot drift apart.
+
+>>> rule = Exponential(0.75)
+>>> first = rule.tick(START, 1.0)
+>>> rule.fractions(first), rule.fractions(rule.tick(first, 1.0)), rule.readout(first)
+({'average': 1.0}, {'average': 0.25}, {'average': 1.0})
+
+A new rule is one frozen dataclass here and one line in `RULES` at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from polyak.decays import (
+    Schedule,
+    Spec,
+    inverse_power,
+    is_number,
+    require,
+    require_decay,
+    require_positive,
+)
+
+LIVE = "live"
+AVERAGE = "average"
+
+
+class Tick(NamedTuple):
+    """The clock at an update: its number, the time after it, the time elapsed since the one before.
+
+    Time is in the unit of `elapsed`: steps, samples, tokens. `inner` is the clock of a wrapped rule.
+    """
+
+    n: int
+    t: float
+    elapsed: float
+    inner: Tick | None = None
+
+
+START = Tick(0, 0.0, 0.0)
+
+
+class Rule(Spec, ABC):
+    """What every rule is: a frozen dataclass that turns a clock into fractions and coefficients."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the stored tensors per weight; one, `average`, unless a rule says more."""
+        return (AVERAGE,)
+
+    def tick(self, before: Tick, elapsed: float) -> Tick:
+        """The clock at the next update, `elapsed` > 0 units of time after the one `before`."""
+        return Tick(before.n + 1, before.t + elapsed, elapsed)
+
+    @abstractmethod
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        """How far each slot moves to the live weights at an update; slots not named stay."""
+
+    def readout(self, tick: Tick) -> dict[str, float]:
+        """The coefficients of slots (and of `live`) in the average after an update; they sum to 1."""
+        return {AVERAGE: 1.0}
+
+
+@dataclass(frozen=True)
+class Exponential(Rule):
+    """Exponential moving average: `average <- decay average + (1 - decay) live`.
+
+    fraction: `1 - decay ** elapsed`; 1 at the first update. With `debias`, Adam's correction of a
+    zero start is a fraction too: `(1 - decay ** elapsed) / (1 - decay ** t)`. With a schedule
+    (`polyak.decays`) the decay is `schedule(t)`.
+
+    Half-life ln 2 / -ln decay, mean age decay / (1 - decay), noise gain (1 - decay) / (1 + decay).
+
+    >>> Exponential(0.999)
+    Exponential(decay=0.999, debias=False)
+    >>> round(Exponential.from_half_life(1000).decay, 6), Exponential.from_span(19).decay
+    (0.999307, 0.9)
+
+    Raises `ValueError` for a decay outside [0, 1), or for debias with a schedule.
+    Source: Ruppert 1988, Polyak and Juditsky 1992; debias: Adam (arXiv 1412.6980, section 3).
+    """
+
+    decay: float | Schedule
+    debias: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.decay, Schedule):
+            require_decay("Exponential.decay", self.decay)
+        elif self.debias:
+            wanted = "a constant decay: a schedule is its own warm-up, so leave out debias"
+            require(False, "Exponential.decay with debias=True", str(self.decay), wanted)
+
+    @classmethod
+    def from_half_life(cls, steps: float, *, debias: bool = False) -> Exponential:
+        """The EMA whose weight on a step halves every `steps` units of time: decay 2^(-1/steps)."""
+        require_positive("half_life", steps)
+        return cls(0.5 ** (1 / steps), debias)
+
+    @classmethod
+    def from_span(cls, n: float, *, debias: bool = False) -> Exponential:
+        """The EMA with mean age and noise gain of a mean of the last `n`: decay 1 - 2 / (n + 1)."""
+        require(is_number(n) and n >= 1, "span", n, "a finite number >= 1")
+        return cls(1 - 2 / (n + 1), debias)
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        if tick.n == 1:
+            return {AVERAGE: 1.0}
+        decay = self.decay(tick.t) if isinstance(self.decay, Schedule) else self.decay
+        fraction = 1 - decay**tick.elapsed
+        return {AVERAGE: fraction / (1 - decay**tick.t) if self.debias else fraction}
+
+
+@dataclass(frozen=True)
+class Power(Rule):
+    """Power-function average: a step at time s weighs (s/t)^gamma; the window grows with the run.
+
+    fraction: `1 - (1 - elapsed / t) ** (gamma + 1)`. The weights are exactly
+    (s^(gamma+1) - (s - elapsed)^(gamma+1)) / t^(gamma+1): any cadence gives the same profile.
+
+    `from_relative_std(s)` takes the profile's standard deviation as a share of the run,
+    s = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), 0 < s <= 0.300283.
+
+    >>> round(Power.from_relative_std(0.10).gamma, 4), round(Power.from_relative_std(0.05).gamma, 4)
+    (6.9372, 16.9722)
+
+    Raises `ValueError` for gamma <= -1 or a relative std out of range.
+    Source: EDM2 (arXiv 2312.02696, section 3.1, algorithm 2).
+    """
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        holds = is_number(self.gamma) and self.gamma > -1
+        require(holds, "Power.gamma", self.gamma, "a finite number > -1")
+
+    @classmethod
+    def from_relative_std(cls, s: float) -> Power:
+        """The power average of relative std `s`: the largest root of the cubic of algorithm 2."""
+        wanted = "0 < s <= 0.300283, the largest relative std of a power function"
+        require(is_number(s) and 0 < s <= 0.300283, "relative_std", s, wanted)
+        return cls(_largest_gamma(s))
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1 - (1 - tick.elapsed / tick.t) ** (self.gamma + 1)}
+
+
+@dataclass(frozen=True)
+class Uniform(Rule):
+    """The mean of all updates: `average <- average + (live - average) / n`.
+
+    >>> Uniform().fractions(Tick(n=4, t=4.0, elapsed=1.0))
+    {'average': 0.25}
+
+    Noise gain 1/n, mean age (n - 1) / 2. SWA is `Uniform` updated once an epoch from 75 % of the
+    budget; `Tail(Uniform(), start)` leaves out a burn-in.
+    Source: Polyak and Juditsky 1992; SWA (arXiv 1803.05407).
+    """
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1 / tick.n}
+
+
+@dataclass(frozen=True)
+class Window(Rule):
+    """The mean of the last `size` updates (a simple moving average): `size` slots, one a live copy.
+
+    fraction: 1 for slot (n - 1) mod size, the others stay; readout: the mean of the filled slots.
+    `size` counts updates, so `Window(20)` updated once an epoch is LAWA of 20 epochs.
+
+    >>> Window(3).slots, Window(3).readout(Tick(n=2, t=2.0, elapsed=1.0))
+    (('window.0', 'window.1', 'window.2'), {'window.0': 0.5, 'window.1': 0.5})
+
+    Raises `ValueError` unless `size` is an integer >= 1. Memory: `size` copies of the weights.
+    Source: LAWA (arXiv 2209.14981).
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        holds = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size >= 1
+        require(
+            holds, "Window.size", self.size, "an integer >= 1: the number of updates to average"
+        )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return tuple(f"window.{i}" for i in range(self.size))
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return {f"window.{(tick.n - 1) % self.size}": 1.0}
+
+    def readout(self, tick: Tick) -> dict[str, float]:
+        filled = min(tick.n, self.size)
+        return {f"window.{i}": 1 / filled for i in range(filled)}
+
+
+@dataclass(frozen=True)
+class Bema(Rule):
+    """Bias-corrected EMA: `average + alpha (live - anchor)`, the anchor being the first live weights.
+
+    With s the time since the anchor was taken: fraction (rho + gamma s)^-kappa (1 at the first
+    update), alpha = (rho + gamma s)^-eta. The term in alpha takes out the lag of the average.
+    The paper updates every 400 steps with s in steps: the fraction is one update's, whatever its
+    elapsed time. A burn-in is `Tail(Bema(), start)`.
+
+    >>> rule = Bema()
+    >>> {slot: round(c, 4) for slot, c in rule.readout(Tick(1, 400.0, 400.0)).items()}
+    {'average': 1.0, 'live': 0.631, 'anchor': -0.631}
+
+    Raises `ValueError` unless rho >= 1, gamma > 0 and the powers are >= 0.
+    Source: Block and Zhang, BEMA (arXiv 2508.00180), the form of the paper and of TRL.
+    """
+
+    kappa: float = 0.5
+    eta: float = 0.2
+    gamma: float = 1.0
+    rho: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("kappa", "eta"):
+            power = getattr(self, name)
+            require(is_number(power) and power >= 0, f"Bema.{name}", power, "a finite number >= 0")
+        require_positive("Bema.gamma", self.gamma)
+        holds = is_number(self.rho) and self.rho >= 1
+        require(holds, "Bema.rho", self.rho, "a number >= 1: below it, a fraction exceeds 1")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return (AVERAGE, "anchor")
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        if tick.n == 1:
+            return {AVERAGE: 1.0, "anchor": 1.0}
+        return {AVERAGE: self._decayed(tick.t - tick.elapsed, self.kappa)}
+
+    def readout(self, tick: Tick) -> dict[str, float]:
+        alpha = self._decayed(tick.t - tick.elapsed, self.eta)
+        return {AVERAGE: 1.0, LIVE: alpha, "anchor": -alpha}
+
+    def _decayed(self, since: float, power: float) -> float:
+        return (self.rho + self.gamma * since) ** -power
+
+
+@dataclass(frozen=True)
+class Tail(Rule):
+    """An inner rule that begins after time `start`; until then the average is the live weights.
+
+    After `start` the inner rule runs on its own clock: the first update later than `start` is its
+    first. `update_after_step`, a burn-in and suffix averaging are this.
+
+    >>> tail, tick = Tail(Uniform(), start=2), START
+    >>> for step in range(5):
+    ...     tick = tail.tick(tick, 1.0)
+    ...     print(tick.t, tail.fractions(tick)["average"])
+    1.0 1.0
+    2.0 1.0
+    3.0 1.0
+    4.0 0.5
+    5.0 0.3333333333333333
+
+    `start` is in units of time. Raises `ValueError` for a negative start.
+    Source: Rakhlin et al. 2012 (arXiv 1109.5647), suffix averaging.
+    """
+
+    rule: Rule
+    start: float
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.rule, Rule), "Tail.rule", self.rule, "a rule, such as Uniform()")
+        holds = is_number(self.start) and self.start >= 0
+        require(holds, "Tail.start", self.start, "a finite number >= 0, in units of time")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return self.rule.slots
+
+    def tick(self, before: Tick, elapsed: float) -> Tick:
+        begun = before.inner if before.t > self.start else None
+        inner = self.rule.tick(begun or START, elapsed)
+        return Tick(before.n + 1, before.t + elapsed, elapsed, inner)
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return self.rule.fractions(tick.inner or START)
+
+    def readout(self, tick: Tick) -> dict[str, float]:
+        return self.rule.readout(tick.inner or START)
+
+
+@dataclass(frozen=True)
+class ArticleEMA(Rule):
+    """The founding article's class `EMA` (and ema-pytorch's) as a rule; time counts its calls.
+
+    Copies up to call update_after_step + 1; then `average <- beta_t average + (1 - beta_t) live`,
+    beta_t = 1 - (1 + e / inv_gamma)^-power clamped to [min_value, beta], e = t - update_after_step - 1.
+    beta_t is one averaging call's decay, whatever its elapsed time: update_every does not rescale
+    it. The article's class copies at its first averaging call too; `first_copy=False` is ema-pytorch.
+
+    >>> rule = ArticleEMA(beta=0.999, update_after_step=100)
+    >>> [round(rule.fractions(Tick(n, n, 1))["average"], 4) for n in (101, 102, 103, 10**6)]
+    [1.0, 1.0, 0.4807, 0.001]
+
+    Raises `ValueError` for beta or min_value outside [0, 1], min_value > beta, a negative step.
+    Source: the founding article, section 2.3; ema-pytorch 0.8.3 (MIT).
+    """
+
+    beta: float = 0.9999
+    update_after_step: int = 100
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    min_value: float = 0.0
+    first_copy: bool = True
+
+    def __post_init__(self) -> None:
+        require_decay("EMA beta", self.beta, one=True)
+        require_decay("EMA min_value", self.min_value, one=True)
+        bounds = (self.min_value, self.beta)
+        require(bounds[0] <= bounds[1], "EMA (min_value, beta)", bounds, "min_value <= beta")
+        require_positive("EMA inv_gamma", self.inv_gamma)
+        require_positive("EMA power", self.power)
+        holds = isinstance(self.update_after_step, int) and self.update_after_step >= 0
+        require(holds, "EMA update_after_step", self.update_after_step, "an integer >= 0")
+
+    def decay(self, call: float) -> float:
+        """beta_t at a call (from 1), and 0 up to call update_after_step + 1."""
+        since = call - self.update_after_step - 1
+        ramp = inverse_power(since, self.inv_gamma, self.power)
+        return min(max(ramp, self.min_value), self.beta) if since > 0 else 0.0
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        newest_copy = tick.t - tick.elapsed if self.first_copy else tick.t
+        copies = tick.n == 1 or newest_copy <= self.update_after_step + 1
+        return {AVERAGE: 1.0 if copies else 1 - self.decay(tick.t)}
+
+
+def _largest_gamma(s: float) -> float:
+    """The largest real root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2), by Viete's formula."""
+    a, b, c = 7.0, 16 - s**-2, 12 - s**-2
+    q = (a * a - 3 * b) / 9
+    r = (2 * a**3 - 9 * a * b + 27 * c) / 54
+    angle = math.acos(max(-1.0, min(1.0, r / q**1.5)))
+    return -2 * math.sqrt(q) * math.cos((angle + 2 * math.pi) / 3) - a / 3
+
+
+RULES: tuple[type[Rule], ...] = (
+    Exponential, Power, Uniform, Window, Bema, Tail, ArticleEMA,
+)  # fmt: skip

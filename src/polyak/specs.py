@@ -1,0 +1,124 @@
+"""Specs: rules as text, for the command line, for files and for logs.
+
+A spec is a call with numbers: `exponential(0.999)`, `tail(uniform(), start=100)`,
+`exponential(inverse_power(power=2/3))`. Names are those of the classes in `rules` and `decays`,
+in snake case; the arguments are theirs, or those of a `from_...` constructor by keyword.
+
+>>> parse("exponential(half_life=5000)") == Exponential.from_half_life(5000)
+True
+>>> parse(str(Power.from_relative_std(0.1))) == Power.from_relative_std(0.1)
+True
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+
+from polyak.decays import SCHEDULES, Schedule
+from polyak.rules import RULES, Exponential, Power, Rule
+
+# A keyword that selects another constructor than the class itself.
+_CONSTRUCTORS: dict[tuple[type, str], tuple[Callable[..., Rule], str]] = {
+    (Exponential, "half_life"): (Exponential.from_half_life, "steps"),
+    (Exponential, "span"): (Exponential.from_span, "n"),
+    (Power, "relative_std"): (Power.from_relative_std, "s"),
+}
+_LONGEST = 1000
+_CLASSES: dict[str, type] = {cls.spec_name(): cls for cls in (*RULES, *SCHEDULES)}
+
+
+def parse(spec: str) -> Rule:
+    """The rule that a spec describes; `str(rule)` parses back to the same rule.
+
+    >>> print(parse("tail(exponential(0.999, debias=True), start=1000)"))
+    tail(exponential(0.999, debias=True), 1000)
+
+    Raises `ValueError` for text that is not a spec, an unknown name or option, a value out of
+    range; nothing is evaluated but numbers, their quotients and the names of the table.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f'a spec is {spec!r}, wanted text such as "exponential(0.999)"')
+    if len(spec) > _LONGEST:
+        raise ValueError(f"a spec of {len(spec)} characters, wanted at most {_LONGEST}")
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"spec {spec!r} does not read as name(arguments): {error}") from None
+    rule = _build(tree, spec)
+    if not isinstance(rule, Rule):
+        raise ValueError(f"spec {spec!r} is {rule!r}, wanted a rule; {_known()}")
+    return rule
+
+
+def _build(node: ast.expr, spec: str) -> object:
+    """The value of a node: a number, a flag, a rule or a schedule."""
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_number(operand, spec)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _quotient(_number(left, spec), _number(right, spec), spec)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            options = {k.arg: _build(k.value, spec) for k in keywords if k.arg is not None}
+            return _construct(name, [_build(a, spec) for a in args], options, spec)
+    raise ValueError(
+        f"{ast.unparse(node)!r} in spec {spec!r} is not a number or a call; {_known()}"
+    )
+
+
+def _number(node: ast.expr, spec: str) -> float:
+    value = _build(node, spec)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{ast.unparse(node)!r} in spec {spec!r} is not a number")
+    return value
+
+
+def _quotient(above: float, below: float, spec: str) -> float:
+    if below == 0:
+        raise ValueError(f"spec {spec!r} divides by 0")
+    return above / below
+
+
+def _construct(name: str, args: list[object], options: dict[str, object], spec: str) -> object:
+    """Calls the class of a name, or the `from_...` constructor that one of the options selects."""
+    if name not in _CLASSES:
+        raise ValueError(f"{name!r} in spec {spec!r} is unknown; {_known()}")
+    make: Callable[..., object] = _CLASSES[name]
+    for option in list(options):
+        if found := _CONSTRUCTORS.get((_CLASSES[name], option)):
+            make, parameter = found
+            options[parameter] = options.pop(option)
+    try:
+        bound = inspect.signature(make).bind(*args, **options)
+    except TypeError as error:
+        raise ValueError(f"{name} in spec {spec!r}: {error}; {_options(name)}") from None
+    return make(*bound.args, **bound.kwargs)
+
+
+def _options(name: str) -> str:
+    """What a name takes, for an error message."""
+    cls = _CLASSES[name]
+    others = [option for owner, option in _CONSTRUCTORS if owner is cls]
+    instead = f", or {' or '.join(others)} instead of the first" if others else ""
+    return f"it takes ({', '.join(inspect.signature(cls).parameters)}){instead}"
+
+
+def _known() -> str:
+    rules = ", ".join(cls.spec_name() for cls in RULES)
+    schedules = ", ".join(cls.spec_name() for cls in SCHEDULES)
+    return f"rules: {rules}; schedules for exponential: {schedules}"
+
+
+def as_rule(rule: Rule | str) -> Rule:
+    """A rule as it is, a spec parsed; anything else raises `TypeError`."""
+    if isinstance(rule, str):
+        return parse(rule)
+    if not isinstance(rule, Rule):
+        hint = "Exponential(0.999)"
+        if isinstance(rule, (Schedule, float)):
+            hint = f"Exponential({rule})"
+        raise TypeError(f"a rule is {rule!r}, wanted a polyak rule such as {hint}, or its spec")
+    return rule
