@@ -1,0 +1,326 @@
+"""The averager: averages of a model's weights while it trains.
+
+    averager = Averager(model, Exponential(0.999))
+    for batch in batches:
+        train_step(model, batch)
+        averager.update()
+    with averager.applied():
+        evaluate(model)
+
+It binds to a model as an optimizer does, holds no copy of the modules, and applies whatever its rule
+says (`polyak.rules`) to the tensors that `polyak.tracking` decided on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak import tensors
+from polyak.applying import Exchange
+from polyak.engine import Average
+from polyak.live import LiveWeights, kind
+from polyak.rules import AVERAGE, Rule
+from polyak.specs import as_rule
+from polyak.summary import Summary, summarise
+from polyak.tracking import Buffers, Select, Source, difference, report
+
+STATE_FORMAT = 1
+
+
+class Averager:
+    """Averages of a model's weights: one rule or several, in one pass over the live weights.
+
+    `slot <- lerp(slot, live, fraction)` at each update, `average = sum of coefficient * slot` when
+    it is read; fractions and coefficients are the rule's.
+
+    Args:
+        model: an `nn.Module`, or a mapping name -> tensor. Never copied.
+        rule: a `Rule` or its spec, or a mapping name -> rule for several averages at once.
+        every: calls of `update` per update. Time still counts every call, so the horizon stays:
+            `Exponential(d)` with every=4 updates with decay d^4.
+        dtype: of the slots; by default that of the weights, and float32 for narrower ones.
+        device: of the slots; by default that of the weights.
+        buffers: "auto" averages BatchNorm's running statistics and copies the others; "copy",
+            "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
+            parameters too.
+        select: what is tracked: a pattern, several, or a function of the name. By default all.
+
+    >>> weights = {"w": torch.zeros(2)}
+    >>> averager = Averager(weights, "exponential(0.5)")
+    >>> for _ in range(3):
+    ...     weights["w"] += 1.0
+    ...     averager.update()
+    >>> averager.average()["w"]
+    tensor([2.2500, 2.2500])
+
+    Raises `ValueError` or `TypeError` for a bad argument or a model that cannot be averaged, naming
+    the tensor; `RuntimeError` for a call at the wrong time.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        rule: Rule | str | Mapping[str, Rule | str],
+        *,
+        every: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        buffers: Buffers = "auto",
+        select: Select = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}, wanted an integer >= 1: calls per update")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}, wanted a floating-point dtype for the slots")
+        self._every = every
+        self._device = None if device is None else torch.device(device)
+        self._live = LiveWeights(model, buffers, select)
+        self._averages = {
+            name: Average(rule, dtype=dtype, device=self._device)
+            for name, rule in _named(rule).items()
+        }
+        self._copies: list[Tensor] = []
+        self._calls, self._elapsed = 0, 0.0
+        self._applied: str | None = None
+
+    @property
+    def rule(self) -> Rule | dict[str, Rule]:
+        """The rule, or name -> rule where there are several."""
+        rules = {name: average.rule for name, average in self._averages.items()}
+        return rules[AVERAGE] if list(rules) == [AVERAGE] else rules
+
+    @property
+    def count(self) -> int:
+        """How many updates were made: the calls of `update`, divided by `every`."""
+        return next(iter(self._averages.values())).tick.n
+
+    def update(self, elapsed: float | None = None) -> None:
+        """Counts one call and, at every `every`-th, moves the slots towards the live weights.
+
+        `elapsed` is the time since the last call, 1 if not given: steps, samples or tokens, as the
+        rule counts. The first update copies. No host synchronisation.
+
+        Raises `RuntimeError` inside `applied()` and when the model's tensors are not those of the
+        start; `ValueError` unless elapsed > 0.
+        """
+        self._refuse_applied("update")
+        if elapsed is not None and not 0 < elapsed < float("inf"):
+            raise ValueError(f"elapsed is {elapsed!r}, wanted a finite number > 0")
+        self._calls += 1
+        self._elapsed += 1.0 if elapsed is None else elapsed
+        if self._calls >= self._every:
+            self._move()
+
+    def attach(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> Any:
+        """Calls `update()` after each step of an optimizer; `.remove()` of what it returns detaches.
+
+        Gradient accumulation counts once. A `GradScaler` that skips a step of an ordinary optimizer
+        skips the update with it; a fused optimizer runs its hooks all the same, so give the scaler
+        here: its verdict is then read at every step, which waits for the device.
+
+        Raises `RuntimeError` at a step of a fused optimizer under a scaler that was not given.
+        """
+        return optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer, scaler))
+
+    def average(self, name: str | None = None) -> dict[str, Tensor]:
+        """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.
+
+        It has averaged and copied tensors, under all names of tied ones, so that the model's
+        `load_state_dict` takes it where everything is tracked. `name` is needed where there are
+        several averages.
+
+        Raises `RuntimeError` before the first update and inside `applied()`; `KeyError` for an
+        unknown name.
+        """
+        average = self._get(name)
+        self._ready("average")
+        averaged = zip(self._live.averaged, average.read(self._live), strict=True)
+        copied = zip(self._live.copied, self._copies, strict=True)
+        found = {item.name: tensor for item, tensor in averaged}
+        found |= {item.name: tensor.clone() for item, tensor in copied}
+        stored = [item for item in self._live.tracked if item.policy != "live"]
+        return {name: found[item.name] for item in stored for name in (item.name, *item.aliases)}
+
+    @contextmanager
+    def applied(self, name: str | None = None) -> Iterator[None]:
+        """Within the block the model carries the average; its live weights come back whatever happens.
+
+        Contents are exchanged in place, by chunks: pointers stay, and there is no third copy but
+        for buffers and for weights whose average has another dtype or device or several slots.
+
+        An inner block of the same average does nothing. Raises `RuntimeError` before the first
+        update, inside the block of another average, and after a block that wrote to the weights.
+        """
+        average = self._get(name)
+        label = next(key for key, value in self._averages.items() if value is average)
+        if self._applied == label:
+            yield
+            return
+        self._ready(f"applied({label!r})")
+        exchange = self._exchange(average)
+        self._applied = label
+        try:
+            exchange.enter()
+            yield
+        finally:
+            exchange.leave()
+            self._applied = None
+        exchange.refuse_writes()
+
+    @torch.no_grad()
+    def copy_to(self, model: Source, name: str | None = None) -> None:
+        """Writes the average into a model for good, by name, rounded to the model's dtypes.
+
+        The model may be the live one (training then goes on from the average: Switch-EMA, Hare and
+        Tortoise) or another of the same names and shapes, wrapped or not.
+
+        Raises `ValueError` listing names that are missing, extra or of another shape;
+        `RuntimeError` before the first update and inside `applied()`.
+        """
+        average = self.average(name)
+        for item in self._live.targets(model, "copy_to"):
+            item.live().copy_(average[item.name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
+
+        The tensors are the averager's own, as with `nn.Module.state_dict`: save or copy them before
+        the next update. `torch.load(..., weights_only=True)` reads a saved one.
+
+        Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
+        """
+        self._same_model("state_dict")
+        copies = zip(self._live.copied, self._copies, strict=bool(self._copies))
+        return {
+            "format": STATE_FORMAT,
+            "calls": self._calls,
+            "elapsed": self._elapsed,
+            "copies": {item.name: tensor for item, tensor in copies},
+            "averages": {name: a.state(self._live) for name, a in self._averages.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state that `state_dict` gave, copying its tensors; then training goes on.
+
+        Averages, rules, names, shapes and dtypes must agree; all is checked before anything is
+        changed. Raises `ValueError` that lists what differs.
+        """
+        self._same_model("load_state_dict")
+        self._check_state(state)
+        for name, average in self._averages.items():
+            average.take_state(self._live, state["averages"][name])
+        self._copies = []
+        if state["copies"]:
+            self._copies = self._empty_copies()
+            sources = [state["copies"][item.name] for item in self._live.copied]
+            tensors.lerp_(self._copies, sources, 1.0)
+        self._calls, self._elapsed = int(state["calls"]), float(state["elapsed"])
+
+    def summary(self) -> Summary:
+        """What was decided for every tensor, the rules, the clock and the memory; prints as a table."""
+        self._same_model("summary")
+        return summarise(self._averages, self._live, self._copies)
+
+    def _move(self) -> None:
+        """One update of every average and of the copies, over the time since the last."""
+        groups = self._live.groups()
+        for average in self._averages.values():
+            average.move(self._live, groups, self._elapsed)
+        self._copy()
+        self._calls, self._elapsed = 0, 0.0
+
+    def _copy(self) -> None:
+        if self._live.copied:
+            self._copies = self._copies or self._empty_copies()
+            tensors.lerp_(self._copies, [item.live() for item in self._live.copied], 1.0)
+
+    def _empty_copies(self) -> list[Tensor]:
+        live = [item.live() for item in self._live.copied]
+        return [torch.empty_like(t, device=self._device) for t in live]
+
+    def _exchange(self, average: Average) -> Exchange:
+        """The plan of `applied`: whose contents are exchanged, which live tensors are kept aside."""
+        exchange, kept = Exchange(), []
+        lone = average.lone_slot()
+        for i, item in enumerate(self._live.averaged):
+            if lone and item.kind != "buffer" and kind(item.live()) == kind(lone[i]):
+                exchange.swap(item, lone[i])
+            else:
+                kept.append(i)
+        read = average.read(self._live) if kept else []
+        for i in kept:
+            exchange.replace(self._live.averaged[i], read[i])
+        for item, copy in zip(self._live.copied, self._copies, strict=True):
+            exchange.replace(item, copy)
+        return exchange
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("format") != STATE_FORMAT:
+            got = state.get("format")
+            raise ValueError(f"load_state_dict: format is {got!r}, wanted {STATE_FORMAT}")
+        wanted = {name: str(average.rule) for name, average in self._averages.items()}
+        got = {name: data["rule"] for name, data in state["averages"].items()}
+        if lines := difference(wanted, got):
+            title = "load_state_dict: other rules than this averager's; make it with the state's"
+            raise ValueError(report(title, lines))
+        for name, average in self._averages.items():
+            where = f"load_state_dict, average {name!r}"
+            average.check_state(self._live, state["averages"][name], where)
+        copies = {item.name: tuple(item.live().shape) for item in self._live.copied}
+        got = {name: tuple(tensor.shape) for name, tensor in state["copies"].items()}
+        if got and (lines := difference(copies, got)):
+            raise ValueError(report("load_state_dict: other copied tensors", lines))
+
+    def _refuse_applied(self, call: str) -> None:
+        if self._applied is not None:
+            raise RuntimeError(
+                f"{call} inside applied({self._applied!r}): the model carries the average there; "
+                "leave the `with` block first"
+            )
+
+    def _same_model(self, call: str) -> None:
+        self._refuse_applied(call)
+        self._live.check(call)
+
+    def _ready(self, call: str) -> None:
+        self._refuse_applied(call)
+        if self.count == 0:
+            raise RuntimeError(
+                f"{call}: there is no average before the first update; call update() after each "
+                "optimizer step"
+            )
+        self._live.check(call)
+
+    def _get(self, name: str | None) -> Average:
+        if name is None and len(self._averages) == 1:
+            return next(iter(self._averages.values()))
+        if name is None or name not in self._averages:
+            raise KeyError(f"average {name!r} is unknown, wanted one of {list(self._averages)}")
+        return self._averages[name]
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and scaler is None:
+            raise RuntimeError(
+                "a GradScaler drives this fused optimizer, whose hooks run on skipped steps too: "
+                "give it to attach(optimizer, scaler)"
+            )
+        if found_inf is None or not bool(found_inf):
+            self.update()
+
+
+def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
+    """name -> rule; a single rule is called "average"."""
+    if not isinstance(rule, Mapping):
+        return {AVERAGE: as_rule(rule)}
+    if not rule:
+        raise ValueError("rule is an empty mapping, wanted at least one name -> rule")
+    for name in rule:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"an average's name is {name!r}, wanted a string that is not empty")
+    return {name: as_rule(each) for name, each in rule.items()}

@@ -1,0 +1,78 @@
+"""Summaries: what an averager decided for every tensor, as data that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from polyak.engine import Average
+from polyak.live import LiveWeights
+from polyak.tracking import Tracked
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor: its name and kind, what is done with it and why, and its dtypes."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    slot_dtype: torch.dtype | None
+    policy: str
+    reason: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that an averager decided; `str` of it is a table.
+
+    `memory` is the bytes that the averager holds now; `count` its updates so far.
+    """
+
+    rules: dict[str, str]
+    count: int
+    memory: int
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        head = [f"{name}: {rule}" for name, rule in self.rules.items()]
+        head.append(f"{self.count} updates, {self.memory / 2**20:.1f} MiB held")
+        cells = [("tensor", "shape", "dtype", "policy", "in", "because")]
+        cells += [_cells(row) for row in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+        return "\n".join([*head, *(line.rstrip() for line in lines)])
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    tied = f" (tied: {', '.join(row.aliases)})" if row.aliases else ""
+    kept = "-" if row.slot_dtype is None else _short(row.slot_dtype)
+    return row.name, shape, _short(row.dtype), row.policy, kept, row.reason + tied
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def summarise(
+    averages: Mapping[str, Average], live: LiveWeights, copies: list[torch.Tensor]
+) -> Summary:
+    """The summary of averages over live weights."""
+    first = next(iter(averages.values()))
+    rows = tuple(_row(item, first) for item in live.tracked)
+    held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
+    memory = sum(t.numel() * t.element_size() for t in held)
+    rules = {name: str(average.rule) for name, average in averages.items()}
+    return Summary(rules, first.tick.n, memory, rows)
+
+
+def _row(item: Tracked, average: Average) -> Row:
+    tensor = item.live()
+    kept = {"average": average.form(item)[1], "copy": tensor.dtype, "live": None}[item.policy]
+    form = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
+    return Row(*form, item.policy, item.reason, item.aliases)
