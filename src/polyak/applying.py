@@ -35,7 +35,7 @@ class _Swap:
         self.slot.copy_(average)
 
     def written(self) -> bool:
-        return self.item.live()._version != self.version
+        return self.live._version != self.version
 
 
 @dataclass
@@ -74,15 +74,22 @@ class Exchange:
     @torch.no_grad()
     def enter(self) -> None:
         for step in self._plan:
-            self._entered.append(step)
             step.enter()
+            self._entered.append(step)
 
     @torch.no_grad()
     def leave(self) -> None:
         swaps = [step for step in self._entered if isinstance(step, _Swap)]
         self._written = [step.item.name for step in swaps if step.written()]
+        interrupt = None
         while self._entered:
-            self._entered.pop().leave()
+            try:
+                self._entered[-1].leave()
+                self._entered.pop()
+            except KeyboardInterrupt as error:  # the weights first, then the user's wish
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def refuse_writes(self) -> None:
         """Raises `RuntimeError` if weights were written to while they held the average."""

@@ -20,7 +20,7 @@ from polyak.engine import Average
 from polyak.live import Groups, LiveWeights
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 from polyak.tensors import slot_dtype
-from polyak.tracking import Policy, track
+from polyak.tracking import Policy, difference, report, track
 
 
 class EMA(nn.Module):
@@ -86,19 +86,18 @@ class EMA(nn.Module):
         self.online_model = model if include_online_model else [model]
         ignored = _ignored(model, ignore_names, ignore_startswith_names)
         policies = _policies(model, ignored, param_or_buffer_names_no_ema)
-        self._live = LiveWeights(model, policies, None)
         self.ema_model = _carrier(model, ema_model)
+        self._live = LiveWeights(model, policies, None)
         self._carrier = LiveWeights(self.ema_model, policies, None)
-        self._live.targets(self.ema_model, "EMA ema_model")
         self.register_buffer("initted", torch.tensor([0.0]))
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
         self._loaded: dict[str, Tensor] = {}
         self._average = Average(self.rule, dtype=None, device=None)
         self._adopt()
-        self.register_state_dict_post_hook(_save_slots)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_read_state)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_take_over)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_save_slots)
+        self.register_load_state_dict_pre_hook(_read_state)
+        self.register_load_state_dict_post_hook(_take_over)
 
     @property
     def model(self) -> nn.Module:
@@ -175,7 +174,7 @@ class EMA(nn.Module):
                 yield item.name, tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMA:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._adopt()
         return self
 
@@ -258,7 +257,13 @@ def _carrier(model: nn.Module, ema_model: nn.Module | Callable[[], nn.Module] | 
                 "give it as ema_model=, or use polyak.Averager, which needs no copy"
             ) from error
     carrier = ema_model if isinstance(ema_model, nn.Module) else ema_model()
+    if lines := difference(_shapes(model), _shapes(carrier)):
+        raise ValueError(report("EMA ema_model has other tensors than the model", lines))
     return carrier.requires_grad_(False).eval()
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {item.name: tuple(item.live().shape) for item in track(model)}
 
 
 def _ignored(model: nn.Module, names: Collection[str], prefixes: Collection[str]) -> set[str]:

@@ -47,7 +47,7 @@ class Average:
 
     def read(self, live: LiveWeights) -> list[Tensor]:
         """The average as fresh tensors, in the live weights' order."""
-        out = self.empty(live)
+        out = [torch.empty_like(stored) for stored in next(iter(self.slots.values()))]
         coefficients = self.rule.readout(self.tick)
         live_groups = live.groups()
         for g, group in enumerate(live.group(out)):

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 20
-"""Temporaries are no larger than this: it fits a CPU's cache and adds nothing that is noticed."""
+CHUNK_BYTES = 1 << 19
+"""A temporary is no larger than this: it fits a CPU's cache and adds nothing that is noticed."""
 
 
 def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -64,19 +64,26 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
 def exchange_(a: Tensor, b: Tensor) -> None:
     """Exchanges the contents of two tensors of one dtype by chunks; pointers stay.
 
-    It writes through `.data`, which autograd does not count: weights that come back bit for bit
-    do not invalidate a graph that was recorded before.
+    An exception on the way (no memory, Ctrl-C) leaves both as they were. It writes through `.data`,
+    which autograd does not count: weights that come back bit for bit leave a graph valid.
     """
+    done: list[tuple[Tensor, Tensor]] = []
     for x, y in _chunks(a.data, b.data):
-        kept = x.clone()
-        x.copy_(y)
-        y.copy_(kept)
+        kept = x.clone(), y.clone()
+        try:
+            x.copy_(y)
+            y.copy_(kept[0])
+            done.append((x, y))
+        except BaseException:
+            x.copy_(kept[0])
+            y.copy_(kept[1])
+            for before in done:
+                exchange_(*before)
+            raise
 
 
 def _alike(slots: list[Tensor], live: list[Tensor]) -> bool:
     """Whether the lists agree in dtype and device: each list is of one kind, so one pair tells."""
-    if not slots:
-        return True
     return slots[0].dtype == live[0].dtype and slots[0].device == live[0].device
 
 

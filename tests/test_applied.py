@@ -1,0 +1,239 @@
+"""`applied`: the model carries the average, and the live weights come back whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from models import Everything, assert_same, everything, pointers, snapshot, wander
+from polyak import Averager, Exponential, Uniform
+from polyak.rules import Rule
+from polyak.tensors import exchange_
+from rule_examples import RULE_EXAMPLES
+
+EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
+
+
+def moved(
+    rule: Rule, dtype: torch.dtype = torch.float32, slots: torch.dtype | None = None
+) -> tuple[Everything, Averager]:
+    """A model and its averager after a few steps of a random walk."""
+    torch.manual_seed(0)
+    model = everything(dtype)
+    averager = Averager(model, rule, dtype=slots)
+    for step in range(9):
+        wander(model, step)
+        averager.update()
+    wander(model, 100)
+    return model, averager
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_model_carries_the_average_and_gets_its_weights_back(
+    rule: Rule, dtype: torch.dtype
+) -> None:
+    model, averager = moved(rule, dtype)
+    live, average, where = snapshot(model), averager.average(), pointers(model)
+    with averager.applied():
+        inside = snapshot(model)
+        assert pointers(model) == where
+    rounded = {name: tensor.to(live[name].dtype) for name, tensor in average.items()}
+    assert_same({name: inside[name] for name in average}, rounded)
+    assert torch.equal(inside["cache"], live["cache"])
+    assert_same(snapshot(model), live)
+    assert pointers(model) == where
+    assert_same(averager.average(), average)
+
+
+def test_slots_of_another_dtype_leave_no_trace() -> None:
+    model, averager = moved(Exponential(0.9), slots=torch.float64)
+    live, average = snapshot(model), averager.average()
+    with averager.applied():
+        assert torch.equal(model.body.weight, average["body.weight"].float())
+    assert_same(snapshot(model), live)
+    assert_same(averager.average(), average)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_inside_restores(error: type[BaseException]) -> None:
+    model, averager = moved(Exponential(0.9))
+    live, average = snapshot(model), averager.average()
+    with pytest.raises(error), averager.applied():
+        raise error
+    assert_same(snapshot(model), live)
+    assert_same(averager.average(), average)
+    averager.update()
+
+
+def test_an_exception_on_the_way_in_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, averager = moved(Exponential(0.9))
+    live, average = snapshot(model), averager.average()
+    calls = 0
+
+    def fails_at_the_third(a: torch.Tensor, b: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise MemoryError("no room")
+        exchange_(a, b)
+
+    monkeypatch.setattr("polyak.applying.exchange_", fails_at_the_third)
+    with pytest.raises(MemoryError, match="no room"), averager.applied():
+        pass
+    monkeypatch.undo()
+    assert_same(snapshot(model), live)
+    assert_same(averager.average(), average)
+
+
+def test_an_inner_block_of_the_same_average_is_harmless() -> None:
+    model, averager = moved(Exponential(0.9))
+    live = snapshot(model)
+    with averager.applied():
+        outer = snapshot(model)
+        with averager.applied():
+            assert_same(snapshot(model), outer)
+        assert_same(snapshot(model), outer)
+    assert_same(snapshot(model), live)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda a: a.update(), "update"),
+        (lambda a: a.average("fast"), "average"),
+        (lambda a: a.state_dict(), "state_dict"),
+        (lambda a: a.load_state_dict({}), "load_state_dict"),
+        (lambda a: a.summary(), "summary"),
+        (lambda a: a.copy_to(nn.Linear(2, 2), "fast"), "average"),
+        (lambda a: a.applied("slow").__enter__(), "applied('slow')"),
+    ],
+)
+def test_calls_inside_are_errors(call: Callable[[Averager], object], name: str) -> None:
+    model = nn.Linear(2, 2)
+    averager = Averager(model, {"fast": Exponential(0.5), "slow": Exponential(0.9)})
+    averager.update()
+    live = snapshot(model)
+    with averager.applied("fast"):
+        with pytest.raises(RuntimeError) as raised:
+            call(averager)
+        expected = f"{name} inside applied('fast'): the model carries the average there"
+        assert str(raised.value).startswith(expected)
+    assert_same(snapshot(model), live)
+
+
+def test_weights_written_to_inside_are_reported_and_the_live_ones_are_back() -> None:
+    model, averager = moved(Exponential(0.9))
+    live = snapshot(model)
+    with (
+        pytest.raises(RuntimeError, match=r"body.weight were written to inside the block"),
+        averager.applied(),
+        torch.no_grad(),
+    ):
+        model.body.weight.add_(1.0)
+    assert_same(snapshot(model), live)
+
+
+def test_a_forward_in_train_mode_inside_does_not_touch_the_average() -> None:
+    model, averager = moved(Exponential(0.9))
+    live, average = snapshot(model), averager.average()
+    model.train()
+    with averager.applied():
+        model(torch.tensor([0, 1, 2]))
+    assert_same(snapshot(model), live)
+    assert_same(averager.average(), average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_replaced_or_moved_inside_come_back(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    wander(model, 0)
+    live, average = snapshot(model), averager.average()
+    with averager.applied():
+        model.to(dtype)
+        state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    after = {name: tensor.to(live[name].dtype) for name, tensor in snapshot(model).items()}
+    assert_same(after, live)
+    assert_same(averager.average(), average)
+
+
+def test_a_graph_recorded_before_is_still_valid() -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    wander(model, 1)
+    inputs = torch.randn(4, 3, requires_grad=True)
+    loss = model(inputs).square().sum()
+    (expected,) = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with averager.applied(), torch.no_grad():
+        model(inputs)
+    (gradient,) = torch.autograd.grad(loss, inputs)
+    assert torch.equal(gradient, expected)
+
+
+def test_training_goes_on_along_the_very_same_path() -> None:
+    def train(evaluate: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        model = Everything()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        averager = Averager(model, Exponential(0.9))
+        for step in range(6):
+            model(torch.randint(5, (8,))).logsumexp(-1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            averager.update()
+            if evaluate and step % 2:
+                with averager.applied(), torch.no_grad():
+                    model.eval()(torch.tensor([0, 1]))
+                model.train()
+        return snapshot(model)
+
+    assert_same(train(evaluate=True), train(evaluate=False))
+
+
+def test_a_single_slot_needs_no_third_copy() -> None:
+    model = nn.Linear(3000, 1000)
+    averager = Averager(model, Uniform())
+    averager.update()
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.clone.default:
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    with Watch(), averager.applied():
+        pass
+    assert 0 < largest <= 1 << 20
+
+
+def test_compiled_code_sees_the_average_without_a_recompile() -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    wander(model, 0)
+    inputs = torch.randn(4, 3)
+    expected = torch.func.functional_call(model, averager.average(), (inputs,))
+    calls = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        nonlocal calls
+        calls += 1
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=count)
+    live = compiled(inputs)
+    with averager.applied():
+        torch.testing.assert_close(compiled(inputs), expected)
+    assert torch.equal(compiled(inputs), live)
+    assert calls == 1

@@ -1,0 +1,611 @@
+"""The averager: the oracle `engine == profile @ trajectory`, and every promise of its docstring."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import polyak
+from models import Everything, assert_same, everything, pointers, snapshot, wander
+from polyak import Averager, Exponential, Tail, Uniform, Window
+from polyak.rules import Rule
+from polyak.theory import profile
+from rule_examples import RULE_EXAMPLES
+
+EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of every layout: dense, transposed, channels last, gappy, scalar, empty."""
+    return {
+        "dense": torch.randn(3, 4).to(dtype),
+        "transposed": torch.randn(4, 3).to(dtype).t(),
+        "channels_last": torch.randn(2, 3, 2, 2).to(dtype).to(memory_format=torch.channels_last),
+        "gappy": torch.randn(4, 6).to(dtype)[:, ::2],
+        "scalar": torch.randn(()).to(dtype),
+        "empty": torch.randn(0, 3).to(dtype),
+    }
+
+
+def run(
+    weights: dict[str, Tensor], averager: Averager, steps: int, elapsed: float | None = None
+) -> dict[str, Tensor]:
+    """Moves the weights at random and updates; the trajectory, (steps, ...) by name, in float64."""
+    trajectory: dict[str, list[Tensor]] = {name: [] for name in weights}
+    for _ in range(steps):
+        for name, tensor in weights.items():
+            tensor.add_(0.1 * torch.randn(tensor.shape).to(tensor.dtype))
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            trajectory[name].append(tensor.to(wide, copy=True))
+        averager.update(elapsed)
+    return {name: torch.stack(tensors) for name, tensors in trajectory.items()}
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_engine_is_the_profile_times_the_trajectory(rule: Rule, dtype: torch.dtype) -> None:
+    weights = layouts(dtype)
+    averager = Averager(weights, rule)
+    trajectory = run(weights, averager, 37)
+    coefficients = torch.from_numpy(profile(rule, 37))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for name, average in averager.average().items():
+        path = trajectory[name]
+        expected = torch.tensordot(coefficients.to(path.dtype), path, dims=1)
+        torch.testing.assert_close(average.to(path.dtype), expected, rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_cadence_is_the_profile_of_that_cadence(rule: Rule, every: int) -> None:
+    weights = layouts(torch.float64)
+    averager = Averager(weights, rule, every=every)
+    trajectory = run(weights, averager, 43)
+    coefficients = torch.from_numpy(profile(rule, 43, every=every))
+    assert averager.count == 43 // every
+    for name, average in averager.average().items():
+        expected = torch.tensordot(coefficients, trajectory[name], dims=1)
+        torch.testing.assert_close(average, expected, rtol=0, atol=1e-12)
+
+
+@given(
+    elapsed=st.lists(st.floats(0.5, 40), min_size=1, max_size=30),
+    rule=st.sampled_from(EXAMPLES),
+)
+def test_time_may_pass_unevenly(elapsed: list[float], rule: Rule) -> None:
+    from polyak.theory import coefficients
+
+    weights = {"w": torch.zeros(len(elapsed), dtype=torch.float64)}
+    averager = Averager(weights, rule)
+    for i, dt in enumerate(elapsed):
+        weights["w"].zero_()[i] = 1.0
+        averager.update(dt)
+    expected = torch.from_numpy(coefficients(rule, elapsed))
+    torch.testing.assert_close(averager.average()["w"], expected, rtol=0, atol=1e-12)
+
+
+def test_several_averages_in_one_pass_equal_each_alone() -> None:
+    model = Everything()
+    rules = {str(rule): rule for rule in EXAMPLES}
+    together = Averager(model, rules)
+    alone = {name: Averager(model, rule) for name, rule in rules.items()}
+    for step in range(12):
+        wander(model, step)
+        for averager in (together, *alone.values()):
+            averager.update()
+    for name, averager in alone.items():
+        assert_same(together.average(name), averager.average())
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@given(value=st.floats(-(2.0**60), 2.0**60, width=32))
+@settings(max_examples=10)
+def test_a_constant_input_is_a_fixed_point_bit_for_bit(rule: Rule, value: float) -> None:
+    weights = {"w": torch.full((5,), value)}
+    averager = Averager(weights, rule)
+    for _ in range(23):
+        averager.update()
+    assert torch.equal(averager.average()["w"], weights["w"])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_copy_forgets_what_the_slot_held(poison: float) -> None:
+    weights = {"w": torch.tensor([poison])}
+    averager = Averager(weights, Tail(Uniform(), start=1))
+    averager.update()
+    weights["w"].fill_(2.0)
+    averager.update()
+    assert averager.average()["w"].item() == 2.0
+
+
+def test_narrow_weights_are_averaged_in_float32_and_move() -> None:
+    weights = {"w": torch.full((1,), 1.0, dtype=torch.bfloat16)}
+    averager = Averager(weights, Exponential(0.999))
+    averager.update()
+    weights["w"].fill_(1.5)
+    for _ in range(2000):
+        averager.update()
+    average = averager.average()["w"]
+    assert average.dtype == torch.float32
+    assert average.item() == pytest.approx(1.5 - 0.5 * 0.999**2000, rel=1e-4)
+
+
+def test_the_dtype_of_the_slots_is_as_asked() -> None:
+    weights = {"w": torch.ones(2), "z": torch.ones(2, dtype=torch.complex64)}
+    averager = Averager(weights, Exponential(0.9), dtype=torch.float64)
+    averager.update()
+    dtypes = {name: tensor.dtype for name, tensor in averager.average().items()}
+    assert dtypes == {"w": torch.float64, "z": torch.complex128}
+
+
+# Models
+
+
+def test_every_kind_of_tensor_gets_its_policy() -> None:
+    averager = Averager(Everything(), Exponential(0.9))
+    policies = {row.name: row.policy for row in averager.summary().rows}
+    copied = {"counter", "mask", "spectral_u", "norm.num_batches_tracked"}
+    assert {name for name, policy in policies.items() if policy == "copy"} == copied
+    assert {name for name, policy in policies.items() if policy == "live"} == {"cache"}
+    assert policies["norm.running_mean"] == policies["norm.running_var"] == "average"
+    assert policies["frozen"] == policies["scale"] == policies["phase"] == "average"
+
+
+def test_buffers_are_averaged_or_copied_by_kind() -> None:
+    model = Everything()
+    averager = Averager(model, Uniform())
+    path = []
+    for step in range(4):
+        wander(model, step)
+        path.append(snapshot(model))
+        averager.update()
+    average = averager.average()
+    mean = torch.stack([state["norm.running_mean"] for state in path]).mean(0)
+    torch.testing.assert_close(average["norm.running_mean"], mean)
+    for name in ("counter", "mask", "spectral_u", "norm.num_batches_tracked"):
+        assert torch.equal(average[name], path[-1][name])
+
+
+def test_the_average_has_the_keys_of_the_models_state() -> None:
+    model = Everything()
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    assert averager.average().keys() == model.state_dict().keys()
+    other = Everything()
+    other.load_state_dict(averager.average())
+
+
+def test_tied_weights_are_averaged_once() -> None:
+    model = Everything()
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    with torch.no_grad():
+        model.embedding.weight.add_(1.0)
+    averager.update()
+    average = averager.average()
+    assert average["head.weight"] is average["embedding.weight"]
+    moved = average["head.weight"] - (model.head.weight - 1)
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.1))
+    assert (
+        list(averager.state_dict()["averages"]["average"]["slots"]["average"]).count("head.weight")
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("buffers", "policy"),
+    [("copy", "copy"), ("average", "average"), ({"norm.*": "copy"}, "copy")],
+)
+def test_buffers_as_asked(buffers: Any, policy: str) -> None:
+    averager = Averager(Everything(), Exponential(0.9), buffers=buffers)
+    policies = {row.name: row.policy for row in averager.summary().rows}
+    assert policies["norm.running_mean"] == policy
+    assert policies["counter"] == "copy"
+
+
+def test_a_pattern_may_name_parameters() -> None:
+    averager = Averager(Everything(), Exponential(0.9), buffers={"body.*": "copy"})
+    assert {r.policy for r in averager.summary().rows if r.name.startswith("body")} == {"copy"}
+
+
+@pytest.mark.parametrize(
+    "select", ["body.*", ["body.weight", "body.bias"], lambda name: name.startswith("body")]
+)
+def test_select_leaves_the_rest_alone(select: Any) -> None:
+    model = Everything()
+    averager = Averager(model, Exponential(0.5), select=select)
+    averager.update()
+    assert list(averager.average()) == ["body.weight", "body.bias"]
+    wander(model, 0)
+    live = snapshot(model)
+    with averager.applied():
+        assert torch.equal(model.scale, live["scale"])
+        assert not torch.equal(model.body.weight, live["body.weight"])
+
+
+class Uncopyable(nn.Linear):
+    def __deepcopy__(self, memo: object) -> Uncopyable:
+        raise TypeError("cannot be copied")
+
+
+def test_a_model_that_cannot_be_copied_is_averaged() -> None:
+    averager = Averager(Uncopyable(2, 2), Exponential(0.9))
+    averager.update()
+    assert list(averager.average()) == ["weight", "bias"]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_modules_after_materialisation() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"0.weight is not materialised yet.*one forward pass"):
+        Averager(model, Exponential(0.9))
+    model(torch.randn(2, 5))
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    assert averager.average()["0.weight"].shape == (3, 5)
+
+
+def test_names_are_canonical_under_compile_and_checkpoint_wrappers() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    names = list(Averager(plain, Exponential(0.9)).summary().rows)
+    compiled: Any = torch.compile(plain[1])
+    wrapped = nn.Sequential(checkpoint_wrapper(plain[0]), compiled)
+    for model in (torch.compile(plain), wrapped, nn.DataParallel(plain)):
+        rows = Averager(model, Exponential(0.9)).summary().rows  # type: ignore[arg-type]
+        assert [row.name for row in rows] == [row.name for row in names]
+
+
+def test_a_submodule_that_is_called_module_keeps_its_name() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(1, 1)})
+    names = [row.name for row in Averager(model, Exponential(0.9)).summary().rows]
+    assert names == ["module.weight", "module.bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_that_to_moved_are_followed(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    before = averager.average()["weight"].double()
+    model.to(dtype)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    averager.update()
+    average = averager.average()["weight"]
+    assert average.dtype == torch.float32
+    torch.testing.assert_close(
+        average.double(), (before + model.weight.double()) / 2, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_part_of_a_model_that_moved_is_followed() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    averager = Averager(model, Uniform())
+    averager.update()
+    first = averager.average()
+    model[1].double()
+    wander(model, 0)
+    averager.update()
+    for name, tensor in averager.average().items():
+        live = model.state_dict()[name].double()
+        torch.testing.assert_close(tensor.double(), (first[name] + live) / 2, rtol=0, atol=1e-6)
+
+
+def test_replaced_parameters_are_followed() -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
+    averager.update()
+    torch.testing.assert_close(averager.average()["bias"], model.bias.detach() - 0.5)
+
+
+def test_a_mapping_follows_what_it_holds() -> None:
+    weights = {"w": torch.zeros(2), "step": torch.tensor(3)}
+    averager = Averager(weights, Exponential(0.5))
+    averager.update()
+    weights["w"] = torch.ones(2)
+    averager.update()
+    assert averager.average()["w"].tolist() == [0.5, 0.5]
+    assert averager.average()["step"].item() == 3
+
+
+def test_slots_on_another_dtype_and_device_as_asked() -> None:
+    averager = Averager({"w": torch.ones(2)}, Exponential(0.5), device="cpu")
+    averager.update()
+    assert averager.average()["w"].device == torch.device("cpu")
+
+
+# State
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("stop", [0, 1, 7, 12])
+def test_a_resumed_average_is_the_undisturbed_one_bit_for_bit(
+    dtype: torch.dtype, stop: int
+) -> None:
+    rules = {str(rule): rule for rule in EXAMPLES}
+    model = everything(dtype)
+    state = snapshot(model)
+    undisturbed = Averager(model, rules, every=3)
+    for step in range(20):
+        wander(model, step)
+        undisturbed.update(0.5)
+
+    model.load_state_dict({k: state[k] for k in model.state_dict()})
+    model.cache.copy_(state["cache"])
+    averager = Averager(model, rules, every=3)
+    for step in range(20):
+        if step == stop:
+            saved = through_a_file(averager.state_dict())
+            averager = Averager(model, rules, every=3)
+            averager.load_state_dict(saved)
+        wander(model, step)
+        averager.update(0.5)
+    for name in rules:
+        assert_same(averager.average(name), undisturbed.average(name))
+
+
+def test_loading_copies_the_tensors() -> None:
+    weights = {"w": torch.zeros(2)}
+    first, second = (Averager(weights, Exponential(0.5)) for _ in range(2))
+    first.update()
+    second.load_state_dict(first.state_dict())
+    weights["w"].fill_(1.0)
+    second.update()
+    assert first.average()["w"].tolist() == [0.0, 0.0]
+
+
+def changed(state: dict[str, Any], **tensors: Tensor | None) -> dict[str, Any]:
+    """The state with other tensors in the only slot; None takes one away."""
+    average = state["averages"]["average"]
+    slot = {**average["slots"]["average"], **tensors}
+    slot = {name: tensor for name, tensor in slot.items() if tensor is not None}
+    return {**state, "averages": {"average": {**average, "slots": {"average": slot}}}}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": None}, "missing: weight"),
+        ({"gain": torch.ones(1)}, "extra: gain"),
+        ({"weight": torch.ones(7, 7)}, r"different: weight: \(\(7, 7\), torch.float32\), wanted"),
+        ({"weight": torch.ones(2, 3).double()}, r"weight: \(\(2, 3\), torch.float64\), wanted"),
+    ],
+)
+def test_a_state_of_other_tensors_is_refused_and_nothing_changes(
+    tensors: dict[str, Tensor | None], message: str
+) -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    before = averager.average()
+    with pytest.raises(ValueError, match=message):
+        averager.load_state_dict(changed(averager.state_dict(), **tensors))
+    assert_same(averager.average(), before)
+    assert averager.count == 1
+
+
+def test_a_state_of_another_rule_says_so() -> None:
+    weights = {"w": torch.zeros(2)}
+    state = Averager(weights, Exponential(0.9)).state_dict()
+    with pytest.raises(ValueError, match=r"average: exponential\(0.9\), wanted exponential\(0.5\)"):
+        Averager(weights, Exponential(0.5)).load_state_dict(state)
+    with pytest.raises(ValueError, match="missing: fast\n  extra: average"):
+        Averager(weights, {"fast": Exponential(0.9)}).load_state_dict(state)
+    with pytest.raises(ValueError, match="format is 7, wanted 1"):
+        Averager(weights, Exponential(0.9)).load_state_dict({**state, "format": 7})
+
+
+def test_a_state_with_other_slots_or_copies_is_refused() -> None:
+    model = nn.BatchNorm1d(2)
+    averager = Averager(model, Window(2))
+    averager.update()
+    state = averager.state_dict()
+    with pytest.raises(ValueError, match="other copied tensors\n  missing: num_batches_tracked"):
+        averager.load_state_dict({**state, "copies": {"x": torch.ones(1)}})
+    slots = {"window.9": state["averages"]["average"]["slots"]["window.0"]}
+    average = {**state["averages"]["average"], "slots": slots}
+    with pytest.raises(ValueError, match=r"slots are \['window.9'\], wanted"):
+        averager.load_state_dict({**state, "averages": {"average": average}})
+
+
+# copy_to
+
+
+def test_copy_to_another_model_rounds_to_its_dtype() -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    target: Any = torch.compile(nn.Linear(3, 2).to(torch.bfloat16))
+    averager.copy_to(target)
+    expected = averager.average()["weight"].to(torch.bfloat16)
+    assert torch.equal(target.weight, expected)
+
+
+def test_copy_to_the_live_model_is_switch_ema() -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    where = pointers(model)
+    wander(model, 0)
+    averager.update()
+    averager.copy_to(model)
+    assert_same(averager.average(), snapshot(model))
+    assert pointers(model) == where
+
+
+def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
+    averager = Averager(nn.Linear(3, 2), Exponential(0.5))
+    averager.update()
+    with pytest.raises(ValueError, match=r"missing: bias\n  different: weight: \(4, 4\), wanted"):
+        averager.copy_to(nn.Linear(4, 4, bias=False))
+
+
+# attach
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, micro: int = 1) -> None:
+    for _ in range(micro):
+        model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_attach_counts_optimizer_steps_and_detaches() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = Averager(model, Exponential(0.5))
+    handle = averager.attach(optimizer)
+    for _ in range(3):
+        train(model, optimizer, micro=4)
+    assert averager.count == 3
+    handle.remove()
+    train(model, optimizer)
+    assert averager.count == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skipped_does_not_count(fused: bool) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    averager = Averager(model, Exponential(0.5))
+    averager.attach(optimizer, scaler)
+    for step in range(4):
+        loss = model(torch.randn(4, 3)).square().mean()
+        scaler.scale(loss * (float("inf") if step == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert averager.count == 3
+
+
+def test_a_fused_optimizer_under_an_unknown_scaler_says_so() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    Averager(model, Exponential(0.5)).attach(optimizer)
+    scaler.scale(model(torch.randn(4, 3)).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"give it to attach\(optimizer, scaler\)"):
+        scaler.step(optimizer)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Averager({}, Exponential(0.5)), ValueError, "nothing to average among 0 tensors"),
+        (lambda: anything([1]), TypeError, "model is list, wanted a torch.nn"),
+        (lambda: anything({"w": 1}), TypeError, r"model\['w'\] is int, wanted"),
+        (lambda: averager(0.999), TypeError, r"a rule is 0.999, wanted .* Exponential\(0.999\)"),
+        (lambda: averager({}), ValueError, "rule is an empty mapping"),
+        (lambda: averager({1: Uniform()}), TypeError, "an average's name is 1, wanted a string"),
+        (lambda: averager(every=0), ValueError, "every is 0, wanted an integer >= 1"),
+        (lambda: averager(every=2.5), ValueError, "every is 2.5, wanted an integer >= 1"),
+        (lambda: averager(dtype=torch.int8), ValueError, "dtype is torch.int8, wanted a floating"),
+        (lambda: averager(buffers="all"), ValueError, "buffers is 'all', wanted \"auto\""),
+        (lambda: averager(buffers={"x*": "copy"}), ValueError, "'x\\*' matches no tensor; .* w"),
+        (lambda: averager(buffers={"w": "mean"}), ValueError, "buffers\\['w'\\] is 'mean', wanted"),
+        (lambda: averager(buffers={"n": "average"}), ValueError, "n is torch.int64: it can be cop"),
+        (lambda: averager(select="v"), ValueError, "select pattern 'v' matches no tensor"),
+        (lambda: averager(select=lambda _: False), ValueError, "nothing to average among 2"),
+        (
+            lambda: Averager(nn.Linear(1, 1, device="meta"), Uniform()),
+            ValueError,
+            "weight is on the meta device and has no content: materialise",
+        ),
+        (
+            lambda: Averager({"w": torch.eye(2).to_sparse()}, Uniform()),
+            ValueError,
+            "w has layout torch.sparse_coo, wanted torch.strided",
+        ),
+    ],
+)
+def test_bad_arguments_say_what_was_wanted(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def anything(model: Any) -> Averager:
+    return Averager(model, Uniform())
+
+
+def averager(rule: Any = Uniform(), **options: Any) -> Averager:  # noqa: B008  # frozen
+    return Averager({"w": torch.zeros(2), "n": torch.tensor(1)}, rule, **options)
+
+
+@pytest.mark.parametrize("elapsed", [0, -1, float("nan"), float("inf")])
+def test_elapsed_time_is_positive_and_finite(elapsed: float) -> None:
+    with pytest.raises(ValueError, match=r"elapsed is .*, wanted a finite number > 0"):
+        averager().update(elapsed)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a: a.average(),
+        lambda a: a.applied().__enter__(),
+        lambda a: a.copy_to({"w": torch.zeros(2), "n": torch.tensor(1)}),
+    ],
+)
+def test_there_is_no_average_before_the_first_update(call: Any) -> None:
+    with pytest.raises(RuntimeError, match="no average before the first update"):
+        call(averager())
+
+
+def test_an_average_is_asked_for_by_name() -> None:
+    several = averager({"fast": Exponential(0.5), "slow": Exponential(0.9)})
+    several.update()
+    for name in (None, "medium"):
+        with pytest.raises(KeyError, match=r"is unknown, wanted one of \['fast', 'slow'\]"):
+            several.average(name)
+
+
+@pytest.mark.parametrize("call", ["update", "average", "state_dict"])
+def test_a_model_that_changed_is_refused(call: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    changing = Averager(model, Uniform())
+    changing.update()
+    del model[0].bias
+    model[1] = nn.Linear(2, 3)
+    model.append(nn.Linear(1, 1))
+    with pytest.raises(
+        RuntimeError,
+        match=f"{call}: not the tensors that the averager was made with\n"
+        r"  missing: 0.bias\n  extra: 2.weight, 2.bias\n"
+        r"  different: 1.weight: \(3, 2\), wanted \(2, 2\)",
+    ):
+        getattr(changing, call)()
+
+
+def test_summary_prints_as_a_table() -> None:
+    text = str(Averager(Everything(), Exponential(0.9)).summary())
+    assert "average: exponential(0.9)" in text
+    assert "embedding.weight" in text
+    assert "(tied: head.weight)" in text
+
+
+def test_the_rule_is_as_given() -> None:
+    assert averager("window(3)").rule == Window(3)
+    assert averager({"a": Uniform()}).rule == {"a": Uniform()}
+    assert polyak.Averager is Averager

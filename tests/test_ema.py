@@ -1,0 +1,338 @@
+"""The article's class: parity with ema-pytorch, its options and members, its faults absent."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import ema_pytorch
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import Everything, assert_same, everything, wander
+from polyak import EMA, Averager
+from polyak.rules import ArticleEMA
+from polyak.theory import coefficients
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(dtype)
+
+
+def run(ema: Any, steps: range) -> None:
+    """A random walk of the live model, the same for the same steps, an update after each."""
+    for step in steps:
+        wander(ema.model, step)
+        ema.update()
+
+
+def averaged(ema: Any) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in ema.ema_model.state_dict().items()}
+
+
+# ema-pytorch computes its decay in float32.
+PEER = 1e-6
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        if name != "1.num_batches_tracked":  # the peer never copies it
+            torch.testing.assert_close(tensor, b[name], rtol=0, atol=tolerance, msg=name)
+
+
+class ArticleScript:
+    """The article's update rule, written out: one module, one loop (section 2 of the article)."""
+
+    def __init__(self, model: nn.Module, beta: float, after: int, every: int) -> None:
+        self.model, self.ema_model = model, copy.deepcopy(model)
+        self.beta, self.after, self.every = beta, after, every
+        self.step, self.initted = 0, False
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        state = dict(self.model.state_dict())
+        return [
+            (a, state[k]) for k, a in self.ema_model.state_dict().items() if a.is_floating_point()
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        before, self.step = self.step, self.step + 1
+        if before % self.every:
+            return
+        if before <= self.after or not self.initted:
+            for average, live in self.pairs():
+                average.copy_(live)
+            self.initted = before > self.after
+        if before > self.after:
+            e = self.step - self.after - 1
+            decay = min(1 - (1 + e) ** (-2 / 3), self.beta)
+            for average, live in self.pairs():
+                average.copy_(average * decay + live * (1 - decay))
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+@pytest.mark.parametrize("after", [0, 7, 100])
+def test_it_is_the_articles_class(every: int, after: int) -> None:
+    ema = EMA(network(), beta=0.9, update_after_step=after, update_every=every)
+    script = ArticleScript(network(), 0.9, after, every)
+    for stop in (1, 2, after + 1, after + 2, after + 3, 150):
+        run(ema, range(ema._calls, stop))
+        run(script, range(script.step, stop))
+        assert_close(averaged(ema), averaged(script))
+    assert ema.get_current_decay() == pytest.approx(min(1 - (150 - after) ** (-2 / 3), 0.9))
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_a_checkpoint_of_ema_pytorch_goes_on_along_its_path(every: int) -> None:
+    options: dict[str, Any] = {"beta": 0.95, "update_after_step": 20, "update_every": every}
+    for stop in (1, 5, 21, 22, 40):
+        peer = ema_pytorch.EMA(network(), **options)
+        run(peer, range(stop))
+        ours = EMA(network(), **options)
+        ours.load_state_dict(peer.state_dict())
+        run(peer, range(stop, 80))
+        run(ours, range(stop, 80))
+        assert_close(averaged(ours), averaged(peer), PEER)
+
+
+def test_ema_pytorch_loads_our_checkpoint_and_goes_on_along_our_path() -> None:
+    ours = EMA(network(), beta=0.95, update_after_step=5, update_every=2)
+    run(ours, range(30))
+    peer = ema_pytorch.EMA(network(), beta=0.95, update_after_step=5, update_every=2)
+    assert list(ours.state_dict()) == list(peer.state_dict())
+    peer.load_state_dict(ours.state_dict())
+    run(ours, range(30, 60))
+    run(peer, range(30, 60))
+    assert_close(averaged(ours), averaged(peer), PEER)
+
+
+def test_the_class_is_its_rules_profile() -> None:
+    ema = EMA(network(), beta=0.9, update_after_step=4, update_every=1)
+    path = []
+    for step in range(40):
+        wander(ema.model, step)
+        path.append(ema.model[0].weight.detach().clone())  # type: ignore[index]
+        ema.update()
+    weights = torch.from_numpy(coefficients(ArticleEMA(0.9, 4), [1.0] * 40))
+    expected = torch.tensordot(weights, torch.stack(path), dims=1)
+    torch.testing.assert_close(averaged(ema)["0.weight"], expected, rtol=0, atol=1e-12)
+
+
+def test_the_slots_are_the_tensors_of_ema_model() -> None:
+    ema = EMA(network(torch.float32))
+    slots = {id(slot) for slot in ema._average.slots["average"]}
+    carried = [*ema.ema_model.parameters(), ema.ema_model[1].running_mean]  # type: ignore[index]
+    assert {id(tensor) for tensor in carried} <= slots
+
+
+# The faults of the article's class
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_every_dtype_are_averaged(dtype: torch.dtype) -> None:
+    ema = EMA(network(dtype), beta=0.999, update_after_step=0, update_every=1, min_value=0.999)
+    ema.update()
+    ema.update()
+    with torch.no_grad():
+        for parameter in ema.model.parameters():
+            parameter.fill_(2.0)
+    start = averaged(ema)["0.weight"].double()
+    for _ in range(700):
+        ema.update()
+    expected = 2 - (2 - start) * 0.999**700
+    average = averaged(ema)["0.weight"]
+    assert average.dtype == dtype
+    torch.testing.assert_close(average.double(), expected, rtol=0.01, atol=0.01)
+
+
+def test_integer_and_boolean_buffers_are_copied() -> None:
+    ema = EMA(Everything(), beta=0.9, update_after_step=0, update_every=1)
+    run(ema, range(9))
+    assert torch.equal(ema.ema_model.counter, ema.model.counter)  # type: ignore[arg-type]
+    assert torch.equal(ema.ema_model.mask, ema.model.mask)  # type: ignore[arg-type]
+    assert not torch.equal(ema.ema_model.spectral_u, ema.model.spectral_u)  # type: ignore[arg-type]
+
+
+class Uncopyable(nn.Linear):
+    def __deepcopy__(self, memo: object) -> Uncopyable:
+        raise TypeError("held open")
+
+
+def test_a_model_that_cannot_be_copied_is_an_error_and_may_be_given() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"Uncopyable cannot be copied \(held open\).*ema_model="
+    ):
+        EMA(Uncopyable(2, 2))
+    for given in (nn.Linear(2, 2), lambda: nn.Linear(2, 2)):
+        ema = EMA(Uncopyable(2, 2), given, update_every=1)
+        run(ema, range(3))
+        assert torch.equal(ema.ema_model.weight, ema.model.weight)  # type: ignore[arg-type]
+
+
+def test_the_average_is_in_eval_mode_whatever_the_models() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
+    ema = EMA(model)
+    assert not ema.ema_model.training
+    ema.train()
+    assert model.training
+    assert not ema.ema_model[1].training  # type: ignore[index]
+    assert not any(p.requires_grad for p in ema.ema_model.parameters())
+    inputs = torch.ones(5, 2)
+    assert torch.equal(ema(inputs), ema(inputs))
+
+
+def test_the_documented_defaults_are_the_real_ones() -> None:
+    assert EMA(network()).rule == ArticleEMA(0.9999, 100, 1.0, 2 / 3, 0.0)
+
+
+# Options and members
+
+
+def test_names_that_are_copied_or_ignored() -> None:
+    ema = EMA(
+        network(),
+        beta=0.9,
+        update_after_step=2,
+        update_every=1,
+        param_or_buffer_names_no_ema={"0.weight"},
+        ignore_names={"0.bias"},
+        ignore_startswith_names={"1."},
+    )
+    run(ema, range(4))  # the fourth call is the first that averages, and copies once more
+    last_copy = averaged(ema)
+    run(ema, range(4, 9))
+    live, average = ema.model.state_dict(), averaged(ema)
+    assert torch.equal(average["0.weight"], live["0.weight"])
+    for name in ("0.bias", "1.weight", "1.running_mean"):
+        assert torch.equal(average[name], last_copy[name])
+    assert not torch.equal(average["2.weight"], live["2.weight"])
+    assert not torch.equal(average["2.weight"], last_copy["2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ignore_names": {"9.weight"}}, r"EMA ignores \['9.weight'\], which match no tensor"),
+        ({"ignore_startswith_names": {"x."}}, r"EMA ignores \['x.'\], which match no tensor"),
+        ({"param_or_buffer_names_no_ema": {"y"}}, "'y' matches no tensor"),
+        ({"update_every": 0}, "EMA update_every is 0, wanted an integer >= 1"),
+        ({"beta": 1.5}, r"EMA beta is 1.5, wanted a decay in \[0, 1\]"),
+        ({"min_value": 0.9, "beta": 0.5}, "wanted min_value <= beta"),
+        ({"update_after_step": -1}, "EMA update_after_step is -1, wanted an integer >= 0"),
+        ({"power": 0}, "EMA power is 0, wanted a finite number > 0"),
+        (
+            {"ema_model": nn.Linear(9, 9)},
+            "EMA ema_model has other tensors than the model\n  missing: 0.weight",
+        ),
+    ],
+)
+def test_bad_options_say_what_was_wanted(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EMA(network(), **options)
+
+
+def test_the_model_is_a_module_and_not_its_own_average() -> None:
+    with pytest.raises(TypeError, match=r"model is dict, wanted a torch.nn.Module"):
+        EMA({"w": torch.ones(1)})  # type: ignore[arg-type]
+    model = network()
+    with pytest.raises(ValueError, match="ema_model is the model itself"):
+        EMA(model, model)
+    with pytest.raises(ValueError, match="averages this EMA's own models and no others"):
+        EMA(model).update_moving_average(network(), model)
+
+
+def test_the_online_model_may_stay_outside() -> None:
+    model = network()
+    ema = EMA(model, include_online_model=False)
+    assert ema.model is model
+    assert not [key for key in ema.state_dict() if key.startswith("online_model")]
+    assert all(p is not q for p in ema.parameters() for q in model.parameters())
+    peer = ema_pytorch.EMA(network(), include_online_model=False)
+    assert list(ema.state_dict()) == list(peer.state_dict())
+
+
+def test_counters_have_the_articles_shapes() -> None:
+    ema = EMA(network(), update_after_step=0, update_every=1)
+    run(ema, range(3))
+    assert (ema.step.tolist(), ema.step.dtype) == ([3], torch.int64)
+    assert (ema.initted.tolist(), ema.initted.dtype) == ([1.0], torch.float32)
+
+
+def test_copy_and_one_averaging_by_hand() -> None:
+    ema = EMA(network(), beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
+    run(ema, range(3))
+    wander(ema.model, 9)
+    before, live = averaged(ema)["0.weight"], ema.model.state_dict()["0.weight"]
+    ema.update_moving_average(ema.ema_model, ema.model)
+    torch.testing.assert_close(averaged(ema)["0.weight"], (before + live) / 2)
+    ema.copy_params_from_model_to_ema()
+    assert torch.equal(averaged(ema)["0.weight"], live)
+    names = [name for name, _ in ema.get_params_iter(ema.model)]
+    assert names == [name for name, _ in ema.model.named_parameters()]
+    buffers = [name for name, _ in ema.get_buffers_iter(ema.ema_model)]
+    assert buffers == ["1.running_mean", "1.running_var"]
+
+
+def test_moving_the_average_is_followed() -> None:
+    ema = EMA(network(torch.float32), beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
+    run(ema, range(3))
+    ema.double()
+    run(ema, range(3, 5))
+    before = averaged(ema)["1.running_mean"]
+    ema.ema_model.to(torch.float64)
+    ema.restore_ema_model_device()
+    run(ema, range(5, 6))
+    live = ema.model.state_dict()["1.running_mean"]
+    torch.testing.assert_close(averaged(ema)["1.running_mean"], (before + live) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stop", [0, 3, 17])
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(dtype: torch.dtype, stop: int) -> None:
+    def make() -> EMA:
+        torch.manual_seed(0)
+        return EMA(everything(dtype), beta=0.99, update_after_step=5, update_every=2)
+
+    undisturbed = make()
+    run(undisturbed, range(40))
+    first, second = make(), make()
+    run(first, range(stop))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    run(second, range(stop, 40))
+    assert_same(dict(second.state_dict()), dict(undisturbed.state_dict()))
+
+
+def test_a_bfloat16_checkpoint_of_ema_pytorch_loads() -> None:
+    peer = ema_pytorch.EMA(network(torch.bfloat16), update_every=1, update_after_step=0)
+    run(peer, range(5))
+    ema = EMA(network(torch.bfloat16), update_every=1, update_after_step=0)
+    ema.load_state_dict(peer.state_dict())
+    assert_close(averaged(ema), averaged(peer))
+    assert ema.state_dict()["ema_model.0.weight"].dtype == torch.float32
+
+
+def test_a_compiled_model_is_averaged_by_its_plain_names() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ema = EMA(torch.compile(network()), ignore_names={"0.weight"}, update_every=1)  # type: ignore[arg-type]
+    run(ema, range(3))
+    assert next(name for name, _ in ema.get_params_iter(ema.model)) == "0.weight"
+
+
+def test_the_averager_gives_the_same_numbers() -> None:
+    model = network()
+    ema = EMA(model, beta=0.9, update_after_step=3, update_every=1)
+    averager = Averager(model, ema.rule, buffers="average")
+    for step in range(20):
+        wander(model, step)
+        ema.update()
+        averager.update()
+    assert_same(averager.average(), averaged(ema))

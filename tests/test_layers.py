@@ -1,0 +1,95 @@
+"""The layers of the house: imports point down, and none is loaded that is not needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyak
+
+SOURCE = Path(polyak.__file__).parent
+
+# From the ground up: each may import those above it in this list, and its own outside packages.
+LAYERS: list[tuple[str, set[str]]] = [
+    ("decays", set()),
+    ("rules", set()),
+    ("specs", set()),
+    ("theory", {"numpy"}),
+    ("tensors", {"torch"}),
+    ("tracking", {"torch"}),
+    ("live", {"torch"}),
+    ("engine", {"torch"}),
+    ("applying", {"torch"}),
+    ("summary", {"torch"}),
+    ("averager", {"torch"}),
+    ("ema", {"torch"}),
+    ("charts", {"altair"}),
+    ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "rich"}),
+    ("cli", {"typer", "rich"}),
+]  # fmt: skip
+ORDER = [name for name, _ in LAYERS]
+# A layer that must not see a lower one either.
+FORBIDDEN = {"tensors": {"rules", "specs", "theory"}, "tracking": {"rules", "specs", "theory"}}
+FORBIDDEN |= {"averager": {"theory"}, "ema": {"theory"}, "engine": {"theory"}}
+
+
+def layer_of(path: Path) -> str:
+    """`theory/profiles.py` and `theory.py` are both of the layer `theory`."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a source imports at any depth, `polyak.X` in full; for typing only left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            plain = node.module == "polyak"
+            found |= {f"polyak.{a.name}" for a in node.names} if plain else {node.module or ""}
+    return found
+
+
+SOURCES = [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py" or p.parent != SOURCE]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    layer = layer_of(path)
+    assert layer in ORDER, f"{layer} has no place in the table of layers"
+    below = set(ORDER[: ORDER.index(layer) + 1]) - FORBIDDEN.get(layer, set())
+    outside = dict(LAYERS)[layer] | set(sys.stdlib_module_names)
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        if package == "polyak":
+            assert rest.split(".")[0] in below, f"{path.name} imports {name}"
+        else:
+            assert package in outside, f"{path.name} imports {name}"
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level modules that a fresh process has loaded after running a line of code."""
+    code = f"{code}\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_theory_loads_no_torch() -> None:
+    assert not {"torch", "altair", "typer"} & loaded("import polyak.rules, polyak.theory")
+    assert "numpy" not in loaded("import polyak.rules, polyak.specs")
+
+
+def test_polyak_loads_no_extra() -> None:
+    extras = {"typer", "rich", "sklearn", "altair", "joblib", "scipy", "diffusers", "lightning"}
+    assert not extras & loaded("import polyak; polyak.Averager; polyak.EMA")
+
+
+def test_help_loads_no_torch() -> None:
+    run = "from typer.testing import CliRunner; from polyak.cli import app"
+    run += "; r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0, r.output"
+    assert not {"torch", "numpy", "altair"} & loaded(run)

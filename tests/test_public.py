@@ -1,0 +1,53 @@
+"""The public names: complete, importable, documented."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+
+import polyak
+
+NAMES = {
+    "ArticleEMA", "Averager", "Bema", "EMA", "Exponential", "Power", "Rule", "Tail", "Uniform",
+    "Window", "decays", "parse", "theory",
+}  # fmt: skip
+THEORY = {
+    "profile", "half_life", "mean_age", "effective_window", "noise_gain", "relative_std",
+    "frequency_response", "cutoff", "learning_rate_profile", "explain", "match", "equivalents",
+}  # fmt: skip
+
+
+def test_the_public_list_is_complete() -> None:
+    assert set(polyak.__all__) == NAMES
+    assert set(dir(polyak)) == NAMES | {"__version__"}
+    assert set(polyak.theory.__all__) >= THEORY
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_name_is_there_and_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(polyak, name))
+
+
+@pytest.mark.parametrize(
+    "module", ["averager", "decays", "ema", "rules", "specs", "tensors", "theory", "tracking"]
+)
+def test_every_public_function_says_what_it_does(module: str) -> None:
+    home = importlib.import_module(f"polyak.{module}")
+    for name, value in vars(home).items():
+        if name.startswith("_") or not callable(value):
+            continue
+        if getattr(value, "__module__", "").startswith("polyak"):
+            assert inspect.getdoc(value), name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'polyak' has no attribute 'Averagr'"):
+        _ = polyak.Averagr
+
+
+def test_the_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    assert polyak.__version__ == version("polyak")

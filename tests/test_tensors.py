@@ -1,0 +1,113 @@
+"""In-place operations on lists: every pair of layouts, dtypes, and lengths beyond a chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyak import tensors
+
+LAYOUTS = {
+    "dense": lambda: torch.randn(6, 8),
+    "transposed": lambda: torch.randn(8, 6).t(),
+    "gappy": lambda: torch.randn(6, 16)[:, ::2],
+    "expanded": lambda: torch.randn(6, 1).expand(6, 8),
+    "long": lambda: torch.randn(6, 8),
+}
+
+
+@pytest.mark.parametrize("a", ["dense", "transposed", "gappy"])
+@pytest.mark.parametrize("b", ["dense", "transposed", "gappy"])
+def test_exchange_of_all_layouts(a: str, b: str) -> None:
+    x, y = LAYOUTS[a](), LAYOUTS[b]()
+    was_x, was_y = x.clone(), y.clone()
+    tensors.exchange_(x, y)
+    assert torch.equal(x, was_y)
+    assert torch.equal(y, was_x)
+
+
+def test_exchange_beyond_a_chunk_and_with_nan() -> None:
+    x, y = torch.randn(700_001), torch.full((700_001,), float("nan"))
+    was = x.clone()
+    tensors.exchange_(x, y)
+    assert torch.equal(y, was)
+    assert x.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lerp_across_dtypes_is_the_lerp_of_the_converted(dtype: torch.dtype, layout: str) -> None:
+    live = LAYOUTS[layout]().to(dtype)
+    slot = torch.randn(6, 8)
+    expected = slot.lerp(live.float(), 0.3)
+    tensors.lerp_([slot], [live], 0.3)
+    assert torch.equal(slot, expected)
+
+
+def test_lerp_across_dtypes_beyond_a_chunk() -> None:
+    live, slot = torch.randn(600_000).bfloat16(), torch.randn(600_000)
+    expected = slot.lerp(live.float(), 0.3)
+    tensors.lerp_([slot], [live], 0.3)
+    assert torch.equal(slot, expected)
+
+
+class FailsAt(torch.utils._python_dispatch.TorchDispatchMode):
+    """Raises in place of the n-th copy, or just after it."""
+
+    def __init__(self, n: int, after: bool) -> None:
+        super().__init__()
+        self.n, self.after = n, after
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        copies = func is torch.ops.aten.copy_.default
+        self.n -= copies
+        fails = copies and self.n == 0
+        if fails and not self.after:
+            raise KeyboardInterrupt
+        out = func(*args, **(kwargs or {}))
+        if fails:
+            raise KeyboardInterrupt
+        return out
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("n", range(1, 9))
+def test_an_exchange_that_is_interrupted_changes_nothing(n: int, after: bool) -> None:
+    x, y = torch.randn(500_000), torch.randn(500_000)
+    was_x, was_y = x.clone(), y.clone()
+    with pytest.raises(KeyboardInterrupt), FailsAt(n, after):
+        tensors.exchange_(x, y)
+    assert torch.equal(x, was_x)
+    assert torch.equal(y, was_y)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
+def test_combine_is_the_weighted_sum(weights: list[float]) -> None:
+    coefficients = [w / sum(weights) for w in weights]
+    parts = [torch.randn(5, dtype=torch.float64) for _ in weights]
+    out = [torch.full((5,), float("nan"), dtype=torch.float64)]
+    tensors.combine_(out, [([p], c) for p, c in zip(parts, coefficients, strict=True)])
+    expected = sum(p * c for p, c in zip(parts, coefficients, strict=True))
+    torch.testing.assert_close(out[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "slot"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float64, None, torch.float64),
+        (torch.bfloat16, None, torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.float8_e4m3fn, None, torch.float32),
+        (torch.complex64, None, torch.complex64),
+        (torch.complex32, None, torch.complex64),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.complex64, torch.float64, torch.complex128),
+    ],
+)
+def test_the_dtype_of_a_slot(
+    dtype: torch.dtype, wanted: torch.dtype | None, slot: torch.dtype
+) -> None:
+    assert tensors.slot_dtype(dtype, wanted) == slot
