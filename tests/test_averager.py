@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -262,6 +264,26 @@ def test_names_are_canonical_under_compile_and_checkpoint_wrappers() -> None:
     for model in (torch.compile(plain), wrapped, nn.DataParallel(plain)):
         rows = Averager(model, Exponential(0.9)).summary().rows  # type: ignore[arg-type]
         assert [row.name for row in rows] == [row.name for row in names]
+
+
+def test_a_model_under_ddp_trains_and_is_averaged_by_its_plain_names(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        model = nn.parallel.DistributedDataParallel(plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        averager = Averager(model, Uniform())
+        path = []
+        for _ in range(3):
+            train(model, optimizer)
+            path.append(snapshot(plain))
+            averager.update()
+        assert averager.average().keys() == plain.state_dict().keys()
+        mean = torch.stack([state["0.weight"] for state in path]).mean(0)
+        torch.testing.assert_close(averager.average()["0.weight"], mean)
+        averager.copy_to(plain)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_submodule_that_is_called_module_keeps_its_name() -> None:
