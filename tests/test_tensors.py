@@ -83,6 +83,32 @@ def test_an_exchange_that_is_interrupted_changes_nothing(n: int, after: bool) ->
     assert torch.equal(y, was_y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_over_large_and_small_is_each_alone_bit_for_bit(dtype: torch.dtype) -> None:
+    sizes = [(7,), (1_500_001,), (3, 5), (1200, 1100), (1,), (2_000_000,)]
+    live = [torch.randn(size).to(dtype) for size in sizes]
+    live[3] = live[3].t()
+    alone = [[torch.randn_like(t, dtype=torch.float32) for t in live] for _ in range(3)]
+    together = [[t.clone() for t in slots] for slots in alone]
+    fractions = [0.3, 1.0, 0.001]
+    tensors.lerp_all_(together, live, fractions)
+    for slots, fraction in zip(alone, fractions, strict=True):
+        for slot, weight in zip(slots, live, strict=True):
+            tensors.lerp_([slot], [weight], fraction)
+    for slots, expected in zip(together, alone, strict=True):
+        for slot, wanted in zip(slots, expected, strict=True):
+            assert torch.equal(slot, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_tensor_of_another_kind_amid_a_list_is_moved_once(count: int) -> None:
+    live = [torch.ones(2), torch.ones(2).double(), torch.ones(2)]
+    averages = [[torch.zeros(2) for _ in live] for _ in range(count)]
+    tensors.lerp_all_(averages, live, [0.25] * count)
+    for slots in averages:
+        assert [slot.tolist() for slot in slots] == [[0.25, 0.25]] * 3
+
+
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
 def test_combine_is_the_weighted_sum(weights: list[float]) -> None:
     coefficients = [w / sum(weights) for w in weights]

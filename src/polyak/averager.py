@@ -22,7 +22,7 @@ from torch import Tensor
 
 from polyak import tensors
 from polyak.applying import Exchange
-from polyak.engine import Average
+from polyak.engine import Average, move_
 from polyak.live import LiveWeights, kind
 from polyak.rules import AVERAGE, Rule
 from polyak.specs import as_rule
@@ -229,8 +229,12 @@ class Averager:
     def _move(self) -> None:
         """One update of every average and of the copies, over the time since the last."""
         groups = self._live.groups()
-        for average in self._averages.values():
-            average.move(self._live, groups, self._elapsed)
+        moves = [
+            move
+            for average in self._averages.values()
+            for move in average.advance(self._live, self._elapsed)
+        ]
+        move_(groups, moves)
         self._copy()
         self._calls, self._elapsed = 0, 0.0
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.engine import Average
+from polyak.engine import Average, move_
 from polyak.live import Groups, LiveWeights
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 from polyak.tensors import slot_dtype
@@ -135,7 +135,8 @@ class EMA(nn.Module):
         if not copies and not self._initted:
             self._initted = True
             self.initted.fill_(1.0)
-        self._average.move(self._live, groups, self._calls - self._average.tick.t)
+        elapsed = self._calls - self._average.tick.t
+        move_(groups, self._average.advance(self._live, elapsed))
         self._finish()
 
     def update_moving_average(
@@ -180,7 +181,7 @@ class EMA(nn.Module):
 
     def _blend(self, fraction: float) -> None:
         groups = self._follow()
-        self._average.blend(self._live, groups, AVERAGE, fraction)
+        move_(groups, [(self._average.groups(self._live, AVERAGE), fraction)])
         self._finish()
 
     def _finish(self) -> None:

@@ -13,6 +13,15 @@ from polyak.live import Groups, LiveWeights
 from polyak.rules import LIVE, START, Rule, Tick
 from polyak.tracking import Tracked, difference, report
 
+Move = tuple[Groups, float]
+
+
+def move_(live: Groups, moves: list[Move]) -> None:
+    """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights."""
+    fractions = [fraction for _, fraction in moves]
+    for g, weights in enumerate(live):
+        tensors.lerp_all_([groups[g] for groups, _ in moves], weights, fractions)
+
 
 class Average:
     """One average: its rule, its clock, and slot by slot its tensors in the live weights' order.
@@ -31,19 +40,21 @@ class Average:
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
 
-    def move(self, live: LiveWeights, groups: Groups, elapsed: float) -> None:
-        """One update: the clock ticks, and each slot that the rule names moves to the live weights."""
-        tick = self.rule.tick(self.tick, elapsed)
-        for slot, fraction in self.rule.fractions(tick).items():
-            self.blend(live, groups, slot, fraction)
-        self.tick = tick
+    def advance(self, live: LiveWeights, elapsed: float) -> list[Move]:
+        """The clock ticks; the slots that the rule now moves, in groups, and how far."""
+        self.tick = self.rule.tick(self.tick, elapsed)
+        fractions = self.rule.fractions(self.tick)
+        return [(self.groups(live, slot), fraction) for slot, fraction in fractions.items()]
 
-    def blend(self, live: LiveWeights, groups: Groups, slot: str, fraction: float) -> None:
-        """`slot <- lerp(slot, live, fraction)`, outside the clock."""
-        if slot not in self.slots:
-            self.slots[slot] = self.empty(live)
-        for stored, weights in zip(self._groups(live, slot), groups, strict=True):
-            tensors.lerp_(stored, weights, fraction)
+    def groups(self, live: LiveWeights, slot: str) -> Groups:
+        """The tensors of a slot in the groups of the live weights; allocated at first use."""
+        if self._generation != live.generation:
+            self._grouped, self._generation = {}, live.generation
+        if slot not in self._grouped:
+            if slot not in self.slots:
+                self.slots[slot] = self.empty(live)
+            self._grouped[slot] = live.group(self.slots[slot])
+        return self._grouped[slot]
 
     def read(self, live: LiveWeights) -> list[Tensor]:
         """The average as fresh tensors, in the live weights' order."""
@@ -52,7 +63,7 @@ class Average:
         live_groups = live.groups()
         for g, group in enumerate(live.group(out)):
             terms = [
-                (live_groups[g] if slot == LIVE else self._groups(live, slot)[g], coefficient)
+                (live_groups[g] if slot == LIVE else self.groups(live, slot)[g], coefficient)
                 for slot, coefficient in coefficients.items()
             ]
             tensors.combine_(group, terms)
@@ -104,13 +115,6 @@ class Average:
         """Makes tensors that belong to someone else (a module) the tensors of a slot."""
         self.slots[slot] = list(stored)
         self._grouped.pop(slot, None)
-
-    def _groups(self, live: LiveWeights, slot: str) -> Groups:
-        if self._generation != live.generation:
-            self._grouped, self._generation = {}, live.generation
-        if slot not in self._grouped:
-            self._grouped[slot] = live.group(self.slots[slot])
-        return self._grouped[slot]
 
     def _empty_like(self, live: Tensor) -> Tensor:
         dtype = tensors.slot_dtype(live.dtype, self._dtype)

@@ -29,13 +29,19 @@ class LiveWeights:
         self._shapes = self._shapes_of(self.tracked)
 
     def groups(self) -> Groups:
-        """The averaged weights in groups of one dtype and device: the hot path."""
+        """The averaged weights in groups of one dtype and device: the hot path.
+
+        A replaced tensor is noticed here. One that was moved in place (`.to`) is noticed by the
+        first of its group, since models move as a whole; any other is still averaged rightly.
+        """
         try:
             now = [holder[leaf] for holder, leaf in self._places]
         except KeyError:
             now = []
         same = len(now) == len(self._now) and all(map(operator.is_, now, self._now))
-        if not same or [kind(t) for t in self._now] != self._kinds:
+        if not same or any(
+            kind(group[0]) != was for group, was in zip(self._groups, self._kinds, strict=False)
+        ):
             self.check("update")
         return self._groups
 
@@ -68,11 +74,10 @@ class LiveWeights:
         self.copied = [item for item in tracked if item.policy == "copy"]
         self._places = [(item.holder, item.leaf) for item in self.averaged]
         self._now = [item.live() for item in self.averaged]
-        self._kinds = [kind(t) for t in self._now]
         indices: dict[Kind, list[int]] = {}
-        for i, key in enumerate(self._kinds):
-            indices.setdefault(key, []).append(i)
-        self._indices = list(indices.values())
+        for i, tensor in enumerate(self._now):
+            indices.setdefault(kind(tensor), []).append(i)
+        self._kinds, self._indices = list(indices), list(indices.values())
         self._groups = self.group(self._now)
         self.generation += 1
 

@@ -6,13 +6,16 @@ is elementwise, so layout, shape and place of a tensor never matter to the resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 19
-"""A temporary is no larger than this: it fits a CPU's cache and adds nothing that is noticed."""
+CHUNK_BYTES = 1 << 20
+"""No temporary is larger than this: it stays in a CPU's cache and adds nothing that is noticed."""
+
+SHARED_BYTES = 1 << 22
+"""As much of the live weights as is moved into every average before the next part is read."""
 
 
 def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -37,14 +40,70 @@ def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     A fraction of 1 is a copy, since a lerp by 1 into a slot that holds inf or NaN stays NaN.
     lerp, not multiply and add: a constant input is then a fixed point, bit for bit.
     """
-    if fraction == 1:
-        torch._foreach_copy_(slots, live)
-    elif _alike(slots, live):
+    lerp_all_([slots], live, [fraction])
+
+
+@torch.no_grad()
+def lerp_all_(averages: list[list[Tensor]], live: list[Tensor], fractions: list[float]) -> None:
+    """`lerp_` of several lists of slots towards the same live weights, which are read once.
+
+    Each list is of one dtype and device. Bytes moved for k lists: 1 + 2k instead of 3k.
+    """
+    lerps = []
+    for slots, fraction in zip(averages, fractions, strict=True):
+        if fraction == 1:
+            torch._foreach_copy_(slots, live)
+        elif fraction != 0:
+            lerps.append((slots, fraction))
+    if len(lerps) == 1 and _alike(lerps[0][0], live):
+        _lerp_alike_(lerps[0][0], live, lerps[0][1])
+    elif lerps:
+        _lerp_in_parts_(lerps, live)
+
+
+def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
+    """One foreach call; where a tensor turns out to be of another kind, the rest in parts."""
+    try:
         torch._foreach_lerp_(slots, live, fraction)
-    elif fraction != 0:
-        for slot, weight in zip(slots, live, strict=True):
-            for a, b in _chunks(slot, weight):
-                a.lerp_(b.to(a.device, a.dtype), fraction)
+    except RuntimeError:
+        alike = [
+            a.dtype == b.dtype and a.device == b.device for a, b in zip(slots, live, strict=True)
+        ]
+        if all(alike):
+            raise
+        first = alike.index(False)  # the call goes through the list and has moved those before
+        for slot, weight in zip(slots[first:], live[first:], strict=True):
+            _lerp_in_parts_([([slot], fraction)], [weight])
+
+
+def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
+    limit = SHARED_BYTES if all(_alike(slots, live) for slots, _ in lerps) else CHUNK_BYTES
+    widest = max(live[0].element_size(), *(slots[0].element_size() for slots, _ in lerps))
+    for rows in _parts([live, *(slots for slots, _ in lerps)], limit // widest):
+        weights = rows[0]
+        for (_, fraction), slots in zip(lerps, rows[1:], strict=True):
+            if not _alike(slots, weights):
+                kind = slots[0]
+                weights = [weight.to(kind.device, kind.dtype) for weight in weights]
+            _lerp_alike_(slots, weights, fraction)
+
+
+def _parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:
+    """Parts of parallel lists of tensors, each of at most `length` elements where layouts allow."""
+    gathered: list[tuple[Tensor, ...]] = []
+    elements = 0
+    for row in zip(*lists, strict=True):
+        numel = row[0].numel()
+        if gathered and elements + numel > length:
+            yield [list(column) for column in zip(*gathered, strict=True)]
+            gathered, elements = [], 0
+        if numel > length:
+            yield from ([[piece] for piece in pieces] for pieces in _pieces(row, length))
+        else:
+            gathered.append(row)
+            elements += numel
+    if gathered:
+        yield [list(column) for column in zip(*gathered, strict=True)]
 
 
 @torch.no_grad()
@@ -68,7 +127,7 @@ def exchange_(a: Tensor, b: Tensor) -> None:
     which autograd does not count: weights that come back bit for bit leave a graph valid.
     """
     done: list[tuple[Tensor, Tensor]] = []
-    for x, y in _chunks(a.data, b.data):
+    for x, y in _pieces((a.data, b.data), CHUNK_BYTES // 2 // a.element_size()):
         kept = x.clone(), y.clone()
         try:
             x.copy_(y)
@@ -87,14 +146,13 @@ def _alike(slots: list[Tensor], live: list[Tensor]) -> bool:
     return slots[0].dtype == live[0].dtype and slots[0].device == live[0].device
 
 
-def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of views that cover both tensors, of at most `CHUNK_BYTES` where the layouts agree."""
-    flat_a, flat_b = _flat(a), _flat(b)
-    if flat_a is None or flat_b is None or (a.stride() != b.stride() and a.numel() > 1):
-        yield a, b
+def _pieces(row: Sequence[Tensor], length: int) -> Iterator[tuple[Tensor, ...]]:
+    """Views that cover tensors of one shape in step; one of each whole where layouts differ."""
+    flat = [_flat(tensor) for tensor in row]
+    if any(f is None for f in flat) or len({t.stride() for t in row}) > 1:
+        yield tuple(row)
         return
-    length = CHUNK_BYTES // max(a.element_size(), b.element_size())
-    yield from zip(torch.split(flat_a, length), torch.split(flat_b, length), strict=True)
+    yield from zip(*(torch.split(f, length) for f in flat if f is not None), strict=True)
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
