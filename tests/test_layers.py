@@ -20,6 +20,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("specs", set()),
     ("theory", {"numpy"}),
     ("tensors", {"torch"}),
+    ("rounding", {"torch"}),
     ("tracking", {"torch"}),
     ("live", {"torch"}),
     ("engine", {"torch"}),
@@ -33,7 +34,11 @@ LAYERS: list[tuple[str, set[str]]] = [
 ]  # fmt: skip
 ORDER = [name for name, _ in LAYERS]
 # A layer that must not see a lower one either.
-FORBIDDEN = {"tensors": {"rules", "specs", "theory"}, "tracking": {"rules", "specs", "theory"}}
+FORBIDDEN = {
+    "tensors": {"rules", "specs", "theory"},
+    "rounding": {"rules", "specs", "theory"},
+    "tracking": {"rules", "specs", "theory"},
+}
 FORBIDDEN |= {"averager": {"theory"}, "ema": {"theory"}, "engine": {"theory"}}
 
 

@@ -24,6 +24,7 @@ from polyak import tensors
 from polyak.applying import Exchange
 from polyak.engine import Average, move_
 from polyak.live import LiveWeights, kind
+from polyak.rounding import Rounding, require_rounding
 from polyak.rules import AVERAGE, Rule
 from polyak.specs import as_rule
 from polyak.summary import Summary, summarise
@@ -44,6 +45,8 @@ class Averager:
         every: calls of `update` per update. Time still counts every call, so the horizon stays:
             `Exponential(d)` with every=4 updates with decay d^4.
         dtype: of the slots; by default that of the weights, and float32 for narrower ones.
+        rounding: of the slots: "nearest", "stochastic" (bfloat16 and float16 slots, right in the
+            mean) or "compensated" (a second tensor a slot holds what rounding dropped).
         device: of the slots; by default that of the weights.
         buffers: "auto" averages BatchNorm's running statistics and copies the others; "copy",
             "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
@@ -69,6 +72,7 @@ class Averager:
         *,
         every: int = 1,
         dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         device: torch.device | str | None = None,
         buffers: Buffers = "auto",
         select: Select = None,
@@ -81,9 +85,11 @@ class Averager:
         self._device = None if device is None else torch.device(device)
         self._live = LiveWeights(model, buffers, select)
         self._averages = {
-            name: Average(rule, dtype=dtype, device=self._device)
+            name: Average(rule, dtype=dtype, device=self._device, rounding=rounding)
             for name, rule in _named(rule).items()
         }
+        first = next(iter(self._averages.values()))
+        require_rounding(rounding, {first.form(item)[1] for item in self._live.averaged})
         self._copies: list[Tensor] = []
         self._calls, self._elapsed = 0, 0.0
         self._applied: str | None = None
@@ -222,9 +228,12 @@ class Averager:
         self._calls, self._elapsed = int(state["calls"]), float(state["elapsed"])
 
     def summary(self) -> Summary:
-        """What was decided for every tensor, the rules, the clock and the memory; prints as a table."""
+        """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
+
+        It warns where rounding to nearest stops a share of the weights. It reads all weights.
+        """
         self._same_model("summary")
-        return summarise(self._averages, self._live, self._copies)
+        return summarise(self._averages, self._live, self._copies, elapsed=float(self._every))
 
     def _move(self) -> None:
         """One update of every average and of the copies, over the time since the last."""

@@ -93,7 +93,7 @@ class EMA(nn.Module):
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
         self._loaded: dict[str, Tensor] = {}
-        self._average = Average(self.rule, dtype=None, device=None)
+        self._average = Average(self.rule)
         self._adopt()
         self.register_state_dict_post_hook(_save_slots)
         self.register_load_state_dict_pre_hook(_read_state)
@@ -181,7 +181,7 @@ class EMA(nn.Module):
 
     def _blend(self, fraction: float) -> None:
         groups = self._follow()
-        move_(groups, [(self._average.groups(self._live, AVERAGE), fraction)])
+        move_(groups, [self._average.move(self._live, AVERAGE, fraction)])
         self._finish()
 
     def _finish(self) -> None:

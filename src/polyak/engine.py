@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,17 +11,55 @@ from torch import Tensor
 
 from polyak import tensors
 from polyak.live import Groups, LiveWeights
+from polyak.rounding import Rounding, compensated_lerp_, stalled, stochastic_lerp_
 from polyak.rules import LIVE, START, Rule, Tick
 from polyak.tracking import Tracked, difference, report
 
-Move = tuple[Groups, float]
+COMPENSATION = ".compensation"
 
 
-def move_(live: Groups, moves: list[Move]) -> None:
+@dataclass(frozen=True)
+class Move:
+    """A slot's tensors in the live weights' groups, how far they move, and how they are rounded."""
+
+    slots: Groups
+    fraction: float
+    residues: Groups | None = None
+    generators: Generators | None = None
+
+
+class Generators:
+    """Random numbers of its own for each device, so that averaging leaves training's alone."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The generator of a device."""
+        if str(device) not in self._of:
+            self._of[str(device)] = torch.Generator(device).manual_seed(0)
+        return self._of[str(device)]
+
+    def state(self) -> dict[str, Tensor]:
+        return {device: generator.get_state() for device, generator in self._of.items()}
+
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
+        for device, held in state.items():
+            self.on(torch.device(device)).set_state(held)
+
+
+def move_(live: Groups, moves: Sequence[Move]) -> None:
     """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights."""
-    fractions = [fraction for _, fraction in moves]
+    plain = [move for move in moves if move.residues is None and move.generators is None]
+    fractions = [move.fraction for move in plain]
     for g, weights in enumerate(live):
-        tensors.lerp_all_([groups[g] for groups, _ in moves], weights, fractions)
+        tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions)
+        for move in moves:
+            if move.residues is not None:
+                compensated_lerp_(move.slots[g], move.residues[g], weights, move.fraction)
+            elif move.generators is not None:
+                generator = move.generators.on(move.slots[g][0].device)
+                stochastic_lerp_(move.slots[g], weights, move.fraction, generator)
 
 
 class Average:
@@ -30,13 +69,20 @@ class Average:
     """
 
     def __init__(
-        self, rule: Rule, *, dtype: torch.dtype | None, device: torch.device | None
+        self,
+        rule: Rule,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        rounding: Rounding = "nearest",
     ) -> None:
         self.rule = rule
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
         self._dtype = dtype
         self._device = device
+        self._compensated = rounding == "compensated"
+        self._generators = Generators() if rounding == "stochastic" else None
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
 
@@ -44,7 +90,27 @@ class Average:
         """The clock ticks; the slots that the rule now moves, in groups, and how far."""
         self.tick = self.rule.tick(self.tick, elapsed)
         fractions = self.rule.fractions(self.tick)
-        return [(self.groups(live, slot), fraction) for slot, fraction in fractions.items()]
+        return [self.move(live, slot, fraction) for slot, fraction in fractions.items()]
+
+    def move(self, live: LiveWeights, slot: str, fraction: float) -> Move:
+        """A slot's move, rounded as this average rounds."""
+        residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
+        return Move(self.groups(live, slot), fraction, residues, self._generators)
+
+    def stalled(self, live: LiveWeights, elapsed: float) -> float:
+        """The share of the weights that differ from their live ones and yet would not move next.
+
+        0 before the first update, and with rounding that never stalls.
+        """
+        if self.tick.n == 0 or self._compensated or self._generators is not None:
+            return 0.0
+        stay = move = 0
+        for slot, fraction in self.rule.fractions(self.rule.tick(self.tick, elapsed)).items():
+            if slot in self.slots and fraction < 1:
+                for slots, weights in zip(self.groups(live, slot), live.groups(), strict=True):
+                    counted = stalled(slots, weights, fraction)
+                    stay, move = stay + counted[0], move + counted[1]
+        return stay / move if move else 0.0
 
     def groups(self, live: LiveWeights, slot: str) -> Groups:
         """The tensors of a slot in the groups of the live weights; allocated at first use."""
@@ -87,17 +153,25 @@ class Average:
         """Rule, clock and slots as data; the tensors are the slots themselves."""
         names = [item.name for item in live.averaged]
         slots = {k: dict(zip(names, held, strict=True)) for k, held in self.slots.items()}
-        return {"rule": str(self.rule), "tick": _tick_data(self.tick), "slots": slots}
+        state = {"rule": str(self.rule), "tick": _tick_data(self.tick), "slots": slots}
+        return state if self._generators is None else {**state, "random": self._generators.state()}
 
     def check_state(self, live: LiveWeights, state: Mapping[str, Any], where: str) -> None:
         """Raises `ValueError` unless a state has this average's slots, names, shapes and dtypes."""
-        unknown = sorted(set(state["slots"]) - set(self.rule.slots))
-        if unknown or (state["tick"][0] > 0 and not state["slots"]):
-            raise ValueError(f"{where}: slots are {list(state['slots'])}, wanted {self.rule.slots}")
+        known = set(self.rule.slots)
+        if self._compensated:
+            known |= {slot + COMPENSATION for slot in self.rule.slots}
+        got = set(state["slots"])
+        if got - known or (state["tick"][0] > 0 and not got):
+            raise ValueError(f"{where}: slots are {sorted(got)}, wanted {sorted(known)}")
+        if self._compensated and any(
+            slot + COMPENSATION not in got for slot in got & set(self.rule.slots)
+        ):
+            raise ValueError(f"{where}: no slot of compensation; the state was rounded to nearest")
         for slot, held in state["slots"].items():
             wanted = {item.name: self.form(item) for item in live.averaged}
-            got = {name: (tuple(t.shape), t.dtype) for name, t in held.items()}
-            if lines := difference(wanted, got):
+            forms = {name: (tuple(t.shape), t.dtype) for name, t in held.items()}
+            if lines := difference(wanted, forms):
                 raise ValueError(report(f"{where}, slot {slot}: other tensors", lines))
 
     @torch.no_grad()
@@ -110,6 +184,8 @@ class Average:
             sources = [held[item.name] for item in live.averaged]
             for stored, source in zip(self.slots[slot], sources, strict=True):
                 stored.copy_(source)
+        if self._generators is not None:
+            self._generators.take_state(state.get("random", {}))
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
         """Makes tensors that belong to someone else (a module) the tensors of a slot."""

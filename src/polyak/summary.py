@@ -11,6 +11,8 @@ from polyak.engine import Average
 from polyak.live import LiveWeights
 from polyak.tracking import Tracked
 
+WORTH_SAYING = 0.01
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,22 +32,35 @@ class Row:
 class Summary:
     """All that an averager decided; `str` of it is a table.
 
-    `memory` is the bytes that the averager holds now; `count` its updates so far.
+    `memory` is the bytes that the averager holds now; `count` its updates so far; `stalled` the
+    share, by average, of the weights that rounding would keep from moving at the next update.
     """
 
     rules: dict[str, str]
     count: int
     memory: int
+    stalled: dict[str, float]
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
         head = [f"{name}: {rule}" for name, rule in self.rules.items()]
         head.append(f"{self.count} updates, {self.memory / 2**20:.1f} MiB held")
+        head += [
+            _warning(name, share) for name, share in self.stalled.items() if share > WORTH_SAYING
+        ]
         cells = [("tensor", "shape", "dtype", "policy", "in", "because")]
         cells += [_cells(row) for row in self.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
         return "\n".join([*head, *(line.rstrip() for line in lines)])
+
+
+def _warning(name: str, share: float) -> str:
+    return (
+        f"warning: {share:.0%} of the weights of {name} that should move would not, at the next "
+        'update: the fraction is below what their slots can express; use rounding="compensated", '
+        "a wider dtype, or a larger every"
+    )
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
@@ -60,7 +75,11 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def summarise(
-    averages: Mapping[str, Average], live: LiveWeights, copies: list[torch.Tensor]
+    averages: Mapping[str, Average],
+    live: LiveWeights,
+    copies: list[torch.Tensor],
+    *,
+    elapsed: float,
 ) -> Summary:
     """The summary of averages over live weights."""
     first = next(iter(averages.values()))
@@ -68,7 +87,8 @@ def summarise(
     held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
     memory = sum(t.numel() * t.element_size() for t in held)
     rules = {name: str(average.rule) for name, average in averages.items()}
-    return Summary(rules, first.tick.n, memory, rows)
+    shares = {name: average.stalled(live, elapsed) for name, average in averages.items()}
+    return Summary(rules, first.tick.n, memory, shares, rows)
 
 
 def _row(item: Tracked, average: Average) -> Row:

@@ -79,7 +79,7 @@ def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float) -> No
 def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
     limit = SHARED_BYTES if all(_alike(slots, live) for slots, _ in lerps) else CHUNK_BYTES
     widest = max(live[0].element_size(), *(slots[0].element_size() for slots, _ in lerps))
-    for rows in _parts([live, *(slots for slots, _ in lerps)], limit // widest):
+    for rows in parts([live, *(slots for slots, _ in lerps)], limit // widest):
         weights = rows[0]
         for (_, fraction), slots in zip(lerps, rows[1:], strict=True):
             if not _alike(slots, weights):
@@ -88,7 +88,7 @@ def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor])
             _lerp_alike_(slots, weights, fraction)
 
 
-def _parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:
+def parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:
     """Parts of parallel lists of tensors, each of at most `length` elements where layouts allow."""
     gathered: list[tuple[Tensor, ...]] = []
     elements = 0
