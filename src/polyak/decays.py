@@ -100,7 +100,8 @@ class Constant(Schedule):
 
 def inverse_power(since: float, inv_gamma: float, power: float) -> float:
     """`1 - (1 + since / inv_gamma) ** -power`: the ramp of `InversePower` before it is clamped."""
-    return 1 - (1 + since / inv_gamma) ** -power
+    below_one: float = (1 + since / inv_gamma) ** -power
+    return 1 - below_one
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ class HalfLifeRamp(Schedule):
         require_positive("HalfLifeRamp.ratio", self.ratio)
 
     def __call__(self, t: float) -> float:
-        return 0.5 ** (1 / min(self.half_life, self.ratio * t))
+        decay: float = 0.5 ** (1 / min(self.half_life, self.ratio * t))
+        return decay
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class AnytimeTail(Schedule):
 
     def __call__(self, t: float) -> float:
         c, before = self.fraction, max(t - 1, 0.0)
-        if t * before < (1 - c) / c**2:
+        if t * before * c * c < 1 - c:
             return before / t
         return c * before / (1 + c * before) * (1 - math.sqrt((1 - c) / (t * before)) / c)
 

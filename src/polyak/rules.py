@@ -122,7 +122,7 @@ class Exponential(Rule):
     def fractions(self, tick: Tick) -> dict[str, float]:
         if tick.n == 1:
             return {AVERAGE: 1.0}
-        decay = self.decay(tick.t) if isinstance(self.decay, Schedule) else self.decay
+        decay = self.decay if isinstance(self.decay, (int, float)) else self.decay(tick.t)
         fraction = 1 - decay**tick.elapsed
         return {AVERAGE: fraction / (1 - decay**tick.t) if self.debias else fraction}
 
@@ -255,7 +255,8 @@ class Bema(Rule):
         return {AVERAGE: 1.0, LIVE: alpha, "anchor": -alpha}
 
     def _decayed(self, since: float, power: float) -> float:
-        return (self.rho + self.gamma * since) ** -power
+        decayed: float = (self.rho + self.gamma * since) ** -power
+        return decayed
 
 
 @dataclass(frozen=True)
@@ -340,8 +341,10 @@ class ArticleEMA(Rule):
     def decay(self, call: float) -> float:
         """beta_t at a call (from 1), and 0 up to call update_after_step + 1."""
         since = call - self.update_after_step - 1
+        if since <= 0:
+            return 0.0
         ramp = inverse_power(since, self.inv_gamma, self.power)
-        return min(max(ramp, self.min_value), self.beta) if since > 0 else 0.0
+        return min(max(ramp, self.min_value), self.beta)
 
     def fractions(self, tick: Tick) -> dict[str, float]:
         newest_copy = tick.t - tick.elapsed if self.first_copy else tick.t

@@ -43,10 +43,11 @@ def parse(spec: str) -> Rule:
     if len(spec) > _LONGEST:
         raise ValueError(f"a spec of {len(spec)} characters, wanted at most {_LONGEST}")
     try:
-        tree = ast.parse(spec.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"spec {spec!r} does not read as name(arguments): {error}") from None
-    rule = _build(tree, spec)
+        rule = _build(ast.parse(spec.strip(), mode="eval").body, spec)
+    except SyntaxError as error:
+        raise ValueError(f"spec {spec!r} does not read as name(arguments): {error.msg}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"spec {spec!r} is nested too deep") from None
     if not isinstance(rule, Rule):
         raise ValueError(f"spec {spec!r} is {rule!r}, wanted a rule; {_known()}")
     return rule
@@ -62,11 +63,21 @@ def _build(node: ast.expr, spec: str) -> object:
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return _quotient(_number(left, spec), _number(right, spec), spec)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            options = {k.arg: _build(k.value, spec) for k in keywords if k.arg is not None}
+            options = _named([(k.arg, _build(k.value, spec)) for k in keywords], spec)
             return _construct(name, [_build(a, spec) for a in args], options, spec)
     raise ValueError(
         f"{ast.unparse(node)!r} in spec {spec!r} is not a number or a call; {_known()}"
     )
+
+
+def _named(options: list[tuple[str | None, object]], spec: str) -> dict[str, object]:
+    """The options by name: each once, and none unpacked by `**`."""
+    names = [name for name, _ in options]
+    for name in names:
+        if name is None or names.count(name) > 1:
+            problem = "unpacks options by **" if name is None else f"gives {name} twice"
+            raise ValueError(f"spec {spec!r} {problem}; wanted each option once, by name")
+    return {str(name): value for name, value in options}
 
 
 def _number(node: ast.expr, spec: str) -> float:
@@ -77,9 +88,10 @@ def _number(node: ast.expr, spec: str) -> float:
 
 
 def _quotient(above: float, below: float, spec: str) -> float:
-    if below == 0:
-        raise ValueError(f"spec {spec!r} divides by 0")
-    return above / below
+    try:
+        return above / below
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{above}/{below} in spec {spec!r}: {error}") from None
 
 
 def _construct(name: str, args: list[object], options: dict[str, object], spec: str) -> object:

@@ -1,0 +1,60 @@
+"""Theory: what an average averages, computed by the code that averages.
+
+The *profile* of a rule is the coefficient of each step's live weights in the average. Half-life,
+mean age, noise gain, cutoff, the equivalent learning-rate schedule are functions of that one array.
+
+>>> from polyak.rules import Exponential, Window
+>>> c = profile("exponential(0.99)", 2000)
+>>> round(half_life(c), 2), round(mean_age(c), 2), round(effective_window(c), 2)
+(68.97, 99.0, 199.0)
+>>> match(Window, like=Exponential(0.99))                 # the mean with the same lag
+Window(size=199)
+>>> equivalents("uniform()")["torch.optim.swa_utils.AveragedModel"]
+'torch.optim.swa_utils.AveragedModel(model)'
+
+The units are steps, and radians per step for frequencies. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+from polyak.theory.explaining import Explanation, explain
+from polyak.theory.libraries import CONVENTIONS, equivalents
+from polyak.theory.matching import match
+from polyak.theory.measures import (
+    FrequencyResponse,
+    cutoff,
+    effective_window,
+    frequency_response,
+    half_life,
+    initial_weight,
+    learning_rate_profile,
+    mean_age,
+    noise_gain,
+    ramp_lag,
+    relative_std,
+    step_response,
+)
+from polyak.theory.profiles import Profile, coefficients, profile
+
+__all__ = [
+    "CONVENTIONS",
+    "Explanation",
+    "FrequencyResponse",
+    "Profile",
+    "coefficients",
+    "cutoff",
+    "effective_window",
+    "equivalents",
+    "explain",
+    "frequency_response",
+    "half_life",
+    "initial_weight",
+    "learning_rate_profile",
+    "match",
+    "mean_age",
+    "noise_gain",
+    "profile",
+    "ramp_lag",
+    "relative_std",
+    "step_response",
+]

@@ -1,0 +1,139 @@
+"""Profiles: what an average averages, found by running its rule.
+
+A rule is fed one unit impulse per update; what comes out is the coefficient of every step's live
+weights in the average. No formula of any average stands here: a rule that `Averager` can train
+with has a profile, and the two are the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak.rules import LIVE, START, Rule, Tick
+from polyak.specs import as_rule
+
+Profile = npt.NDArray[np.float64]
+
+# A weight below this is 0: its square would be a denormal number, and those are slow.
+_NOTHING = 1e-150
+
+
+def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
+    """The coefficient of each step's live weights in the average after `steps` steps.
+
+    `average = sum_i profile[i] * live[i]`: shape (steps,), float64, index 0 is step 1; sums to 1.
+    The rule is updated at steps `every`, 2 `every`, ... with elapsed time `every`, and read out
+    after step `steps`; the other steps have coefficient 0. A rule with a term in the live weights
+    (`Bema`) has it on the last step.
+
+    >>> profile("exponential(0.5)", 4)
+    array([0.125, 0.125, 0.25 , 0.5  ])
+    >>> profile("exponential(0.5)", 4, every=2)
+    array([0.  , 0.25, 0.  , 0.75])
+
+    The first update copies, so it carries the weight of the start: decay ** (updates - 1).
+    A million steps take about a second. Raises `ValueError` unless 1 <= every <= steps.
+    """
+    rule = as_rule(rule)
+    require_steps(steps, every)
+    updates = steps // every
+    sampled, live = _impulse_response(rule, [float(every)] * updates)
+    result = np.zeros(steps)
+    result[every - 1 : updates * every : every] = sampled
+    result[-1] += live
+    return result
+
+
+def coefficients(rule: Rule | str, elapsed: Sequence[float]) -> Profile:
+    """The coefficient of each update's live weights, for updates at any times.
+
+    `elapsed[i]` > 0 is the time from the update before (or from the start) to update i, in the
+    rule's unit: steps, samples, tokens. Shape (updates,), float64; sums to 1.
+
+    >>> coefficients("power(0)", [1, 1, 2])
+    array([0.25, 0.25, 0.5 ])
+
+    Raises `ValueError` for no update, or for a time that is not finite and above 0.
+    """
+    times = np.asarray(elapsed, dtype=np.float64)
+    if times.ndim != 1 or len(times) == 0:
+        raise ValueError(
+            f"elapsed has shape {times.shape}, wanted (updates,): the time that each update spans"
+        )
+    if wrong := [time for time in times.tolist() if not 0 < time < float("inf")]:
+        raise ValueError(f"elapsed has {wrong[0]!r}, wanted finite numbers > 0")
+    result, live = _impulse_response(as_rule(rule), times.tolist())
+    result[-1] += live
+    return result
+
+
+def require_steps(steps: int, every: int) -> None:
+    """Raises `ValueError` unless at least one update happens within the steps."""
+    for name, value in (("steps", steps), ("every", every)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} is {value!r}, wanted an integer >= 1")
+    if steps < every:
+        raise ValueError(
+            f"steps is {steps} and every is {every}: no update has happened yet, so there is no"
+            f" average; ask for {every} steps or more"
+        )
+
+
+def _impulse_response(rule: Rule, elapsed: list[float]) -> tuple[Profile, float]:
+    """The coefficient of every update's live weights, and of the live weights at the readout."""
+    copies, moves, tick = _run(rule, elapsed)
+    result, live = np.zeros(len(elapsed)), 0.0
+    for slot, coefficient in rule.readout(tick).items():
+        if slot == LIVE:
+            live = coefficient
+        elif slot in moves:
+            updates, fractions = (np.array(each) for each in moves[slot])
+            kept = _kept_from(fractions)
+            result[copies[slot]] += coefficient * kept[0]
+            result[updates] += coefficient * fractions * kept[1:]
+        else:
+            result[copies[slot]] += coefficient
+    return result, live
+
+
+def _kept_from(fractions: Profile) -> Profile:
+    """`kept[i]` = product of (1 - fraction) over move i and all later ones; the last entry is 1."""
+    kept = np.ones(len(fractions) + 1)
+    kept[:-1] = np.cumprod((1 - fractions)[::-1])[::-1]
+    kept[kept < _NOTHING] = 0.0
+    return kept
+
+
+_Moves = dict[str, tuple[list[int], list[float]]]
+
+
+def _run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, int], _Moves, Tick]:
+    """For each slot, the update that copied into it last and its moves since; and the clock."""
+    copies: dict[str, int] = {}
+    moves: _Moves = {}
+    tick, next_tick, fractions_at = START, rule.tick, rule.fractions
+    for update, time in enumerate(elapsed):
+        tick = next_tick(tick, time)
+        for slot, fraction in fractions_at(tick).items():
+            if fraction == 1:  # a copy forgets all that was before
+                copies[slot] = update
+                moves.pop(slot, None)
+            elif slot in moves:
+                updates, fractions = moves[slot]
+                updates.append(update)
+                fractions.append(fraction)
+            else:
+                _require_value(rule, slot, fraction, copies)
+                moves[slot] = ([update], [fraction])
+    return copies, moves, tick
+
+
+def _require_value(rule: Rule, slot: str, fraction: float, copies: dict[str, int]) -> None:
+    if slot not in copies:
+        raise ValueError(
+            f"{rule} first moves slot {slot!r} by a fraction of {fraction}, wanted 1: a slot has no"
+            " value before its first copy"
+        )

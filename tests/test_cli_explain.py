@@ -1,0 +1,96 @@
+"""The command line: what it prints and writes, and one clear line for every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import polyak
+from polyak.cli import app
+from polyak.theory import explain
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_explain_prints_a_table_and_writes_the_chart(tmp_path: Path) -> None:
+    done = run("explain", "exponential(0.9)", "--steps", "300", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    for name, value, _ in explain("exponential(0.9)", 300).rows():
+        assert name in done.stdout and value in done.stdout
+    assert "diffusers.training_utils.EMAModel(model.parameters(), decay=0.9" in done.stdout
+    assert "# construct it where the rule makes its first update" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"rule.png", "rule.svg", "rule.html"}
+
+
+def test_explain_says_where_no_library_has_it(tmp_path: Path) -> None:
+    done = run("explain", "window(3)", "--steps", "10", "--every", "2", "--out", str(tmp_path))
+    assert "window(3) after 10 steps, updated every 2 steps" in done.stdout
+    assert "No other library known has it." in done.stdout
+
+
+def test_explain_prints_json(tmp_path: Path) -> None:
+    done = run("explain", "uniform()", "--steps", "99", "--json", "--out", str(tmp_path))
+    found = json.loads(done.stdout)
+    calls = found.pop("equivalents")
+    assert calls["torch.optim.swa_utils.AveragedModel"].endswith("AveragedModel(model)")
+    assert found == explain("uniform()", 99).as_dict()
+
+
+ERRORS = [
+    (["exponential(2)"], "polyak: Exponential.decay is 2, wanted a decay in [0, 1)"),
+    (["exponential("], "polyak: spec 'exponential(' does not read as name(arguments)"),
+    (["ema(0.9)"], "polyak: 'ema' in spec 'ema(0.9)' is unknown; rules: exponential,"),
+    (["uniform()", "--steps", "0"], "polyak: steps is 0, wanted an integer >= 1"),
+    (["uniform()", "--steps", "5", "--every", "6"], "polyak: steps is 5 and every is 6"),
+    (["uniform()", "--steps", "5", "--every", "0"], "polyak: every is 0, wanted an integer >= 1"),
+    (["uniform()", "--steps", "5", "--out", "/dev/null/x"], "polyak: [Errno 20] Not a directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[m for _, m in ERRORS])
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
+    done = run("explain", *arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("polyak.charts", "altair"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(polyak, "charts", raising=False)
+    done = run("explain", "uniform()")
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1 and 'pip install "polyak[study]"' in done.stderr
+
+
+def test_study_article_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[dict[str, object]] = []
+    study = SimpleNamespace(run_article=lambda **options: calls.append(options))
+    monkeypatch.setitem(sys.modules, "polyak.study", study)
+    done = run("study", "article", "--seeds", "3", "--out", str(tmp_path), "--jobs", "2")
+    assert done.exit_code == 0, done.output
+    assert calls == [{"seeds": 3, "out": tmp_path, "jobs": 2}]
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, "polyak 0.1.0\n")
+
+
+def test_without_typer_it_names_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; import polyak.cli"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 1
+    assert done.stderr == 'the command line needs typer: pip install "polyak[cli]"\n'

@@ -1,0 +1,145 @@
+"""Decay schedules: laws of all, the closed form of each, every error message."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyak.decays import (
+    SCHEDULES,
+    AnytimeTail,
+    Constant,
+    Cosine,
+    HalfLifeRamp,
+    InversePower,
+    Polynomial,
+    Ratio,
+    Schedule,
+)
+from rule_examples import SCHEDULE_EXAMPLES
+
+ALL = [schedule for examples in SCHEDULE_EXAMPLES.values() for schedule in examples]
+
+
+def test_every_schedule_has_an_example() -> None:
+    assert set(SCHEDULE_EXAMPLES) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+@settings(max_examples=25)
+@given(t=st.floats(min_value=1, max_value=1e12))
+def test_a_schedule_is_a_decay_at_all_times(schedule: Schedule, t: float) -> None:
+    assert 0 <= schedule(t) <= 1
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_a_schedule_is_a_hashable_frozen_value(schedule: Schedule) -> None:
+    twin = copy.deepcopy(schedule)
+    assert schedule == twin and hash(schedule) == hash(twin)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.extra = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("power", "decay", "t"),
+    [
+        (2 / 3, 0.999, 31_622.8),
+        (2 / 3, 0.9999, 1e6),
+        (3 / 4, 0.999, 1e4),
+        (3 / 4, 0.9999, 215_443.5),
+    ],
+)
+def test_ramps_of_the_article(power: float, decay: float, t: float) -> None:
+    """T: power 2/3 reaches .999 at 31.6 K and .9999 at 1 M; power 3/4 at 10 K and 215.4 K."""
+    schedule = InversePower(power=power)
+    assert schedule(t) == pytest.approx(decay, abs=1e-9)
+    assert schedule(t - 2) < decay < schedule(t + 2)
+
+
+def test_inverse_power_is_clamped_and_starts_with_a_copy() -> None:
+    schedule = InversePower(inv_gamma=5.0, power=1.0, min_decay=0.1, max_decay=0.8)
+    assert (schedule(1), schedule(1e6)) == (0.1, 0.8)
+    assert InversePower()(1) == 0
+
+
+@given(t=st.integers(1, 10**6), inv_gamma=st.floats(1, 50))
+def test_crowson_of_power_one_is_polynomial_averaging(t: int, inv_gamma: float) -> None:
+    """inv_gamma g is exponent g - 1; inv_gamma 1 is the running mean."""
+    crowson = InversePower(inv_gamma=inv_gamma, power=1.0)
+    assert crowson(t) == pytest.approx(Polynomial(inv_gamma - 1)(t), rel=1e-12, abs=1e-15)
+    assert InversePower(power=1.0)(t) == pytest.approx(1 - 1 / t, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("decay", "end"), [(0.999, 8_990), (0.9999, 89_990)])
+def test_the_ratio_ramp_ends_where_its_docstring_says(decay: float, end: int) -> None:
+    assert round((10 * decay - 1) / (1 - decay)) == end
+    ramp = Ratio(decay)
+    assert ramp(end) < decay == ramp(end + 2)
+
+
+def test_cosine_starts_ends_and_is_half_way_in_the_middle() -> None:
+    ramp = Cosine(0.9, steps=100, end=0.99)
+    assert ramp(1) == pytest.approx(0.9)
+    assert ramp(51) == pytest.approx(0.945)
+    assert (ramp(101), ramp(1e9)) == (0.99, 0.99)
+
+
+def test_half_life_ramp_is_a_share_of_the_time_then_constant() -> None:
+    ramp = HalfLifeRamp(1000.0, ratio=0.05)
+    assert ramp(200) == pytest.approx(0.5 ** (1 / 10))
+    assert ramp(20_000) == ramp(1e9) == 0.5 ** (1 / 1000)
+
+
+@pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
+def test_anytime_tail_is_the_mean_until_the_formula_is_a_decay(c: float) -> None:
+    schedule = AnytimeTail(c)
+    for t in range(1, 200):
+        if t * (t - 1) < (1 - c) / c**2:
+            assert schedule(t) == (t - 1) / t
+    assert AnytimeTail(1e-200)(10) == 0.9
+
+
+INFINITE, NAN = math.inf, math.nan
+DECAY = "wanted a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
+POSITIVE = "wanted a finite number > 0"
+ERRORS: list[tuple[Callable[[], object], str]] = [
+    (lambda: Constant(1.0), f"Constant.decay is 1.0, {DECAY}"),
+    (lambda: Constant(NAN), f"Constant.decay is nan, {DECAY}"),
+    (lambda: Constant(True), f"Constant.decay is True, {DECAY}"),
+    (lambda: InversePower(inv_gamma=0), f"InversePower.inv_gamma is 0, {POSITIVE}"),
+    (lambda: InversePower(power=-1), f"InversePower.power is -1, {POSITIVE}"),
+    (
+        lambda: InversePower(min_decay=-0.1),
+        "InversePower.min_decay is -0.1, wanted a decay in [0, 1]",
+    ),
+    (
+        lambda: InversePower(max_decay=1.1),
+        "InversePower.max_decay is 1.1, wanted a decay in [0, 1]",
+    ),
+    (
+        lambda: InversePower(min_decay=0.9, max_decay=0.5),
+        "InversePower (min_decay, max_decay) is (0.9, 0.5), wanted min <= max",
+    ),
+    (lambda: Ratio(1.0), f"Ratio.max_decay is 1.0, {DECAY}"),
+    (lambda: Cosine(1.0, 10), f"Cosine.start is 1.0, {DECAY}"),
+    (lambda: Cosine(0.5, 0), f"Cosine.steps is 0, {POSITIVE}"),
+    (lambda: Cosine(0.5, 10, end=2), "Cosine.end is 2, wanted a decay in [0, 1]"),
+    (lambda: HalfLifeRamp(INFINITE), f"HalfLifeRamp.half_life is inf, {POSITIVE}"),
+    (lambda: HalfLifeRamp(1, ratio=0), f"HalfLifeRamp.ratio is 0, {POSITIVE}"),
+    (lambda: AnytimeTail(1), "AnytimeTail.fraction is 1, wanted a number in (0, 1)"),
+    (lambda: Polynomial(-1), "Polynomial.exponent is -1, wanted a finite number >= 0"),
+    (lambda: Polynomial("3"), "Polynomial.exponent is '3', wanted a finite number >= 0"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("make", "message"), ERRORS, ids=[message for _, message in ERRORS])
+def test_errors(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert str(caught.value) == message

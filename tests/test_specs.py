@@ -1,0 +1,122 @@
+"""Specs: rules as text and back, every error message, and no text that does anything else."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from polyak.decays import InversePower, Ratio
+from polyak.rules import Bema, Exponential, Power, Rule, Tail, Uniform, Window
+from polyak.specs import as_rule, parse
+
+SPECS: list[tuple[str, Rule]] = [
+    ("exponential(0.999)", Exponential(0.999)),
+    ("  exponential ( decay = 0.999 )\n", Exponential(0.999)),
+    ("exponential(0.9, True)", Exponential(0.9, debias=True)),
+    ("exponential(half_life=5000, debias=True)", Exponential.from_half_life(5000, debias=True)),
+    ("exponential(span=19)", Exponential.from_span(19)),
+    ("exponential(inverse_power(power=2/3))", Exponential(InversePower(power=2 / 3))),
+    ("exponential(ratio(0.9999))", Exponential(Ratio(0.9999))),
+    ("power(relative_std=0.1)", Power.from_relative_std(0.1)),
+    ("power(-1/4)", Power(-0.25)),
+    ("uniform()", Uniform()),
+    ("window(1000)", Window(1000)),
+    ("bema(eta=1e-1)", Bema(eta=0.1)),
+    ("tail(tail(uniform(), 5), start=1.5)", Tail(Tail(Uniform(), 5), 1.5)),
+]
+
+
+@pytest.mark.parametrize(("spec", "rule"), SPECS, ids=[spec for spec, _ in SPECS])
+def test_a_spec_is_its_rule(spec: str, rule: Rule) -> None:
+    assert parse(spec) == rule == as_rule(spec) == as_rule(rule)
+
+
+@given(decay=st.floats(0, 1, exclude_max=True), gamma=st.floats(-1, 1e300, exclude_min=True))
+def test_numbers_survive_to_the_last_bit(decay: float, gamma: float) -> None:
+    for rule in (Exponential(decay), Power(gamma), Exponential(InversePower(max_decay=decay))):
+        assert parse(str(rule)) == rule
+
+
+@given(text=st.text(max_size=60))
+@example(text="-" * 900 + "1")
+@example(text="power(" + "9" * 500 + "/3)")
+@example(text="\x00")
+def test_any_text_is_a_rule_or_a_value_error(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert isinstance(parse(text), Rule)
+
+
+KNOWN = (
+    "rules: exponential, power, uniform, window, bema, tail, article_ema; schedules for"
+    " exponential: constant, inverse_power, ratio, cosine, half_life_ramp, anytime_tail, polynomial"
+)
+SYNTAX = "does not read as name(arguments)"
+ERRORS = [
+    ("exponential(", f"spec 'exponential(' {SYNTAX}: '(' was never closed"),
+    ("", f"spec '' {SYNTAX}: invalid syntax"),
+    ("ema(0.9)", f"'ema' in spec 'ema(0.9)' is unknown; {KNOWN}"),
+    ("uniform", f"'uniform' in spec 'uniform' is not a number or a call; {KNOWN}"),
+    ("window('3')", f"\"'3'\" in spec \"window('3')\" is not a number or a call; {KNOWN}"),
+    ("window(1+1)", f"'1 + 1' in spec 'window(1+1)' is not a number or a call; {KNOWN}"),
+    ("os.system(1)", f"'os.system(1)' in spec 'os.system(1)' is not a number or a call; {KNOWN}"),
+    ("0.5", f"spec '0.5' is 0.5, wanted a rule; {KNOWN}"),
+    ("ratio(0.9)", f"spec 'ratio(0.9)' is Ratio(max_decay=0.9), wanted a rule; {KNOWN}"),
+    ("power(1/0)", "1/0 in spec 'power(1/0)': division by zero"),
+    ("power(-uniform())", "'uniform()' in spec 'power(-uniform())' is not a number"),
+    ("power(True/2)", "'True' in spec 'power(True/2)' is not a number"),
+    (
+        "window(3, 4)",
+        "window in spec 'window(3, 4)': too many positional arguments; it takes (size)",
+    ),
+    (
+        "power()",
+        "power in spec 'power()': missing a required argument: 'gamma'; it takes (gamma), or"
+        " relative_std instead of the first",
+    ),
+    (
+        "exponential(half_life=3, span=4)",
+        "exponential in spec 'exponential(half_life=3, span=4)': got an unexpected keyword"
+        " argument 'steps'; it takes (decay, debias), or half_life or span instead of the first",
+    ),
+    (
+        "bema(eta=1, eta=2)",
+        "spec 'bema(eta=1, eta=2)' gives eta twice; wanted each option once, by name",
+    ),
+    (
+        "bema(**1)",
+        "spec 'bema(**1)' unpacks options by **; wanted each option once, by name",
+    ),
+    ("x" * 1001, "a spec of 1001 characters, wanted at most 1000"),
+    ("-" * 900 + "1", f"spec {'-' * 900 + '1'!r} is nested too deep"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), ERRORS, ids=[spec[:40] for spec, _ in ERRORS])
+def test_errors(spec: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(spec)
+    assert str(caught.value) == message
+
+
+WANTED = "wanted a polyak rule such as"
+TYPE_ERRORS = [
+    (0.999, f"a rule is 0.999, {WANTED} Exponential(0.999), or its spec"),
+    (Ratio(0.9), f"a rule is Ratio(max_decay=0.9), {WANTED} Exponential(ratio(0.9)), or its spec"),
+    (None, f"a rule is None, {WANTED} Exponential(0.999), or its spec"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), TYPE_ERRORS, ids=["float", "schedule", "none"])
+def test_what_is_no_rule(value: object, message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        as_rule(value)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_what_is_no_text() -> None:
+    with pytest.raises(TypeError) as caught:
+        parse(3)  # type: ignore[arg-type]
+    assert str(caught.value) == 'a spec is 3, wanted text such as "exponential(0.999)"'

@@ -1,0 +1,87 @@
+"""The curves and the chart of a rule: few points that keep the extremes, four panels, no warning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyak.charts import rule_chart, save
+from polyak.rules import Rule
+from polyak.theory import cutoff, profile
+from polyak.theory.curves import gain_curve, learning_rate_curve, profile_curve, step_curve
+from rule_examples import RULE_EXAMPLES
+
+ALL = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
+
+
+def rows(panel: dict[str, Any], chart: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data of a panel, which altair may have put into the chart's data sets."""
+    data = panel["data"] if "data" in panel else panel["layer"][0]["data"]
+    found: list[dict[str, Any]] = (
+        data["values"] if "values" in data else chart["datasets"][data["name"]]
+    )
+    return found
+
+
+@pytest.mark.parametrize("rule", ALL, ids=str)
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (100, 7)])
+def test_every_rule_has_a_chart_of_four_panels(rule: Rule, steps: int, every: int) -> None:
+    chart = rule_chart(rule, max(steps, every), every=every).to_dict()
+    titles = [panel.get("title") or panel["layer"][0]["title"] for panel in chart["concat"]]
+    assert titles == [
+        "Profile", "Step response", "Frequency response", "Equivalent learning-rate schedule",
+    ]  # fmt: skip
+    for panel in chart["concat"]:
+        points = rows(panel, chart)
+        assert 1 <= len(points) <= 1002
+        assert all(np.isfinite([point["x"], point["y"]]).all() for point in points)
+
+
+def test_a_long_chart_has_few_points() -> None:
+    chart = rule_chart("exponential(0.999)").to_dict()
+    assert [len(rows(panel, chart)) <= 1002 for panel in chart["concat"]] == [True] * 4
+
+
+def test_thinning_keeps_the_spikes_and_the_ends() -> None:
+    c = profile("bema()", 50_000)
+    curve = profile_curve(c)
+    assert len(curve.x) <= 1002
+    assert (curve.x[0], curve.x[-1]) == (0, 49_999)
+    assert (max(curve.y), min(curve.y)) == (c.max(), c.min())
+    multiplier = learning_rate_curve(c)
+    assert (multiplier.x[0], multiplier.x[-1]) == (1, 50_000)
+
+
+def test_curves_end_where_the_weight_does() -> None:
+    c = profile("window(100)", 100_000)
+    assert profile_curve(c).x[-1] == 109
+    assert (step_curve(c).x[0], step_curve(c).y[0]) == (0, 0)
+    assert step_curve(c).y[-1] == pytest.approx(1)
+
+
+def test_a_curve_at_a_coarser_cadence_has_the_updates_only() -> None:
+    curve = profile_curve(profile("exponential(0.9)", 35, every=10), every=10)
+    assert curve.x == [5, 15, 25]
+    assert profile_curve(profile("bema()", 35, every=10), every=10).x == [0, 5, 15, 25]
+
+
+def test_the_gain_curve_has_whole_decades_and_the_cutoff() -> None:
+    c = profile("window(100)", 1000)
+    gain = gain_curve(c)
+    assert (gain.bottom, gain.top, gain.cutoff) == (1e-3, 1.0, cutoff(c))
+    assert min(gain.curve.y) == gain.bottom
+
+
+@pytest.mark.parametrize(("spec", "layers"), [("exponential(0.9)", 4), ("exponential(0.1)", 1)])
+def test_the_cutoff_is_marked_where_it_exists(spec: str, layers: int) -> None:
+    assert len(rule_chart(spec, 100).to_dict()["concat"][2]["layer"]) == layers
+
+
+def test_a_chart_is_saved_as_png_svg_and_html(tmp_path: Path) -> None:
+    save(rule_chart("window(3)", 20), tmp_path / "new", "rule")
+    assert (tmp_path / "new/rule.png").read_bytes().startswith(b"\x89PNG")
+    assert "Step response" in (tmp_path / "new/rule.svg").read_text()
+    assert "https://cdn" not in (tmp_path / "new/rule.html").read_text()[:2000]
