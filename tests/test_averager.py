@@ -481,53 +481,10 @@ def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
         averager.copy_to(nn.Linear(4, 4, bias=False))
 
 
-# attach
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, micro: int = 1) -> None:
-    for _ in range(micro):
-        model(torch.randn(4, 3)).square().mean().backward()
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.randn(4, 3)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def test_attach_counts_optimizer_steps_and_detaches() -> None:
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = Averager(model, Exponential(0.5))
-    handle = averager.attach(optimizer)
-    for _ in range(3):
-        train(model, optimizer, micro=4)
-    assert averager.count == 3
-    handle.remove()
-    train(model, optimizer)
-    assert averager.count == 3
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_scaler_skipped_does_not_count(fused: bool) -> None:
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    averager = Averager(model, Exponential(0.5))
-    averager.attach(optimizer, scaler)
-    for step in range(4):
-        loss = model(torch.randn(4, 3)).square().mean()
-        scaler.scale(loss * (float("inf") if step == 1 else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    assert averager.count == 3
-
-
-def test_a_fused_optimizer_under_an_unknown_scaler_says_so() -> None:
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    scaler = torch.amp.GradScaler("cpu")
-    Averager(model, Exponential(0.5)).attach(optimizer)
-    scaler.scale(model(torch.randn(4, 3)).sum()).backward()
-    with pytest.raises(RuntimeError, match=r"give it to attach\(optimizer, scaler\)"):
-        scaler.step(optimizer)
 
 
 # Errors

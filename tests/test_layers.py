@@ -24,6 +24,8 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("tracking", {"torch"}),
     ("live", {"torch"}),
     ("engine", {"torch"}),
+    ("guard", {"torch"}),
+    ("updating", {"torch"}),
     ("applying", {"torch"}),
     ("summary", {"torch"}),
     ("averager", {"torch"}),

@@ -13,22 +13,23 @@ says (`polyak.rules`) to the tensors that `polyak.tracking` decided on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyak import tensors
 from polyak.applying import Exchange
-from polyak.engine import Average, move_
+from polyak.engine import Average
+from polyak.guard import Attachment
 from polyak.live import LiveWeights, kind
 from polyak.rounding import Rounding, require_rounding
 from polyak.rules import AVERAGE, Rule
 from polyak.specs import as_rule
 from polyak.summary import Summary, summarise
 from polyak.tracking import Buffers, Select, Source, difference, report
+from polyak.updating import Nonfinite, Updating
 
 STATE_FORMAT = 1
 
@@ -52,6 +53,9 @@ class Averager:
             "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
             parameters too.
         select: what is tracked: a pattern, several, or a function of the name. By default all.
+        nonfinite: of an update that finds NaN or inf in the weights: "average" takes them, "skip"
+            leaves the average as it is and counts (`skipped`), "error" raises. The last two read
+            the weights once more; neither waits for a device.
 
     >>> weights = {"w": torch.zeros(2)}
     >>> averager = Averager(weights, "exponential(0.5)")
@@ -76,22 +80,25 @@ class Averager:
         device: torch.device | str | None = None,
         buffers: Buffers = "auto",
         select: Select = None,
+        nonfinite: Nonfinite = "average",
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}, wanted an integer >= 1: calls per update")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, wanted a floating-point dtype for the slots")
-        self._every = every
-        self._device = None if device is None else torch.device(device)
+        place = None if device is None else torch.device(device)
         self._live = LiveWeights(model, buffers, select)
         self._averages = {
-            name: Average(rule, dtype=dtype, device=self._device, rounding=rounding)
+            name: Average(rule, dtype=dtype, device=place, rounding=rounding)
             for name, rule in _named(rule).items()
         }
         first = next(iter(self._averages.values()))
         require_rounding(rounding, {first.form(item)[1] for item in self._live.averaged})
-        self._copies: list[Tensor] = []
-        self._calls, self._elapsed = 0, 0.0
+        self._updating = Updating(
+            self._live,
+            list(self._averages.values()),
+            every=every,
+            nonfinite=nonfinite,
+            device=place,
+        )
         self._applied: str | None = None
 
     @property
@@ -103,7 +110,14 @@ class Averager:
     @property
     def count(self) -> int:
         """How many updates were made: the calls of `update`, divided by `every`."""
+        self._updating.settle()
         return next(iter(self._averages.values())).tick.n
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were left out because weights were not finite (`nonfinite="skip"`)."""
+        self._updating.settle()
+        return self._updating.skipped
 
     def update(self, elapsed: float | None = None) -> None:
         """Counts one call and, at every `every`-th, moves the slots towards the live weights.
@@ -112,26 +126,28 @@ class Averager:
         rule counts. The first update copies. No host synchronisation.
 
         Raises `RuntimeError` inside `applied()` and when the model's tensors are not those of the
-        start; `ValueError` unless elapsed > 0.
+        start; `ValueError` unless elapsed > 0; `FloatingPointError` for weights that are not finite
+        where `nonfinite="error"`.
         """
         self._refuse_applied("update")
         if elapsed is not None and not 0 < elapsed < float("inf"):
             raise ValueError(f"elapsed is {elapsed!r}, wanted a finite number > 0")
-        self._calls += 1
-        self._elapsed += 1.0 if elapsed is None else elapsed
-        if self._calls >= self._every:
-            self._move()
+        self._updating.call(1.0 if elapsed is None else elapsed)
 
-    def attach(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> Any:
+    def attach(
+        self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], scaler: Any = None
+    ) -> Attachment:
         """Calls `update()` after each step of an optimizer; `.remove()` of what it returns detaches.
 
-        Gradient accumulation counts once. A `GradScaler` that skips a step of an ordinary optimizer
-        skips the update with it; a fused optimizer runs its hooks all the same, so give the scaler
-        here: its verdict is then read at every step, which waits for the device.
+        Gradient accumulation counts once. Of several optimizers, an update follows when each has
+        stepped. A `GradScaler` that skips a step of an ordinary optimizer skips the update with it;
+        a fused optimizer runs its hooks all the same, so give the scaler here: a step that it
+        skipped does not count then, and no device is waited for.
 
         Raises `RuntimeError` at a step of a fused optimizer under a scaler that was not given.
         """
-        return optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer, scaler))
+        several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        return Attachment(several, scaler, self._after_steps)
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.
@@ -146,7 +162,7 @@ class Averager:
         average = self._get(name)
         self._ready("average")
         averaged = zip(self._live.averaged, average.read(self._live), strict=True)
-        copied = zip(self._live.copied, self._copies, strict=True)
+        copied = zip(self._live.copied, self._updating.copies, strict=True)
         found = {item.name: tensor for item, tensor in averaged}
         found |= {item.name: tensor.clone() for item, tensor in copied}
         stored = [item for item in self._live.tracked if item.policy != "live"]
@@ -201,14 +217,8 @@ class Averager:
         Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
         """
         self._same_model("state_dict")
-        copies = zip(self._live.copied, self._copies, strict=bool(self._copies))
-        return {
-            "format": STATE_FORMAT,
-            "calls": self._calls,
-            "elapsed": self._elapsed,
-            "copies": {item.name: tensor for item, tensor in copies},
-            "averages": {name: a.state(self._live) for name, a in self._averages.items()},
-        }
+        averages = {name: average.state(self._live) for name, average in self._averages.items()}
+        return {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state that `state_dict` gave, copying its tensors; then training goes on.
@@ -220,12 +230,7 @@ class Averager:
         self._check_state(state)
         for name, average in self._averages.items():
             average.take_state(self._live, state["averages"][name])
-        self._copies = []
-        if state["copies"]:
-            self._copies = self._empty_copies()
-            sources = [state["copies"][item.name] for item in self._live.copied]
-            tensors.lerp_(self._copies, sources, 1.0)
-        self._calls, self._elapsed = int(state["calls"]), float(state["elapsed"])
+        self._updating.take_state(state)
 
     def summary(self) -> Summary:
         """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
@@ -233,28 +238,12 @@ class Averager:
         It warns where rounding to nearest stops a share of the weights. It reads all weights.
         """
         self._same_model("summary")
-        return summarise(self._averages, self._live, self._copies, elapsed=float(self._every))
-
-    def _move(self) -> None:
-        """One update of every average and of the copies, over the time since the last."""
-        groups = self._live.groups()
-        moves = [
-            move
-            for average in self._averages.values()
-            for move in average.advance(self._live, self._elapsed)
-        ]
-        move_(groups, moves)
-        self._copy()
-        self._calls, self._elapsed = 0, 0.0
-
-    def _copy(self) -> None:
-        if self._live.copied:
-            self._copies = self._copies or self._empty_copies()
-            tensors.lerp_(self._copies, [item.live() for item in self._live.copied], 1.0)
-
-    def _empty_copies(self) -> list[Tensor]:
-        live = [item.live() for item in self._live.copied]
-        return [torch.empty_like(t, device=self._device) for t in live]
+        return summarise(
+            self._averages,
+            self._live,
+            self._updating.copies,
+            elapsed=float(self._updating.every),
+        )
 
     def _exchange(self, average: Average) -> Exchange:
         """The plan of `applied`: whose contents are exchanged, which live tensors are kept aside."""
@@ -268,7 +257,7 @@ class Averager:
         read = average.read(self._live) if kept else []
         for i in kept:
             exchange.replace(self._live.averaged[i], read[i])
-        for item, copy in zip(self._live.copied, self._copies, strict=True):
+        for item, copy in zip(self._live.copied, self._updating.copies, strict=True):
             exchange.replace(item, copy)
         return exchange
 
@@ -298,16 +287,16 @@ class Averager:
 
     def _same_model(self, call: str) -> None:
         self._refuse_applied(call)
+        self._updating.settle()
         self._live.check(call)
 
     def _ready(self, call: str) -> None:
-        self._refuse_applied(call)
+        self._same_model(call)
         if self.count == 0:
             raise RuntimeError(
                 f"{call}: there is no average before the first update; call update() after each "
                 "optimizer step"
             )
-        self._live.check(call)
 
     def _get(self, name: str | None) -> Average:
         if name is None and len(self._averages) == 1:
@@ -316,15 +305,9 @@ class Averager:
             raise KeyError(f"average {name!r} is unknown, wanted one of {list(self._averages)}")
         return self._averages[name]
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and scaler is None:
-            raise RuntimeError(
-                "a GradScaler drives this fused optimizer, whose hooks run on skipped steps too: "
-                "give it to attach(optimizer, scaler)"
-            )
-        if found_inf is None or not bool(found_inf):
-            self.update()
+    def _after_steps(self, found_inf: list[Tensor]) -> None:
+        self._refuse_applied("update")
+        self._updating.call(1.0, found_inf)
 
 
 def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:

@@ -18,7 +18,7 @@ from polyak.tracking import Tracked, difference, report
 COMPENSATION = ".compensation"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Move:
     """A slot's tensors in the live weights' groups, how far they move, and how they are rounded."""
 
@@ -48,18 +48,46 @@ class Generators:
             self.on(torch.device(device)).set_state(held)
 
 
-def move_(live: Groups, moves: Sequence[Move]) -> None:
-    """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights."""
-    plain = [move for move in moves if move.residues is None and move.generators is None]
+def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None:
+    """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights.
+
+    Where `ok`, a 0-dim truth on a device, is false, everything stays as it is; no one asks it.
+    """
+    plain = [m for m in moves if m.residues is None and m.generators is None and ok is None]
     fractions = [move.fraction for move in plain]
     for g, weights in enumerate(live):
         tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions)
         for move in moves:
-            if move.residues is not None:
-                compensated_lerp_(move.slots[g], move.residues[g], weights, move.fraction)
-            elif move.generators is not None:
-                generator = move.generators.on(move.slots[g][0].device)
-                stochastic_lerp_(move.slots[g], weights, move.fraction, generator)
+            if ok is not None:
+                _masked_move_(move, g, weights, ok)
+            elif move not in plain:
+                _rounded_move_(move, move.slots[g], weights, move.residues and move.residues[g])
+
+
+def _rounded_move_(
+    move: Move, slots: list[Tensor], live: list[Tensor], residues: list[Tensor] | None
+) -> None:
+    """A move of some of its tensors, with its rounding."""
+    if residues is not None:
+        compensated_lerp_(slots, residues, live, move.fraction)
+    elif move.generators is not None:
+        stochastic_lerp_(slots, live, move.fraction, move.generators.on(slots[0].device))
+    else:
+        tensors.lerp_(slots, live, move.fraction)
+
+
+@torch.no_grad()
+def _masked_move_(move: Move, g: int, live: list[Tensor], ok: Tensor) -> None:
+    """A move that is taken back, part by part, where `ok` is false: NaN times 0 would stay NaN."""
+    written = [move.slots[g]] if move.residues is None else [move.slots[g], move.residues[g]]
+    here = ok.to(written[0][0].device)
+    length = tensors.chunk_length([live[0], written[0][0]], temporaries=3)
+    for weights, *columns in tensors.parts([live, *written], length):
+        before = [[tensor.clone() for tensor in column] for column in columns]
+        _rounded_move_(move, columns[0], weights, columns[1] if len(columns) > 1 else None)
+        for column, held in zip(columns, before, strict=True):
+            for tensor, was in zip(column, held, strict=True):
+                tensor.copy_(torch.where(here, tensor, was))
 
 
 class Average:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from polyak.tensors import CHUNK_BYTES, lerp_, parts
+from polyak.tensors import chunk_length, lerp_, parts
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
 STOCHASTIC = (torch.bfloat16, torch.float16)
@@ -43,7 +43,8 @@ def stochastic_lerp_(
     if fraction == 1:
         lerp_(slots, live, 1.0)
         return
-    for narrow, weights in parts([slots, live], CHUNK_BYTES // 4 // _TEMPORARIES):
+    length = chunk_length([slots[0]], temporaries=2 * _TEMPORARIES)  # float32 ones
+    for narrow, weights in parts([slots, live], length):
         for slot, weight in zip(narrow, weights, strict=True):
             wide = slot.float().lerp_(weight.to(slot.device, torch.float32), fraction)
             slot.copy_(stochastic_round(wide, slot.dtype, generator))
@@ -88,7 +89,7 @@ def compensated_lerp_(
         lerp_(slots, live, 1.0)
         torch._foreach_zero_(residues)
         return
-    length = CHUNK_BYTES // slots[0].element_size() // _TEMPORARIES
+    length = chunk_length([slots[0]], temporaries=_TEMPORARIES)
     for sums, lows, weights in parts([slots, residues, live], length):
         steps = [w.to(s.device, s.dtype) - s for s, w in zip(sums, weights, strict=True)]
         torch._foreach_sub_(steps, lows)
@@ -105,7 +106,8 @@ def compensated_lerp_(
 def stalled(slots: list[Tensor], live: list[Tensor], fraction: float) -> tuple[int, int]:
     """How many weights a lerp to nearest would leave where they are, and how many should move."""
     stay = move = 0
-    for narrow, weights in parts([slots, live], CHUNK_BYTES // 8 // _TEMPORARIES):
+    length = chunk_length([slots[0], live[0]], temporaries=_TEMPORARIES)
+    for narrow, weights in parts([slots, live], length):
         for slot, weight in zip(narrow, weights, strict=True):
             target = weight.to(slot.device, slot.dtype)
             differs = target != slot

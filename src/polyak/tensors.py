@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 20
-"""No temporary is larger than this: it stays in a CPU's cache and adds nothing that is noticed."""
+"""No temporary on a CPU is larger than this: it stays in its cache and is not noticed."""
+
+DEVICE_CHUNK_BYTES = 1 << 25
+"""The same on other devices, where a call costs as much as moving some hundred KiB."""
 
 SHARED_BYTES = 1 << 22
 """As much of the live weights as is moved into every average before the next part is read."""
+
+
+def chunk_length(tensors: Sequence[Tensor], *, temporaries: int = 1) -> int:
+    """How many elements a part may have so that its temporaries stay within a chunk."""
+    size = DEVICE_CHUNK_BYTES if any(t.device.type != "cpu" for t in tensors) else CHUNK_BYTES
+    return size // temporaries // max(t.element_size() for t in tensors)
 
 
 def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -77,9 +86,10 @@ def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float) -> No
 
 
 def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
-    limit = SHARED_BYTES if all(_alike(slots, live) for slots, _ in lerps) else CHUNK_BYTES
-    widest = max(live[0].element_size(), *(slots[0].element_size() for slots, _ in lerps))
-    for rows in parts([live, *(slots for slots, _ in lerps)], limit // widest):
+    length = chunk_length([live[0], *(slots[0] for slots, _ in lerps)])
+    if all(_alike(slots, live) for slots, _ in lerps):
+        length = max(length, SHARED_BYTES // live[0].element_size())
+    for rows in parts([live, *(slots for slots, _ in lerps)], length):
         weights = rows[0]
         for (_, fraction), slots in zip(lerps, rows[1:], strict=True):
             if not _alike(slots, weights):
@@ -127,7 +137,7 @@ def exchange_(a: Tensor, b: Tensor) -> None:
     which autograd does not count: weights that come back bit for bit leave a graph valid.
     """
     done: list[tuple[Tensor, Tensor]] = []
-    for x, y in _pieces((a.data, b.data), CHUNK_BYTES // 2 // a.element_size()):
+    for x, y in _pieces((a.data, b.data), chunk_length([a], temporaries=2)):
         kept = x.clone(), y.clone()
         try:
             x.copy_(y)

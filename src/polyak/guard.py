@@ -1,0 +1,90 @@
+"""Guards: steps that must not count, told by a device and never waited for.
+
+A scaler that skipped a step and weights that are not finite are known on the device first. There the
+update is masked at once, without asking; the host hears of it at the next call, when the answer has
+long arrived, and takes the clock back. On the CPU the answer is there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.live import Groups
+
+
+class Verdict:
+    """A yes or no computed on a device; `ask` waits only if the copy to the host is under way."""
+
+    def __init__(self, yes: Tensor) -> None:
+        self.yes = yes
+        self._host, self._event = yes, None
+        if yes.device.type == "cuda":
+            self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._host.copy_(yes, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ask(self) -> bool:
+        """The answer."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._host)
+
+
+def finite(live: Groups) -> Tensor:
+    """Whether all weights are finite, as a 0-dim tensor on the device of the first of them."""
+    norms = [
+        norm.float()
+        for group in live
+        for norm in torch._foreach_norm(
+            [w for w in group if w.numel()] or [group[0].new_zeros(1)], ord=torch.inf
+        )
+    ]
+    device = live[0][0].device
+    return torch.stack([norm.to(device) for norm in norms]).isfinite().all()
+
+
+def stepped(found_inf: Sequence[Tensor]) -> Tensor:
+    """Whether at least one optimizer took its step, from what a `GradScaler` left in each."""
+    device = found_inf[0].device
+    flags = [flag.reshape(()).to(device) == 0 for flag in found_inf]
+    return torch.stack(flags).any()
+
+
+class Attachment:
+    """Hooks on optimizers that call back once each of them has taken its step."""
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        scaler: Any,
+        step: Callable[[list[Tensor]], None],
+    ) -> None:
+        self._expected = {id(optimizer) for optimizer in optimizers}
+        self._scaler = scaler
+        self._step = step
+        self._found: dict[int, Tensor | None] = {}
+        self._handles = [o.register_step_post_hook(self._after_step) for o in optimizers]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and self._scaler is None:
+            raise RuntimeError(
+                "a GradScaler drives this fused optimizer, whose hooks run on skipped steps too: "
+                "give it to attach(optimizer, scaler)"
+            )
+        self._found[id(optimizer)] = found_inf
+        if self._found.keys() == self._expected:
+            flags = [flag for flag in self._found.values() if flag is not None]
+            certain = len(flags) < len(self._found)  # an optimizer without a flag did step
+            self._found = {}
+            self._step([] if certain else flags)

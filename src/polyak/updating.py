@@ -1,0 +1,176 @@
+"""Updating: when slots move and whether a call counts. One object keeps calls, time and guards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from polyak import tensors
+from polyak.engine import Average, move_
+from polyak.guard import Verdict, finite, stepped
+from polyak.live import LiveWeights
+from polyak.rules import Tick
+
+Nonfinite = Literal["average", "skip", "error"]
+
+
+class _Moment(NamedTuple):
+    """The clock between two calls: calls and time since the last update, each average's tick."""
+
+    calls: int
+    elapsed: float
+    ticks: tuple[Tick, ...]
+
+
+class _Pending(NamedTuple):
+    """A masked update whose verdicts are on their way, and the moments to go back to."""
+
+    stepped: Verdict | None
+    finite: Verdict | None
+    before: _Moment
+    called: _Moment
+
+
+class Updating:
+    """Counts calls, moves the slots at every `every`-th, and leaves out what must not count."""
+
+    def __init__(
+        self,
+        live: LiveWeights,
+        averages: Sequence[Average],
+        *,
+        every: int,
+        nonfinite: Nonfinite,
+        device: torch.device | None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}, wanted an integer >= 1: calls per update")
+        if nonfinite not in get_args(Nonfinite):
+            raise ValueError(f'nonfinite is {nonfinite!r}, wanted "average", "skip" or "error"')
+        self.every = every
+        self.skipped = 0
+        self.copies: list[Tensor] = []
+        self._live = live
+        self._averages = averages
+        self._nonfinite = nonfinite
+        self._device = device
+        self._calls, self._elapsed = 0, 0.0
+        self._pending: _Pending | None = None
+
+    def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
+        """One call, `elapsed` after the last; `found_inf` is what a scaler left in the optimizers."""
+        self.settle()
+        groups = self._live.groups()
+        before = self._moment()
+        took = stepped(found_inf) if found_inf else None
+        if took is not None and not _deferred(took) and not took:
+            return
+        self._calls, self._elapsed = self._calls + 1, self._elapsed + elapsed
+        called = self._moment()
+        clean = None
+        if self._calls >= self.every:
+            clean = finite(groups) if self._nonfinite != "average" else None
+            if clean is not None and not _deferred(clean) and not clean:
+                self._refuse(called)
+                return
+            self._move(_both(took, clean))
+        if took is not None or clean is not None:
+            verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
+            self._pending = _Pending(verdicts[0], verdicts[1], before, called)
+
+    def settle(self) -> None:
+        """Hears the verdicts of the call before, if any are out, and takes the clock back."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.stepped is not None and not pending.stepped.ask():
+            self._back_to(pending.before)
+        elif pending.finite is not None and not pending.finite.ask():
+            self._refuse(pending.called)
+
+    def state(self) -> dict[str, Any]:
+        """Calls and time since the last update, and the copied tensors, as data."""
+        copies = zip(self._live.copied, self.copies, strict=bool(self.copies))
+        return {
+            "calls": self._calls,
+            "elapsed": self._elapsed,
+            "skipped": self.skipped,
+            "copies": {item.name: tensor for item, tensor in copies},
+        }
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave, copying its tensors."""
+        self._pending = None
+        self._calls, self._elapsed = int(state["calls"]), float(state["elapsed"])
+        self.skipped = int(state["skipped"])
+        self.copies = []
+        if state["copies"]:
+            self.copies = self._empty_copies()
+            sources = [state["copies"][item.name] for item in self._live.copied]
+            tensors.lerp_(self.copies, sources, 1.0)
+
+    def _move(self, ok: Tensor | None) -> None:
+        """One update of every average and of the copies, over the time since the last."""
+        averages = [average.advance(self._live, self._elapsed) for average in self._averages]
+        move_(self._live.groups(), [move for moves in averages for move in moves], ok)
+        self._copy(ok)
+        self._calls, self._elapsed = 0, 0.0
+
+    def _copy(self, ok: Tensor | None) -> None:
+        if not self._live.copied:
+            return
+        live = [item.live() for item in self._live.copied]
+        self.copies = self.copies or self._empty_copies()
+        if ok is not None:
+            pairs = zip(self.copies, live, strict=True)
+            live = [torch.where(ok.to(b.device), b, a.to(b.device, b.dtype)) for a, b in pairs]
+        tensors.lerp_(self.copies, live, 1.0)
+
+    def _empty_copies(self) -> list[Tensor]:
+        live = [item.live() for item in self._live.copied]
+        return [torch.empty_like(t, device=self._device) for t in live]
+
+    def _moment(self) -> _Moment:
+        return _Moment(self._calls, self._elapsed, tuple(a.tick for a in self._averages))
+
+    def _back_to(self, moment: _Moment) -> None:
+        self._calls, self._elapsed = moment.calls, moment.elapsed
+        for average, tick in zip(self._averages, moment.ticks, strict=True):
+            average.tick = tick
+
+    def _refuse(self, called: _Moment) -> None:
+        """Leaves out an update of weights that are not finite: its time counts in the next."""
+        self._back_to(called._replace(calls=0))
+        if self._nonfinite == "error":
+            raise FloatingPointError(
+                f"update: {self._culprits()} not finite; the average is as it was before. Mend the "
+                'weights or the training, or leave such updates out with nonfinite="skip"'
+            )
+        self.skipped += 1
+
+    def _culprits(self) -> str:
+        named = (item for item in self._live.averaged if not item.live().isfinite().all())
+        names = [item.name for item in named]
+        return (
+            f"{', '.join(names[:8])} {'are' if len(names) > 1 else 'is'}"
+            if names
+            else "weights were"
+        )
+
+
+def _deferred(flag: Tensor) -> bool:
+    """Whether a flag is on a device that would have to be waited for."""
+    return flag.device.type != "cpu"
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The flags that are still open, as one; None where there is nothing to mask."""
+    open_flags = [flag for flag in (a, b) if flag is not None and _deferred(flag)]
+    return (
+        None
+        if not open_flags
+        else open_flags[0].logical_and(open_flags[-1].to(open_flags[0].device))
+    )
