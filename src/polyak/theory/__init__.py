@@ -17,6 +17,7 @@ The units are steps, and radians per step for frequencies. Nothing here loads to
 
 from __future__ import annotations
 
+from polyak.theory.cadence import cadence, displacement
 from polyak.theory.explaining import Explanation, explain
 from polyak.theory.libraries import CONVENTIONS, equivalents
 from polyak.theory.matching import match
@@ -41,8 +42,10 @@ __all__ = [
     "Explanation",
     "FrequencyResponse",
     "Profile",
+    "cadence",
     "coefficients",
     "cutoff",
+    "displacement",
     "effective_window",
     "equivalents",
     "explain",
