@@ -25,6 +25,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("live", {"torch"}),
     ("engine", {"torch"}),
     ("guard", {"torch"}),
+    ("offload", {"torch"}),
     ("updating", {"torch"}),
     ("applying", {"torch"}),
     ("summary", {"torch"}),

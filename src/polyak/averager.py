@@ -48,7 +48,8 @@ class Averager:
         dtype: of the slots; by default that of the weights, and float32 for narrower ones.
         rounding: of the slots: "nearest", "stochastic" (bfloat16 and float16 slots, right in the
             mean) or "compensated" (a second tensor a slot holds what rounding dropped).
-        device: of the slots; by default that of the weights.
+        device: of the slots; by default that of the weights. Slots on the CPU of CUDA weights
+            are moved beside the training (`polyak.offload`), best with `attach`.
         buffers: "auto" averages BatchNorm's running statistics and copies the others; "copy",
             "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
             parameters too.
@@ -147,7 +148,7 @@ class Averager:
         Raises `RuntimeError` at a step of a fused optimizer under a scaler that was not given.
         """
         several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        return Attachment(several, scaler, self._after_steps)
+        return Attachment(several, scaler, self._after_steps, self._updating.before_step)
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.

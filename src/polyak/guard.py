@@ -63,12 +63,14 @@ class Attachment:
         optimizers: Sequence[torch.optim.Optimizer],
         scaler: Any,
         step: Callable[[list[Tensor]], None],
+        before: Callable[[], None],
     ) -> None:
         self._expected = {id(optimizer) for optimizer in optimizers}
         self._scaler = scaler
         self._step = step
         self._found: dict[int, Tensor | None] = {}
         self._handles = [o.register_step_post_hook(self._after_step) for o in optimizers]
+        self._handles += [o.register_step_pre_hook(lambda *_: before()) for o in optimizers]
 
     def remove(self) -> None:
         """Takes the hooks off."""

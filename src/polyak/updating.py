@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from polyak import tensors
-from polyak.engine import Average, move_
+from polyak.engine import Average, Move, move_
 from polyak.guard import Verdict, finite, stepped
-from polyak.live import LiveWeights
+from polyak.live import Groups, LiveWeights
+from polyak.offload import Courier, courier_for
 from polyak.rules import Tick
 
 Nonfinite = Literal["average", "skip", "error"]
@@ -59,10 +60,11 @@ class Updating:
         self._device = device
         self._calls, self._elapsed = 0, 0.0
         self._pending: _Pending | None = None
+        self._courier: Courier | None = None
 
     def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
         """One call, `elapsed` after the last; `found_inf` is what a scaler left in the optimizers."""
-        self.settle()
+        self._hear()
         groups = self._live.groups()
         before = self._moment()
         took = stepped(found_inf) if found_inf else None
@@ -82,6 +84,12 @@ class Updating:
             self._pending = _Pending(verdicts[0], verdicts[1], before, called)
 
     def settle(self) -> None:
+        """Waits for slots that still move, and hears the verdict of the call before."""
+        if self._courier is not None:
+            self._courier.join()
+        self._hear()
+
+    def _hear(self) -> None:
         """Hears the verdicts of the call before, if any are out, and takes the clock back."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -112,18 +120,46 @@ class Updating:
             sources = [state["copies"][item.name] for item in self._live.copied]
             tensors.lerp_(self.copies, sources, 1.0)
 
+    def before_step(self) -> None:
+        """What an optimizer's step must wait for, on the device: a copy of the weights under way."""
+        if self._courier is not None:
+            self._courier.held = True
+            self._courier.before_write()
+
     def _move(self, ok: Tensor | None) -> None:
         """One update of every average and of the copies, over the time since the last."""
+        groups = self._live.groups()
+        if self._courier is None:
+            self._courier = courier_for(groups[0][0], self._device)
         averages = [average.advance(self._live, self._elapsed) for average in self._averages]
-        move_(self._live.groups(), [move for moves in averages for move in moves], ok)
-        self._copy(ok)
+        moves = [move for moves in averages for move in moves]
         self._calls, self._elapsed = 0, 0.0
+        copied = [item.live() for item in self._live.copied]
+        if copied and not self.copies:
+            self.copies = self._empty_copies()
+        if self._courier is None:
+            move_(groups, moves, ok)
+            self._copy(copied, ok)
+        else:
+            self._send(groups, copied, moves, ok)
 
-    def _copy(self, ok: Tensor | None) -> None:
-        if not self._live.copied:
+    def _send(
+        self, groups: Groups, copied: list[Tensor], moves: list[Move], ok: Tensor | None
+    ) -> None:
+        """The update by courier: weights, copied tensors and the verdict travel together."""
+
+        def arrived(staged: Groups) -> None:
+            *weights, copies, verdict = staged
+            if not verdict or bool(verdict[0]):
+                move_(weights, moves)
+                self._copy(copies, None)
+
+        assert self._courier is not None
+        self._courier.send([*groups, copied, [] if ok is None else [ok]], arrived)
+
+    def _copy(self, live: list[Tensor], ok: Tensor | None) -> None:
+        if not live:
             return
-        live = [item.live() for item in self._live.copied]
-        self.copies = self.copies or self._empty_copies()
         if ok is not None:
             pairs = zip(self.copies, live, strict=True)
             live = [torch.where(ok.to(b.device), b, a.to(b.device, b.dtype)) for a, b in pairs]
