@@ -34,6 +34,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("charts", {"altair"}),
     ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "rich"}),
     ("cli", {"typer", "rich"}),
+    ("__main__", set()),
 ]  # fmt: skip
 ORDER = [name for name, _ in LAYERS]
 # A layer that must not see a lower one either.
