@@ -29,6 +29,7 @@ RULE_EXAMPLES: dict[type[Rule], list[Rule]] = {
         Exponential(0.9),
         Exponential(0.0),
         Exponential(0.9, debias=True),
+        Exponential(0.0, debias=True),
         *(Exponential(s) for examples in SCHEDULE_EXAMPLES.values() for s in examples),
     ],
     Power: [Power(3.0), Power(0.0), Power(-0.3), Power.from_relative_std(0.1)],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from models import Everything, assert_same, everything, pointers, snapshot, wander
-from polyak import Averager, Exponential, Uniform
+from polyak import Averager, Exponential, Uniform, Window
 from polyak.rules import Rule
 from polyak.tensors import exchange_
 from rule_examples import RULE_EXAMPLES
@@ -129,7 +132,9 @@ def test_weights_written_to_inside_are_reported_and_the_live_ones_are_back() -> 
     model, averager = moved(Exponential(0.9))
     live = snapshot(model)
     with (
-        pytest.raises(RuntimeError, match=r"body.weight were written to inside the block"),
+        pytest.raises(
+            RuntimeError, match=r"body.weight was written to. .* and the average is spoilt"
+        ),
         averager.applied(),
         torch.no_grad(),
     ):
@@ -147,20 +152,135 @@ def test_a_forward_in_train_mode_inside_does_not_touch_the_average() -> None:
     assert_same(averager.average(), average)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_replaced_or_moved_inside_come_back(dtype: torch.dtype) -> None:
+def test_weights_replaced_inside_come_back_and_the_average_stays() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     averager = Averager(model, Exponential(0.9))
     averager.update()
     wander(model, 0)
     live, average = snapshot(model), averager.average()
-    with averager.applied():
-        model.to(dtype)
-        state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
+    state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
+    with (
+        pytest.raises(
+            RuntimeError, match=r"0.weight was replaced; .* what was put there is dropped"
+        ),
+        averager.applied(),
+    ):
         model.load_state_dict(state, assign=True)
-    after = {name: tensor.to(live[name].dtype) for name, tensor in snapshot(model).items()}
-    assert_same(after, live)
+    assert_same(snapshot(model), live)
     assert_same(averager.average(), average)
+
+
+def test_weights_moved_inside_come_back_and_the_average_is_spoilt() -> None:
+    model = nn.Linear(3, 4)
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    saved = copy.deepcopy(averager.state_dict())
+    average = averager.average()
+    wander(model, 0)
+    live = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"weight was moved; bias was moved"), averager.applied():
+        model.bfloat16().float()
+    assert_same(snapshot(model), live)
+    for call in (averager.average, averager.state_dict, lambda: averager.applied().__enter__()):
+        with pytest.raises(RuntimeError, match=r"load a saved state first.*the average is spoilt"):
+            call()
+    averager.load_state_dict(saved)
+    assert_same(averager.average(), average)
+
+
+def test_an_exception_after_a_write_says_so_in_a_note() -> None:
+    model = nn.Linear(3, 4)
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    live = snapshot(model)
+    with pytest.raises(ValueError, match="mine") as raised, averager.applied(), torch.no_grad():
+        model.weight.fill_(9.0)
+        raise ValueError("mine")
+    assert "weight was written to" in raised.value.__notes__[0]
+    assert_same(snapshot(model), live)
+    with pytest.raises(RuntimeError, match="average: load a saved state first"):
+        averager.average()
+
+
+def test_writes_to_weights_kept_aside_are_reported_and_dropped() -> None:
+    model = nn.Linear(3, 4)
+    averager = Averager(model, Window(2))
+    averager.update()
+    averager.update()
+    average = averager.average()
+    with (
+        pytest.raises(
+            RuntimeError, match=r"weight was written to. .* what was put there is dropped"
+        ),
+        averager.applied(),
+        torch.no_grad(),
+    ):
+        model.weight.fill_(9.0)
+    assert_same(averager.average(), average)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_tensor_removed_inside_does_not_keep_the_others() -> None:
+    plain, normed = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Sequential(plain, torch.nn.utils.weight_norm(normed))
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    wander(model, 0)
+    live = plain.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"1.weight_g was removed"), averager.applied():
+        torch.nn.utils.remove_weight_norm(normed)
+    assert torch.equal(plain.weight, live)
+    with pytest.raises(RuntimeError, match=r"missing: 1.weight_g"):
+        averager.update()
+
+
+CTRL_C = """
+import os, signal, sys, threading, time
+import torch, polyak
+torch.set_num_threads(1)
+kinds = {"large": [4_000_000], "small": [8] * 2000}
+weights = {str(i): torch.full((n,), 3.0) for i, n in enumerate(kinds[sys.argv[1]])}
+averager = polyak.Averager(weights, "exponential(0.5)")
+for tensor in weights.values():
+    tensor.fill_(1.0)
+averager.update()
+for tensor in weights.values():
+    tensor.fill_(3.0)
+averager.update()
+with averager.applied():
+    pass
+began = time.perf_counter()
+with averager.applied():
+    pass
+span = time.perf_counter() - began
+hits = 0
+for trial in range(60):
+    def interrupt():
+        time.sleep(1.2 * span * trial / 60)
+        os.kill(os.getpid(), signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        with averager.applied():
+            pass
+        thread.join()
+        time.sleep(0.01)
+    except KeyboardInterrupt:
+        hits += 1
+    thread.join()
+    assert all(bool((tensor == 3.0).all()) for tensor in weights.values()), trial
+    assert all(bool((tensor == 2.0).all()) for tensor in averager.average().values()), trial
+assert hits == 60, hits
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["large", "small"])
+def test_ctrl_c_at_any_moment_loses_nothing(kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C, kind], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_graph_recorded_before_is_still_valid() -> None:
@@ -207,7 +327,7 @@ def test_a_single_slot_needs_no_third_copy() -> None:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.clone.default:
+            if func in (torch.ops.aten.clone.default, torch.ops.aten.empty_like.default):
                 largest = max(largest, out.numel() * out.element_size())
             return out
 

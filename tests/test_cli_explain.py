@@ -53,6 +53,11 @@ ERRORS = [
     (["uniform()", "--steps", "0"], "polyak: steps is 0, wanted an integer >= 1"),
     (["uniform()", "--steps", "5", "--every", "6"], "polyak: steps is 5 and every is 6"),
     (["uniform()", "--steps", "5", "--every", "0"], "polyak: every is 0, wanted an integer >= 1"),
+    (["uniform()", "--every", "0"], "polyak: every is 0, wanted an integer >= 1"),
+    (["uniform()", "--steps", "1" + 30 * "0"], f"polyak: steps is {10**30}, wanted at most 100,0"),
+    (["uniform()", "--steps", "1" + 17 * "0"], f"polyak: steps is {10**17}, wanted at most 100,0"),
+    (["uniform()", "--every", "1" + 17 * "0"], f"polyak: every is {10**17}, wanted at most 100,0"),
+    (["exponential(0.9, 9)"], "polyak: Exponential.debias is 9, wanted True or False"),
     (["uniform()", "--steps", "5", "--out", "/dev/null/x"], "polyak: [Errno 20] Not a directory"),
 ]
 
@@ -62,6 +67,42 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     done = run("explain", *arguments)
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+SEE = "; see polyak explain --help\n"
+USAGE_ERRORS = [
+    (["explain"], "polyak: Missing argument ", SEE),
+    (["explain", "uniform()", "3"], "polyak: Got unexpected extra argument", SEE),
+    (["explain", "uniform()", "3\n4"], "polyak: Got unexpected extra argument", SEE),
+    (["explain", "uniform()", "--stepp", "3"], "polyak: No such option: --stepp", SEE),
+    (["explain", "uniform()", "--steps", "x"], "polyak: Invalid value for '--steps': ", SEE),
+    (["explain", "uniform()", "--steps"], "polyak: Option '--steps' requires an argument", "\n"),
+    (["explian"], "polyak: No such command 'explian'", "; see polyak --help\n"),
+    (["study", "book"], "polyak: No such command 'book'", "; see polyak study --help\n"),
+    (["--stepp"], "polyak: No such option: --stepp", "; see polyak --help\n"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "end"), USAGE_ERRORS, ids=[" ".join(a) for a, _, _ in USAGE_ERRORS]
+)
+def test_errors_of_usage_are_one_line(arguments: list[str], start: str, end: str) -> None:
+    done = CliRunner().invoke(app, arguments, prog_name="polyak")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(start) and done.stderr.endswith(end)
+    assert done.stderr.count("\n") == 1
+
+
+def test_errors_of_usage_are_one_line_outside_of_the_tests_runner() -> None:
+    command = [sys.executable, "-m", "polyak", "explain"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("polyak: Missing argument") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["study"]], ids=str)
+def test_without_a_command_it_prints_the_help(arguments: list[str]) -> None:
+    assert "Usage: polyak" in CliRunner().invoke(app, arguments, prog_name="polyak").output
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

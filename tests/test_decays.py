@@ -96,6 +96,12 @@ def test_half_life_ramp_is_a_share_of_the_time_then_constant() -> None:
     assert ramp(20_000) == ramp(1e9) == 0.5 ** (1 / 1000)
 
 
+@pytest.mark.parametrize("tiny", [5e-324, 1e-310, 1e-200])
+def test_half_life_ramp_of_next_to_nothing_keeps_nothing(tiny: float) -> None:
+    assert HalfLifeRamp(1.0, ratio=tiny)(0.1) == HalfLifeRamp(tiny)(0.1) == 0
+    assert HalfLifeRamp(tiny, ratio=tiny)(tiny) == 0
+
+
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
 def test_anytime_tail_is_the_mean_until_the_formula_is_a_decay(c: float) -> None:
     schedule = AnytimeTail(c)

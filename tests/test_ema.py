@@ -240,8 +240,11 @@ def test_the_model_is_a_module_and_not_its_own_average() -> None:
     with pytest.raises(TypeError, match=r"model is dict, wanted a torch.nn.Module"):
         EMA({"w": torch.ones(1)})  # type: ignore[arg-type]
     model = network()
-    with pytest.raises(ValueError, match="ema_model is the model itself"):
+    with pytest.raises(ValueError, match=r"ema_model shares 0.weight with the model"):
         EMA(model, model)
+    with pytest.raises(ValueError, match=r"ema_model shares 0.weight with the model"):
+        EMA(torch.nn.Sequential(*model), ema_model=lambda: model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="averages this EMA's own models and no others"):
         EMA(model).update_moving_average(network(), model)
 
@@ -308,6 +311,46 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(dtype: torch.dtype, st
     second.load_state_dict(torch.load(file, weights_only=True))
     run(second, range(stop, 40))
     assert_same(dict(second.state_dict()), dict(undisturbed.state_dict()))
+
+
+class Crossed(nn.Module):
+    """The same two layers as its mirror image, registered in the other order."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        for name in (first, second):
+            setattr(self, name, nn.Linear(2, 2, bias=False))
+
+
+def test_the_models_are_paired_by_name_whatever_their_order() -> None:
+    model, carrier = Crossed("x", "y"), Crossed("y", "x")
+    ema = EMA(model, carrier, update_every=1)
+    run(ema, range(3))
+    assert torch.equal(carrier.x.weight, model.x.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(carrier.y.weight, model.y.weight)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("move", [lambda e: e.to("cpu"), lambda e: e.restore_ema_model_device()])
+def test_moving_keeps_the_wide_average_of_narrow_weights(move: Any) -> None:
+    def stepped(moves: bool) -> Tensor:
+        ema = EMA(network(torch.bfloat16), beta=0.999, min_value=0.999, update_every=1)
+        for step in range(200):
+            wander(ema.model, step)
+            ema.update()
+            if moves:
+                move(ema)
+        return ema.state_dict()["ema_model.0.weight"]  # type: ignore[no-any-return]
+
+    assert torch.equal(stepped(moves=True), stepped(moves=False))
+
+
+def test_weights_loaded_into_a_narrow_ema_model_count() -> None:
+    ema = EMA(network(torch.bfloat16), beta=0.999, min_value=0.999, update_every=1)
+    run(ema, range(3))
+    ema.ema_model.load_state_dict({k: v + 2 for k, v in averaged(ema).items()})
+    wanted = averaged(ema)["0.weight"]
+    ema.to("cpu")
+    assert torch.equal(ema.state_dict()["ema_model.0.weight"].bfloat16(), wanted)
 
 
 def test_a_bfloat16_checkpoint_of_ema_pytorch_loads() -> None:

@@ -110,7 +110,9 @@ def test_empty_and_huge_weights_are_finite() -> None:
     weights = {
         "empty": torch.zeros(0),
         "huge": torch.full((3,), 6e4, dtype=torch.float16),
-        "phase": torch.ones(2, dtype=torch.complex64),
+        "phase": torch.full((2,), 3e38 + 3e38j, dtype=torch.complex64),
+        "double": torch.full((2,), 1e200, dtype=torch.float64),
+        "byte": torch.ones(2).to(torch.float8_e4m3fn),
     }
     averager = Averager(weights, Uniform(), nonfinite="error")
     averager.update()
@@ -243,5 +245,5 @@ def test_an_update_beside_a_compiled_step_recompiles_nothing() -> None:
 
 def test_bad_options_say_what_was_wanted() -> None:
     options: dict[str, Any] = {"nonfinite": "ignore"}
-    with pytest.raises(ValueError, match='nonfinite is \'ignore\', wanted "average", "skip" or'):
+    with pytest.raises(ValueError, match='nonfinite is \'ignore\', wanted "allow", "skip" or'):
         Averager(nn.Linear(1, 1), Uniform(), **options)

@@ -15,6 +15,7 @@ SOURCE = Path(polyak.__file__).parent
 
 # From the ground up: each may import those above it in this list, and its own outside packages.
 LAYERS: list[tuple[str, set[str]]] = [
+    ("checks", set()),
     ("decays", set()),
     ("rules", set()),
     ("specs", set()),
@@ -29,6 +30,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("updating", {"torch"}),
     ("applying", {"torch"}),
     ("summary", {"torch"}),
+    ("states", {"torch"}),
     ("averager", {"torch"}),
     ("ema", {"torch"}),
     ("charts", {"altair"}),

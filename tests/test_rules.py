@@ -122,6 +122,27 @@ def test_relative_std_of_edm2(s: float, gamma: float) -> None:
     assert Power.from_relative_std(s).gamma == pytest.approx(gamma, abs=1e-4)
 
 
+@given(decay=st.floats(0.01, 0.99), times=st.lists(st.floats(0.1, 9), min_size=2, max_size=9))
+def test_debias_is_a_ratio_of_what_zero_starts_lack(decay: float, times: list[float]) -> None:
+    *_, tick = ticks(rule := Exponential(decay, debias=True), times)
+    expected = (1 - decay**tick.elapsed) / (1 - decay**tick.t)
+    assert rule.fractions(tick)["average"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("decay", "elapsed"),
+    [(1 - 2**-53, 0.1), (1 - 2**-52, 1.0), (1 - 1e-12, 0.1), (1 - 2**-53, 1e-310)],
+)
+def test_debias_next_to_decay_one_is_the_mean(decay: float, elapsed: float) -> None:
+    *_, third = ticks(rule := Exponential(decay, debias=True), [elapsed] * 3)
+    assert rule.fractions(third)["average"] == pytest.approx(1 / 3, rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", [0, 0.0])
+def test_debias_at_decay_zero_copies(decay: float) -> None:
+    assert Exponential(decay, debias=True).fractions(Tick(2, 2.0, 1.0)) == {"average": 1.0}
+
+
 def test_a_schedule_is_taken_per_unit_of_time() -> None:
     rule = Exponential(Ratio(0.9))
     assert rule.fractions(Tick(2, 1000.0, 3.0))["average"] == pytest.approx(1 - 0.9**3)
@@ -151,6 +172,7 @@ def test_the_articles_decay_by_call() -> None:
 
 DECAY = "wanted a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
 FINITE, POSITIVE = "wanted a finite number >= 0", "wanted a finite number > 0"
+FLAG = "wanted True or False: whether to correct for a start at zero"
 ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: Exponential(1.0), f"Exponential.decay is 1.0, {DECAY}"),
     (lambda: Exponential("a"), f"Exponential.decay is 'a', {DECAY}"),  # type: ignore[arg-type]
@@ -158,6 +180,12 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         lambda: Exponential(Ratio(0.9), debias=True),
         "Exponential.decay with debias=True is 'ratio(0.9)', wanted a constant decay: a schedule is"
         " its own warm-up, so leave out debias",
+    ),
+    (lambda: Exponential(0.9, "no"), f"Exponential.debias is 'no', {FLAG}"),  # type: ignore[arg-type]
+    (lambda: Exponential(0.9, 1000), f"Exponential.debias is 1000, {FLAG}"),  # type: ignore[arg-type]
+    (
+        lambda: Exponential.from_span(3, debias=None),  # type: ignore[arg-type]
+        f"Exponential.debias is None, {FLAG}",
     ),
     (lambda: Exponential.from_half_life(0), f"half_life is 0, {POSITIVE}"),
     (lambda: Exponential.from_span(0.5), "span is 0.5, wanted a finite number >= 1"),
@@ -206,6 +234,14 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: ArticleEMA(update_after_step=-1),
         "EMA update_after_step is -1, wanted an integer >= 0",
+    ),
+    (
+        lambda: ArticleEMA(update_after_step=True),
+        "EMA update_after_step is True, wanted an integer >= 0",
+    ),
+    (
+        lambda: ArticleEMA(first_copy=1),  # type: ignore[arg-type]
+        "EMA first_copy is 1, wanted True or False: whether the first averaging call copies",
     ),
 ]
 

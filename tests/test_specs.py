@@ -82,6 +82,29 @@ ERRORS = [
         " argument 'steps'; it takes (decay, debias), or half_life or span instead of the first",
     ),
     (
+        "exponential(steps=3, half_life=2)",
+        "exponential in spec 'exponential(steps=3, half_life=2)': got an unexpected keyword"
+        " argument 'steps'; it takes (decay, debias), or half_life or span instead of the first",
+    ),
+    (
+        "exponential(span=3, n=2)",
+        "exponential in spec 'exponential(span=3, n=2)': got an unexpected keyword argument 'n';"
+        " it takes (decay, debias), or half_life or span instead of the first",
+    ),
+    (
+        "power(s=0.2, relative_std=0.1)",
+        "power in spec 'power(s=0.2, relative_std=0.1)': got an unexpected keyword argument 's'; it"
+        " takes (gamma), or relative_std instead of the first",
+    ),
+    (
+        "exponential(0.999, 1000)",
+        "Exponential.debias is 1000, wanted True or False: whether to correct for a start at zero",
+    ),
+    (
+        "article_ema(update_after_step=True)",
+        "EMA update_after_step is True, wanted an integer >= 0",
+    ),
+    (
         "bema(eta=1, eta=2)",
         "spec 'bema(eta=1, eta=2)' gives eta twice; wanted each option once, by name",
     ),

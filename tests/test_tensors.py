@@ -73,7 +73,7 @@ class FailsAt(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("n", range(1, 7))
 def test_an_exchange_that_is_interrupted_changes_nothing(n: int, after: bool) -> None:
     x, y = torch.randn(500_000), torch.randn(500_000)
     was_x, was_y = x.clone(), y.clone()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +93,24 @@ def test_within_a_burn_in_the_average_is_the_live_weights(rule: Rule) -> None:
 
 def test_a_spec_serves_as_a_rule() -> None:
     np.testing.assert_array_equal(profile("window(3)", 5), profile(Window(3), 5))
+
+
+def test_steps_may_be_those_of_numpy() -> None:
+    steps, every = cast(tuple[int, int], (np.int64(6), np.int32(2)))
+    np.testing.assert_array_equal(
+        profile(Uniform(), steps, every=every), profile(Uniform(), 6, every=2)
+    )
+    about = theory.explain(Uniform(), steps, every=every)
+    assert (
+        json.loads(json.dumps(about.as_dict())) == theory.explain(Uniform(), 6, every=2).as_dict()
+    )
+
+
+@pytest.mark.parametrize("decay", [1 - 2**-53, 0.9999999999999998])
+def test_a_debiased_average_of_decay_next_to_one_is_the_mean(decay: float) -> None:
+    rule = Exponential(decay, debias=True)
+    np.testing.assert_allclose(coefficients(rule, [0.1] * 3), [1 / 3] * 3, rtol=1e-12)
+    np.testing.assert_allclose(profile(rule, 1000), profile(Uniform(), 1000), rtol=1e-9)
 
 
 # The article's statements.
@@ -203,11 +223,20 @@ class Broken(Rule):
         return {"average": 0.5 / tick.n}
 
 
+MOST = "wanted at most 100,000,000: a profile holds a coefficient for every step"
 ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: profile(Uniform(), 0), "steps is 0, wanted an integer >= 1"),
     (lambda: profile(Uniform(), 2.0), "steps is 2.0, wanted an integer >= 1"),  # type: ignore[arg-type]
     (lambda: profile(Uniform(), True), "steps is True, wanted an integer >= 1"),
     (lambda: profile(Uniform(), 3, every=-1), "every is -1, wanted an integer >= 1"),
+    (lambda: profile(Uniform(), 10**30), f"steps is {10**30}, {MOST}"),
+    (lambda: profile(Uniform(), 10**8 + 1), f"steps is 100000001, {MOST}"),
+    (lambda: profile(Uniform(), 10**30, every=10**30), f"every is {10**30}, {MOST}"),
+    (lambda: theory.explain(Uniform(), every=0), "every is 0, wanted an integer >= 1"),
+    (lambda: theory.explain(Uniform(), every=1.5), "every is 1.5, wanted an integer >= 1"),  # type: ignore[arg-type]
+    (lambda: theory.explain(Uniform(), every=10**17), f"every is {10**17}, {MOST}"),
+    (lambda: theory.explain(Uniform(), 10**17), f"steps is {10**17}, {MOST}"),
+    (lambda: theory.match(Window, like=Uniform(), steps=10**17), f"steps is {10**17}, {MOST}"),
     (
         lambda: profile(Uniform(), 3, every=4),
         "steps is 3 and every is 4: no update has happened yet, so there is no average; ask for 4"

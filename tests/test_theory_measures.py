@@ -20,6 +20,7 @@ from polyak.decays import (
 )
 from polyak.rules import Bema, Exponential, Power, Rule, Tail, Uniform, Window
 from polyak.theory import (
+    coefficients,
     cutoff,
     effective_window,
     explain,
@@ -266,6 +267,16 @@ def test_the_learning_rate_profile_identity(rule: Rule) -> None:
     np.testing.assert_allclose(multiplier - np.append(multiplier[1:], 0), c, atol=1e-12)
 
 
+def test_every_array_is_contiguous_and_its_own() -> None:
+    """`torch.from_numpy` takes no view that runs backwards."""
+    c, w = profile("exponential(0.9)", 50), np.linspace(1, 0, 20)[::-1]
+    arrays = [c, step_response(c), learning_rate_profile(c), *frequency_response(c, w)]
+    arrays += [*frequency_response(c), coefficients("uniform()", [1.0, 2.0])]
+    for array in arrays:
+        assert array.flags.c_contiguous and array.flags.owndata and array.strides == (8,)
+    assert not np.shares_memory(arrays[3], w)
+
+
 @every_rule
 def test_the_spectrum_is_that_of_the_definition(rule: Rule) -> None:
     c = profile(rule, 130)
@@ -362,6 +373,18 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: initial_weight([0.5, 0.5], every=3),
         "every is 3, wanted an integer from 1 to the 2 steps",
+    ),
+    (
+        lambda: initial_weight([0.5, 0.5], every=1.5),  # type: ignore[arg-type]
+        "every is 1.5, wanted an integer from 1 to the 2 steps",
+    ),
+    (
+        lambda: initial_weight([0.5, 0.5], every="1"),  # type: ignore[arg-type]
+        "every is '1', wanted an integer from 1 to the 2 steps",
+    ),
+    (
+        lambda: initial_weight([0.5, 0.5], every=True),
+        "every is True, wanted an integer from 1 to the 2 steps",
     ),
     (
         lambda: frequency_response([1.0], [np.inf]),

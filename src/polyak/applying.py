@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,29 +17,39 @@ from polyak.tracking import Tracked
 
 
 @dataclass
-class _Swap:
+class _Trade:
     """Live weights and a slot that trade contents; `live` is the tensor as it was at the start."""
 
     item: Tracked
     live: Tensor
     slot: Tensor
     version: int = 0
+    pointer: int = 0
 
     def enter(self) -> None:
         exchange_(self.live, self.slot)
-        self.version = self.live._version
+        self.version, self.pointer = self.live._version, self.live.data_ptr()
 
     def leave(self) -> None:
-        now = self.item.live()
+        now = self.item.holder.get(self.item.leaf)
         if now is self.live and kind(now) == kind(self.slot):
             exchange_(self.live, self.slot)
             return
-        average = self.live.detach().clone()  # the tensor was replaced or moved within the block
-        now.data.copy_(self.slot)
+        average = self.live.detach().clone()
+        for tensor in (self.live, now):
+            if tensor is not None:
+                tensor.data.copy_(self.slot)
         self.slot.copy_(average)
 
-    def written(self) -> bool:
-        return self.live._version != self.version
+    def spoilt(self) -> str:
+        """What was done in the block that the slot has suffered from."""
+        if self.live._version != self.version:
+            return "written to"
+        return "moved" if self.live.data_ptr() != self.pointer else ""
+
+    def changed(self) -> str:
+        """What was done in the block to the weights' tensor."""
+        return _changed(self.item, self.live) or self.spoilt()
 
 
 @dataclass
@@ -43,59 +57,109 @@ class _Replacement:
     """Live weights that are kept aside while the model holds something else."""
 
     item: Tracked
+    live: Tensor
     average: Tensor
     kept: Tensor | None = None
+    version: int = 0
 
     def enter(self) -> None:
-        self.kept = self.item.live().detach().clone()
-        self.item.live().data.copy_(self.average)
+        kept = self.live.detach().clone()
+        try:
+            self.live.data.copy_(self.average)
+        except BaseException:
+            self.live.data.copy_(kept)
+            raise
+        self.kept, self.version = kept, self.live._version
 
     def leave(self) -> None:
-        if self.kept is not None:
-            self.item.live().data.copy_(self.kept)
+        now = self.item.holder.get(self.item.leaf)
+        for tensor in (self.live, now):
+            if tensor is not None and self.kept is not None:
+                tensor.data.copy_(self.kept)
+
+    def spoilt(self) -> str:
+        return ""
+
+    def changed(self) -> str:
+        """The same; a buffer may be written to, as BatchNorm does in train mode."""
+        if self.item.kind == "buffer":
+            return ""
+        written = "written to" if self.live._version != self.version else ""
+        return _changed(self.item, self.live) or written
+
+
+def _changed(item: Tracked, live: Tensor) -> str:
+    now = item.holder.get(item.leaf)
+    if now is None:
+        return "removed"
+    return "replaced" if now is not live else ""
 
 
 @dataclass
 class Exchange:
-    """A plan of swaps and replacements: `enter`, then `leave`, which undoes as much as was entered."""
+    """A plan of trades and replacements: `enter`, then `leave`, which undoes what was entered.
 
-    _plan: list[_Swap | _Replacement] = field(default_factory=list)
-    _entered: list[_Swap | _Replacement] = field(default_factory=list)
-    _written: list[str] = field(default_factory=list)
+    After `leave`, `problems` says what was done to the weights in between, and `spoilt` whether
+    the average's own slots have suffered from it.
+    """
 
-    def swap(self, item: Tracked, slot: Tensor) -> None:
+    problems: list[str] = field(default_factory=list)
+    spoilt: bool = False
+    _plan: list[_Trade | _Replacement] = field(default_factory=list)
+    _entered: list[_Trade | _Replacement] = field(default_factory=list)
+
+    def trade(self, item: Tracked, slot: Tensor) -> None:
         """Plans to trade the contents of a live tensor and of a slot of its dtype and device."""
-        self._plan.append(_Swap(item, item.live(), slot))
+        self._plan.append(_Trade(item, item.live(), slot))
 
     def replace(self, item: Tracked, average: Tensor) -> None:
         """Plans to keep a live tensor aside and to write an average into it."""
-        self._plan.append(_Replacement(item, average))
+        self._plan.append(_Replacement(item, item.live(), average))
 
     @torch.no_grad()
     def enter(self) -> None:
-        for step in self._plan:
-            step.enter()
-            self._entered.append(step)
+        """Lets the model carry the average."""
+        with uninterrupted():
+            for step in self._plan:
+                step.enter()
+                self._entered.append(step)
 
     @torch.no_grad()
     def leave(self) -> None:
-        swaps = [step for step in self._entered if isinstance(step, _Swap)]
-        self._written = [step.item.name for step in swaps if step.written()]
-        interrupt = None
-        while self._entered:
-            try:
-                self._entered[-1].leave()
-                self._entered.pop()
-            except KeyboardInterrupt as error:  # the weights first, then the user's wish
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        """Gives the model its live weights back, every one of them that can be."""
+        with uninterrupted():
+            while self._entered:
+                step = self._entered.pop()
+                name, changed = step.item.name, step.changed()
+                self.spoilt = self.spoilt or bool(step.spoilt())
+                try:
+                    step.leave()
+                except RuntimeError as error:  # one that cannot be written must not keep the others
+                    changed, self.spoilt = f"not given back ({error})", True
+                if changed:
+                    self.problems.insert(0, f"{name} was {changed}")
 
-    def refuse_writes(self) -> None:
-        """Raises `RuntimeError` if weights were written to while they held the average."""
-        if self._written:
-            names = ", ".join(self._written[:8])
-            raise RuntimeError(
-                f"applied: {names} were written to inside the block. The live weights are back, "
-                "but the average now holds what was written: train and load outside the block"
-            )
+    def report(self) -> str:
+        """What was done to the weights in the block, and what has become of the average."""
+        listed = "; ".join(self.problems[:8])
+        fate = "the average is spoilt" if self.spoilt else "what was put there is dropped"
+        return (
+            f"applied: inside the block {listed}. The live weights are back and {fate}: train, "
+            "load and move the model outside the block"
+        )
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block is done: half an exchange is worse than none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)

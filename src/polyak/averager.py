@@ -21,17 +21,22 @@ import torch
 from torch import Tensor
 
 from polyak.applying import Exchange
+from polyak.checks import require_positive
 from polyak.engine import Average
 from polyak.guard import Attachment
 from polyak.live import LiveWeights, kind
 from polyak.rounding import Rounding, require_rounding
-from polyak.rules import AVERAGE, Rule
+from polyak.rules import Rule
 from polyak.specs import as_rule
+from polyak.states import STATE_FORMAT, checked
 from polyak.summary import Summary, summarise
-from polyak.tracking import Buffers, Select, Source, difference, report
+from polyak.tracking import Buffers, Select, Source, Tracked, difference, report, track
 from polyak.updating import Nonfinite, Updating
 
-STATE_FORMAT = 1
+ONLY = "average"
+"""The name of the average where there is but one."""
+
+SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Averager:
@@ -54,7 +59,7 @@ class Averager:
             "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
             parameters too.
         select: what is tracked: a pattern, several, or a function of the name. By default all.
-        nonfinite: of an update that finds NaN or inf in the weights: "average" takes them, "skip"
+        nonfinite: of an update that finds NaN or inf in the weights: "allow" averages them, "skip"
             leaves the average as it is and counts (`skipped`), "error" raises. The last two read
             the weights once more; neither waits for a device.
 
@@ -81,18 +86,20 @@ class Averager:
         device: torch.device | str | None = None,
         buffers: Buffers = "auto",
         select: Select = None,
-        nonfinite: Nonfinite = "average",
+        nonfinite: Nonfinite = "allow",
     ) -> None:
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}, wanted a floating-point dtype for the slots")
+        if dtype not in (None, *SLOT_DTYPES):
+            wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
+            raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
         place = None if device is None else torch.device(device)
+        self._options = (buffers, select)
         self._live = LiveWeights(model, buffers, select)
         self._averages = {
             name: Average(rule, dtype=dtype, device=place, rounding=rounding)
             for name, rule in _named(rule).items()
         }
         first = next(iter(self._averages.values()))
-        require_rounding(rounding, {first.form(item)[1] for item in self._live.averaged})
+        require_rounding(rounding, {dtype for _, dtype in first.forms(self._live).values()})
         self._updating = Updating(
             self._live,
             list(self._averages.values()),
@@ -106,7 +113,7 @@ class Averager:
     def rule(self) -> Rule | dict[str, Rule]:
         """The rule, or name -> rule where there are several."""
         rules = {name: average.rule for name, average in self._averages.items()}
-        return rules[AVERAGE] if list(rules) == [AVERAGE] else rules
+        return rules[ONLY] if list(rules) == [ONLY] else rules
 
     @property
     def count(self) -> int:
@@ -131,9 +138,9 @@ class Averager:
         where `nonfinite="error"`.
         """
         self._refuse_applied("update")
-        if elapsed is not None and not 0 < elapsed < float("inf"):
-            raise ValueError(f"elapsed is {elapsed!r}, wanted a finite number > 0")
-        self._updating.call(1.0 if elapsed is None else elapsed)
+        if elapsed is not None:
+            require_positive("elapsed", elapsed)
+        self._updating.call(1.0 if elapsed is None else float(elapsed))
 
     def attach(
         self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], scaler: Any = None
@@ -161,7 +168,7 @@ class Averager:
         unknown name.
         """
         average = self._get(name)
-        self._ready("average")
+        self._ready("average", average)
         averaged = zip(self._live.averaged, average.read(self._live), strict=True)
         copied = zip(self._live.copied, self._updating.copies, strict=True)
         found = {item.name: tensor for item, tensor in averaged}
@@ -176,24 +183,33 @@ class Averager:
         Contents are exchanged in place, by chunks: pointers stay, and there is no third copy but
         for buffers and for weights whose average has another dtype or device or several slots.
 
-        An inner block of the same average does nothing. Raises `RuntimeError` before the first
-        update, inside the block of another average, and after a block that wrote to the weights.
+        An inner block of the same average does nothing. Another averager of the same model sees the
+        average in the block, as everyone does. Ctrl-C waits until contents have been exchanged.
+
+        Raises `RuntimeError` before the first update, inside the block of another average, and
+        after a block that wrote to the weights, replaced or moved them. (Where the block itself
+        raised, that is a note on its exception.) What it wrote may have spoilt the average: then
+        it cannot be read until a state is loaded.
         """
         average = self._get(name)
         label = next(key for key, value in self._averages.items() if value is average)
         if self._applied == label:
             yield
             return
-        self._ready(f"applied({label!r})")
+        self._ready(f"applied({label!r})", average)
         exchange = self._exchange(average)
         self._applied = label
         try:
             exchange.enter()
             yield
-        finally:
-            exchange.leave()
-            self._applied = None
-        exchange.refuse_writes()
+        except BaseException as error:
+            self._give_back(exchange, average)
+            if exchange.problems:
+                error.add_note(exchange.report())
+            raise
+        self._give_back(exchange, average)
+        if exchange.problems:
+            raise RuntimeError(exchange.report())
 
     @torch.no_grad()
     def copy_to(self, model: Source, name: str | None = None) -> None:
@@ -206,7 +222,10 @@ class Averager:
         `RuntimeError` before the first update and inside `applied()`.
         """
         average = self.average(name)
-        for item in self._live.targets(model, "copy_to"):
+        found = [item for item in track(model, *self._options) if item.policy != "live"]
+        if lines := difference(_shapes(self._live.stored()), _shapes(found)):
+            raise ValueError(report("copy_to: the model's tensors are not the average's", lines))
+        for item in found:
             item.live().copy_(average[item.name])
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,6 +237,8 @@ class Averager:
         Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
         """
         self._same_model("state_dict")
+        for average in self._averages.values():
+            self._refuse_spoilt("state_dict", average)
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
         return {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
 
@@ -228,10 +249,11 @@ class Averager:
         changed. Raises `ValueError` that lists what differs.
         """
         self._same_model("load_state_dict")
-        self._check_state(state)
+        new = checked(state, self._live, self._averages)
         for name, average in self._averages.items():
-            average.take_state(self._live, state["averages"][name])
-        self._updating.take_state(state)
+            held = new.averages[name]
+            average.take(self._live, held.tick, held.slots, held.random)
+        self._updating.take(new.calls, new.elapsed, new.skipped, new.copies)
 
     def summary(self) -> Summary:
         """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
@@ -252,7 +274,7 @@ class Averager:
         lone = average.lone_slot()
         for i, item in enumerate(self._live.averaged):
             if lone and item.kind != "buffer" and kind(item.live()) == kind(lone[i]):
-                exchange.swap(item, lone[i])
+                exchange.trade(item, lone[i])
             else:
                 kept.append(i)
         read = average.read(self._live) if kept else []
@@ -262,22 +284,19 @@ class Averager:
             exchange.replace(item, copy)
         return exchange
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("format") != STATE_FORMAT:
-            got = state.get("format")
-            raise ValueError(f"load_state_dict: format is {got!r}, wanted {STATE_FORMAT}")
-        wanted = {name: str(average.rule) for name, average in self._averages.items()}
-        got = {name: data["rule"] for name, data in state["averages"].items()}
-        if lines := difference(wanted, got):
-            title = "load_state_dict: other rules than this averager's; make it with the state's"
-            raise ValueError(report(title, lines))
-        for name, average in self._averages.items():
-            where = f"load_state_dict, average {name!r}"
-            average.check_state(self._live, state["averages"][name], where)
-        copies = {item.name: tuple(item.live().shape) for item in self._live.copied}
-        got = {name: tuple(tensor.shape) for name, tensor in state["copies"].items()}
-        if got and (lines := difference(copies, got)):
-            raise ValueError(report("load_state_dict: other copied tensors", lines))
+    def _give_back(self, exchange: Exchange, average: Average) -> None:
+        try:
+            exchange.leave()
+        finally:
+            self._applied = None
+            if exchange.spoilt:
+                average.spoilt = exchange.report()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an Averager is bound to its model and is not copied or pickled: save state_dict(), "
+            "make another Averager for the other model and load it there"
+        )
 
     def _refuse_applied(self, call: str) -> None:
         if self._applied is not None:
@@ -291,13 +310,18 @@ class Averager:
         self._updating.settle()
         self._live.check(call)
 
-    def _ready(self, call: str) -> None:
+    def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)
         if self.count == 0:
             raise RuntimeError(
                 f"{call}: there is no average before the first update; call update() after each "
                 "optimizer step"
             )
+        self._refuse_spoilt(call, average)
+
+    def _refuse_spoilt(self, call: str, average: Average) -> None:
+        if average.spoilt:
+            raise RuntimeError(f"{call}: load a saved state first. {average.spoilt}")
 
     def _get(self, name: str | None) -> Average:
         if name is None and len(self._averages) == 1:
@@ -311,10 +335,15 @@ class Averager:
         self._updating.call(1.0, found_inf)
 
 
+def _shapes(tracked: Sequence[Tracked]) -> dict[str, tuple[int, ...]]:
+    """name -> shape, under all names of tied tensors."""
+    return {n: tuple(item.live().shape) for item in tracked for n in (item.name, *item.aliases)}
+
+
 def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
     """name -> rule; a single rule is called "average"."""
     if not isinstance(rule, Mapping):
-        return {AVERAGE: as_rule(rule)}
+        return {ONLY: as_rule(rule)}
     if not rule:
         raise ValueError("rule is an empty mapping, wanted at least one name -> rule")
     for name in rule:

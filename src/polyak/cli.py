@@ -9,18 +9,51 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperGroup
 except ModuleNotFoundError:
     raise SystemExit('the command line needs typer: pip install "polyak[cli]"') from None
 
 if TYPE_CHECKING:
     from polyak.theory import Explanation
 
+# click's `UsageError`, which newer versions of typer carry within themselves.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+@contextmanager
+def _one_line_usage_errors() -> Iterator[None]:
+    """An unknown option, a missing or superfluous argument: one line, exit code 2."""
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # not an error: it prints the help
+            raise
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "polyak"
+        typer.echo(f"polyak: {message.rstrip('.')}; see {command} --help", err=True)
+        raise typer.Exit(2) from None
+
+
+class _Commands(TyperGroup):
+    """The commands; an error in their usage is one line, like every other."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _one_line_usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line_usage_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="polyak",
+    cls=_Commands,
     help="Averages of the weights of PyTorch models: explain them and study them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

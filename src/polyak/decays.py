@@ -2,7 +2,7 @@
 
 A schedule is a number that changes: `schedule(t)` is the decay per unit of time at time `t`, the
 time *after* the update (1 at the first update of a loop that counts steps). An update that spans
-`elapsed` units of time uses `schedule(t) ** elapsed`, so that a coarser cadence keeps the horizon.
+`elapsed` units of time uses `schedule(t) ** elapsed`: a coarser cadence keeps the half-life.
 
 >>> ramp = Ratio(max_decay=0.999)
 >>> [round(ramp(t), 3) for t in (1, 2, 10, 100_000)]
@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
+
+from polyak.checks import is_number, require, require_decay, require_positive
 
 
 class Spec:
@@ -42,33 +43,6 @@ class Spec:
             elif value != field.default:
                 parts.append(f"{field.name}={value}")
         return f"{self.spec_name()}({', '.join(parts)})"
-
-
-def require(holds: bool, name: str, got: object, wanted: str) -> None:
-    """Raises `ValueError` with what was got and what was wanted unless the condition holds."""
-    if not holds:
-        raise ValueError(f"{name} is {got!r}, wanted {wanted}")
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite real number (a bool is not)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max
-
-
-def require_decay(name: str, got: object, *, one: bool = False) -> None:
-    """Raises `ValueError` unless the value is a decay: in [0, 1), or [0, 1] if `one` is allowed."""
-    holds = is_number(got) and (0 <= got < 1 or (one and got == 1))  # type: ignore[operator]
-    hint = (
-        "a decay in [0, 1]" if one else "a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
-    )
-    require(holds, name, got, hint)
-
-
-def require_positive(name: str, got: object) -> None:
-    """Raises `ValueError` unless the value is a finite number above 0."""
-    require(is_number(got) and got > 0, name, got, "a finite number > 0")  # type: ignore[operator]
 
 
 class Schedule(Spec, ABC):
@@ -209,7 +183,9 @@ class HalfLifeRamp(Schedule):
         require_positive("HalfLifeRamp.ratio", self.ratio)
 
     def __call__(self, t: float) -> float:
-        decay: float = 0.5 ** (1 / min(self.half_life, self.ratio * t))
+        half_life = min(self.half_life, self.ratio * t)
+        # A half-life of next to nothing is rounded to 0: then nothing is kept.
+        decay: float = 0.5 ** (1 / half_life) if half_life > 0 else 0.0
         return decay
 
 

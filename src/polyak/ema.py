@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak.checks import require_count
 from polyak.engine import Average, move_
 from polyak.live import Groups, LiveWeights
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 from polyak.tensors import slot_dtype
-from polyak.tracking import Policy, difference, report, track
+from polyak.tracking import Policy, averageable, difference, report, track
 
 
 class EMA(nn.Module):
@@ -41,7 +42,8 @@ class EMA(nn.Module):
         ignore_names, ignore_startswith_names: left alone after the initial copies.
         include_online_model: whether `state_dict` holds the live model, under `online_model.`.
 
-    Floating-point buffers are averaged, integer and boolean ones copied. The averages of bfloat16
+    Unlike ema-pytorch's, beta=1 does not freeze the average, and the first averaging call copies
+    once more. Floating-point buffers are averaged, integer and boolean ones copied. The averages of bfloat16
     and float16 weights are kept in float32, which `state_dict` holds; `ema_model` has their
     roundings.
 
@@ -78,8 +80,7 @@ class EMA(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
-        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-            raise ValueError(f"EMA update_every is {update_every!r}, wanted an integer >= 1")
+        require_count("EMA update_every", update_every, "calls per update")
         self.rule = ArticleEMA(beta, update_after_step, inv_gamma, power, min_value)
         self.update_every = update_every
         self.include_online_model = include_online_model
@@ -88,11 +89,13 @@ class EMA(nn.Module):
         policies = _policies(model, ignored, param_or_buffer_names_no_ema)
         self.ema_model = _carrier(model, ema_model)
         self._live = LiveWeights(model, policies, None)
-        self._carrier = LiveWeights(self.ema_model, policies, None)
+        order = [item.name for item in self._live.tracked]
+        self._carrier = LiveWeights(self.ema_model, policies, None, order)
         self.register_buffer("initted", torch.tensor([0.0]))
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
         self._loaded: dict[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
         self._average = Average(self.rule)
         self._adopt()
         self.register_state_dict_post_hook(_save_slots)
@@ -170,9 +173,8 @@ class EMA(nn.Module):
 
     def _pairs(self, model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
         for item in track(model):
-            tensor = item.live()
-            if item.kind == kind and (tensor.is_floating_point() or tensor.is_complex()):
-                yield item.name, tensor
+            if item.kind == kind and averageable(item.live()):
+                yield item.name, item.live()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMA:
         super()._apply(fn, recurse)
@@ -187,8 +189,9 @@ class EMA(nn.Module):
     def _finish(self) -> None:
         """What follows a move of the slots: tensors to copy, and roundings of float32 slots."""
         self._copy("copy")
-        for carried, slot in self._rounded:
-            carried.data.copy_(slot)
+        for item in self._carrier.averaged:
+            if item.name in self._rounded:
+                item.live().data.copy_(self._rounded[item.name])
 
     @torch.no_grad()
     def _copy(self, policy: Policy) -> None:
@@ -212,14 +215,16 @@ class EMA(nn.Module):
         """Makes the tensors of `ema_model` the slots; a narrow one gets a float32 slot beside it."""
         self._live.check("EMA")
         self._carrier.check("EMA ema_model")
-        self._rounded: list[tuple[Tensor, Tensor]] = []
+        before, self._rounded = self._rounded, {}
         slots = []
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
             tensor = carried.live()
             dtype = slot_dtype(live.live().dtype, None)
-            slots.append(tensor if tensor.dtype == dtype else tensor.to(dtype))
-            if slots[-1] is not tensor:
-                self._rounded.append((tensor, slots[-1]))
+            if tensor.dtype == dtype:
+                slots.append(tensor)
+            else:
+                slots.append(_wide(tensor, dtype, before.get(carried.name)))
+                self._rounded[carried.name] = slots[-1]
         self._average.adopt(AVERAGE, slots)
 
     @torch.no_grad()
@@ -239,7 +244,11 @@ class EMA(nn.Module):
 
     def _slot_keys(self) -> Iterator[tuple[str, Tensor]]:
         """The keys of `ema_model.state_dict()` whose averages are held wider, with their slots."""
-        slots = {id(carried): slot for carried, slot in self._rounded}
+        slots = {
+            id(item.live()): self._rounded[item.name]
+            for item in self._carrier.averaged
+            if item.name in self._rounded
+        }
         for key, tensor in self.ema_model.state_dict(keep_vars=True).items():
             if id(tensor) in slots:
                 yield key, slots[id(tensor)]
@@ -247,8 +256,6 @@ class EMA(nn.Module):
 
 def _carrier(model: nn.Module, ema_model: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
     """The module that carries the average, in eval mode and without gradients."""
-    if ema_model is model:
-        raise ValueError("EMA ema_model is the model itself, wanted another module of its shapes")
     if ema_model is None:
         try:
             ema_model = deepcopy(model)
@@ -258,9 +265,21 @@ def _carrier(model: nn.Module, ema_model: nn.Module | Callable[[], nn.Module] | 
                 "give it as ema_model=, or use polyak.Averager, which needs no copy"
             ) from error
     carrier = ema_model if isinstance(ema_model, nn.Module) else ema_model()
+    taken = {item.live().data_ptr() for item in track(model) if item.live().numel()}
+    shared = [item.name for item in track(carrier) if item.live().data_ptr() in taken]
+    if shared:
+        raise ValueError(f"EMA ema_model shares {shared[0]} with the model, wanted a second module")
     if lines := difference(_shapes(model), _shapes(carrier)):
         raise ValueError(report("EMA ema_model has other tensors than the model", lines))
     return carrier.requires_grad_(False).eval()
+
+
+@torch.inference_mode(False)
+def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
+    """A wide slot of a narrow tensor: the one before, unless the narrow one was set otherwise."""
+    if before is not None and torch.equal(before.to(narrow.device, narrow.dtype), narrow):
+        return before.to(narrow.device, dtype)
+    return narrow.to(dtype)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -282,12 +301,10 @@ def _policies(model: nn.Module, ignored: set[str], copied: Collection[str]) -> d
     """Name -> policy for every tensor of the model: all that floats is averaged, buffers too."""
     policies: dict[str, Policy] = dict.fromkeys(copied, "copy")
     for item in track(model):
-        tensor = item.live()
         if ignored.intersection((item.name, *item.aliases)):
             policies[item.name] = "live"
         elif not policies.keys() & {item.name, *item.aliases}:
-            floats = tensor.is_floating_point() or tensor.is_complex()
-            policies[item.name] = "average" if floats else "copy"
+            policies[item.name] = "average" if averageable(item.live()) else "copy"
     return policies
 
 

@@ -13,9 +13,10 @@ from polyak import tensors
 from polyak.live import Groups, LiveWeights
 from polyak.rounding import Rounding, compensated_lerp_, stalled, stochastic_lerp_
 from polyak.rules import LIVE, START, Rule, Tick
-from polyak.tracking import Tracked, difference, report
+from polyak.tracking import Tracked
 
 COMPENSATION = ".compensation"
+Form = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,8 @@ def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None
             if ok is not None:
                 _masked_move_(move, g, weights, ok)
             elif move not in plain:
-                _rounded_move_(move, move.slots[g], weights, move.residues and move.residues[g])
+                residues = move.residues[g] if move.residues is not None else None
+                _rounded_move_(move, move.slots[g], weights, residues)
 
 
 def _rounded_move_(
@@ -93,7 +95,8 @@ def _masked_move_(move: Move, g: int, live: list[Tensor], ok: Tensor) -> None:
 class Average:
     """One average: its rule, its clock, and slot by slot its tensors in the live weights' order.
 
-    A slot is allocated at its first move, which is a copy; a window fills as it goes.
+    A slot is allocated at its first move, which is a copy; a window fills as it goes. `spoilt` says
+    why its slots are no average any more, if they are none.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Average:
         self.rule = rule
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
+        self.spoilt = ""
         self._dtype = dtype
         self._device = device
         self._compensated = rounding == "compensated"
@@ -121,7 +125,9 @@ class Average:
         return [self.move(live, slot, fraction) for slot, fraction in fractions.items()]
 
     def move(self, live: LiveWeights, slot: str, fraction: float) -> Move:
-        """A slot's move, rounded as this average rounds."""
+        """A slot's move, rounded as this average rounds; its first, a copy, allocates it."""
+        if slot not in self.slots:
+            self._allocate(live, slot, fraction)
         residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
         return Move(self.groups(live, slot), fraction, residues, self._generators)
 
@@ -141,12 +147,10 @@ class Average:
         return stay / move if move else 0.0
 
     def groups(self, live: LiveWeights, slot: str) -> Groups:
-        """The tensors of a slot in the groups of the live weights; allocated at first use."""
+        """The tensors of a slot in the groups of the live weights."""
         if self._generation != live.generation:
             self._grouped, self._generation = {}, live.generation
         if slot not in self._grouped:
-            if slot not in self.slots:
-                self.slots[slot] = self.empty(live)
             self._grouped[slot] = live.group(self.slots[slot])
         return self._grouped[slot]
 
@@ -168,14 +172,15 @@ class Average:
         (slot, coefficient), *others = self.rule.readout(self.tick).items()
         return self.slots[slot] if not others and coefficient == 1 and slot != LIVE else None
 
-    def empty(self, live: LiveWeights) -> list[Tensor]:
-        """Fresh tensors for one slot, not filled."""
-        return [self._empty_like(item.live()) for item in live.averaged]
-
-    def form(self, item: Tracked) -> tuple[tuple[int, ...], torch.dtype]:
-        """The shape and dtype of a tensor's slots."""
-        live = item.live()
-        return tuple(live.shape), tensors.slot_dtype(live.dtype, self._dtype)
+    def forms(self, live: LiveWeights) -> dict[str, Form]:
+        """name -> shape and dtype of the slots: those there are, or those there will be."""
+        held = next(iter(self.slots.values()), None)
+        if held is not None:
+            names = (item.name for item in live.averaged)
+            return {n: (tuple(t.shape), t.dtype) for n, t in zip(names, held, strict=True)}
+        return {
+            item.name: (tuple(item.live().shape), self._dtype_of(item)) for item in live.averaged
+        }
 
     def state(self, live: LiveWeights) -> dict[str, Any]:
         """Rule, clock and slots as data; the tensors are the slots themselves."""
@@ -184,51 +189,62 @@ class Average:
         state = {"rule": str(self.rule), "tick": _tick_data(self.tick), "slots": slots}
         return state if self._generators is None else {**state, "random": self._generators.state()}
 
-    def check_state(self, live: LiveWeights, state: Mapping[str, Any], where: str) -> None:
-        """Raises `ValueError` unless a state has this average's slots, names, shapes and dtypes."""
-        known = set(self.rule.slots)
-        if self._compensated:
-            known |= {slot + COMPENSATION for slot in self.rule.slots}
-        got = set(state["slots"])
-        if got - known or (state["tick"][0] > 0 and not got):
-            raise ValueError(f"{where}: slots are {sorted(got)}, wanted {sorted(known)}")
-        if self._compensated and any(
-            slot + COMPENSATION not in got for slot in got & set(self.rule.slots)
-        ):
-            raise ValueError(f"{where}: no slot of compensation; the state was rounded to nearest")
-        for slot, held in state["slots"].items():
-            wanted = {item.name: self.form(item) for item in live.averaged}
-            forms = {name: (tuple(t.shape), t.dtype) for name, t in held.items()}
-            if lines := difference(wanted, forms):
-                raise ValueError(report(f"{where}, slot {slot}: other tensors", lines))
+    def known_slots(self) -> set[str]:
+        """The names of all slots that this average may hold."""
+        return self._with_residues(set(self.rule.slots))
+
+    def needed_slots(self, tick: Tick) -> set[str]:
+        """The names of the slots without which there is no average at a tick."""
+        return self._with_residues(set(self.rule.readout(tick)) - {LIVE} if tick.n else set())
 
     @torch.no_grad()
-    def take_state(self, live: LiveWeights, state: Mapping[str, Any]) -> None:
-        """Takes over a checked state: its clock, and copies of its slots."""
-        self.tick = _tick(state["tick"])
-        self.slots, self._grouped = {}, {}
-        for slot, held in state["slots"].items():
-            self.slots[slot] = self.empty(live)
-            sources = [held[item.name] for item in live.averaged]
-            for stored, source in zip(self.slots[slot], sources, strict=True):
-                stored.copy_(source)
+    def take(
+        self,
+        live: LiveWeights,
+        tick: Tick,
+        slots: Mapping[str, Mapping[str, Tensor]],
+        random: Mapping[str, Tensor],
+    ) -> None:
+        """Takes over a clock and copies of slots, all of them checked."""
+        filled = {}
+        for slot, held in slots.items():
+            dtypes = [held[item.name].dtype for item in live.averaged]
+            filled[slot] = self._empty(live, dtypes)
+            tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
+        self.tick, self.slots, self._grouped, self.spoilt = tick, filled, {}, ""
         if self._generators is not None:
-            self._generators.take_state(state.get("random", {}))
+            self._generators.take_state(random)
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
         """Makes tensors that belong to someone else (a module) the tensors of a slot."""
         self.slots[slot] = list(stored)
         self._grouped.pop(slot, None)
 
-    def _empty_like(self, live: Tensor) -> Tensor:
-        dtype = tensors.slot_dtype(live.dtype, self._dtype)
-        return torch.empty_like(live, dtype=dtype, device=self._device, requires_grad=False)
+    def _with_residues(self, slots: set[str]) -> set[str]:
+        return slots | {slot + COMPENSATION for slot in slots} if self._compensated else slots
+
+    def _allocate(self, live: LiveWeights, slot: str, fraction: float) -> None:
+        if fraction != 1:
+            raise RuntimeError(
+                f"{self.rule} moves slot {slot!r} by {fraction} and it has no value yet: a rule's "
+                "first move of a slot is a copy, fraction 1"
+            )
+        dtypes = [dtype for _, dtype in self.forms(live).values()]
+        self.slots[slot] = self._empty(live, dtypes)
+        if self._compensated:
+            self.slots[slot + COMPENSATION] = self._empty(live, dtypes)
+
+    @torch.inference_mode(False)
+    def _empty(self, live: LiveWeights, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Fresh tensors for one slot, not filled; ordinary ones, whatever mode is on."""
+        return [
+            torch.empty_like(item.live(), dtype=dtype, device=self._device, requires_grad=False)
+            for item, dtype in zip(live.averaged, dtypes, strict=True)
+        ]
+
+    def _dtype_of(self, item: Tracked) -> torch.dtype:
+        return tensors.slot_dtype(item.live().dtype, self._dtype)
 
 
 def _tick_data(tick: Tick | None) -> list[Any] | None:
     return None if tick is None else [tick.n, tick.t, tick.elapsed, _tick_data(tick.inner)]
-
-
-def _tick(data: Sequence[Any] | None) -> Tick:
-    n, t, elapsed, inner = data or (0, 0.0, 0.0, None)
-    return Tick(n, t, elapsed, None if inner is None else _tick(inner))

@@ -37,15 +37,17 @@ class Verdict:
 
 def finite(live: Groups) -> Tensor:
     """Whether all weights are finite, as a 0-dim tensor on the device of the first of them."""
-    norms = [
-        norm.float()
-        for group in live
-        for norm in torch._foreach_norm(
-            [w for w in group if w.numel()] or [group[0].new_zeros(1)], ord=torch.inf
-        )
-    ]
+    plain = [tensors for group in live if (tensors := _plain(group))]
+    largest = [norm for tensors in plain for norm in torch._foreach_norm(tensors, ord=torch.inf)]
     device = live[0][0].device
-    return torch.stack([norm.to(device) for norm in norms]).isfinite().all()
+    flags = [norm.isfinite().to(device) for norm in largest]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+
+
+def _plain(group: list[Tensor]) -> list[Tensor]:
+    """Real tensors of a dtype that has a norm, without empty ones, which have none."""
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in group if t.numel()]
+    return [t.float() if t.element_size() == 1 else t for t in real]
 
 
 def stepped(found_inf: Sequence[Tensor]) -> Tensor:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from polyak.tracking import Buffers, Select, Source, Tracked, difference, report, track
+from polyak.tracking import (
+    Buffers,
+    Policy,
+    Select,
+    Source,
+    Tracked,
+    difference,
+    links,
+    report,
+    track,
+)
 
 Kind = tuple[torch.dtype, torch.device]
 Groups = list[list[Tensor]]
@@ -17,31 +27,41 @@ Groups = list[list[Tensor]]
 class LiveWeights:
     """What of a model is averaged or copied, and where it is now.
 
-    `averaged` and `copied` are in the model's order. `generation` counts how often tensors were
-    found to be replaced or moved, so that what was grouped before can be grouped anew.
+    Tensors keep the order of the first look, or that of `order`, however a model orders them later:
+    lists in parallel to `averaged` and `copied` stay right. `generation` counts how often tensors
+    were found to be replaced or moved, so that what was grouped before can be grouped anew.
     """
 
-    def __init__(self, model: Source, buffers: Buffers, select: Select) -> None:
+    def __init__(
+        self, model: Source, buffers: Buffers, select: Select, order: Sequence[str] | None = None
+    ) -> None:
         self._model = model
         self._options = (buffers, select)
         self.generation = 0
-        self._adopt(track(model, buffers, select))
-        self._shapes = self._shapes_of(self.tracked)
+        tracked = track(model, *self._options)
+        self._forms = _forms(tracked)
+        self._order = list(order or self._forms)
+        self._adopt(tracked)
 
     def groups(self) -> Groups:
         """The averaged weights in groups of one dtype and device: the hot path.
 
-        A replaced tensor is noticed here. One that was moved in place (`.to`) is noticed by the
-        first of its group, since models move as a whole; any other is still averaged rightly.
+        Replaced tensors and modules are noticed here. A tensor that was moved in place (`.to`) is
+        noticed by the first of its group, since models move as a whole; any other is still averaged
+        rightly.
         """
         try:
-            now = [holder[leaf] for holder, leaf in self._places]
+            now = list(map(operator.getitem, self._holders, self._leaves))
         except KeyError:
             now = []
-        same = len(now) == len(self._now) and all(map(operator.is_, now, self._now))
-        if not same or any(
-            kind(group[0]) != was for group, was in zip(self._groups, self._kinds, strict=False)
-        ):
+        children = map(dict.get, self._parents, self._names)
+        same = (
+            len(now) == len(self._now)
+            and all(map(operator.is_, now, self._now))
+            and all(map(operator.is_, children, self._children))
+        )
+        kinds = zip(self._groups, self._kinds, strict=True)
+        if not same or any(kind(group[0]) != was for group, was in kinds):
             self.check("update")
         return self._groups
 
@@ -50,29 +70,29 @@ class LiveWeights:
         return [[flat[i] for i in indices] for indices in self._indices]
 
     def check(self, call: str) -> None:
-        """Looks all tensors up anew; raises `RuntimeError` if names or shapes are not the first ones."""
+        """Looks all tensors up anew; raises `RuntimeError` if names, shapes or policies differ."""
         tracked = track(self._model, *self._options)
-        self.require(call, self._shapes_of(tracked), RuntimeError)
+        if lines := difference(self._forms, _forms(tracked)):
+            raise RuntimeError(
+                report(f"{call}: not the tensors that the averager was made with", lines)
+            )
         self._adopt(tracked)
 
-    def targets(self, model: Source, call: str) -> list[Tracked]:
-        """The stored tensors of another model of the same names and shapes, or `ValueError`."""
-        tracked = track(model, *self._options)
-        self.require(call, self._shapes_of(tracked), ValueError)
-        return [item for item in tracked if item.policy != "live"]
-
-    def require(
-        self, call: str, got: Mapping[str, tuple[int, ...]], error: type[Exception]
-    ) -> None:
-        """Raises `error` with a list of what differs unless names and shapes are the first ones."""
-        if lines := difference(self._shapes, got):
-            raise error(report(f"{call}: not the tensors that the averager was made with", lines))
+    def stored(self) -> list[Tracked]:
+        """All that is averaged or copied, in order."""
+        return [item for item in self.tracked if item.policy != "live"]
 
     def _adopt(self, tracked: list[Tracked]) -> None:
-        self.tracked = tracked
-        self.averaged = [item for item in tracked if item.policy == "average"]
-        self.copied = [item for item in tracked if item.policy == "copy"]
-        self._places = [(item.holder, item.leaf) for item in self.averaged]
+        by_name = {item.name: item for item in tracked}
+        self.tracked = [by_name[name] for name in self._order]
+        self.averaged = [item for item in self.tracked if item.policy == "average"]
+        self.copied = [item for item in self.tracked if item.policy == "copy"]
+        self._holders = [item.holder for item in self.averaged]
+        self._leaves = [item.leaf for item in self.averaged]
+        family = links(self._model)
+        self._parents = [parent for parent, _, _ in family]
+        self._names = [name for _, name, _ in family]
+        self._children = [child for _, _, child in family]
         self._now = [item.live() for item in self.averaged]
         indices: dict[Kind, list[int]] = {}
         for i, tensor in enumerate(self._now):
@@ -81,9 +101,13 @@ class LiveWeights:
         self._groups = self.group(self._now)
         self.generation += 1
 
-    @staticmethod
-    def _shapes_of(tracked: list[Tracked]) -> dict[str, tuple[int, ...]]:
-        return {item.name: tuple(item.live().shape) for item in tracked if item.policy != "live"}
+
+def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[tuple[int, ...], Policy]]:
+    """name -> shape and policy of every tensor, those left to the model by their name alone."""
+    return {
+        item.name: (() if item.policy == "live" else tuple(item.live().shape), item.policy)
+        for item in tracked
+    }
 
 
 def kind(tensor: Tensor) -> Kind:

@@ -28,15 +28,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from polyak.decays import (
-    Schedule,
-    Spec,
-    inverse_power,
+from polyak.checks import (
+    is_integer,
     is_number,
     require,
+    require_count,
     require_decay,
+    require_flag,
     require_positive,
 )
+from polyak.decays import Schedule, Spec, inverse_power
 
 LIVE = "live"
 AVERAGE = "average"
@@ -93,7 +94,8 @@ class Exponential(Rule):
     >>> round(Exponential.from_half_life(1000).decay, 6), Exponential.from_span(19).decay
     (0.999307, 0.9)
 
-    Raises `ValueError` for a decay outside [0, 1), or for debias with a schedule.
+    Raises `ValueError` for a decay outside [0, 1), a debias that is not a bool, or debias with a
+    schedule.
     Source: Ruppert 1988, Polyak and Juditsky 1992; debias: Adam (arXiv 1412.6980, section 3).
     """
 
@@ -101,6 +103,7 @@ class Exponential(Rule):
     debias: bool = False
 
     def __post_init__(self) -> None:
+        require_flag("Exponential.debias", self.debias, "whether to correct for a start at zero")
         if not isinstance(self.decay, Schedule):
             require_decay("Exponential.decay", self.decay)
         elif self.debias:
@@ -123,8 +126,9 @@ class Exponential(Rule):
         if tick.n == 1:
             return {AVERAGE: 1.0}
         decay = self.decay if isinstance(self.decay, (int, float)) else self.decay(tick.t)
-        fraction = 1 - decay**tick.elapsed
-        return {AVERAGE: fraction / (1 - decay**tick.t) if self.debias else fraction}
+        if self.debias:
+            return {AVERAGE: _debiased(decay, tick)}
+        return {AVERAGE: 1 - decay**tick.elapsed}
 
 
 @dataclass(frozen=True)
@@ -194,10 +198,7 @@ class Window(Rule):
     size: int
 
     def __post_init__(self) -> None:
-        holds = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size >= 1
-        require(
-            holds, "Window.size", self.size, "an integer >= 1: the number of updates to average"
-        )
+        require_count("Window.size", self.size, "the number of updates to average")
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -317,7 +318,8 @@ class ArticleEMA(Rule):
     >>> [round(rule.fractions(Tick(n, n, 1))["average"], 4) for n in (101, 102, 103, 10**6)]
     [1.0, 1.0, 0.4807, 0.001]
 
-    Raises `ValueError` for beta or min_value outside [0, 1], min_value > beta, a negative step.
+    Raises `ValueError` for beta or min_value outside [0, 1], min_value > beta, an
+    update_after_step that is not an integer >= 0, a first_copy that is not a bool.
     Source: the founding article, section 2.3; ema-pytorch 0.8.3 (MIT).
     """
 
@@ -335,8 +337,9 @@ class ArticleEMA(Rule):
         require(bounds[0] <= bounds[1], "EMA (min_value, beta)", bounds, "min_value <= beta")
         require_positive("EMA inv_gamma", self.inv_gamma)
         require_positive("EMA power", self.power)
-        holds = isinstance(self.update_after_step, int) and self.update_after_step >= 0
+        holds = is_integer(self.update_after_step, 0)
         require(holds, "EMA update_after_step", self.update_after_step, "an integer >= 0")
+        require_flag("EMA first_copy", self.first_copy, "whether the first averaging call copies")
 
     def decay(self, call: float) -> float:
         """beta_t at a call (from 1), and 0 up to call update_after_step + 1."""
@@ -350,6 +353,19 @@ class ArticleEMA(Rule):
         newest_copy = tick.t - tick.elapsed if self.first_copy else tick.t
         copies = tick.n == 1 or newest_copy <= self.update_after_step + 1
         return {AVERAGE: 1.0 if copies else 1 - self.decay(tick.t)}
+
+
+def _debiased(decay: float, tick: Tick) -> float:
+    """`(1 - decay ** elapsed) / (1 - decay ** t)`, where the powers may all but be 1.
+
+    Subtracted from 1 they would lose their digits, and of a decay next to 1 leave 0 / 0.
+    """
+    if decay == 0:
+        return 1.0
+    rate = math.log(decay)
+    grown = -math.expm1(rate * tick.t)
+    # Times of 1e-300 vanish altogether: the limit is the share of the time.
+    return -math.expm1(rate * tick.elapsed) / grown if grown > 0 else tick.elapsed / tick.t
 
 
 def _largest_gamma(s: float) -> float:

@@ -99,21 +99,38 @@ def _construct(name: str, args: list[object], options: dict[str, object], spec: 
     if name not in _CLASSES:
         raise ValueError(f"{name!r} in spec {spec!r} is unknown; {_known()}")
     make: Callable[..., object] = _CLASSES[name]
-    for option in list(options):
-        if found := _CONSTRUCTORS.get((_CLASSES[name], option)):
-            make, parameter = found
-            options[parameter] = options.pop(option)
     try:
+        _require_options(_CLASSES[name], options)
+        for option in list(options):
+            if found := _CONSTRUCTORS.get((_CLASSES[name], option)):
+                make, parameter = found
+                options[parameter] = options.pop(option)
         bound = inspect.signature(make).bind(*args, **options)
     except TypeError as error:
         raise ValueError(f"{name} in spec {spec!r}: {error}; {_options(name)}") from None
     return make(*bound.args, **bound.kwargs)
 
 
+def _require_options(cls: type, options: dict[str, object]) -> None:
+    """Raises `TypeError`, as a call would, for an option that a spec of the class does not have.
+
+    Those of its constructors are renamed to parameters, which are no options themselves.
+    """
+    known = {*inspect.signature(cls).parameters, *_selectors(cls)}
+    for option in options:
+        if option not in known:
+            raise TypeError(f"got an unexpected keyword argument {option!r}")
+
+
+def _selectors(cls: type) -> list[str]:
+    """The options that select another constructor of a class."""
+    return [option for owner, option in _CONSTRUCTORS if owner is cls]
+
+
 def _options(name: str) -> str:
     """What a name takes, for an error message."""
     cls = _CLASSES[name]
-    others = [option for owner, option in _CONSTRUCTORS if owner is cls]
+    others = _selectors(cls)
     instead = f", or {' or '.join(others)} instead of the first" if others else ""
     return f"it takes ({', '.join(inspect.signature(cls).parameters)}){instead}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polyak.engine import Average
+from polyak.engine import Average, Form
 from polyak.live import LiveWeights
 from polyak.tracking import Tracked
 
@@ -83,7 +83,8 @@ def summarise(
 ) -> Summary:
     """The summary of averages over live weights."""
     first = next(iter(averages.values()))
-    rows = tuple(_row(item, first) for item in live.tracked)
+    forms = first.forms(live)
+    rows = tuple(_row(item, forms) for item in live.tracked)
     held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
     memory = sum(t.numel() * t.element_size() for t in held)
     rules = {name: str(average.rule) for name, average in averages.items()}
@@ -91,8 +92,10 @@ def summarise(
     return Summary(rules, first.tick.n, memory, shares, rows)
 
 
-def _row(item: Tracked, average: Average) -> Row:
+def _row(item: Tracked, forms: Mapping[str, Form]) -> Row:
     tensor = item.live()
-    kept = {"average": average.form(item)[1], "copy": tensor.dtype, "live": None}[item.policy]
+    kept = tensor.dtype if item.policy == "copy" else None
+    if item.name in forms:
+        kept = forms[item.name][1]
     form = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
     return Row(*form, item.policy, item.reason, item.aliases)

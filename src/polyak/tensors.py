@@ -133,22 +133,30 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
 def exchange_(a: Tensor, b: Tensor) -> None:
     """Exchanges the contents of two tensors of one dtype by chunks; pointers stay.
 
-    An exception on the way (no memory, Ctrl-C) leaves both as they were. It writes through `.data`,
-    which autograd does not count: weights that come back bit for bit leave a graph valid.
+    An exception on the way (no memory) leaves both as they were. It writes through `.data`, which
+    autograd does not count: weights that come back bit for bit leave a graph valid.
     """
-    done: list[tuple[Tensor, Tensor]] = []
-    for x, y in _pieces((a.data, b.data), chunk_length([a], temporaries=2)):
-        kept = x.clone(), y.clone()
+    pairs = list(_pieces((a.data, b.data), chunk_length([a])))
+    kept = torch.empty_like(pairs[0][0]) if pairs else a
+    done: list[tuple[Tensor, ...]] = []
+    for x, y in pairs:
+        held = kept if x.dim() != 1 else kept[: len(x)]
+        stage = 0
         try:
+            held.copy_(x)
+            stage = 1
             x.copy_(y)
-            y.copy_(kept[0])
-            done.append((x, y))
+            stage = 2
+            y.copy_(held)
         except BaseException:
-            x.copy_(kept[0])
-            y.copy_(kept[1])
+            if stage == 2:
+                y.copy_(x)
+            if stage >= 1:
+                x.copy_(held)
             for before in done:
                 exchange_(*before)
             raise
+        done.append((x, y))
 
 
 def _alike(slots: list[Tensor], live: list[Tensor]) -> bool:

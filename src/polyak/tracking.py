@@ -132,11 +132,17 @@ def _refuse_strange(item: Tracked) -> None:
             f"{item.name} is on the meta device and has no content: materialise the model "
             "(to_empty, load its weights), then make the average"
         )
+    if tensor.is_inference():
+        raise ValueError(
+            f"{item.name} was made under torch.inference_mode() and cannot be written to outside: "
+            "build the model outside it, or under torch.no_grad()"
+        )
     if tensor.layout != torch.strided:
         raise ValueError(f"{item.name} has layout {tensor.layout}, wanted torch.strided")
 
 
-def _averageable(tensor: Tensor) -> bool:
+def averageable(tensor: Tensor) -> bool:
+    """Whether a tensor's values have a mean: floating-point or complex ones."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -148,14 +154,14 @@ def _decide(
         return "live", "not selected"
     if item.name in overrides:
         return overrides[item.name], "by the pattern given"
-    if not _averageable(item.live()):
+    if not item.persistent:
+        return "live", "a buffer that its module does not save"
+    if not averageable(item.live()):
         return "copy", f"{str(item.live().dtype).removeprefix('torch.')} has no mean"
     if item.kind != "buffer":
         return "average", item.kind
     if buffers in ("average", "copy"):
         return cast(Policy, buffers), f'buffers="{buffers}"'
-    if not item.persistent:
-        return "live", "a buffer that its module does not save"
     if item.leaf in _STATISTICS:
         return "average", "running statistics belong to the weights"
     return "copy", "a buffer that is no running statistic"
@@ -174,7 +180,7 @@ def _overrides(buffers: Buffers, names: dict[str, Tracked]) -> dict[str, Policy]
             wanted = '"average", "copy" or "live"'
             raise ValueError(f"buffers[{pattern!r}] is {policy!r}, wanted {wanted}")
         for item in _matches(pattern, names, "buffers"):
-            if policy == "average" and not _averageable(item.live()):
+            if policy == "average" and not averageable(item.live()):
                 raise ValueError(f"{item.name} is {item.live().dtype}: it can be copied only")
             decided.setdefault(item.name, policy)
     return decided
@@ -201,6 +207,21 @@ def _selector(select: Select, names: dict[str, Tracked]) -> Callable[[str], bool
     patterns = [select] if isinstance(select, str) else list(select)
     chosen = {item.name for pattern in patterns for item in _matches(pattern, names, "select")}
     return chosen.__contains__
+
+
+def links(source: Source) -> list[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
+    """(the dictionary of a parent, a name, the child) for every module but the first.
+
+    A child that is replaced takes its tensors with it: who keeps these can tell.
+    """
+    if not isinstance(source, nn.Module):
+        return []
+    return [
+        (module._modules, name, child)
+        for module in source.modules()
+        for name, child in module._modules.items()
+        if child is not None
+    ]
 
 
 def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:

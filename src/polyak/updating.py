@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from polyak import tensors
+from polyak.checks import require_count
 from polyak.engine import Average, Move, move_
 from polyak.guard import Verdict, finite, stepped
 from polyak.live import Groups, LiveWeights
 from polyak.offload import Courier, courier_for
 from polyak.rules import Tick
 
-Nonfinite = Literal["average", "skip", "error"]
+Nonfinite = Literal["allow", "skip", "error"]
 
 
 class _Moment(NamedTuple):
@@ -47,10 +48,9 @@ class Updating:
         nonfinite: Nonfinite,
         device: torch.device | None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}, wanted an integer >= 1: calls per update")
+        require_count("every", every, "calls per update")
         if nonfinite not in get_args(Nonfinite):
-            raise ValueError(f'nonfinite is {nonfinite!r}, wanted "average", "skip" or "error"')
+            raise ValueError(f'nonfinite is {nonfinite!r}, wanted "allow", "skip" or "error"')
         self.every = every
         self.skipped = 0
         self.copies: list[Tensor] = []
@@ -74,11 +74,11 @@ class Updating:
         called = self._moment()
         clean = None
         if self._calls >= self.every:
-            clean = finite(groups) if self._nonfinite != "average" else None
+            clean = finite(groups) if self._nonfinite != "allow" else None
             if clean is not None and not _deferred(clean) and not clean:
                 self._refuse(called)
                 return
-            self._move(_both(took, clean))
+            self._move_or_go_back(_both(took, clean), before)
         if took is not None or clean is not None:
             verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
             self._pending = _Pending(verdicts[0], verdicts[1], before, called)
@@ -109,15 +109,14 @@ class Updating:
             "copies": {item.name: tensor for item, tensor in copies},
         }
 
-    def take_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave, copying its tensors."""
+    def take(self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave, all of it checked, copying its tensors."""
         self._pending = None
-        self._calls, self._elapsed = int(state["calls"]), float(state["elapsed"])
-        self.skipped = int(state["skipped"])
+        self._calls, self._elapsed, self.skipped = calls, elapsed, skipped
         self.copies = []
-        if state["copies"]:
+        if copies:
             self.copies = self._empty_copies()
-            sources = [state["copies"][item.name] for item in self._live.copied]
+            sources = [copies[item.name] for item in self._live.copied]
             tensors.lerp_(self.copies, sources, 1.0)
 
     def before_step(self) -> None:
@@ -125,6 +124,14 @@ class Updating:
         if self._courier is not None:
             self._courier.held = True
             self._courier.before_write()
+
+    def _move_or_go_back(self, ok: Tensor | None, before: _Moment) -> None:
+        """An update; one that fails leaves the clock where it was, so that its copies are redone."""
+        try:
+            self._move(ok)
+        except BaseException:
+            self._back_to(before)
+            raise
 
     def _move(self, ok: Tensor | None) -> None:
         """One update of every average and of the copies, over the time since the last."""
@@ -137,6 +144,8 @@ class Updating:
         copied = [item.live() for item in self._live.copied]
         if copied and not self.copies:
             self.copies = self._empty_copies()
+        if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
+            self._live.check("update")
         if self._courier is None:
             move_(groups, moves, ok)
             self._copy(copied, ok)
@@ -165,6 +174,7 @@ class Updating:
             live = [torch.where(ok.to(b.device), b, a.to(b.device, b.dtype)) for a, b in pairs]
         tensors.lerp_(self.copies, live, 1.0)
 
+    @torch.inference_mode(False)
     def _empty_copies(self) -> list[Tensor]:
         live = [item.live() for item in self._live.copied]
         return [torch.empty_like(t, device=self._device) for t in live]

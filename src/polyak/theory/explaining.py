@@ -17,7 +17,7 @@ from polyak.theory.measures import (
     ramp_lag,
     relative_std,
 )
-from polyak.theory.profiles import profile
+from polyak.theory.profiles import profile, require_steps
 
 _ROWS = (
     ("half_life", "half-life", "steps"),
@@ -96,9 +96,10 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
     >>> round(explain("exponential(0.99)").half_life, 2), explain("uniform()").steps
     (68.97, 10000)
 
-    Raises `ValueError` unless 1 <= every <= steps, and for a spec that does not parse.
+    Raises `ValueError` unless 1 <= every <= steps <= 10^8, and for a spec that does not parse.
     """
     rule = as_rule(rule)
+    require_steps(every if steps is None else steps, every)
     if steps is None:
         steps = settled(rule, every=every, tolerance=1e-6, longest=2**18) or every * -(
             -10_000 // every
@@ -106,8 +107,8 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
     c = profile(rule, steps, every=every)
     return Explanation(
         rule=rule,
-        steps=steps,
-        every=every,
+        steps=int(steps),  # of numpy's integers JSON knows none
+        every=int(every),
         half_life=half_life(c),
         mean_age=mean_age(c),
         effective_window=effective_window(c),

@@ -50,14 +50,14 @@ def match(
     _require_known(family, by)
     steps = _steps_to_forget(family, like) if steps is None else steps
     member, measure = _FAMILIES[family], _MEASURES[by]
-    target = measure(profile(like, steps))
+    wanted = measure(profile(like, steps))
 
     @cache
     def gap(rule: Rule) -> float:
-        return math.log(measure(profile(rule, steps)) / target)
+        return math.log(measure(profile(rule, steps)) / wanted)
 
     longest = math.log(steps if family is Window else 1000 * steps)
-    ends = _bracket(lambda x: gap(member(x)), longest) if target > 0 else None
+    ends = _bracket(lambda x: gap(member(x)), longest) if wanted > 0 else None
     if ends is None:
         hint = "take another family or measure"
         raise ValueError(f"no {family.__name__} has the {by} of {like} after {steps} steps: {hint}")

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polyak.decays import is_number, require
+from polyak.checks import is_number, require
+from polyak.theory.profiles import is_count
 
 Array = npt.NDArray[np.float64]
 _HALF_POWER = 0.5
@@ -157,7 +158,8 @@ def initial_weight(c: npt.ArrayLike, *, every: int = 1) -> float:
     Raises `ValueError` for an `every` that is not a step of the profile.
     """
     c = _checked(c)
-    require(1 <= every <= len(c), "every", every, f"an integer from 1 to the {len(c)} steps")
+    holds = is_count(every) and every <= len(c)
+    require(holds, "every", every, f"an integer from 1 to the {len(c)} steps")
     return float(c[every - 1])
 
 
@@ -174,7 +176,7 @@ def learning_rate_profile(c: npt.ArrayLike) -> Array:
 
     Source: Sandler et al. (arXiv 2301.02312); WSM (arXiv 2507.17634, theorem 3.1).
     """
-    return step_response(c)[::-1]
+    return step_response(c)[::-1].copy()  # a view that runs backwards is no torch tensor
 
 
 class FrequencyResponse(NamedTuple):
@@ -202,7 +204,7 @@ def frequency_response(
     c = _checked(c)
     if frequencies is None:
         frequencies = np.geomspace(1 / len(c), math.pi, 400)
-    w = np.asarray(frequencies, dtype=np.float64)
+    w = np.array(frequencies, dtype=np.float64, order="C")  # the result's own
     if w.ndim != 1 or not np.isfinite(w).all():
         wanted = "a one-dimensional array of finite radians per step"
         raise ValueError(f"frequencies is {frequencies!r}, wanted {wanted}")

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from polyak.checks import is_integer, require
 from polyak.rules import LIVE, START, Rule, Tick
 from polyak.specs import as_rule
 
 Profile = npt.NDArray[np.float64]
+
+# Steps of the longest profile: 0.8 GB of coefficients.
+LONGEST = 10**8
 
 # A weight below this is 0: its square would be a denormal number, and those are slow.
 _NOTHING = 1e-150
@@ -35,7 +39,7 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
     array([0.  , 0.25, 0.  , 0.75])
 
     The first update copies, so it carries the weight of the start: decay ** (updates - 1).
-    A million steps take about a second. Raises `ValueError` unless 1 <= every <= steps.
+    A million steps take about a second. Raises `ValueError` unless 1 <= every <= steps <= 10^8.
     """
     rule = as_rule(rule)
     require_steps(steps, every)
@@ -71,15 +75,21 @@ def coefficients(rule: Rule | str, elapsed: Sequence[float]) -> Profile:
 
 
 def require_steps(steps: int, every: int) -> None:
-    """Raises `ValueError` unless at least one update happens within the steps."""
-    for name, value in (("steps", steps), ("every", every)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} is {value!r}, wanted an integer >= 1")
+    """Raises `ValueError` unless an update happens within the steps, and they fit an array."""
+    for name, value in (("every", every), ("steps", steps)):
+        require(is_count(value), name, value, "an integer >= 1")
+        wanted = f"at most {LONGEST:,}: a profile holds a coefficient for every step"
+        require(value <= LONGEST, name, value, wanted)
     if steps < every:
         raise ValueError(
             f"steps is {steps} and every is {every}: no update has happened yet, so there is no"
             f" average; ask for {every} steps or more"
         )
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 1, of Python or of numpy."""
+    return is_integer(int(value) if isinstance(value, np.integer) else value, 1)
 
 
 def _impulse_response(rule: Rule, elapsed: list[float]) -> tuple[Profile, float]:

@@ -1,0 +1,145 @@
+"""States: what a saved average must look like to be taken over, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.checks import is_integer, is_number
+from polyak.engine import Average, Form
+from polyak.live import LiveWeights
+from polyak.rules import START, Tick
+from polyak.tracking import difference, report
+
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AverageState:
+    """A checked average: its clock, its slots by name, and the state of its random numbers."""
+
+    tick: Tick
+    slots: dict[str, dict[str, Tensor]]
+    random: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class State:
+    """A checked state: calls and time since the last update, copied tensors, averages by name."""
+
+    calls: int
+    elapsed: float
+    skipped: int
+    copies: dict[str, Tensor]
+    averages: dict[str, AverageState]
+
+
+def checked(state: object, live: LiveWeights, averages: Mapping[str, Average]) -> State:
+    """A state as it may be taken over; raises `ValueError` that says what is not as it must be."""
+    data = _mapping(
+        state, "the state", ("format", "calls", "elapsed", "skipped", "copies", "averages")
+    )
+    if data["format"] != STATE_FORMAT:
+        raise ValueError(f"load_state_dict: format is {data['format']!r}, wanted {STATE_FORMAT}")
+    held = _mapping(data["averages"], "averages")
+    _require_same_rules(held, averages)
+    states = {name: _average(held[name], name, live, each) for name, each in averages.items()}
+    begun = any(each.tick.n for each in states.values())
+    return State(
+        calls=_integer(data["calls"], "calls"),
+        elapsed=_time(data["elapsed"], "elapsed"),
+        skipped=_integer(data["skipped"], "skipped"),
+        copies=_copies(data["copies"], live, begun=begun),
+        averages=states,
+    )
+
+
+def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]) -> None:
+    fields = ("rule", "tick", "slots")
+    got = {name: _mapping(data, f"average {name!r}", fields)["rule"] for name, data in held.items()}
+    if lines := difference({name: str(average.rule) for name, average in averages.items()}, got):
+        title = "load_state_dict: other rules than this averager's; make it with the state's"
+        raise ValueError(report(title, lines))
+
+
+def _average(
+    data: Mapping[str, Any], name: str, live: LiveWeights, average: Average
+) -> AverageState:
+    where = f"average {name!r}"
+    tick = _tick(data["tick"], average.rule.tick(START, 1.0), f"{where}, tick")
+    slots = {
+        slot: dict(_mapping(held, f"{where}, slot {slot}"))
+        for slot, held in _mapping(data["slots"], f"{where}, slots").items()
+    }
+    known, needed = average.known_slots(), average.needed_slots(tick)
+    if not needed <= set(slots) <= known:
+        wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
+        raise ValueError(f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}")
+    forms = average.forms(live)
+    for slot, held in slots.items():
+        _require_forms(forms, held, f"{where}, slot {slot}")
+    random = dict(_mapping(data.get("random", {}), f"{where}, random"))
+    return AverageState(tick, slots, random)
+
+
+def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:
+    copies = dict(_mapping(data, "copies"))
+    tensors = {item.name: item.live() for item in live.copied}
+    if copies or begun:
+        forms = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        _require_forms(forms, copies, "copies")
+    return copies
+
+
+def _require_forms(wanted: Mapping[str, Form], held: Mapping[str, Any], where: str) -> None:
+    got = {name: _form(value) for name, value in held.items()}
+    if lines := difference(wanted, got):
+        raise ValueError(report(f"load_state_dict: {where}: other tensors", lines))
+
+
+def _form(value: object) -> Form | str:
+    """Shape and dtype of an ordinary tensor; of anything else, what it is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_meta or value.layout != torch.strided:
+        return f"a tensor on {value.device} of layout {value.layout}"
+    return tuple(value.shape), value.dtype
+
+
+def _mapping(value: object, where: str, fields: Sequence[str] = ()) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"load_state_dict: {where} is {type(value).__name__}, wanted a mapping")
+    if missing := [field for field in fields if field not in value]:
+        raise ValueError(f"load_state_dict: {where} lacks {', '.join(missing)}")
+    return value
+
+
+def _tick(data: object, like: Tick, where: str) -> Tick:
+    """A clock, nested as the rule nests its clocks."""
+    if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != len(like):
+        raise ValueError(f"load_state_dict: {where} is {data!r}, wanted [n, t, elapsed, inner]")
+    n, t, elapsed, inner = data
+    begun = _integer(n, f"{where}, n") > 0
+    if (inner is None) != (like.inner is None or not begun):
+        raise ValueError(f"load_state_dict: {where} is {data!r}, which is not this rule's clock")
+    nested = None if inner is None or like.inner is None else _tick(inner, like.inner, where)
+    times = _time(t, f"{where}, t"), _time(elapsed, f"{where}, elapsed")
+    if begun and not 0 < times[1] <= times[0]:
+        raise ValueError(f"load_state_dict: {where} is {data!r}, wanted 0 < elapsed <= t")
+    return Tick(n, *times, nested)
+
+
+def _integer(value: object, where: str) -> int:
+    if not isinstance(value, int) or not is_integer(value, 0):
+        raise ValueError(f"load_state_dict: {where} is {value!r}, wanted an integer >= 0")
+    return value
+
+
+def _time(value: object, where: str) -> float:
+    if not isinstance(value, (int, float)) or not is_number(value) or value < 0:
+        raise ValueError(f"load_state_dict: {where} is {value!r}, wanted a finite number >= 0")
+    return float(value)

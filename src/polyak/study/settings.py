@@ -1,0 +1,71 @@
+"""Settings: every number of the experiment in one place, with the article's values as defaults.
+
+>>> Settings().learning_rate, Settings(max_epochs=3) == Settings(max_epochs=3)
+(0.001, True)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from polyak.rules import ArticleEMA
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The article's experiment: data, model, training, average and stopping, in this order.
+
+    `epochs_after_stop` is the study's own: after the early stop each run goes on for that many
+    epochs, apart from everything the article measures, to see what the stop avoided.
+    """
+
+    rows: int = 2000
+    features: int = 20
+    noise: float = 0.1
+    data_seed: int = 42
+    validation_share: float = 0.2
+    batch_size: int = 32
+    hidden: tuple[int, ...] = (64, 32)
+    dropout: float = 0.2
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    lr_factor: float = 0.5
+    lr_patience: int = 10
+    max_epochs: int = 500
+    stop_patience: int = 20
+    ema_beta: float = 0.999
+    ema_update_after_step: int = 100
+    ema_power: float = 2 / 3
+    epochs_after_stop: int = 25
+
+    def article_rule(self) -> ArticleEMA:
+        """The article's EMA, which drives the learning rate and the early stop."""
+        return ArticleEMA(
+            beta=self.ema_beta,
+            update_after_step=self.ema_update_after_step,
+            power=self.ema_power,
+        )
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON reads them back: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return plain
+
+
+def fingerprint(conditions: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that change with any condition."""
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Lines `name: stored, now wanted` for every condition in which two mappings differ."""
+    return [
+        f"{name}: {stored.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in sorted({*stored, *wanted})
+        if stored.get(name) != wanted.get(name)
+    ]
