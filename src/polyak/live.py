@@ -54,7 +54,7 @@ class LiveWeights:
             now = list(map(operator.getitem, self._holders, self._leaves))
         except KeyError:
             now = []
-        children = map(dict.get, self._parents, self._names)
+        children = map(dict.get, self._parents, self._names)  # type: ignore[arg-type]
         same = (
             len(now) == len(self._now)
             and all(map(operator.is_, now, self._now))

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 Policy = Literal["average", "copy", "live"]
 Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
@@ -122,7 +122,7 @@ def _merge_ties(found: list[Tracked]) -> list[Tracked]:
 
 def _refuse_strange(item: Tracked) -> None:
     tensor = item.live()
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise ValueError(
             f"{item.name} is not materialised yet (a lazy module): run one forward pass, "
             "then make the average"
