@@ -58,7 +58,8 @@ def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None
     fractions = [move.fraction for move in plain]
     for g, weights in enumerate(live):
         tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions)
-        for move in moves:
+    for move in moves if len(plain) < len(moves) else ():
+        for g, weights in enumerate(live):
             if ok is not None:
                 _masked_move_(move, g, weights, ok)
             elif move not in plain:

@@ -70,8 +70,8 @@ def lerp_all_(averages: list[list[Tensor]], live: list[Tensor], fractions: list[
         _lerp_in_parts_(lerps, live)
 
 
-def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
-    """One foreach call; where a tensor turns out to be of another kind, the rest in parts."""
+def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list[float]) -> None:
+    """One foreach call; where a tensor turns out to be of another kind, the rest one by one."""
     try:
         torch._foreach_lerp_(slots, live, fraction)
     except RuntimeError:
@@ -81,21 +81,30 @@ def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float) -> No
         if all(alike):
             raise
         first = alike.index(False)  # the call goes through the list and has moved those before
-        for slot, weight in zip(slots[first:], live[first:], strict=True):
-            _lerp_in_parts_([([slot], fraction)], [weight])
+        fractions = fraction if isinstance(fraction, list) else [fraction] * len(slots)
+        rest = zip(slots[first:], live[first:], fractions[first:], strict=True)
+        for slot, weight, each in rest:
+            _lerp_in_parts_([([slot], each)], [weight])
 
 
 def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
+    """Each part of the live weights is moved into all slots of its kind by one foreach call."""
     length = chunk_length([live[0], *(slots[0] for slots, _ in lerps)])
     if all(_alike(slots, live) for slots, _ in lerps):
         length = max(length, SHARED_BYTES // live[0].element_size())
-    for rows in parts([live, *(slots for slots, _ in lerps)], length):
-        weights = rows[0]
-        for (_, fraction), slots in zip(lerps, rows[1:], strict=True):
-            if not _alike(slots, weights):
-                kind = slots[0]
-                weights = [weight.to(kind.device, kind.dtype) for weight in weights]
-            _lerp_alike_(slots, weights, fraction)
+    for weights, *columns in parts([live, *(slots for slots, _ in lerps)], length):
+        by_kind: dict[tuple[torch.dtype, torch.device], list[tuple[list[Tensor], float]]] = {}
+        for slots, (_, fraction) in zip(columns, lerps, strict=True):
+            by_kind.setdefault((slots[0].dtype, slots[0].device), []).append((slots, fraction))
+        for (dtype, device), rows in by_kind.items():
+            here = weights
+            if not _alike(rows[0][0], weights):
+                here = [weight.to(device, dtype) for weight in weights]
+            _lerp_alike_(
+                [slot for slots, _ in rows for slot in slots],
+                here * len(rows),
+                [fraction for slots, fraction in rows for _ in slots],
+            )
 
 
 def parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:

@@ -71,14 +71,14 @@ class Updating:
         if took is not None and not _deferred(took) and not took:
             return
         self._calls, self._elapsed = self._calls + 1, self._elapsed + elapsed
-        called = self._moment()
+        called = before._replace(calls=self._calls, elapsed=self._elapsed)
         clean = None
         if self._calls >= self.every:
             clean = finite(groups) if self._nonfinite != "allow" else None
             if clean is not None and not _deferred(clean) and not clean:
                 self._refuse(called)
                 return
-            self._move_or_go_back(_both(took, clean), before)
+            self._move_or_go_back(groups, _both(took, clean), before)
         if took is not None or clean is not None:
             verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
             self._pending = _Pending(verdicts[0], verdicts[1], before, called)
@@ -125,17 +125,16 @@ class Updating:
             self._courier.held = True
             self._courier.before_write()
 
-    def _move_or_go_back(self, ok: Tensor | None, before: _Moment) -> None:
+    def _move_or_go_back(self, groups: Groups, ok: Tensor | None, before: _Moment) -> None:
         """An update; one that fails leaves the clock where it was, so that its copies are redone."""
         try:
-            self._move(ok)
+            self._move(groups, ok)
         except BaseException:
             self._back_to(before)
             raise
 
-    def _move(self, ok: Tensor | None) -> None:
+    def _move(self, groups: Groups, ok: Tensor | None) -> None:
         """One update of every average and of the copies, over the time since the last."""
-        groups = self._live.groups()
         if self._courier is None:
             self._courier = courier_for(groups[0][0], self._device)
         averages = [average.advance(self._live, self._elapsed) for average in self._averages]
