@@ -148,10 +148,13 @@ def _several_targets(found: list[Several]) -> list[tuple[str, ...]]:
 
 
 def _applied_targets(found: list[Applied]) -> list[tuple[str, ...]]:
-    last = found[-1]
     return [
-        _row(f"applied(), {last.workload}, dearer way over a copy", max(last.enter, last.leave), 2.2),
-        _row(f"applied(), {last.workload}, extra MiB", last.extra / MEBIBYTE, 2),
+        row
+        for each in found
+        for row in (
+            _row(f"applied(), {each.workload}, dearer way, copy = 1", max(each.enter, each.leave), 2.2),
+            _row(f"applied(), {each.workload}, extra MiB", each.extra / MEBIBYTE, 2),
+        )
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from polyak.tracking import (
     Source,
     Tracked,
     difference,
-    links,
+    holders,
     report,
     track,
 )
 
 Kind = tuple[torch.dtype, torch.device]
 Groups = list[list[Tensor]]
+_END = (None,)  # what was added behind the last would not be seen without it
 
 
 class LiveWeights:
@@ -50,18 +52,11 @@ class LiveWeights:
         noticed by the first of its group, since models move as a whole; any other is still averaged
         rightly.
         """
-        try:
-            now = list(map(operator.getitem, self._holders, self._leaves))
-        except KeyError:
-            now = []
-        children = map(dict.get, self._parents, self._names)  # type: ignore[arg-type]
-        same = (
-            len(now) == len(self._now)
-            and all(map(operator.is_, now, self._now))
-            and all(map(operator.is_, children, self._children))
-        )
+        now = chain(chain.from_iterable(self._views), _END)
         kinds = zip(self._groups, self._kinds, strict=True)
-        if not same or any(kind(group[0]) != was for group, was in kinds):
+        if not all(map(operator.is_, now, self._seen)) or any(
+            kind(group[0]) != was for group, was in kinds
+        ):
             self.check("update")
         return self._groups
 
@@ -87,18 +82,13 @@ class LiveWeights:
         self.tracked = [by_name[name] for name in self._order]
         self.averaged = [item for item in self.tracked if item.policy == "average"]
         self.copied = [item for item in self.tracked if item.policy == "copy"]
-        self._holders = [item.holder for item in self.averaged]
-        self._leaves = [item.leaf for item in self.averaged]
-        family = links(self._model)
-        self._parents = [parent for parent, _, _ in family]
-        self._names = [name for _, name, _ in family]
-        self._children = [child for _, _, child in family]
-        self._now = [item.live() for item in self.averaged]
+        self._views = holders(self._model, self.averaged)
+        self._seen = [*chain.from_iterable(self._views), *_END]
         indices: dict[Kind, list[int]] = {}
-        for i, tensor in enumerate(self._now):
-            indices.setdefault(kind(tensor), []).append(i)
+        for i, item in enumerate(self.averaged):
+            indices.setdefault(kind(item.live()), []).append(i)
         self._kinds, self._indices = list(indices), list(indices.values())
-        self._groups = self.group(self._now)
+        self._groups = self.group([item.live() for item in self.averaged])
         self.generation += 1
 
 

@@ -8,7 +8,7 @@ parameters are followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast, get_args
@@ -209,19 +209,17 @@ def _selector(select: Select, names: dict[str, Tracked]) -> Callable[[str], bool
     return chosen.__contains__
 
 
-def links(source: Source) -> list[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
-    """(the dictionary of a parent, a name, the child) for every module but the first.
+def holders(source: Source, tracked: Sequence[Tracked]) -> list[ValuesView[object]]:
+    """Live views of all that must stay the same objects for tensors to be where they were.
 
-    A child that is replaced takes its tensors with it: who keeps these can tell.
+    The dictionaries that hold the tensors, and those that hold modules: a module that is replaced
+    takes its tensors with it, and who keeps these would average dead weights.
     """
-    if not isinstance(source, nn.Module):
-        return []
-    return [
-        (module._modules, name, child)
-        for module in source.modules()
-        for name, child in module._modules.items()
-        if child is not None
-    ]
+    mappings: dict[int, Mapping[str, object]] = {id(item.holder): item.holder for item in tracked}
+    if isinstance(source, nn.Module):
+        families = [module._modules for module in source.modules() if module._modules]
+        mappings |= {id(family): family for family in families}
+    return [mapping.values() for mapping in mappings.values()]
 
 
 def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
