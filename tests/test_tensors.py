@@ -23,7 +23,7 @@ LAYOUTS = {
 def test_exchange_of_all_layouts(a: str, b: str) -> None:
     x, y = LAYOUTS[a](), LAYOUTS[b]()
     was_x, was_y = x.clone(), y.clone()
-    tensors.exchange_(x, y)
+    tensors.exchange_([x], [y])
     assert torch.equal(x, was_y)
     assert torch.equal(y, was_x)
 
@@ -31,7 +31,7 @@ def test_exchange_of_all_layouts(a: str, b: str) -> None:
 def test_exchange_beyond_a_chunk_and_with_nan() -> None:
     x, y = torch.randn(700_001), torch.full((700_001,), float("nan"))
     was = x.clone()
-    tensors.exchange_(x, y)
+    tensors.exchange_([x], [y])
     assert torch.equal(y, was)
     assert x.isnan().all()
 
@@ -54,14 +54,14 @@ def test_lerp_across_dtypes_beyond_a_chunk() -> None:
 
 
 class FailsAt(torch.utils._python_dispatch.TorchDispatchMode):
-    """Raises in place of the n-th copy, or just after it."""
+    """Raises in place of the n-th copy or clone, or just after it."""
 
     def __init__(self, n: int, after: bool) -> None:
         super().__init__()
         self.n, self.after = n, after
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        copies = func is torch.ops.aten.copy_.default
+        copies = func in (torch.ops.aten._foreach_copy_.default, torch.ops.aten.clone.default)
         self.n -= copies
         fails = copies and self.n == 0
         if fails and not self.after:
@@ -75,10 +75,10 @@ class FailsAt(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("n", range(1, 7))
 def test_an_exchange_that_is_interrupted_changes_nothing(n: int, after: bool) -> None:
-    x, y = torch.randn(500_000), torch.randn(500_000)
+    x, y = torch.randn(500_000), torch.randn(500_000)  # two chunks
     was_x, was_y = x.clone(), y.clone()
     with pytest.raises(KeyboardInterrupt), FailsAt(n, after):
-        tensors.exchange_(x, y)
+        tensors.exchange_([x], [y])
     assert torch.equal(x, was_x)
     assert torch.equal(y, was_y)
 

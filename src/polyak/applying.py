@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from polyak.live import kind
+from polyak.live import Kind, kind
 from polyak.tensors import exchange_
 from polyak.tracking import Tracked
 
 
-@dataclass
+@dataclass(eq=False)
 class _Trade:
     """Live weights and a slot that trade contents; `live` is the tensor as it was at the start."""
 
@@ -26,15 +26,19 @@ class _Trade:
     version: int = 0
     pointer: int = 0
 
-    def enter(self) -> None:
-        exchange_(self.live, self.slot)
+    def begin(self) -> None:
+        """Notes the tensor as it is once contents have been exchanged."""
         self.version, self.pointer = self.live._version, self.live.data_ptr()
 
+    def intact(self) -> bool:
+        """Whether the tensor is still where it was, so that contents can trade places again."""
+        return self.item.holder.get(self.item.leaf) is self.live and kind(self.live) == kind(
+            self.slot
+        )
+
     def leave(self) -> None:
+        """Gives back what a replaced, moved or removed tensor held, and the average to its slot."""
         now = self.item.holder.get(self.item.leaf)
-        if now is self.live and kind(now) == kind(self.slot):
-            exchange_(self.live, self.slot)
-            return
         average = self.live.detach().clone()
         for tensor in (self.live, now):
             if tensor is not None:
@@ -52,7 +56,7 @@ class _Trade:
         return _changed(self.item, self.live) or self.spoilt()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Replacement:
     """Live weights that are kept aside while the model holds something else."""
 
@@ -105,39 +109,57 @@ class Exchange:
 
     problems: list[str] = field(default_factory=list)
     spoilt: bool = False
-    _plan: list[_Trade | _Replacement] = field(default_factory=list)
-    _entered: list[_Trade | _Replacement] = field(default_factory=list)
+    _trades: dict[Kind, list[_Trade]] = field(default_factory=dict)
+    _replacements: list[_Replacement] = field(default_factory=list)
+    _traded: list[list[_Trade]] = field(default_factory=list)
+    _replaced: list[_Replacement] = field(default_factory=list)
 
     def trade(self, item: Tracked, slot: Tensor) -> None:
         """Plans to trade the contents of a live tensor and of a slot of its dtype and device."""
-        self._plan.append(_Trade(item, item.live(), slot))
+        self._trades.setdefault(kind(slot), []).append(_Trade(item, item.live(), slot))
 
     def replace(self, item: Tracked, average: Tensor) -> None:
         """Plans to keep a live tensor aside and to write an average into it."""
-        self._plan.append(_Replacement(item, item.live(), average))
+        self._replacements.append(_Replacement(item, item.live(), average))
 
     @torch.no_grad()
     def enter(self) -> None:
         """Lets the model carry the average."""
         with uninterrupted():
-            for step in self._plan:
-                step.enter()
-                self._entered.append(step)
+            for trades in self._trades.values():
+                _exchange(trades)
+                self._traded.append(trades)
+                for trade in trades:
+                    trade.begin()
+            for replacement in self._replacements:
+                replacement.enter()
+                self._replaced.append(replacement)
 
     @torch.no_grad()
     def leave(self) -> None:
         """Gives the model its live weights back, every one of them that can be."""
         with uninterrupted():
-            while self._entered:
-                step = self._entered.pop()
-                name, changed = step.item.name, step.changed()
-                self.spoilt = self.spoilt or bool(step.spoilt())
-                try:
-                    step.leave()
-                except RuntimeError as error:  # one that cannot be written must not keep the others
-                    changed, self.spoilt = f"not given back ({error})", True
-                if changed:
-                    self.problems.insert(0, f"{name} was {changed}")
+            steps = [*(trade for trades in self._traded for trade in trades), *self._replaced]
+            self.spoilt = any(step.spoilt() for step in steps)
+            changes = ((step.item.name, step.changed()) for step in steps)
+            self.problems = [f"{name} was {changed}" for name, changed in changes if changed]
+            for trades in self._traded:
+                intact = [trade for trade in trades if trade.intact()]
+                self._try(lambda intact=intact: _exchange(intact), intact)
+                for trade in trades:
+                    if trade not in intact:
+                        self._try(trade.leave, [trade])
+            for replacement in self._replaced:
+                self._try(replacement.leave, [replacement])
+
+    def _try(self, give_back: Callable[[], None], steps: Sequence[_Trade | _Replacement]) -> None:
+        """One that cannot be written must not keep the others from being given back."""
+        try:
+            give_back()
+        except RuntimeError as error:
+            names = ", ".join(step.item.name for step in steps[:8])
+            self.problems.append(f"{names} could not be given back ({error})")
+            self.spoilt = True
 
     def report(self) -> str:
         """What was done to the weights in the block, and what has become of the average."""
@@ -147,6 +169,11 @@ class Exchange:
             f"applied: inside the block {listed}. The live weights are back and {fate}: train, "
             "load and move the model outside the block"
         )
+
+
+def _exchange(trades: list[_Trade]) -> None:
+    if trades:
+        exchange_([trade.live for trade in trades], [trade.slot for trade in trades])
 
 
 @contextmanager

@@ -277,9 +277,8 @@ class Averager:
                 exchange.trade(item, lone[i])
             else:
                 kept.append(i)
-        read = average.read(self._live) if kept else []
-        for i in kept:
-            exchange.replace(self._live.averaged[i], read[i])
+        for i, tensor in zip(kept, average.read(self._live, kept), strict=True):
+            exchange.replace(self._live.averaged[i], tensor)
         for item, copy in zip(self._live.copied, self._updating.copies, strict=True):
             exchange.replace(item, copy)
         return exchange

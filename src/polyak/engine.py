@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ COMPENSATION = ".compensation"
 Form = tuple[tuple[int, ...], torch.dtype]
 
 
-@dataclass(frozen=True, eq=False)
-class Move:
+class Move(NamedTuple):
     """A slot's tensors in the live weights' groups, how far they move, and how they are rounded."""
 
     slots: Groups
@@ -62,7 +60,7 @@ def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None
         for g, weights in enumerate(live):
             if ok is not None:
                 _masked_move_(move, g, weights, ok)
-            elif move not in plain:
+            elif move.residues is not None or move.generators is not None:
                 residues = move.residues[g] if move.residues is not None else None
                 _rounded_move_(move, move.slots[g], weights, residues)
 
@@ -155,18 +153,22 @@ class Average:
             self._grouped[slot] = live.group(self.slots[slot])
         return self._grouped[slot]
 
-    def read(self, live: LiveWeights) -> list[Tensor]:
-        """The average as fresh tensors, in the live weights' order."""
-        out = [torch.empty_like(stored) for stored in next(iter(self.slots.values()))]
+    def read(self, live: LiveWeights, wanted: Sequence[int] | None = None) -> list[Tensor]:
+        """The average as fresh tensors, of all averaged weights or of those wanted, in order."""
+        like = next(iter(self.slots.values()))
+        chosen = range(len(like)) if wanted is None else wanted
+        out = {i: torch.empty_like(like[i]) for i in chosen}
+        weights = [item.live() for item in live.averaged]
         coefficients = self.rule.readout(self.tick)
-        live_groups = live.groups()
-        for g, group in enumerate(live.group(out)):
+        for group in live.indices:
+            here = [i for i in group if i in out]
             terms = [
-                (live_groups[g] if slot == LIVE else self.groups(live, slot)[g], coefficient)
+                ([(weights if slot == LIVE else self.slots[slot])[i] for i in here], coefficient)
                 for slot, coefficient in coefficients.items()
             ]
-            tensors.combine_(group, terms)
-        return out
+            if here:
+                tensors.combine_([out[i] for i in here], terms)
+        return list(out.values())
 
     def lone_slot(self) -> list[Tensor] | None:
         """The slot that is the average as it stands, if there is one."""

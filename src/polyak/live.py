@@ -30,7 +30,8 @@ class LiveWeights:
     """What of a model is averaged or copied, and where it is now.
 
     Tensors keep the order of the first look, or that of `order`, however a model orders them later:
-    lists in parallel to `averaged` and `copied` stay right. `generation` counts how often tensors
+    lists in parallel to `averaged` and `copied` stay right. `indices` are those of `averaged` that
+    one foreach call can take, group by group. `generation` counts how often tensors
     were found to be replaced or moved, so that what was grouped before can be grouped anew.
     """
 
@@ -62,7 +63,7 @@ class LiveWeights:
 
     def group(self, flat: Sequence[Tensor]) -> Groups:
         """Tensors in the order of `averaged`, in the groups of the live weights."""
-        return [[flat[i] for i in indices] for indices in self._indices]
+        return [[flat[i] for i in indices] for indices in self.indices]
 
     def check(self, call: str) -> None:
         """Looks all tensors up anew; raises `RuntimeError` if names, shapes or policies differ."""
@@ -87,7 +88,7 @@ class LiveWeights:
         indices: dict[Kind, list[int]] = {}
         for i, item in enumerate(self.averaged):
             indices.setdefault(kind(item.live()), []).append(i)
-        self._kinds, self._indices = list(indices), list(indices.values())
+        self._kinds, self.indices = list(indices), list(indices.values())
         self._groups = self.group([item.live() for item in self.averaged])
         self.generation += 1
 

@@ -139,33 +139,32 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
 
 
 @torch.no_grad()
-def exchange_(a: Tensor, b: Tensor) -> None:
-    """Exchanges the contents of two tensors of one dtype by chunks; pointers stay.
+def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
+    """Exchanges the contents of tensors of one dtype, pair by pair, by chunks; pointers stay.
 
-    An exception on the way (no memory) leaves both as they were. It writes through `.data`, which
+    An exception on the way (no memory) leaves all as they were. It writes through `.data`, which
     autograd does not count: weights that come back bit for bit leave a graph valid.
     """
-    pairs = list(_pieces((a.data, b.data), chunk_length([a])))
-    kept = torch.empty_like(pairs[0][0]) if pairs else a
-    done: list[tuple[Tensor, ...]] = []
-    for x, y in pairs:
-        held = kept if x.dim() != 1 else kept[: len(x)]
+    done: list[list[list[Tensor]]] = []
+    both = [[tensor.data for tensor in each] for each in (a, b)]
+    for x, y in parts(both, chunk_length([a[0]])):
         stage = 0
         try:
-            held.copy_(x)
+            kept = [tensor.clone() for tensor in x]
             stage = 1
-            x.copy_(y)
+            torch._foreach_copy_(x, y)
             stage = 2
-            y.copy_(held)
+            torch._foreach_copy_(y, kept)
         except BaseException:
             if stage == 2:
-                y.copy_(x)
+                torch._foreach_copy_(y, x)
             if stage >= 1:
-                x.copy_(held)
+                torch._foreach_copy_(x, kept)
             for before in done:
                 exchange_(*before)
             raise
-        done.append((x, y))
+        del kept  # before the next chunk's
+        done.append([x, y])
 
 
 def _alike(slots: list[Tensor], live: list[Tensor]) -> bool:
