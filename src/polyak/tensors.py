@@ -64,10 +64,23 @@ def lerp_all_(averages: list[list[Tensor]], live: list[Tensor], fractions: list[
             torch._foreach_copy_(slots, live)
         elif fraction != 0:
             lerps.append((slots, fraction))
-    if len(lerps) == 1 and _alike(lerps[0][0], live):
-        _lerp_alike_(lerps[0][0], live, lerps[0][1])
+    if lerps and all(_alike(slots, live) for slots, _ in lerps):
+        _lerp_together_(lerps, live)
     elif lerps:
         _lerp_in_parts_(lerps, live)
+
+
+def _lerp_together_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
+    """Slots of the weights' own kind: as much of the weights at a time as stays in the cache."""
+    if len(lerps) == 1:
+        _lerp_alike_(lerps[0][0], live, lerps[0][1])
+        return
+    length = (SHARED_BYTES if live[0].is_cpu else DEVICE_CHUNK_BYTES) // live[0].element_size()
+    columns = [slots for slots, _ in lerps]
+    whole = sum(map(Tensor.numel, live)) <= length
+    for weights, *rows in [[live, *columns]] if whole else parts([live, *columns], length):
+        fractions = [fraction for _, fraction in lerps for _ in weights]
+        _lerp_alike_([slot for slots in rows for slot in slots], weights * len(rows), fractions)
 
 
 def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list[float]) -> None:
@@ -88,23 +101,15 @@ def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list
 
 
 def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
-    """Each part of the live weights is moved into all slots of its kind by one foreach call."""
+    """Slots of another kind: each part of the weights is converted once for all of one kind."""
     length = chunk_length([live[0], *(slots[0] for slots, _ in lerps)])
-    if all(_alike(slots, live) for slots, _ in lerps):
-        length = max(length, SHARED_BYTES // live[0].element_size())
     for weights, *columns in parts([live, *(slots for slots, _ in lerps)], length):
-        by_kind: dict[tuple[torch.dtype, torch.device], list[tuple[list[Tensor], float]]] = {}
+        converted: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for slots, (_, fraction) in zip(columns, lerps, strict=True):
-            by_kind.setdefault((slots[0].dtype, slots[0].device), []).append((slots, fraction))
-        for (dtype, device), rows in by_kind.items():
-            here = weights
-            if not _alike(rows[0][0], weights):
-                here = [weight.to(device, dtype) for weight in weights]
-            _lerp_alike_(
-                [slot for slots, _ in rows for slot in slots],
-                here * len(rows),
-                [fraction for slots, fraction in rows for _ in slots],
-            )
+            kind = slots[0].dtype, slots[0].device
+            if kind not in converted:
+                converted[kind] = [weight.to(kind[1], kind[0]) for weight in weights]
+            _lerp_alike_(slots, converted[kind], fraction)
 
 
 def parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:
