@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -139,13 +140,15 @@ class Exchange:
     def leave(self) -> None:
         """Gives the model its live weights back, every one of them that can be."""
         with uninterrupted():
-            steps = [*(trade for trades in self._traded for trade in trades), *self._replaced]
+            steps: list[_Trade | _Replacement] = []
+            steps += [trade for trades in self._traded for trade in trades]
+            steps += self._replaced
             self.spoilt = any(step.spoilt() for step in steps)
             changes = ((step.item.name, step.changed()) for step in steps)
             self.problems = [f"{name} was {changed}" for name, changed in changes if changed]
             for trades in self._traded:
                 intact = [trade for trade in trades if trade.intact()]
-                self._try(lambda intact=intact: _exchange(intact), intact)
+                self._try(partial(_exchange, intact), intact)
                 for trade in trades:
                     if trade not in intact:
                         self._try(trade.leave, [trade])
