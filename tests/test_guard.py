@@ -204,6 +204,22 @@ def test_of_several_optimizers_each_must_have_stepped() -> None:
     assert averager.count == 4
 
 
+def test_no_step_counts_twice() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = Averager(model, Exponential(0.5))
+    for wrong in ([], [optimizer, optimizer]):
+        with pytest.raises(ValueError, match=r"attach: [02] optimizers, wanted one or more, each"):
+            averager.attach(wrong)
+    attached = averager.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"attached already.*remove\(\) first"):
+        averager.attach(optimizer)
+    attached.remove()
+    averager.attach(optimizer)
+    train(model, optimizer)
+    assert averager.count == 1
+
+
 def test_a_step_inside_applied_is_an_error() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,56 @@ def test_without_a_wait_the_same_order_goes_wrong(
 ) -> None:
     found = averages_on(Device(early, **broken), monkeypatch, attached=True)
     assert not torch.equal(found["ema"]["w"], expected["ema"]["w"])
+
+
+@pytest.mark.parametrize("early", ["compute", "side"])
+def test_buffers_that_the_forward_pass_writes_are_right(
+    early: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(early)
+    courier = Courier(device)
+    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
+    model = nn.BatchNorm1d(2)
+    averager = Averager(model, Exponential(0.5), device="cpu")
+
+    @torch.no_grad()
+    def forward(step: int) -> None:
+        model.get_buffer("num_batches_tracked").add_(1)
+        model.get_buffer("running_mean").fill_(float(step))
+
+    @torch.no_grad()
+    def optimize(step: int) -> None:
+        model.weight.fill_(float(step))
+
+    for step in range(1, 5):
+        device.queue("compute", partial(forward, step))
+        averager._updating.before_step()
+        device.queue("compute", partial(optimize, step))
+        averager.update()
+    device.queue("compute", partial(forward, 100))
+    average = averager.average()
+    assert average["weight"].tolist() == average["running_mean"].tolist() == [3.125, 3.125]
+    assert average["num_batches_tracked"].item() == 4
+
+
+@pytest.mark.parametrize("early", ["compute", "side"])
+def test_once_detached_nothing_is_put_off(early: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(early)
+    courier = Courier(device)
+    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
+    weights = nn.ParameterDict({"w": torch.zeros(2)})
+    averager = Averager(weights, Exponential(0.5), device="cpu", every=2)
+    attached = averager.attach(torch.optim.SGD(weights.parameters(), lr=0.1))
+    averager._updating.before_step()
+    averager.update()
+    attached.remove()
+    averager.update()
+
+    def write() -> None:
+        weights["w"].data.fill_(9.0)
+
+    device.queue("compute", write)
+    assert averager.average()["w"].tolist() == [0.0, 0.0]
 
 
 def test_the_host_does_not_wait_in_an_update(monkeypatch: pytest.MonkeyPatch) -> None:

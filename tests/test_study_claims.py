@@ -77,6 +77,8 @@ def test_verdicts_as_json_give_figures_and_intervals() -> None:
     for claim in judged.values():
         assert claim["claim"] and claim["verdict"]
         assert any(part["verdict"] for part in claim["parts"])
+        assert claim["interval"][0] <= claim["interval"][1]
+        assert claim["figures"].keys() == {part["quantity"] for part in claim["parts"]}
         for part in claim["parts"]:
             assert part["low"] <= part["estimate"] <= part["high"]
             assert part["seeds"] == SEEDS

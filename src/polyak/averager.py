@@ -61,7 +61,7 @@ class Averager:
         select: what is tracked: a pattern, several, or a function of the name. By default all.
         nonfinite: of an update that finds NaN or inf in the weights: "allow" averages them, "skip"
             leaves the average as it is and counts (`skipped`), "error" raises. The last two read
-            the weights once more; neither waits for a device.
+            the weights once more; the host waits at most for the update before.
 
     >>> weights = {"w": torch.zeros(2)}
     >>> averager = Averager(weights, "exponential(0.5)")
@@ -108,6 +108,7 @@ class Averager:
             device=place,
         )
         self._applied: str | None = None
+        self._attachment: Attachment | None = None
 
     @property
     def rule(self) -> Rule | dict[str, Rule]:
@@ -150,12 +151,21 @@ class Averager:
         Gradient accumulation counts once. Of several optimizers, an update follows when each has
         stepped. A `GradScaler` that skips a step of an ordinary optimizer skips the update with it;
         a fused optimizer runs its hooks all the same, so give the scaler here: a step that it
-        skipped does not count then, and no device is waited for.
+        skipped does not count then, and the host waits at most for the update before.
 
-        Raises `RuntimeError` at a step of a fused optimizer under a scaler that was not given.
+        Raises `ValueError` for no optimizer or one given twice; `RuntimeError` if attached already,
+        and at a step of a fused optimizer under a scaler that was not given.
         """
         several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        return Attachment(several, scaler, self._after_steps, self._updating.before_step)
+        if self._attachment is not None and self._attachment.active:
+            raise RuntimeError(
+                "attach: attached already, so a step would count twice: remove() first"
+            )
+        updating = self._updating
+        self._attachment = Attachment(
+            several, scaler, self._after_steps, updating.before_step, updating.detached
+        )
+        return self._attachment
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.

@@ -43,7 +43,7 @@ class EMA(nn.Module):
         include_online_model: whether `state_dict` holds the live model, under `online_model.`.
 
     Unlike ema-pytorch's, beta=1 does not freeze the average, and the first averaging call copies
-    once more. Floating-point buffers are averaged, integer and boolean ones copied. The averages of bfloat16
+    once more; names that match nothing are errors. Floating-point buffers are averaged, integer and boolean ones copied. The averages of bfloat16
     and float16 weights are kept in float32, which `state_dict` holds; `ema_model` has their
     roundings.
 
@@ -299,6 +299,9 @@ def _ignored(model: nn.Module, names: Collection[str], prefixes: Collection[str]
 
 def _policies(model: nn.Module, ignored: set[str], copied: Collection[str]) -> dict[str, Policy]:
     """Name -> policy for every tensor of the model: all that floats is averaged, buffers too."""
+    known = {name for item in track(model) for name in (item.name, *item.aliases)}
+    if idle := sorted(set(copied) - known):
+        raise ValueError(f"EMA param_or_buffer_names_no_ema has {idle}, which match no tensor")
     policies: dict[str, Policy] = dict.fromkeys(copied, "copy")
     for item in track(model):
         if ignored.intersection((item.name, *item.aliases)):

@@ -1,8 +1,8 @@
-"""Guards: steps that must not count, told by a device and never waited for.
+"""Guards: steps that must not count, told by a device and not waited for at once.
 
 A scaler that skipped a step and weights that are not finite are known on the device first. There the
-update is masked at once, without asking; the host hears of it at the next call, when the answer has
-long arrived, and takes the clock back. On the CPU the answer is there at once.
+update is masked at once, without asking; the host hears of it at the next call and takes the clock
+back. It waits there for the update before at most, so it runs one step ahead and no further. On the CPU the answer is there at once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class Verdict:
         self._host, self._event = yes, None
         if yes.device.type == "cuda":
             self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._host.copy_(yes, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            with torch.cuda.device(yes.device):
+                self._host.copy_(yes, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     def ask(self) -> bool:
         """The answer."""
@@ -66,10 +67,16 @@ class Attachment:
         scaler: Any,
         step: Callable[[list[Tensor]], None],
         before: Callable[[], None],
+        after: Callable[[], None],
     ) -> None:
+        if not optimizers or len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+            raise ValueError(
+                f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
+            )
         self._expected = {id(optimizer) for optimizer in optimizers}
         self._scaler = scaler
         self._step = step
+        self._after = after
         self._found: dict[int, Tensor | None] = {}
         self._handles = [o.register_step_post_hook(self._after_step) for o in optimizers]
         self._handles += [o.register_step_pre_hook(lambda *_: before()) for o in optimizers]
@@ -78,6 +85,13 @@ class Attachment:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        self._after()
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         found_inf = getattr(optimizer, "found_inf", None)

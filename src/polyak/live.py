@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ class LiveWeights:
         self._forms = _forms(tracked)
         self._order = list(order or self._forms)
         self._adopt(tracked)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: all that is not found again by looking."""
+        kept = ("_model", "_options", "_forms", "_order", "generation")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._adopt(track(self._model, *self._options))
 
     def groups(self) -> Groups:
         """The averaged weights in groups of one dtype and device: the hot path.

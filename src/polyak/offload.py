@@ -72,8 +72,8 @@ class CudaStreams:
 class Courier:
     """Brings tensors to the host and runs a job on them there, beside the training.
 
-    `held` says that `before_write` will be called before the weights are written to; without that,
-    the compute stream waits for the copy at once.
+    `held`, set anew before each `send`, says that `before_write` will be called before the tensors
+    are written to; without that, the compute stream waits for the copy at once.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -95,6 +95,7 @@ class Courier:
         arrival = self._arrival = self._streams.mark()
         if not self.held:
             self.before_write()
+        self.held = False
         self._delivery = self._thread.submit(_deliver, arrival, job, self._staging)
 
     def before_write(self) -> None:
@@ -126,8 +127,10 @@ def _pinned_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=pinned)
 
 
-def courier_for(weights: Tensor, device: torch.device | None) -> Courier | None:
-    """A courier where the weights are on a CUDA device and their slots in the host's memory."""
-    if device is None or device.type != "cpu" or not weights.is_cuda:
+def courier_for(tensors: Groups, device: torch.device | None) -> Courier | None:
+    """A courier where all tensors are on one CUDA device and their slots in the host's memory."""
+    places = {tensor.device for group in tensors for tensor in group}
+    if device is None or device.type != "cpu" or len(places) != 1:
         return None
-    return Courier(CudaStreams(weights.device))
+    (place,) = places
+    return Courier(CudaStreams(place)) if place.type == "cuda" else None

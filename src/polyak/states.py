@@ -82,8 +82,20 @@ def _average(
     forms = average.forms(live)
     for slot, held in slots.items():
         _require_forms(forms, held, f"{where}, slot {slot}")
-    random = dict(_mapping(data.get("random", {}), f"{where}, random"))
+    random = _random(data.get("random", {}), f"{where}, random")
     return AverageState(tick, slots, random)
+
+
+def _random(data: object, where: str) -> dict[str, Tensor]:
+    """States of the generators of devices that are here; those of others begin anew."""
+    states = dict(_mapping(data, where))
+    length = torch.Generator().get_state().numel()
+    for device, state in states.items():
+        plain = isinstance(state, Tensor) and state.dtype == torch.uint8
+        if not plain or (device == "cpu" and state.numel() != length):
+            raise ValueError(f"load_state_dict: {where}, {device}: no state of random numbers")
+    here = "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cuda"
+    return {device: state for device, state in states.items() if device in here}
 
 
 def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:

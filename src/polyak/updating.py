@@ -61,6 +61,7 @@ class Updating:
         self._calls, self._elapsed = 0, 0.0
         self._pending: _Pending | None = None
         self._courier: Courier | None = None
+        self._generation = -1
 
     def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
         """One call, `elapsed` after the last; `found_inf` is what a scaler left in the optimizers."""
@@ -120,10 +121,21 @@ class Updating:
             tensors.lerp_(self.copies, sources, 1.0)
 
     def before_step(self) -> None:
-        """What an optimizer's step must wait for, on the device: a copy of the weights under way."""
+        """What an optimizer's step must wait for, on the device: a copy of the weights under way.
+
+        Buffers are written to in the forward pass, before this is called: with them, nothing is put
+        off until here.
+        """
         if self._courier is not None:
-            self._courier.held = True
             self._courier.before_write()
+            stored = self._live.stored()
+            self._courier.held = all(item.kind == "parameter" for item in stored)
+
+    def detached(self) -> None:
+        """No optimizer calls `before_step` any more: a copy under way is waited for now."""
+        if self._courier is not None:
+            self._courier.before_write()
+            self._courier.held = False
 
     def _move_or_go_back(self, groups: Groups, ok: Tensor | None, before: _Moment) -> None:
         """An update; one that fails leaves the clock where it was, so that its copies are redone."""
@@ -135,8 +147,6 @@ class Updating:
 
     def _move(self, groups: Groups, ok: Tensor | None) -> None:
         """One update of every average and of the copies, over the time since the last."""
-        if self._courier is None:
-            self._courier = courier_for(groups[0][0], self._device)
         averages = [average.advance(self._live, self._elapsed) for average in self._averages]
         moves = [move for moves in averages for move in moves]
         self._calls, self._elapsed = 0, 0.0
@@ -145,11 +155,21 @@ class Updating:
             self.copies = self._empty_copies()
         if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
             self._live.check("update")
+        self._find_courier([*groups, copied])
         if self._courier is None:
             move_(groups, moves, ok)
             self._copy(copied, ok)
         else:
             self._send(groups, copied, moves, ok)
+
+    def _find_courier(self, tensors: Groups) -> None:
+        """A courier for where the tensors are now, looked for again when any was moved."""
+        if self._generation == self._live.generation:
+            return
+        self._generation = self._live.generation
+        if self._courier is not None:
+            self._courier.join()
+        self._courier = courier_for(tensors, self._device)
 
     def _send(
         self, groups: Groups, copied: list[Tensor], moves: list[Move], ok: Tensor | None

@@ -75,14 +75,23 @@ def judge(records: Records) -> list[Judgement]:
 
 
 def as_json(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """claim -> its text, verdict, and parts with figures and intervals, as JSON takes it."""
+    """claim -> its text, verdict, figures, the interval it rests on, and its parts, for JSON.
+
+    `figures` is quantity -> estimate; `interval` is [low, high] of the first part that decided as
+    the claim was decided.
+    """
+    return {judgement.claim: _judgement_json(judgement) for judgement in judgements}
+
+
+def _judgement_json(judgement: Judgement) -> dict[str, Any]:
+    parts = [_part_json(part) for part in judgement.parts]
+    deciding = next(part for part in parts if part["verdict"] == judgement.verdict)
     return {
-        judgement.claim: {
-            "claim": judgement.text,
-            "verdict": judgement.verdict,
-            "parts": [_part_json(part) for part in judgement.parts],
-        }
-        for judgement in judgements
+        "claim": judgement.text,
+        "verdict": judgement.verdict,
+        "figures": {part["quantity"]: part["estimate"] for part in parts},
+        "interval": [deciding["low"], deciding["high"]],
+        "parts": parts,
     }
 
 

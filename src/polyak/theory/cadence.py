@@ -12,13 +12,14 @@ from polyak.theory.profiles import profile, require_steps
 
 
 def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) -> int:
-    """The largest `every` that displaces the average's profile by less than `error`.
+    """The largest `every` that displaces the average's profile by at most `error`.
 
     The displacement is the mean distance, in steps, by which weight moves along the run: the
     Wasserstein distance `sum_i |C_every[i] - C_1[i]|` of the cumulative profiles, as a share of the
-    mean age. It is about every / (2 mean age), read out just after an update. Rules rescale their
-    decay by the elapsed time, so the half-life stays. (A rule that extrapolates, `Bema`, has
-    coefficients below 0; there `sum |c| age`, which never cancels, stands for the mean age.)
+    mean age. It is about every / (2 mean age), read out just after an update. `Exponential` and
+    `Power` rescale by the elapsed time, so the half-life stays; `Window`, `Bema` and `ArticleEMA`
+    count updates. (A rule that extrapolates, `Bema`, has coefficients below 0; there
+    `sum |c| age`, which never cancels, stands for the mean age.)
 
     >>> cadence("exponential(0.999)"), cadence("exponential(0.9999)")
     (21, 201)
