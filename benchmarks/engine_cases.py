@@ -113,11 +113,15 @@ def raw_lerps(live: Sequence[Tensor], averages: int) -> Call:
 
 @dataclass(frozen=True)
 class Several:
-    """k averages in one pass against k raw lerps: the ratio of times, and of bytes."""
+    """k averages in one pass against k raw float32 lerps: the ratio of times, and of bytes.
+
+    `narrow` is the same with bfloat16 weights and float32 averages.
+    """
 
     workload: str
     k: int
     timing: Timing
+    narrow: Timing
 
     @property
     def bytes_ratio(self) -> float:
@@ -129,12 +133,14 @@ def several(k: int, workload: Workload, rounds: int) -> Several | None:
     """Measures k averages of a model; None without the memory for them and their yardstick."""
     model = workload.make()
     live = floating(model)
-    if not _fits((2 * k + 1) * _bytes(live)):
+    if not _fits((3 * k + 2) * _bytes(live)):
         return None
     rules = {f"average {i}": Exponential(DECAY) for i in range(k)}
-    update = _warm(Averager(model, rules).update)
+    models = {"wide": model, "narrow": workload.make().to(torch.bfloat16)}
+    updates = {name: _warm(Averager(each, rules).update) for name, each in models.items()}
     lerp = _warm(raw_lerps(live, k))
-    return Several(workload.name, k, interleaved(lerp, {"k": update}, rounds, workload.calls)["k"])
+    timings = interleaved(lerp, updates, rounds, workload.calls)
+    return Several(workload.name, k, timings["wide"], timings["narrow"])
 
 
 @dataclass(frozen=True)
