@@ -21,6 +21,10 @@ SHARED_BYTES = 1 << 22
 """As much of the live weights as is moved into every average before the next part is read."""
 
 
+FEW = 8
+"""Up to so many tensors, one call for all averages costs less than a call for each."""
+
+
 def chunk_length(tensors: Sequence[Tensor], *, temporaries: int = 1) -> int:
     """How many elements a part may have so that its temporaries stay within a chunk."""
     size = DEVICE_CHUNK_BYTES if any(t.device.type != "cpu" for t in tensors) else CHUNK_BYTES
@@ -79,8 +83,12 @@ def _lerp_together_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor])
     columns = [slots for slots, _ in lerps]
     whole = sum(map(Tensor.numel, live)) <= length
     for weights, *rows in [[live, *columns]] if whole else parts([live, *columns], length):
-        fractions = [fraction for _, fraction in lerps for _ in weights]
-        _lerp_alike_([slot for slots in rows for slot in slots], weights * len(rows), fractions)
+        if len(weights) > FEW:
+            for slots, (_, fraction) in zip(rows, lerps, strict=True):
+                _lerp_alike_(slots, weights, fraction)
+        else:
+            fractions = [fraction for _, fraction in lerps for _ in weights]
+            _lerp_alike_([slot for slots in rows for slot in slots], weights * len(rows), fractions)
 
 
 def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list[float]) -> None:
