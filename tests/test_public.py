@@ -10,12 +10,14 @@ import pytest
 import polyak
 
 NAMES = {
-    "ArticleEMA", "Averager", "Bema", "EMA", "Exponential", "Power", "Rule", "Tail", "Uniform",
-    "Window", "decays", "parse", "theory",
+    "ArticleEMA", "Averager", "Bema", "EMA", "Exponential", "Power", "Recorder", "Rule", "Tail",
+    "Uniform", "Window", "checkpoints", "decays", "load", "offline", "parse", "recalibrate", "save",
+    "sweep", "synthesize", "theory",
 }  # fmt: skip
 THEORY = {
     "profile", "half_life", "mean_age", "effective_window", "noise_gain", "relative_std",
     "frequency_response", "cutoff", "learning_rate_profile", "explain", "match", "equivalents",
+    "fit", "wsm", "qam", "learning_rate_decay",
 }  # fmt: skip
 
 
@@ -31,7 +33,22 @@ def test_every_name_is_there_and_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["averager", "decays", "ema", "rules", "specs", "tensors", "theory", "tracking"]
+    "module",
+    [
+        "averager",
+        "checkpoints",
+        "decays",
+        "ema",
+        "files",
+        "norms",
+        "offline",
+        "recording",
+        "rules",
+        "specs",
+        "tensors",
+        "theory",
+        "tracking",
+    ],
 )
 def test_every_public_function_says_what_it_does(module: str) -> None:
     home = importlib.import_module(f"polyak.{module}")

@@ -42,7 +42,7 @@ def test_an_exponential_is_like_itself(decay: float, by: str) -> None:
 
 @both
 @settings(max_examples=20)
-@given(gamma=st.floats(0, 50), steps=st.integers(50, 500))
+@given(gamma=st.floats(0.01, 50), steps=st.integers(50, 500))  # at 0 the noise gain is flat
 def test_a_power_is_like_itself(gamma: float, steps: int, by: str) -> None:
     found = match(Power, like=Power(gamma), by=by, steps=steps)
     assert cast(Power, found).gamma == pytest.approx(gamma, rel=1e-6, abs=1e-6)

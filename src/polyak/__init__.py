@@ -13,10 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyak import checkpoints as checkpoints
     from polyak import decays as decays
+    from polyak import offline as offline
     from polyak import theory as theory
     from polyak.averager import Averager as Averager
+    from polyak.checkpoints import load as load
+    from polyak.checkpoints import save as save
     from polyak.ema import EMA as EMA
+    from polyak.norms import recalibrate as recalibrate
+    from polyak.offline import sweep as sweep
+    from polyak.offline import synthesize as synthesize
+    from polyak.recording import Recorder as Recorder
     from polyak.rules import ArticleEMA as ArticleEMA
     from polyak.rules import Bema as Bema
     from polyak.rules import Exponential as Exponential
@@ -36,12 +44,20 @@ _HOMES = {
     "Bema": "rules",
     "Exponential": "rules",
     "Power": "rules",
+    "Recorder": "recording",
     "Rule": "rules",
     "Tail": "rules",
     "Uniform": "rules",
     "Window": "rules",
+    "checkpoints": "",
     "decays": "",
+    "load": "checkpoints",
+    "offline": "",
     "parse": "specs",
+    "recalibrate": "norms",
+    "save": "checkpoints",
+    "sweep": "offline",
+    "synthesize": "offline",
     "theory": "",
 }
 __all__ = sorted(_HOMES)

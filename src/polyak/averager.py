@@ -22,11 +22,12 @@ from torch import Tensor
 
 from polyak.applying import Exchange
 from polyak.checks import require_positive
-from polyak.engine import Average
+from polyak.engine import Average, Form
 from polyak.guard import Attachment
 from polyak.live import LiveWeights, kind
+from polyak.reading import AverageWeights
 from polyak.rounding import Rounding, require_rounding
-from polyak.rules import Rule
+from polyak.rules import Rule, Tick
 from polyak.specs import as_rule
 from polyak.states import STATE_FORMAT, checked
 from polyak.summary import Summary, summarise
@@ -117,6 +118,33 @@ class Averager:
         return rules[ONLY] if list(rules) == [ONLY] else rules
 
     @property
+    def every(self) -> int:
+        """How many calls of `update` make an update."""
+        return self._updating.every
+
+    @property
+    def tracked(self) -> list[Tracked]:
+        """Every tensor of the model as it is now: its name, its policy, where its content is.
+
+        Raises `RuntimeError` where the model's tensors are not those of the start.
+        """
+        self._live.check("tracked")
+        return list(self._live.tracked)
+
+    def slot_forms(self, name: str | None = None) -> dict[str, dict[str, Form]]:
+        """What an average may hold: slot -> name of the averaged tensor -> its shape and dtype.
+
+        Raises `KeyError` for an unknown name.
+        """
+        average = self._get(name)
+        return {slot: average.forms(self._live) for slot in sorted(average.known_slots())}
+
+    @property
+    def clock(self) -> Tick:
+        """The clock after the last update, without waiting for a verdict that may take it back."""
+        return next(iter(self._averages.values())).tick
+
+    @property
     def count(self) -> int:
         """How many updates were made: the calls of `update`, divided by `every`."""
         self._updating.settle()
@@ -177,14 +205,16 @@ class Averager:
         Raises `RuntimeError` before the first update and inside `applied()`; `KeyError` for an
         unknown name.
         """
+        return self.weights(name).whole()
+
+    def weights(self, name: str | None = None) -> AverageWeights:
+        """The average as a mapping that computes a tensor when asked: `average()` in less memory.
+
+        It holds until the next update. Errors: those of `average()`.
+        """
         average = self._get(name)
         self._ready("average", average)
-        averaged = zip(self._live.averaged, average.read(self._live), strict=True)
-        copied = zip(self._live.copied, self._updating.copies, strict=True)
-        found = {item.name: tensor for item, tensor in averaged}
-        found |= {item.name: tensor.clone() for item, tensor in copied}
-        stored = [item for item in self._live.tracked if item.policy != "live"]
-        return {name: found[item.name] for item in stored for name in (item.name, *item.aliases)}
+        return AverageWeights(self._live, average, self._updating.copies)
 
     @contextmanager
     def applied(self, name: str | None = None) -> Iterator[None]:

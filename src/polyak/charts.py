@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
@@ -19,8 +20,13 @@ from polyak.theory.curves import (
     step_curve,
 )
 
-_BLUE, _RED = "#2a6fbb", "#b3401a"
+if TYPE_CHECKING:
+    from polyak.offline.sweeping import Point, Sweep
+
+_BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
+_OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
 _WIDTH, _HEIGHT = 420, 240
+_WIDE, _HIGH = 560, 320
 # Plain numbers down to 0.001, powers of ten below.
 _NUMBER = (
     "datum.value == 0 || abs(datum.value) >= 0.001"
@@ -59,6 +65,102 @@ def rule_chart(rule: Rule | str, steps: int | None = None, *, every: int = 1) ->
         .configure_view(stroke=None)
     )
     return chart
+
+
+def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
+    """The quality of a sweep's averages against their half-life, a line for each kind of rule.
+
+    The best is marked and named. Averages that were refused are marks on the axis. One without a
+    half-life (its last update carries the half) has no place on a logarithmic axis; a line says so.
+    """
+    placed = [point for point in sweep.points if point.half_life > 0]
+    lives = [point.half_life for point in placed] or [1.0]
+    ends = min(lives) / 1.2, max(lives) * 1.2
+    x = alt.X(
+        "x:Q", scale=_log(ends), axis=_few_decades(ends, "half-life (in the run's unit of time)")
+    )
+    y_axis = alt.Axis(title=f"quality ({sweep.better} is better)")
+    y = alt.Y(
+        "y:Q", scale=_around([p.quality for p in placed if p.quality is not None]), axis=y_axis
+    )
+    title = alt.TitleParams("Which average is best", subtitle=_subtitle(sweep), fontSize=16)
+    best = _best(sweep, x, y, ends) if sweep.best in placed else []
+    chart: alt.LayerChart = (
+        alt.LayerChart(layer=[*_judged(placed, x, y), *_refused(placed, x), *best])
+        .properties(title=title, width=_WIDE, height=_HIGH)
+        .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
+        .configure_view(stroke=None)
+        .configure_legend(titleFontWeight="normal", labelFontSize=11)
+    )
+    return chart
+
+
+def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """A line and its points for each kind of rule; a legend where there are several."""
+    rows = [
+        {"x": p.half_life, "y": p.quality, "kind": _kind(p), "rule": p.rule}
+        for p in points
+        if p.quality is not None
+    ]
+    kinds = list(dict.fromkeys(str(row["kind"]) for row in rows))
+    scale = alt.Scale(domain=kinds, range=[_BLUE, *_OTHERS][: len(kinds)])
+    legend = alt.Legend(title="rule") if len(kinds) > 1 else None
+    base = _chart(rows).encode(
+        x=x, y=y, color=alt.Color("kind:N", scale=scale, legend=legend), tooltip=["rule:N", "y:Q"]
+    )
+    return [base.mark_line(), base.mark_point(filled=True, size=40, opacity=1)]
+
+
+def _refused(points: Sequence[Point], x: alt.X) -> list[alt.Chart]:
+    """A cross on the axis for each average that was not made."""
+    rows = [{"x": p.half_life, "rule": p.rule} for p in points if p.quality is None]
+    mark: dict[str, Any] = {"shape": "cross", "angle": 45, "size": 60, "color": _GREY}
+    base = _chart(rows).mark_point(filled=True, opacity=1, clip=False, **mark)
+    return [base.encode(x=x, y=alt.value(_HIGH), tooltip=["rule:N"])] if rows else []
+
+
+def _best(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[alt.Chart]:
+    """A ring around the best point, and its name where no line is: beyond it, towards the middle."""
+    point = sweep.best
+    share = math.log(point.half_life / ends[0]) / math.log(ends[1] / ends[0])
+    label = f"{_kind(point)}, half-life {point.half_life:.4g}: {point.quality:.5g}"
+    base = _chart([{"x": point.half_life, "y": point.quality, "label": label}]).encode(x=x, y=y)
+    place: dict[str, Any] = {"fontWeight": "bold", "dy": 18 if sweep.better == "lower" else -18}
+    place["align"] = "left" if share < 0.35 else "right" if share > 0.65 else "center"
+    text = base.encode(text="label:N")
+    return [
+        base.mark_point(size=150, strokeWidth=2, color=_RED, opacity=1),
+        text.mark_text(color="white", stroke="white", strokeWidth=4, **place),
+        text.mark_text(color=_RED, **place),
+    ]
+
+
+def _subtitle(sweep: Sweep) -> list[str]:
+    """What the marks on the axis are, and what has no place in the chart."""
+    refused = sum(point.quality is None for point in sweep.points)
+    without = sum(point.half_life <= 0 for point in sweep.points)
+    lines = [f"Grey crosses: {refused} that cannot be made exactly enough."] if refused else []
+    return lines + ([f"{without} without a half-life left out."] if without else [])
+
+
+def _around(values: Sequence[float]) -> alt.Scale:
+    """The values and some room; of a lone one a tenth of it."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    room = (high - low) / 6 or abs(low) / 10 or 1.0
+    return alt.Scale(nice=False, zero=False, domainMin=low - room, domainMax=high + room)
+
+
+def _few_decades(limits: tuple[float, float], title: str) -> alt.Axis:
+    """Lines at 1, 2 and 5 of each power of ten; where those are many, at powers of ten alone."""
+    low, high = (math.floor(math.log10(limit)) for limit in limits)
+    steps = (1, 2, 5) if high - low <= 4 else (1,)
+    lines = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    within = [line for line in lines if limits[0] <= line <= limits[1]]
+    return alt.Axis(title=title, labelExpr=_NUMBER, values=within)
+
+
+def _kind(point: Point) -> str:
+    return point.rule.partition("(")[0]
 
 
 def _panel(curve: Curve, title: str, x_title: str, y_axis: alt.Axis) -> alt.Chart:

@@ -189,7 +189,7 @@ class Average:
         """Rule, clock and slots as data; the tensors are the slots themselves."""
         names = [item.name for item in live.averaged]
         slots = {k: dict(zip(names, held, strict=True)) for k, held in self.slots.items()}
-        state = {"rule": str(self.rule), "tick": _tick_data(self.tick), "slots": slots}
+        state = {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
         return state if self._generators is None else {**state, "random": self._generators.state()}
 
     def known_slots(self) -> set[str]:
@@ -249,5 +249,6 @@ class Average:
         return tensors.slot_dtype(item.live().dtype, self._dtype)
 
 
-def _tick_data(tick: Tick | None) -> list[Any] | None:
-    return None if tick is None else [tick.n, tick.t, tick.elapsed, _tick_data(tick.inner)]
+def tick_data(tick: Tick | None) -> list[Any] | None:
+    """A clock as data: `[n, t, elapsed, inner]`."""
+    return None if tick is None else [tick.n, tick.t, tick.elapsed, tick_data(tick.inner)]

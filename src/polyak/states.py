@@ -130,19 +130,27 @@ def _mapping(value: object, where: str, fields: Sequence[str] = ()) -> Mapping[s
     return value
 
 
-def _tick(data: object, like: Tick, where: str) -> Tick:
-    """A clock, nested as the rule nests its clocks."""
-    if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != len(like):
+def as_tick(data: object, where: str = "tick") -> Tick:
+    """A clock from its data, `[n, t, elapsed, inner]`; raises `ValueError` for anything else."""
+    if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != len(START):
         raise ValueError(f"load_state_dict: {where} is {data!r}, wanted [n, t, elapsed, inner]")
     n, t, elapsed, inner = data
     begun = _integer(n, f"{where}, n") > 0
-    if (inner is None) != (like.inner is None or not begun):
-        raise ValueError(f"load_state_dict: {where} is {data!r}, which is not this rule's clock")
-    nested = None if inner is None or like.inner is None else _tick(inner, like.inner, where)
     times = _time(t, f"{where}, t"), _time(elapsed, f"{where}, elapsed")
     if begun and not 0 < times[1] <= times[0]:
         raise ValueError(f"load_state_dict: {where} is {data!r}, wanted 0 < elapsed <= t")
-    return Tick(n, *times, nested)
+    return Tick(n, *times, None if inner is None else as_tick(inner, f"{where}, inner"))
+
+
+def _tick(data: object, like: Tick, where: str) -> Tick:
+    """A clock, nested as the rule nests its clocks."""
+    tick = as_tick(data, where)
+    held, wanted = tick, like
+    while held.n and wanted.inner is not None and held.inner is not None:
+        held, wanted = held.inner, wanted.inner
+    if (held.inner is None) != (wanted.inner is None or held.n == 0):
+        raise ValueError(f"load_state_dict: {where} is {data!r}, which is not this rule's clock")
+    return tick
 
 
 def _integer(value: object, where: str) -> int:

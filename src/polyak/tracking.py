@@ -76,7 +76,7 @@ def track(source: Source, buffers: Buffers = "auto", select: Select = None) -> l
 def _find(source: Source) -> Iterator[Tracked]:
     """All tensors of a model or mapping by canonical name, ties included."""
     if isinstance(source, nn.Module):
-        for prefix, module in _walk(source, ""):
+        for prefix, module in walk(source, ""):
             yield from _own_tensors(prefix, module)
         return
     if not isinstance(source, Mapping):
@@ -88,13 +88,13 @@ def _find(source: Source) -> Iterator[Tracked]:
         yield Tracked(name, source, name, "tensor")
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their canonical prefixes: the names that wrappers add are left out."""
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
             wrapper = name in _WRAPPED or (name == "module" and isinstance(module, _PARALLEL))
-            yield from _walk(child, prefix if wrapper else f"{prefix}{name}.")
+            yield from walk(child, prefix if wrapper else f"{prefix}{name}.")
 
 
 def _own_tensors(prefix: str, module: nn.Module) -> Iterator[Tracked]:

@@ -35,11 +35,15 @@ from polyak.theory.measures import (
     relative_std,
     step_response,
 )
+from polyak.theory.merging import learning_rate_decay, qam, wsm
 from polyak.theory.profiles import Profile, coefficients, profile
+from polyak.theory.synthesis import Column, Fit, fit
 
 __all__ = [
     "CONVENTIONS",
+    "Column",
     "Explanation",
+    "Fit",
     "FrequencyResponse",
     "Profile",
     "cadence",
@@ -49,15 +53,19 @@ __all__ = [
     "effective_window",
     "equivalents",
     "explain",
+    "fit",
     "frequency_response",
     "half_life",
     "initial_weight",
+    "learning_rate_decay",
     "learning_rate_profile",
     "match",
     "mean_age",
     "noise_gain",
     "profile",
+    "qam",
     "ramp_lag",
     "relative_std",
     "step_response",
+    "wsm",
 ]

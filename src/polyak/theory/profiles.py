@@ -7,7 +7,9 @@ with has a profile, and the two are the same numbers.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +24,7 @@ Profile = npt.NDArray[np.float64]
 LONGEST = 10**8
 
 # A weight below this is 0: its square would be a denormal number, and those are slow.
-_NOTHING = 1e-150
+NOTHING = 1e-150
 
 
 def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
@@ -62,6 +64,13 @@ def coefficients(rule: Rule | str, elapsed: Sequence[float]) -> Profile:
 
     Raises `ValueError` for no update, or for a time that is not finite and above 0.
     """
+    result, live = _impulse_response(as_rule(rule), checked_times(elapsed))
+    result[-1] += live
+    return result
+
+
+def checked_times(elapsed: Sequence[float]) -> list[float]:
+    """The time that each update spans, or `ValueError`."""
     times = np.asarray(elapsed, dtype=np.float64)
     if times.ndim != 1 or len(times) == 0:
         raise ValueError(
@@ -69,8 +78,7 @@ def coefficients(rule: Rule | str, elapsed: Sequence[float]) -> Profile:
         )
     if wrong := [time for time in times.tolist() if not 0 < time < float("inf")]:
         raise ValueError(f"elapsed has {wrong[0]!r}, wanted finite numbers > 0")
-    result, live = _impulse_response(as_rule(rule), times.tolist())
-    result[-1] += live
+    result: list[float] = times.tolist()
     return result
 
 
@@ -92,57 +100,55 @@ def is_count(value: object) -> bool:
     return is_integer(int(value) if isinstance(value, np.integer) else value, 1)
 
 
-def _impulse_response(rule: Rule, elapsed: list[float]) -> tuple[Profile, float]:
-    """The coefficient of every update's live weights, and of the live weights at the readout."""
-    copies, moves, tick = _run(rule, elapsed)
-    result, live = np.zeros(len(elapsed)), 0.0
-    for slot, coefficient in rule.readout(tick).items():
-        if slot == LIVE:
-            live = coefficient
-        elif slot in moves:
-            updates, fractions = (np.array(each) for each in moves[slot])
-            kept = _kept_from(fractions)
-            result[copies[slot]] += coefficient * kept[0]
-            result[updates] += coefficient * fractions * kept[1:]
-        else:
-            result[copies[slot]] += coefficient
-    return result, live
+class Moves(NamedTuple):
+    """Of one slot: the updates that moved it, counted from 0, and its fraction at each; a copy is 1."""
+
+    updates: npt.NDArray[np.int64]
+    fractions: Profile
 
 
-def _kept_from(fractions: Profile) -> Profile:
-    """`kept[i]` = product of (1 - fraction) over move i and all later ones; the last entry is 1."""
-    kept = np.ones(len(fractions) + 1)
-    kept[:-1] = np.cumprod((1 - fractions)[::-1])[::-1]
-    kept[kept < _NOTHING] = 0.0
-    return kept
-
-
-_Moves = dict[str, tuple[list[int], list[float]]]
-
-
-def _run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, int], _Moves, Tick]:
-    """For each slot, the update that copied into it last and its moves since; and the clock."""
-    copies: dict[str, int] = {}
-    moves: _Moves = {}
+def run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, Moves], Tick]:
+    """All that a rule does: the moves of each slot that has any, and the clock after the last."""
+    done: dict[str, tuple[array[int], array[float]]] = {}
     tick, next_tick, fractions_at = START, rule.tick, rule.fractions
     for update, time in enumerate(elapsed):
         tick = next_tick(tick, time)
         for slot, fraction in fractions_at(tick).items():
-            if fraction == 1:  # a copy forgets all that was before
-                copies[slot] = update
-                moves.pop(slot, None)
-            elif slot in moves:
-                updates, fractions = moves[slot]
-                updates.append(update)
-                fractions.append(fraction)
-            else:
-                _require_value(rule, slot, fraction, copies)
-                moves[slot] = ([update], [fraction])
-    return copies, moves, tick
+            if slot not in done:
+                _require_copy(rule, slot, fraction)
+                done[slot] = array("q"), array("d")
+            updates, fractions = done[slot]
+            updates.append(update)
+            fractions.append(fraction)
+    return {slot: Moves(*map(np.array, each)) for slot, each in done.items()}, tick
 
 
-def _require_value(rule: Rule, slot: str, fraction: float, copies: dict[str, int]) -> None:
-    if slot not in copies:
+def response(fractions: Profile) -> tuple[Profile, float]:
+    """What moves leave in a slot: the coefficient of each one's live weights, and of the old value.
+
+    `fraction * product of (1 - fraction)` over the later moves; a copy forgets all that was before.
+    """
+    kept = np.ones(len(fractions) + 1)
+    kept[:-1] = np.cumprod((1 - fractions)[::-1])[::-1]
+    kept[kept < NOTHING] = 0.0
+    return fractions * kept[1:], float(kept[0])
+
+
+def _impulse_response(rule: Rule, elapsed: list[float]) -> tuple[Profile, float]:
+    """The coefficient of every update's live weights, and of the live weights at the readout."""
+    moves, tick = run(rule, elapsed)
+    result, live = np.zeros(len(elapsed)), 0.0
+    for slot, coefficient in rule.readout(tick).items():
+        if slot == LIVE:
+            live = coefficient
+        else:
+            updates, fractions = moves[slot]
+            result[updates] += coefficient * response(fractions)[0]
+    return result, live
+
+
+def _require_copy(rule: Rule, slot: str, fraction: float) -> None:
+    if fraction != 1:
         raise ValueError(
             f"{rule} first moves slot {slot!r} by a fraction of {fraction}, wanted 1: a slot has no"
             " value before its first copy"

@@ -1,0 +1,106 @@
+"""Checkpoint: what was found in a file, whoever wrote it: live weights, averages, rules, a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from polyak.rules import START, Rule, Tick
+
+_MOST = 10**8
+
+Weights = Mapping[str, Tensor]
+"""name -> tensor; it may be read from its file only when asked for."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far a file's averages had come, as their library counts.
+
+    `unit` says what `count` counts: "updates" of the average; "calls" of its update function, of
+    which the 1st, the (1 + every)-th, ... update; or "time", such as images seen. `ahead` are updates
+    that the library does not count: torch_ema's copy at construction, for one.
+    """
+
+    count: int
+    unit: Literal["updates", "calls", "time"] = "updates"
+    ahead: int = 0
+
+    def elapsed(self, every: int) -> list[float]:
+        """The time that each update so far spans, for updates at every `every`-th call.
+
+        Raises `ValueError` for a count that no training reaches: a damaged file's.
+        """
+        if self.unit == "time":
+            return [float(self.count)] if self.count else []
+        if self.count > _MOST:
+            raise ValueError(f"{self.count} {self.unit} are counted, wanted at most {_MOST}")
+        if self.unit == "updates":
+            return [float(every)] * (self.count + self.ahead)
+        return [1.0, *([float(every)] * ((self.count - 1) // every))] if self.count else []
+
+    def since(self, every: int) -> int:
+        """The calls since the last update."""
+        return (self.count - 1) % every if self.unit == "calls" and self.count else 0
+
+    def tick(self, rule: Rule, every: int) -> Tick:
+        """The clock of a rule that made these updates."""
+        return ticked(rule, self.elapsed(every))
+
+
+def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
+    """The clock of a rule after updates that span so much time each."""
+    tick = START
+    for each in elapsed:
+        tick = rule.tick(tick, each)
+    return tick
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds.
+
+    Attributes:
+        path: where it was read.
+        format: the layout, by name: "polyak", "ema-pytorch", "lightning", "safetensors", ...
+        live: the live weights by name, or None where the file has none.
+        averages: the average's name -> its weights by name; a single one is called "average".
+        rules: the average's name -> its rule, as far as the file tells.
+        clock: how far the averages had come, or None where the file does not tell.
+        dtypes: of the live weights by name, each tied weight once, where the file tells them apart
+            from its tensors.
+
+    Names are those of the plain model: wrappers' prefixes are left out. Tensors are views of the
+    file where it allows, so read them before it changes.
+    """
+
+    path: Path
+    format: str
+    live: Weights | None
+    averages: Mapping[str, Weights]
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    clock: Clock | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def average(self, name: str | None = None) -> Weights:
+        """The weights of an average; `name` is needed where there are several.
+
+        Raises `ValueError` for none, or an unknown name.
+        """
+        if name is None and len(self.averages) == 1:
+            return next(iter(self.averages.values()))
+        if name is None or name not in self.averages:
+            has = ", ".join(self.averages) or "none"
+            wanted = "the name of one" if name is None else f"the average {name!r}"
+            raise ValueError(f"{self.path} has the averages: {has}; wanted {wanted}")
+        return self.averages[name]
+
+    @property
+    def count(self) -> int | None:
+        """The number of updates or calls that the file tells, in its own counting; or None."""
+        return self.clock.count if self.clock else None

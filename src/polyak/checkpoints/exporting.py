@@ -1,0 +1,112 @@
+"""Exporting: an average as plain safetensors, under the names and in the dtypes of its model."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from polyak.averager import Averager
+from polyak.checkpoints import writing
+from polyak.checkpoints.checkpoint import Checkpoint, Weights
+from polyak.checkpoints.tensorfile import Form, form
+
+
+def export(
+    path: Path | str,
+    source: Averager | Checkpoint,
+    name: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Writes an average as plain safetensors: the model's own names and dtypes, tied weights once.
+
+    `safetensors.torch.load_model` loads it; so do `from_pretrained` of transformers and diffusers
+    from a folder with the model's config, under the names that they look for: `model.safetensors`,
+    `diffusion_pytorch_model.safetensors`. What is not averaged comes from the model as it is now;
+    buffers that their module does not save are left out.
+
+    Args:
+        source: an averager, or what `checkpoints.read` found in a file: there the dtypes are those of
+            the live weights in the file, where it tells.
+        name: of the average, where there are several.
+        dtype: of floating-point tensors, if not the model's.
+        shard_bytes: `path` is then a folder of files of at most so many bytes, with an index.
+        progress: is told how many bytes are written, and of how many.
+
+    >>> import tempfile
+    >>> from safetensors.torch import load_model
+    >>> model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    >>> averager = Averager(model, "uniform()")
+    >>> averager.update()
+    >>> place = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> export(place, averager)
+    >>> load_model(other, place)
+    (set(), [])
+    >>> torch.equal(other.weight, model.weight)
+    True
+
+    One tensor is held at a time. Raises `RuntimeError` before the first update and inside
+    `applied()`, `FileExistsError` for a path that exists, unless `overwrite`.
+    """
+    if isinstance(source, Averager):
+        model, weights = _of_averager(source, name)
+    elif isinstance(source, Checkpoint):
+        model, weights = _of_checkpoint(source, name)
+    else:
+        wanted = "a polyak.Averager or a Checkpoint"
+        raise TypeError(f"export: got {type(source).__name__}, wanted {wanted}")
+    forms = {each: Form(_as(dtype, held.dtype), held.shape) for each, held in model.items()}
+    writing.write(
+        path,
+        forms,
+        lambda each: [weights[each].detach().to(forms[each].dtype)],
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _of_averager(averager: Averager, name: str | None) -> tuple[dict[str, Form], Weights]:
+    """The forms of all that the model saves, tied weights once; the average, or what is live."""
+    tracked = [item for item in averager.tracked if item.persistent]
+    live = {item.name: item.live() for item in tracked}
+    return {n: form(tensor) for n, tensor in live.items()}, ChainMap(
+        cast(Any, averager.weights(name)), live
+    )
+
+
+def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Form], Weights]:
+    """The forms of an average's tensors in the dtypes of the live ones, tied weights once."""
+    weights = found.average(name)
+    if found.dtypes:
+        return {n: Form(d, tuple(weights[n].shape)) for n, d in found.dtypes.items()}, weights
+    live = found.live or {}
+    forms: dict[str, Form] = {}
+    seen = set()
+    for n in weights:
+        held = form(weights[n])
+        place = _place(weights, n)
+        if place is None or place not in seen:
+            dtype = live[n].dtype if n in live else held.dtype
+            forms[n] = Form(dtype, held.shape)
+        seen.add(place)
+    return forms, weights
+
+
+def _place(weights: Weights, name: str) -> tuple[int, torch.Size, tuple[int, ...]] | None:
+    """Where a tensor's content lies, which tied ones share; None for what is made when asked for."""
+    first, again = weights[name], weights[name]
+    if first.numel() == 0 or first.data_ptr() != again.data_ptr():
+        return None
+    return first.data_ptr(), first.shape, first.stride()
+
+
+def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    return wanted if wanted is not None and dtype.is_floating_point else dtype

@@ -1,0 +1,100 @@
+"""What commands print: JSON, tables, sizes; and progress, where someone looks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+Progress = Callable[[int, int], object]
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints text; what a terminal would obey, such as names in a hostile file, is shown as it is."""
+    typer.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), err=err)
+
+
+def print_json(data: Any) -> None:
+    """Data as JSON alone; numbers that JSON does not have (infinity, NaN) are null."""
+    typer.echo(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """Data as JSON that every reader takes."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(each) for key, each in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(each) for each in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Aligned columns, whatever the terminal's width; the first `left` to the left."""
+    cells = [[cell.replace("\n", "\\n") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        aligned = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say("  ".join(aligned).rstrip())
+
+
+def note(message: str) -> None:
+    """A line for people, beside the results."""
+    say(f"note: {message}", err=True)
+
+
+def note_norms(norms: Sequence[str]) -> None:
+    """What is left to do for averaged weights of norms with running statistics."""
+    if norms:
+        more = ", ..." if len(norms) > 3 else ""
+        count = f"{len(norms)} norm{'s' if len(norms) > 1 else ''}"
+        note(
+            f"{count} with running statistics ({', '.join(norms[:3])}{more}): estimate those of "
+            "averaged weights anew, polyak.recalibrate(model, batches)"
+        )
+
+
+def size_text(count: int) -> str:
+    """Bytes to three digits, in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.3g} TB"
+
+
+def number_text(value: float | None) -> str:
+    """Six digits, or a dash for none."""
+    return "-" if value is None else f"{value:.6g}"
+
+
+@contextmanager
+def progress_shown(what: str, *, bytes: bool = True) -> Iterator[Progress | None]:
+    """A bar with what is done of all and the time left, on stderr; None where that is no terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    amount = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    columns = (
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        *(amount if bytes else (progress.MofNCompleteColumn(),)),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

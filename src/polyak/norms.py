@@ -1,0 +1,317 @@
+"""Norms: the running statistics of averaged weights, estimated anew from data.
+
+BatchNorm in eval mode normalises by running statistics of the activations. Averaged weights have
+activations of their own, and neither the mean of past statistics nor the latest ones are theirs:
+the wider the window of the average, the worse the fit. One pass over training data mends it.
+
+    averager.copy_to(model)                         for good
+    polyak.recalibrate(model, batches)
+
+    with averager.applied():                        for a while: statistics are buffers, and the
+        polyak.recalibrate(model, batches)          live ones come back with the live weights
+        evaluate(model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+
+from polyak.checks import is_number
+from polyak.tracking import report, walk
+
+Call = Callable[[nn.Module, Any], object]
+
+_STATISTICS = ("running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+# Exact in every float dtype, and never the variance of all channels of a batch at once: a norm that
+# still has it after a batch has not moved.
+_UNMOVED = 95 / 128
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    call: Call | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Sets norms' running statistics to the mean, over batches, of the batches' statistics.
+
+    `running_mean = mean of batch means`, `running_var = mean of unbiased batch variances`: each
+    batch weighs the same, as with momentum=None in torch, so leave out a smaller last one. They
+    are summed in float32 where the statistics are narrower. `num_batches_tracked` becomes their
+    number; a norm called several times in a forward pass counts each call.
+
+    Only the norms are in train mode: dropout is off and draws nothing. There are no gradients, and
+    compiled models run eagerly. Every `training` flag and momentum is as before when it returns,
+    and where it raises, Ctrl-C included, the statistics are too.
+
+    Args:
+        model: a module, wrapped or not. Every norm that `names` lists is estimated, those in eval
+            mode too; for a model without one, nothing is done and `batches` is not read.
+        batches: tensors, called as `model(batch)`; mappings, `model(**batch)`; tuples and lists
+            such as (inputs, targets), `model(batch[0])`.
+        call: for all other batches, or models that want more: `lambda model, batch: ...`.
+        device: where the tensors of a batch are moved before the call, by default that of the
+            model's first parameter. Tuples, lists and mappings are searched (a mapping becomes a
+            dict); anything else that has a method `to` is moved by it.
+
+    A norm that runs in train mode only, in an auxiliary head, is not reached: let `call` set the
+    head's `training`, or leave the norm out by `norm.track_running_stats = False`. In several
+    processes each estimates from its own batches, SyncBatchNorm from all; give all the same number.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
+    >>> recalibrate(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [8.0]])])
+    >>> model[0].running_mean, model[0].running_var, model[0].num_batches_tracked
+    (tensor([3.5000]), tensor([5.]), tensor(2))
+
+    Raises `TypeError` for a scripted model and for a batch of another kind; `ValueError` for no
+    batches and for norms that no batch reached, that have no content yet or whose momentum is not
+    torch's; `FloatingPointError` for a batch whose statistics are not finite. Each names the norm
+    or the batch.
+    Source: SWA (arXiv 1803.05407); arXiv 2411.18704, section 3.4.
+    """
+    _require_arguments(model, batches)
+    norms = [_Norm(name, module) for name, module in _find(model)]
+    if not norms:
+        return
+    first = next(model.parameters(), norms[0].buffers["running_mean"])
+    place = first.device if device is None else torch.device(device)
+    with torch.no_grad(), _statistics_kept(norms), _training(model, norms) as called:
+        for norm in norms:
+            norm.write(dict.fromkeys(norm.buffers, torch.tensor(_UNMOVED)))
+        for number, batch in _numbered(batches):
+            _run(call or _call, model, _moved(batch, place), number)
+            for norm in called:
+                norm.check(number)
+            called.clear()
+        _require_reached(norms)
+        for norm in norms:
+            norm.write(norm.estimate())
+
+
+def names(model: nn.Module) -> list[str]:
+    """The canonical names of a model's norms with running statistics: what `recalibrate` estimates.
+
+    That is every module, torch's or not, with buffers `running_mean` and `running_var` and a number
+    or None as `momentum`. Modules without a momentum, as frozen norms are, and those with
+    `track_running_stats` False are left alone. The name of a model that is itself a norm is "".
+
+    >>> names(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LayerNorm(3)))
+    ['1']
+    """
+    return [name for name, _ in _find(model)]
+
+
+def statistics(names: Iterable[str]) -> list[str]:
+    """The norms with running statistics among tensors of which only the names are known.
+
+    They have both `<norm>.running_mean` and `<norm>.running_var`; frozen ones cannot be told.
+
+    >>> statistics(["0.weight", "1.weight", "1.running_mean", "1.running_var"])
+    ['1']
+    """
+    given = dict.fromkeys(names)
+    mean, variance = _STATISTICS
+    split = (name.rpartition(".") for name in given)
+    return [norm for norm, dot, leaf in split if leaf == mean and norm + dot + variance in given]
+
+
+def _require_arguments(model: object, batches: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            "model has a scripted or traced part, whose norms have no modes and momenta to set: "
+            "estimate those of the module that it was made from, then script it"
+        )
+    if isinstance(batches, (Tensor, Mapping)):
+        kind = type(batches).__name__
+        raise TypeError(f"batches is {kind}, wanted an iterable of batches: [batch] for a lone one")
+
+
+def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The norms with running statistics, each once, by canonical name."""
+    seen: set[int] = set()
+    for prefix, module in walk(model, ""):
+        if id(module) not in seen and _is_norm(module):
+            yield prefix.removesuffix("."), module
+        seen.add(id(module))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    buffers = dict(module.named_buffers(recurse=False))
+    momentum = getattr(module, "momentum", "none")
+    return (
+        all(leaf in buffers for leaf in _STATISTICS)
+        and (momentum is None or is_number(momentum))
+        and bool(getattr(module, "track_running_stats", True))
+    )
+
+
+class _Norm:
+    """A norm, what it held before, and the mean so far of its batches' statistics."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.label = f"{name or 'the model'} ({type(module).__name__})"
+        self.module, self.momentum, self.calls = module, module.momentum, 0
+        held = dict(module.named_buffers(recurse=False))
+        self.buffers = {leaf: held[leaf] for leaf in (*_STATISTICS, _COUNTER) if leaf in held}
+        if any(is_lazy(buffer) or buffer.is_meta for buffer in self.buffers.values()):
+            raise ValueError(
+                f"{self.label} has no content yet (a lazy module, or the meta device): run a "
+                "forward pass or load the model's weights first"
+            )
+        self.before = {leaf: buffer.clone() for leaf, buffer in self.buffers.items()}
+        # Wide, for in bfloat16 what the 500th batch adds to a mean is rounded away.
+        self._means = [
+            torch.zeros_like(held[leaf], dtype=torch.promote_types(held[leaf].dtype, torch.float32))
+            for leaf in _STATISTICS
+        ]
+
+    def take(self, called: list[_Norm], module: nn.Module, *_: object) -> None:
+        """A forward hook: adds the statistics of a batch, which a momentum of 1 has left behind."""
+        if module is not self.module:
+            raise ValueError(
+                f"a copy of {self.label} was called, as DataParallel makes them: "
+                "give the module that it wraps, model.module"
+            )
+        called.append(self)
+        self.calls += 1
+        for mean, leaf in zip(self._means, _STATISTICS, strict=True):
+            mean.lerp_(module.get_buffer(leaf).to(mean.dtype), 1 / self.calls)
+
+    def check(self, number: int) -> None:
+        """Raises unless the statistics of a batch, that of this number, are statistics."""
+        if not all(bool(mean.isfinite().all()) for mean in self._means):
+            raise FloatingPointError(
+                f"the statistics of {self.label} in batch {number} are not finite: look at that "
+                "batch and at the weights"
+            )
+        if bool((self._means[1] == _UNMOVED).all()):
+            raise ValueError(
+                f"{self.label} kept its running statistics in batch {number}, wanted "
+                "running <- (1 - momentum) running + momentum batch, with the momentum of 1 that "
+                "was set; if it is frozen, set its track_running_stats = False"
+            )
+
+    def estimate(self) -> dict[str, Tensor]:
+        """What the norm's buffers shall hold."""
+        contents = (*self._means, torch.tensor(self.calls))
+        return dict(zip((*_STATISTICS, _COUNTER), contents, strict=True))
+
+    def write(self, contents: Mapping[str, Tensor]) -> None:
+        """Writes in place, and puts back the buffer itself where a norm has replaced it."""
+        for leaf, buffer in self.buffers.items():
+            self.module._buffers[leaf] = buffer.copy_(contents[leaf])
+
+
+@contextmanager
+def _statistics_kept(norms: list[_Norm]) -> Iterator[None]:
+    """Puts the statistics back if the block raises."""
+
+    def put_back() -> None:
+        for norm in norms:
+            norm.write(norm.before)
+
+    try:
+        yield
+    except BaseException:
+        _surely(put_back)
+        raise
+
+
+@contextmanager
+def _training(model: nn.Module, norms: list[_Norm]) -> Iterator[list[_Norm]]:
+    """Only the norms train, by a momentum of 1, and note themselves in a list when called."""
+    flags = [(module, module.training) for module in model.modules()]
+    called: list[_Norm] = []
+    handles: list[Any] = []
+
+    def put_back() -> None:
+        for handle in handles:
+            handle.remove()
+        for module, flag in flags:
+            module.training = flag
+        for norm in norms:
+            norm.module.momentum = norm.momentum
+
+    try:
+        # Set one by one: `train()` of some modules merges weights, or keeps norms frozen.
+        for module, _ in flags:
+            module.training = False
+        for norm in norms:
+            norm.module.training, norm.module.momentum = True, 1.0
+            handles.append(norm.module.register_forward_hook(partial(norm.take, called)))
+        with torch.compiler.set_stance("force_eager"):
+            yield called
+    finally:
+        _surely(put_back)
+
+
+def _surely(restore: Callable[[], object]) -> None:
+    """Restores, from the start again if Ctrl-C falls into it."""
+    try:
+        restore()
+    except KeyboardInterrupt:
+        restore()
+        raise
+
+
+def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Batches with their numbers from 1; raises if there is none."""
+    number = 0
+    for number, batch in enumerate(batches, 1):
+        yield number, batch
+    if not number:
+        raise ValueError("batches has no batch, wanted at least one (an iterator runs only once)")
+
+
+def _run(call: Call, model: nn.Module, batch: Any, number: int) -> None:
+    try:
+        call(model, batch)
+    except Exception as error:
+        error.add_note(f"recalibrate: in batch {number}; the model is as it was before")
+        raise
+
+
+def _call(model: nn.Module, batch: Any) -> object:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (Tensor, PackedSequence)):
+        return model(batch)
+    if isinstance(batch, (tuple, list)) and batch:
+        return model(batch[0])
+    raise TypeError(
+        f"a batch is {type(batch).__name__}, wanted a tensor, a mapping of keyword arguments or a "
+        "tuple or list that begins with the input; for others give call=lambda model, batch: ..."
+    )
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        make = getattr(batch, "_make", type(batch))
+        return make(_moved(value, device) for value in batch)
+    return batch
+
+
+def _require_reached(norms: list[_Norm]) -> None:
+    if missed := [norm.label for norm in norms if not norm.calls]:
+        title = (
+            "no batch reached these norms: where they run in train mode only, let `call` set "
+            "`training` of their parent; to leave one out, set its track_running_stats = False"
+        )
+        raise ValueError(report(title, missed))

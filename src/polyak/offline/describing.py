@@ -1,0 +1,243 @@
+"""Describing: what a checkpoint or a folder of snapshots holds, without reading its tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyak import norms
+from polyak.checkpoints import native
+from polyak.checkpoints.checkpoint import Checkpoint, Weights
+from polyak.checkpoints.native import Stored
+from polyak.checkpoints.reading import read
+from polyak.checkpoints.tensorfile import Form, TensorFile, form
+from polyak.recording import Snapshot, snapshots
+from polyak.rules import Rule
+from polyak.states import as_tick
+from polyak.theory import half_life, mean_age
+from polyak.theory.profiles import coefficients
+
+_LONGEST = 2_000_000  # updates whose profile is worth waiting for: some seconds
+_EVENLY = 10_000  # updates into which a time is divided where their number is not told
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Some tensors by number: tied ones count once.
+
+    `parameters` are the elements of floating-point and complex tensors but running statistics; other
+    buffers of such dtypes cannot be told from parameters. `dtypes`: dtype -> tensors.
+    """
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DescribedAverage:
+    """An average: its tensors, its rule where the file tells, and what that averages by now.
+
+    `half_life` and `mean_age` are those of the rule's profile at the file's clock, in the rule's unit
+    of time; None without a rule or a clock, and beyond two million updates.
+    """
+
+    weights: Weighed
+    rule: str | None
+    half_life: float | None
+    mean_age: float | None
+
+
+@dataclass(frozen=True)
+class DescribedTensor:
+    """A tensor of the live weights, or where there are none of the first average."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What `polyak.Recorder` stored in a folder; times are in the rules' unit."""
+
+    run: str
+    snapshots: int
+    first: float
+    last: float
+    updates: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file or folder holds.
+
+    `count` and `unit` are the file's clock (`checkpoints.Clock`); `norms` those with running
+    statistics, which averaged weights need estimated anew; `tensors` the largest first.
+    """
+
+    path: str
+    format: str
+    count: int | None
+    unit: str | None
+    live: Weighed | None
+    averages: dict[str, DescribedAverage]
+    norms: tuple[str, ...]
+    tensors: tuple[DescribedTensor, ...]
+    recorded: Recorded | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The description as plain data, for JSON."""
+        return asdict(self)
+
+
+def describe(path: Path | str) -> Description:
+    """What a file or folder that `checkpoints.read` reads holds, or a folder of snapshots.
+
+    Tensors without names are called by their positions. A snapshot's averages are those of the last.
+
+    >>> import tempfile
+    >>> from polyak import Averager, save
+    >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"
+    >>> averager = Averager({"w": torch.zeros(3)}, "window(2)")
+    >>> for _ in range(5):
+    ...     averager.update()
+    >>> save(place, averager)
+    >>> found = describe(place)
+    >>> found.format, found.count, found.averages["average"].weights.parameters
+    ('polyak', 5, 3)
+    >>> found.averages["average"].rule, found.averages["average"].mean_age
+    ('window(2)', 0.5)
+
+    Raises what `checkpoints.read` and `recording.snapshots` raise.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.glob("snapshot-*.safetensors")):
+        return _of_run(path)
+    found = read(path, "positions")
+    return _described(found, path, _times(found))
+
+
+def forms(weights: Weights) -> Mapping[str, Form]:
+    """The dtype and shape of each tensor; content is read only where nothing else tells them."""
+    known: Mapping[str, Form] | None = getattr(weights, "forms", None)
+    return {name: form(weights[name]) for name in weights} if known is None else known
+
+
+def distinct(found: Checkpoint, weights: Weights) -> dict[str, Form]:
+    """The dtype and shape of each of a checkpoint's tensors, of tied ones once."""
+    known = forms(weights)
+    if found.dtypes:
+        return {name: known[name] for name in known if name in found.dtypes}
+    if not known or not _holds(weights, known):
+        return dict(known)
+    places = {(weights[n].data_ptr(), each, weights[n].stride()): n for n, each in known.items()}
+    kept = {places[place] for place in places}
+    return {n: each for n, each in known.items() if n in kept or not each.nbytes}
+
+
+def _of_run(folder: Path) -> Description:
+    found = snapshots(folder)
+    last = found[-1]
+    checkpoint = native.checkpoint(Stored(TensorFile(last.path), whole=False))
+    times = dict.fromkeys(last.rules, last.elapsed())
+    return _described(checkpoint, folder, times, _recorded(found))
+
+
+def _recorded(found: list[Snapshot]) -> Recorded:
+    last, size = found[-1], sum(each.path.stat().st_size for each in found)
+    return Recorded(last.run, len(found), found[0].time, last.time, last.updates, size)
+
+
+def _described(
+    found: Checkpoint,
+    path: Path,
+    times: Mapping[str, list[float]],
+    recorded: Recorded | None = None,
+) -> Description:
+    averages = {
+        name: _average(distinct(found, weights), found.rules.get(name), times.get(name))
+        for name, weights in found.averages.items()
+    }
+    first = found.live if found.live is not None else next(iter(found.averages.values()), {})
+    shown = distinct(found, first)
+    return Description(
+        path=str(path),
+        format="snapshots" if recorded else found.format,
+        count=found.count,
+        unit=found.clock.unit if found.clock else None,
+        live=None if found.live is None else _weighed(distinct(found, found.live)),
+        averages=averages,
+        norms=tuple(norms.statistics(shown)),
+        tensors=tuple(sorted(map(_tensor, shown, shown.values()), key=lambda each: -each.bytes)),
+        recorded=recorded,
+    )
+
+
+def _holds(weights: Weights, known: Mapping[str, Form]) -> bool:
+    """Whether the tensors stay where they are; those made when asked for share their addresses."""
+    small = min(known, key=lambda name: known[name].nbytes)
+    return weights[small] is weights[small]
+
+
+def _weighed(tensors: Mapping[str, Form]) -> Weighed:
+    sizes = {name: each.nbytes // each.dtype.itemsize for name, each in tensors.items()}
+    parameters = sum(size for name, size in sizes.items() if _is_parameter(name, tensors[name]))
+    dtypes = Counter(_short(each.dtype) for each in tensors.values())
+    whole = sum(each.nbytes for each in tensors.values())
+    return Weighed(len(tensors), parameters, whole, dict(dtypes))
+
+
+def _is_parameter(name: str, form: Form) -> bool:
+    numeric = form.dtype.is_floating_point or form.dtype.is_complex
+    return numeric and name.rpartition(".")[2] not in _STATISTICS
+
+
+def _average(
+    tensors: Mapping[str, Form], rule: Rule | None, times: list[float] | None
+) -> DescribedAverage:
+    weighed = _weighed(tensors)
+    if rule is None or not times:
+        return DescribedAverage(weighed, None if rule is None else str(rule), None, None)
+    profile, unit = coefficients(rule, times), sum(times) / len(times)
+    return DescribedAverage(weighed, str(rule), half_life(profile) * unit, mean_age(profile) * unit)
+
+
+def _tensor(name: str, form: Form) -> DescribedTensor:
+    return DescribedTensor(name, _short(form.dtype), form.shape, form.nbytes)
+
+
+def _times(found: Checkpoint) -> dict[str, list[float]]:
+    """The time that each update of each average spanned, as far as the file tells."""
+    if found.clock is None:
+        return {}
+    if found.format == "polyak":
+        return _own_times(Stored(TensorFile(found.path), whole=False), found)
+    count = found.clock.count
+    if found.clock.unit == "time":
+        return dict.fromkeys(found.averages, [count / _EVENLY] * _EVENLY if count else [])
+    return dict.fromkeys(found.averages, found.clock.elapsed(1)) if count <= _LONGEST else {}
+
+
+def _own_times(stored: Stored, found: Checkpoint) -> dict[str, list[float]]:
+    """The updates of a file of ours, spread evenly over its time."""
+    if stored.get("kind") == "ema":
+        times = found.clock.elapsed(stored.get("every")) if found.clock else []
+        return dict.fromkeys(found.averages, times if len(times) <= _LONGEST else [])
+    ticks = {name: as_tick(held["tick"]) for name, held in native.clocks(stored).items()}
+    return {
+        name: [tick.t / tick.n] * tick.n for name, tick in ticks.items() if 0 < tick.n <= _LONGEST
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,46 @@
+"""Reading: an average by name, one tensor at a time, where two copies would be too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from polyak.engine import Average
+from polyak.live import LiveWeights
+
+
+class AverageWeights(Mapping[str, Tensor]):
+    """An average as it is now: name -> a fresh tensor, computed when asked for.
+
+    It has all names of tied tensors. Raises `RuntimeError` once the average has moved on.
+    """
+
+    def __init__(self, live: LiveWeights, average: Average, copies: Sequence[Tensor]) -> None:
+        self._live = live
+        self._average = average
+        self._tick = average.tick
+        self._copies = {item.name: copy for item, copy in zip(live.copied, copies, strict=True)}
+        self._places = {item.name: i for i, item in enumerate(live.averaged)}
+        self._names = {n: item.name for item in live.stored() for n in (item.name, *item.aliases)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._average.tick != self._tick:
+            raise RuntimeError(
+                f"{name}: the average was updated since it was asked for; ask for it anew"
+            )
+        first = self._names[name]
+        if first in self._copies:
+            return self._copies[first].clone()
+        return self._average.read(self._live, [self._places[first]])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def whole(self) -> dict[str, Tensor]:
+        """All of it in memory, tied tensors once."""
+        read = {first: self[first] for first in dict.fromkeys(self._names.values())}
+        return {name: read[first] for name, first in self._names.items()}

@@ -1,0 +1,127 @@
+"""The command line as a process: Ctrl-C, a terminal, a pipe that closes, what `--help` loads."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+POLYAK = [sys.executable, "-m", "polyak"]
+
+
+def started(folder: Path, *arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
+    process: subprocess.Popen[str] = subprocess.Popen(
+        [*POLYAK, *arguments],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if stderr is None else stderr,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    return process
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    """A folder with a file that takes some time to average often."""
+    save_file({f"w{i}": torch.ones(1 << 20) for i in range(8)}, tmp_path / "big.safetensors")
+    return tmp_path
+
+
+def interrupted(folder: Path, *arguments: str) -> None:
+    """Starts a command, interrupts it while it writes, and looks what it said and left."""
+    process = started(folder, *arguments)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".*.part")):
+        assert process.poll() is None and time.monotonic() < deadline, "it never wrote"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "polyak: interrupted\n")
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_interrupted_it_leaves_no_half_file(big: Path) -> None:
+    files = ["big.safetensors"] * 60
+    interrupted(big, "average", *files, "--out", "mean.safetensors")
+    assert not (big / "mean.safetensors").exists()
+    interrupted(big, "average", *files, "--out", "folder", "--shard-size", "8MB")
+    assert not (big / "folder").exists()
+
+
+@pytest.mark.slow
+def test_interrupted_it_leaves_what_was_there(big: Path) -> None:
+    (big / "mean.safetensors").write_text("precious")
+    files = ["big.safetensors"] * 60
+    interrupted(big, "average", *files, "--out", "mean.safetensors", "--force")
+    assert (big / "mean.safetensors").read_text() == "precious"
+
+
+def seen_on_a_terminal(folder: Path, *arguments: str) -> tuple[str, str]:
+    """The standard output of a command, and what its standard error shows on a terminal."""
+    ours, theirs = pty.openpty()
+    process = started(folder, *arguments, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while part := _read(ours):
+        seen += part
+    out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    return out, re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", seen).decode()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # all processes have closed it
+        return b""
+
+
+@pytest.mark.slow
+def test_a_terminal_sees_progress_in_bytes_and_time_left(big: Path) -> None:
+    files = ["big.safetensors"] * 4
+    out, seen = seen_on_a_terminal(big, "average", *files, "--out", "mean.safetensors")
+    assert out.endswith(" s\n") and "\x1b" not in out
+    assert "writing mean.safetensors" in seen
+    assert re.search(r"33\.6/33\.6 MB +\S+ [kMG]B/s 0:00:00", seen)
+    out, seen = seen_on_a_terminal(big, "diff", "big.safetensors", "mean.safetensors")
+    assert out == "equal: 8 tensors\n" and re.search(r"comparing .*33\.6/33\.6 MB", seen)
+
+
+def test_elsewhere_there_is_no_progress(big: Path) -> None:
+    process = started(big, "average", "big.safetensors", "--out", "mean.safetensors", "--json")
+    out, err = process.communicate(timeout=60)
+    assert out.startswith("{") and out.endswith("}\n") and err == ""
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    tensors = {f"tensor-{i:06d}": torch.zeros(1) for i in range(5000)}
+    save_file(tensors, tmp_path / "many.safetensors")
+    with started(tmp_path, "inspect", "many.safetensors", "--tensors") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in (said := process.stderr.read())
+        assert "polyak" not in said
+
+
+@pytest.mark.parametrize("command", [[], ["average"], ["sweep"], ["study", "article"]], ids=str)
+def test_help_loads_neither_torch_nor_charts(command: list[str]) -> None:
+    code = (
+        "import sys; from polyak.cli import app\n"
+        f"try: app({[*command, '--help']!r})\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("Usage: ")
+    assert not {"torch", "numpy", "altair", "rich"} & set(done.stderr.split())

@@ -1,0 +1,91 @@
+"""docs/cli.md is what `--help` says, every command and option says what it does, examples run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from cli_runs import finished_run, run
+from polyak.cli import app
+from polyak.cli.reference import reference
+
+PAGE = Path(__file__).parent.parent / "docs/cli.md"
+
+
+def commands(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All commands by the words after `polyak`, groups too."""
+    command = get_command(app) if command is None else command
+    yield name, command
+    for word, each in getattr(command, "commands", {}).items():
+        yield from commands(each, f"{name} {word}".strip())
+
+
+COMMANDS = dict(commands())
+
+
+def test_the_page_is_what_help_says() -> None:
+    wanted = "`python -m polyak.cli.reference > docs/cli.md` writes it anew"
+    assert PAGE.read_text() == reference(), wanted
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_on_the_page_as_its_help(name: str) -> None:
+    command = [sys.executable, "-m", "polyak", *name.split(), "--help"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = done.stdout.replace("python -m polyak", "polyak").rstrip()
+    heading = f"## polyak {name}".rstrip()
+    assert f"{heading}\n\n```text\n{said}\n```\n" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_says_what_it_does(name: str) -> None:
+    assert COMMANDS[name].help
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, f"polyak {name}: {parameter.name}"
+
+
+EXAMPLES = re.findall(r"^ +(polyak (?:.+\\\n)?.+)$", PAGE.read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    finished_run(folder)
+    return folder
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_the_examples_run_as_written(
+    line: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    _, command, *arguments = shlex.split(line.replace("\\\n", " "))
+    done = run(command, *arguments)
+    assert done.exit_code == (1 if command == "diff" else 0), done.output
+    assert done.stdout
+
+
+def test_every_command_on_files_has_an_example() -> None:
+    with_examples = {shlex.split(line)[1] for line in EXAMPLES}
+    plain = {name for name, each in COMMANDS.items() if name and not hasattr(each, "commands")}
+    assert plain - with_examples == {"study article"}
+
+
+def test_exit_codes_are_told() -> None:
+    said = CliRunner().invoke(app, ["--help"]).stdout
+    assert all(re.search(rf"^ +{code}  ", said, re.MULTILINE) for code in (0, 1, 2, 130))

@@ -1,0 +1,215 @@
+"""`polyak sweep` and its chart: what is judged, what is refused, whose errors are whose."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_runs import finished_run, run
+from polyak import offline
+from polyak.charts import save, sweep_chart
+from polyak.cli.evaluating import function_of
+from polyak.offline import Point, Sweep
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    finished_run(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SWEEP = ("sweep", "snapshots", "--evaluate", "judge:loss", "--out", "sweep")
+
+
+def test_it_is_the_librarys_sweep() -> None:
+    grids = ("--half-lives", "50:800:3", "--relative-stds", "0.1:0.2:2", "--rule", "uniform()")
+    done = run(*SWEEP, *grids, "--json")
+    assert done.exit_code == 0, done.output
+    rules = ["uniform()", *(f"exponential(half_life={each})" for each in (50, 200, 800))]
+    rules += [f"power(relative_std={each})" for each in (0.1, 0.2)]
+    wanted = offline.sweep("snapshots", rules, function_of("judge:loss")).as_dict()
+    assert json.loads(done.stdout) == wanted == json.loads(Path("sweep/sweep.json").read_text())
+    assert {path.name for path in Path("sweep").iterdir()} == {
+        "sweep.json", "sweep.png", "sweep.svg", "sweep.html",
+    }  # fmt: skip
+    assert done.stderr == "chart: sweep/sweep.html (also .png, .svg), sweep/sweep.json\n"
+
+
+def test_for_people() -> None:
+    options = ("--half-lives", "2:500:4", "--better", "higher", "--at", "1500")
+    done = run(*SWEEP, *options)
+    rows = done.stdout.splitlines()
+    assert rows[0].split() == [
+        "rule",
+        "half-life",
+        "mean",
+        "age",
+        "error",
+        "amplification",
+        "quality",
+    ]
+    assert rows[1].endswith("refused") and "2" in rows[1]
+    found = json.loads(Path("sweep/sweep.json").read_text())
+    (best,) = [row for row in rows if row.endswith("best")]
+    assert best.startswith(found["best"]["rule"])
+    assert found["better"] == "higher"
+
+
+def test_limits() -> None:
+    strict = run(*SWEEP, "--rule", "exponential(half_life=300)", "--max-error", "1e-9")
+    assert strict.exit_code == 2 and "none of 1 averages can be made" in strict.stderr
+    few = run(*SWEEP, "--rule", "exponential(half_life=300)", "--max-amplification", "1.01")
+    assert few.exit_code == 2 and "(limit 1.01)" in few.stderr
+
+
+def test_checkpoints_alone() -> None:
+    files = ("--checkpoint", "500=step-1.pt", "--checkpoint", "1000=step-2.pt")
+    command = ("sweep", "--evaluate", "judge:loss", "--out", "s", "--rule", "uniform()")
+    assert run(*command, *files, "--max-error", "1").exit_code == 0
+
+
+def test_results_are_not_overwritten_before_anything_is_judged() -> None:
+    Path("sweep").mkdir()
+    Path("sweep/sweep.json").write_text("precious")
+    refused = run(*SWEEP, "--rule", "uniform()", "--evaluate", "judge:broken")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("polyak: sweep/sweep.json exists")
+    assert run(*SWEEP, "--rule", "uniform()", "--force").exit_code == 0
+
+
+ERRORS = [
+    (("--evaluate", "judge:lost", "--rule", "uniform()"), "module judge has no function lost"),
+    (("--evaluate", "judge:JUDGE.x", "--rule", "uniform()"), "'judge:JUDGE.x' is no function"),
+    (("--evaluate", ":loss", "--rule", "uniform()"), "':loss' is no function"),
+    (("--evaluate", "judges:loss", "--rule", "uniform()"), "there is no module judges in "),
+    (("--evaluate", "judge.of:loss", "--rule", "uniform()"), "there is no module judge.of in "),
+    (("--evaluate", "judge:best", "--rule", "uniform()"), "module judge has no function best"),
+    (("--evaluate", "judge:silent", "--rule", "uniform()"), "evaluate gave None for uniform()"),
+    ((), "no average to judge: give --rule, --half-lives or --relative-stds"),
+    (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),
+    (("--relative-stds", "0.1:0.9:3"), "relative_std is 0.9, wanted 0 < s <= 0.300283"),
+    (("--rule", "ema()"), "'ema' in spec 'ema()' is unknown"),
+    (("--rule", "uniform()", "--checkpoint", "x"), "--checkpoint is 'x', wanted TIME=FILE"),
+    (("--rule", "uniform()", "--out", "judge.py"), "[Errno 17] File exists: 'judge.py'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS, ids=[" ".join(o) for o, _ in ERRORS])
+def test_errors_are_one_line(options: tuple[str, ...], message: str) -> None:
+    done = run(*SWEEP, *options)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"polyak: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+class TestTheUsersOwnErrors:
+    """His function's and his module's: the traceback from his code on, and exit code 1."""
+
+    def failed(self, code: str, name: str) -> str:
+        Path("mine.py").write_text(code)
+        command = [
+            sys.executable,
+            "-m",
+            "polyak",
+            *SWEEP,
+            "--evaluate",
+            name,
+            "--rule",
+            "uniform()",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr
+
+    def test_in_the_function(self) -> None:
+        said = self.failed("def f(weights):\n    return weights['no']\n", "mine:f")
+        lines = said.splitlines()
+        assert lines[0] == "Traceback (most recent call last):"
+        assert 'mine.py", line 2, in f' in lines[1]
+        assert lines[-2:] == ["KeyError: 'no'", "polyak: mine:f failed: KeyError"]
+
+    def test_in_the_module(self) -> None:
+        assert "mine:f failed: SyntaxError" in self.failed("def f(:\n", "mine:f")
+        said = self.failed("import a_module_that_is_not\n", "mine:f")
+        assert "mine.py" in said and "importlib" not in said
+        assert said.endswith("polyak: mine:f failed: ModuleNotFoundError\n")
+
+
+def point(half_life: float, quality: float | None, rule: str = "exponential(0.9)") -> Point:
+    return Point(rule, half_life, half_life, 0.01, 1.0, quality, "" if quality else "too short")
+
+
+def marks(sweep: Sweep) -> list[dict[str, Any]]:
+    """The layers of the chart, each with its rows."""
+    chart = sweep_chart(sweep).to_dict()
+    shared = chart.get("datasets", {})
+    layers = []
+    for layer in chart["layer"]:
+        held = layer["data"]
+        rows = held["values"] if "values" in held else shared[held["name"]]
+        layers.append({**layer, "rows": rows, "kind": layer["mark"]["type"]})
+    return layers
+
+
+class TestChart:
+    def test_points_best_and_refused(self) -> None:
+        points = (point(10, None), point(100, 2.0), point(200, 1.0), point(500, 3.0, "power(3)"))
+        layers = marks(Sweep(points, "lower"))
+        assert [layer["kind"] for layer in layers] == [
+            "line",
+            "point",
+            "point",
+            "point",
+            "text",
+            "text",
+        ]
+        line, judged, refused, best, halo, text = layers
+        assert [row["x"] for row in line["rows"]] == [100, 200, 500] and judged["rows"] == line[
+            "rows"
+        ]
+        assert line["encoding"]["color"]["scale"]["domain"] == ["exponential", "power"]
+        assert [row["x"] for row in refused["rows"]] == [10]
+        assert [(row["x"], row["y"]) for row in best["rows"]] == [(200, 1.0)]
+        assert halo["rows"] == text["rows"]
+        assert text["rows"][0]["label"] == "exponential, half-life 200: 1"
+        assert line["encoding"]["x"]["scale"]["type"] == "log"
+
+    def test_all_points_lie_within(self) -> None:
+        points = (point(3, None), point(100, -1.0), point(5000, 9.0))
+        line = marks(Sweep(points, "higher"))[0]["encoding"]
+        x, y = line["x"]["scale"], line["y"]["scale"]
+        assert x["domainMin"] < 3 and x["domainMax"] > 5000
+        assert y["domainMin"] < -1 and y["domainMax"] > 9
+
+    @pytest.mark.parametrize(
+        "points", [(point(0, 1.0),), (point(7, 0.0),), (point(7, 5.0),)], ids=str
+    )
+    def test_a_lone_point(self, points: tuple[Point, ...], tmp_path: Path) -> None:
+        save(sweep_chart(Sweep(points, "lower")), tmp_path, "sweep")
+        assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_what_has_no_half_life_is_said(self) -> None:
+        chart = sweep_chart(
+            Sweep((point(0, 1.0), point(10, 2.0), point(20, None)), "lower")
+        ).to_dict()
+        assert chart["title"]["subtitle"] == [
+            "Grey crosses: 1 that cannot be made exactly enough.",
+            "1 without a half-life left out.",
+        ]

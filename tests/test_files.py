@@ -1,0 +1,318 @@
+"""Files appear complete or not at all: whatever fails, whoever is killed, whoever races."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import polyak.files
+from polyak.files import writing, writing_folder
+
+# A process that has only this module: it starts in a moment, so many can be killed.
+LOAD = f"""
+import importlib.util, os, sys, time
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("files", {polyak.files.__file__!r})
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+place = Path(sys.argv[1])
+"""
+# Version n of a file is 1 MB of the byte n, and of a folder two such files.
+WRITE = (
+    LOAD
+    + """
+print("ready", flush=True)
+for version in range(1, 256):
+    with files.writing(place) as file:
+        for _ in range(16):
+            file.write(bytes([version]) * 65536)
+"""
+)
+WRITE_FOLDER = (
+    LOAD
+    + """
+print("ready", flush=True)
+for version in range(1, 256):
+    with files.writing_folder(place, overwrite=True) as folder:
+        for name in ("first", "second"):
+            (folder / name).write_bytes(bytes([version]) * 65536)
+"""
+)
+RACE = (
+    LOAD
+    + """
+sys.stdin.read(1)
+try:
+    with files.writing(place, overwrite=False) as file:
+        file.write(sys.argv[2].encode() * 100_000)
+    print("won")
+except FileExistsError as error:
+    print("exists" if str(place) in str(error) else "unnamed")
+"""
+)
+RACE_FOLDER = RACE.replace("files.writing(", "files.writing_folder(").replace(
+    "as file:\n        file.write(", 'as folder:\n        (folder / "it").write_bytes('
+)
+REPEAT = (
+    LOAD
+    + """
+sys.stdin.read(1)
+for _ in range(150):
+    with files.writing(place) as file:
+        file.write(sys.argv[2].encode() * 1000)
+print("done")
+"""
+)
+
+
+def started(code: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-S", "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def kill_soon(code: str, place: Path, seconds: float) -> None:
+    """Runs a writer and kills it so long after its first write began."""
+    process = started(code, place)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGKILL, 0), errors
+
+
+def at_once(code: str, place: Path, count: int) -> list[str]:
+    """What so many processes print that are let go together."""
+    processes = [started(code, place, chr(97 + i)) for i in range(count)]
+    time.sleep(0.3)
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("!")
+        process.stdin.flush()
+    ends = [process.communicate(timeout=60) for process in processes]
+    assert not any(errors for _, errors in ends), ends
+    return [output.strip() for output, _ in ends]
+
+
+def test_a_file_appears_when_complete(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    with writing(place) as file:
+        file.write(b"new")
+        assert not place.exists()
+    assert place.read_bytes() == b"new"
+    with writing(place) as file:
+        file.write(b"newer")
+        assert place.read_bytes() == b"new"
+    assert place.read_bytes() == b"newer"
+    assert [each.name for each in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_all_as_it_was(
+    tmp_path: Path, before: bytes | None, error: type[BaseException]
+) -> None:
+    place = tmp_path / "weights"
+    if before is not None:
+        place.write_bytes(before)
+    with pytest.raises(error), writing(place) as file:
+        file.write(b"half")
+        raise error
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == (
+        {} if before is None else {"weights": before}
+    )
+
+
+def test_what_exists_is_kept_unless_told(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    place.write_bytes(b"old")
+    with pytest.raises(FileExistsError, match="weights exists"), writing(place, overwrite=False):
+        pass
+    with pytest.raises(FileExistsError, match="by now"), writing(tmp_path / "n", overwrite=False):
+        (tmp_path / "n").write_bytes(b"of another")
+    assert (tmp_path / "n").read_bytes() == b"of another"
+    dangling = tmp_path / "link"
+    dangling.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError), writing(dangling, overwrite=False):
+        pass
+    assert place.read_bytes() == b"old"
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "missing" / "weights"):
+        pass
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with writing(tmp_path / "file") as file:
+            file.write(b"it")
+        with writing_folder(tmp_path / "folder") as folder:
+            (folder / "it").write_bytes(b"it")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+
+
+NAMES = ["a[1]*?.bin", ".hidden", "ümläut", "with space", "$(x)", "-f"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_abandoned_parts_go_and_others_stay(tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    abandoned = tmp_path / f".{name}.{'0' * 16}.part"
+    abandoned.write_bytes(b"left by a killed process")
+    abandoned_folder = tmp_path / f".{name}.{'1' * 16}.part"
+    abandoned_folder.mkdir()
+    (abandoned_folder / "it").write_bytes(b"left too")
+    others = [f".{name}.part", f".{name}.mine.part", f".x{name}.{'0' * 16}.part", ".a1x.part"]
+    for other in others:
+        (tmp_path / other).write_bytes(b"of someone else")
+    with writing(place) as file:
+        file.write(b"it")
+    assert {each.name for each in tmp_path.iterdir()} == {name, *others}
+
+
+def test_what_is_being_written_is_not_abandoned(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    with writing(place) as slow:
+        slow.write(b"slow")
+        with writing(place) as quick:
+            quick.write(b"quick")
+        with writing_folder(tmp_path / "folder") as folder:
+            with pytest.raises(ValueError), writing_folder(tmp_path / "folder"):
+                raise ValueError
+            (folder / "it").write_bytes(b"it")
+        assert place.read_bytes() == b"quick"
+    assert place.read_bytes() == b"slow"
+    assert (tmp_path / "folder" / "it").read_bytes() == b"it"
+
+
+def test_a_folder_appears_when_complete(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "model"
+    with writing_folder(place) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "it").write_bytes(b"it")
+        assert not place.exists()
+    assert (place / "inner" / "it").read_bytes() == b"it"
+    with pytest.raises(FileExistsError, match="model exists"), writing_folder(place):
+        pass
+    with pytest.raises(ValueError), writing_folder(place, overwrite=True) as folder:
+        raise ValueError
+    assert (place / "inner" / "it").read_bytes() == b"it"
+    with writing_folder(place, overwrite=True) as folder:
+        (folder / "it").write_bytes(b"other")
+    assert {each.name for each in place.iterdir()} == {"it"}
+    assert [each.name for each in place.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_replaces_a_file_or_a_link_when_told(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").write_bytes(b"kept")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "file").write_bytes(b"old")
+    for name in ("link", "file"):
+        with writing_folder(tmp_path / name, overwrite=True) as folder:
+            (folder / "it").write_bytes(b"it")
+        assert [each.name for each in (tmp_path / name).iterdir()] == ["it"]
+    assert (tmp_path / "target" / "kept").read_bytes() == b"kept"
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    with pytest.raises(FileExistsError, match="by now"), writing_folder(place) as folder:
+        (folder / "it").write_bytes(b"it")
+        place.mkdir()
+    assert list(place.iterdir()) == []
+
+
+def test_folders_without_an_exchange_of_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polyak.files, "_rename", lambda *_: False)
+    place = tmp_path / "model"
+    for content in (b"first", b"second"):
+        with writing_folder(place, overwrite=True) as folder:
+            (folder / "it").write_bytes(content)
+        assert (place / "it").read_bytes() == content
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_last_complete_file_stays(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    chosen = random.Random(0)
+    seen = set()
+    for _ in range(24):
+        kill_soon(WRITE, place, chosen.uniform(0.0, 0.08))
+        if place.exists():
+            content = place.read_bytes()
+            assert len(content) == 1 << 20
+            assert content == content[:1] * len(content)
+            seen.add(content[0])
+    assert len(seen) > 3, "the kills came at one moment: the test shows nothing"
+    with writing(place) as file:
+        file.write(b"it")
+    assert [each.name for each in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_complete_folder_stays(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    with writing_folder(place) as folder:
+        for name in ("first", "second"):
+            (folder / name).write_bytes(bytes(65536))
+    chosen = random.Random(1)
+    seen = set()
+    for _ in range(24):
+        kill_soon(WRITE_FOLDER, place, chosen.uniform(0.0, 0.08))
+        contents = {each.name: each.read_bytes() for each in place.iterdir()}
+        assert contents.keys() == {"first", "second"}
+        assert contents["first"] == contents["second"] == contents["first"][:1] * 65536
+        seen.add(contents["first"][0])
+    assert len(seen) > 3, "the kills came at one moment: the test shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [RACE, RACE_FOLDER], ids=["file", "folder"])
+def test_one_of_many_wins_a_race(tmp_path: Path, code: str) -> None:
+    for round in range(4):
+        place = tmp_path / f"weights-{round}"
+        outcomes = at_once(code, place, 8)
+        assert sorted(outcomes) == ["exists"] * 7 + ["won"]
+        winner = chr(97 + outcomes.index("won"))
+        held = place / "it" if place.is_dir() else place
+        assert held.read_bytes() == winner.encode() * 100_000
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_writers_to_one_place_do_not_take_each_other_for_abandoned(tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    assert at_once(REPEAT, place, 6) == ["done"] * 6
+    content = place.read_bytes()
+    assert content == content[:1] * 1000
+    assert [each.name for each in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    place.mkdir()
+    process = started(WRITE_FOLDER, place)
+    looks = 0
+    while process.poll() is None:
+        assert place.is_dir()
+        looks += 1
+    assert process.communicate(timeout=30) == ("ready\n", "")
+    assert looks > 1000
