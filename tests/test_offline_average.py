@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,6 @@ def models(count: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Ten
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts so small that few elements are many of them, for two threads."""
-    monkeypatch.setattr(summing, "PART_BYTES", 64)
     monkeypatch.setattr(summing, "PIECE_BYTES", 128)
     monkeypatch.setattr(summing, "_UNDIVIDED", 4)
     torch.set_num_threads(2)
@@ -200,6 +201,33 @@ def test_neither_threads_nor_what_is_asked_for_change_a_bit(
         average(files, "exponential(0.7)").write(tmp_path / "out.safetensors", overwrite=True)
         written = load_file(tmp_path / "out.safetensors")
         assert all(torch.equal(written[name], made[name]) for name in made)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_threads_and_open_files_end_with_the_average(tmp_path: Folder) -> None:
+    def held() -> tuple[int, int]:
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    files = [saved(tmp_path, {"w": torch.randn(1000)}, str(i)) for i in range(3)]
+    before = held()
+    for _ in range(20):
+        pieces = average(files).pieces("w")
+        next(pieces)
+    del pieces
+    deadline = time.monotonic() + 20
+    while not (np.array(held()) <= before).all() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (np.array(held()) <= before).all()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_pieces_of_several_tensors_may_be_asked_for_in_turns(tmp_path: Folder) -> None:
+    weights = [{name: torch.randn(999) for name in "ab"} for _ in range(3)]
+    made = average([saved(tmp_path, each, str(i)) for i, each in enumerate(weights)])
+    turns = zip(made.pieces("a"), made.pieces("b"), strict=True)
+    pairs = [(a.clone(), b.clone()) for a, b in turns]
+    for name, pieces in zip("ab", zip(*pairs, strict=True), strict=True):
+        assert torch.equal(torch.cat(pieces), made[name])
 
 
 def as_safetensors(folder: Folder, weights: dict[str, Tensor]) -> Path:
@@ -585,7 +613,7 @@ def test_a_greedy_soup_is_the_recipe(
     generator = np.random.default_rng(seed)
     vectors = list(generator.standard_normal((count, 3)).astype(np.float32).astype(float))
     files = points(folder, *(v.tolist() for v in vectors))
-    soup = greedy_soup(files, minus_distance(torch.zeros(3)))
+    soup = greedy_soup(files, minus_distance(torch.zeros(3)), better="higher")
     kept, quality = greedy_by_hand(vectors, lambda w: -float((w * w).sum()))
     assert list(soup.ingredients) == kept
     assert soup.quality == pytest.approx(quality, rel=1e-5)
@@ -597,11 +625,11 @@ def test_a_greedy_soup_is_the_recipe(
 
 def test_a_soup_takes_what_helps_and_no_ties(tmp_path: Folder) -> None:
     files = points(tmp_path, [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [9.0, 0.0])
-    soup = greedy_soup(files, minus_distance(torch.zeros(2)))
+    soup = greedy_soup(files, minus_distance(torch.zeros(2)), better="higher")
     assert soup.order == (0, 1, 2, 3)  # of equals the first given
     assert soup.ingredients == (0, 1) and soup.quality == 0
     assert list(soup.trials) == pytest.approx([-1, 0, -1 / 9, -9])
-    alike = greedy_soup([files[0], files[2]], minus_distance(torch.zeros(2)))
+    alike = greedy_soup([files[0], files[2]], minus_distance(torch.zeros(2)), better="higher")
     assert alike.ingredients == (0,)  # no better, so not added
 
 
@@ -609,7 +637,7 @@ def test_a_soup_tries_the_best_first_and_never_goes_back(tmp_path: Folder) -> No
     files = points(tmp_path, [2.5], [-1.0], [-2.0])
     told: list[Path] = []
     quality = minus_distance(torch.zeros(1))
-    soup = greedy_soup(files, quality, progress=lambda path, _: told.append(path))
+    soup = greedy_soup(files, quality, better="higher", progress=lambda path, _: told.append(path))
     assert soup.order == (1, 2, 0) and soup.ingredients == (1, 0)
     assert told == [*files, files[2], files[0]]
     assert quality(dict(average(files))) > soup.quality  # in another order it had taken all
@@ -619,7 +647,8 @@ def test_a_quality_may_be_better_when_lower(tmp_path: Folder) -> None:
     files = points(tmp_path, [2.5], [-1.0], [-2.0])
     lower = greedy_soup(files, lambda w: float(w["w"].square()), better="lower")
     assert lower.ingredients == (1, 0) and lower.quality == 0.75**2
-    assert greedy_soup(files, lambda w: float(w["w"].square())).ingredients == (0,)
+    higher = greedy_soup(files, lambda w: float(w["w"].square()), better="higher")
+    assert higher.ingredients == (0,)
 
 
 def test_a_soup_without_a_quality_is_refused(tmp_path: Folder) -> None:

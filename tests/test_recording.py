@@ -233,6 +233,9 @@ def test_another_averager_does_not_go_on_in_a_folder(tmp_path: Path) -> None:
     late = Averager(nn.Linear(3, 2), STORED)
     for _ in range(4):
         late.update(2.5)
+    with pytest.raises(ValueError, match="the averager is of the run None"):
+        Recorder(late, tmp_path, every=10, resume=True)
+    late.run = snapshots(tmp_path)[0].run
     with pytest.raises(ValueError, match=r"come to time 4.0 at update 4, the averager to 10"):
         Recorder(late, tmp_path, every=10, resume=True)
     larger = Averager(nn.Linear(4, 2), STORED)
@@ -328,3 +331,68 @@ def test_read_does_not_take_a_snapshot_for_a_checkpoint_of_nothing(tmp_path: Pat
     recorded(tmp_path, 30)
     found = checkpoints.read(snapshots(tmp_path)[-1].path)
     assert set(found.averages) == {"0.05", "0.10"} and found.count == 30
+
+
+def both(folder: Path, seed: int) -> tuple[dict[str, Tensor], Averager, Averager, Recorder, Any]:
+    """A run that is recorded, an average of it that is tracked, and how to go on by some steps."""
+    weights = {"w": torch.zeros(50, dtype=torch.float64)}
+    averager, tracked = Averager(weights, STORED), Averager(weights, "exponential(half_life=30)")
+    recorder = Recorder(averager, folder, every=10)
+    generator = torch.Generator().manual_seed(seed)
+
+    def go(steps: int) -> None:
+        for _ in range(steps):
+            weights["w"] += torch.randn(50, generator=generator, dtype=torch.float64)
+            averager.update()
+            tracked.update()
+            recorder.update()
+
+    return weights, averager, tracked, recorder, go
+
+
+def test_a_run_that_goes_back_in_its_process_leaves_no_other_path(tmp_path: Path) -> None:
+    """A state is loaded into the same averager after a loss spike: its recorder notices."""
+    weights, averager, tracked, _, go = both(tmp_path / "s", 0)
+    go(100)
+    states = [averager.state_dict(), tracked.state_dict()]
+    states = [torch.load(_saved(tmp_path, state), weights_only=True) for state in states]
+    before = weights["w"].clone()
+    go(55)
+    weights["w"].copy_(before)
+    averager.load_state_dict(states[0])
+    tracked.load_state_dict(states[1])
+    go(60)
+    made = synthesize(tmp_path / "s", "exponential(half_life=30)", max_error=1)
+    wanted = tracked.average()["w"]
+    error = (made.average()["w"] - wanted).norm() / (wanted - weights["w"]).norm()
+    assert error < 3 * made.relative_error
+    assert sorted(tmp_path.glob("s/*.stale"))
+
+
+def _saved(folder: Path, state: dict[str, Any]) -> Path:
+    path = folder / f"{len(list(folder.iterdir()))}.pt"
+    torch.save(state, path)
+    return path
+
+
+def test_another_run_with_the_same_rules_and_steps_does_not_go_on(tmp_path: Path) -> None:
+    *_, go = both(tmp_path / "a", 0)
+    go(60)
+    _, averager, _, _, go_other = both(tmp_path / "b", 1)
+    go_other(30)
+    with pytest.raises(ValueError, match="the averager is of the run"):
+        Recorder(averager, tmp_path / "a", every=10, resume=True)
+
+
+def test_an_average_of_two_rules_is_not_recorded(tmp_path: Path) -> None:
+    weights, averager, _, _, go = both(tmp_path / "a", 0)
+    go(20)
+    polyak.save(tmp_path / "it", averager)
+    other = Averager(weights, {**STORED, "0.05": "uniform()"})
+    polyak.load(tmp_path / "it", other, change_rule=True)
+    polyak.save(tmp_path / "again", other)
+    later = Averager(weights, {**STORED, "0.05": "uniform()"})
+    polyak.load(tmp_path / "again", later)
+    for mixed in (other, later):
+        with pytest.raises(ValueError, match="went on by another rule"):
+            Recorder(mixed, tmp_path / "b", every=10)

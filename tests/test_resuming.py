@@ -148,6 +148,16 @@ class TestWhatAFileDoesNotFit:
         torch.save(Net().state_dict(), tmp_path / "it.pt")
         self.refused(tmp_path / "it.pt", Averager(Net(), "uniform()"), "missing: average")
 
+    def test_tensors_that_are_not_tracked_may_be_in_it(self, run: Run) -> None:
+        """The file holds all weights; the averager's `select` takes the body's alone."""
+        model = torch.optim.swa_utils.AveragedModel(Net())
+        model.update_parameters(Net())
+        path = run.path.with_name("swa.pt")
+        torch.save(model.state_dict(), path)
+        averager = Averager(Net(), "uniform()", select="body*")
+        polyak.load(path, averager)
+        assert set(averager.average()) == {"body.weight", "body.bias"}
+
     def test_compensated_slots_begin_without_residue(self, run: Run) -> None:
         averager = Averager(Net(), CASES["torch-ema"].rule, rounding="compensated")
         polyak.load(run.path, averager)

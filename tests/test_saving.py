@@ -201,6 +201,29 @@ class TestRefusals(Refusals):
             tmp_path / "a.safetensors", Averager(model, "bema()"), "anchor", change_rule=True
         )
 
+    def test_another_cadence(self, tmp_path: Path) -> None:
+        model, averager = trained("uniform()", range(6), torch.float32, every=2)
+        path = tmp_path / "a.safetensors"
+        polyak.save(path, averager)
+        self.refused(path, Averager(model, "uniform()"), "every=2, this averager has every=1")
+        polyak.save(path, EMA(model, update_every=2))
+        with pytest.raises(ValueError, match="update_every=2, this one 7"):
+            polyak.load(path, EMA(model, update_every=7))
+
+    def test_a_claim_of_slots_that_are_not_there(self, tmp_path: Path) -> None:
+        _, averager = trained("window(3)", range(5), torch.float32)
+        path = tmp_path / "a.safetensors"
+        polyak.save(path, averager)
+        for rule, n in (("window(1000000000)", 10**7), ("uniform()", 10**9)):
+            claim = {"rule": rule, "tick": [n, float(n), 1.0, None], "slots": ["window.0"]}
+            replaced(path, averages={"average": claim})
+            with pytest.raises(ValueError, match="too few slots"):
+                checkpoints.read(path)
+
+    def test_a_slash_in_an_averages_name(self) -> None:
+        with pytest.raises(ValueError, match="wanted one without a slash"):
+            Averager({"w": torch.zeros(1)}, {"a/b": "uniform()"})
+
     def test_names_shapes_and_dtypes(self, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
         averager = Averager({"a": torch.zeros(2), "b": torch.zeros(3)}, "uniform()")
@@ -354,6 +377,13 @@ class TestExport:
         assert_same(
             dict(cast(Any, UNet2DModel).from_pretrained(tmp_path).state_dict()), averager.average()
         )
+
+    def test_a_value_that_the_dtype_cannot_hold(self, tmp_path: Path) -> None:
+        averager = Averager({"w": torch.tensor([1e5, float("nan")])}, "uniform()")
+        averager.update()
+        with pytest.raises(ValueError, match=r"w has a value of 1e\+05, which torch.float16"):
+            checkpoints.export(tmp_path / "a.safetensors", averager, dtype=torch.float16)
+        assert not list(tmp_path.iterdir())
 
     def test_errors(self, tmp_path: Path) -> None:
         _, averager = trained(SEVERAL, range(5), torch.float32)

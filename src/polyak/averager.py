@@ -108,6 +108,10 @@ class Averager:
             nonfinite=nonfinite,
             device=place,
         )
+        self.run: str | None = None
+        """The run that a `Recorder` stores, if one does; kept in states."""
+        self.mixed = False
+        """Whether the slots were made by other rules too (`polyak.load(change_rule=True)`)."""
         self._applied: str | None = None
         self._attachment: Attachment | None = None
 
@@ -280,7 +284,9 @@ class Averager:
         for average in self._averages.values():
             self._refuse_spoilt("state_dict", average)
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
-        return {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
+        state = {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
+        state |= {"run": self.run} if self.run else {}
+        return state | ({"mixed": True} if self.mixed else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state that `state_dict` gave, copying its tensors; then training goes on.
@@ -294,6 +300,7 @@ class Averager:
             held = new.averages[name]
             average.take(self._live, held.tick, held.slots, held.random)
         self._updating.take(new.calls, new.elapsed, new.skipped, new.copies)
+        self.run, self.mixed = new.run, new.mixed
 
     def summary(self) -> Summary:
         """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
@@ -388,4 +395,6 @@ def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
     for name in rule:
         if not isinstance(name, str) or not name:
             raise TypeError(f"an average's name is {name!r}, wanted a string that is not empty")
+        if "/" in name:
+            raise ValueError(f"an average's name is {name!r}, wanted one without a slash")
     return {name: as_rule(each) for name, each in rule.items()}

@@ -40,6 +40,10 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     _refuse_existing(path, overwrite)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, wanted the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it")
     _remove_abandoned(path)
     part = _beside(path, "part")
     try:  # from before there is a file on: Ctrl-C may come at any moment

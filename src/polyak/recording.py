@@ -29,6 +29,7 @@ from polyak.states import as_tick
 from polyak.tracking import difference, report
 
 SNAPSHOT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST = 10**7  # updates whose times a snapshot may tell
 _PATTERN = "snapshot-*.safetensors"
 
 
@@ -52,8 +53,11 @@ class Recorder:
         every: time between snapshots, in the rule's unit: steps, samples, tokens.
         dtype: of what is stored: float32, bfloat16 or float16; by default that of the slots. The
             error of rounding to it grows with the synthesis's amplification.
-        resume: goes on in the folder of this averager's run, after its state was loaded. Snapshots
-            of later updates, which will be made once more, are set aside as `*.stale`.
+        resume: goes on in the folder of this averager's run, after its state was loaded; states
+            carry the run that their recorder gave them.
+
+    Snapshots of updates that are made once more, after an earlier state was loaded, are set aside as
+    `*.stale`.
 
     Raises `ValueError` for a folder with snapshots of another run or without `resume`, for bad
     arguments; `TypeError` for another object than an averager.
@@ -83,7 +87,13 @@ class Recorder:
         self._elapsed = array("d")
         self._time = 0.0
         self._recorded: float | None = None
+        if averager.mixed:
+            raise ValueError(
+                "Recorder: the averager went on by another rule than its slots were made with "
+                "(change_rule=True), so what they average is not known; begin a new average"
+            )
         self.run = self._resumed() if resume else self._begun()
+        averager.run = self.run
         self._follow(averager.clock)
 
     def update(self) -> Path | None:
@@ -124,7 +134,8 @@ class Recorder:
         """Notes the time of updates made since, and forgets one that was taken back (`nonfinite`)."""
         if tick.n == len(self._elapsed) and tick.t == self._time:
             return
-        del self._elapsed[max(tick.n - 1, 0) :]
+        if tick.n <= len(self._elapsed):
+            self._rewind(tick.n)
         missed = tick.n - 1 - len(self._elapsed)
         if missed > 0:
             between = tick.t - tick.elapsed - math.fsum(self._elapsed)
@@ -132,6 +143,17 @@ class Recorder:
         if tick.n:
             self._elapsed.append(tick.elapsed)
         self._time = tick.t
+
+    def _rewind(self, update: int) -> None:
+        """Forgets this update and those after it: it is made once more, from a state loaded or kept."""
+        del self._elapsed[max(update - 1, 0) :]
+        self._recorded = None
+        for path in sorted(self.folder.glob(_PATTERN)):
+            done = int(path.stem.rpartition("-")[2])
+            if done >= update:
+                path.rename(path.with_suffix(".stale"))
+            else:
+                self._recorded = math.fsum(self._elapsed[:done])
 
     def _begun(self) -> str:
         if found := sorted(self.folder.glob(_PATTERN)):
@@ -147,6 +169,12 @@ class Recorder:
             return secrets.token_hex(8)
         found = snapshots(self.folder)
         _require_same(found[-1], self._averager)
+        if self._averager.run != found[0].run:
+            raise ValueError(
+                f"{self.folder} has snapshots of the run {found[0].run}, and the averager is of the "
+                f"run {self._averager.run}: load a state that was saved while their recorder was "
+                "there, or give an empty folder"
+            )
         tick = self._averager.clock
         self._take_times(found, tick)
         for snapshot in found:
@@ -262,7 +290,12 @@ def _elapsed(stored: Stored, updates: int) -> list[float]:
     plain = spans.dtype == torch.float64 and counts.dtype == torch.int64
     if not plain or spans.dim() != 1 or spans.shape != counts.shape:
         raise stored.error("the times of its updates do not read")
-    if int(counts.sum()) != updates or not (counts > 0).all() or not (spans > 0).all():
+    if (
+        updates > _MOST
+        or int(counts.sum()) != updates
+        or not (counts > 0).all()
+        or not (spans > 0).all()
+    ):
         raise stored.error(f"the times of its updates are not those of {updates} updates")
     times: list[float] = torch.repeat_interleave(spans, counts).tolist()
     return times

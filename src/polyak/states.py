@@ -36,6 +36,8 @@ class State:
     skipped: int
     copies: dict[str, Tensor]
     averages: dict[str, AverageState]
+    run: str | None
+    mixed: bool
 
 
 def checked(state: object, live: LiveWeights, averages: Mapping[str, Average]) -> State:
@@ -55,6 +57,8 @@ def checked(state: object, live: LiveWeights, averages: Mapping[str, Average]) -
         skipped=_integer(data["skipped"], "skipped"),
         copies=_copies(data["copies"], live, begun=begun),
         averages=states,
+        run=None if data.get("run") is None else str(data["run"]),
+        mixed=data.get("mixed") is True,
     )
 
 

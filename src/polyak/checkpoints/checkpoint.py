@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyak.rules import START, Rule, Tick
 
-_MOST = 10**8
+MOST_UPDATES = 10**8
 
 Weights = Mapping[str, Tensor]
 """name -> tensor; it may be read from its file only when asked for."""
@@ -38,8 +38,8 @@ class Clock:
         """
         if self.unit == "time":
             return [float(self.count)] if self.count else []
-        if self.count > _MOST:
-            raise ValueError(f"{self.count} {self.unit} are counted, wanted at most {_MOST}")
+        if self.count > MOST_UPDATES:
+            raise ValueError(f"{self.count} {self.unit} are counted, wanted at most {MOST_UPDATES}")
         if self.unit == "updates":
             return [float(every)] * (self.count + self.ahead)
         return [1.0, *([float(every)] * ((self.count - 1) // every))] if self.count else []

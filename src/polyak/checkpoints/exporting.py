@@ -12,7 +12,7 @@ import torch
 from polyak.averager import Averager
 from polyak.checkpoints import writing
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
-from polyak.checkpoints.tensorfile import Form, form
+from polyak.checkpoints.tensorfile import Form, form, narrowed
 
 
 def export(
@@ -66,7 +66,7 @@ def export(
     writing.write(
         path,
         forms,
-        lambda each: [weights[each].detach().to(forms[each].dtype)],
+        lambda each: [narrowed(each, weights[each].detach(), forms[each].dtype)],
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         progress=progress,

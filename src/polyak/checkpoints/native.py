@@ -18,10 +18,10 @@ from torch import Tensor
 from polyak import tensors
 from polyak.averager import Averager
 from polyak.checkpoints import tensorfile
-from polyak.checkpoints.checkpoint import Checkpoint, Clock
-from polyak.checkpoints.tensorfile import Form, TensorFile
+from polyak.checkpoints.checkpoint import MOST_UPDATES, Checkpoint, Clock
+from polyak.checkpoints.tensorfile import Form, TensorFile, narrowed
 from polyak.ema import EMA
-from polyak.rules import LIVE, Rule, Tick
+from polyak.rules import LIVE, START, Rule, Tail, Tick, Window
 from polyak.specs import parse
 from polyak.states import as_tick
 from polyak.tracking import Tracked
@@ -75,21 +75,11 @@ def write(
     tensorfile.write(
         path,
         {key: Form(dtypes[key], tuple(tensor.shape)) for key, tensor in plain.items()},
-        lambda key: [_narrowed(key, plain[key], dtypes[key])],
+        lambda key: [narrowed(key, plain[key], dtypes[key])],
         {KEY: json.dumps({"format": FORMAT, _PAIRS: pairs, **described})},
         digest=True,
         overwrite=overwrite,
     )
-
-
-def _narrowed(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = tensor.to(dtype)
-    if dtype != tensor.dtype and not narrow.isfinite().all() and tensor.isfinite().all():
-        raise ValueError(
-            f"{key} has a value of {tensor.abs().max():.3g}, which {dtype} cannot hold; store "
-            "bfloat16 or float32"
-        )
-    return narrow
 
 
 class Stored:
@@ -124,6 +114,9 @@ class Stored:
         if name not in self._described:
             raise self.error(f"the header lacks {name!r}")
         return self._described[name]
+
+    def has(self, name: str) -> bool:
+        return name in self._described
 
     def mapping(self, name: str, kind: type = dict) -> Any:
         value = self.get(name)
@@ -183,7 +176,8 @@ def packed(averager: Averager, kind: str) -> tuple[dict[str, Any], dict[str, Ten
     }
     del state["format"]
     model = described_model(averager)
-    return {"kind": kind, **state, "averages": described, "model": model}, stored
+    described_all = {"kind": kind, "every": averager.every, **state, "averages": described}
+    return {**described_all, "model": model}, stored
 
 
 def described_model(averager: Averager) -> dict[str, Any]:
@@ -214,6 +208,7 @@ def state(stored: Stored) -> dict[str, Any]:
         averages[average] = {"rule": held["rule"], "tick": held["tick"], "slots": slots}
         averages[average] |= {"random": random} if random else {}
     numbers = {name: stored.get(name) for name in ("calls", "elapsed", "skipped")}
+    numbers |= {name: stored.get(name) for name in ("run", "mixed") if stored.has(name)}
     return {"format": 1, **numbers, "copies": stored.under("copies/"), "averages": averages}
 
 
@@ -307,9 +302,17 @@ def clocks(stored: Stored) -> dict[str, Any]:
     for name, held in averages.items():
         if not isinstance(held, dict) or not _are_names(held.get("slots")):
             raise stored.error(f"average {name!r} is {held!r}, wanted rule, tick and slots")
-        _rule(stored, held.get("rule"))
-        _tick(stored, held.get("tick"))
+        rule, tick = _rule(stored, held.get("rule")), _tick(stored, held.get("tick"))
+        if tick.n > MOST_UPDATES or _filled(rule, tick) > len(held["slots"]):
+            raise stored.error(f"average {name!r} has {tick.n} updates and too few slots for them")
     return dict(averages)
+
+
+def _filled(rule: Rule, tick: Tick) -> int:
+    """The slots that a window has filled, without naming them all: a file may claim any size."""
+    while isinstance(rule, Tail):
+        rule, tick = rule.rule, tick.inner or START
+    return min(tick.n, rule.size) if isinstance(rule, Window) else 0
 
 
 def _are_names(value: object) -> bool:

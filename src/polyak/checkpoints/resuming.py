@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from polyak.checkpoints.tensorfile import TensorFile, is_safetensors
 from polyak.checks import require_count
 from polyak.ema import EMA
 from polyak.engine import COMPENSATION, Form, tick_data
-from polyak.rules import AVERAGE, Power, Rule
+from polyak.rules import AVERAGE, START, Power, Rule
 from polyak.specs import parse
 from polyak.states import STATE_FORMAT, as_tick
 from polyak.tracking import Tracked, difference, report
@@ -42,8 +43,9 @@ def load(
     tensors without names (by default that of the model's parameters). Buffers and frozen parameters
     that the library does not average are taken from the file's live weights, or from the model.
 
-    `change_rule` goes on with the averager's own rule, from the file's slots and clock. Nothing is
-    changed unless everything fits.
+    `change_rule` goes on with the averager's own rule and `every`, from the file's slots and clock;
+    no `Recorder` takes such an average, whose slots are of two rules. Nothing is changed unless
+    everything fits.
 
     Raises `ValueError` that lists what differs: averages, rules, names, shapes, dtypes; for a file
     that is damaged or lacks what is needed. `RuntimeError` inside `applied()`.
@@ -87,6 +89,9 @@ def _load_module(path: Path, stored: native.Stored | None, ema: EMA) -> None:
     if stored is not None and (rule := stored.get("rule")) != str(ema.rule):
         mine = f"this one {ema.rule}"
         raise ValueError(f"{path}: the EMA saved has the rule {rule}, {mine}; make it so")
+    if stored is not None and (every := stored.get("every")) != ema.update_every:
+        mine = f"this one {ema.update_every}"
+        raise ValueError(f"{path}: the EMA saved has update_every={every!r}, {mine}; make it so")
     ema.load_state_dict(held)
 
 
@@ -110,13 +115,20 @@ def _own_state(stored: native.Stored, averager: Averager, change_rule: bool) -> 
         held = state["averages"][name]
         if rules[name] != rule:
             held |= {"rule": str(rule), "tick": _tick_under(rule, held["tick"])}
+            state["mixed"] = True
+    if (every := stored.get("every")) != averager.every and not change_rule:
+        raise stored.error(
+            f"saved with every={every!r}, this averager has every={averager.every}; make it so, or "
+            "change_rule=True goes on by its own"
+        )
     return state
 
 
 def _tick_under(rule: Rule, data: Any) -> Any:
     """The clock of an average that goes on by another rule: as many updates in the same time."""
     was = as_tick(data)
-    inner = ticked(rule, [was.t / was.n] * was.n).inner if was.n else None
+    nested = was.n and rule.tick(START, 1.0).inner is not None
+    inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
     return tick_data(was._replace(inner=inner))
 
 
@@ -171,7 +183,7 @@ def _foreign_state(
     told = {name: found.rules.get(name) or rules.get(name) for name in found.averages}
     _require_rules(found.path, rules, told, change_rule)
     clock = _clock(found, count)
-    tracked = [item for item in averager.tracked if item.policy != "live"]
+    tracked = averager.tracked
     weights = {name: _complete(found, name, tracked) for name in rules}
     averages = {
         name: {
@@ -226,6 +238,7 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
     known = {item.name for item in tracked} | {n for item in tracked for n in item.aliases}
     extra = [each for each in held if each not in known]
     complete, missing = {}, []
+    tracked = [item for item in tracked if item.policy != "live"]
     for item in tracked:
         given = [n for n in (item.name, *item.aliases) if n in held]
         if given:

@@ -53,6 +53,18 @@ def form(tensor: Tensor) -> Form:
     return Form(tensor.dtype, tuple(tensor.shape))
 
 
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype; raises `ValueError` for a finite value that it cannot hold."""
+    narrow = tensor.to(dtype)
+    if narrow.dtype != tensor.dtype and bool((narrow.isinf() & tensor.isfinite()).any()):
+        largest = tensor[tensor.isfinite()].abs().max()
+        raise ValueError(
+            f"{name} has a value of {largest:.3g}, which {dtype} cannot hold; store bfloat16 or "
+            "float32"
+        )
+    return narrow
+
+
 Pieces = Callable[[str], Iterable[Tensor]]
 
 

@@ -6,6 +6,9 @@ Commands parse and print; what they do is in the library. Each imports what it n
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from typing import Annotated
 
 try:
@@ -49,7 +52,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
@@ -57,3 +60,5 @@ def main(
     ] = False,
 ) -> None:
     """Averages of the weights of PyTorch models: explain them, make them from files, study them."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half file is left

@@ -59,6 +59,7 @@ def average(
     `ValueError` for files that do not read.
     Source: model soups (arXiv 2203.05482), LAWA (arXiv 2209.14981), WSM (arXiv 2507.17634).
     """
+    require(not isinstance(files, (str, Path)), "files", files, "a list of files")
     require(len(files) > 0, "files", files, "one file or more")
     shares = _coefficients(rule, len(files), elapsed)
     sources = opened(files, which)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from polyak import norms
-from polyak.checkpoints import writing
+from polyak.checkpoints import mapped, writing
 from polyak.checkpoints.checkpoint import Weights
 from polyak.checkpoints.tensorfile import Form, form
 from polyak.checks import require
@@ -117,8 +117,9 @@ class Combination(Mapping[str, Tensor]):
             yield from summation.pieces(self._threads)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        for weights, _ in of:
-            _release(weights, name)
+        for (weights, _), term in zip(of, terms, strict=True):
+            if mapped.place(term.tensor) is None:
+                _release(weights, name)
 
     def write(
         self,
@@ -140,7 +141,7 @@ class Combination(Mapping[str, Tensor]):
 
 
 def _release(weights: Weights, name: str) -> None:
-    """Gives the memory back that a mapped file has taken for a tensor."""
+    """Gives the memory back that mapped files have taken for a tensor that is not one's as it lies."""
     release: Callable[[str], object] | None = getattr(weights, "release", None)
     if release is not None:
         release(name)

@@ -49,7 +49,7 @@ def greedy_soup(
     files: Sequence[Path | str],
     evaluate: Evaluate,
     *,
-    better: Literal["higher", "lower"] = "higher",
+    better: Literal["higher", "lower"] = "lower",
     which: str | None = None,
     progress: Callable[[Path, float], object] | None = None,
 ) -> Soup:

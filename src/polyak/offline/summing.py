@@ -8,25 +8,22 @@ where others use the processors too.
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from polyak.checkpoints import mapped
 
-PART_BYTES = 1 << 19
+PIECE_BYTES = 1 << 20
 """As much of a sum is made while one file after the other is read."""
 
-PIECE_BYTES = 1 << 20
-"""As much of a sum is handed on at a time; each thread makes a piece, and another ahead."""
-
-_UNDIVIDED = 3 << 13  # elements; torch divides an operation on 2**15 among its threads
+_UNDIVIDED = 1 << 15  # elements; operations on more are divided among torch's threads
 _MOST_THREADS = 8  # they share Python's lock and the memory's bandwidth
 
 
@@ -50,57 +47,59 @@ class Summation:
 
     def __init__(self, terms: Sequence[Term], dtype: torch.dtype, result: torch.dtype) -> None:
         self._terms = [(_Reader(term.tensor), term.share) for term in terms]
+        self._others = [reader for reader, _ in self._terms if not reader.from_file]
         self._size = terms[0].tensor.numel()
-        self._dtype = dtype
-        self._result = result
+        self._dtypes = dtype, result
 
     def pieces(self, threads: Threads) -> Iterator[Tensor]:
         """The elements of the sum, row by row; each piece holds until the next is asked for.
 
-        Raises `ValueError` for a sum that the dtype of the result cannot hold.
+        Each thread makes a piece, and has another one ahead. Raises `ValueError` for a sum that the
+        dtype of the result cannot hold.
         """
-        each = self._piece(threads.count)
+        each = self._length(threads.count)
+        if self._size <= each:
+            yield from self._alone()
+            return
         starts = range(0, self._size, each)
-        outs = [torch.empty(each, dtype=self._result) for _ in starts[: 2 * threads.count]]
+        places = [self._place(each) for _ in starts[: 2 * threads.count]]
+        ahead: deque[Future[Tensor]] = deque()
+        for i, start in enumerate(starts):
+            if start + each > self._size:
+                places[i % len(places)] = self._place(self._size - start)
+            ahead.append(threads.submit(places[i % len(places)].sum_, self._terms, start))
+            if len(ahead) == len(places):
+                yield self._done(ahead)
+        while ahead:
+            yield self._done(ahead)
 
-        def begin(i: int) -> Future[Tensor]:
-            out = outs[i % len(outs)][: self._size - starts[i]]
-            return threads.submit(self._sum_, out, starts[i])
+    def _alone(self) -> Iterator[Tensor]:
+        """The only piece, if there is one: no thread is worth while."""
+        if self._size:
+            yield self._place(self._size).sum_(self._terms, 0)
 
-        ahead = deque(begin(i) for i in range(len(outs)))
-        for i in range(len(starts)):
-            yield ahead.popleft().result()
-            if i + len(outs) < len(starts):
-                ahead.append(begin(i + len(outs)))
-            for reader, _ in self._terms:
-                reader.release()
-
-    def _piece(self, threads: int) -> int:
+    def _length(self, threads: int) -> int:
         """The length of a piece: the same number of them for each thread.
 
         The last elements of an operation may be rounded otherwise than the rest. For the result not
         to depend on the threads, only a tensor's last are the last of one.
         """
-        most = PIECE_BYTES // self._result.itemsize
+        most = PIECE_BYTES // max(dtype.itemsize for dtype in self._dtypes)
         rounds = max(1, -(-self._size // (most * threads)))
         return -(-self._size // (rounds * threads) // _UNDIVIDED) * _UNDIVIDED or _UNDIVIDED
 
-    def _sum_(self, out: Tensor, start: int) -> Tensor:
-        """Writes the elements of the sum from `start` on, and gives them back."""
-        length = PART_BYTES // max(self._dtype.itemsize, self._result.itemsize)
-        buffers = None
-        for part in out.split(length):
-            if buffers is None or len(buffers.sum.tensor) != len(part):
-                dtypes = [reader.dtype for reader, _ in self._terms]
-                buffers = _Buffers(len(part), self._dtype, dtypes)
-            buffers.combine_(self._terms, start)
-            _narrow_(part, buffers.sum)
-            start += len(part)
-        return out
+    def _place(self, length: int) -> _Place:
+        return _Place(length, *self._dtypes, {reader.dtype for reader, _ in self._terms})
+
+    def _done(self, ahead: deque[Future[Tensor]]) -> Tensor:
+        piece = ahead.popleft().result()
+        for reader in self._others:
+            reader.release()
+        return piece
 
 
 class _Buffer:
-    """Memory for a part of a tensor: whole, in views that torch does not divide, and as bytes."""
+    """Memory for a piece: whole, in views that torch does not divide, and as bytes."""
 
     def __init__(self, length: int, dtype: torch.dtype) -> None:
         self.tensor = torch.empty(length, dtype=dtype)
@@ -108,28 +107,34 @@ class _Buffer:
         self.bytes = self.tensor.view(torch.uint8).numpy().data
 
 
-class _Buffers:
-    """What a thread needs to sum parts of one length."""
+class _Place:
+    """Where a piece of a sum is made: buffers for it, for what is read, and for the result."""
 
-    def __init__(self, length: int, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> None:
-        self.sum = _Buffer(length, dtype)
+    def __init__(
+        self, length: int, dtype: torch.dtype, result: torch.dtype, dtypes: set[torch.dtype]
+    ) -> None:
+        self._sum = _Buffer(length, dtype)
         self._read = {each: _Buffer(length, each) for each in {dtype, *dtypes}}
+        self._result = self._sum if result == dtype else _Buffer(length, result)
 
-    def combine_(self, terms: Sequence[tuple[_Reader, float]], start: int) -> None:
-        """`sum <- sum + share (term - sum)`, term by term."""
+    def sum_(self, terms: Sequence[tuple[_Reader, float]], start: int) -> Tensor:
+        """Makes the piece from element `start` on: `sum <- sum + share (term - sum)`, term by term."""
+        total, read = self._sum, self._read[self._sum.tensor.dtype]
         for reader, share in terms:
             if share == 1:
-                self._read_(reader, start, self.sum)
+                self._read_(reader, start, total)
             else:
-                read = self._read[self.sum.tensor.dtype]
                 self._read_(reader, start, read)
-                torch._foreach_lerp_(self.sum.views, read.views, share)
-        # A sum is a finite number only of finite numbers, and far cheaper than asking each.
-        if not all(cmath.isfinite(view.sum().item()) for view in self.sum.views):
+                torch._foreach_lerp_(total.views, read.views, share)
+        if len(terms) > 1 and not _surely_finite(total.tensor):
             self._keep_infinities_([reader for reader, _ in terms], start)
+        if self._result is not total:
+            _require_room(total.tensor, self._result.tensor.dtype)
+            torch._foreach_copy_(self._result.views, total.views)
+        return self._result.tensor
 
     def _read_(self, reader: _Reader, start: int, into: _Buffer) -> None:
-        """Reads a part, by way of a buffer of its own dtype where that is another."""
+        """Reads a piece of a term, by way of a buffer of its own dtype where that is another."""
         if reader.dtype == into.tensor.dtype:
             reader.read_(into, start)
         else:
@@ -138,14 +143,14 @@ class _Buffers:
 
     def _keep_infinities_(self, readers: Sequence[_Reader], start: int) -> None:
         """Infinities that all terms share stay, as in a mask; lerps make NaN of them."""
-        read = self._read[self.sum.tensor.dtype]
+        read = self._read[self._sum.tensor.dtype]
         self._read_(readers[0], start, read)
         first = read.tensor.clone()
         shared = first.isinf()
         for reader in readers[1:]:
             self._read_(reader, start, read)
             shared &= read.tensor == first
-        self.sum.tensor[shared] = first[shared]
+        self._sum.tensor[shared] = first[shared]
 
 
 class _Reader:
@@ -154,12 +159,13 @@ class _Reader:
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
         self._tensor = tensor
-        self._place = mapped.place(tensor)
+        self._file = mapped.place(tensor)
+        self.from_file = self._file is not None
 
     def read_(self, into: _Buffer, start: int) -> None:
         """Fills a buffer with the elements from `start` on."""
-        if self._place is not None:
-            self._place.read(into.bytes, start * self.dtype.itemsize)
+        if self._file is not None:
+            self._file.read(into.bytes, start * self.dtype.itemsize)
             return
         for view in into.views:
             view.copy_(elements(self._tensor, start, start + len(view)))
@@ -167,8 +173,7 @@ class _Reader:
 
     def release(self) -> None:
         """Gives the memory back that copying from a mapped file has taken."""
-        if self._place is None:
-            mapped.release(self._tensor)
+        mapped.release(self._tensor)
 
 
 def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -189,17 +194,17 @@ def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat([elements(tensor, start, middle), elements(tensor, middle, stop)])
 
 
-def _narrow_(out: Tensor, found: _Buffer) -> None:
-    """Copies to another dtype; raises `ValueError` where a finite number is too large for it."""
-    if _limit(out.dtype) < _limit(found.tensor.dtype):
-        for view in found.views:
-            reals = torch.view_as_real(view) if view.is_complex() else view
-            largest = max(abs(float(each)) for each in reals.aminmax())
-            if _limit(out.dtype) < largest < math.inf:
-                raise ValueError(f"it has {largest:.6g}, which {out.dtype} cannot hold")
-    torch._foreach_copy_(out.split(_UNDIVIDED), found.views)
+def _surely_finite(tensor: Tensor) -> bool:
+    """Whether the sum of all is a finite number: only if each is, and far cheaper to ask."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.add.reduce(tensor.numpy())))
 
 
-def _limit(dtype: torch.dtype) -> float:
-    """The largest number of a dtype, where it may be too small."""
-    return torch.finfo(dtype).max if dtype.is_floating_point or dtype.is_complex else math.inf
+def _require_room(tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raises `ValueError` where a finite number is too large for a dtype."""
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(tensor.dtype).max:
+        reals = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).numpy()
+        largest = max(float(reals.max()), -float(reals.min()))
+        if limit < largest < math.inf:
+            raise ValueError(f"it has {largest:.6g}, which {dtype} cannot hold")

@@ -238,6 +238,8 @@ class _Run:
             raise ValueError(
                 "nothing to make an average of: give a folder of snapshots, or checkpoints"
             )
+        if missing := [str(path) for path in checkpoints.values() if not Path(path).exists()]:
+            raise FileNotFoundError(f"no such checkpoints: {', '.join(missing)}")
         recorded = snapshots(folder) if folder is not None else []
         elapsed = recorded[-1].elapsed() if recorded else _grid(checkpoints)
         plain = [
