@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("theory", {"numpy"}),
     ("tensors", {"torch"}),
     ("rounding", {"torch"}),
+    ("sharding", {"torch"}),
     ("tracking", {"torch"}),
     ("norms", {"torch"}),
     ("live", {"torch"}),

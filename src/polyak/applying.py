@@ -33,13 +33,11 @@ class _Trade:
 
     def intact(self) -> bool:
         """Whether the tensor is still where it was, so that contents can trade places again."""
-        return self.item.holder.get(self.item.leaf) is self.live and kind(self.live) == kind(
-            self.slot
-        )
+        return self.item.now() is self.live and kind(self.live) == kind(self.slot)
 
     def leave(self) -> None:
         """Gives back what a replaced, moved or removed tensor held, and the average to its slot."""
-        now = self.item.holder.get(self.item.leaf)
+        now = self.item.now()
         average = self.live.detach().clone()
         for tensor in (self.live, now):
             if tensor is not None:
@@ -77,7 +75,7 @@ class _Replacement:
         self.kept, self.version = kept, self.live._version
 
     def leave(self) -> None:
-        now = self.item.holder.get(self.item.leaf)
+        now = self.item.now()
         for tensor in (self.live, now):
             if tensor is not None and self.kept is not None:
                 tensor.data.copy_(self.kept)
@@ -94,7 +92,7 @@ class _Replacement:
 
 
 def _changed(item: Tracked, live: Tensor) -> str:
-    now = item.holder.get(item.leaf)
+    now = item.now()
     if now is None:
         return "removed"
     return "replaced" if now is not live else ""

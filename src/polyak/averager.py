@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.applying import Exchange
+from polyak.applying import Exchange, uninterrupted
 from polyak.checks import require_positive
 from polyak.engine import Average, Form
 from polyak.guard import Attachment
@@ -28,6 +28,7 @@ from polyak.live import LiveWeights, kind
 from polyak.reading import AverageWeights
 from polyak.rounding import Rounding, require_rounding
 from polyak.rules import Rule, Tick
+from polyak.sharding import Shape, is_distributed, local, require_beside, reshard, shape
 from polyak.specs import as_rule
 from polyak.states import STATE_FORMAT, checked
 from polyak.summary import Summary, summarise
@@ -47,7 +48,9 @@ class Averager:
     it is read; fractions and coefficients are the rule's.
 
     Args:
-        model: an `nn.Module`, or a mapping name -> tensor. Never copied.
+        model: an `nn.Module`, or a mapping name -> tensor. Never copied. Of one sharded by FSDP2
+            (`fully_shard`) or tensor parallelism, each rank averages its own parts, without
+            communication: shard the model first.
         rule: a `Rule` or its spec, or a mapping name -> rule for several averages at once.
         every: calls of `update` per update. Time still counts every call, so the horizon stays:
             `Exponential(d)` with every=4 updates with decay d^4.
@@ -95,6 +98,13 @@ class Averager:
         place = None if device is None else torch.device(device)
         self._options = (buffers, select)
         self._live = LiveWeights(model, buffers, select)
+        sharded = [item for item in self._live.stored() if is_distributed(item.held())]
+        require_beside((item.held() for item in sharded), place)
+        if sharded and nonfinite in ("skip", "error"):
+            raise ValueError(
+                f'nonfinite is "{nonfinite}" and the weights are sharded ({sharded[0].name}): ranks '
+                'would decide each by its own part, and go apart; wanted "allow"'
+            )
         self._averages = {
             name: Average(rule, dtype=dtype, device=place, rounding=rounding)
             for name, rule in _named(rule).items()
@@ -202,6 +212,7 @@ class Averager:
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.
 
+        Sharded ones are DTensors like the model's, and every rank must then do the same with them.
         It has averaged and copied tensors, under all names of tied ones, so that the model's
         `load_state_dict` takes it where everything is tracked. `name` is needed where there are
         several averages.
@@ -266,17 +277,21 @@ class Averager:
         `RuntimeError` before the first update and inside `applied()`.
         """
         average = self.average(name)
+        reshard(model)
         found = [item for item in track(model, *self._options) if item.policy != "live"]
         if lines := difference(_shapes(self._live.stored()), _shapes(found)):
             raise ValueError(report("copy_to: the model's tensors are not the average's", lines))
         for item in found:
-            item.live().copy_(average[item.name])
+            item.live().copy_(local(average[item.name]))
 
     def state_dict(self) -> dict[str, Any]:
         """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
 
         The tensors are the averager's own, as with `nn.Module.state_dict`: save or copy them before
-        the next update. `torch.load(..., weights_only=True)` reads a saved one.
+        the next update. `torch.load(..., weights_only=True)` reads a saved one. Those of a sharded
+        model are DTensors that share the slots' memory, for `torch.distributed.checkpoint`: it
+        loads into the state of an averager that has made its updates, which then takes it over
+        with `load_state_dict`.
 
         Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
         """
@@ -291,8 +306,8 @@ class Averager:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state that `state_dict` gave, copying its tensors; then training goes on.
 
-        Averages, rules, names, shapes and dtypes must agree; all is checked before anything is
-        changed. Raises `ValueError` that lists what differs.
+        Averages, rules, names, shapes, dtypes and the layouts of sharded tensors must agree; all is
+        checked before anything is changed. Raises `ValueError` that lists what differs.
         """
         self._same_model("load_state_dict")
         new = checked(state, self._live, self._averages)
@@ -332,7 +347,9 @@ class Averager:
 
     def _give_back(self, exchange: Exchange, average: Average) -> None:
         try:
-            exchange.leave()
+            with uninterrupted():
+                self._live.reshard()  # a root that a forward pass left whole holds the average
+                exchange.leave()
         finally:
             self._applied = None
             if exchange.spoilt:
@@ -381,9 +398,9 @@ class Averager:
         self._updating.call(1.0, found_inf)
 
 
-def _shapes(tracked: Sequence[Tracked]) -> dict[str, tuple[int, ...]]:
+def _shapes(tracked: Sequence[Tracked]) -> dict[str, Shape]:
     """name -> shape, under all names of tied tensors."""
-    return {n: tuple(item.live().shape) for item in tracked for n in (item.name, *item.aliases)}
+    return {n: shape(item.held()) for item in tracked for n in (item.name, *item.aliases)}
 
 
 def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:

@@ -12,6 +12,7 @@ from polyak import tensors
 from polyak.live import Groups, LiveWeights
 from polyak.rounding import Rounding, compensated_lerp_, stalled, stochastic_lerp_
 from polyak.rules import LIVE, START, Rule, Tick
+from polyak.sharding import as_distributed
 from polyak.tracking import Tracked
 
 COMPENSATION = ".compensation"
@@ -186,9 +187,8 @@ class Average:
         }
 
     def state(self, live: LiveWeights) -> dict[str, Any]:
-        """Rule, clock and slots as data; the tensors are the slots themselves."""
-        names = [item.name for item in live.averaged]
-        slots = {k: dict(zip(names, held, strict=True)) for k, held in self.slots.items()}
+        """Rule, clock and slots as data; the tensors are the slots themselves, or share their memory."""
+        slots = {slot: named(live.averaged, held) for slot, held in self.slots.items()}
         state = {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
         return state if self._generators is None else {**state, "random": self._generators.state()}
 
@@ -247,6 +247,14 @@ class Average:
 
     def _dtype_of(self, item: Tracked) -> torch.dtype:
         return tensors.slot_dtype(item.live().dtype, self._dtype)
+
+
+def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """name -> tensor as it leaves an averager: a DTensor where the model's is one."""
+    return {
+        item.name: as_distributed(part, item.held())
+        for item, part in zip(items, parts, strict=True)
+    }
 
 
 def tick_data(tick: Tick | None) -> list[Any] | None:

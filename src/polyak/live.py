@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.sharding import Shape, Shards, is_distributed, reshard, shape
 from polyak.tracking import (
     Buffers,
     Policy,
@@ -42,7 +43,7 @@ class LiveWeights:
         self._model = model
         self._options = (buffers, select)
         self.generation = 0
-        tracked = track(model, *self._options)
+        tracked = self._look()
         self._forms = _forms(tracked)
         self._order = list(order or self._forms)
         self._adopt(tracked)
@@ -54,7 +55,7 @@ class LiveWeights:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._adopt(track(self._model, *self._options))
+        self._adopt(self._look())
 
     def groups(self) -> Groups:
         """The averaged weights in groups of one dtype and device: the hot path.
@@ -65,8 +66,10 @@ class LiveWeights:
         """
         now = chain(chain.from_iterable(self._views), _END)
         kinds = zip(self._groups, self._kinds, strict=True)
-        if not all(map(operator.is_, now, self._seen)) or any(
-            kind(group[0]) != was for group, was in kinds
+        if (
+            not all(map(operator.is_, now, self._seen))
+            or any(kind(group[0]) != was for group, was in kinds)
+            or not self._shards.unmoved()
         ):
             self.check("update")
         return self._groups
@@ -77,16 +80,26 @@ class LiveWeights:
 
     def check(self, call: str) -> None:
         """Looks all tensors up anew; raises `RuntimeError` if names, shapes or policies differ."""
-        tracked = track(self._model, *self._options)
+        tracked = self._look()
         if lines := difference(self._forms, _forms(tracked)):
+            if any(is_distributed(item.held()) for item in tracked):
+                lines.append("shard the model (fully_shard, parallelize_module) before")
             raise RuntimeError(
                 report(f"{call}: not the tensors that the averager was made with", lines)
             )
         self._adopt(tracked)
 
+    def reshard(self) -> None:
+        """Lets a sharded model carry its shards, which a forward pass may have put aside."""
+        reshard(self._model)
+
     def stored(self) -> list[Tracked]:
         """All that is averaged or copied, in order."""
         return [item for item in self.tracked if item.policy != "live"]
+
+    def _look(self) -> list[Tracked]:
+        self.reshard()
+        return track(self._model, *self._options)
 
     def _adopt(self, tracked: list[Tracked]) -> None:
         by_name = {item.name: item for item in tracked}
@@ -94,6 +107,7 @@ class LiveWeights:
         self.averaged = [item for item in self.tracked if item.policy == "average"]
         self.copied = [item for item in self.tracked if item.policy == "copy"]
         self._views = holders(self._model, self.averaged)
+        self._shards = Shards([item.held() for item in self.averaged])
         self._seen = [*chain.from_iterable(self._views), *_END]
         indices: dict[Kind, list[int]] = {}
         for i, item in enumerate(self.averaged):
@@ -103,10 +117,10 @@ class LiveWeights:
         self.generation += 1
 
 
-def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[tuple[int, ...], Policy]]:
+def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[Shape, Policy]]:
     """name -> shape and policy of every tensor, those left to the model by their name alone."""
     return {
-        item.name: (() if item.policy == "live" else tuple(item.live().shape), item.policy)
+        item.name: (() if item.policy == "live" else shape(item.held()), item.policy)
         for item in tracked
     }
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from polyak.engine import Average
 from polyak.live import LiveWeights
+from polyak.sharding import as_distributed
 
 
 class AverageWeights(Mapping[str, Tensor]):
     """An average as it is now: name -> a fresh tensor, computed when asked for.
 
-    It has all names of tied tensors. Raises `RuntimeError` once the average has moved on.
+    It has all names of tied tensors, and DTensors where the model has them. Raises `RuntimeError` once the average has moved on.
     """
 
     def __init__(self, live: LiveWeights, average: Average, copies: Sequence[Tensor]) -> None:
@@ -22,7 +23,10 @@ class AverageWeights(Mapping[str, Tensor]):
         self._tick = average.tick
         self._copies = {item.name: copy for item, copy in zip(live.copied, copies, strict=True)}
         self._places = {item.name: i for i, item in enumerate(live.averaged)}
-        self._names = {n: item.name for item in live.stored() for n in (item.name, *item.aliases)}
+        self._items = {item.name: item for item in live.stored()}
+        self._names = {
+            n: item.name for item in self._items.values() for n in (item.name, *item.aliases)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         if self._average.tick != self._tick:
@@ -30,15 +34,18 @@ class AverageWeights(Mapping[str, Tensor]):
                 f"{name}: the average was updated since it was asked for; ask for it anew"
             )
         first = self._names[name]
-        if first in self._copies:
-            return self._copies[first].clone()
-        return self._average.read(self._live, [self._places[first]])[0]
+        return as_distributed(self._part(first), self._items[first].held())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def _part(self, first: str) -> Tensor:
+        if first in self._copies:
+            return self._copies[first].clone()
+        return self._average.read(self._live, [self._places[first]])[0]
 
     def whole(self) -> dict[str, Tensor]:
         """All of it in memory, tied tensors once."""

@@ -24,6 +24,7 @@ from polyak.checkpoints.tensorfile import TensorFile
 from polyak.checks import require_flag, require_positive
 from polyak.engine import COMPENSATION
 from polyak.rules import Rule, Tick
+from polyak.sharding import require_whole
 from polyak.specs import parse
 from polyak.states import as_tick
 from polyak.tracking import difference, report
@@ -75,6 +76,7 @@ class Recorder:
         if not isinstance(averager, Averager):
             got = type(averager).__name__
             raise TypeError(f"Recorder: averager is {got}, wanted a polyak.Averager")
+        require_whole("Recorder", {item.name: item.held() for item in averager.tracked})
         require_positive("Recorder every", every)
         require_flag("Recorder resume", resume, "whether to go on in the folder of this run")
         if dtype not in (None, *SNAPSHOT_DTYPES):

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from polyak.checks import is_integer, is_number
-from polyak.engine import Average, Form
+from polyak.engine import Average
 from polyak.live import LiveWeights
 from polyak.rules import START, Tick
+from polyak.sharding import Shape, local, shape
 from polyak.tracking import difference, report
 
 STATE_FORMAT = 1
+_Form = tuple[Shape, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ def _average(
     if not needed <= set(slots) <= known:
         wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
         raise ValueError(f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}")
-    forms = average.forms(live)
+    dtypes = {name: dtype for name, (_, dtype) in average.forms(live).items()}
+    forms = {item.name: (shape(item.held()), dtypes[item.name]) for item in live.averaged}
     for slot, held in slots.items():
         _require_forms(forms, held, f"{where}, slot {slot}")
+        slots[slot] = {name: local(tensor) for name, tensor in held.items()}
     random = _random(data.get("random", {}), f"{where}, random")
     return AverageState(tick, slots, random)
 
@@ -104,26 +108,25 @@ def _random(data: object, where: str) -> dict[str, Tensor]:
 
 def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:
     copies = dict(_mapping(data, "copies"))
-    tensors = {item.name: item.live() for item in live.copied}
     if copies or begun:
-        forms = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        forms = {item.name: (shape(item.held()), item.live().dtype) for item in live.copied}
         _require_forms(forms, copies, "copies")
-    return copies
+    return {name: local(tensor) for name, tensor in copies.items()}
 
 
-def _require_forms(wanted: Mapping[str, Form], held: Mapping[str, Any], where: str) -> None:
+def _require_forms(wanted: Mapping[str, _Form], held: Mapping[str, Any], where: str) -> None:
     got = {name: _form(value) for name, value in held.items()}
     if lines := difference(wanted, got):
         raise ValueError(report(f"load_state_dict: {where}: other tensors", lines))
 
 
-def _form(value: object) -> Form | str:
-    """Shape and dtype of an ordinary tensor; of anything else, what it is."""
+def _form(value: object) -> _Form | str:
+    """Shape and dtype of an ordinary tensor, layout of a sharded one; else what it is."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    if value.is_meta or value.layout != torch.strided:
+    if local(value).is_meta or value.layout != torch.strided:
         return f"a tensor on {value.device} of layout {value.layout}"
-    return tuple(value.shape), value.dtype
+    return shape(value), value.dtype
 
 
 def _mapping(value: object, where: str, fields: Sequence[str] = ()) -> Mapping[str, Any]:

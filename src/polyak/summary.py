@@ -9,6 +9,7 @@ import torch
 
 from polyak.engine import Average, Form
 from polyak.live import LiveWeights
+from polyak.sharding import is_distributed, shape
 from polyak.tracking import Tracked
 
 WORTH_SAYING = 0.01
@@ -16,7 +17,10 @@ WORTH_SAYING = 0.01
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: its name and kind, what is done with it and why, and its dtypes."""
+    """One tensor: its name and kind, what is done with it and why, and its dtypes.
+
+    The shape of a sharded one is that of this rank's part.
+    """
 
     name: str
     kind: str
@@ -98,4 +102,5 @@ def _row(item: Tracked, forms: Mapping[str, Form]) -> Row:
     if item.name in forms:
         kept = forms[item.name][1]
     form = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
-    return Row(*form, item.policy, item.reason, item.aliases)
+    part = f"; part of {shape(item.held())}" if is_distributed(item.held()) else ""
+    return Row(*form, item.policy, item.reason + part, item.aliases)

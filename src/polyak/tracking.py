@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from polyak.sharding import local
+
 Policy = Literal["average", "copy", "live"]
 Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
 Select = Callable[[str], bool] | str | Sequence[str] | None
@@ -41,8 +43,17 @@ class Tracked:
     reason: str = ""
 
     def live(self) -> Tensor:
-        """The tensor as it is now; its content belongs to the model."""
+        """The tensor as it is now, of a sharded one this rank's part; its content is the model's."""
+        return local(self.held())
+
+    def held(self) -> Tensor:
+        """The tensor as the model holds it: a DTensor where it is sharded."""
         return cast(Tensor, self.holder[self.leaf])
+
+    def now(self) -> Tensor | None:
+        """What `live` gives; None where the model has the tensor no more."""
+        held = self.holder.get(self.leaf)
+        return None if held is None else local(held)
 
 
 def track(source: Source, buffers: Buffers = "auto", select: Select = None) -> list[Tracked]:
@@ -115,7 +126,7 @@ def _merge_ties(found: list[Tracked]) -> list[Tracked]:
         if item.name in seen:
             raise ValueError(f"two tensors are named {item.name!r} once wrappers are left out")
         seen.add(item.name)
-        names.setdefault(id(item.live()), []).append(item.name)
+        names.setdefault(id(item.held()), []).append(item.name)
     firsts = {same[0]: tuple(same[1:]) for same in names.values()}
     return [replace(item, aliases=firsts[item.name]) for item in found if item.name in firsts]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak import tensors
 from polyak.checks import require_count
-from polyak.engine import Average, Move, move_
+from polyak.engine import Average, Move, move_, named
 from polyak.guard import Verdict, finite, stepped
 from polyak.live import Groups, LiveWeights
 from polyak.offload import Courier, courier_for
@@ -102,12 +102,12 @@ class Updating:
 
     def state(self) -> dict[str, Any]:
         """Calls and time since the last update, and the copied tensors, as data."""
-        copies = zip(self._live.copied, self.copies, strict=bool(self.copies))
+        copied = self._live.copied if self.copies else []
         return {
             "calls": self._calls,
             "elapsed": self._elapsed,
             "skipped": self.skipped,
-            "copies": {item.name: tensor for item, tensor in copies},
+            "copies": named(copied, self.copies),
         }
 
     def take(self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]) -> None:
@@ -155,6 +155,7 @@ class Updating:
             self.copies = self._empty_copies()
         if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
             self._live.check("update")
+            copied = [item.live() for item in self._live.copied]
         self._find_courier([*groups, copied])
         if self._courier is None:
             move_(groups, moves, ok)

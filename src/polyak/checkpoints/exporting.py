@@ -13,6 +13,7 @@ from polyak.averager import Averager
 from polyak.checkpoints import writing
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
 from polyak.checkpoints.tensorfile import Form, form, narrowed
+from polyak.sharding import require_whole
 
 
 def export(
@@ -53,7 +54,8 @@ def export(
     True
 
     One tensor is held at a time. Raises `RuntimeError` before the first update and inside
-    `applied()`, `FileExistsError` for a path that exists, unless `overwrite`.
+    `applied()`, `ValueError` for a sharded model, `FileExistsError` for a path that exists, unless
+    `overwrite`.
     """
     if isinstance(source, Averager):
         model, weights = _of_averager(source, name)
@@ -76,7 +78,8 @@ def export(
 def _of_averager(averager: Averager, name: str | None) -> tuple[dict[str, Form], Weights]:
     """The forms of all that the model saves, tied weights once; the average, or what is live."""
     tracked = [item for item in averager.tracked if item.persistent]
-    live = {item.name: item.live() for item in tracked}
+    live = {item.name: item.held() for item in tracked}
+    require_whole("export", live)
     return {n: form(tensor) for n, tensor in live.items()}, ChainMap(
         cast(Any, averager.weights(name)), live
     )

@@ -22,6 +22,7 @@ from polyak.checkpoints.checkpoint import MOST_UPDATES, Checkpoint, Clock
 from polyak.checkpoints.tensorfile import Form, TensorFile, narrowed
 from polyak.ema import EMA
 from polyak.rules import LIVE, START, Rule, Tail, Tick, Window
+from polyak.sharding import require_whole
 from polyak.specs import parse
 from polyak.states import as_tick
 from polyak.tracking import Tracked
@@ -47,7 +48,7 @@ def save(path: Path | str, averager: Averager | EMA, *, overwrite: bool = True) 
     tensor([0., 0.])
 
     Raises `RuntimeError` inside `applied()`, `TypeError` for another object or a dtype that
-    safetensors lacks, `OSError` where it cannot be written.
+    safetensors lacks, `ValueError` for a sharded model, `OSError` where it cannot be written.
     """
     described, stored = _packed(averager)
     write(path, described, stored, overwrite=overwrite)
@@ -148,7 +149,9 @@ def _packed(averager: Averager | EMA) -> tuple[dict[str, Any], dict[str, Tensor]
     """The description and the tensors by key of what is saved."""
     if isinstance(averager, EMA):
         described = {"kind": "ema", "rule": str(averager.rule), "every": averager.update_every}
-        return described, {f"ema/{key}": tensor for key, tensor in averager.state_dict().items()}
+        held = averager.state_dict()
+        require_whole("save", held)
+        return described, {f"ema/{key}": tensor for key, tensor in held.items()}
     if not isinstance(averager, Averager):
         raise TypeError(f"save: got {type(averager).__name__}, wanted a polyak.Averager or EMA")
     return packed(averager, "averager")
@@ -157,6 +160,7 @@ def _packed(averager: Averager | EMA) -> tuple[dict[str, Any], dict[str, Tensor]
 def packed(averager: Averager, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors by key of an averager: its state, and what its model is like."""
     state = averager.state_dict()
+    require_whole("save", {item.name: item.held() for item in averager.tracked})
     averages = state.pop("averages")
     stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
     for average, held in averages.items():

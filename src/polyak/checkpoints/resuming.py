@@ -22,6 +22,7 @@ from polyak.checks import require_count
 from polyak.ema import EMA
 from polyak.engine import COMPENSATION, Form, tick_data
 from polyak.rules import AVERAGE, START, Power, Rule
+from polyak.sharding import require_whole
 from polyak.specs import parse
 from polyak.states import STATE_FORMAT, as_tick
 from polyak.tracking import Tracked, difference, report
@@ -48,9 +49,12 @@ def load(
     everything fits.
 
     Raises `ValueError` that lists what differs: averages, rules, names, shapes, dtypes; for a file
-    that is damaged or lacks what is needed. `RuntimeError` inside `applied()`.
+    that is damaged or lacks what is needed, and for a sharded model. `RuntimeError` inside
+    `applied()`.
     """
     path = Path(path)
+    if isinstance(averager, Averager):
+        require_whole("load", {item.name: item.held() for item in averager.tracked})
     stored = _stored(path)
     if isinstance(averager, EMA):
         _load_module(path, stored, averager)

@@ -1,0 +1,131 @@
+"""Sharding: the part of a tensor that lies on this rank, under FSDP2 and tensor parallelism.
+
+An average is elementwise, so each rank averages its own shards, exactly, and no rank asks another.
+Shards become DTensors only where they leave an averager. What `torch.distributed` keeps private is
+used here alone. Without it nothing is imported, and nothing is looked for: a tensor can be a DTensor
+only if someone has loaded the module that defines them.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+# `to_local()` gives a fresh view of a parameter at each call: its identity would tell nothing.
+_local = operator.attrgetter("_local_tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is spread: two of equal layouts have parts of the same places on every rank."""
+
+    shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    mesh: DeviceMesh
+
+    def __repr__(self) -> str:
+        spread = ", ".join(map(repr, self.placements))
+        return f"{self.shape} as ({spread}) on ranks {self.mesh.mesh.tolist()}"
+
+
+Shape = tuple[int, ...] | Layout
+
+
+def is_distributed(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, the same object at every call; a plain tensor is its own."""
+    if not is_distributed(tensor):
+        return tensor
+    part: Tensor = _local(tensor)
+    return part
+
+
+def as_distributed(part: Tensor, like: Tensor) -> Tensor:
+    """A part as a DTensor spread like another one, sharing its memory; itself where that is plain.
+
+    Shape and stride are given: from uneven parts they would be guessed wrong.
+    """
+    if not is_distributed(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def shape(tensor: Tensor) -> Shape:
+    """What two tensors must agree in to be averaged: the shape, and the layout of a DTensor."""
+    if is_distributed(tensor):
+        return Layout(tuple(tensor.shape), tuple(tensor.placements), tensor.device_mesh)
+    return tuple(tensor.shape)
+
+
+def reshard(model: object) -> None:
+    """Lets FSDP2 modules carry their shards again, without communication.
+
+    FSDP2 leaves a root's parameters whole after a forward pass that no backward pass follows, and
+    all of them in a forward pass that an exception has ended, where `FSDPModule.reshard` would
+    leave the root as it is. What is written to shards then is not what the next pass reads.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None or not isinstance(model, nn.Module):
+        return
+    for each in model.modules():
+        if isinstance(each, module.FSDPModule):
+            for group in each._get_fsdp_state()._fsdp_param_groups:
+                group._to_sharded()
+
+
+class Shards:
+    """The sharded ones among some tensors, with their parts as they were found."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._sharded = [tensor for tensor in tensors if is_distributed(tensor)]
+        self._parts = list(map(_local, self._sharded))
+
+    def unmoved(self) -> bool:
+        """Whether all parts still are the same objects."""
+        return all(map(operator.is_, map(_local, self._sharded), self._parts))
+
+
+def require_whole(call: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` if any tensor is sharded, where one rank's parts would pass for all."""
+    for name, tensor in tensors.items():
+        if is_distributed(tensor):
+            raise ValueError(
+                f"{call}: {name} is sharded: {shape(tensor)}, and a file of ours would hold this "
+                "rank's part alone. Save averager.state_dict() with torch.distributed.checkpoint"
+            )
+
+
+def require_beside(tensors: Iterable[Tensor], device: torch.device | None) -> None:
+    """Raises `ValueError` if slots of sharded weights are wanted on a device of another type."""
+    if device is None:
+        return
+    for tensor in tensors:
+        if is_distributed(tensor) and local(tensor).device.type != device.type:
+            raise ValueError(
+                f"device is {device}, and the weights are sharded on {local(tensor).device}: the "
+                "average of sharded weights stays beside them, leave `device` out"
+            )

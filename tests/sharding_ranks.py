@@ -1,0 +1,450 @@
+"""The laws of averages of sharded models, run by each rank: `python sharding_ranks.py FOLDER RANK WORLD`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # torch's own
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import polyak
+from polyak.checkpoints import export
+
+RULES = {"ema": "exponential(0.9)", "all": "uniform()", "last": "window(3)", "bema": "bema()"}
+ROWS = 8
+
+
+class Net(nn.Module):
+    """Neither 3 nor 7 rows divide by 2 or 4, and of `scale`'s one row all ranks but one have none."""
+
+    passes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.block = nn.Sequential(nn.Linear(8, 3), nn.Tanh())
+        self.norm = nn.LayerNorm(3)
+        self.last = nn.Linear(3, 7)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes.add_(int(self.training))
+        hidden = self.norm(self.block(self.first(x).tanh()))
+        if self.fails:
+            raise KeyError("in the forward pass")
+        return self.last(hidden) * self.scale  # type: ignore[no-any-return]
+
+
+def plain(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def fsdp(model: Net) -> Net:
+    """The root is left whole after a forward pass, the block is not."""
+    fully_shard(model.block)
+    fully_shard(model)
+    return model
+
+
+def tensor_parallel(model: Net) -> Net:
+    """Some of the parameters are DTensors, the others are plain."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"first": ColwiseParallel(), "block.0": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    return model
+
+
+def grid(model: Net) -> Net:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"first": ColwiseParallel(), "block.0": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model.block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return model
+
+
+Sharded = Callable[[Net], Net]
+PARTS: dict[Sharded, Callable[[], tuple[int, int]]] = {
+    fsdp: lambda: (dist.get_rank(), dist.get_world_size()),
+    tensor_parallel: lambda: (0, 1),
+    grid: lambda: (dist.get_rank() // 2, 2),
+}
+
+
+def batch(step: int, part: tuple[int, int] = (0, 1), dtype: torch.dtype = torch.float64) -> Tensor:
+    """A step's rows, those of this rank alone where data are spread over ranks."""
+    rows = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(step), dtype=dtype)
+    index, count = part
+    return rows[index * ROWS // count : (index + 1) * ROWS // count]
+
+
+class Training:
+    """A model, the optimizer and the data of its ranks."""
+
+    def __init__(self, sharded: Sharded | None = None, dtype: torch.dtype = torch.float64) -> None:
+        self.model = plain(dtype) if sharded is None else sharded(plain(dtype))
+        self.dtype = dtype
+        self.part = (0, 1) if sharded is None else PARTS[sharded]()
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.1, momentum=0.9, foreach=False
+        )
+        self.steps = 0
+
+    def step(self) -> None:
+        self.model.train()
+        loss = (self.model(batch(self.steps, self.part, self.dtype)) - 1).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    def train(self, steps: int, *averagers: polyak.Averager) -> None:
+        for _ in range(steps):
+            self.step()
+            for averager in averagers:
+                averager.update()
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        self.model.eval()
+        return self.model(batch(99, dtype=self.dtype))  # type: ignore[no-any-return]
+
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's weights, bit for bit."""
+        return {name: to_local(t).clone() for name, t in self.model.state_dict().items()}
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
+
+
+def require_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert list(got) == list(wanted)
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+@contextmanager
+def raises(kind: type[BaseException], *said: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        assert all(each in str(error) for each in said), str(error)
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+class DTensorOperations(TorchDispatchMode):
+    """Counts operations on DTensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def the_average_is_that_of_one_process(sharded: Sharded) -> None:
+    """To the rounding of the gradients' sum; to the bit, of the weights that were trained."""
+    there, here = Training(sharded), Training()
+    averager = polyak.Averager(there.model, RULES)
+    one = polyak.Averager(here.model, RULES)
+    gathered = whole(there.model.state_dict())
+    same = polyak.Averager({n: t.clone() for n, t in gathered.items()}, RULES)
+    for step in range(30):
+        there.step()
+        here.train(1, one)
+        if step % 7 == 0:
+            there.evaluate()
+        averager.update()
+        for item in same.tracked:
+            item.live().copy_(whole(there.model.state_dict())[item.name])
+        same.update()
+    for name in RULES:
+        average, wanted = averager.average(name), one.average(name)
+        assert list(average) == list(wanted)
+        require_same(whole(average), same.average(name))
+        largest = max(t.abs().max() for t in wanted.values() if t.is_floating_point())
+        for key, tensor in whole(average).items():
+            assert (tensor - wanted[key]).abs().max() <= 1e-15 * largest, (name, key)
+    assert averager.count == 30
+    held = dict(there.model.state_dict())
+    for key, tensor in averager.average("ema").items():
+        assert isinstance(tensor, DTensor) == isinstance(held[key], DTensor), key
+        if isinstance(tensor, DTensor):
+            assert (tensor.placements, tensor.shape) == (held[key].placements, held[key].shape)
+
+
+def an_update_neither_communicates_nor_dispatches(sharded: Sharded) -> None:
+    run = Training(sharded)
+    averager = polyak.Averager(run.model, {"a": "exponential(0.9, debias=True)", "b": "power(3)"})
+    run.train(3, averager)
+    weight = run.model.first.weight
+    assert isinstance(weight, DTensor)
+    with CommDebugMode() as control, DTensorOperations() as seen:
+        whole({"twice": weight.detach() * 2})
+    assert control.get_total_counts() > 0
+    assert seen.seen
+    for before in (lambda: None, run.evaluate):
+        before()
+        with CommDebugMode() as communicated:
+            averager.update()
+        before()
+        with DTensorOperations() as dispatched:
+            averager.update()
+        assert communicated.get_total_counts() == 0
+        assert dispatched.seen == []
+
+
+def applied_leaves_the_trajectory_as_it_was(sharded: Sharded) -> None:
+    undisturbed = Training(sharded)
+    undisturbed.train(8)
+    for before in (False, True):
+        for rule in ("exponential(0.5)", "window(3)"):
+            run = Training(sharded)
+            averager = polyak.Averager(run.model, rule)
+            run.train(5, averager)
+            state, average = run.parts(), whole(averager.average())
+            live = [run.evaluate()] if before else []
+            with averager.applied():
+                got = run.evaluate()
+                assert not any(torch.equal(got, each) for each in live)
+            require_same(run.parts(), state)
+            require_same(whole(averager.average()), average)
+            reference = Training()
+            reference.model.load_state_dict(average)
+            assert torch.allclose(got, reference.evaluate(), rtol=0, atol=1e-14)
+            run.train(3, averager)
+            require_same(run.parts(), undisturbed.parts())
+
+
+def narrow_weights_come_back_bit_for_bit(sharded: Sharded) -> None:
+    run = Training(sharded, torch.bfloat16)
+    averager = polyak.Averager(run.model, "exponential(0.5)")
+    run.train(4, averager)
+    before = run.parts()
+    average = averager.average()
+    assert average["last.weight"].dtype == torch.float32
+    with averager.applied():
+        run.evaluate()
+        require_same(run.parts(), {n: to_local(t).to(before[n]) for n, t in average.items()})
+    require_same(run.parts(), before)
+
+
+def an_exception_restores(sharded: Sharded) -> None:
+    """On one rank after its forward pass, on all in the midst of it."""
+    undisturbed = Training(sharded)
+    undisturbed.train(6)
+    for in_forward in (False, True):
+        run = Training(sharded)
+        averager = polyak.Averager(run.model, "exponential(0.5)")
+        run.train(3, averager)
+        before, average = run.parts(), whole(averager.average())
+        run.model.fails = in_forward
+        try:
+            with averager.applied():
+                run.evaluate()
+                if dist.get_rank() == 1:
+                    raise KeyError("on one rank")
+        except KeyError as error:
+            assert in_forward or dist.get_rank() == 1
+            assert not hasattr(error, "__notes__"), error.__notes__
+        run.model.fails = False
+        require_same(run.parts(), before)
+        require_same(whole(averager.average()), average)
+        run.train(3, averager)
+        require_same(run.parts(), undisturbed.parts())
+
+
+def what_was_sharded_later_is_refused(sharded: Sharded) -> None:
+    model = plain()
+    averager = polyak.Averager(model, "uniform()")
+    sharded(model)
+    with raises(RuntimeError, "first.weight", "Shard(", "shard the model", "before"):
+        averager.update()
+    with torch.device("meta"):
+        model = Net()
+    sharded(model)
+    with raises(ValueError, "scale", "meta device"):
+        polyak.Averager(model, "uniform()")
+
+
+def replaced_weights_are_followed(sharded: Sharded) -> None:
+    """New parameters, and parameters whose parts alone are new."""
+    run = Training(sharded, torch.float32)
+    averager = polyak.Averager(run.model, "window(1)")
+    run.train(1, averager)
+    seen = averager.tracked[0].held()
+    run.model.load_state_dict({n: t * 2 for n, t in run.model.state_dict().items()}, assign=True)
+    assert averager.tracked[0].held() is not seen
+    averager.update()
+    require_same(whole(averager.average()), whole(run.model.state_dict()))
+    run.model.double()
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(4)
+    averager.update()
+    parts = run.parts()
+    require_same(parts, {n: to_local(t).to(parts[n]) for n, t in averager.average().items()})
+
+
+def states_hold_the_slots_and_are_loaded_back(sharded: Sharded) -> None:
+    run = Training(sharded)
+    averager = polyak.Averager(run.model, RULES, rounding="compensated")
+    run.train(4, averager)
+    state = averager.state_dict()
+    slot = state["averages"]["ema"]["slots"]["average"]
+    held = run.model.state_dict()
+    for name, tensor in slot.items():
+        if isinstance(held[name], DTensor):
+            assert (tensor.placements, tensor.shape) == (held[name].placements, held[name].shape)
+            assert tensor.stride() == held[name].stride()
+    average = {n: whole(averager.average(n)) for n in RULES}
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    save({"average": state}, checkpoint_id=folder[0])
+    twin = Training(sharded)
+    other = polyak.Averager(twin.model, RULES, rounding="compensated")
+    twin.train(1)
+    twin.train(3, other)
+    read = {"average": other.state_dict()}
+    load(read, checkpoint_id=folder[0])
+    other.load_state_dict(read["average"])
+    assert other.count == 4
+    for name in RULES:
+        require_same(whole(other.average(name)), average[name])
+    to_local(slot["first.weight"]).fill_(7)
+    assert (whole(averager.average("ema"))["first.weight"] == 7).all()
+    refuse_other_layouts(other)
+
+
+def refuse_other_layouts(averager: polyak.Averager) -> None:
+    before = whole(averager.average("ema"))
+    for spoil in (whole, replicated):
+        state = averager.state_dict()
+        slots = state["averages"]["ema"]["slots"]
+        slots["average"] = spoil(slots["average"])
+        with raises(ValueError, "first.weight", "Shard("):
+            averager.load_state_dict(state)
+    require_same(whole(averager.average("ema")), before)
+
+
+def replicated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {n: distribute_tensor(t, mesh, [Replicate()]) for n, t in whole(weights).items()}
+
+
+def copy_to_writes_parts(sharded: Sharded) -> None:
+    run, other = Training(sharded), Training(sharded)
+    averager = polyak.Averager(run.model, "uniform()")
+    run.train(3, averager)
+    other.evaluate()
+    averager.copy_to(other.model)
+    require_same(whole(other.model.state_dict()), whole(averager.average()))
+    run.evaluate()
+    averager.copy_to(run.model)
+    require_same(whole(run.model.state_dict()), whole(averager.average()))
+    assert torch.equal(run.evaluate(), other.evaluate())
+    with raises(ValueError, "first.weight", "Shard("):
+        averager.copy_to(plain())
+
+
+def the_summary_tells_parts(sharded: Sharded) -> None:
+    run = Training(sharded)
+    averager = polyak.Averager(run.model, "uniform()")
+    row = next(row for row in averager.summary().rows if row.name == "first.weight")
+    assert row.shape == tuple(run.parts()["first.weight"].shape) != (8, 5)
+    assert "part of (8, 5)" in row.reason
+    assert str(list(range(dist.get_world_size()))[-1]) in row.reason
+
+
+def files_of_ours_are_refused(sharded: Sharded) -> None:
+    run = Training(sharded)
+    averager = polyak.Averager(run.model, "uniform()")
+    run.train(1, averager)
+    path = Path(tempfile.mkdtemp()) / "average.safetensors"
+    for write in (polyak.save, export):
+        with raises(ValueError, " is sharded", "torch.distributed.checkpoint"):
+            write(path, averager)
+        assert not path.exists()
+    with raises(ValueError, "load: ", "is sharded"):
+        polyak.load(path, averager)
+    with raises(ValueError, "Recorder: ", "is sharded"):
+        polyak.Recorder(averager, path.parent, every=1)
+    with raises(ValueError, 'nonfinite is "skip"', "sharded"):
+        polyak.Averager(run.model, "uniform()", nonfinite="skip")
+    with raises(ValueError, "device is cuda", "sharded"):
+        polyak.Averager(run.model, "uniform()", device="cuda")
+
+
+LAWS: list[Callable[[Sharded], None]] = [
+    the_average_is_that_of_one_process,
+    an_update_neither_communicates_nor_dispatches,
+    applied_leaves_the_trajectory_as_it_was,
+    narrow_weights_come_back_bit_for_bit,
+    an_exception_restores,
+    what_was_sharded_later_is_refused,
+    replaced_weights_are_followed,
+    states_hold_the_slots_and_are_loaded_back,
+    copy_to_writes_parts,
+    the_summary_tells_parts,
+    files_of_ours_are_refused,
+]
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    """Prints a line a law that holds; ends at the first that does not, as other ranks may wait."""
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=world)
+    for sharded in [fsdp, tensor_parallel] + [grid] * (world == 4):
+        for law in LAWS:
+            law(sharded)
+            print(f"{sharded.__name__}: {law.__name__}", flush=True)
+            dist.barrier()
+
+
+if __name__ == "__main__":
+    code = 0
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may not let go
