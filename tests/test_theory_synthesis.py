@@ -133,13 +133,14 @@ def test_by_increments_the_error_is_that_of_tail_sums_and_nothing_is_nearer(
 
     whole = float(np.linalg.norm(1 - tails[:, -1])) or 1.0
     mine = missed(found.coefficients)
-    assert found.relative_error == pytest.approx(mine / whole, rel=1e-6, abs=1e-8)
+    near = 1e-6 * found.amplification  # cancellation grows with it
+    assert found.relative_error == pytest.approx(mine / whole, rel=1e-6, abs=near)
     assert found.coefficients.sum() == pytest.approx(1, abs=1e-9 * found.amplification)
     one = data.draw(st.integers(0, len(columns) - 1))
     for step in (1e-3, -1e-3):  # towards one of the columns, or away from it
         other = found.coefficients * (1 - step)
         other[one] += step
-        assert mine <= missed(other) + 1e-8 * found.amplification
+        assert mine <= missed(other) + 1e-6 * found.amplification
 
 
 @pytest.mark.parametrize(
