@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -74,3 +77,20 @@ def finished_run(folder: Path) -> None:
     torch.save({"model": live.state_dict(), "ema": one.average()}, folder / "ema.pt")
     torch.save(one.average()["0.weight"], folder / "best.pt")
     (folder / "judge.py").write_text(JUDGE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    finished_run(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, as the current directory; modules from there are forgotten."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

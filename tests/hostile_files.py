@@ -27,7 +27,7 @@ from corrupting import (
     safetensors,
     save_folder,
 )
-from polyak.checkpoints import native, tensorfile
+from polyak.checkpoints import stored, tensorfile
 from polyak.checkpoints.tensorfile import TensorFile
 from reading_hostile import Net
 
@@ -199,7 +199,7 @@ def lying_natives(folder: Path, chosen: random.Random, most: int) -> Iterator[Ca
     """Our own files with a description that lies, under a digest that is right."""
     for kind, name in (("one", "polyak"), ("several", "several"), ("ema", "ema")):
         file = TensorFile(folder.parent / "valid" / name)
-        described = json.loads(file.metadata[native.KEY])
+        described = json.loads(file.metadata[stored.KEY])
         held = dict(file)
         lies = list(varied(described, HOSTILE_VALUES + RULES))
         for number, lie in enumerate(chosen.sample(lies, min(most, len(lies)))):
@@ -215,13 +215,13 @@ def lying_natives(folder: Path, chosen: random.Random, most: int) -> Iterator[Ca
     for number, lost in enumerate(held):
         place = folder / f"native-lost-{number}"
         rest = {key: each for key, each in held.items() if key != lost}
-        write_native(place, rest, file.metadata[native.KEY])
+        write_native(place, rest, file.metadata[stored.KEY])
         yield Case(place, "lie", "ema")
 
 
 def write_native(path: Path, held: Mapping[str, Tensor], text: str) -> None:
     forms = {key: tensorfile.form(each) for key, each in held.items()}
-    tensorfile.write(path, forms, lambda key: [held[key]], {native.KEY: text}, digest=True)
+    tensorfile.write(path, forms, lambda key: [held[key]], {stored.KEY: text}, digest=True)
 
 
 def lying_dictionaries(folder: Path, chosen: random.Random, most: int) -> Iterator[Case]:

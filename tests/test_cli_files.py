@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,12 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 import polyak
-from cli_runs import STEPS, finished_run, model, moved, run
+from cli_runs import STEPS, finished, model, moved, place, run
 from polyak import Averager, checkpoints, offline, recording, theory
 from polyak.cli.evaluating import function_of
 from polyak.cli.options import bytes_of, checkpoints_of, grid_of
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    finished_run(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished run, as the current directory; modules from there are forgotten."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "judge", raising=False)
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+__all__ = ["finished", "place"]  # fixtures
 
 
 def done(*arguments: object) -> str:

@@ -16,9 +16,11 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from cli_runs import finished_run, run
+from cli_runs import finished, run
 from polyak.cli import app
 from polyak.cli.reference import reference
+
+__all__ = ["finished"]  # fixtures
 
 PAGE = Path(__file__).parent.parent / "docs/cli.md"
 
@@ -57,13 +59,6 @@ def test_every_command_and_option_says_what_it_does(name: str) -> None:
 
 
 EXAMPLES = re.findall(r"^ +(polyak (?:.+\\\n)?.+)$", PAGE.read_text(), re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    finished_run(folder)
-    return folder
 
 
 @pytest.mark.parametrize("line", EXAMPLES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +11,13 @@ from typing import Any
 
 import pytest
 
-from cli_runs import finished_run, run
+from cli_runs import finished, place, run
 from polyak import offline
 from polyak.charts import save, sweep_chart
 from polyak.cli.evaluating import function_of
 from polyak.offline import Point, Sweep
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    finished_run(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "judge", raising=False)
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+__all__ = ["finished", "place"]  # fixtures
 
 
 SWEEP = ("sweep", "snapshots", "--evaluate", "judge:loss", "--out", "sweep")

@@ -45,12 +45,12 @@ from peer_files import (
     torch_ema_average,
 )
 from polyak.checkpoints import Clock, read
-from polyak.checkpoints.names import WRAPPERS, canonical_names
+from polyak.checkpoints.names import canonical_names
 from polyak.checkpoints.peers import FORMATS, recognise
 from polyak.checkpoints.peers.found import Found
 from polyak.decays import InversePower, Ratio
 from polyak.rules import ArticleEMA, Exponential, Power, Rule, Tail, Uniform
-from polyak.tracking import track
+from polyak.tracking import WRAPPERS, track
 
 PARAMETERS = ["body.weight", "body.bias", "norm.weight", "norm.bias"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import polyak
 from models import assert_same, everything, wander
 from polyak import Averager, Recorder, checkpoints, synthesize
-from polyak.checkpoints import native
+from polyak.checkpoints.stored import Stored
 from polyak.checkpoints.tensorfile import TensorFile
 from polyak.recording import snapshots
 
@@ -66,7 +66,7 @@ def test_it_is_the_tracked_average_to_within_the_error_said(
 def test_a_stored_average_is_itself(walk: tuple[Path, dict[str, Tensor], Tensor]) -> None:
     made = synthesize(walk[0] / "snapshots", STORED["0.05"])
     assert made.relative_error < 1e-9 and made.amplification == pytest.approx(1, abs=1e-6)
-    last = native.Stored(TensorFile(snapshots(walk[0] / "snapshots")[-1].path))
+    last = Stored.open(snapshots(walk[0] / "snapshots")[-1].path)
     held = last.tensor("averages/0.05/average/w")
     assert torch.allclose(made.average()["w"], held, rtol=1e-9)
 

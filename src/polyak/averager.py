@@ -128,8 +128,13 @@ class Averager:
     @property
     def rule(self) -> Rule | dict[str, Rule]:
         """The rule, or name -> rule where there are several."""
-        rules = {name: average.rule for name, average in self._averages.items()}
+        rules = self.rules
         return rules[ONLY] if list(rules) == [ONLY] else rules
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """name -> rule; the name of a lone average is "average"."""
+        return {name: average.rule for name, average in self._averages.items()}
 
     @property
     def every(self) -> int:
@@ -162,7 +167,7 @@ class Averager:
     def count(self) -> int:
         """How many updates were made: the calls of `update`, divided by `every`."""
         self._updating.settle()
-        return next(iter(self._averages.values())).tick.n
+        return self.clock.n
 
     @property
     def skipped(self) -> int:

@@ -39,7 +39,7 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     `OSError` where it cannot be written. An exception within the block leaves all as it was.
     """
     path = Path(path)
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, wanted the name of a file")
     if not path.parent.is_dir():
@@ -66,7 +66,7 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
     when the new one is complete. An exception within the block leaves all as it was.
     """
     path = Path(path)
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     _remove_abandoned(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path, "part")
@@ -83,7 +83,8 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
     _fsync(path.parent)
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path | str, overwrite: bool) -> None:
+    """Raises `FileExistsError` for a path that exists, a link to nothing too, unless `overwrite`."""
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"{path} exists, and is not overwritten unless told")
 

@@ -1,7 +1,8 @@
-"""Reading: an average by name, one tensor at a time, where two copies would be too much."""
+"""Reading: tensors by name, one at a time, where two copies would be too much."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -11,10 +12,29 @@ from polyak.live import LiveWeights
 from polyak.sharding import as_distributed
 
 
-class AverageWeights(Mapping[str, Tensor]):
+class NamedTensors(Mapping[str, Tensor]):
+    """name -> tensor, read or computed when asked for; whether a name is there costs nothing."""
+
+    @property
+    @abstractmethod
+    def known(self) -> Mapping[str, object]:
+        """What is known by each name before its tensor is read, in order."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
+class AverageWeights(NamedTensors):
     """An average as it is now: name -> a fresh tensor, computed when asked for.
 
-    It has all names of tied tensors, and DTensors where the model has them. Raises `RuntimeError` once the average has moved on.
+    It has all names of tied tensors, and DTensors where the model has them. Raises `RuntimeError`
+    once the average has moved on.
     """
 
     def __init__(self, live: LiveWeights, average: Average, copies: Sequence[Tensor]) -> None:
@@ -36,11 +56,10 @@ class AverageWeights(Mapping[str, Tensor]):
         first = self._names[name]
         return as_distributed(self._part(first), self._items[first].held())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    @property
+    def known(self) -> Mapping[str, str]:
+        """name -> the first name of the same tensor."""
+        return self._names
 
     def _part(self, first: str) -> Tensor:
         if first in self._copies:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,18 @@ from torch import Tensor
 
 from polyak.averager import Averager
 from polyak.checkpoints import native
-from polyak.checkpoints.native import Stored
+from polyak.checkpoints.stored import Stored
 from polyak.checkpoints.tensorfile import TensorFile
 from polyak.checks import require_flag, require_positive
 from polyak.engine import COMPENSATION
 from polyak.rules import Rule, Tick
 from polyak.sharding import require_whole
-from polyak.specs import parse
-from polyak.states import as_tick
+from polyak.specs import as_specs
 from polyak.tracking import difference, report
 
 SNAPSHOT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 10**7  # updates whose times a snapshot may tell
-_PATTERN = "snapshot-*.safetensors"
+PATTERN = "snapshot-*.safetensors"
 
 
 class Recorder:
@@ -88,7 +87,7 @@ class Recorder:
         self._dtype = dtype
         self._elapsed = array("d")
         self._time = 0.0
-        self._recorded: float | None = None
+        self._stored: dict[int, float] = {}  # updates -> time of the run's snapshots, in order
         if averager.mixed:
             raise ValueError(
                 "Recorder: the averager went on by another rule than its slots were made with "
@@ -117,27 +116,30 @@ class Recorder:
             raise RuntimeError("Recorder: there is no average before the first update")
         tick = self._averager.clock
         self._follow(tick)
-        path = self.folder / f"snapshot-{tick.n:010d}.safetensors"
+        path = self._path(tick.n)
         described, stored = native.packed(self._averager, "snapshot")
         described["run"] = self.run
         kept = {key: t for key, t in stored.items() if COMPENSATION not in key.split("/")[2:3]}
         self.folder.mkdir(parents=True, exist_ok=True)
         native.write(path, described, kept | _runs(self._elapsed), narrow=self._dtype)
-        self._recorded = tick.t
+        self._stored[tick.n] = tick.t
         return path
 
     def _due(self, time: float) -> bool:
         """At the first update, whose weights an average may keep for long, and at each `every`."""
-        if self._recorded is None:
-            return True
-        return math.floor(time / self.every) > math.floor(self._recorded / self.every)
+        last = next(reversed(self._stored.values()), None)
+        return last is None or math.floor(time / self.every) > math.floor(last / self.every)
+
+    def _path(self, updates: int) -> Path:
+        return self.folder / f"snapshot-{updates:010d}.safetensors"
 
     def _follow(self, tick: Tick) -> None:
         """Notes the time of updates made since, and forgets one that was taken back (`nonfinite`)."""
         if tick.n == len(self._elapsed) and tick.t == self._time:
             return
         if tick.n <= len(self._elapsed):
-            self._rewind(tick.n)
+            del self._elapsed[max(tick.n - 1, 0) :]
+            self._set_aside(tick.n)
         missed = tick.n - 1 - len(self._elapsed)
         if missed > 0:
             between = tick.t - tick.elapsed - math.fsum(self._elapsed)
@@ -146,19 +148,14 @@ class Recorder:
             self._elapsed.append(tick.elapsed)
         self._time = tick.t
 
-    def _rewind(self, update: int) -> None:
-        """Forgets this update and those after it: it is made once more, from a state loaded or kept."""
-        del self._elapsed[max(update - 1, 0) :]
-        self._recorded = None
-        for path in sorted(self.folder.glob(_PATTERN)):
-            done = int(path.stem.rpartition("-")[2])
-            if done >= update:
-                path.rename(path.with_suffix(".stale"))
-            else:
-                self._recorded = math.fsum(self._elapsed[:done])
+    def _set_aside(self, first: int) -> None:
+        """Snapshots of this update and of later ones are stale: the updates are made once more."""
+        for updates in [each for each in self._stored if each >= first]:
+            self._path(updates).rename(self._path(updates).with_suffix(".stale"))
+            del self._stored[updates]
 
     def _begun(self) -> str:
-        if found := sorted(self.folder.glob(_PATTERN)):
+        if found := sorted(self.folder.glob(PATTERN)):
             raise ValueError(
                 f"{self.folder} has {len(found)} snapshots, the first {found[0].name}: give an "
                 "empty folder, or resume=True to go on with their run from a loaded state"
@@ -167,7 +164,7 @@ class Recorder:
 
     def _resumed(self) -> str:
         """The run of the folder, its times up to now; later snapshots are set aside."""
-        if not any(self.folder.glob(_PATTERN)):
+        if not any(self.folder.glob(PATTERN)):
             return secrets.token_hex(8)
         found = snapshots(self.folder)
         _require_same(found[-1], self._averager)
@@ -179,11 +176,8 @@ class Recorder:
             )
         tick = self._averager.clock
         self._take_times(found, tick)
-        for snapshot in found:
-            if snapshot.updates > tick.n:
-                snapshot.path.rename(snapshot.path.with_suffix(".stale"))
-            else:
-                self._recorded = snapshot.time
+        self._stored = {snapshot.updates: snapshot.time for snapshot in found}
+        self._set_aside(tick.n + 1)
         return found[0].run
 
     def _take_times(self, found: Sequence[Snapshot], tick: Tick) -> None:
@@ -215,7 +209,7 @@ class Snapshot:
 
     def elapsed(self) -> list[float]:
         """The time that each update up to this one spans."""
-        return _elapsed(Stored(TensorFile(self.path), whole=False), self.updates)
+        return _elapsed(Stored.open(self.path, whole=False), self.updates)
 
 
 def snapshots(folder: Path | str) -> list[Snapshot]:
@@ -227,9 +221,9 @@ def snapshots(folder: Path | str) -> list[Snapshot]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of snapshots")
-    found = sorted((_opened(path) for path in folder.glob(_PATTERN)), key=lambda s: s.updates)
+    found = sorted((_opened(path) for path in folder.glob(PATTERN)), key=lambda s: s.updates)
     if not found:
-        raise ValueError(f"{folder}: no snapshots ({_PATTERN}); polyak.Recorder writes them")
+        raise ValueError(f"{folder}: no snapshots ({PATTERN}); polyak.Recorder writes them")
     last = found[-1]
     for snapshot in found:
         if lines := _foreign(last, snapshot):
@@ -243,8 +237,8 @@ def _opened(path: Path) -> Snapshot:
     stored = Stored(file, whole=False)
     if stored.get("kind") != "snapshot":
         raise stored.error(f"it holds an {stored.get('kind')!r}, wanted a snapshot")
-    clocks = native.clocks(stored)
-    ticks = [as_tick(held["tick"]) for held in clocks.values()]
+    averages = stored.averages()
+    ticks = [each.tick for each in averages.values()]
     if not ticks or any(tick[:2] != ticks[0][:2] or tick.n == 0 for tick in ticks):
         raise stored.error("its averages have different clocks, or none")
     return Snapshot(
@@ -252,9 +246,9 @@ def _opened(path: Path) -> Snapshot:
         run=str(stored.get("run")),
         updates=ticks[0].n,
         time=ticks[0].t,
-        rules={name: parse(held["rule"]) for name, held in clocks.items()},
-        slots={name: list(map(str, held["slots"])) for name, held in clocks.items()},
-        model=stored.mapping("model"),
+        rules={name: each.rule for name, each in averages.items()},
+        slots={name: each.slots for name, each in averages.items()},
+        model=stored.model(),
         dtypes=frozenset(f.dtype for key, f in file.forms.items() if key.startswith("averages/")),
     )
 
@@ -263,21 +257,15 @@ def _foreign(a: Snapshot, b: Snapshot) -> list[str]:
     """How two snapshots differ in what those of one run share; no lines if they do not."""
     if a.run != b.run:
         return [f"run {b.run}, wanted {a.run}"]
-    return [*difference(_specs(a.rules), _specs(b.rules)), *difference(a.model, b.model)]
+    return [*difference(as_specs(a.rules), as_specs(b.rules)), *difference(a.model, b.model)]
 
 
 def _require_same(snapshot: Snapshot, averager: Averager) -> None:
-    rule = averager.rule
-    rules = rule if isinstance(rule, dict) else {"average": rule}
-    lines = difference(_specs(rules), _specs(snapshot.rules))
-    lines += difference(native.described_model(averager), snapshot.model)
+    lines = difference(as_specs(averager.rules), as_specs(snapshot.rules))
+    lines += difference(native.described_model(averager.tracked), snapshot.model)
     if lines:
         title = f"{snapshot.path.parent} has snapshots of another averager; give an empty folder"
         raise ValueError(report(title, lines))
-
-
-def _specs(rules: Mapping[str, Rule]) -> dict[str, str]:
-    return {name: str(rule) for name, rule in rules.items()}
 
 
 def _runs(elapsed: Sequence[float]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from polyak.decays import SCHEDULES, Schedule
 from polyak.rules import RULES, Exponential, Power, Rule
@@ -139,6 +139,11 @@ def _known() -> str:
     rules = ", ".join(cls.spec_name() for cls in RULES)
     schedules = ", ".join(cls.spec_name() for cls in SCHEDULES)
     return f"rules: {rules}; schedules for exponential: {schedules}"
+
+
+def as_specs(rules: Mapping[str, Rule | None]) -> dict[str, str]:
+    """Rules by name as text, for what compares or stores them."""
+    return {name: str(rule) for name, rule in rules.items()}
 
 
 def as_rule(rule: Rule | str) -> Rule:

@@ -14,6 +14,7 @@ from polyak.engine import Average
 from polyak.live import LiveWeights
 from polyak.rules import START, Tick
 from polyak.sharding import Shape, local, shape
+from polyak.specs import as_specs
 from polyak.tracking import difference, report
 
 STATE_FORMAT = 1
@@ -67,7 +68,7 @@ def checked(state: object, live: LiveWeights, averages: Mapping[str, Average]) -
 def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]) -> None:
     fields = ("rule", "tick", "slots")
     got = {name: _mapping(data, f"average {name!r}", fields)["rule"] for name, data in held.items()}
-    if lines := difference({name: str(average.rule) for name, average in averages.items()}, got):
+    if lines := difference(as_specs({n: each.rule for n, each in averages.items()}), got):
         title = "load_state_dict: other rules than this averager's; make it with the state's"
         raise ValueError(report(title, lines))
 

@@ -10,6 +10,7 @@ import torch
 from polyak.engine import Average, Form
 from polyak.live import LiveWeights
 from polyak.sharding import is_distributed, shape
+from polyak.tensors import dtype_name
 from polyak.tracking import Tracked
 
 WORTH_SAYING = 0.01
@@ -70,12 +71,8 @@ def _warning(name: str, share: float) -> str:
 def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
     shape = "x".join(map(str, row.shape)) or "scalar"
     tied = f" (tied: {', '.join(row.aliases)})" if row.aliases else ""
-    kept = "-" if row.slot_dtype is None else _short(row.slot_dtype)
-    return row.name, shape, _short(row.dtype), row.policy, kept, row.reason + tied
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    kept = "-" if row.slot_dtype is None else dtype_name(row.slot_dtype)
+    return row.name, shape, dtype_name(row.dtype), row.policy, kept, row.reason + tied
 
 
 def summarise(

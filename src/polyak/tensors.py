@@ -46,6 +46,11 @@ def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return torch.float32 if not dtype.is_complex and dtype.itemsize < 4 else dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without its module: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @torch.no_grad()
 def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.

@@ -24,7 +24,7 @@ Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
 Select = Callable[[str], bool] | str | Sequence[str] | None
 Source = nn.Module | Mapping[str, Tensor]
 
-_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _STATISTICS = {"running_mean", "running_var"}
 
@@ -104,7 +104,7 @@ def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
-            wrapper = name in _WRAPPED or (name == "module" and isinstance(module, _PARALLEL))
+            wrapper = name in WRAPPERS or (name == "module" and isinstance(module, _PARALLEL))
             yield from walk(child, prefix if wrapper else f"{prefix}{name}.")
 
 

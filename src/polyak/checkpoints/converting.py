@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from polyak.checkpoints.checkpoint import Checkpoint
 from polyak.checkpoints.native import save
 from polyak.checkpoints.reading import read
 from polyak.checkpoints.resuming import load
+from polyak.checkpoints.ties import Place, place
+from polyak.files import refuse_existing
 from polyak.rules import Rule
 from polyak.specs import as_rule
 
@@ -45,8 +46,7 @@ def convert(
     one whose rule, count or cadence is not known or given twice; `FileExistsError` for an `out` that
     exists, unless `overwrite`; and what `read`, `load` and `save` raise.
     """
-    if not overwrite and os.path.lexists(out):
-        raise FileExistsError(f"{out} exists, and is not overwritten unless told")
+    refuse_existing(out, overwrite)
     found = read(path, names)
     _require_foreign(found)
     rules = _rules(found, rule)
@@ -113,9 +113,8 @@ def _weights(found: Checkpoint) -> dict[str, Tensor]:
     held: dict[str, Tensor] = {}
     for weights in (found.live or {}, *found.averages.values()):
         held |= {name: weights[name] for name in weights if name not in held}
-    places: dict[tuple[int, object, object], Tensor] = {}
+    places: dict[Place, Tensor] = {}
     for name, tensor in held.items():
         if tensor.numel():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            held[name] = places.setdefault(place, tensor)
+            held[name] = places.setdefault(place(tensor), tensor)
     return held

@@ -24,6 +24,7 @@ from polyak.checkpoints.meaning import Meaning
 from polyak.checkpoints.pickles import Call
 from polyak.checkpoints.tensorfile import Form
 from polyak.checkpoints.torchtensors import DTYPES, layout, size
+from polyak.reading import NamedTensors
 
 METADATA = ".metadata"
 _MOST = 1 << 60
@@ -45,7 +46,7 @@ class Place(NamedTuple):
     length: int
 
 
-class DistributedTensors(Mapping[str, Tensor]):
+class DistributedTensors(NamedTensors):
     """The tensors of a folder of torch.distributed.checkpoint: flat name -> tensor, whole.
 
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
@@ -85,11 +86,9 @@ class DistributedTensors(Mapping[str, Tensor]):
         self.release(name)
         return whole
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.forms)
-
-    def __len__(self) -> int:
-        return len(self.forms)
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self.forms
 
     def release(self, name: str) -> None:
         """Gives back the pages that only this tensor has on them. What was written to is lost."""

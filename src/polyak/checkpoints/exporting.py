@@ -12,7 +12,8 @@ import torch
 from polyak.averager import Averager
 from polyak.checkpoints import writing
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
-from polyak.checkpoints.tensorfile import Form, form, narrowed
+from polyak.checkpoints.tensorfile import Form, form, forms, narrowed
+from polyak.checkpoints.ties import distinct
 from polyak.sharding import require_whole
 
 
@@ -62,13 +63,13 @@ def export(
     elif isinstance(source, Checkpoint):
         model, weights = _of_checkpoint(source, name)
     else:
-        wanted = "a polyak.Averager or a Checkpoint"
-        raise TypeError(f"export: got {type(source).__name__}, wanted {wanted}")
-    forms = {each: Form(_as(dtype, held.dtype), held.shape) for each, held in model.items()}
+        got = type(source).__name__
+        raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")
+    wanted = {each: Form(_as(dtype, held.dtype), held.shape) for each, held in model.items()}
     writing.write(
         path,
-        forms,
-        lambda each: [narrowed(each, weights[each].detach(), forms[each].dtype)],
+        wanted,
+        lambda each: [narrowed(each, weights[each].detach(), wanted[each].dtype)],
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         progress=progress,
@@ -88,27 +89,10 @@ def _of_averager(averager: Averager, name: str | None) -> tuple[dict[str, Form],
 def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Form], Weights]:
     """The forms of an average's tensors in the dtypes of the live ones, tied weights once."""
     weights = found.average(name)
-    if found.dtypes:
-        return {n: Form(d, tuple(weights[n].shape)) for n, d in found.dtypes.items()}, weights
-    live = found.live or {}
-    forms: dict[str, Form] = {}
-    seen = set()
-    for n in weights:
-        held = form(weights[n])
-        place = _place(weights, n)
-        if place is None or place not in seen:
-            dtype = live[n].dtype if n in live else held.dtype
-            forms[n] = Form(dtype, held.shape)
-        seen.add(place)
-    return forms, weights
-
-
-def _place(weights: Weights, name: str) -> tuple[int, torch.Size, tuple[int, ...]] | None:
-    """Where a tensor's content lies, which tied ones share; None for what is made when asked for."""
-    first, again = weights[name], weights[name]
-    if first.numel() == 0 or first.data_ptr() != again.data_ptr():
-        return None
-    return first.data_ptr(), first.shape, first.stride()
+    live = {n: each.dtype for n, each in forms(found.live or {}).items()}
+    dtypes = found.dtypes or live
+    held = distinct(found, weights)
+    return {n: Form(dtypes.get(n, each.dtype), each.shape) for n, each in held.items()}, weights
 
 
 def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 from polyak.checkpoints import torchfile
 from polyak.checkpoints.mapped import Mapped, head, release
 from polyak.checkpoints.tensorfile import Form, TensorFile, form, is_safetensors
+from polyak.reading import NamedTensors
 
 __all__ = ["IndexedTensors", "load_pickle", "release"]
 
@@ -67,7 +68,7 @@ def naming(label: str, damaged: str) -> Iterator[None]:
         raise ValueError(f"{label}: {damaged} ({what})") from None
 
 
-class IndexedTensors(Mapping[str, Tensor]):
+class IndexedTensors(NamedTensors):
     """The tensors of several files by an index, `model.safetensors.index.json` and the like.
 
     The index maps a tensor's name to the file beside it that holds it: safetensors, or a dictionary
@@ -83,7 +84,7 @@ class IndexedTensors(Mapping[str, Tensor]):
         content = _index(self.path)
         metadata = content.get("metadata")
         self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
-        self._files = content["weight_map"]
+        self._files: dict[str, str] = content["weight_map"]
         self._opened: dict[str, Mapping[str, Tensor]] = {}
         with naming(str(self.path), "a damaged index"):
             for name in sorted(set(self._files.values())):
@@ -97,11 +98,9 @@ class IndexedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._holder(name)[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self._files
 
     def release(self, name: str) -> None:
         """Gives back the pages that only this tensor has on them. What was written to is lost."""

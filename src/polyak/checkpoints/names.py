@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from polyak.checkpoints.mapped import release
 from polyak.checkpoints.tensorfile import Form, form
+from polyak.reading import NamedTensors
+from polyak.tracking import WRAPPERS
 
 Names = Sequence[str] | Literal["positions"] | None
 """The names, in order, of tensors that a file has without names; "positions" calls them "0", "1", ..."""
 
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARALLEL = "module."
 
 
-class Renamed(Mapping[str, Tensor]):
+class Renamed(NamedTensors):
     """Some tensors of a mapping under other names: name -> key; each is read when asked for."""
 
     def __init__(self, held: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
@@ -35,14 +36,9 @@ class Renamed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._held[self._keys[name]]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self._keys
 
     def release(self, name: str) -> None:
         """Gives back the pages that only this tensor has on them. What was written to is lost."""

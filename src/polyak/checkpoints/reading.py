@@ -18,6 +18,7 @@ from polyak.checkpoints.peers import recognise
 from polyak.checkpoints.peers.found import Found, count
 from polyak.checkpoints.peers.modules import SNAPSHOT
 from polyak.checkpoints.peers.positional import diffusers_rules
+from polyak.checkpoints.stored import KEY, Stored
 from polyak.checkpoints.tensorfile import TensorFile, is_safetensors
 from polyak.rules import AVERAGE
 
@@ -65,8 +66,8 @@ def read(path: Path | str, names: Names = None) -> Checkpoint:
 
 
 def _safetensors(file: TensorFile) -> Checkpoint:
-    if native.KEY in file.metadata:
-        return native.checkpoint(native.Stored(file))
+    if KEY in file.metadata:
+        return native.checkpoint(Stored(file))
     return recognise(Found(file.path, "safetensors", file))
 
 

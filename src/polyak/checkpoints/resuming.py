@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.averager import ONLY, Averager
+from polyak.averager import Averager
 from polyak.checkpoints import native
 from polyak.checkpoints.checkpoint import Checkpoint, Clock, Weights, ticked
 from polyak.checkpoints.loading import load_pickle
 from polyak.checkpoints.names import named
 from polyak.checkpoints.reading import read
+from polyak.checkpoints.stored import KEY, Stored
 from polyak.checkpoints.tensorfile import TensorFile, is_safetensors
 from polyak.checks import require_count
 from polyak.ema import EMA
 from polyak.engine import COMPENSATION, Form, tick_data
-from polyak.rules import AVERAGE, START, Power, Rule
+from polyak.rules import AVERAGE, START, Power, Rule, Tick
 from polyak.sharding import require_whole
-from polyak.specs import parse
-from polyak.states import STATE_FORMAT, as_tick
+from polyak.specs import as_specs
+from polyak.states import STATE_FORMAT
 from polyak.tracking import Tracked, difference, report
 
 
@@ -72,15 +73,15 @@ def _adopt(path: Path, averager: Averager, state: dict[str, Any]) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _stored(path: Path) -> native.Stored | None:
+def _stored(path: Path) -> Stored | None:
     """The file as one of ours, or None."""
     if not path.is_file() or not is_safetensors(path):
         return None
     file = TensorFile(path)
-    return native.Stored(file) if native.KEY in file.metadata else None
+    return Stored(file) if KEY in file.metadata else None
 
 
-def _load_module(path: Path, stored: native.Stored | None, ema: EMA) -> None:
+def _load_module(path: Path, stored: Stored | None, ema: EMA) -> None:
     """The article's class goes on: all names, shapes and dtypes are compared before it changes."""
     held = load_pickle(path) if stored is None else stored.under("ema/")
     wanted = {name: _form(tensor) for name, tensor in ema.state_dict().items()}
@@ -107,18 +108,18 @@ def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
 
 
-def _own_state(stored: native.Stored, averager: Averager, change_rule: bool) -> dict[str, Any]:
+def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[str, Any]:
     """A state of ours, under the averager's rules where they are to change."""
     if stored.get("kind") == "ema":
         raise stored.error("it holds a polyak.EMA: load it into one")
+    held, mine = stored.averages(), averager.rules
+    theirs = {name: each.rule for name, each in held.items()}
+    _require_rules(stored.path, mine, theirs, change_rule)
     state = native.state(stored)
-    rules = {name: parse(held["rule"]) for name, held in state["averages"].items()}
-    mine = _rules(averager)
-    _require_rules(stored.path, mine, rules, change_rule)
     for name, rule in mine.items():
-        held = state["averages"][name]
-        if rules[name] != rule:
-            held |= {"rule": str(rule), "tick": _tick_under(rule, held["tick"])}
+        if theirs[name] != rule:
+            tick = tick_data(_tick_under(rule, held[name].tick))
+            state["averages"][name] |= {"rule": str(rule), "tick": tick}
             state["mixed"] = True
     if (every := stored.get("every")) != averager.every and not change_rule:
         raise stored.error(
@@ -128,17 +129,11 @@ def _own_state(stored: native.Stored, averager: Averager, change_rule: bool) -> 
     return state
 
 
-def _tick_under(rule: Rule, data: Any) -> Any:
+def _tick_under(rule: Rule, was: Tick) -> Tick:
     """The clock of an average that goes on by another rule: as many updates in the same time."""
-    was = as_tick(data)
     nested = was.n and rule.tick(START, 1.0).inner is not None
     inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
-    return tick_data(was._replace(inner=inner))
-
-
-def _rules(averager: Averager) -> dict[str, Rule]:
-    rule = averager.rule
-    return rule if isinstance(rule, dict) else {ONLY: rule}
+    return was._replace(inner=inner)
 
 
 def _require_rules(
@@ -148,13 +143,9 @@ def _require_rules(
     lines = difference(dict.fromkeys(wanted), dict.fromkeys(got))
     if lines:
         raise ValueError(report(f"{path}: other averages than this averager's", lines))
-    if lines := [] if change_rule else difference(_specs(wanted), _specs(got)):
+    if lines := [] if change_rule else difference(as_specs(wanted), as_specs(got)):
         title = f"{path}: other rules than this averager's; change_rule=True goes on by its own"
         raise ValueError(report(title, lines))
-
-
-def _specs(rules: Mapping[str, Rule | None]) -> dict[str, str]:
-    return {name: str(rule) for name, rule in rules.items()}
 
 
 def _read(path: Path, averager: Averager, names: Sequence[str] | None) -> Checkpoint:
@@ -183,8 +174,8 @@ def _foreign_state(
     found: Checkpoint, averager: Averager, count: int | None, change_rule: bool
 ) -> dict[str, Any]:
     """Another library's checkpoint as a state of this averager."""
-    rules = _rules(averager)
-    told = {name: found.rules.get(name) or rules.get(name) for name in found.averages}
+    rules = averager.rules
+    told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
     _require_rules(found.path, rules, told, change_rule)
     clock = _clock(found, count)
     tracked = averager.tracked

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from polyak import files
 from polyak.checkpoints.mapped import Mapped, head, release
+from polyak.reading import NamedTensors
 
 DIGEST = "digest"
 _NO_DIGEST = "0" * 64
@@ -53,6 +54,12 @@ def form(tensor: Tensor) -> Form:
     return Form(tensor.dtype, tuple(tensor.shape))
 
 
+def forms(weights: Mapping[str, Tensor]) -> Mapping[str, Form]:
+    """The form of each tensor; content is read only where nothing else tells it."""
+    known: Mapping[str, Form] | None = getattr(weights, "forms", None)
+    return {name: form(weights[name]) for name in weights} if known is None else known
+
+
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype; raises `ValueError` for a finite value that it cannot hold."""
     narrow = tensor.to(dtype)
@@ -68,7 +75,7 @@ def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 Pieces = Callable[[str], Iterable[Tensor]]
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(NamedTensors):
     """A safetensors file as a mapping name -> tensor: views of the mapped file, in file order.
 
     What is written to a view stays in memory: the file does not change. `release` gives the pages
@@ -97,11 +104,9 @@ class TensorFile(Mapping[str, Tensor]):
         dtype, shape = self.forms[name]
         return self._mapped.tensor(dtype, shape, self._starts[name])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.forms)
-
-    def __len__(self) -> int:
-        return len(self.forms)
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self.forms
 
     def release(self, name: str) -> None:
         """Gives back the pages that only this tensor has on them. What was written to is lost."""

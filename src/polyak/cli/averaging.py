@@ -19,7 +19,6 @@ from polyak.cli.options import (
     bytes_of,
     dtype_of,
     numbers_of,
-    require_new,
 )
 from polyak.cli.output import (
     note,
@@ -30,6 +29,7 @@ from polyak.cli.output import (
     say,
     size_text,
 )
+from polyak.files import refuse_existing
 
 if TYPE_CHECKING:
     from polyak.offline import Combination
@@ -115,7 +115,7 @@ def average(
     from polyak import offline
 
     began = time.monotonic()
-    require_new(out, force)
+    refuse_existing(out, force)
     shard_bytes = bytes_of(shard_size)
     chosen = _chosen(len(files), rule, coefficients, wsm, qam, greedy)
     made = offline.average(

@@ -171,9 +171,9 @@ def _to_plain(
     file: Path, out: Path, names: list[str] | None, average: str | None, live: bool, force: bool
 ) -> Checkpoint:
     from polyak import checkpoints
+    from polyak.checkpoints.ties import distinct
     from polyak.checkpoints.writing import write
     from polyak.offline.comparing import chosen
-    from polyak.offline.describing import distinct
     from polyak.rules import LIVE
 
     if live and average is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,8 +78,9 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 def dtype_of(text: str, option: str = "--dtype") -> torch.dtype:
     """The dtype that a text names."""
     from polyak.averager import SLOT_DTYPES
+    from polyak.tensors import dtype_name
 
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in SLOT_DTYPES}
+    known = {dtype_name(dtype): dtype for dtype in SLOT_DTYPES}
     name = _DTYPES.get(text, text)
     if name not in known:
         raise ValueError(f"{option} is {text!r}, wanted one of {', '.join([*known, *_DTYPES])}")
@@ -142,9 +142,3 @@ def checkpoints_of(texts: list[str]) -> dict[int, Path]:
 def names_of(file: Path | None) -> list[str] | None:
     """The lines of a text file."""
     return None if file is None else file.read_text().split()
-
-
-def require_new(out: Path, force: bool) -> None:
-    """Refuses early what would be refused when the work is done."""
-    if not force and os.path.lexists(out):
-        raise FileExistsError(f"{out} exists, and is not overwritten unless told")

@@ -17,7 +17,6 @@ from polyak.cli.options import (
     Snapshots,
     checkpoints_of,
     grid_of,
-    require_new,
 )
 from polyak.cli.output import (
     json_text,
@@ -27,6 +26,7 @@ from polyak.cli.output import (
     progress_shown,
     say,
 )
+from polyak.files import refuse_existing
 
 if TYPE_CHECKING:
     from polyak.offline import Sweep
@@ -84,7 +84,7 @@ def sweep(
     """
     from polyak import charts, offline
 
-    require_new(out / "sweep.json", force)
+    refuse_existing(out / "sweep.json", force)
     rules = [*rule]
     rules += [f"exponential(half_life={each})" for each in grid_of(half_lives, "--half-lives")]
     rules += [f"power(relative_std={each})" for each in grid_of(relative_stds, "--relative-stds")]

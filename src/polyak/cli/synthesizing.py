@@ -19,9 +19,9 @@ from polyak.cli.options import (
     Snapshots,
     bytes_of,
     checkpoints_of,
-    require_new,
 )
 from polyak.cli.output import note_norms, number_text, print_json, print_table, progress_shown, say
+from polyak.files import refuse_existing
 
 if TYPE_CHECKING:
     from polyak.offline import Synthesis
@@ -67,7 +67,7 @@ def synthesize(
     if out is None and not dry_run:
         raise ValueError("nothing to do: give --out, or --dry-run to see how exact it would be")
     if out is not None:
-        require_new(out, force)
+        refuse_existing(out, force)
     made = offline.synthesize(
         folder,
         rule,

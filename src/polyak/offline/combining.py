@@ -18,9 +18,10 @@ from torch import Tensor
 from polyak import norms
 from polyak.checkpoints import mapped, writing
 from polyak.checkpoints.checkpoint import Weights
-from polyak.checkpoints.tensorfile import Form, form
+from polyak.checkpoints.tensorfile import Form, forms
 from polyak.checks import require
 from polyak.offline.summing import Summation, Term, Threads
+from polyak.reading import NamedTensors
 from polyak.tracking import difference, report
 
 _SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
@@ -33,7 +34,7 @@ class Source(NamedTuple):
     weights: Weights
 
 
-class Combination(Mapping[str, Tensor]):
+class Combination(NamedTensors):
     """`sum of coefficient * weights` over files of one model, tensor by tensor when asked for.
 
     `mean["head.weight"]` computes a tensor, `model.load_state_dict(mean)` all of them; `write` puts
@@ -68,9 +69,9 @@ class Combination(Mapping[str, Tensor]):
         holds = not isinstance(dtype, torch.dtype) or dtype.is_floating_point
         require(holds, "dtype", dtype, "a floating-point dtype, or None for that of the files")
         self.coefficients = _checked(coefficients, len(sources))
-        forms = [_forms(source.weights) for source in sources]
-        _require_alike(sources, forms)
-        last = forms[-1]
+        found = [forms(source.weights) for source in sources]
+        _require_alike(sources, found)
+        last = found[-1]
         self.copied = [n for n, each in last.items() if n in copy or not _has_mean(each.dtype)]
         self.norms = norms.statistics(last)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
@@ -78,7 +79,7 @@ class Combination(Mapping[str, Tensor]):
             n: Form(_as(given.get(n), each.dtype), each.shape) for n, each in last.items()
         }
         self._sums = {
-            name: _sum_dtype([accumulate, self.forms[name].dtype, *(f[name].dtype for f in forms)])
+            name: _sum_dtype([accumulate, self.forms[name].dtype, *(f[name].dtype for f in found)])
             for name in last
         }
         self._last = sources[-1].weights
@@ -94,14 +95,9 @@ class Combination(Mapping[str, Tensor]):
             done += len(piece)
         return out
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.forms
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.forms)
-
-    def __len__(self) -> int:
-        return len(self.forms)
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self.forms
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor's elements, row by row; each piece holds until the next is asked for.
@@ -173,12 +169,6 @@ def _checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]
         )
     result: npt.NDArray[np.float64] = found / found.sum()
     return result
-
-
-def _forms(weights: Weights) -> Mapping[str, Form]:
-    """What is known of tensors before they are read; views of a file cost nothing."""
-    forms: Mapping[str, Form] | None = getattr(weights, "forms", None)
-    return {name: form(weights[name]) for name in weights} if forms is None else forms
 
 
 def _require_alike(sources: Sequence[Source], forms: Sequence[Mapping[str, Form]]) -> None:

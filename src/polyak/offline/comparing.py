@@ -12,10 +12,10 @@ from torch import Tensor
 
 from polyak.checkpoints import mapped
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
-from polyak.checkpoints.tensorfile import Form
-from polyak.offline.describing import forms
+from polyak.checkpoints.tensorfile import Form, forms
 from polyak.offline.summing import elements
 from polyak.rules import LIVE
+from polyak.tensors import dtype_name
 from polyak.tracking import averageable
 
 PIECE = 3 << 13
@@ -144,7 +144,7 @@ class _Sums:
 def _difference(
     name: str, a: Weights, b: Weights, of_a: Form, of_b: Form
 ) -> tuple[Difference, _Sums]:
-    dtypes = (_short(of_a.dtype), _short(of_b.dtype))
+    dtypes = (dtype_name(of_a.dtype), dtype_name(of_b.dtype))
     shapes = (of_a.shape, of_b.shape)
     if of_a.shape != of_b.shape:
         return Difference(name, dtypes, shapes), _Sums()
@@ -197,7 +197,3 @@ def _counts(form: Form) -> bool:
 
 def _order(each: Difference) -> float:
     return -math.inf if each.relative is None else -each.relative
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,17 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from polyak import norms
 from polyak.checkpoints import native
-from polyak.checkpoints.checkpoint import Checkpoint, Weights
-from polyak.checkpoints.native import Stored
+from polyak.checkpoints.checkpoint import Checkpoint
 from polyak.checkpoints.reading import read
-from polyak.checkpoints.tensorfile import Form, TensorFile, form
-from polyak.recording import Snapshot, snapshots
+from polyak.checkpoints.stored import Stored
+from polyak.checkpoints.tensorfile import Form
+from polyak.checkpoints.ties import distinct
+from polyak.recording import PATTERN, Snapshot, snapshots
 from polyak.rules import Rule
-from polyak.states import as_tick
+from polyak.tensors import dtype_name
 from polyak.theory import half_life, mean_age
 from polyak.theory.profiles import coefficients
 
@@ -121,34 +120,16 @@ def describe(path: Path | str) -> Description:
     Raises what `checkpoints.read` and `recording.snapshots` raise.
     """
     path = Path(path)
-    if path.is_dir() and any(path.glob("snapshot-*.safetensors")):
+    if path.is_dir() and any(path.glob(PATTERN)):
         return _of_run(path)
     found = read(path, "positions")
     return _described(found, path, _times(found))
 
 
-def forms(weights: Weights) -> Mapping[str, Form]:
-    """The dtype and shape of each tensor; content is read only where nothing else tells them."""
-    known: Mapping[str, Form] | None = getattr(weights, "forms", None)
-    return {name: form(weights[name]) for name in weights} if known is None else known
-
-
-def distinct(found: Checkpoint, weights: Weights) -> dict[str, Form]:
-    """The dtype and shape of each of a checkpoint's tensors, of tied ones once."""
-    known = forms(weights)
-    if found.dtypes:
-        return {name: known[name] for name in known if name in found.dtypes}
-    if not known or not _holds(weights, known):
-        return dict(known)
-    places = {(weights[n].data_ptr(), each, weights[n].stride()): n for n, each in known.items()}
-    kept = {places[place] for place in places}
-    return {n: each for n, each in known.items() if n in kept or not each.nbytes}
-
-
 def _of_run(folder: Path) -> Description:
     found = snapshots(folder)
     last = found[-1]
-    checkpoint = native.checkpoint(Stored(TensorFile(last.path), whole=False))
+    checkpoint = native.checkpoint(Stored.open(last.path, whole=False))
     times = dict.fromkeys(last.rules, last.elapsed())
     return _described(checkpoint, folder, times, _recorded(found))
 
@@ -183,16 +164,10 @@ def _described(
     )
 
 
-def _holds(weights: Weights, known: Mapping[str, Form]) -> bool:
-    """Whether the tensors stay where they are; those made when asked for share their addresses."""
-    small = min(known, key=lambda name: known[name].nbytes)
-    return weights[small] is weights[small]
-
-
 def _weighed(tensors: Mapping[str, Form]) -> Weighed:
     sizes = {name: each.nbytes // each.dtype.itemsize for name, each in tensors.items()}
     parameters = sum(size for name, size in sizes.items() if _is_parameter(name, tensors[name]))
-    dtypes = Counter(_short(each.dtype) for each in tensors.values())
+    dtypes = Counter(dtype_name(each.dtype) for each in tensors.values())
     whole = sum(each.nbytes for each in tensors.values())
     return Weighed(len(tensors), parameters, whole, dict(dtypes))
 
@@ -213,7 +188,7 @@ def _average(
 
 
 def _tensor(name: str, form: Form) -> DescribedTensor:
-    return DescribedTensor(name, _short(form.dtype), form.shape, form.nbytes)
+    return DescribedTensor(name, dtype_name(form.dtype), form.shape, form.nbytes)
 
 
 def _times(found: Checkpoint) -> dict[str, list[float]]:
@@ -221,7 +196,7 @@ def _times(found: Checkpoint) -> dict[str, list[float]]:
     if found.clock is None:
         return {}
     if found.format == "polyak":
-        return _own_times(Stored(TensorFile(found.path), whole=False), found)
+        return _own_times(Stored.open(found.path, whole=False), found)
     count = found.clock.count
     if found.clock.unit == "time":
         return dict.fromkeys(found.averages, [count / _EVENLY] * _EVENLY if count else [])
@@ -233,11 +208,7 @@ def _own_times(stored: Stored, found: Checkpoint) -> dict[str, list[float]]:
     if stored.get("kind") == "ema":
         times = found.clock.elapsed(stored.get("every")) if found.clock else []
         return dict.fromkeys(found.averages, times if len(times) <= _LONGEST else [])
-    ticks = {name: as_tick(held["tick"]) for name, held in native.clocks(stored).items()}
+    ticks = {name: each.tick for name, each in stored.averages().items()}
     return {
         name: [tick.t / tick.n] * tick.n for name, tick in ticks.items() if 0 < tick.n <= _LONGEST
     }
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

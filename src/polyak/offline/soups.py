@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from polyak.checks import require
 from polyak.offline.averaging import opened
 from polyak.offline.combining import Combination, Source
-
-Evaluate = Callable[[dict[str, Tensor]], float]
+from polyak.offline.judging import Better, Evaluate, quality_of, sign_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +45,7 @@ def greedy_soup(
     files: Sequence[Path | str],
     evaluate: Evaluate,
     *,
-    better: Literal["higher", "lower"] = "lower",
+    better: Better = "lower",
     which: str | None = None,
     progress: Callable[[Path, float], object] | None = None,
 ) -> Soup:
@@ -85,11 +81,10 @@ def greedy_soup(
     `average` raises for these files.
     Source: model soups (arXiv 2203.05482, recipe 1).
     """
-    require(better in get_args(Literal["higher", "lower"]), "better", better, '"higher" or "lower"')
+    sign = sign_of(better)
     require(len(files) > 0, "files", files, "one file or more")
     paths = tuple(Path(file) for file in files)
     sources = opened(files, which)
-    sign = 1 if better == "higher" else -1
 
     def tried(ingredients: Sequence[int]) -> float:
         path = paths[ingredients[-1]]
@@ -114,14 +109,7 @@ def _quality(
 ) -> float:
     """The quality of the mean of some files, the last of them the one that is tried."""
     weights = dict(Combination(sources, _even(ingredients, len(sources))))
-    quality = evaluate(weights)
-    try:
-        number = float(quality)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"evaluate gave {quality!r} with {path}, wanted a finite number")
-    return number
+    return quality_of(evaluate, weights, f"with {path}")
 
 
 def _even(ingredients: Sequence[int], files: int) -> npt.NDArray[np.float64]:

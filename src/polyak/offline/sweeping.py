@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-from torch import Tensor
+from typing import Any
 
 from polyak.checks import require
-from polyak.offline.synthesis import MAX_ERROR, Synthesis, planned
+from polyak.offline.judging import Better, Evaluate, quality_of, sign_of
+from polyak.offline.synthesis import MAX_ERROR, Run, Synthesis
 from polyak.rules import Rule
-
-Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Sweep:
     @property
     def best(self) -> Point:
         """The point of the best quality; of several the shortest average."""
-        sign = 1 if self.better == "lower" else -1
-        return min(self.judged, key=lambda point: sign * (point.quality or 0.0))
+        sign = sign_of(self.better)
+        return max(self.judged, key=lambda point: sign * (point.quality or 0.0))
 
     def around(self) -> tuple[Point, ...]:
         """The best point between its neighbours."""
@@ -66,7 +62,7 @@ class Sweep:
 def sweep(
     folder: Path | str | None,
     rules: Sequence[Rule | str],
-    evaluate: Callable[[dict[str, Tensor]], float],
+    evaluate: Evaluate,
     at: float | None = None,
     *,
     better: Better = "lower",
@@ -87,29 +83,19 @@ def sweep(
     Raises `ValueError` for no rule, where no average can be made, for a quality that is not a finite
     number, naming the rule, and whatever `synthesize` raises for all rules alike.
     """
-    require(better in get_args(Better), "better", better, '"lower" or "higher"')
+    sign_of(better)
     require(len(rules) > 0, "rules", rules, "one rule or more")
-    points = []
+    run, points = Run.of(folder, checkpoints or {}), []
     for rule in rules:
-        made = planned(folder, rule, at, checkpoints)
+        made = run.synthesis(rule, at)
         refused = made.problem(max_error, max_amplification)
-        points.append(_point(made, None if refused else _quality(made, evaluate), refused))
+        quality = None if refused else quality_of(evaluate, made.average(), f"for {made.rule}")
+        points.append(_point(made, quality, refused))
         if progress is not None:
             progress(points[-1])
     if all(point.quality is None for point in points):
         raise ValueError(f"none of {len(points)} averages can be made; {points[0].refused}")
     return Sweep(tuple(sorted(points, key=lambda point: point.mean_age)), better)
-
-
-def _quality(made: Synthesis, evaluate: Callable[[dict[str, Tensor]], float]) -> float:
-    quality = evaluate(made.average())
-    try:
-        number = float(quality)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"evaluate gave {quality!r} for {made.rule}, wanted a finite number")
-    return number
 
 
 def _point(made: Synthesis, quality: float | None, refused: str) -> Point:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import gcd
 from pathlib import Path
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.native import Stored
-from polyak.checkpoints.tensorfile import TensorFile
+from polyak.checkpoints.stored import Stored
 from polyak.checks import is_integer, require, require_positive
 from polyak.offline.averaging import opened
 from polyak.offline.combining import Combination, Source
+from polyak.reading import NamedTensors
 from polyak.recording import Snapshot, snapshots
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule
@@ -53,7 +53,7 @@ class Synthesis:
         precision: of the coarsest stored dtype: the distance from 1 to the next number.
         half_life, mean_age: of the average's profile at that time, in the run's unit of time.
         terms: what is summed.
-        model: name -> dtype, policy and other names of the model's tensors, where snapshots tell.
+        run: what was stored.
     """
 
     rule: Rule
@@ -64,7 +64,12 @@ class Synthesis:
     half_life: float
     mean_age: float
     terms: tuple[Term, ...]
-    model: Mapping[str, Any]
+    run: Run = field(repr=False)
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """name -> dtype, policy and other names of the model's tensors, where snapshots tell."""
+        return self.run.model
 
     def __str__(self) -> str:
         files = len({term.path for term in self.terms})
@@ -94,13 +99,13 @@ class Synthesis:
         Tied weights are there once. Sums are in float64. Snapshots are read and compared with their
         digests first; raises `ValueError` for a damaged one.
         """
-        files = {path: _opened(path) for path in {t.path for t in self.terms if t.slot != LIVE}}
         sources = []
         for term in self.terms:
             if term.slot == LIVE:
                 sources += opened([term.path], None)
             else:
-                slot = _Slot(files[term.path], f"averages/{term.average}/{term.slot}/", self.model)
+                prefix = f"averages/{term.average}/{term.slot}/"
+                slot = _Slot(self.run.snapshot(term.path), prefix, self.model)
                 sources.append(Source(str(term.path), slot))
         dtypes = {name: getattr(torch, str(each["dtype"])) for name, each in self.model.items()}
         shares = np.array([term.coefficient for term in self.terms])
@@ -171,44 +176,10 @@ def synthesize(
     Raises `ValueError` for an error or an amplification above the limits, saying both; for a time
     without snapshots and for snapshots of different runs.
     """
-    found = planned(folder, rule, at, checkpoints)
+    found = Run.of(folder, checkpoints or {}).synthesis(rule, at)
     if problem := found.problem(max_error, max_amplification):
         raise ValueError(problem)
     return found
-
-
-def planned(
-    folder: Path | str | None,
-    rule: Rule | str,
-    at: float | None,
-    checkpoints: Mapping[int, Path | str] | None,
-) -> Synthesis:
-    """The synthesis, however good or bad it is."""
-    rule = as_rule(rule)
-    run = _Run.of(folder, checkpoints or {})
-    at = run.found[-1].time if at is None else at
-    elapsed = run.elapsed_until(at)
-    found = [each for each in run.found if each.column.updates <= len(elapsed)]
-    first = run.found[0].time
-    require(bool(found), "at", at, f"a time of {first:g} or later: nothing was stored before")
-    result = fit([each.column for each in found], rule, elapsed, norm="increments")
-    terms = tuple(
-        each.term(float(c))
-        for each, c in zip(found, result.coefficients, strict=True)
-        if abs(c) > _NOTHING
-    )
-    profile, unit = coefficients(rule, elapsed), at / len(elapsed)
-    return Synthesis(
-        rule=rule,
-        at=at,
-        relative_error=result.relative_error,
-        amplification=result.amplification,
-        precision=max(torch.finfo(dtype).eps for dtype in run.dtypes),
-        half_life=half_life(profile) * unit,
-        mean_age=mean_age(profile) * unit,
-        terms=terms,
-        model=run.model,
-    )
 
 
 class _Found(NamedTuple):
@@ -223,17 +194,21 @@ class _Found(NamedTuple):
         return Term(self.path, self.average, self.column.slot, self.time, coefficient)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """All that was stored of a run, in the order of time, and the times that its updates span."""
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All that was stored of a run, in the order of time, and the times that its updates span.
+
+    Its files are opened, and compared with their digests, once for all that is made of them.
+    """
 
     found: list[_Found]
     elapsed: list[float]
     model: Mapping[str, Any]
     dtypes: frozenset[torch.dtype]
+    opened: dict[Path, Stored] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path | str | None, checkpoints: Mapping[int, Path | str]) -> _Run:
+    def of(cls, folder: Path | str | None, checkpoints: Mapping[int, Path | str]) -> Run:
         if folder is None and not checkpoints:
             raise ValueError(
                 "nothing to make an average of: give a folder of snapshots, or checkpoints"
@@ -253,7 +228,40 @@ class _Run:
         dtypes = frozenset().union(*(snapshot.dtypes for snapshot in recorded))
         return cls(in_order, elapsed, recorded[-1].model, dtypes)
 
-    def elapsed_until(self, at: float) -> list[float]:
+    def synthesis(self, rule: Rule | str, at: float | None) -> Synthesis:
+        """The average that a rule would have had at a time, however well it can be made."""
+        rule = as_rule(rule)
+        at = self.found[-1].time if at is None else at
+        elapsed = self._elapsed_until(at)
+        found = [each for each in self.found if each.column.updates <= len(elapsed)]
+        first = self.found[0].time
+        require(bool(found), "at", at, f"a time of {first:g} or later: nothing was stored before")
+        result = fit([each.column for each in found], rule, elapsed, norm="increments")
+        terms = tuple(
+            each.term(float(c))
+            for each, c in zip(found, result.coefficients, strict=True)
+            if abs(c) > _NOTHING
+        )
+        profile, unit = coefficients(rule, elapsed), at / len(elapsed)
+        return Synthesis(
+            rule=rule,
+            at=at,
+            relative_error=result.relative_error,
+            amplification=result.amplification,
+            precision=max(torch.finfo(dtype).eps for dtype in self.dtypes),
+            half_life=half_life(profile) * unit,
+            mean_age=mean_age(profile) * unit,
+            terms=terms,
+            run=self,
+        )
+
+    def snapshot(self, path: Path) -> Stored:
+        """A snapshot, whole; raises `ValueError` for a damaged one."""
+        if path not in self.opened:
+            self.opened[path] = Stored.open(path)
+        return self.opened[path]
+
+    def _elapsed_until(self, at: float) -> list[float]:
         """The times that updates span, up to the last one not after `at`."""
         times = list(accumulate(self.elapsed))
         slack = 1e-9 * times[-1]
@@ -291,11 +299,7 @@ def _update_at(elapsed: list[float], time: float) -> int:
     return nearest + 1
 
 
-def _opened(path: Path) -> Stored:
-    return Stored(TensorFile(path))
-
-
-class _Slot(Mapping[str, Tensor]):
+class _Slot(NamedTensors):
     """A slot of a snapshot by the model's names, with the copied tensors of that time."""
 
     def __init__(self, stored: Stored, prefix: str, model: Mapping[str, Any]) -> None:
@@ -308,8 +312,6 @@ class _Slot(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._stored.tensor(self._keys[name])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self._keys
