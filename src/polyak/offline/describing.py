@@ -104,7 +104,7 @@ def describe(path: Path | str) -> Description:
 
     Tensors without names are called by their positions. A snapshot's averages are those of the last.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from polyak import Averager, save
     >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"
     >>> averager = Averager({"w": torch.zeros(3)}, "window(2)")
