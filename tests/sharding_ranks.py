@@ -7,10 +7,11 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # torch's own
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from polyak.checkpoints import export
+from polyak.sharding import stream
 
 RULES = {"ema": "exponential(0.9)", "all": "uniform()", "last": "window(3)", "bema": "bema()"}
 ROWS = 8
@@ -90,11 +92,29 @@ def grid(model: Net) -> Net:
     return model
 
 
+def hybrid(model: Net) -> Net:
+    """Shards on two ranks, twice."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model.block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def offloaded(model: Net) -> Net:
+    """Shards rest in the host's memory."""
+    policy = CPUOffloadPolicy(pin_memory=False)
+    fully_shard(model.block, offload_policy=policy)
+    fully_shard(model, offload_policy=policy)
+    return model
+
+
 Sharded = Callable[[Net], Net]
 PARTS: dict[Sharded, Callable[[], tuple[int, int]]] = {
     fsdp: lambda: (dist.get_rank(), dist.get_world_size()),
     tensor_parallel: lambda: (0, 1),
     grid: lambda: (dist.get_rank() // 2, 2),
+    hybrid: lambda: (dist.get_rank(), 4),
+    offloaded: lambda: (dist.get_rank(), dist.get_world_size()),
 }
 
 
@@ -158,13 +178,15 @@ def require_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def raises(kind: type[BaseException], *said: str) -> Iterator[None]:
+def raises(
+    kind: type[BaseException] | tuple[type[BaseException], ...], *said: str
+) -> Iterator[None]:
     try:
         yield
     except kind as error:
         assert all(each in str(error) for each in said), str(error)
     else:
-        raise AssertionError(f"no {kind.__name__}")
+        raise AssertionError(f"no {kind}")
 
 
 class DTensorOperations(TorchDispatchMode):
@@ -265,6 +287,32 @@ def narrow_weights_come_back_bit_for_bit(sharded: Sharded) -> None:
         run.evaluate()
         require_same(run.parts(), {n: to_local(t).to(before[n]) for n, t in average.items()})
     require_same(run.parts(), before)
+
+
+def equal_parts_are_rounded_alike(sharded: Sharded) -> None:
+    """At random, on whichever ranks they are."""
+    run = Training(sharded, torch.float32)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+    averager = polyak.Averager(run.model, "exponential(0.99)", **options)
+    run.train(6, averager)
+    average = averager.average()
+    for name, tensor in average.items():
+        where = stream(tensor)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (where, to_local(tensor)))
+        for at, part in parts:
+            if at == where:
+                assert torch.equal(part, to_local(tensor)), name
+    again = polyak.Averager(run.model, "exponential(0.99)", **options)
+    again.load_state_dict(averager.state_dict())
+    run.train(3, averager, again)
+    require_same(whole(again.average()), whole(averager.average()))
+    plain_one = polyak.Averager(run.model, "exponential(0.99)", dtype=torch.bfloat16)
+    plain_one.load_state_dict(averager.state_dict())
+    run.train(1, averager, plain_one)
+    got = {n: to_local(t) for n, t in averager.average().items()}
+    differ = [n for n, t in plain_one.average().items() if not torch.equal(to_local(t), got[n])]
+    assert "first.weight" in differ
 
 
 def an_exception_restores(sharded: Sharded) -> None:
@@ -418,6 +466,7 @@ LAWS: list[Callable[[Sharded], None]] = [
     an_update_neither_communicates_nor_dispatches,
     applied_leaves_the_trajectory_as_it_was,
     narrow_weights_come_back_bit_for_bit,
+    equal_parts_are_rounded_alike,
     an_exception_restores,
     what_was_sharded_later_is_refused,
     replaced_weights_are_followed,
@@ -428,23 +477,37 @@ LAWS: list[Callable[[Sharded], None]] = [
 ]
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def run_laws(folder: Path, rank: int, world: int, laws: Sequence[Callable[[], None]]) -> NoReturn:
     """Prints a line a law that holds; ends at the first that does not, as other ranks may wait."""
-    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=world)
-    for sharded in [fsdp, tensor_parallel] + [grid] * (world == 4):
-        for law in LAWS:
-            law(sharded)
-            print(f"{sharded.__name__}: {law.__name__}", flush=True)
-            dist.barrier()
-
-
-if __name__ == "__main__":
     code = 0
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=world)
+        for law in laws:
+            law()
+            print(law.__name__, flush=True)
+            dist.barrier()
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo's threads may not let go
+
+
+def of(sharded: Sharded) -> list[Callable[[], None]]:
+    """All laws of models sharded so, with names that tell it."""
+    held: list[Callable[[], None]] = []
+    for law in LAWS:
+        bound = partial(law, sharded)
+        bound.__name__ = f"{sharded.__name__}: {law.__name__}"  # type: ignore[attr-defined]
+        held.append(bound)
+    return held
+
+
+def laws_on(world: int) -> list[Callable[[], None]]:
+    more = [grid, hybrid] if world == 4 else [offloaded]
+    return [law for sharded in [fsdp, tensor_parallel, *more] for law in of(sharded)]
+
+
+if __name__ == "__main__":
+    run_laws(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), laws_on(int(sys.argv[3])))

@@ -12,7 +12,7 @@ from torch import nn
 
 from models import assert_same
 from polyak import Averager, Exponential, Tail, Uniform
-from polyak.rounding import stochastic_round
+from polyak.rounding import seed, stochastic_round
 
 
 def gap_after(decay: float, updates: int, **options: Any) -> torch.Tensor:
@@ -112,20 +112,12 @@ def test_resumed_is_undisturbed_bit_for_bit(rounding: Any) -> None:
     assert_same(second.average(), undisturbed.average())
 
 
-def test_random_numbers_of_a_state_are_checked_and_those_of_absent_devices_begin_anew() -> None:
-    weights = {"w": torch.zeros(3)}
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "rounding": "stochastic"}
-    averager = Averager(weights, Uniform(), **options)
-    averager.update()
-    state = averager.state_dict()
-    for wrong in ({"cpu": torch.zeros(3, dtype=torch.uint8)}, {"cpu": 3}):
-        broken = {"average": {**state["averages"]["average"], "random": wrong}}
-        with pytest.raises(ValueError, match=r"random, cpu: no state of random numbers"):
-            averager.load_state_dict({**state, "averages": broken})
-    elsewhere = {"cuda:7": torch.zeros(16, dtype=torch.uint8)}
-    moved = {"average": {**state["averages"]["average"], "random": elsewhere}}
-    averager.load_state_dict({**state, "averages": moved})
-    assert averager.count == 1
+def test_each_update_each_slot_and_each_part_have_random_numbers_of_their_own() -> None:
+    places = [
+        (n, slot, part) for n in range(30) for slot in "ab" for part in ("", "Shard(dim=0) 1")
+    ]
+    assert len({seed(*place) for place in places}) == len(places)
+    assert seed(3, "a", "") == seed(3, "a", "")
 
 
 def test_averaging_leaves_the_random_stream_alone() -> None:

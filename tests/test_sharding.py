@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from sharding_ranks import LAWS
+import replicas_ranks
+import sharding_ranks
 
-RANKS = Path(__file__).with_name("sharding_ranks.py")
 
-
-def said_by(world: int, folder: Path, seconds: float) -> list[str]:
-    """What so many real processes print, once all of them are done; the first that fails ends all."""
+def said_by(script: Path | str, world: int, folder: Path, seconds: float) -> list[str]:
+    """What so many real processes of a script print, once all of them are done; the first that fails ends all."""
     logs = [folder / f"rank{rank}" for rank in range(world)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, str(RANKS), str(folder), str(rank), str(world)]
+        command = [sys.executable, str(script), str(folder), str(rank), str(world)]
         with log.open("w") as said, Path(f"{log}.errors").open("w") as errors:
             processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=errors))
     deadline = time.monotonic() + seconds
@@ -43,7 +42,14 @@ def said_by(world: int, folder: Path, seconds: float) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_models(tmp_path: Path, world: int) -> None:
-    kinds = ["fsdp", "tensor_parallel", "grid"][: 2 if world == 2 else 3]
-    wanted = [f"{kind}: {law.__name__}" for kind in kinds for law in LAWS]
-    for said in said_by(world, tmp_path, seconds=240):
+    wanted = [law.__name__ for law in sharding_ranks.laws_on(world)]
+    for said in said_by(sharding_ranks.__file__, world, tmp_path, seconds=240):
+        assert said.splitlines() == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_averages_divided_over_replicas(tmp_path: Path, world: int) -> None:
+    wanted = [law.__name__ for law in replicas_ranks.LAWS]
+    for said in said_by(replicas_ranks.__file__, world, tmp_path, seconds=240):
         assert said.splitlines() == wanted

@@ -8,13 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from polyak.live import Kind, kind
+from polyak.engine import Average
+from polyak.live import Kind, LiveWeights, kind
+from polyak.replicas import gather_
+from polyak.sharding import local
 from polyak.tensors import exchange_
 from polyak.tracking import Tracked
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(eq=False)
@@ -33,11 +40,11 @@ class _Trade:
 
     def intact(self) -> bool:
         """Whether the tensor is still where it was, so that contents can trade places again."""
-        return self.item.now() is self.live and kind(self.live) == kind(self.slot)
+        return self.item.own() is self.live and kind(self.live) == kind(self.slot)
 
     def leave(self) -> None:
         """Gives back what a replaced, moved or removed tensor held, and the average to its slot."""
-        now = self.item.now()
+        now = self.item.own()
         average = self.live.detach().clone()
         for tensor in (self.live, now):
             if tensor is not None:
@@ -65,17 +72,15 @@ class _Replacement:
     kept: Tensor | None = None
     version: int = 0
 
+    def keep(self) -> None:
+        self.kept, self.version = self.live.detach().clone(), self.live._version
+
     def enter(self) -> None:
-        kept = self.live.detach().clone()
-        try:
-            self.live.data.copy_(self.average)
-        except BaseException:
-            self.live.data.copy_(kept)
-            raise
-        self.kept, self.version = kept, self.live._version
+        self.keep()
+        self.live.data.copy_(self.average)
 
     def leave(self) -> None:
-        now = self.item.now()
+        now = self.item.own()
         for tensor in (self.live, now):
             if tensor is not None and self.kept is not None:
                 tensor.data.copy_(self.kept)
@@ -92,7 +97,7 @@ class _Replacement:
 
 
 def _changed(item: Tracked, live: Tensor) -> str:
-    now = item.now()
+    now = item.own()
     if now is None:
         return "removed"
     return "replaced" if now is not live else ""
@@ -102,14 +107,17 @@ def _changed(item: Tracked, live: Tensor) -> str:
 class Exchange:
     """A plan of trades and replacements: `enter`, then `leave`, which undoes what was entered.
 
-    After `leave`, `problems` says what was done to the weights in between, and `spoilt` whether
+    Averages that lie in rows on the ranks of a mesh are gathered to replace whole tensors; `prepare`
+    then does what can fail on one rank alone. To leave, no rank needs another. After `leave`, `problems` says what was done to the weights in between, and `spoilt` whether
     the average's own slots have suffered from it.
     """
 
+    mesh: DeviceMesh | None = None
     problems: list[str] = field(default_factory=list)
     spoilt: bool = False
     _trades: dict[Kind, list[_Trade]] = field(default_factory=dict)
     _replacements: list[_Replacement] = field(default_factory=list)
+    _gathered: list[_Replacement] = field(default_factory=list)
     _traded: list[list[_Trade]] = field(default_factory=list)
     _replaced: list[_Replacement] = field(default_factory=list)
 
@@ -118,8 +126,15 @@ class Exchange:
         self._trades.setdefault(kind(slot), []).append(_Trade(item, item.live(), slot))
 
     def replace(self, item: Tracked, average: Tensor) -> None:
-        """Plans to keep a live tensor aside and to write an average into it."""
-        self._replacements.append(_Replacement(item, item.live(), average))
+        """Plans to keep a live tensor aside and to write an average, or this rank's rows, into it."""
+        plan = self._replacements if item.mesh is None else self._gathered
+        plan.append(_Replacement(item, local(item.found()), average))
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Keeps aside what is to be gathered over; nothing is written yet."""
+        for replacement in self._gathered:
+            replacement.keep()
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -131,8 +146,12 @@ class Exchange:
                 for trade in trades:
                     trade.begin()
             for replacement in self._replacements:
-                replacement.enter()
                 self._replaced.append(replacement)
+                replacement.enter()
+            if self.mesh is not None:
+                self._replaced += self._gathered
+                wholes = [replacement.live.data for replacement in self._gathered]
+                gather_(wholes, [each.average for each in self._gathered], self.mesh)
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -170,6 +189,25 @@ class Exchange:
             f"applied: inside the block {listed}. The live weights are back and {fate}: train, "
             "load and move the model outside the block"
         )
+
+
+def planned(
+    live: LiveWeights, average: Average, copies: Sequence[Tensor], mesh: DeviceMesh | None
+) -> Exchange:
+    """What lets a model carry an average: whose contents trade places, which live ones are kept aside."""
+    exchange, kept = Exchange(mesh), []
+    lone = average.lone_slot()
+    for i, item in enumerate(live.averaged):
+        trades = lone and item.kind != "buffer" and item.mesh is None
+        if lone and trades and kind(item.live()) == kind(lone[i]):
+            exchange.trade(item, lone[i])
+        else:
+            kept.append(i)
+    for i, tensor in zip(kept, average.read(live, kept), strict=True):
+        exchange.replace(live.averaged[i], tensor)
+    for item, copy in zip(live.copied, copies, strict=True):
+        exchange.replace(item, copy)
+    return exchange
 
 
 def _exchange(trades: list[_Trade]) -> None:

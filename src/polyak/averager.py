@@ -14,26 +14,40 @@ says (`polyak.rules`) to the tensors that `polyak.tracking` decided on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from polyak.applying import Exchange, uninterrupted
+from polyak.applying import Exchange, planned, uninterrupted
 from polyak.checks import require_positive
 from polyak.engine import Average, Form
 from polyak.guard import Attachment
-from polyak.live import LiveWeights, kind
+from polyak.live import LiveWeights
+from polyak.ranks import together
 from polyak.reading import AverageWeights
+from polyak.replicas import gather_, require_same
 from polyak.rounding import Rounding, require_rounding
 from polyak.rules import Rule, Tick
-from polyak.sharding import Shape, is_distributed, local, require_beside, reshard, shape
-from polyak.specs import as_rule
+from polyak.sharding import (
+    Shape,
+    is_distributed,
+    local,
+    one_mesh,
+    require_beside,
+    reshard,
+    shape,
+)
+from polyak.specs import as_rule, as_specs
 from polyak.states import STATE_FORMAT, checked
 from polyak.summary import Summary, summarise
 from polyak.tracking import Buffers, Select, Source, Tracked, difference, report, track
 from polyak.updating import Nonfinite, Updating
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 ONLY = "average"
 """The name of the average where there is but one."""
@@ -63,6 +77,10 @@ class Averager:
             "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
             parameters too.
         select: what is tracked: a pattern, several, or a function of the name. By default all.
+        shard: a `torch.distributed` process group, or a device mesh of one dimension, whose ranks
+            all have these weights whole (DistributedDataParallel): each rank holds and updates its
+            rows of every average, 1/N of the memory, and to apply one it is gathered. Every rank
+            of it makes the averager, and enters `applied`, at the same place of the program.
         nonfinite: of an update that finds NaN or inf in the weights: "allow" averages them, "skip"
             leaves the average as it is and counts (`skipped`), "error" raises. The last two read
             the weights once more; the host waits at most for the update before.
@@ -91,39 +109,37 @@ class Averager:
         buffers: Buffers = "auto",
         select: Select = None,
         nonfinite: Nonfinite = "allow",
+        shard: DeviceMesh | ProcessGroup | None = None,
     ) -> None:
         if dtype not in (None, *SLOT_DTYPES):
             wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
             raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
         place = None if device is None else torch.device(device)
-        self._options = (buffers, select)
-        self._live = LiveWeights(model, buffers, select)
-        sharded = [item for item in self._live.stored() if is_distributed(item.held())]
-        require_beside((item.held() for item in sharded), place)
-        if sharded and nonfinite in ("skip", "error"):
-            raise ValueError(
-                f'nonfinite is "{nonfinite}" and the weights are sharded ({sharded[0].name}): ranks '
-                'would decide each by its own part, and go apart; wanted "allow"'
+        self._mesh = None if shard is None else one_mesh(shard, _device(model))
+        self._options = (buffers, select, self._mesh)
+        with self._together("Averager"):
+            self._live = LiveWeights(model, buffers, select, mesh=self._mesh)
+            self._refuse_sharded(place, nonfinite)
+            self._averages = {
+                name: Average(rule, dtype=dtype, device=place, rounding=rounding)
+                for name, rule in _named(rule).items()
+            }
+            first = next(iter(self._averages.values()))
+            require_rounding(rounding, {dtype for _, dtype in first.forms(self._live).values()})
+            self._updating = Updating(
+                self._live,
+                list(self._averages.values()),
+                every=every,
+                nonfinite=nonfinite,
+                device=place,
             )
-        self._averages = {
-            name: Average(rule, dtype=dtype, device=place, rounding=rounding)
-            for name, rule in _named(rule).items()
-        }
-        first = next(iter(self._averages.values()))
-        require_rounding(rounding, {dtype for _, dtype in first.forms(self._live).values()})
-        self._updating = Updating(
-            self._live,
-            list(self._averages.values()),
-            every=every,
-            nonfinite=nonfinite,
-            device=place,
-        )
         self.run: str | None = None
         """The run that a `Recorder` stores, if one does; kept in states."""
         self.mixed = False
         """Whether the slots were made by other rules too (`polyak.load(change_rule=True)`)."""
         self._applied: str | None = None
         self._attachment: Attachment | None = None
+        self.check_replicas()
 
     @property
     def rule(self) -> Rule | dict[str, Rule]:
@@ -174,6 +190,23 @@ class Averager:
         """How many updates were left out because weights were not finite (`nonfinite="skip"`)."""
         self._updating.settle()
         return self._updating.skipped
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks have a part each, of the weights or of the averages alone."""
+        return any(is_distributed(item.held()) for item in self._live.stored())
+
+    def check_replicas(self) -> None:
+        """With `shard`, compares the weights of all ranks, bit for bit; collective.
+
+        It is called at the start and when an average is saved. Raises `RuntimeError` naming the
+        tensors in which ranks differ: their rows would be averages of different models.
+        """
+        if self._mesh is None:
+            return
+        divided = {i.name: i.found() for i in self._live.averaged if i.mesh is not None}
+        told = f"{as_specs(self.rules)} every={self.every}"
+        require_same("Averager", divided, told, self._mesh)
 
     def update(self, elapsed: float | None = None) -> None:
         """Counts one call and, at every `every`-th, moves the slots towards the live weights.
@@ -256,8 +289,10 @@ class Averager:
         if self._applied == label:
             yield
             return
-        self._ready(f"applied({label!r})", average)
-        exchange = self._exchange(average)
+        with self._together(f"applied({label!r})"):
+            self._ready(f"applied({label!r})", average)
+            exchange = planned(self._live, average, self._updating.copies, self._mesh)
+            exchange.prepare()
         self._applied = label
         try:
             exchange.enter()
@@ -281,13 +316,19 @@ class Averager:
         Raises `ValueError` listing names that are missing, extra or of another shape;
         `RuntimeError` before the first update and inside `applied()`.
         """
-        average = self.average(name)
-        reshard(model)
-        found = [item for item in track(model, *self._options) if item.policy != "live"]
-        if lines := difference(_shapes(self._live.stored()), _shapes(found)):
-            raise ValueError(report("copy_to: the model's tensors are not the average's", lines))
+        with self._together("copy_to"):
+            average = {name: local(tensor) for name, tensor in self.average(name).items()}
+            reshard(model)
+            found = [item for item in track(model, *self._options) if item.policy != "live"]
+            if lines := difference(_shapes(self._live.stored()), _shapes(found)):
+                title = "copy_to: the model's tensors are not the average's"
+                raise ValueError(report(title, lines))
         for item in found:
-            item.live().copy_(local(average[item.name]))
+            if item.mesh is None:
+                item.live().copy_(average[item.name])
+        divided = [item for item in found if item.mesh is not None]
+        if self._mesh is not None:
+            gather_([i.found() for i in divided], [average[i.name] for i in divided], self._mesh)
 
     def state_dict(self) -> dict[str, Any]:
         """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
@@ -318,7 +359,7 @@ class Averager:
         new = checked(state, self._live, self._averages)
         for name, average in self._averages.items():
             held = new.averages[name]
-            average.take(self._live, held.tick, held.slots, held.random)
+            average.take(self._live, held.tick, held.slots)
         self._updating.take(new.calls, new.elapsed, new.skipped, new.copies)
         self.run, self.mixed = new.run, new.mixed
 
@@ -335,20 +376,20 @@ class Averager:
             elapsed=float(self._updating.every),
         )
 
-    def _exchange(self, average: Average) -> Exchange:
-        """The plan of `applied`: whose contents are exchanged, which live tensors are kept aside."""
-        exchange, kept = Exchange(), []
-        lone = average.lone_slot()
-        for i, item in enumerate(self._live.averaged):
-            if lone and item.kind != "buffer" and kind(item.live()) == kind(lone[i]):
-                exchange.trade(item, lone[i])
-            else:
-                kept.append(i)
-        for i, tensor in zip(kept, average.read(self._live, kept), strict=True):
-            exchange.replace(self._live.averaged[i], tensor)
-        for item, copy in zip(self._live.copied, self._updating.copies, strict=True):
-            exchange.replace(item, copy)
-        return exchange
+    def _together(self, call: str) -> AbstractContextManager[None]:
+        """A block that fails on all ranks if it fails on one, where they share averages."""
+        return nullcontext() if self._mesh is None else together(call, self._mesh.get_group())
+
+    def _refuse_sharded(self, place: torch.device | None, nonfinite: str) -> None:
+        """Raises `ValueError` for what sharded weights cannot have."""
+        stored = self._live.stored()
+        require_beside((item.held() for item in stored), place)
+        sharded = [item.name for item in stored if is_distributed(item.held())]
+        if sharded and nonfinite in ("skip", "error"):
+            raise ValueError(
+                f'nonfinite is "{nonfinite}" and the weights are sharded ({sharded[0]}): ranks '
+                'would decide each by its own part, and go apart; wanted "allow"'
+            )
 
     def _give_back(self, exchange: Exchange, average: Average) -> None:
         try:
@@ -401,6 +442,12 @@ class Averager:
     def _after_steps(self, found_inf: list[Tensor]) -> None:
         self._refuse_applied("update")
         self._updating.call(1.0, found_inf)
+
+
+def _device(model: Source) -> torch.device:
+    """Where the first tensor of a model is."""
+    tensors = model.parameters() if isinstance(model, nn.Module) else iter(model.values())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _shapes(tracked: Sequence[Tracked]) -> dict[str, Shape]:

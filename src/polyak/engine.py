@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak import tensors
 from polyak.live import Groups, LiveWeights
-from polyak.rounding import Rounding, compensated_lerp_, stalled, stochastic_lerp_
+from polyak.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
 from polyak.rules import LIVE, START, Rule, Tick
 from polyak.sharding import as_distributed
 from polyak.tracking import Tracked
@@ -20,32 +20,15 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 
 class Move(NamedTuple):
-    """A slot's tensors in the live weights' groups, how far they move, and how they are rounded."""
+    """A slot's tensors in the live weights' groups, how far they move, and how they are rounded.
+
+    `seeds` are those of the groups, of random numbers that leave training's alone.
+    """
 
     slots: Groups
     fraction: float
     residues: Groups | None = None
-    generators: Generators | None = None
-
-
-class Generators:
-    """Random numbers of its own for each device, so that averaging leaves training's alone."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, torch.Generator] = {}
-
-    def on(self, device: torch.device) -> torch.Generator:
-        """The generator of a device."""
-        if str(device) not in self._of:
-            self._of[str(device)] = torch.Generator(device).manual_seed(0)
-        return self._of[str(device)]
-
-    def state(self) -> dict[str, Tensor]:
-        return {device: generator.get_state() for device, generator in self._of.items()}
-
-    def take_state(self, state: Mapping[str, Tensor]) -> None:
-        for device, held in state.items():
-            self.on(torch.device(device)).set_state(held)
+    seeds: Sequence[int] | None = None
 
 
 def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None:
@@ -53,40 +36,59 @@ def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None
 
     Where `ok`, a 0-dim truth on a device, is false, everything stays as it is; no one asks it.
     """
-    plain = [m for m in moves if m.residues is None and m.generators is None and ok is None]
+    plain = [m for m in moves if m.residues is None and m.seeds is None and ok is None]
     fractions = [move.fraction for move in plain]
     for g, weights in enumerate(live):
         tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions)
     for move in moves if len(plain) < len(moves) else ():
         for g, weights in enumerate(live):
+            residues = move.residues[g] if move.residues is not None else None
+            generator = _generator(move, g)
             if ok is not None:
-                _masked_move_(move, g, weights, ok)
-            elif move.residues is not None or move.generators is not None:
-                residues = move.residues[g] if move.residues is not None else None
-                _rounded_move_(move, move.slots[g], weights, residues)
+                _masked_move_(move.fraction, move.slots[g], weights, residues, generator, ok)
+            elif residues is not None or generator is not None:
+                _rounded_move_(move.fraction, move.slots[g], weights, residues, generator)
+
+
+def _generator(move: Move, g: int) -> torch.Generator | None:
+    if move.seeds is None:
+        return None
+    return torch.Generator(move.slots[g][0].device).manual_seed(move.seeds[g])
 
 
 def _rounded_move_(
-    move: Move, slots: list[Tensor], live: list[Tensor], residues: list[Tensor] | None
+    fraction: float,
+    slots: list[Tensor],
+    live: list[Tensor],
+    residues: list[Tensor] | None,
+    generator: torch.Generator | None,
 ) -> None:
-    """A move of some of its tensors, with its rounding."""
+    """A move of some tensors of a slot, with its rounding."""
     if residues is not None:
-        compensated_lerp_(slots, residues, live, move.fraction)
-    elif move.generators is not None:
-        stochastic_lerp_(slots, live, move.fraction, move.generators.on(slots[0].device))
+        compensated_lerp_(slots, residues, live, fraction)
+    elif generator is not None:
+        stochastic_lerp_(slots, live, fraction, generator)
     else:
-        tensors.lerp_(slots, live, move.fraction)
+        tensors.lerp_(slots, live, fraction)
 
 
 @torch.no_grad()
-def _masked_move_(move: Move, g: int, live: list[Tensor], ok: Tensor) -> None:
+def _masked_move_(
+    fraction: float,
+    slots: list[Tensor],
+    live: list[Tensor],
+    residues: list[Tensor] | None,
+    generator: torch.Generator | None,
+    ok: Tensor,
+) -> None:
     """A move that is taken back, part by part, where `ok` is false: NaN times 0 would stay NaN."""
-    written = [move.slots[g]] if move.residues is None else [move.slots[g], move.residues[g]]
+    written = [slots] if residues is None else [slots, residues]
     here = ok.to(written[0][0].device)
     length = tensors.chunk_length([live[0], written[0][0]], temporaries=3)
     for weights, *columns in tensors.parts([live, *written], length):
         before = [[tensor.clone() for tensor in column] for column in columns]
-        _rounded_move_(move, columns[0], weights, columns[1] if len(columns) > 1 else None)
+        lows = columns[1] if len(columns) > 1 else None
+        _rounded_move_(fraction, columns[0], weights, lows, generator)
         for column, held in zip(columns, before, strict=True):
             for tensor, was in zip(column, held, strict=True):
                 tensor.copy_(torch.where(here, tensor, was))
@@ -114,7 +116,7 @@ class Average:
         self._dtype = dtype
         self._device = device
         self._compensated = rounding == "compensated"
-        self._generators = Generators() if rounding == "stochastic" else None
+        self._stochastic = rounding == "stochastic"
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
 
@@ -129,14 +131,17 @@ class Average:
         if slot not in self.slots:
             self._allocate(live, slot, fraction)
         residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
-        return Move(self.groups(live, slot), fraction, residues, self._generators)
+        seeds = None
+        if self._stochastic:
+            seeds = [seed(self.tick.n, slot, each) for each in live.streams]
+        return Move(self.groups(live, slot), fraction, residues, seeds)
 
     def stalled(self, live: LiveWeights, elapsed: float) -> float:
         """The share of the weights that differ from their live ones and yet would not move next.
 
         0 before the first update, and with rounding that never stalls.
         """
-        if self.tick.n == 0 or self._compensated or self._generators is not None:
+        if self.tick.n == 0 or self._compensated or self._stochastic:
             return 0.0
         stay = move = 0
         for slot, fraction in self.rule.fractions(self.rule.tick(self.tick, elapsed)).items():
@@ -159,12 +164,12 @@ class Average:
         like = next(iter(self.slots.values()))
         chosen = range(len(like)) if wanted is None else wanted
         out = {i: torch.empty_like(like[i]) for i in chosen}
-        weights = [item.live() for item in live.averaged]
         coefficients = self.rule.readout(self.tick)
+        weights = {i: live.averaged[i].live() for i in chosen} if LIVE in coefficients else {}
         for group in live.indices:
             here = [i for i in group if i in out]
             terms = [
-                ([(weights if slot == LIVE else self.slots[slot])[i] for i in here], coefficient)
+                ([weights[i] if slot == LIVE else self.slots[slot][i] for i in here], coefficient)
                 for slot, coefficient in coefficients.items()
             ]
             if here:
@@ -189,8 +194,7 @@ class Average:
     def state(self, live: LiveWeights) -> dict[str, Any]:
         """Rule, clock and slots as data; the tensors are the slots themselves, or share their memory."""
         slots = {slot: named(live.averaged, held) for slot, held in self.slots.items()}
-        state = {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
-        return state if self._generators is None else {**state, "random": self._generators.state()}
+        return {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
 
     def known_slots(self) -> set[str]:
         """The names of all slots that this average may hold."""
@@ -202,11 +206,7 @@ class Average:
 
     @torch.no_grad()
     def take(
-        self,
-        live: LiveWeights,
-        tick: Tick,
-        slots: Mapping[str, Mapping[str, Tensor]],
-        random: Mapping[str, Tensor],
+        self, live: LiveWeights, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         """Takes over a clock and copies of slots, all of them checked."""
         filled = {}
@@ -215,8 +215,6 @@ class Average:
             filled[slot] = self._empty(live, dtypes)
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
         self.tick, self.slots, self._grouped, self.spoilt = tick, filled, {}, ""
-        if self._generators is not None:
-            self._generators.take_state(random)
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
         """Makes tensors that belong to someone else (a module) the tensors of a slot."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from polyak.sharding import Shape, Shards, is_distributed, reshard, shape
+from polyak.sharding import Shape, Shards, is_distributed, reshard, shape, stream
 from polyak.tracking import (
     Buffers,
     Policy,
@@ -23,6 +23,9 @@ from polyak.tracking import (
     track,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Kind = tuple[torch.dtype, torch.device]
 Groups = list[list[Tensor]]
 _END = (None,)  # what was added behind the last would not be seen without it
@@ -33,15 +36,21 @@ class LiveWeights:
 
     Tensors keep the order of the first look, or that of `order`, however a model orders them later:
     lists in parallel to `averaged` and `copied` stay right. `indices` are those of `averaged` that
-    one foreach call can take, group by group. `generation` counts how often tensors
-    were found to be replaced or moved, so that what was grouped before can be grouped anew.
+    one foreach call can take, group by group; `streams` tell the parts of groups apart, and are the
+    same on ranks that have the same parts. `generation` counts how often tensors were found to be
+    replaced or moved, so that what was grouped before can be grouped anew.
     """
 
     def __init__(
-        self, model: Source, buffers: Buffers, select: Select, order: Sequence[str] | None = None
+        self,
+        model: Source,
+        buffers: Buffers,
+        select: Select,
+        order: Sequence[str] | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self._model = model
-        self._options = (buffers, select)
+        self._options = (buffers, select, mesh)
         self.generation = 0
         tracked = self._look()
         self._forms = _forms(tracked)
@@ -82,7 +91,7 @@ class LiveWeights:
         """Looks all tensors up anew; raises `RuntimeError` if names, shapes or policies differ."""
         tracked = self._look()
         if lines := difference(self._forms, _forms(tracked)):
-            if any(is_distributed(item.held()) for item in tracked):
+            if any(is_distributed(item.found()) for item in tracked):
                 lines.append("shard the model (fully_shard, parallelize_module) before")
             raise RuntimeError(
                 report(f"{call}: not the tensors that the averager was made with", lines)
@@ -107,12 +116,17 @@ class LiveWeights:
         self.averaged = [item for item in self.tracked if item.policy == "average"]
         self.copied = [item for item in self.tracked if item.policy == "copy"]
         self._views = holders(self._model, self.averaged)
-        self._shards = Shards([item.held() for item in self.averaged])
+        self._shards = Shards(
+            [item.found() for item in self.averaged],
+            [item.found() for item in self.averaged if item.mesh is not None],
+        )
         self._seen = [*chain.from_iterable(self._views), *_END]
-        indices: dict[Kind, list[int]] = {}
+        indices: dict[tuple[Kind, str], list[int]] = {}
         for i, item in enumerate(self.averaged):
-            indices.setdefault(kind(item.live()), []).append(i)
-        self._kinds, self.indices = list(indices), list(indices.values())
+            indices.setdefault((kind(item.live()), stream(item.held())), []).append(i)
+        self._kinds = [each for each, _ in indices]
+        self.streams = [each for _, each in indices]
+        self.indices = list(indices.values())
         self._groups = self.group([item.live() for item in self.averaged])
         self.generation += 1
 

@@ -10,6 +10,7 @@ last place: bfloat16 never moves at decay .999, float32 stops at a relative erro
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Literal, get_args
 
 import torch
@@ -33,6 +34,15 @@ def require_rounding(rounding: str, dtypes: set[torch.dtype]) -> None:
             f"stochastic rounding of {', '.join(sorted(wide))} slots: wanted bfloat16 or float16, "
             "such as dtype=torch.bfloat16"
         )
+
+
+def seed(*place: object) -> int:
+    """A seed of random numbers for one place in a run: the same numbers whenever it is come by again.
+
+    So states hold none, an update that is made once more rounds as it did, and ranks that hold the
+    same part of a tensor round it alike.
+    """
+    return int.from_bytes(blake2b(repr(place).encode(), digest_size=4).digest(), "big")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sharding: the part of a tensor that lies on this rank, under FSDP2 and tensor parallelism.
+"""Sharding: the part of a tensor that lies on this rank, under FSDP2, tensor parallelism, or by rows.
 
 An average is elementwise, so each rank averages its own shards, exactly, and no rank asks another.
 Shards become DTensors only where they leave an averager. What `torch.distributed` keeps private is
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
@@ -74,6 +75,64 @@ def as_distributed(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def one_mesh(shard: DeviceMesh | ProcessGroup, device: torch.device) -> DeviceMesh:
+    """The ranks that share averages among them, as a mesh of one dimension.
+
+    Raises `TypeError` for another object; `ValueError` for a mesh of several dimensions, and where
+    this process is none of the ranks.
+    """
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(shard, (DeviceMesh, ProcessGroup)):
+        wanted = "a ProcessGroup (torch.distributed.group.WORLD) or a DeviceMesh of one dimension"
+        raise TypeError(f"shard is {type(shard).__name__}, wanted {wanted}")
+    mesh = DeviceMesh.from_group(shard, device.type) if isinstance(shard, ProcessGroup) else shard
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"shard is a mesh of {mesh.ndim} dimensions ({mesh}), wanted the one over which the "
+            'weights are equal, such as mesh["data"]'
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"shard is over the ranks {mesh.mesh.tolist()}, and this is none of them")
+    return mesh
+
+
+def rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows of a tensor that every rank of a mesh has whole: a view, cut as `Shard(0)` is."""
+    length = rows_of_a_rank(whole, mesh)
+    start = min(mesh.get_local_rank() * length, whole.shape[0])
+    return whole.detach().narrow(0, start, min(length, whole.shape[0] - start))
+
+
+def rows_of_a_rank(whole: Tensor, mesh: DeviceMesh) -> int:
+    """How many rows the first ranks of a mesh have each; the last may have fewer, or none."""
+    return -(-whole.shape[0] // mesh.size())
+
+
+def spread(whole: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A tensor that every rank of a mesh has whole, as a DTensor whose parts are its `rows`."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(
+        rows(whole, mesh),
+        mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def stream(tensor: Tensor) -> str:
+    """The same text on ranks that have the same part of a tensor, another where the part is another."""
+    if not is_distributed(tensor):
+        return ""
+    where: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
+    placed = zip(tensor.placements, where, strict=False)
+    return ", ".join("same" if p.is_replicate() else f"{p!r} {at}" for p, at in placed)
+
+
 def shape(tensor: Tensor) -> Shape:
     """What two tensors must agree in to be averaged: the shape, and the layout of a DTensor."""
     if is_distributed(tensor):
@@ -98,15 +157,23 @@ def reshard(model: object) -> None:
 
 
 class Shards:
-    """The sharded ones among some tensors, with their parts as they were found."""
+    """The sharded ones among a model's tensors, with their parts as they were found.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    `divided` are the tensors of which views are averaged: these stay where the tensor was.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], divided: Sequence[Tensor]) -> None:
         self._sharded = [tensor for tensor in tensors if is_distributed(tensor)]
         self._parts = list(map(_local, self._sharded))
+        self._divided = divided
+        self._places = list(map(Tensor.data_ptr, divided))
 
     def unmoved(self) -> bool:
-        """Whether all parts still are the same objects."""
-        return all(map(operator.is_, map(_local, self._sharded), self._parts))
+        """Whether all parts still are the same objects, or at the same place."""
+        return (
+            all(map(operator.is_, map(_local, self._sharded), self._parts))
+            and list(map(Tensor.data_ptr, self._divided)) == self._places
+        )
 
 
 def require_whole(call: str, tensors: Mapping[str, Tensor]) -> None:

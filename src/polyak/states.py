@@ -23,11 +23,10 @@ _Form = tuple[Shape, torch.dtype]
 
 @dataclass(frozen=True)
 class AverageState:
-    """A checked average: its clock, its slots by name, and the state of its random numbers."""
+    """A checked average: its clock, and its slots by name."""
 
     tick: Tick
     slots: dict[str, dict[str, Tensor]]
-    random: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,20 +90,7 @@ def _average(
     for slot, held in slots.items():
         _require_forms(forms, held, f"{where}, slot {slot}")
         slots[slot] = {name: local(tensor) for name, tensor in held.items()}
-    random = _random(data.get("random", {}), f"{where}, random")
-    return AverageState(tick, slots, random)
-
-
-def _random(data: object, where: str) -> dict[str, Tensor]:
-    """States of the generators of devices that are here; those of others begin anew."""
-    states = dict(_mapping(data, where))
-    length = torch.Generator().get_state().numel()
-    for device, state in states.items():
-        plain = isinstance(state, Tensor) and state.dtype == torch.uint8
-        if not plain or (device == "cpu" and state.numel() != length):
-            raise ValueError(f"load_state_dict: {where}, {device}: no state of random numbers")
-    here = "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cuda"
-    return {device: state for device, state in states.items() if device in here}
+    return AverageState(tick, slots)
 
 
 def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:

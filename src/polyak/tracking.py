@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from polyak.sharding import local
+from polyak.sharding import is_distributed, local, rows, spread
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Policy = Literal["average", "copy", "live"]
 Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
@@ -31,7 +34,10 @@ _STATISTICS = {"running_mean", "running_var"}
 
 @dataclass(frozen=True)
 class Tracked:
-    """One tensor of a model: its canonical name, where it is found, and what is done with it."""
+    """One tensor of a model: its canonical name, where it is found, and what is done with it.
+
+    With a `mesh`, the ranks that all have the tensor average a part of it each.
+    """
 
     name: str
     holder: Mapping[str, Tensor | None]
@@ -41,27 +47,40 @@ class Tracked:
     aliases: tuple[str, ...] = ()
     policy: Policy = "live"
     reason: str = ""
+    mesh: DeviceMesh | None = None
 
     def live(self) -> Tensor:
-        """The tensor as it is now, of a sharded one this rank's part; its content is the model's."""
-        return local(self.held())
+        """What is averaged on this rank: the tensor as it is now, or its part; the model's content."""
+        found = local(self.found())
+        return found if self.mesh is None else rows(found, self.mesh)
 
     def held(self) -> Tensor:
-        """The tensor as the model holds it: a DTensor where it is sharded."""
+        """The tensor as averages are spread over ranks: a DTensor where it is sharded."""
+        found = self.found()
+        return found if self.mesh is None else spread(found, self.mesh)
+
+    def found(self) -> Tensor:
+        """The tensor as the model has it."""
         return cast(Tensor, self.holder[self.leaf])
 
-    def now(self) -> Tensor | None:
-        """What `live` gives; None where the model has the tensor no more."""
-        held = self.holder.get(self.leaf)
-        return None if held is None else local(held)
+    def own(self) -> Tensor | None:
+        """What of it the model has on this rank; None where it has the tensor no more."""
+        found = self.holder.get(self.leaf)
+        return None if found is None else local(found)
 
 
-def track(source: Source, buffers: Buffers = "auto", select: Select = None) -> list[Tracked]:
+def track(
+    source: Source,
+    buffers: Buffers = "auto",
+    select: Select = None,
+    mesh: DeviceMesh | None = None,
+) -> list[Tracked]:
     """Every tensor of a model or mapping, once, in the model's order, with its policy and reason.
 
     Policies: "average" (floating-point and complex parameters, BatchNorm's running statistics),
     "copy" (integers, and every other buffer), "live" (left to the model: not selected, or a buffer
-    that its module does not save). Tied tensors are one, with the other names as aliases.
+    that its module does not save). Tied tensors are one, with the other names as aliases. Averaged
+    parameters of one dimension or more are divided over the ranks of a `mesh`, by rows.
 
     Raises `ValueError` for meta, sparse or not yet materialised tensors, patterns that match
     nothing, names that meet after canonicalisation, and when nothing is left to average.
@@ -75,7 +94,8 @@ def track(source: Source, buffers: Buffers = "auto", select: Select = None) -> l
     tracked = []
     for item in found:
         policy, reason = _decide(item, buffers, overrides, selected)
-        tracked.append(replace(item, policy=policy, reason=reason))
+        mesh_of = mesh if mesh is not None and _is_divided(item, policy) else None
+        tracked.append(replace(item, policy=policy, reason=reason, mesh=mesh_of))
     if not any(item.policy == "average" for item in tracked):
         raise ValueError(
             f"nothing to average among {len(tracked)} tensors: wanted at least one selected "
@@ -126,7 +146,7 @@ def _merge_ties(found: list[Tracked]) -> list[Tracked]:
         if item.name in seen:
             raise ValueError(f"two tensors are named {item.name!r} once wrappers are left out")
         seen.add(item.name)
-        names.setdefault(id(item.held()), []).append(item.name)
+        names.setdefault(id(item.found()), []).append(item.name)
     firsts = {same[0]: tuple(same[1:]) for same in names.values()}
     return [replace(item, aliases=firsts[item.name]) for item in found if item.name in firsts]
 
@@ -150,6 +170,16 @@ def _refuse_strange(item: Tracked) -> None:
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{item.name} has layout {tensor.layout}, wanted torch.strided")
+
+
+def _is_divided(item: Tracked, policy: Policy) -> bool:
+    """Whether ranks that have a tensor whole average its rows; buffers are each rank's own."""
+    if is_distributed(item.found()):
+        raise ValueError(
+            f"shard was given, and {item.name} is sharded already: each rank averages its own part "
+            "of it anyway; leave `shard` out"
+        )
+    return policy == "average" and item.kind != "buffer" and item.found().dim() > 0
 
 
 def averageable(tensor: Tensor) -> bool:

@@ -1,0 +1,155 @@
+"""Replicas: weights that every rank of a mesh has whole (DistributedDataParallel), averaged by rows.
+
+What ranks have is compared by fingerprints, and an average that lies on them in rows is gathered into
+whole tensors, in buckets. Both are collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polyak.ranks import gathered
+from polyak.sharding import rows_of_a_rank
+from polyak.tracking import difference, report
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+BUCKET_BYTES = 1 << 26
+_CHUNK = 1 << 20
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio
+
+
+def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: DeviceMesh) -> None:
+    """Raises `RuntimeError` on all ranks of a mesh where their tensors differ, naming them.
+
+    `told` is what must be equal beside them. Compared are 64 bits for each tensor: sums of its bits,
+    weighted by place, so that no change of one element, and no exchange of two, goes unseen.
+    """
+    group = mesh.get_group()
+    forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+    described = gathered({"made with": told, **forms}, group)
+    for rank, theirs in enumerate(described):
+        if lines := difference(described[0], theirs):
+            title = f"{call}: rank {rank} of the mesh differs from rank 0"
+            raise RuntimeError(report(title, lines))
+    names = list(tensors)
+    mine = torch.stack([fingerprint(tensor) for tensor in tensors.values()]).to(mesh.device_type)
+    both = torch.cat([mine, ~mine])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    largest, smallest = both[: len(names)], ~both[len(names) :]
+    differ = [
+        name for name, same in zip(names, (largest == smallest).tolist(), strict=True) if not same
+    ]
+    if differ:
+        more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise RuntimeError(
+            f"{call}: the ranks' weights have come apart, in {', '.join(differ[:8])}{more}: an "
+            "average in rows would be made of different models. Begin all ranks with the same "
+            "weights (DistributedDataParallel does), and step their optimizers alike"
+        )
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """64 bits of a tensor's bits: a sum over elements, each times an odd number of its place."""
+    flat = tensor.detach().resolve_conj().contiguous().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64, copy=True)
+        place = torch.arange(start, start + part.numel(), device=tensor.device)
+        total += part.mul_(place.mul_(2).add_(1).mul_(_ODD)).sum()
+    return total
+
+
+class _Piece(NamedTuple):
+    """Some rows of each rank's part of a tensor."""
+
+    whole: Tensor
+    part: Tensor
+    first: int
+    rows: int
+    rank_rows: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.whole[0].numel()
+
+
+@torch.no_grad()
+def gather_(wholes: Sequence[Tensor], parts: Sequence[Tensor], mesh: DeviceMesh) -> None:
+    """Fills whole tensors on every rank from the rows that the ranks have, rounded to their dtypes.
+
+    In buckets of at most 64 MiB beside the tensors.
+    """
+    for bucket in _buckets(wholes, parts, mesh):
+        _gather_bucket_(bucket, mesh)
+
+
+def _buckets(
+    wholes: Sequence[Tensor], parts: Sequence[Tensor], mesh: DeviceMesh
+) -> Iterator[list[_Piece]]:
+    """Pieces of one dtype and device, as many as a bucket takes; a piece is a row at least."""
+    bucket: list[_Piece] = []
+    room = 0
+    for whole, part in zip(wholes, parts, strict=True):
+        for piece in _pieces(whole, part, mesh):
+            nbytes = piece.numel * whole.itemsize * mesh.size()
+            if bucket and (nbytes > room or _kind(bucket[0].whole) != _kind(whole)):
+                yield bucket
+                bucket = []
+            if not bucket:
+                room = BUCKET_BYTES
+            bucket.append(piece)
+            room -= nbytes
+    if bucket:
+        yield bucket
+
+
+def _pieces(whole: Tensor, part: Tensor, mesh: DeviceMesh) -> Iterator[_Piece]:
+    if whole.numel() == 0:
+        return
+    rank_rows = rows_of_a_rank(whole, mesh)
+    most = max(1, BUCKET_BYTES // (whole[0].numel() * whole.itemsize * mesh.size()))
+    for first in range(0, rank_rows, most):
+        yield _Piece(whole, part, first, min(most, rank_rows - first), rank_rows)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def _gather_bucket_(bucket: Sequence[_Piece], mesh: DeviceMesh) -> None:
+    like = bucket[0].whole
+    ends = list(accumulate(piece.numel for piece in bucket))
+    mine = like.new_zeros(1, ends[-1])
+    for piece, [flat] in _columns(bucket, ends, mine):
+        held = piece.part[piece.first : piece.first + piece.rows]
+        flat[: len(held)].copy_(held)
+    everyones = like.new_empty(mesh.size(), ends[-1])
+    group = mesh.get_group()
+    dist.all_gather_into_tensor(everyones.view(torch.uint8), mine.view(torch.uint8), group=group)
+    for piece, theirs in _columns(bucket, ends, everyones):
+        whole, first, rows, rank_rows = piece.whole, piece.first, piece.rows, piece.rank_rows
+        full = len(whole) // rank_rows  # ranks that have as many rows as there can be
+        of_full = whole[: full * rank_rows].unflatten(0, (full, rank_rows))
+        of_full[:, first : first + rows].copy_(theirs[:full])
+        rest = whole[full * rank_rows + first :][:rows]
+        if len(rest):
+            rest.copy_(theirs[full, : len(rest)])
+
+
+def _columns(
+    bucket: Sequence[_Piece], ends: Sequence[int], flat: Tensor
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """The pieces with their places in a matrix of a row a rank, each in the shape of its rows."""
+    for piece, end in zip(bucket, ends, strict=True):
+        shape = (len(flat), piece.rows, *piece.whole.shape[1:])
+        yield piece, flat[:, end - piece.numel : end].view(shape)
