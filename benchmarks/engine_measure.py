@@ -84,9 +84,9 @@ def resident_bytes(call: Call) -> int:
     """How far a call drives the process's resident memory above what it was: the kernel's figure."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
 def available_bytes() -> int:
@@ -94,7 +94,8 @@ def available_bytes() -> int:
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A figure of this process's memory as the kernel keeps it: `VmRSS` now, `VmHWM` at its peak."""
     return _kibibytes(Path("/proc/self/status"), field)
 
 

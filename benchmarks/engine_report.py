@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import altair as alt
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from engine_cases import Applied, Cost, Growth, PeerTable, Several, Share
+from sections import Section, machine
 
 MEBIBYTE = 1 << 20
 BEGIN = "<!-- engine: the lines down to the end mark are written by benchmarks/engine.py -->"
@@ -30,30 +27,6 @@ class Results:
     applied: list[Applied]
     share: Share
     growth: list[Growth]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled table with a note below it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str
-
-    def print(self, console: Console) -> None:
-        """As a table on the terminal."""
-        table = Table(*self.header, title=self.title, caption=self.note, title_justify="left")
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-
-    def markdown(self) -> str:
-        """As a Markdown section."""
-        lines = [self.header, ("---",) * len(self.header), *self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"## {self.title}\n\n{table}\n\n{self.note}\n"
 
 
 def sections(results: Results) -> list[Section]:
@@ -87,14 +60,6 @@ def overview(results: Results) -> Section:
 
 def _ratio(cost: Cost | str) -> str:
     return cost if isinstance(cost, str) else f"{cost.timing.ratio:.2f}"
-
-
-def machine() -> str:
-    """Where it was measured."""
-    return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}."
-    )
 
 
 def _targets(results: Results) -> Section:

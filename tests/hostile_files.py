@@ -27,7 +27,9 @@ from corrupting import (
     safetensors,
     save_folder,
 )
-from polyak.checkpoints import stored, tensorfile
+from polyak import checkpoints
+from polyak.checkpoints import native, stored, tensorfile
+from polyak.checkpoints.distributed import DistributedTensors
 from polyak.checkpoints.tensorfile import TensorFile
 from reading_hostile import Net
 
@@ -121,6 +123,11 @@ def _valid_folders(folder: Path) -> Iterator[Case]:
     nested = {"model": state(), "optimizer": {"exp_avg": torch.ones(2)}, "step": 3}
     save_folder(nested, folder / "dcp")
     yield Case(folder / "dcp", "dcp")
+    one = averager("exponential(0.9)")
+    save_folder(native.encoded("save", {"": one}, native.packed, None)[""], folder / "native")
+    yield Case(folder / "native", "native", "one")
+    checkpoints.save_distributed(folder / "training", {"model": state(), "average": one, "step": 3})
+    yield Case(folder / "training", "training", "one")
     (folder / "sharded").mkdir()
     names = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(state())}
     for file in set(names.values()):
@@ -217,6 +224,25 @@ def lying_natives(folder: Path, chosen: random.Random, most: int) -> Iterator[Ca
         rest = {key: each for key, each in held.items() if key != lost}
         write_native(place, rest, file.metadata[stored.KEY])
         yield Case(place, "lie", "ema")
+    yield from _lying_folders(folder, chosen, most)
+
+
+def _lying_folders(folder: Path, chosen: random.Random, most: int) -> Iterator[Case]:
+    """Folders of ours with a description that lies, or that is no text."""
+    held = dict(DistributedTensors(folder.parent / "valid" / "native"))
+    described = json.loads(bytes(held[stored.KEY].tolist()))
+    lies = chosen.sample(list(varied(described, HOSTILE_VALUES + RULES)), most)
+    texts = [json.dumps(lie).encode() for lie in lies]
+    tensors = [torch.tensor(list(text), dtype=torch.uint8) for text in [*texts, b"", b"\xff{"]]
+    tensors += [torch.zeros(3), torch.zeros((2, 2), dtype=torch.uint8), torch.empty(0)]
+    for number, tensor in enumerate(tensors):
+        place = folder / f"native-folder-{number}"
+        save_folder({**held, stored.KEY: tensor}, place)
+        yield Case(place, "lie", "one")
+    for number, lost in enumerate(held):
+        place = folder / f"native-folder-lost-{number}"
+        save_folder({key: each for key, each in held.items() if key != lost}, place)
+        yield Case(place, "lie", "one")
 
 
 def write_native(path: Path, held: Mapping[str, Tensor], text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,27 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import polyak
-from polyak import replicas
+from polyak import applying, checkpoints, replicas
 from polyak.applying import Exchange
 from polyak.replicas import gather_
 from polyak.sharding import spread
-from sharding_ranks import DTensorOperations, plain, raises, require_same, run_laws, to_local, whole
+from sharding_ranks import (
+    DTensorOperations,
+    plain,
+    raises,
+    require_same,
+    resident_bytes,
+    run_laws,
+    to_local,
+    whole,
+)
 
 RULES = {"ema": "exponential(0.9)", "last": "window(3)", "bema": "bema()", "all": "uniform()"}
 
@@ -199,7 +210,6 @@ def what_fails_on_one_rank_before_the_gather_fails_on_all() -> None:
         raise AssertionError
     run.train(2, averager)
     before = run.weights()
-    prepare = Exchange.prepare
     if dist.get_rank() == 1:
         Exchange.prepare = _fail
     try:
@@ -207,7 +217,7 @@ def what_fails_on_one_rank_before_the_gather_fails_on_all() -> None:
         with raises(wanted, "no room"), averager.applied():
             raise AssertionError
     finally:
-        Exchange.prepare = prepare
+        Exchange.prepare = _prepare
     require_same(run.weights(), before)
     with averager.applied():
         pass
@@ -220,18 +230,179 @@ def _fail(_: Exchange) -> None:
     raise MemoryError("no room")
 
 
+def what_ranks_would_mix_is_refused() -> None:
+    """Other averages, clocks, orders or dtypes: their rows would be put together."""
+    run = Training()
+    rules = {"a": "exponential(0.5)", "b": "uniform()"}
+    averager = polyak.Averager(run.model, rules, shard=world())
+    run.train(2, averager)
+    before = run.weights()
+    mine, others = ("a", "b") if dist.get_rank() == 0 else ("b", "a")
+    with (
+        raises(RuntimeError, "not at the same", f"{mine!r}", f"{others!r}"),
+        averager.applied(mine),
+    ):
+        raise AssertionError
+    with raises(RuntimeError, "not at the same", "applied 'a'", "copy_to 'a'"):
+        if dist.get_rank() == 0:
+            averager.copy_to(run.model, "a")
+        else:
+            with averager.applied("a"):
+                raise AssertionError
+    dtype = torch.float64 if dist.get_rank() == 0 else torch.float16
+    with raises(RuntimeError, "not at the same"):
+        averager.copy_to(Net().to(dtype), "a")
+    require_same(run.weights(), before)
+    average = whole(averager.average("a"))
+    target = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
+    names = list(target) if dist.get_rank() == 0 else list(target)[::-1]
+    averager.copy_to({name: target[name] for name in names}, "a")
+    require_same(target, average)
+    if dist.get_rank() == 0:
+        averager.update()
+    with raises(RuntimeError, "not at the same", "n=2", "n=3"), averager.applied("a"):
+        raise AssertionError
+    weights = {name: torch.zeros(4) for name in ("x", "y")}
+    names = ["x", "y"] if dist.get_rank() == 0 else ["y", "x"]
+    with raises(RuntimeError, "differs from rank 0", "the order of tensors"):
+        polyak.Averager({name: weights[name] for name in names}, "uniform()", shard=world())
+    options: list[dict[str, Any]] = [
+        {},
+        {"every": 2},
+        {"dtype": torch.bfloat16},
+        {"buffers": "copy"},
+    ]
+    for option in options[1:]:
+        with raises(RuntimeError, "differs from rank 0", "made with"):
+            given = option if dist.get_rank() else options[0]
+            polyak.Averager(run.model, "uniform()", shard=world(), **given)
+
+
+def what_one_rank_asks_wrongly_holds_up_no_other() -> None:
+    run = Training()
+    averager = polyak.Averager(run.model, "exponential(0.5)", shard=world())
+    run.train(2, averager)
+    before = run.weights()
+    name = None if dist.get_rank() == 0 else "unknown"
+    with raises((KeyError, RuntimeError), "'unknown' is unknown"), averager.applied(name):
+        raise AssertionError
+    dtype: Any = None if dist.get_rank() == 0 else torch.int8
+    with raises((ValueError, RuntimeError), "dtype is torch.int8"):
+        polyak.Averager(run.model, "uniform()", shard=world(), dtype=dtype)
+    with averager.applied(), raises(RuntimeError, "update inside"):
+        averager.update()
+    interrupted = False
+    if dist.get_rank() == 1:
+        Exchange.prepare = _interrupted
+    try:
+        with averager.applied():
+            carried = run.weights()
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        Exchange.prepare = _prepare
+    assert interrupted == (dist.get_rank() == 1)
+    assert interrupted or not torch.equal(carried["last.weight"], before["last.weight"])
+    require_same(run.weights(), before)
+    applying.gather_ = _broken
+    try:
+        with raises(ConnectionError, "gone"), averager.applied():
+            raise AssertionError
+    finally:
+        applying.gather_ = gather_
+    require_same(run.weights(), before)
+
+
+_prepare = Exchange.prepare
+
+
+def _interrupted(exchange: Exchange) -> None:
+    _prepare(exchange)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _broken(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> None:
+    gather_(pairs[:2], mesh)
+    raise ConnectionError("gone")
+
+
+def only_some_of_the_ranks_share() -> None:
+    """A group without the first rank; what goes wrong there is nothing to the others."""
+    ranks = list(range(1, dist.get_world_size()))
+    group = dist.new_group(ranks)
+    if dist.get_rank() == 0:
+        with raises(ValueError, "of which this rank is none"):
+            polyak.Averager(plain(), "uniform()", shard=group)
+        return
+    weights = {"w": torch.arange(10.0), "b": torch.ones(3)}
+    full = polyak.Averager(weights, "exponential(0.5)")
+    divided = polyak.Averager(weights, "exponential(0.5)", shard=group)
+    for _ in range(3):
+        for tensor in weights.values():
+            tensor.mul_(1.5)
+        full.update()
+        divided.update()
+    require_same(whole(divided.average()), full.average())
+    with divided.applied():
+        require_same(weights, full.average())
+    one = dist.get_rank() == ranks[0]
+    with raises((KeyError, RuntimeError), "'x' is unknown"), divided.applied("x" if one else None):
+        raise AssertionError
+
+
+def nothing_may_be_left_to_divide() -> None:
+    full = polyak.Averager({"w": torch.tensor(3.0)}, "uniform()")
+    divided = polyak.Averager({"w": torch.tensor(3.0)}, "uniform()", shard=world())
+    for averager in (full, divided):
+        averager.update()
+        with averager.applied():
+            pass
+    require_same(divided.average(), full.average())
+    with raises(RuntimeError, "come apart, in w:"):
+        polyak.Averager({"w": torch.tensor(float(dist.get_rank()))}, "uniform()", shard=world())
+
+
+def parts_are_rounded_by_numbers_of_their_own() -> None:
+    weights = {"w": torch.zeros(64 * dist.get_world_size(), dtype=torch.bfloat16)}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+    rules = {"a": "exponential(0.9)", "b": "exponential(0.9)"}
+    averager = polyak.Averager(weights, rules, shard=world(), **options)
+    averager.update()
+    weights["w"] += 1 / 3
+    for _ in range(3):
+        averager.update()
+    a, b = (whole(averager.average(name))["w"] for name in rules)
+    assert len({tuple(part.tolist()) for part in [*a.chunk(dist.get_world_size()), b[:64]]}) > dist.get_world_size()  # fmt: skip
+
+
+def applying_takes_one_copy_of_the_weights() -> None:
+    weights = {"w": torch.zeros(4000, 4000), "b": torch.zeros(7)}
+    averager = polyak.Averager(weights, "exponential(0.5)", shard=world())
+    averager.update()
+    most, replicas.BUCKET_BYTES = replicas.BUCKET_BYTES, 1 << 20
+    for _ in range(2):
+        before = resident_bytes()
+        with averager.applied():
+            inside = resident_bytes() - before
+    replicas.BUCKET_BYTES = most
+    assert 0.9 < inside / weights["w"].nbytes < 1.35, inside
+
+
 def replicas_that_differ_are_named() -> None:
     run = Training()
     averager = polyak.Averager(run.model, "uniform()", shard=world())
     averager.check_replicas()
     with torch.no_grad():
-        if dist.get_rank() == 1:  # two changes whose sum is nothing
-            run.plain.last.weight[0, 0] += 1
-            run.plain.last.weight[1, 0] -= 1
+        if dist.get_rank() == 1:  # a change of order, and of the last bit of one
+            run.plain.last.weight.copy_(run.plain.last.weight.flip(0))
             run.plain.state_dict()["first.bias"][4:].view(torch.int64).bitwise_xor_(1)
+    nowhere = Path("/nowhere/step-1")
     for call in (
         averager.check_replicas,
         lambda: polyak.Averager(run.model, "uniform()", shard=world()),
+        lambda: polyak.save(nowhere, averager),
+        lambda: checkpoints.save_distributed(nowhere, {"average": averager}),
+        lambda: checkpoints.export(nowhere.with_suffix(".safetensors"), averager),
     ):
         with raises(RuntimeError, "first.bias, last.weight:", "Begin all ranks with the same"):
             call()
@@ -257,7 +428,8 @@ def states_go_on() -> None:
     run = Training()
     first = polyak.Averager(run.model, RULES, shard=world())
     run.train(4, first)
-    second = polyak.Averager(run.model, RULES, shard=world())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data",))
+    second = polyak.Averager(run.model, RULES, shard=mesh)
     second.load_state_dict(first.state_dict())
     run.train(4, first, second)
     for name in RULES:
@@ -304,7 +476,7 @@ def gathered_rows_fill_whole_tensors() -> None:
     for replicas.BUCKET_BYTES in (1, 300, 5000, most):
         parts = [to_local(spread(tensor, mesh)).clone() for tensor in wanted]
         got = [torch.full_like(tensor, -7) for tensor in wanted]
-        gather_(got, parts, mesh)
+        gather_(list(zip(got, parts, strict=True)), mesh)
         for tensor, like in zip(got, wanted, strict=True):
             assert torch.equal(tensor, like), (tensor.shape, tensor.dtype)
 
@@ -322,7 +494,7 @@ def what_cannot_be_divided_is_refused() -> None:
         polyak.Averager(model, "uniform()", shard=mesh["data"])
     alone = dist.new_group([0])
     if dist.get_rank():
-        with raises((TypeError, ValueError), "shard is"):
+        with raises(ValueError, "of which this rank is none"):
             polyak.Averager(model, "uniform()", shard=alone)
     fully_shard(model)
     with raises(ValueError, " is sharded already", "leave `shard` out"):
@@ -336,6 +508,12 @@ LAWS: list[Callable[[], None]] = [
     applied_carries_the_whole_average_and_leaves_no_trace,
     an_exception_on_one_rank_holds_up_no_other,
     what_fails_on_one_rank_before_the_gather_fails_on_all,
+    what_ranks_would_mix_is_refused,
+    what_one_rank_asks_wrongly_holds_up_no_other,
+    only_some_of_the_ranks_share,
+    nothing_may_be_left_to_divide,
+    parts_are_rounded_by_numbers_of_their_own,
+    applying_takes_one_copy_of_the_weights,
     replicas_that_differ_are_named,
     copies_are_whole,
     states_go_on,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import polyak
 from cli_runs import STEPS, finished, model, moved, place, run
-from polyak import Averager, checkpoints, offline, recording, theory
+from polyak import Averager, checkpoints, offline, theory
+from polyak.checkpoints.snapshots import snapshots
 from polyak.cli.evaluating import function_of
 from polyak.cli.options import bytes_of, checkpoints_of, grid_of
 
@@ -59,7 +60,7 @@ class TestInspect:
     def test_a_folder_of_snapshots(self) -> None:
         found = data("inspect", "snapshots")
         assert found["format"] == "snapshots"
-        told, stored = found["recorded"], recording.snapshots("snapshots")
+        told, stored = found["recorded"], snapshots("snapshots")
         assert (told["snapshots"], told["updates"]) == (len(stored), STEPS)
         assert (told["first"], told["last"]) == (stored[0].time, STEPS)
         assert told["bytes"] == sum(snapshot.path.stat().st_size for snapshot in stored)

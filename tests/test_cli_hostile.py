@@ -31,9 +31,8 @@ def problems(command: tuple[str, ...], path: Path, out: Path) -> list[str]:
         found.append(f"exit code {done.exit_code}: {done.exception!r}")
     if "Traceback" in done.output:
         found.append("a traceback")
-    if done.exit_code == 2 and not (
-        done.stderr.startswith("polyak: ") and done.stderr.count("polyak: ") == 1
-    ):
+    begins = [line.startswith("polyak: ") for line in done.stderr.splitlines()]
+    if done.exit_code == 2 and not (begins and begins[0] and sum(begins) == 1):
         found.append(f"no single error: {done.stderr!r:.300}")
     left = [each.name for each in out.parent.glob(".*.part")]
     if left or (done.exit_code == 2 and out.with_suffix(".safetensors").exists()):

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from corrupting import Calls, resident_bytes, same, save_folder
-from polyak.checkpoints.distributed import Chunk, DistributedTensors, _tiles
+from polyak.checkpoints.boxes import Box
+from polyak.checkpoints.distributed import DistributedTensors, _tiles
 from polyak.checkpoints.tensorfile import form
 
 RANKS = Path(__file__).with_name("saving_ranks.py")
@@ -207,16 +208,16 @@ boxes = st.tuples(*[st.tuples(st.integers(0, 4), st.integers(1, 3)) for _ in ran
 )
 def test_tiling_is_covering_every_element_once(chosen: list[Any], shape: tuple[int, int]) -> None:
     """Also for boxes made by cutting the whole, so that some do tile."""
-    chunks = [Chunk(tuple(o for o, _ in box), tuple(n for _, n in box)) for box in chosen]
+    chunks = [Box(tuple(o for o, _ in box), tuple(n for _, n in box)) for box in chosen]
     cut = min(chosen[0][0][0], shape[0] - 1)
-    halves = [Chunk((0, 0), (cut, shape[1])), Chunk((cut, 0), (shape[0] - cut, shape[1]))]
+    halves = [Box((0, 0), (cut, shape[1])), Box((cut, 0), (shape[0] - cut, shape[1]))]
     for tried in (chunks, [half for half in halves if 0 not in half.shape]):
         painted = torch.zeros(10, 10)
         for (top, left), (height, width) in tried:
             painted[top : top + height, left : left + width] += 1
         wanted = torch.zeros(10, 10)
         wanted[: shape[0], : shape[1]] = 1
-        assert _tiles(Chunk((0, 0), shape), tried) == torch.equal(painted, wanted)
+        assert _tiles(Box((0, 0), shape), tried) == torch.equal(painted, wanted)
 
 
 def moved(**changes: object) -> Callable[[Path], None]:

@@ -176,7 +176,8 @@ def test_abandoned_parts_go_and_others_stay(tmp_path: Path, name: str) -> None:
     abandoned_folder = tmp_path / f".{name}.{'1' * 16}.part"
     abandoned_folder.mkdir()
     (abandoned_folder / "it").write_bytes(b"left too")
-    others = [f".{name}.part", f".{name}.mine.part", f".x{name}.{'0' * 16}.part", ".a1x.part"]
+    (tmp_path / f".another.{'0' * 16}.part").write_bytes(b"of a name that may never come again")
+    others = [f".{name}.part", f".{name}.mine.part", f"x{name}.{'0' * 16}.part", ".a1x.part"]
     for other in others:
         (tmp_path / other).write_bytes(b"of someone else")
     with writing(place) as file:

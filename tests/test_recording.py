@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import polyak
 from models import assert_same, everything, wander
 from polyak import Averager, Recorder, checkpoints, synthesize
+from polyak.checkpoints.snapshots import snapshots
 from polyak.checkpoints.stored import Stored
 from polyak.checkpoints.tensorfile import TensorFile
-from polyak.recording import snapshots
 
 STORED = {"0.05": "power(relative_std=0.05)", "0.10": "power(relative_std=0.1)"}
 WANTED = {
@@ -67,7 +67,7 @@ def test_a_stored_average_is_itself(walk: tuple[Path, dict[str, Tensor], Tensor]
     made = synthesize(walk[0] / "snapshots", STORED["0.05"])
     assert made.relative_error < 1e-9 and made.amplification == pytest.approx(1, abs=1e-6)
     last = Stored.open(snapshots(walk[0] / "snapshots")[-1].path)
-    held = last.tensor("averages/0.05/average/w")
+    held = last["averages/0.05/average/w"]
     assert torch.allclose(made.average()["w"], held, rtol=1e-9)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import docs_ranks
+import pipeline_ranks
 import replicas_ranks
 import sharding_ranks
 
@@ -43,7 +45,7 @@ def said_by(script: Path | str, world: int, folder: Path, seconds: float) -> lis
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_models(tmp_path: Path, world: int) -> None:
     wanted = [law.__name__ for law in sharding_ranks.laws_on(world)]
-    for said in said_by(sharding_ranks.__file__, world, tmp_path, seconds=240):
+    for said in said_by(sharding_ranks.__file__, world, tmp_path, seconds=900):
         assert said.splitlines() == wanted
 
 
@@ -51,5 +53,19 @@ def test_sharded_models(tmp_path: Path, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_averages_divided_over_replicas(tmp_path: Path, world: int) -> None:
     wanted = [law.__name__ for law in replicas_ranks.LAWS]
-    for said in said_by(replicas_ranks.__file__, world, tmp_path, seconds=240):
+    for said in said_by(replicas_ranks.__file__, world, tmp_path, seconds=900):
+        assert said.splitlines() == wanted
+
+
+@pytest.mark.slow
+def test_a_model_split_into_stages(tmp_path: Path) -> None:
+    wanted = [law.__name__ for law in pipeline_ranks.LAWS]
+    for said in said_by(pipeline_ranks.__file__, 2, tmp_path, seconds=600):
+        assert said.splitlines() == wanted
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_docs(tmp_path: Path) -> None:
+    wanted = [law.__name__ for law in docs_ranks.LAWS]
+    for said in said_by(docs_ranks.__file__, 2, tmp_path, seconds=600):
         assert said.splitlines() == wanted

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polyak.engine import Average
 from polyak.live import Kind, LiveWeights, kind
+from polyak.ranks import digest
 from polyak.replicas import gather_
 from polyak.sharding import local
 from polyak.tensors import exchange_
@@ -68,16 +69,12 @@ class _Replacement:
 
     item: Tracked
     live: Tensor
-    average: Tensor
+    average: Tensor | None
     kept: Tensor | None = None
     version: int = 0
 
     def keep(self) -> None:
         self.kept, self.version = self.live.detach().clone(), self.live._version
-
-    def enter(self) -> None:
-        self.keep()
-        self.live.data.copy_(self.average)
 
     def leave(self) -> None:
         now = self.item.own()
@@ -92,8 +89,9 @@ class _Replacement:
         """The same; a buffer may be written to, as BatchNorm does in train mode."""
         if self.item.kind == "buffer":
             return ""
+        moved = self.kept is not None and kind(self.kept) != kind(self.live)
         written = "written to" if self.live._version != self.version else ""
-        return _changed(self.item, self.live) or written
+        return _changed(self.item, self.live) or ("moved" if moved else written)
 
 
 def _changed(item: Tracked, live: Tensor) -> str:
@@ -107,8 +105,8 @@ def _changed(item: Tracked, live: Tensor) -> str:
 class Exchange:
     """A plan of trades and replacements: `enter`, then `leave`, which undoes what was entered.
 
-    Averages that lie in rows on the ranks of a mesh are gathered to replace whole tensors; `prepare`
-    then does what can fail on one rank alone. To leave, no rank needs another. After `leave`, `problems` says what was done to the weights in between, and `spoilt` whether
+    `prepare` does all that can fail on one rank alone. Averages that lie in rows on the ranks of a
+    mesh are then gathered to replace whole tensors. To leave, no rank needs another. After `leave`, `problems` says what was done to the weights in between, and `spoilt` whether
     the average's own slots have suffered from it.
     """
 
@@ -132,26 +130,33 @@ class Exchange:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Keeps aside what is to be gathered over; nothing is written yet."""
-        for replacement in self._gathered:
+        """Keeps live tensors aside; nothing is written yet."""
+        for replacement in [*self._gathered, *self._replacements]:
             replacement.keep()
+
+    def told(self) -> str:
+        """What is gathered: the same on all ranks, or they would get each other's rows."""
+        forms = [(each.item.name, each.item.shape(), each.live.dtype) for each in self._gathered]
+        return f"{len(forms)} tensors ({digest(forms)})"
 
     @torch.no_grad()
     def enter(self) -> None:
         """Lets the model carry the average."""
         with uninterrupted():
+            self._replaced += [*self._gathered, *self._replacements]
+            if self.mesh is not None:
+                averages = [(each.live.data, each.average) for each in self._gathered]
+                gather_([(live, part) for live, part in averages if part is not None], self.mesh)
             for trades in self._trades.values():
                 _exchange(trades)
                 self._traded.append(trades)
                 for trade in trades:
                     trade.begin()
             for replacement in self._replacements:
-                self._replaced.append(replacement)
-                replacement.enter()
-            if self.mesh is not None:
-                self._replaced += self._gathered
-                wholes = [replacement.live.data for replacement in self._gathered]
-                gather_(wholes, [each.average for each in self._gathered], self.mesh)
+                if replacement.average is not None:
+                    replacement.live.data.copy_(replacement.average)
+            for replacement in self._replaced:
+                replacement.average = None  # its memory is for the block
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -198,8 +203,9 @@ def planned(
     exchange, kept = Exchange(mesh), []
     lone = average.lone_slot()
     for i, item in enumerate(live.averaged):
-        trades = lone and item.kind != "buffer" and item.mesh is None
-        if lone and trades and kind(item.live()) == kind(lone[i]):
+        if lone and item.mesh is not None:
+            exchange.replace(item, lone[i])
+        elif lone and item.kind != "buffer" and kind(item.live()) == kind(lone[i]):
             exchange.trade(item, lone[i])
         else:
             kept.append(i)

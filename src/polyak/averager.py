@@ -13,7 +13,7 @@ says (`polyak.rules`) to the tensors that `polyak.tracking` decided on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from polyak.checks import require_positive
 from polyak.engine import Average, Form
 from polyak.guard import Attachment
 from polyak.live import LiveWeights
-from polyak.ranks import together
+from polyak.ranks import Agreement, digest, together
 from polyak.reading import AverageWeights
 from polyak.replicas import gather_, require_same
 from polyak.rounding import Rounding, require_rounding
@@ -40,7 +40,7 @@ from polyak.sharding import (
     shape,
 )
 from polyak.specs import as_rule, as_specs
-from polyak.states import STATE_FORMAT, checked
+from polyak.states import STATE_FORMAT, State, checked
 from polyak.summary import Summary, summarise
 from polyak.tracking import Buffers, Select, Source, Tracked, difference, report, track
 from polyak.updating import Nonfinite, Updating
@@ -111,17 +111,17 @@ class Averager:
         nonfinite: Nonfinite = "allow",
         shard: DeviceMesh | ProcessGroup | None = None,
     ) -> None:
-        if dtype not in (None, *SLOT_DTYPES):
-            wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
-            raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
-        place = None if device is None else torch.device(device)
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
-        self._options = (buffers, select, self._mesh)
         with self._together("Averager"):
+            if dtype not in (None, *SLOT_DTYPES):
+                wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
+                raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
+            place = None if device is None else torch.device(device)
+            self._options = (buffers, select, self._mesh)
             self._live = LiveWeights(model, buffers, select, mesh=self._mesh)
             self._refuse_sharded(place, nonfinite)
             self._averages = {
-                name: Average(rule, dtype=dtype, device=place, rounding=rounding)
+                name: Average(rule, dtype=dtype, device=place, rounding=rounding, name=name)
                 for name, rule in _named(rule).items()
             }
             first = next(iter(self._averages.values()))
@@ -133,13 +133,18 @@ class Averager:
                 nonfinite=nonfinite,
                 device=place,
             )
+            stored = [(item.name, item.policy) for item in self._live.stored()]
+            self._told = (
+                f"{as_specs(self.rules)}, every={every}, dtype={dtype}, {rounding} rounding, "
+            )
+            self._told += f"{len(stored)} tensors ({digest(stored)})"
         self.run: str | None = None
         """The run that a `Recorder` stores, if one does; kept in states."""
         self.mixed = False
         """Whether the slots were made by other rules too (`polyak.load(change_rule=True)`)."""
         self._applied: str | None = None
         self._attachment: Attachment | None = None
-        self.check_replicas()
+        self._compare_replicas("Averager")
 
     @property
     def rule(self) -> Rule | dict[str, Rule]:
@@ -199,14 +204,10 @@ class Averager:
     def check_replicas(self) -> None:
         """With `shard`, compares the weights of all ranks, bit for bit; collective.
 
-        It is called at the start and when an average is saved. Raises `RuntimeError` naming the
+        It is done at the start and when an average is saved. Raises `RuntimeError` naming the
         tensors in which ranks differ: their rows would be averages of different models.
         """
-        if self._mesh is None:
-            return
-        divided = {i.name: i.found() for i in self._live.averaged if i.mesh is not None}
-        told = f"{as_specs(self.rules)} every={self.every}"
-        require_same("Averager", divided, told, self._mesh)
+        self._compare_replicas("check_replicas")
 
     def update(self, elapsed: float | None = None) -> None:
         """Counts one call and, at every `every`-th, moves the slots towards the live weights.
@@ -283,26 +284,34 @@ class Averager:
         after a block that wrote to the weights, replaced or moved them. (Where the block itself
         raised, that is a note on its exception.) What it wrote may have spoilt the average: then
         it cannot be read until a state is loaded.
+
+        With `shard` it is collective to enter: ranks agree on what they gather, and each keeps its
+        live weights aside, a copy for the time of the block. To leave, no rank needs another.
         """
-        average = self._get(name)
-        label = next(key for key, value in self._averages.items() if value is average)
-        if self._applied == label:
+        if self._applied is not None:
+            if self._label(name) != self._applied:
+                self._refuse_applied(f"applied({name!r})")
             yield
             return
-        with self._together(f"applied({label!r})"):
-            self._ready(f"applied({label!r})", average)
-            exchange = planned(self._live, average, self._updating.copies, self._mesh)
-            exchange.prepare()
-        self._applied = label
+        exchange = Exchange()
         try:
-            exchange.enter()
+            with uninterrupted():  # a rank that left here would be waited for
+                with self._together("applied") as agreement:
+                    label = self._label(name)
+                    average = self._averages[label]
+                    self._ready(f"applied({label!r})", average)
+                    exchange = planned(self._live, average, self._updating.copies, self._mesh)
+                    exchange.prepare()
+                    agreement.told = f"{label!r}, {average.tick}, {exchange.told()}"
+                self._applied = label
+                exchange.enter()
             yield
         except BaseException as error:
-            self._give_back(exchange, average)
+            self._give_back(exchange)
             if exchange.problems:
                 error.add_note(exchange.report())
             raise
-        self._give_back(exchange, average)
+        self._give_back(exchange)
         if exchange.problems:
             raise RuntimeError(exchange.report())
 
@@ -314,21 +323,23 @@ class Averager:
         Tortoise) or another of the same names and shapes, wrapped or not.
 
         Raises `ValueError` listing names that are missing, extra or of another shape;
-        `RuntimeError` before the first update and inside `applied()`.
+        `RuntimeError` before the first update and inside `applied()`. Collective with `shard`.
         """
-        with self._together("copy_to"):
+        with self._together("copy_to") as agreement:
             average = {name: local(tensor) for name, tensor in self.average(name).items()}
             reshard(model)
-            found = [item for item in track(model, *self._options) if item.policy != "live"]
+            found = [i for i in track(model, *self._options[:2]) if i.policy != "live"]
             if lines := difference(_shapes(self._live.stored()), _shapes(found)):
                 title = "copy_to: the model's tensors are not the average's"
                 raise ValueError(report(title, lines))
-        for item in found:
-            if item.mesh is None:
-                item.live().copy_(average[item.name])
-        divided = [item for item in found if item.mesh is not None]
+            theirs = {item.name: item.live() for item in found}
+            divided = [item.name for item in self._live.averaged if item.mesh is not None]
+            forms = [(name, theirs[name].shape, theirs[name].dtype) for name in divided]
+            agreement.told = f"{self._label(name)!r}, {self._get(name).tick}, {digest(forms)}"
         if self._mesh is not None:
-            gather_([i.found() for i in divided], [average[i.name] for i in divided], self._mesh)
+            gather_([(theirs[name], average[name]) for name in divided], self._mesh)
+        for name in theirs.keys() - set(divided):
+            theirs[name].copy_(average[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
@@ -355,13 +366,16 @@ class Averager:
         Averages, rules, names, shapes, dtypes and the layouts of sharded tensors must agree; all is
         checked before anything is changed. Raises `ValueError` that lists what differs.
         """
-        self._same_model("load_state_dict")
-        new = checked(state, self._live, self._averages)
+        new = self._checked(state)
         for name, average in self._averages.items():
             held = new.averages[name]
             average.take(self._live, held.tick, held.slots)
         self._updating.take(new.calls, new.elapsed, new.skipped, new.copies)
         self.run, self.mixed = new.run, new.mixed
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise, and takes nothing over."""
+        self._checked(state)
 
     def summary(self) -> Summary:
         """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
@@ -376,9 +390,23 @@ class Averager:
             elapsed=float(self._updating.every),
         )
 
-    def _together(self, call: str) -> AbstractContextManager[None]:
+    def _together(self, call: str) -> AbstractContextManager[Agreement]:
         """A block that fails on all ranks if it fails on one, where they share averages."""
-        return nullcontext() if self._mesh is None else together(call, self._mesh.get_group())
+        if self._mesh is None:
+            return nullcontext(Agreement())
+        return together(call, self._mesh.get_group())
+
+    def _compare_replicas(self, call: str) -> None:
+        if self._mesh is None:
+            return
+        with self._together(call):
+            self._live.check(call)
+            alike = [i for i in self._live.averaged if i.kind != "buffer"]
+        require_same(call, {i.name: i.found() for i in alike}, self._told, self._mesh)
+
+    def _label(self, name: str | None) -> str:
+        average = self._get(name)
+        return next(key for key, value in self._averages.items() if value is average)
 
     def _refuse_sharded(self, place: torch.device | None, nonfinite: str) -> None:
         """Raises `ValueError` for what sharded weights cannot have."""
@@ -391,15 +419,17 @@ class Averager:
                 'would decide each by its own part, and go apart; wanted "allow"'
             )
 
-    def _give_back(self, exchange: Exchange, average: Average) -> None:
+    def _give_back(self, exchange: Exchange) -> None:
+        applied, self._applied = self._applied, None
+        if applied is None:
+            return
         try:
             with uninterrupted():
                 self._live.reshard()  # a root that a forward pass left whole holds the average
                 exchange.leave()
         finally:
-            self._applied = None
             if exchange.spoilt:
-                average.spoilt = exchange.report()
+                self._averages[applied].spoilt = exchange.report()
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -418,6 +448,10 @@ class Averager:
         self._refuse_applied(call)
         self._updating.settle()
         self._live.check(call)
+
+    def _checked(self, state: Mapping[str, Any]) -> State:
+        self._same_model("load_state_dict")
+        return checked(state, self._live, self._averages)
 
     def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)
@@ -444,15 +478,16 @@ class Averager:
         self._updating.call(1.0, found_inf)
 
 
-def _device(model: Source) -> torch.device:
-    """Where the first tensor of a model is."""
-    tensors = model.parameters() if isinstance(model, nn.Module) else iter(model.values())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+def _device(model: object) -> torch.device:
+    """Where the first tensor of a model is; what is no model is refused later."""
+    held: Iterable[object] = model.values() if isinstance(model, Mapping) else ()
+    tensors = model.parameters() if isinstance(model, nn.Module) else held
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def _shapes(tracked: Sequence[Tracked]) -> dict[str, Shape]:
-    """name -> shape, under all names of tied tensors."""
-    return {n: shape(item.held()) for item in tracked for n in (item.name, *item.aliases)}
+    """name -> shape in the model, under all names of tied tensors."""
+    return {n: shape(item.found()) for item in tracked for n in (item.name, *item.aliases)}
 
 
 def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:

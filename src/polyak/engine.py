@@ -108,6 +108,7 @@ class Average:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         rounding: Rounding = "nearest",
+        name: str = "",
     ) -> None:
         self.rule = rule
         self.tick: Tick = START
@@ -117,6 +118,7 @@ class Average:
         self._device = device
         self._compensated = rounding == "compensated"
         self._stochastic = rounding == "stochastic"
+        self._name = name
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
 
@@ -133,7 +135,7 @@ class Average:
         residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
         seeds = None
         if self._stochastic:
-            seeds = [seed(self.tick.n, slot, each) for each in live.streams]
+            seeds = [seed(self.tick.n, self._name, slot, each) for each in live.streams]
         return Move(self.groups(live, slot), fraction, residues, seeds)
 
     def stalled(self, live: LiveWeights, elapsed: float) -> float:
@@ -159,17 +161,28 @@ class Average:
             self._grouped[slot] = live.group(self.slots[slot])
         return self._grouped[slot]
 
-    def read(self, live: LiveWeights, wanted: Sequence[int] | None = None) -> list[Tensor]:
-        """The average as fresh tensors, of all averaged weights or of those wanted, in order."""
+    def read(
+        self,
+        live: LiveWeights,
+        wanted: Sequence[int] | None = None,
+        where: tuple[slice, ...] = (),
+    ) -> list[Tensor]:
+        """The average as fresh tensors, of all averaged weights or of those wanted, in order.
+
+        Of each no more than what is somewhere in it, if `where` is given.
+        """
         like = next(iter(self.slots.values()))
         chosen = range(len(like)) if wanted is None else wanted
-        out = {i: torch.empty_like(like[i]) for i in chosen}
+        out = {i: torch.empty_like(like[i][where]) for i in chosen}
         coefficients = self.rule.readout(self.tick)
         weights = {i: live.averaged[i].live() for i in chosen} if LIVE in coefficients else {}
         for group in live.indices:
             here = [i for i in group if i in out]
             terms = [
-                ([weights[i] if slot == LIVE else self.slots[slot][i] for i in here], coefficient)
+                (
+                    [(weights if slot == LIVE else self.slots[slot])[i][where] for i in here],
+                    coefficient,
+                )
                 for slot, coefficient in coefficients.items()
             ]
             if here:

@@ -1,7 +1,7 @@
 """Files: written beside their place, forced to the disk, then renamed: all there, or as before.
 
 A process that is killed at any moment leaves the last complete file, or none. What it was writing
-lies beside under a hidden name; the next write to that place removes it, unless it is still open.
+lies beside under a hidden name; the next write into that folder removes it, unless it is still open.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
 
 
 @contextmanager
 def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` when the block ends, complete; or not at all.
+
+    Its `name` is where it lies until then.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "weights"
@@ -47,7 +50,7 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     _remove_abandoned(path)
     part = _beside(path, "part")
     try:  # from before there is a file on: Ctrl-C may come at any moment
-        with os.fdopen(_new_file(part), "w+b") as file:
+        with open(part, "w+b", opener=_new_file) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -89,10 +92,10 @@ def refuse_existing(path: Path | str, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists, and is not overwritten unless told")
 
 
-def _new_file(part: Path) -> int:
+def _new_file(part: str, flags: int) -> int:
     """The handle of a new hidden file, locked."""
     while True:
-        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        handle = os.open(part, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if _lock(handle):
             return handle
 
@@ -126,10 +129,12 @@ def _lock(handle: int) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes left beside; what is open, in whatever process, is locked."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.part")
+    """Removes what killed processes left beside, under any name: it may never be written again.
+
+    What is open, in whatever process, is locked.
+    """
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
-        if name.fullmatch(left.name):
+        if _PART.fullmatch(left.name):
             with suppress(OSError), _locked(left):
                 _remove(left)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyak.sharding import Shape, Shards, is_distributed, reshard, shape, stream
+from polyak.sharding import Shape, Shards, is_distributed, reshard
 from polyak.tracking import (
     Buffers,
     Policy,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Kind = tuple[torch.dtype, torch.device]
 Groups = list[list[Tensor]]
-_END = (None,)  # what was added behind the last would not be seen without it
+_END = {None: None}.values()  # what was added behind the last would not be seen without it
 
 
 class LiveWeights:
@@ -73,7 +73,7 @@ class LiveWeights:
         noticed by the first of its group, since models move as a whole; any other is still averaged
         rightly.
         """
-        now = chain(chain.from_iterable(self._views), _END)
+        now = chain.from_iterable(self._views)
         kinds = zip(self._groups, self._kinds, strict=True)
         if (
             not all(map(operator.is_, now, self._seen))
@@ -115,17 +115,17 @@ class LiveWeights:
         self.tracked = [by_name[name] for name in self._order]
         self.averaged = [item for item in self.tracked if item.policy == "average"]
         self.copied = [item for item in self.tracked if item.policy == "copy"]
-        self._views = holders(self._model, self.averaged)
+        self._views = [*holders(self._model, self.averaged), _END]
         self._shards = Shards(
             [item.found() for item in self.averaged],
             [item.found() for item in self.averaged if item.mesh is not None],
         )
-        self._seen = [*chain.from_iterable(self._views), *_END]
+        self._seen = list(chain.from_iterable(self._views))
         indices: dict[tuple[Kind, str], list[int]] = {}
         for i, item in enumerate(self.averaged):
-            indices.setdefault((kind(item.live()), stream(item.held())), []).append(i)
+            indices.setdefault((kind(item.live()), item.stream()), []).append(i)
         self._kinds = [each for each, _ in indices]
-        self.streams = [each for _, each in indices]
+        self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
         self.indices = list(indices.values())
         self._groups = self.group([item.live() for item in self.averaged])
         self.generation += 1
@@ -134,8 +134,7 @@ class LiveWeights:
 def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[Shape, Policy]]:
     """name -> shape and policy of every tensor, those left to the model by their name alone."""
     return {
-        item.name: (() if item.policy == "live" else shape(item.held()), item.policy)
-        for item in tracked
+        item.name: (() if item.policy == "live" else item.shape(), item.policy) for item in tracked
     }
 
 

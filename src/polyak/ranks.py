@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -17,25 +20,54 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+@dataclass
+class Agreement:
+    """What a rank goes on with after a block; all ranks must tell the same."""
+
+    told: str = ""
+
+
+class _Said(NamedTuple):
+    """What a rank says at the end of a block: in which call, what went wrong, what it goes on with."""
+
+    call: str
+    problem: str | None
+    told: str
+
+    def __str__(self) -> str:
+        return f"{self.call} {self.told}".strip()
+
+
 @contextmanager
-def together(call: str, group: ProcessGroup | None = None) -> Iterator[None]:
+def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement]:
     """A block that ends well on all ranks of a group or on none.
 
     What it raises on one rank is raised there, and on every other as a `RuntimeError` that tells of
-    it. Within the block a rank waits for no other: one that has failed would not come.
+    it; so is what ranks tell, where they differ. Within the block a rank waits for no other: one
+    that has failed would not come.
     """
+    agreement = Agreement()
     error: BaseException | None = None
     try:
-        yield
+        yield agreement
     except BaseException as raised:
         error = raised
     problem = None if error is None else f"{type(error).__name__}: {error}"
-    problems = gathered(problem, group)
+    said = gathered(_Said(call, problem, agreement.told), group)
     if error is not None:
         raise error
-    failed = [f"rank {rank}: {told}" for rank, told in enumerate(problems) if told is not None]
-    if failed:
+    problems = [getattr(each, "problem", None) for each in said]
+    if failed := [f"rank {rank}: {told}" for rank, told in enumerate(problems) if told is not None]:
         raise RuntimeError(f"{call}: given up on all ranks, as {'; '.join(failed[:4])}")
+    told = {str(each): f"rank {rank}: {each}" for rank, each in reversed(list(enumerate(said)))}
+    if len(told) > 1:
+        differ = "; ".join(sorted(told.values())[:4])
+        raise RuntimeError(f"{call}: given up on all ranks, as they are not at the same: {differ}")
+
+
+def digest(*told: object) -> str:
+    """A short text that is equal for equal objects, as far as they print."""
+    return sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = None) -> _T:
@@ -49,10 +81,23 @@ def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = Non
 
 
 def gathered(item: _T, group: ProcessGroup | None = None) -> list[_T]:
-    """What every rank of a group gives, in their order."""
+    """What every rank of a group gives, in their order.
+
+    Raises `ValueError` on a rank that is none of the group.
+    """
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            "the group given is one of which this rank is none: let its ranks alone call"
+        )
     items: list[_T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return items  # type: ignore[return-value]
+
+
+def time_out(group: ProcessGroup) -> timedelta:
+    """How long a rank of a group waits for another."""
+    found: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return found
 
 
 def _first(group: ProcessGroup | None) -> int:

@@ -49,22 +49,23 @@ class AverageWeights(NamedTensors):
         }
 
     def __getitem__(self, name: str) -> Tensor:
+        return as_distributed(self.part(name), self._items[self._names[name]].held())
+
+    def part(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
+        """What of a tensor lies on this rank, or is somewhere in that: no more is computed."""
         if self._average.tick != self._tick:
             raise RuntimeError(
                 f"{name}: the average was updated since it was asked for; ask for it anew"
             )
         first = self._names[name]
-        return as_distributed(self._part(first), self._items[first].held())
+        if first in self._copies:
+            return self._copies[first][where].clone()
+        return self._average.read(self._live, [self._places[first]], where)[0]
 
     @property
     def known(self) -> Mapping[str, str]:
         """name -> the first name of the same tensor."""
         return self._names
-
-    def _part(self, first: str) -> Tensor:
-        if first in self._copies:
-            return self._copies[first].clone()
-        return self._average.read(self._live, [self._places[first]])[0]
 
     def whole(self) -> dict[str, Tensor]:
         """All of it in memory, tied tensors once."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polyak.ranks import gathered
+from polyak.ranks import digest, gathered, together
 from polyak.sharding import rows_of_a_rank
 from polyak.tracking import difference, report
 
@@ -23,30 +23,31 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 1 << 26
 _CHUNK = 1 << 20
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio
+_ODD, _OTHER = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  # of splitmix64
 
 
 def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: DeviceMesh) -> None:
-    """Raises `RuntimeError` on all ranks of a mesh where their tensors differ, naming them.
+    """Raises `RuntimeError` on all ranks of a mesh where their tensors differ, naming them. Collective.
 
-    `told` is what must be equal beside them. Compared are 64 bits for each tensor: sums of its bits,
-    weighted by place, so that no change of one element, and no exchange of two, goes unseen.
+    `told` is what must be equal beside them. Compared are 64 bits for each tensor.
     """
     group = mesh.get_group()
-    forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-    described = gathered({"made with": told, **forms}, group)
+    with together(call, group):
+        mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
+        forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+        order = {"the order of tensors": digest(list(tensors)), "made with": told}
+    described = gathered(order | forms, group)
     for rank, theirs in enumerate(described):
         if lines := difference(described[0], theirs):
-            title = f"{call}: rank {rank} of the mesh differs from rank 0"
-            raise RuntimeError(report(title, lines))
-    names = list(tensors)
-    mine = torch.stack([fingerprint(tensor) for tensor in tensors.values()]).to(mesh.device_type)
-    both = torch.cat([mine, ~mine])
+            raise RuntimeError(
+                report(f"{call}: rank {rank} of the mesh differs from rank 0", lines)
+            )
+    if not mine:
+        return
+    both = torch.cat([torch.stack(mine), ~torch.stack(mine)])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
-    largest, smallest = both[: len(names)], ~both[len(names) :]
-    differ = [
-        name for name, same in zip(names, (largest == smallest).tolist(), strict=True) if not same
-    ]
+    same = (both[: len(mine)] == ~both[len(mine) :]).tolist()
+    differ = [name for name, each in zip(tensors, same, strict=True) if not each]
     if differ:
         more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise RuntimeError(
@@ -57,15 +58,20 @@ def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: Devi
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """64 bits of a tensor's bits: a sum over elements, each times an odd number of its place."""
-    flat = tensor.detach().resolve_conj().contiguous().reshape(-1)
+    """64 bits of a tensor's content: a sum over its elements of their bits, mixed with their place.
+
+    Mixed as by a hash, since a plain sum would not see signs that change in pairs.
+    """
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64, copy=True)
-        place = torch.arange(start, start + part.numel(), device=tensor.device)
-        total += part.mul_(place.mul_(2).add_(1).mul_(_ODD)).sum()
+        mixed = bits[start : start + _CHUNK].to(torch.int64, copy=True).mul_(_ODD)
+        mixed += torch.arange(start, start + mixed.numel(), device=tensor.device).mul_(_OTHER)
+        for shift in (32, 29):
+            mixed.bitwise_xor_(mixed >> shift).mul_(_OTHER)
+        total += mixed.bitwise_xor_(mixed >> 32).sum()
     return total
 
 
@@ -84,22 +90,22 @@ class _Piece(NamedTuple):
 
 
 @torch.no_grad()
-def gather_(wholes: Sequence[Tensor], parts: Sequence[Tensor], mesh: DeviceMesh) -> None:
+def gather_(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> None:
     """Fills whole tensors on every rank from the rows that the ranks have, rounded to their dtypes.
 
-    In buckets of at most 64 MiB beside the tensors.
+    Of each pair the first is whole, the second this rank's rows. Collective.
+
+    In buckets of 64 MiB, which take as much again over the number of ranks; a row is not divided.
     """
-    for bucket in _buckets(wholes, parts, mesh):
+    for bucket in _buckets(pairs, mesh):
         _gather_bucket_(bucket, mesh)
 
 
-def _buckets(
-    wholes: Sequence[Tensor], parts: Sequence[Tensor], mesh: DeviceMesh
-) -> Iterator[list[_Piece]]:
+def _buckets(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> Iterator[list[_Piece]]:
     """Pieces of one dtype and device, as many as a bucket takes; a piece is a row at least."""
     bucket: list[_Piece] = []
     room = 0
-    for whole, part in zip(wholes, parts, strict=True):
+    for whole, part in pairs:
         for piece in _pieces(whole, part, mesh):
             nbytes = piece.numel * whole.itemsize * mesh.size()
             if bucket and (nbytes > room or _kind(bucket[0].whole) != _kind(whole)):

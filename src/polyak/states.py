@@ -13,7 +13,7 @@ from polyak.checks import is_integer, is_number
 from polyak.engine import Average
 from polyak.live import LiveWeights
 from polyak.rules import START, Tick
-from polyak.sharding import Shape, local, shape
+from polyak.sharding import Layout, Shape, local, shape
 from polyak.specs import as_specs
 from polyak.tracking import difference, report
 
@@ -86,7 +86,7 @@ def _average(
         wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
         raise ValueError(f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}")
     dtypes = {name: dtype for name, (_, dtype) in average.forms(live).items()}
-    forms = {item.name: (shape(item.held()), dtypes[item.name]) for item in live.averaged}
+    forms = {item.name: (item.shape(), dtypes[item.name]) for item in live.averaged}
     for slot, held in slots.items():
         _require_forms(forms, held, f"{where}, slot {slot}")
         slots[slot] = {name: local(tensor) for name, tensor in held.items()}
@@ -96,7 +96,7 @@ def _average(
 def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:
     copies = dict(_mapping(data, "copies"))
     if copies or begun:
-        forms = {item.name: (shape(item.held()), item.live().dtype) for item in live.copied}
+        forms = {item.name: (item.shape(), item.live().dtype) for item in live.copied}
         _require_forms(forms, copies, "copies")
     return {name: local(tensor) for name, tensor in copies.items()}
 
@@ -104,6 +104,8 @@ def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor
 def _require_forms(wanted: Mapping[str, _Form], held: Mapping[str, Any], where: str) -> None:
     got = {name: _form(value) for name, value in held.items()}
     if lines := difference(wanted, got):
+        if any(isinstance(held, Layout) for held, _ in wanted.values()):
+            lines.append("polyak.load takes each rank's part from a file of any layout")
         raise ValueError(report(f"load_state_dict: {where}: other tensors", lines))
 
 

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from polyak.sharding import is_distributed, local, rows, spread
+from polyak.sharding import (
+    Shape,
+    is_distributed,
+    local,
+    refuse_flat,
+    rows,
+    shape,
+    shape_of_rows,
+    spread,
+    stream,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,6 +68,15 @@ class Tracked:
         """The tensor as averages are spread over ranks: a DTensor where it is sharded."""
         found = self.found()
         return found if self.mesh is None else spread(found, self.mesh)
+
+    def shape(self) -> Shape:
+        """The shape, and how it is spread."""
+        found = self.found()
+        return shape(found) if self.mesh is None else shape_of_rows(found, self.mesh)
+
+    def stream(self) -> str:
+        """What tells this rank's part from those of others, equal on ranks that have the same."""
+        return stream(self.found(), self.mesh)
 
     def found(self) -> Tensor:
         """The tensor as the model has it."""
@@ -108,6 +127,7 @@ def _find(source: Source) -> Iterator[Tracked]:
     """All tensors of a model or mapping by canonical name, ties included."""
     if isinstance(source, nn.Module):
         for prefix, module in walk(source, ""):
+            refuse_flat(prefix, module)
             yield from _own_tensors(prefix, module)
         return
     if not isinstance(source, Mapping):

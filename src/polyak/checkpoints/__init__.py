@@ -5,12 +5,14 @@
     checkpoints.export(path, averager)                           an average as plain safetensors
     checkpoints.convert(path, out)                               another library's file as one of ours
     with checkpoints.saving(folder) as place: ...                what belongs together, all there or not at all
+    checkpoints.save_distributed(folder, {"model": ..., "average": averager})    a training, by all ranks
 
 Nothing here runs code from a file: pickles are read as data, and whatever asks for more is refused.
 """
 
 from __future__ import annotations
 
+from polyak.checkpoints.background import save_distributed_async
 from polyak.checkpoints.checkpoint import Checkpoint, Clock
 from polyak.checkpoints.converting import convert
 from polyak.checkpoints.exporting import export
@@ -18,5 +20,19 @@ from polyak.checkpoints.folders import latest, saving
 from polyak.checkpoints.native import save
 from polyak.checkpoints.reading import read
 from polyak.checkpoints.resuming import load
+from polyak.checkpoints.training import load_distributed, save_distributed
 
-__all__ = ["Checkpoint", "Clock", "convert", "export", "latest", "load", "read", "save", "saving"]
+__all__ = [
+    "Checkpoint",
+    "Clock",
+    "convert",
+    "export",
+    "latest",
+    "load",
+    "load_distributed",
+    "read",
+    "save",
+    "save_distributed",
+    "save_distributed_async",
+    "saving",
+]

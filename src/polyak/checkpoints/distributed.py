@@ -7,43 +7,24 @@ and believed only where it fits the files: chunks must tile their tensors, witho
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from polyak.checkpoints import pickles
+from polyak.checkpoints.boxes import Box, whole
 from polyak.checkpoints.loading import load_part, naming, require_beside
 from polyak.checkpoints.mapped import Mapped
-from polyak.checkpoints.meaning import Meaning
-from polyak.checkpoints.pickles import Call
-from polyak.checkpoints.tensorfile import Form
-from polyak.checkpoints.torchtensors import DTYPES, layout, size
+from polyak.checkpoints.metadata import METADATA, Place, described
+from polyak.checkpoints.names import Renamed
+from polyak.checkpoints.parts import Chunked
+from polyak.checkpoints.tensorfile import Form, form
 from polyak.reading import NamedTensors
 
-METADATA = ".metadata"
-_MOST = 1 << 60
 _DIMENSIONS = 8  # of a tensor in chunks: to compare them takes 2^dimensions steps a chunk
-
-
-class Chunk(NamedTuple):
-    """A part of a tensor: where it begins and its shape."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-class Place(NamedTuple):
-    """Where the bytes of an entry lie."""
-
-    file: str
-    start: int
-    length: int
 
 
 class DistributedTensors(NamedTensors):
@@ -52,7 +33,7 @@ class DistributedTensors(NamedTensors):
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
     file. `objects` are the entries that are no tensors, such as a count of steps, read when asked
     for. `forms` are the tensors' dtypes and shapes; `paths` tells of each flat name the keys that it
-    was made from, outermost first.
+    was made from, outermost first, for objects as well.
 
     Raises `ValueError` naming the folder for metadata that asks for code or does not fit the files,
     later naming the file for a damaged chunk; `FileNotFoundError` for missing files.
@@ -61,34 +42,52 @@ class DistributedTensors(NamedTensors):
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder)
         with naming(str(self.path), "damaged metadata"):
-            described = _described(self.path / METADATA)
-            self._places = described["storage_data"]
-            entries = described["state_dict_metadata"]
+            found = described(self.path / METADATA)
+            self._places: dict[tuple[Any, ...], Place] = found["storage_data"]
+            entries = found["state_dict_metadata"]
             tensors = {name: each for name, each in entries.items() if each is not None}
-            self.forms = {name: form for name, (form, _) in tensors.items()}
-            self.paths = _paths(described.get("planner_data"), self.forms)
-            self._chunks = {name: _chunks(name, *each) for name, each in tensors.items()}
+            self.forms = {name: each for name, (each, _) in tensors.items()}
+            self.paths = _paths(found.get("planner_data"), entries)
+            self._chunks = {n: _chunks(n, each.shape, held) for n, (each, held) in tensors.items()}
             self._require_places(entries)
         self.objects: Mapping[str, Any] = _Objects(
             [name for name in entries if name not in tensors], self._object
         )
         self._opened: dict[str, Mapped] = {}
+        self._views: dict[tuple[Any, ...], Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        chunks, form = self._chunks[name], self.forms[name]
+        held = self.unread(name)
+        if isinstance(held, Tensor):
+            return held
+        tensor = held.whole()
+        held.release()
+        return tensor
+
+    def unread(self, name: str) -> Tensor | Chunked:
+        """A tensor, or one in several chunks, of which only those are read that are asked for."""
+        chunks = self._chunks[name]
         if len(chunks) == 1:
             return self._chunk(name, chunks[0])
-        whole = torch.empty(form.shape, dtype=form.dtype)
-        for chunk in chunks:
-            ends = (start + size for start, size in zip(*chunk, strict=True))
-            part = tuple(slice(*each) for each in zip(chunk.offsets, ends, strict=True))
-            whole[part].copy_(self._chunk(name, chunk))
-        self.release(name)
-        return whole
+        return Chunked(
+            self.forms[name],
+            chunks,
+            read=lambda chunk: self._chunk(name, chunk),
+            release=lambda: self.release(name),
+        )
 
     @property
     def known(self) -> Mapping[str, object]:
         return self.forms
+
+    def parts(self) -> dict[str, Renamed]:
+        """The tensors of each part of what was saved; those at its top lie under the empty key."""
+        keys: dict[str, dict[str, str]] = {}
+        for key in self:
+            first, *rest = map(str, self.paths.get(key) or (key,))
+            part, name = (first, ".".join(rest)) if rest else ("", first)
+            keys.setdefault(part, {})[name] = key
+        return {part: Renamed(self, within) for part, within in keys.items()}
 
     def release(self, name: str) -> None:
         """Gives back the pages that only this tensor has on them. What was written to is lost."""
@@ -96,13 +95,16 @@ class DistributedTensors(NamedTensors):
             place = self._places[(name, *chunk.offsets)]
             self._file(place).release(place.start, place.start + place.length)
 
-    def _chunk(self, name: str, chunk: Chunk) -> Tensor:
-        place = self._places[(name, *chunk.offsets)]
-        tensor = self._load(name, place)
-        wanted = Form(self.forms[name].dtype, chunk.shape)
-        if not isinstance(tensor, Tensor) or Form(tensor.dtype, tuple(tensor.shape)) != wanted:
-            raise ValueError(f"{self.path / place.file}: {name} has a chunk of another form")
-        return tensor
+    def _chunk(self, name: str, chunk: Box) -> Tensor:
+        """A chunk as a view of its file, compared with its checksum when it is first asked for."""
+        key = (name, *chunk.offsets)
+        if key not in self._views:
+            place, wanted = self._places[key], Form(self.forms[name].dtype, chunk.shape)
+            tensor = self._load(name, place)
+            if not isinstance(tensor, Tensor) or form(tensor) != wanted:
+                raise ValueError(f"{self.path / place.file}: {name} has a chunk of another form")
+            self._views[key] = tensor
+        return self._views[key]
 
     def _object(self, name: str) -> Any:
         return self._load(name, self._places[(name,)])
@@ -119,7 +121,7 @@ class DistributedTensors(NamedTensors):
     def _require_places(self, entries: Mapping[str, Any]) -> None:
         """Every entry lies in a file of this folder, and no two lie over each other."""
         for name in entries:
-            chunks = self._chunks.get(name, [Chunk((), ())])
+            chunks = self._chunks.get(name, [Box((), ())])
             for chunk in chunks:
                 if (name, *chunk.offsets) not in self._places:
                     raise ValueError(f"{name}: nothing says where it lies")
@@ -168,50 +170,35 @@ def _require_apart(places: list[Place], size: int) -> None:
             raise ValueError(f"{place.file}: entries lie over each other ({first}, {second})")
 
 
-def _chunks(name: str, form: Form, chunks: list[Chunk]) -> list[Chunk]:
+def _chunks(name: str, shape: tuple[int, ...], chunks: list[Box]) -> list[Box]:
     """The chunks that hold something; together they are the tensor exactly."""
     filled = [chunk for chunk in chunks if 0 not in chunk.shape]
-    if not filled and 0 in form.shape:
+    if not filled and 0 in shape:
         return []
-    whole = Chunk((0,) * len(form.shape), form.shape)
-    if filled != [whole] and not _tiles(whole, filled):
+    everything = whole(shape)
+    if filled != [everything] and not _tiles(everything, filled):
         raise ValueError(
-            f"{name}: {len(filled)} chunks do not tile the shape {form.shape}: there is an overlap "
+            f"{name}: {len(filled)} chunks do not tile the shape {shape}: there is an overlap "
             "or a gap, so a rank's part is missing"
         )
     return filled
 
 
-def _tiles(whole: Chunk, chunks: list[Chunk]) -> bool:
+def _tiles(outer: Box, chunks: list[Box]) -> bool:
     """Whether boxes fill a box exactly.
 
     They do where the corners, with alternating signs, cancel to those of the whole: a sum of boxes
     is known by the mixed differences at its corners.
     """
-    dimensions = len(whole.shape)
+    dimensions = len(outer.shape)
     if dimensions > _DIMENSIONS or any(len(chunk.shape) != dimensions for chunk in chunks):
         return False
     corners: Counter[tuple[int, ...]] = Counter()
-    for sign, chunk in [(-1, whole), *((1, chunk) for chunk in chunks)]:
+    for sign, chunk in [(-1, outer), *((1, chunk) for chunk in chunks)]:
         for picked in product((0, 1), repeat=dimensions):
             corner = tuple(o + n * p for o, n, p in zip(*chunk, picked, strict=True))
             corners[corner] += sign * (-1) ** sum(picked)
     return not any(corners.values())
-
-
-def _described(path: Path) -> dict[str, Any]:
-    """The metadata: entries and where they lie."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: the folder's save was not finished, or it is no folder of "
-            "torch.distributed.checkpoint"
-        )
-    mapped = Mapped(path)
-    found = pickles.read(io.BytesIO(mapped.memory[:]), _KNOWN)
-    described = Meaning(_MEANINGS, DTYPES, mapped.size)(found)
-    if not isinstance(described, dict):
-        raise ValueError(f"the metadata are a {type(described).__name__}")
-    return described
 
 
 def _paths(planned: Any, names: Iterable[str]) -> dict[str, tuple[str | int, ...]]:
@@ -222,79 +209,3 @@ def _paths(planned: Any, names: Iterable[str]) -> dict[str, tuple[str | int, ...
         if type(path) is not tuple or not all(type(key) in (str, int) for key in path):
             raise ValueError(f"a name is made from {path!r:.100}, wanted keys")
     return paths
-
-
-def _state(call: Call, meaning: Meaning) -> dict[str, Any]:
-    """The fields of a dataclass."""
-    state = meaning(call.state)
-    if not isinstance(state, dict):
-        raise ValueError(f"{meaning.place}: a {call.name} without fields")
-    return state
-
-
-def _tensor(call: Call, meaning: Meaning) -> tuple[Form, list[Chunk]]:
-    fields = _state(call, meaning)
-    form = Form(fields["properties"], _numbers(fields["size"]))
-    if not isinstance(form.dtype, torch.dtype) or not isinstance(fields["chunks"], list):
-        raise ValueError(f"{meaning.place} is a tensor of an unknown form")
-    return form, fields["chunks"]
-
-
-def _properties(call: Call, meaning: Meaning) -> Any:
-    """(dtype, layout, requires_grad, memory_format, pin_memory), of which the dtype counts."""
-    dtype, layout, *_ = meaning(call.state)
-    if layout is not torch.strided:
-        raise ValueError(f"{meaning.place} has the layout {layout!r:.100}, wanted torch.strided")
-    return dtype
-
-
-def _chunk(call: Call, meaning: Meaning) -> Chunk:
-    fields = _state(call, meaning)
-    return Chunk(_numbers(fields["offsets"]), _numbers(fields["sizes"]))
-
-
-def _index(call: Call, meaning: Meaning) -> tuple[Any, ...]:
-    """The key of an entry, or of one chunk of it."""
-    fields = _state(call, meaning)
-    return (fields["fqn"], *_numbers(fields.get("offset") or ()))
-
-
-def _place(call: Call, meaning: Meaning) -> Place:
-    fields = _state(call, meaning)
-    if extensions := fields.get("transform_descriptors"):
-        raise ValueError(f"{meaning.place} was written through {extensions!r:.100}, not read here")
-    place = Place(fields["relative_path"], *_numbers((fields["offset"], fields["length"])))
-    if not isinstance(place.file, str):
-        raise ValueError(f"{meaning.place} lies in a file that is no name")
-    return place
-
-
-def _numbers(values: Any) -> tuple[int, ...]:
-    if all(type(value) is int and 0 <= value < _MOST for value in values):
-        return tuple(values)
-    raise ValueError(f"wanted sizes and offsets, got {values!r:.100}")
-
-
-def _nothing(_: Call, __: Meaning) -> None:
-    """Of no use here."""
-
-
-_MODULE = "torch.distributed.checkpoint"
-_EARLIER = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3
-_MEANINGS: dict[str, Callable[[Call, Meaning], object]] = {
-    f"{_MODULE}.metadata.Metadata": _state,
-    f"{_MODULE}.metadata.TensorStorageMetadata": _tensor,
-    f"{_MODULE}.metadata.TensorProperties": _properties,
-    f"{_MODULE}.metadata.ChunkStorageMetadata": _chunk,
-    f"{_MODULE}.metadata.BytesStorageMetadata": _nothing,
-    f"{_MODULE}.metadata.MetadataIndex": _index,
-    f"{_MODULE}.metadata.StorageMeta": _nothing,
-    f"{_MODULE}.metadata._MEM_FORMAT_ENCODING": _nothing,
-    f"{_MODULE}.filesystem._StorageInfo": _place,
-    f"{_EARLIER}.TensorProperties": _properties,
-    f"{_EARLIER}.MEM_FORMAT_ENCODING": _nothing,
-    "pathlib.PosixPath": _nothing,
-    "torch.Size": size,
-    "torch.serialization._get_layout": layout,
-}
-_KNOWN = frozenset(_MEANINGS) | set(DTYPES)

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from polyak.averager import Averager
-from polyak.checkpoints import writing
+from polyak.checkpoints import slabs, writing
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
 from polyak.checkpoints.tensorfile import Form, form, forms, narrowed
 from polyak.checkpoints.ties import distinct
-from polyak.sharding import require_whole
+from polyak.checks import require
+from polyak.ranks import together
+from polyak.sharding import is_distributed, local
+from polyak.tracking import Tracked
 
 
 def export(
@@ -54,12 +58,40 @@ def export(
     >>> torch.equal(other.weight, model.weight)
     True
 
-    One tensor is held at a time. Raises `RuntimeError` before the first update and inside
-    `applied()`, `ValueError` for a sharded model, `FileExistsError` for a path that exists, unless
-    `overwrite`.
+    One tensor is held at a time.
+
+    Of a sharded model it is collective: every rank of the default group calls it, and what comes is
+    the same file as from one process, while no rank holds more than some pieces of 32 MiB beside
+    its weights. Where all ranks see the path, each writes its own parts, but for those
+    that would be scattered over the file (columns of a matrix); these pass through the first
+    rank, and so does everything where a rank does not see the path. `path` and `progress` are the
+    first rank's.
+
+    Raises `RuntimeError` before the first update and inside `applied()`, `FileExistsError` for a
+    path that exists, unless `overwrite`; `ValueError` for a value that the dtype cannot hold, and
+    where ranks would write different tensors. What fails on one rank fails on all, and leaves all
+    as it was.
     """
+    plain = dtype is None or dtype.is_floating_point
+    require(plain, "export: dtype", dtype, "that of the floating-point tensors, such as bfloat16")
     if isinstance(source, Averager):
-        model, weights = _of_averager(source, name)
+        tracked = [item for item in source.tracked if item.persistent]
+        if any(is_distributed(item.held()) for item in tracked):
+            with together("export"):
+                source.check_replicas()  # by the ranks of its mesh, which may be some of all
+            with together("export"):
+                parts = _Parts(source, name, tracked, dtype)
+            slabs.write(
+                path,
+                parts.spreads,
+                parts.read,
+                told=f"average {name!r} at {source.clock}",
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            return
+        model, weights = _of_averager(source, name, tracked)
     elif isinstance(source, Checkpoint):
         model, weights = _of_checkpoint(source, name)
     else:
@@ -76,14 +108,39 @@ def export(
     )
 
 
-def _of_averager(averager: Averager, name: str | None) -> tuple[dict[str, Form], Weights]:
+def _of_averager(
+    averager: Averager, name: str | None, tracked: list[Tracked]
+) -> tuple[dict[str, Form], Weights]:
     """The forms of all that the model saves, tied weights once; the average, or what is live."""
-    tracked = [item for item in averager.tracked if item.persistent]
     live = {item.name: item.held() for item in tracked}
-    require_whole("export", live)
     return {n: form(tensor) for n, tensor in live.items()}, ChainMap(
         cast(Any, averager.weights(name)), live
     )
+
+
+class _Parts:
+    """This rank's parts of all that the model saves, those of the average computed when read."""
+
+    def __init__(
+        self,
+        averager: Averager,
+        name: str | None,
+        tracked: list[Tracked],
+        dtype: torch.dtype | None,
+    ) -> None:
+        held = {item.name: item.held() for item in tracked}
+        self.spreads = {
+            n: slabs.Spread(Form(_as(dtype, tensor.dtype), tuple(tensor.shape)), tensor)
+            for n, tensor in held.items()
+        }
+        self._weights = averager.weights(name)
+        self._held = held
+
+    def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        """What is somewhere in this rank's part of a tensor."""
+        if name in self._weights:
+            return self._weights.part(name, where)
+        return local(self._held[name]).detach()[where]
 
 
 def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Form], Weights]:

@@ -54,10 +54,15 @@ class Mapped:
         _open[_address(self.memory)] = self.memory
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
-        """The tensor that lies in the file from `start` on, row by row: a view of it."""
+        """The tensor that lies in the file from `start` on, row by row: a view of it, if it can be."""
         count = prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
+        if (
+            dtype.itemsize == 16 and start % 16
+        ):  # torch's kernels fault on what does not begin at 16
+            flat = torch.frombuffer(self.memory, dtype=torch.uint8, count=16 * count, offset=start)
+            return flat.clone().view(dtype).view(shape)
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
 
     def pieces(self, start: int, length: int) -> Iterator[bytes]:

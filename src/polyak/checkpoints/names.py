@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from polyak.checkpoints.mapped import release
+from polyak.checkpoints.parts import Chunked, unread
 from polyak.checkpoints.tensorfile import Form, form
 from polyak.reading import NamedTensors
 from polyak.tracking import WRAPPERS
@@ -35,6 +36,10 @@ class Renamed(NamedTensors):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._held[self._keys[name]]
+
+    def unread(self, name: str) -> Tensor | Chunked:
+        """A tensor before its chunks are put together, where it lies in chunks."""
+        return unread(self._held, self._keys[name])
 
     @property
     def known(self) -> Mapping[str, object]:

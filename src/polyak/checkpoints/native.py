@@ -2,32 +2,41 @@
 
 The header's metadata holds, beside the digest (`tensorfile`), one entry `polyak`: the state's numbers,
 rules and names as JSON. The tensors lie under `averages/<average>/<slot>/<name>`, `copies/<name>`,
-`random/<average>/<device>`, and `live/<name>` where a rule's readout has a term in the live weights.
+and `live/<name>` where a rule's readout has a term in the live weights.
+
+Of a sharded averager it is a folder of torch.distributed.checkpoint with the same keys, and the JSON
+is one tensor more, of bytes, under the key `polyak`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polyak.averager import Averager
-from polyak.checkpoints import tensorfile
+from polyak.checkpoints import collective, tensorfile
 from polyak.checkpoints.checkpoint import Checkpoint, Clock
-from polyak.checkpoints.stored import FORMAT, KEY, PAIRS, ReadOut, Stored
+from polyak.checkpoints.parts import Chunked
+from polyak.checkpoints.readout import ReadOut
+from polyak.checkpoints.stored import FORMAT, KEY, PAIRS, Stored
 from polyak.checkpoints.tensorfile import Form, narrowed
 from polyak.ema import EMA
-from polyak.engine import tick_data
+from polyak.engine import named, tick_data
 from polyak.rules import LIVE
 from polyak.sharding import require_whole
 from polyak.specs import parse
 from polyak.states import STATE_FORMAT, as_tick
 from polyak.tensors import dtype_name
 from polyak.tracking import Tracked
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def save(path: Path | str, averager: Averager | EMA, *, overwrite: bool = True) -> None:
@@ -36,6 +45,11 @@ def save(path: Path | str, averager: Averager | EMA, *, overwrite: bool = True) 
     The file appears when it is complete and on the disk; a process killed on the way leaves the
     file that was there before. Live weights, optimizer and data order are yours to save, in one
     folder with this file (`saving`) so that they agree.
+
+    Of a sharded averager it is collective: every rank of the default group calls it, each writes
+    its own parts, and `path` becomes a folder of torch.distributed.checkpoint. What all ranks have
+    (buffers, which may differ between them) is the lowest rank's. (`save_distributed` saves the
+    rest of the training with it.)
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"
@@ -46,10 +60,46 @@ def save(path: Path | str, averager: Averager | EMA, *, overwrite: bool = True) 
     tensor([0., 0.])
 
     Raises `RuntimeError` inside `applied()`, `TypeError` for another object or a dtype that
-    safetensors lacks, `ValueError` for a sharded model, `OSError` where it cannot be written.
+    safetensors lacks, `OSError` where it cannot be written; `ValueError` where ranks are not at the
+    same update or have other tensors. What fails on one rank fails on all.
     """
+    if isinstance(averager, Averager) and averager.sharded:
+        save_parts("save", path, averager, packed, overwrite=overwrite)
+        return
     described, stored = _packed(averager)
     write(path, described, stored, overwrite=overwrite)
+
+
+Packed = tuple[dict[str, Any], dict[str, Tensor]]
+"""The description and the tensors by key of what is saved."""
+
+Pack = Callable[[Averager], Packed]
+
+
+def save_parts(
+    call: str, path: Path | str, averager: Averager, pack: Pack, *, overwrite: bool = True
+) -> None:
+    """Writes a folder of what each rank of the default group packs of its averager."""
+    content = encoded(call, {"": averager}, pack, group=None)[""]
+    collective.save_folder(call, path, content, group=None, overwrite=overwrite)
+
+
+def encoded(
+    call: str, averagers: Mapping[str, Averager], pack: Pack, group: ProcessGroup | None
+) -> dict[str, dict[str, Tensor]]:
+    """What is saved of each averager, as tensors alone; its description is one of them.
+
+    Collective: raises on all ranks what packing raises on one, and `ValueError` where their
+    descriptions differ.
+    """
+    with collective.together(call, group):
+        for averager in averagers.values():
+            averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
+    with collective.together(call, group):
+        packed = {key: pack(averager) for key, averager in averagers.items()}
+    told = [f"{key} {_told(described)}".strip() for key, (described, _) in sorted(packed.items())]
+    collective.require_same(call, "averages", "; ".join(told) or "none", group)
+    return {key: {**stored, KEY: _as_tensor(told)} for key, (told, stored) in packed.items()}
 
 
 def write(
@@ -81,8 +131,7 @@ def write(
     )
 
 
-def _packed(averager: Averager | EMA) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors by key of what is saved."""
+def _packed(averager: Averager | EMA) -> Packed:
     if isinstance(averager, EMA):
         described = {"kind": "ema", "rule": str(averager.rule), "every": averager.update_every}
         held = averager.state_dict()
@@ -90,13 +139,12 @@ def _packed(averager: Averager | EMA) -> tuple[dict[str, Any], dict[str, Tensor]
         return described, {f"ema/{key}": tensor for key, tensor in held.items()}
     if not isinstance(averager, Averager):
         raise TypeError(f"save: got {type(averager).__name__}, wanted a polyak.Averager or EMA")
-    return packed(averager, "averager")
+    return packed(averager)
 
 
-def packed(averager: Averager, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors by key of an averager: its state, and what its model is like."""
+def packed(averager: Averager, kind: str = "averager") -> Packed:
+    """What is saved of an averager: its state, and what its model is like."""
     state, tracked = averager.state_dict(), averager.tracked
-    require_whole("save", {item.name: item.held() for item in tracked})
     averages = state.pop("averages")
     stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
     for average, held in averages.items():
@@ -105,10 +153,9 @@ def packed(averager: Averager, kind: str) -> tuple[dict[str, Any], dict[str, Ten
             for slot, tensors_of in held["slots"].items()
             for name, tensor in tensors_of.items()
         }
-        random = held.get("random", {})
-        stored |= {f"random/{average}/{device}": state_of for device, state_of in random.items()}
     if averager.clock.n and any(map(_needs_live, averages.values())):
-        live = {item.name: item.live().detach() for item in tracked if item.policy == "average"}
+        items = [item for item in tracked if item.policy == "average"]
+        live = named(items, [item.live().detach() for item in items])
         stored |= {f"live/{name}": tensor for name, tensor in live.items()}
     described = {
         name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
@@ -124,6 +171,20 @@ def packed(averager: Averager, kind: str) -> tuple[dict[str, Any], dict[str, Ten
     }, stored
 
 
+def _told(described: Mapping[str, Any]) -> str:
+    """A description in short: equal only for equal ones."""
+    text = json.dumps(described, sort_keys=True)
+    ticks = ", ".join(f"{n}: update {each['tick'][0]}" for n, each in described["averages"].items())
+    tensors = len(described["model"])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{ticks} of {tensors} tensors (description {digest})"
+
+
+def _as_tensor(described: Mapping[str, Any]) -> Tensor:
+    text = json.dumps({"format": FORMAT, PAIRS: [], **described})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
 def described_model(tracked: Sequence[Tracked]) -> dict[str, Any]:
     """What the averaged model is like: shape, dtype, policy, other names, of all that is stored."""
     return {item.name: _described(item) for item in tracked if item.policy != "live"}
@@ -134,32 +195,36 @@ def _needs_live(held: Mapping[str, Any]) -> bool:
 
 
 def _described(item: Tracked) -> dict[str, Any]:
-    live = item.live()
+    held = item.held()
     return {
-        "shape": list(live.shape),
-        "dtype": dtype_name(live.dtype),
+        "shape": list(held.shape),
+        "dtype": dtype_name(held.dtype),
         "policy": item.policy,
         "aliases": list(item.aliases),
     }
 
 
 def state(stored: Stored) -> dict[str, Any]:
-    """The state that an averager's `load_state_dict` takes, its tensors mapped from the file."""
+    """The state that an averager's `load_state_dict` takes, once its tensors are put together."""
     averages: dict[str, dict[str, Any]] = {}
     for name, held in stored.averages().items():
-        slots = {slot: stored.under(f"averages/{name}/{slot}/") for slot in held.slots}
+        slots = {slot: _unread(stored, f"averages/{name}/{slot}/") for slot in held.slots}
         averages[name] = {"rule": str(held.rule), "tick": tick_data(held.tick), "slots": slots}
-        random = stored.under(f"random/{name}/")
-        averages[name] |= {"random": random} if random else {}
-    numbers = {name: stored.get(name) for name in ("calls", "elapsed", "skipped")}
-    numbers |= {name: stored.get(name) for name in ("run", "mixed") if stored.has(name)}
-    copies = stored.under("copies/")
+    numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped")}
+    numbers |= {name: stored.value(name) for name in ("run", "mixed") if stored.has(name)}
+    copies = _unread(stored, "copies/")
     return {"format": STATE_FORMAT, **numbers, "copies": copies, "averages": averages}
+
+
+def _unread(stored: Stored, prefix: str) -> dict[str, Tensor | Chunked]:
+    """The tensors whose keys begin so, those in chunks not put together."""
+    held = stored.under(prefix)
+    return {name: held.unread(name) for name in held}
 
 
 def checkpoint(stored: Stored) -> Checkpoint:
     """What a file of ours holds, as any checkpoint: averages read out by their rules."""
-    if stored.get("kind") == "ema":
+    if stored.value("kind") == "ema":
         return _ema_checkpoint(stored)
     held, model = stored.averages(), stored.model()
     return Checkpoint(
@@ -179,10 +244,10 @@ def _ema_checkpoint(stored: Stored) -> Checkpoint:
         part: {k.removeprefix(part): t for k, t in held.items() if k.startswith(part)}
         for part in ("ema_model.", "online_model.")
     }
-    step = stored.tensor("ema/step")
+    step = stored["ema/step"]
     if step.numel() != 1 or int(step) < 0:
         raise stored.error(f"step is {step}, wanted one integer >= 0")
     average = {"average": parts["ema_model."]}
-    rules = {"average": stored.rule(stored.get("rule"))}
+    rules = {"average": stored.rule(stored.value("rule"))}
     clock = Clock(int(step), "calls")
     return Checkpoint(stored.path, "polyak", parts["online_model."] or None, average, rules, clock)

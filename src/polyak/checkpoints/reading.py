@@ -10,18 +10,20 @@ from typing import Any
 
 from polyak.checkpoints import native
 from polyak.checkpoints.checkpoint import Checkpoint, Clock
-from polyak.checkpoints.distributed import METADATA, DistributedTensors
+from polyak.checkpoints.distributed import DistributedTensors
 from polyak.checkpoints.loading import IndexedTensors, load_pickle
 from polyak.checkpoints.mapped import head
-from polyak.checkpoints.names import Names, Renamed
+from polyak.checkpoints.metadata import METADATA
+from polyak.checkpoints.names import Names, canonical
 from polyak.checkpoints.peers import recognise
 from polyak.checkpoints.peers.found import Found, count
 from polyak.checkpoints.peers.modules import SNAPSHOT
 from polyak.checkpoints.peers.positional import diffusers_rules
-from polyak.checkpoints.stored import KEY, Stored
+from polyak.checkpoints.stored import Stored
 from polyak.checkpoints.tensorfile import TensorFile, is_safetensors
 from polyak.rules import AVERAGE
 
+_MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)
 _SETTINGS_BYTES = 1_000_000
 _WEIGHTS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
 
@@ -51,46 +53,43 @@ def read(path: Path | str, names: Names = None) -> Checkpoint:
     is nothing.
     """
     path = Path(path)
+    if (path / METADATA).exists():
+        return _distributed(DistributedTensors(path))
+    if (stored := Stored.find(path)) is not None:
+        return native.checkpoint(stored)
     if path.is_dir():
         return _folder(path, names)
+    if (path.parent / METADATA).is_file() and not path.exists():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} has no averager {path.name!r}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a pipe or a device, wanted a file or a folder")
     if path.suffix == ".json":
         return recognise(Found(path, "sharded-safetensors", IndexedTensors(path)))
     if is_safetensors(path):
-        return _safetensors(TensorFile(path))
+        return recognise(Found(path, "safetensors", TensorFile(path)))
     held = load_pickle(path)
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds a {type(held).__name__}, wanted a dictionary")
     return recognise(Found(path, "state-dict", held, names))
 
 
-def _safetensors(file: TensorFile) -> Checkpoint:
-    if KEY in file.metadata:
-        return native.checkpoint(Stored(file))
-    return recognise(Found(file.path, "safetensors", file))
+def _distributed(folder: DistributedTensors) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint: of ours, or of another's layout."""
+    parts, stored = folder.parts(), Stored.only(folder)
+    if stored is None:
+        return recognise(Found(folder.path, "dcp", parts[""] if list(parts) == [""] else parts))
+    found = native.checkpoint(stored)
+    live = canonical(parts[_MODEL]) if found.live is None and _MODEL in parts else found.live
+    return replace(found, path=folder.path, live=live)
 
 
 def _folder(path: Path, names: Names) -> Checkpoint:
-    """A folder of torch.distributed.checkpoint, of snapshots, or of one set of weights."""
-    if (path / METADATA).exists():
-        return recognise(Found(path, "dcp", _parts(DistributedTensors(path))))
+    """A folder of snapshots, or of one set of weights."""
     if snapshots := [file for file in path.iterdir() if SNAPSHOT.fullmatch(file.name)]:
         return _snapshots(path, snapshots)
     found = replace(read(_weights(path), names), path=path)
     settings = _settings(path / "config.json")
     return _diffusers(found, settings) if "optimization_step" in settings else found
-
-
-def _parts(tensors: DistributedTensors) -> Mapping[str, Any]:
-    """The tensors as the dictionary that was saved; those at its top lie under the empty key."""
-    keys: dict[str, dict[str, str]] = {}
-    for key in tensors:
-        first, *rest = map(str, tensors.paths.get(key) or (key,))
-        part, name = (first, ".".join(rest)) if rest else ("", first)
-        keys.setdefault(part, {})[name] = key
-    parts = {part: Renamed(tensors, within) for part, within in keys.items()}
-    return parts[""] if list(parts) == [""] else parts
 
 
 def _snapshots(path: Path, files: list[Path]) -> Checkpoint:

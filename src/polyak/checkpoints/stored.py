@@ -1,4 +1,4 @@
-"""Stored: a file of ours, read: its digest and description checked, averages by their rules.
+"""Stored: what `polyak.save` wrote, read: its description checked, averages by their rules.
 
 The layout is in `polyak.checkpoints.native`, which writes it.
 """
@@ -13,15 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from polyak import tensors
 from polyak.checkpoints.checkpoint import MOST_UPDATES
-from polyak.checkpoints.tensorfile import Form, TensorFile, form
+from polyak.checkpoints.distributed import DistributedTensors
+from polyak.checkpoints.metadata import METADATA
+from polyak.checkpoints.names import Renamed
+from polyak.checkpoints.parts import Chunked, unread
+from polyak.checkpoints.tensorfile import Form, TensorFile, is_safetensors
 from polyak.reading import NamedTensors
-from polyak.rules import LIVE, START, Rule, Tail, Tick, Window
+from polyak.rules import START, Rule, Tail, Tick, Window
 from polyak.specs import parse
 from polyak.states import as_tick
 
 KEY = "polyak"
+_PARTS = {"averages", "copies", "live", "times"}
 FORMAT = 1
 PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as pairs of float64
 
@@ -34,37 +38,116 @@ class StoredAverage(NamedTuple):
     slots: list[str]
 
 
-class Stored:
-    """A file of ours, its digest and its description checked: tensors by key, numbers by name.
+class Stored(NamedTensors):
+    """What `polyak.save` wrote, its description checked: tensors by key, values by name.
 
-    With `whole=False` the digest, for which all is read, is not compared. Raises `ValueError`
-    naming the file for a damaged one, or one of another format.
+    Raises `ValueError` naming the file for a damaged one, or one of another format.
     """
 
-    def __init__(self, file: TensorFile, *, whole: bool = True) -> None:
-        self.path = file.path
-        self._file = file
+    def __init__(self, path: Path, tensors: TensorFile | Renamed, text: str) -> None:
+        self.path = path
+        self._tensors = tensors
         try:
-            described = json.loads(file.metadata[KEY])
+            described = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self.error(f"the header does not read ({error})") from None
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             got = described.get("format") if isinstance(described, dict) else described
             raise self.error(f"format is {got!r}, wanted {FORMAT}")
-        if whole:
-            file.require_digest()
         self._described = described
         self._pairs = frozenset(map(str, self.mapping(PAIRS, list)))
+        self.forms = {key: self._form(key, each) for key, each in tensors.forms.items()}
 
     @classmethod
     def open(cls, path: Path, *, whole: bool = True) -> Stored:
-        """The file of ours at a path."""
-        return cls(TensorFile(path), whole=whole)
+        """What was saved at a path: `find`, where it must be there."""
+        found = cls.find(path, whole=whole)
+        if found is None:
+            raise ValueError(f"{path} was not written by polyak.save")
+        return found
+
+    @classmethod
+    def find(cls, path: Path, *, whole: bool = True) -> Stored | None:
+        """What was saved at a path: a file, a folder, or one averager of a folder by its key.
+
+        Of a file the digest is compared, for which all is read, unless `whole` is False; of a
+        folder each part has a checksum, which is compared when the part is read. None for what was
+        not written by us.
+
+        Raises `ValueError` for a folder with several averagers.
+        """
+        folder = (path.parent / METADATA).is_file() or any(path.parent.glob("*.distcp"))
+        if folder and not path.exists():
+            return cls.within(DistributedTensors(path.parent)).get(path.name)
+        if (path / METADATA).exists():
+            return cls.only(DistributedTensors(path))
+        if not path.is_file() or not is_safetensors(path):
+            return None
+        file = TensorFile(path)
+        if KEY not in file.metadata:
+            return None
+        stored = cls(path, file, file.metadata[KEY])
+        if whole:
+            file.require_digest()
+        return stored
+
+    @classmethod
+    def within(cls, folder: DistributedTensors) -> dict[str, Stored]:
+        """The averagers of a folder by their keys; one that was saved alone has the empty key."""
+        return {
+            part: cls(_place(folder.path, part), Renamed(held, _others(held)), _text(held))
+            for part, held in folder.parts().items()
+            if KEY in held and held.forms[KEY].dtype == torch.uint8
+            if all(name == KEY or name.split("/")[0] in _PARTS for name in held)
+        }
+
+    @classmethod
+    def only(cls, folder: DistributedTensors) -> Stored | None:
+        """The averager of a folder, if it has any; raises `ValueError` for several."""
+        found = cls.within(folder)
+        if len(found) > 1:
+            one, has = folder.path / next(iter(found)), ", ".join(found)
+            raise ValueError(f"{folder.path} has the averagers {has}: give one, as {one}")
+        return next(iter(found.values()), None)
+
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self.forms
+
+    def __getitem__(self, key: str) -> Tensor:
+        dtype = self.form(key).dtype
+        tensor = self._tensors[key]
+        if key not in self._pairs:
+            return tensor
+        if dtype != torch.complex128:
+            raise self.error(f"{key} is no tensor of pairs of float64")
+        return torch.view_as_complex(tensor)
+
+    def form(self, key: str) -> Form:
+        """The form of a tensor that must be there."""
+        if key not in self.forms:
+            raise self.error(f"the tensor {key!r} is missing")
+        return self.forms[key]
+
+    def unread(self, key: str) -> Tensor | Chunked:
+        """A tensor before its chunks are put together, where it lies in chunks."""
+        self.form(key)
+        return self[key] if key in self._pairs else unread(self._tensors, key)
+
+    def release(self, key: str) -> None:
+        """Gives the pages of a tensor back."""
+        self._tensors.release(key)
+
+    def under(self, prefix: str) -> Renamed:
+        """The tensors whose keys begin so, by the rest of the key."""
+        keys = [key for key in self if key.startswith(prefix)]
+        return Renamed(self, {key.removeprefix(prefix): key for key in keys})
 
     def error(self, problem: str) -> ValueError:
         return ValueError(f"{self.path}: {problem}")
 
-    def get(self, name: str) -> Any:
+    def value(self, name: str) -> Any:
+        """What the description says of a name."""
         if name not in self._described:
             raise self.error(f"the header lacks {name!r}")
         return self._described[name]
@@ -73,7 +156,7 @@ class Stored:
         return name in self._described
 
     def mapping(self, name: str, kind: type = dict) -> Any:
-        value = self.get(name)
+        value = self.value(name)
         if not isinstance(value, kind):
             raise self.error(f"{name} is {value!r}, wanted a JSON {kind.__name__}")
         return value
@@ -100,24 +183,12 @@ class Stored:
         self.model()
         return {name: self._average(name, each) for name, each in self.mapping("averages").items()}
 
-    def tensor(self, key: str) -> Tensor:
-        if key not in self._file:
-            raise self.error(f"the tensor {key!r} is missing")
-        tensor = self._file[key]
-        if key not in self._pairs:
-            return tensor
-        if tensor.dtype != torch.float64 or tensor.shape[-1:] != (2,):
-            raise self.error(f"{key} is no tensor of pairs of float64")
-        return torch.view_as_complex(tensor)
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose keys begin so, by the rest of the key."""
-        keys = [key for key in self._file if key.startswith(prefix)]
-        return {key.removeprefix(prefix): self.tensor(key) for key in keys}
-
-    def release(self, key: str) -> None:
-        """Gives the pages of a tensor back."""
-        self._file.release(key)
+    def _form(self, key: str, stored: Form) -> Form:
+        """The form of a tensor; that of a complex one, where it is stored as pairs."""
+        pair = stored.dtype == torch.float64 and stored.shape[-1:] == (2,)
+        if key in self._pairs and pair:
+            return Form(torch.complex128, stored.shape[:-1])
+        return stored
 
     def _average(self, name: str, held: Any) -> StoredAverage:
         if not isinstance(held, dict) or not _are_names(held.get("slots")):
@@ -132,57 +203,19 @@ class Stored:
         return StoredAverage(rule, tick, held["slots"])
 
 
-class ReadOut(NamedTensors):
-    """An average of a file of ours, read out tensor by tensor: `sum of coefficient * slot`."""
+def _place(folder: Path, part: str) -> Path:
+    """What `find` takes for a part; a part's name may be anything."""
+    return Path(f"{folder}/{part}") if part else folder
 
-    def __init__(self, stored: Stored, name: str, average: StoredAverage) -> None:
-        self._stored = stored
-        self._keys = [
-            ("live/" if slot == LIVE else f"averages/{name}/{slot}/", coefficient)
-            for slot, coefficient in average.rule.readout(average.tick).items()
-        ]
-        model = stored.model()
-        self._names = {n: first for first, each in model.items() for n in (first, *each["aliases"])}
-        self._copied = {first for first, each in model.items() if each["policy"] == "copy"}
 
-    @property
-    def known(self) -> Mapping[str, str]:
-        """name -> the first name of the same tensor."""
-        return self._names
+def _others(held: Renamed) -> dict[str, str]:
+    """All names but that of the description."""
+    return {name: name for name in held if name != KEY}
 
-    @property
-    def forms(self) -> dict[str, Form]:
-        """The tensors' dtypes and shapes, without their content."""
-        return {name: form(self._widest(name)) for name in self}
 
-    def __getitem__(self, name: str) -> Tensor:
-        like = self._widest(name)
-        terms = self._terms(name)
-        if [c for _, c in terms] == [1.0]:
-            return like
-        out = torch.empty_like(like)
-        tensors.combine_([out], [([self._stored.tensor(key)], c) for key, c in terms])
-        return out
-
-    def release(self, name: str) -> None:
-        """Gives the pages of a tensor's slots back."""
-        for key, _ in self._terms(name):
-            self._stored.release(key)
-
-    def _terms(self, name: str) -> list[tuple[str, float]]:
-        """The key and the coefficient of each tensor that is summed."""
-        first = self._names[name]
-        if first in self._copied:
-            return [(f"copies/{first}", 1.0)]
-        return [(prefix + first, coefficient) for prefix, coefficient in self._keys]
-
-    def _widest(self, name: str) -> Tensor:
-        """The one of the slots whose dtype the average has: a view of the file."""
-        held = [self._stored.tensor(key) for key, _ in self._terms(name)]
-        like = max(held, key=lambda tensor: tensor.dtype.itemsize)
-        if any(tensor.shape != like.shape for tensor in held):
-            raise self._stored.error(f"{name}: the slots have different shapes")
-        return like
+def _text(held: Renamed) -> str:
+    """The description that lies in a tensor."""
+    return held[KEY].numpy().tobytes().decode(errors="replace")
 
 
 def _filled(rule: Rule, tick: Tick) -> int:

@@ -150,9 +150,8 @@ def write(
     is told the bytes of each. With `digest` the header gets one. Raises `TypeError` for a dtype that
     safetensors does not have, `ValueError` for pieces that do not fill their tensor.
     """
-    ordered = dict(sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize))
-    metadata = {**metadata, DIGEST: _NO_DIGEST} if digest else dict(metadata)
-    header = _header(ordered, metadata)
+    ordered = _ordered(forms)
+    header = _header(ordered, {**metadata, DIGEST: _NO_DIGEST} if digest else metadata)
     with files.writing(path, overwrite=overwrite) as file:
         running = hashlib.sha256(header) if digest else None
         file.write(header)
@@ -161,6 +160,44 @@ def write(
         if running is not None:
             file.seek(header.index(_key(_NO_DIGEST)))
             file.write(_key(running.hexdigest()))
+
+
+class Layout(NamedTuple):
+    """How a safetensors file is laid out: its header, where each tensor begins, its size."""
+
+    header: bytes
+    starts: dict[str, int]
+    nbytes: int
+
+
+def layout(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> Layout:
+    """The layout of the file that `write` writes, its tensors in the file's order.
+
+    Raises `TypeError` for a dtype that safetensors does not have.
+    """
+    ordered = _ordered(forms)
+    header = _header(ordered, metadata)
+    starts, place = {}, len(header)
+    for name, each in ordered.items():
+        starts[name] = place
+        place += each.nbytes
+    return Layout(header, starts, place)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The content of a tensor, row by row, as uint8; without a copy where it lies so."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The content of a tensor in memory, row by row; without a copy where it lies so on the CPU."""
+    return as_bytes(tensor.cpu()).numpy().data
+
+
+def _ordered(forms: Mapping[str, Form]) -> dict[str, Form]:
+    """In the order of the file: what is wider comes first, so that all is aligned."""
+    return dict(sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def _write_tensor(
@@ -175,21 +212,15 @@ def _write_tensor(
     for piece in pieces:
         if piece.dtype != wanted.dtype:
             raise ValueError(f"{name}: a piece is {piece.dtype}, wanted {wanted.dtype}")
-        content = _bytes(piece)
-        file.write(content)
+        held = content(piece)
+        file.write(held)
         if running is not None:
-            running.update(content)
-        written += content.nbytes
+            running.update(held)
+        written += held.nbytes
         if progress is not None:
-            progress(content.nbytes)
+            progress(held.nbytes)
     if written != wanted.nbytes:
         raise ValueError(f"{name}: {written} bytes were given, wanted {wanted.nbytes}")
-
-
-def _bytes(piece: Tensor) -> memoryview:
-    """The content of a tensor, row by row; without a copy where it lies so on the CPU."""
-    flat = piece.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:

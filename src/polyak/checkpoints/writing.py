@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from polyak import files
@@ -12,7 +12,7 @@ from polyak.checkpoints.tensorfile import Form, Pieces
 from polyak.checks import is_integer, require
 
 _SUFFIX = ".safetensors"
-_METADATA = {"format": "pt"}  # transformers takes no file without it
+METADATA = {"format": "pt"}  # transformers takes no file without it
 INDEX = "model.safetensors.index.json"
 
 
@@ -35,30 +35,33 @@ def write(
     for what exists, unless `overwrite`; `TypeError` for a dtype that safetensors does not have.
     """
     out = Path(out)
-    _require_name(out, shard_bytes)
-    told = _told(progress, sum(form.nbytes for form in forms.values()))
+    within = arranged(out, forms, shard_bytes)
+    told = totalled(progress, sum(form.nbytes for form in forms.values()))
     if shard_bytes is None:
-        tensorfile.write(out, forms, pieces, _METADATA, overwrite=overwrite, progress=told)
+        tensorfile.write(out, forms, pieces, METADATA, overwrite=overwrite, progress=told)
         return
-    shards = _shards(forms, shard_bytes)
     with files.writing_folder(out, overwrite=overwrite) as folder:
-        for file, names in shards.items():
-            of_file = {name: forms[name] for name in names}
-            tensorfile.write(folder / file, of_file, pieces, _METADATA, progress=told)
-        (folder / INDEX).write_text(_index(forms, shards))
+        for file, held in within.items():
+            tensorfile.write(folder / file, held, pieces, METADATA, progress=told)
+        (folder / INDEX).write_text(index(within))
 
 
-def _require_name(out: Path, shard_bytes: int | None) -> None:
-    if shard_bytes is None:
-        wanted = f"a name that ends in {_SUFFIX}, as it is such a file; or give shard_bytes"
-        require(out.suffix == _SUFFIX, "out", str(out), wanted)
-        return
-    require(is_integer(shard_bytes, 1), "shard_bytes", shard_bytes, "an integer >= 1")
-    wanted = f"a folder: with shard_bytes there are several {_SUFFIX} files"
-    require(out.suffix != _SUFFIX, "out", str(out), wanted)
+def arranged(
+    out: Path, forms: Mapping[str, Form], shard_bytes: int | None
+) -> dict[str, dict[str, Form]]:
+    """Which tensors which file holds: its name -> their forms. Raises as `write` does for `out`."""
+    _require_name(out, shard_bytes)
+    return {out.name: dict(forms)} if shard_bytes is None else _shards(forms, shard_bytes)
 
 
-def _told(
+def index(within: Mapping[str, Mapping[str, Form]]) -> str:
+    """What the index of a folder of files says."""
+    held = {"total_size": sum(form.nbytes for file in within.values() for form in file.values())}
+    files_of = {name: file for file, forms in within.items() for name in forms}
+    return json.dumps({"metadata": held, "weight_map": files_of}, indent=2) + "\n"
+
+
+def totalled(
     progress: Callable[[int, int], object] | None, total: int
 ) -> Callable[[int], object] | None:
     """Progress by pieces as progress in all."""
@@ -74,23 +77,25 @@ def _told(
     return add
 
 
-def _shards(forms: Mapping[str, Form], most: int) -> dict[str, list[str]]:
-    """File -> the names of its tensors, in their order."""
-    shards: list[list[str]] = []
+def _require_name(out: Path, shard_bytes: int | None) -> None:
+    if shard_bytes is None:
+        wanted = f"a name that ends in {_SUFFIX}, as it is such a file; or give shard_bytes"
+        require(out.suffix == _SUFFIX, "out", str(out), wanted)
+        return
+    require(is_integer(shard_bytes, 1), "shard_bytes", shard_bytes, "an integer >= 1")
+    wanted = f"a folder: with shard_bytes there are several {_SUFFIX} files"
+    require(out.suffix != _SUFFIX, "out", str(out), wanted)
+
+
+def _shards(forms: Mapping[str, Form], most: int) -> dict[str, dict[str, Form]]:
+    """File -> its tensors, in their order."""
+    shards: list[dict[str, Form]] = []
     room = 0
     for name, form in forms.items():
         if form.nbytes > room or not shards:
-            shards.append([])
+            shards.append({})
             room = most
-        shards[-1].append(name)
+        shards[-1][name] = form
         room -= form.nbytes
     count = len(shards)
     return {f"model-{i:05d}-of-{count:05d}.safetensors": each for i, each in enumerate(shards, 1)}
-
-
-def _index(forms: Mapping[str, Form], shards: Mapping[str, Iterable[str]]) -> str:
-    index = {
-        "metadata": {"total_size": sum(form.nbytes for form in forms.values())},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
-    return json.dumps(index, indent=2) + "\n"

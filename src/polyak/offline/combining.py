@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,16 @@ from torch import Tensor
 from polyak import norms
 from polyak.checkpoints import mapped, writing
 from polyak.checkpoints.checkpoint import Weights
+from polyak.checkpoints.parts import Chunked, unread
 from polyak.checkpoints.tensorfile import Form, forms
 from polyak.checks import require
+from polyak.offline import dividing
 from polyak.offline.summing import Summation, Term, Threads
 from polyak.reading import NamedTensors
 from polyak.tracking import difference, report
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
 
@@ -107,14 +112,14 @@ class Combination(NamedTensors):
         dtype = self.forms[name].dtype
         averaged = name not in self.copied
         of = self._terms if averaged else [(self._last, 1.0)]
-        terms = [Term(weights[name], share) for weights, share in of]
+        terms = [Term(unread(weights, name), share) for weights, share in of]
         summation = Summation(terms, self._sums[name] if averaged else dtype, dtype)
         try:
             yield from summation.pieces(self._threads)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         for (weights, _), term in zip(of, terms, strict=True):
-            if mapped.place(term.tensor) is None:
+            if isinstance(term.tensor, Chunked) or mapped.place(term.tensor) is None:
                 _release(weights, name)
 
     def write(
@@ -124,8 +129,25 @@ class Combination(NamedTensors):
         shard_bytes: int | None = None,
         overwrite: bool = False,
         progress: Callable[[int, int], object] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        """Writes a safetensors file, or with `shard_bytes` a folder of them (`writing.write`)."""
+        """Writes a safetensors file, or with `shard_bytes` a folder of them (`writing.write`).
+
+        With a `group` of torch.distributed all its ranks call it, having made the same combination,
+        and share the work: each computes some of the tensors, and writes them into the same files.
+        They are those that one process writes. `progress` is not told then.
+        """
+        if group is not None:
+            dividing.write(
+                out,
+                self.forms,
+                self.pieces,
+                told=f"{self.coefficients.tolist()}",
+                group=group,
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+            )
+            return
         writing.write(
             out,
             self.forms,

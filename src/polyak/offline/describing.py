@@ -12,10 +12,10 @@ from polyak import norms
 from polyak.checkpoints import native
 from polyak.checkpoints.checkpoint import Checkpoint
 from polyak.checkpoints.reading import read
+from polyak.checkpoints.snapshots import Snapshot, snapshots, stored_in
 from polyak.checkpoints.stored import Stored
 from polyak.checkpoints.tensorfile import Form
 from polyak.checkpoints.ties import distinct
-from polyak.recording import PATTERN, Snapshot, snapshots
 from polyak.rules import Rule
 from polyak.tensors import dtype_name
 from polyak.theory import half_life, mean_age
@@ -120,7 +120,7 @@ def describe(path: Path | str) -> Description:
     Raises what `checkpoints.read` and `recording.snapshots` raise.
     """
     path = Path(path)
-    if path.is_dir() and any(path.glob(PATTERN)):
+    if stored_in(path):
         return _of_run(path)
     found = read(path, "positions")
     return _described(found, path, _times(found))
@@ -135,7 +135,7 @@ def _of_run(folder: Path) -> Description:
 
 
 def _recorded(found: list[Snapshot]) -> Recorded:
-    last, size = found[-1], sum(each.path.stat().st_size for each in found)
+    last, size = found[-1], sum(each.nbytes for each in found)
     return Recorded(last.run, len(found), found[0].time, last.time, last.updates, size)
 
 
@@ -205,8 +205,8 @@ def _times(found: Checkpoint) -> dict[str, list[float]]:
 
 def _own_times(stored: Stored, found: Checkpoint) -> dict[str, list[float]]:
     """The updates of a file of ours, spread evenly over its time."""
-    if stored.get("kind") == "ema":
-        times = found.clock.elapsed(stored.get("every")) if found.clock else []
+    if stored.value("kind") == "ema":
+        times = found.clock.elapsed(stored.value("every")) if found.clock else []
         return dict.fromkeys(found.averages, times if len(times) <= _LONGEST else [])
     ticks = {name: each.tick for name, each in stored.averages().items()}
     return {

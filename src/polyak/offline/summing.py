@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints import mapped
+from polyak.checkpoints.parts import Chunked
 
 PIECE_BYTES = 1 << 20
 """As much of a sum is made while one file after the other is read."""
@@ -30,7 +31,7 @@ _MOST_THREADS = 8  # they share Python's lock and the memory's bandwidth
 class Term(NamedTuple):
     """A tensor and its share: `sum <- sum + share (tensor - sum)`; the first share is 1."""
 
-    tensor: Tensor
+    tensor: Tensor | Chunked
     share: float
 
 
@@ -156,10 +157,10 @@ class _Place:
 class _Reader:
     """Parts of a tensor: read from its file where it lies there row by row, else copied."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor | Chunked) -> None:
         self.dtype = tensor.dtype
         self._tensor = tensor
-        self._file = mapped.place(tensor)
+        self._file = mapped.place(tensor) if isinstance(tensor, Tensor) else None
         self.from_file = self._file is not None
 
     def read_(self, into: _Buffer, start: int) -> None:
@@ -173,15 +174,20 @@ class _Reader:
 
     def release(self) -> None:
         """Gives the memory back that copying from a mapped file has taken."""
-        mapped.release(self._tensor)
+        if isinstance(self._tensor, Tensor):
+            mapped.release(self._tensor)
+        else:
+            self._tensor.release()
 
 
-def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
+def elements(tensor: Tensor | Chunked, start: int, stop: int) -> Tensor:
     """The elements start .. stop - 1 of a tensor, row by row; copied only where they lie otherwise.
 
     >>> elements(torch.arange(6).view(2, 3).T, 1, 4)
     tensor([3, 1, 4])
     """
+    if not isinstance(tensor, Tensor):
+        return tensor.elements(start, stop)
     if tensor.is_contiguous():
         return tensor.view(-1)[start:stop]
     row = tensor[0].numel()

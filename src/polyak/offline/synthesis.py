@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import gcd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.names import Renamed
+from polyak.checkpoints.snapshots import Snapshot, snapshots
 from polyak.checkpoints.stored import Stored
 from polyak.checks import is_integer, require, require_positive
 from polyak.offline.averaging import opened
 from polyak.offline.combining import Combination, Source
-from polyak.reading import NamedTensors
-from polyak.recording import Snapshot, snapshots
+from polyak.ranks import together
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule
 from polyak.theory import half_life, mean_age
 from polyak.theory.profiles import coefficients
 from polyak.theory.synthesis import Column, fit
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MAX_ERROR = 0.05
 MAX_ROUNDING = 0.02  # of the weights: the amplified rounding of what is stored
@@ -105,7 +110,7 @@ class Synthesis:
                 sources += opened([term.path], None)
             else:
                 prefix = f"averages/{term.average}/{term.slot}/"
-                slot = _Slot(self.run.snapshot(term.path), prefix, self.model)
+                slot = _slot(self.run.snapshot(term.path), prefix, self.model)
                 sources.append(Source(str(term.path), slot))
         dtypes = {name: getattr(torch, str(each["dtype"])) for name, each in self.model.items()}
         shares = np.array([term.coefficient for term in self.terms])
@@ -130,9 +135,14 @@ class Synthesis:
         shard_bytes: int | None = None,
         overwrite: bool = False,
         progress: Callable[[int, int], object] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Writes the average as plain safetensors; arguments and errors are `Combination.write`'s."""
-        self.weights().write(path, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress)
+        with together("save", group) if group is not None else nullcontext():
+            weights = self.weights()
+        weights.write(
+            path, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, group=group
+        )
 
 
 def synthesize(
@@ -299,19 +309,10 @@ def _update_at(elapsed: list[float], time: float) -> int:
     return nearest + 1
 
 
-class _Slot(NamedTensors):
+def _slot(stored: Stored, prefix: str, model: Mapping[str, Any]) -> Renamed:
     """A slot of a snapshot by the model's names, with the copied tensors of that time."""
-
-    def __init__(self, stored: Stored, prefix: str, model: Mapping[str, Any]) -> None:
-        self._stored = stored
-        self._keys = {
-            name: f"copies/{name}" if each["policy"] == "copy" else prefix + name
-            for name, each in model.items()
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._stored.tensor(self._keys[name])
-
-    @property
-    def known(self) -> Mapping[str, object]:
-        return self._keys
+    keys = {
+        name: f"copies/{name}" if each["policy"] == "copy" else prefix + name
+        for name, each in model.items()
+    }
+    return Renamed(stored, keys)

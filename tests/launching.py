@@ -1,0 +1,108 @@
+"""Launching: real torchrun under a time-out; its ranks are found by a mark in their environment."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+TORCHRUN = Path(sysconfig.get_path("scripts")) / "torchrun"
+_MARK = "POLYAK_LAUNCH"
+_SPARE = 3
+# Without it restarted ranks may wait for dead ones (pytorch#135712). With it the first rank listens on a
+# port that was found free seconds before, and may be taken by then: for that are spare restarts.
+_OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+class Launch:
+    """One torchrun with all that it started, also what it has lost; `log` is what they say."""
+
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+        self._log = log
+        self._mark = secrets.token_hex(16)
+        # Without the second entry restarted ranks may wait for dead ones: pytorch#135712.
+        told = {
+            _MARK: self._mark,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        with log.open("w") as said:
+            self._process = subprocess.Popen(
+                [str(TORCHRUN), "--standalone", *arguments],
+                env={**os.environ, **told, **environment},
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    @property
+    def failures(self) -> int:
+        """How often ranks have failed, but for ports that were taken."""
+        return self.said.count("failed (exitcode:") - self.said.count("name: EADDRINUSE")
+
+    def wait(self, seconds: float) -> str:
+        """What was said, once all have ended well."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        assert self._process.poll() == 0, f"exit code {self._process.poll()}: {self.said[-6000:]}"
+        assert not self.left(), f"left behind: {self.left()}"
+        return self.said
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        """Until some rank has said this."""
+        deadline = time.monotonic() + seconds
+        while text not in self.said:
+            assert self._process.poll() is None and time.monotonic() < deadline, self.said[-6000:]
+            time.sleep(0.02)
+
+    def left(self) -> list[int]:
+        """The processes with the mark: each rank is the leader of a session of its own."""
+        entry = f"{_MARK}={self._mark}".encode()
+        found = []
+        for process in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):
+                if entry in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to torchrun, then to every rank."""
+        self._process.kill()
+        self._process.wait()
+        deadline = time.monotonic() + 20
+        while left := self.left():
+            assert time.monotonic() < deadline, f"they do not end: {left}"
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+@contextmanager
+def launched(
+    script: Path,
+    *arguments: str,
+    log: Path,
+    ranks: int = 2,
+    restarts: int = 0,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Launch]:
+    """A script run by torchrun; nothing of it is left when the block ends."""
+    most = restarts + _SPARE if restarts else 0
+    numbers = [f"--nproc-per-node={ranks}", f"--max-restarts={most}"]
+    told = (_OWN_STORE if restarts else {}) | (environment or {})
+    launch = Launch([*numbers, str(script), *arguments], log, told)
+    try:
+        yield launch
+    finally:
+        launch.kill()

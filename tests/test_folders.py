@@ -1,0 +1,72 @@
+"""Folders: the newest complete save is found beside whatever else lies there; one process saves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyak import Averager, checkpoints, load
+
+
+def test_the_newest_is_chosen_among_what_is_a_checkpoint(tmp_path: Path) -> None:
+    assert checkpoints.latest(tmp_path) is None
+    for name in ("slurm-123456.out", "log-2026-11-22.txt", ".step-99.0123456789abcdef.part"):
+        (tmp_path / name).write_text("no checkpoint")
+    for name in ("step-10.stale", "step-11.tmp", "step-12.25", "run-3-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "it").write_text("no checkpoint either")
+    (tmp_path / "step-999").mkdir()
+    (tmp_path / "step-1000").symlink_to(tmp_path / "gone")
+    (tmp_path / "step-998").mkdir()
+    (tmp_path / "step-998" / "__0_0.distcp").write_text("without its metadata")
+    assert checkpoints.latest(tmp_path) is None
+    wanted = []
+    for name in ("step-8.safetensors", "step-9.pt", "step-09", "step-100.ckpt"):
+        wanted.append(tmp_path / name)
+        if "." in name:
+            wanted[-1].write_text("it")
+        else:
+            wanted[-1].mkdir()
+            (wanted[-1] / "it").write_text("it")
+        assert checkpoints.latest(tmp_path) == wanted[-1]
+
+
+def test_numbers_that_begin_at_odd_places_of_a_file_are_read(tmp_path: Path) -> None:
+    """Of 16 bytes each: torch's kernels fault on some of them."""
+    torch.manual_seed(0)
+    weights = {name: torch.randn(5, 3, dtype=torch.complex128) for name in "abc"}
+    averager = Averager(weights, "window(2)")
+    for _ in range(3):
+        for tensor in weights.values():
+            tensor *= 1.5
+        averager.update()
+    checkpoints.save_distributed(tmp_path / "1", {"average": averager})
+    again = Averager(weights, "window(2)")
+    load(tmp_path / "1" / "average", again)
+    found = checkpoints.read(tmp_path / "1").averages
+    for name, tensor in averager.average().items():
+        assert torch.equal(again.average()[name], tensor)
+        (weights_read,) = found.values()
+        assert torch.equal(torch.empty(3, 3, dtype=tensor.dtype).copy_(weights_read[name][1:4]), tensor[1:4])  # fmt: skip
+
+
+def test_weights_are_not_exported_as_integers(tmp_path: Path) -> None:
+    averager = Averager({"w": torch.ones(3)}, "uniform()")
+    averager.update()
+    with pytest.raises(ValueError, match=r"export: dtype is torch\.int32, wanted that of"):
+        checkpoints.export(tmp_path / "w.safetensors", averager, dtype=torch.int32)
+
+
+def test_a_model_may_have_a_tensor_of_our_name(tmp_path: Path) -> None:
+    averager = Averager({"w": torch.ones(3)}, "uniform()")
+    averager.update()
+    model = {"polyak": torch.ones(4, dtype=torch.uint8), "w": torch.ones(3)}
+    state = {"model": model, "average": averager}
+    checkpoints.save_distributed(tmp_path / "1", state)
+    got = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+    fresh = Averager({"w": torch.ones(3)}, "uniform()")
+    checkpoints.load_distributed(tmp_path / "1", {"model": got, "average": fresh})
+    assert torch.equal(got["polyak"], model["polyak"])
+    assert fresh.count == 1
