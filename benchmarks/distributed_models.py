@@ -8,35 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+
+from engine_models import Block
 
 FSDP2, DDP = "FSDP2", "DDP"
 VOCABULARY, CONTEXT, BLOCKS, HEADS = 1009, 64, 41, 4
 MIXED_SIZE = 3  # rows: one rank of four has none
-
-
-class Block(nn.Module):
-    """A transformer block of 12 parameters; the rows of the wide one divide by neither 2 nor 4."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        wide = 4 * width + 3
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.widen, self.narrow = nn.Linear(width, wide), nn.Linear(wide, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) -> the same."""
-        x = x + self.project(self._attend(self.mix(self.norm1(x))))
-        out: Tensor = x + self.narrow(functional.gelu(self.widen(self.norm2(x))))
-        return out
-
-    def _attend(self, mixed: Tensor) -> Tensor:
-        batch, tokens, _ = mixed.shape
-        query, key, value = mixed.view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return seen.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 class Transformer(nn.Module):
@@ -45,7 +23,8 @@ class Transformer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(BLOCKS)))
+        wide = 4 * width + 3  # rows that divide by neither 2 nor 4
+        self.blocks = nn.Sequential(*(Block(width, wide, HEADS) for _ in range(BLOCKS)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.scale = nn.Parameter(torch.ones(MIXED_SIZE))

@@ -47,13 +47,14 @@ def _convolution(inputs: int, outputs: int, size: int) -> list[nn.Module]:
 
 
 class Block(nn.Module):
-    """One transformer block of GPT-2."""
+    """One transformer block, laid out as GPT-2's: 12 parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, wide: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.mix, self.project = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.widen, self.narrow = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, wide), nn.Linear(wide, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) -> the same."""
@@ -63,9 +64,9 @@ class Block(nn.Module):
 
     def _attend(self, mixed: Tensor) -> Tensor:
         batch, tokens, _ = mixed.shape
-        query, key, value = mixed.view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = mixed.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return seen.transpose(1, 2).reshape(batch, tokens, WIDTH)
+        return seen.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 class Gpt2(nn.Module):
@@ -74,7 +75,7 @@ class Gpt2(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(WIDTH, 4 * WIDTH, HEADS) for _ in range(BLOCKS)))
         self.norm = nn.LayerNorm(WIDTH)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.places.weight, std=0.02)

@@ -1,4 +1,7 @@
-"""Launching: real torchrun under a time-out; its ranks are found by a mark in their environment."""
+"""Launching: ranks as real processes, or real torchrun, under a time-out; none is left.
+
+The ranks of torchrun are found by a mark in their environment.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,12 +30,7 @@ class Launch:
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         self._log = log
         self._mark = secrets.token_hex(16)
-        # Without the second entry restarted ranks may wait for dead ones: pytorch#135712.
-        told = {
-            _MARK: self._mark,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
+        told = {_MARK: self._mark, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         with log.open("w") as said:
             self._process = subprocess.Popen(
                 [str(TORCHRUN), "--standalone", *arguments],
@@ -106,3 +105,41 @@ def launched(
         yield launch
     finally:
         launch.kill()
+
+
+def said_by(script: Path | str, world: int, folder: Path, seconds: float) -> list[str]:
+    """What so many real processes of a script print, once all of them are done; the first that fails ends all."""
+    logs = [folder / f"rank{rank}" for rank in range(world)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    processes = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(script), str(folder), str(rank), str(world)]
+        with log.open("w") as said, Path(f"{log}.errors").open("w") as errors:
+            processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=errors))
+    deadline = time.monotonic() + seconds
+    try:
+        while any(each.poll() is None for each in processes) and time.monotonic() < deadline:
+            if any(each.poll() for each in processes):
+                break
+            time.sleep(0.1)
+        codes = [each.poll() for each in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    ends = [f"{log.name}: {log.read_text()}{Path(f'{log}.errors').read_text()}" for log in logs]
+    assert codes == [0] * world, "\n".join(end[-3000:] for end in ends)
+    return [log.read_text() for log in logs]
+
+
+def require_laws(
+    script: Path | str,
+    laws: Sequence[Callable[[], None]],
+    world: int,
+    folder: Path,
+    seconds: float = 900,
+) -> None:
+    """Every one of so many ranks says that all laws hold, in their order."""
+    wanted = [law.__name__ for law in laws]
+    for said in said_by(script, world, folder, seconds):
+        assert said.splitlines() == wanted

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -12,11 +13,15 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import polyak
-from sharding_ranks import require_same, run_laws
+from polyak import checkpoints
+from polyak.ranks import chosen
+from sharding_ranks import raises, require_same, run_laws, square, whole
 
 RULES = {"ema": "exponential(0.9)", "last": "window(3)"}
 ROWS, MICRO = 8, 2
@@ -76,8 +81,63 @@ def each_stage_has_the_average_of_its_part() -> None:
     require_same(dict(stage.submod.state_dict()), live)
 
 
-LAWS: list[Callable[[], None]] = [each_stage_has_the_average_of_its_part]
+def a_sharded_stage_is_saved_by_its_own_ranks() -> None:
+    """Each stage, sharded over two ranks: its file, its snapshots, its export, none of the other's."""
+    mesh = square("stage", "data")
+    number, group = mesh.get_local_rank("stage"), mesh.get_group("data")
+    model = stages()[number]
+    fully_shard(model, mesh=mesh["data"])
+    averager = polyak.Averager(model, RULES)
+    folder = Path(chosen("folder", tempfile.mkdtemp)) / f"stage-{number}"
+    recorder = polyak.Recorder(averager, folder / "run", every=2, group=group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(5):
+        given = torch.randn(4, 4 if number else 5, dtype=torch.float64)
+        model(given).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averager.update()
+        if number == 0 or step < 3:  # a stage goes on when another is done
+            recorder.update()
+    average = whole(averager.average("ema"))
+    file = folder / "model.safetensors"
+    polyak.save(folder / "average", averager, group=group)
+    checkpoints.export(file, averager, "ema", group=group)
+    checkpoints.export(folder / "many", averager, "ema", group=group, shard_bytes=100)
+    fresh = polyak.Averager(model, RULES)
+    polyak.load(folder / "average", fresh)
+    require_same(whole(fresh.average("ema")), average)
+    dist.barrier(group=group)
+    require_same(load_file(file), {name: average[name] for name in load_file(file)})
+    assert set(load_file(file)) == set(average)
+    assert len(list((folder / "many").iterdir())) > 2
+    found = checkpoints.read(folder / "average")
+    assert sorted(found.average("ema")) == sorted(average)
+    times = [1, 2, 4] if number == 0 else [1, 2]
+    assert [int(path.name[-10:]) for path in sorted((folder / "run").iterdir())] == times
+    dist.barrier()
+    refuse_other_groups(averager, folder, mesh.get_group("stage"))
+
+
+def refuse_other_groups(averager: polyak.Averager, folder: Path, across: dist.ProcessGroup) -> None:
+    """Ranks of two stages lack the other parts of either, and all ranks have two averages."""
+    path = folder / "new.safetensors"
+    for group in (across, None):
+        with raises(ValueError, "save: ranks have different averages"):
+            polyak.save(path, averager, group=group)
+    with raises((ValueError, RuntimeError), "lie on the ranks", "give the group of all ranks"):
+        checkpoints.export(path, averager, "ema", group=across)
+    with raises((ValueError, RuntimeError), "export: this rank differs from rank 0"):
+        checkpoints.export(path, averager, "ema")
+    assert not path.exists()
+    dist.barrier()
+
+
+def laws_on(world: int) -> Sequence[Callable[[], None]]:
+    if world == 2:
+        return [each_stage_has_the_average_of_its_part]
+    return [a_sharded_stage_is_saved_by_its_own_ranks]
 
 
 if __name__ == "__main__":
-    run_laws(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), LAWS)
+    run_laws(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), laws_on(int(sys.argv[3])))

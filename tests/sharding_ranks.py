@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -76,6 +76,12 @@ def fsdp(model: Net) -> Net:
     return model
 
 
+@cache
+def square(first: str, second: str) -> DeviceMesh:
+    """Four ranks as two by two, made once as trainings do: each mesh has groups and threads of its own."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=(first, second))
+
+
 def tensor_parallel(model: Net) -> Net:
     """Some of the parameters are DTensors, the others are plain; 7 rows are spread unevenly."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -86,7 +92,7 @@ def tensor_parallel(model: Net) -> Net:
 
 
 def grid(model: Net) -> Net:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = square("data", "tensor")
     plan = {"first": ColwiseParallel(), "block.0": RowwiseParallel()}
     parallelize_module(model, mesh["tensor"], plan)
     fully_shard(model.block, mesh=mesh["data"])
@@ -96,7 +102,7 @@ def grid(model: Net) -> Net:
 
 def hybrid(model: Net) -> Net:
     """Shards on two ranks, twice."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = square("replicate", "shard")
     fully_shard(model.block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from corrupting import Calls, resident_bytes, same, save_folder
+from launching import said_by
 from polyak.checkpoints.boxes import Box
 from polyak.checkpoints.distributed import DistributedTensors, _tiles
 from polyak.checkpoints.tensorfile import form
@@ -36,20 +36,7 @@ RANKS = Path(__file__).with_name("saving_ranks.py")
 
 def saved_by(world: int, folder: Path) -> Path:
     """A folder that so many real processes saved."""
-    commands = [
-        [sys.executable, str(RANKS), str(folder), str(rank), str(world)] for rank in range(world)
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = folder / "log"
-    with log.open("w") as said:
-        processes = [subprocess.Popen(each, env=environment, stderr=said) for each in commands]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world, log.read_text()[-3000:]
+    said_by(RANKS, world, folder, seconds=240)
     return folder
 
 

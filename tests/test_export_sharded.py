@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 import export_ranks
-from test_sharding import said_by
+from launching import require_laws
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4, 6])
 def test_exports_of_sharded_averages(tmp_path: Path, world: int) -> None:
-    wanted = [law.__name__ for law in export_ranks.laws_on(world)]
-    for said in said_by(export_ranks.__file__, world, tmp_path, seconds=240):
-        assert said.splitlines() == wanted
+    require_laws(export_ranks.__file__, export_ranks.laws_on(world), world, tmp_path, seconds=240)

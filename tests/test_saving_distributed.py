@@ -19,6 +19,7 @@ import polyak
 import replicas_ranks
 import saving_distributed_ranks as ranks
 from corrupting import same, save_folder
+from launching import said_by
 from polyak import checkpoints
 from polyak.checkpoints.boxes import Box
 from polyak.checkpoints.parts import Chunked
@@ -26,7 +27,6 @@ from polyak.checkpoints.tensorfile import form
 from polyak.offline import average, describe
 from polyak.offline.summing import Summation, Term, Threads
 from sharding_ranks import RULES, Net
-from test_sharding import said_by
 
 SECONDS = 240
 

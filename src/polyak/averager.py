@@ -133,11 +133,7 @@ class Averager:
                 nonfinite=nonfinite,
                 device=place,
             )
-            stored = [(item.name, item.policy) for item in self._live.stored()]
-            self._told = (
-                f"{as_specs(self.rules)}, every={every}, dtype={dtype}, {rounding} rounding, "
-            )
-            self._told += f"{len(stored)} tensors ({digest(stored)})"
+        self._slots = f"dtype={dtype}, {rounding} rounding"
         self.run: str | None = None
         """The run that a `Recorder` stores, if one does; kept in states."""
         self.mixed = False
@@ -401,8 +397,11 @@ class Averager:
             return
         with self._together(call):
             self._live.check(call)
-            alike = [i for i in self._live.averaged if i.kind != "buffer"]
-        require_same(call, {i.name: i.found() for i in alike}, self._told, self._mesh)
+            alike = {i.name: i.found() for i in self._live.averaged if i.kind != "buffer"}
+            stored = [(item.name, item.policy) for item in self._live.stored()]
+        told = f"{as_specs(self.rules)}, every={self.every}, {self._slots}, "
+        told += f"{len(stored)} tensors ({digest(stored)})"
+        require_same(call, alike, told, self._mesh)
 
     def _label(self, name: str | None) -> str:
         average = self._get(name)

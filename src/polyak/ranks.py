@@ -5,7 +5,7 @@ Every wait ends by the group's own time-out (`init_process_group(timeout=...)`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,10 +59,19 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     problems = [getattr(each, "problem", None) for each in said]
     if failed := [f"rank {rank}: {told}" for rank, told in enumerate(problems) if told is not None]:
         raise RuntimeError(f"{call}: given up on all ranks, as {'; '.join(failed[:4])}")
-    told = {str(each): f"rank {rank}: {each}" for rank, each in reversed(list(enumerate(said)))}
-    if len(told) > 1:
-        differ = "; ".join(sorted(told.values())[:4])
+    if differ := differing(list(map(str, said))):
         raise RuntimeError(f"{call}: given up on all ranks, as they are not at the same: {differ}")
+
+
+def differing(told: Sequence[str]) -> str:
+    """What ranks tell, given in their order, where it is not all the same: each, and who tells it first.
+
+    >>> differing(["a", "b", "a"])
+    'rank 0: a; rank 1: b'
+    """
+    first = {each: rank for rank, each in reversed(list(enumerate(told)))}
+    several = sorted((rank, each) for each, rank in first.items())
+    return "; ".join(f"rank {rank}: {each}" for rank, each in several[:4]) if len(first) > 1 else ""
 
 
 def digest(*told: object) -> str:
@@ -74,9 +83,9 @@ def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = Non
     """What the first rank of a group finds, told to all; what it raises there is raised on all."""
     found: list[_T | None] = [None]
     with together(call, group):
-        if dist.get_rank(group) == 0:
+        if is_first(group):
             found = [choose()]
-    dist.broadcast_object_list(found, src=_first(group), group=group)
+    dist.broadcast_object_list(found, src=first(group), group=group)
     return found[0]  # type: ignore[return-value]
 
 
@@ -85,13 +94,18 @@ def gathered(item: _T, group: ProcessGroup | None = None) -> list[_T]:
 
     Raises `ValueError` on a rank that is none of the group.
     """
+    require_member(group)
+    items: list[_T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return items  # type: ignore[return-value]
+
+
+def require_member(group: ProcessGroup | None) -> None:
+    """Raises `ValueError` on a rank that is none of a group."""
     if dist.get_rank(group) < 0:
         raise ValueError(
             "the group given is one of which this rank is none: let its ranks alone call"
         )
-    items: list[_T | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(items, item, group=group)
-    return items  # type: ignore[return-value]
 
 
 def time_out(group: ProcessGroup) -> timedelta:
@@ -100,5 +114,11 @@ def time_out(group: ProcessGroup) -> timedelta:
     return found
 
 
-def _first(group: ProcessGroup | None) -> int:
+def first(group: ProcessGroup | None) -> int:
+    """The first rank of a group, by its number among all ranks."""
     return 0 if group is None else dist.get_global_rank(group, 0)
+
+
+def is_first(group: ProcessGroup | None) -> bool:
+    """Whether this rank is the first of a group."""
+    return dist.get_rank(group) == 0

@@ -13,7 +13,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from polyak.rules import Tick
 from polyak.sharding import as_distributed, local
 from polyak.specs import as_specs
 from polyak.tracking import difference, report
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SNAPSHOT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,11 +69,13 @@ class Recorder:
         resume: goes on in the folder of this averager's run, after its state was loaded; states
             carry the run that their recorder gave them.
 
+        group: of the ranks that make the recorder of a sharded averager; by default all.
+
     Snapshots of updates that are made once more, after an earlier state was loaded, are set aside as
     `*.stale`.
 
-    Of a sharded averager every rank of the default group makes the recorder, and calls it at the
-    same places: a snapshot is then a folder to which each writes its own parts, and synthesis reads
+    Of a sharded averager every rank of the group makes the recorder, and calls it at the same
+    places: a snapshot is then a folder to which each writes its own parts, and synthesis reads
     it in one process, or on other ranks.
 
     Raises `ValueError` for a folder with snapshots of another run or without `resume`, for bad
@@ -85,6 +90,7 @@ class Recorder:
         every: float,
         dtype: torch.dtype | None = None,
         resume: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(averager, Averager):
             got = type(averager).__name__
@@ -98,6 +104,7 @@ class Recorder:
         self.every = float(every)
         self._averager = averager
         self._dtype = dtype
+        self._group = group
         if averager.mixed:
             raise ValueError(
                 "Recorder: the averager went on by another rule than its slots were made with "
@@ -131,7 +138,8 @@ class Recorder:
         self._follow(tick)
         path = self.folder / f"snapshot-{tick.n:010d}"
         if self._averager.sharded:
-            native.save_parts("Recorder", path, self._averager, self._packed_narrow)
+            pack = self._packed_narrow
+            native.save_parts("Recorder", path, self._averager, pack, group=self._group)
         else:
             path = path.with_suffix(".safetensors")
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,7 @@ class Recorder:
 
     def _by_first(self, choose: Callable[[], _T]) -> _T:
         """What one process does in the folder, and tells the others where the average is sharded."""
-        return chosen("Recorder", choose) if self._averager.sharded else choose()
+        return chosen("Recorder", choose, self._group) if self._averager.sharded else choose()
 
     def _begun(self) -> tuple[str, list[float], dict[int, _Kept]]:
         if found := stored_in(self.folder):

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polyak.ranks import digest, gathered, together
+from polyak.live import kind
+from polyak.ranks import chosen, digest, together
 from polyak.sharding import rows_of_a_rank
 from polyak.tracking import difference, report
 
@@ -31,17 +32,16 @@ def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: Devi
 
     `told` is what must be equal beside them. Compared are 64 bits for each tensor.
     """
-    group = mesh.get_group()
+    group, rank = mesh.get_group(), mesh.get_local_rank()
     with together(call, group):
         mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
         forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
         order = {"the order of tensors": digest(list(tensors)), "made with": told}
-    described = gathered(order | forms, group)
-    for rank, theirs in enumerate(described):
-        if lines := difference(described[0], theirs):
-            raise RuntimeError(
-                report(f"{call}: rank {rank} of the mesh differs from rank 0", lines)
-            )
+    wanted = chosen(call, lambda: order | forms, group)
+    with together(call, group):
+        if lines := difference(wanted, order | forms):
+            title = f"{call}: rank {rank} of the mesh differs from rank 0"
+            raise RuntimeError(report(title, lines))
     if not mine:
         return
     both = torch.cat([torch.stack(mine), ~torch.stack(mine)])
@@ -108,7 +108,7 @@ def _buckets(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> Iterat
     for whole, part in pairs:
         for piece in _pieces(whole, part, mesh):
             nbytes = piece.numel * whole.itemsize * mesh.size()
-            if bucket and (nbytes > room or _kind(bucket[0].whole) != _kind(whole)):
+            if bucket and (nbytes > room or kind(bucket[0].whole) != kind(whole)):
                 yield bucket
                 bucket = []
             if not bucket:
@@ -126,10 +126,6 @@ def _pieces(whole: Tensor, part: Tensor, mesh: DeviceMesh) -> Iterator[_Piece]:
     most = max(1, BUCKET_BYTES // (whole[0].numel() * whole.itemsize * mesh.size()))
     for first in range(0, rank_rows, most):
         yield _Piece(whole, part, first, min(most, rank_rows - first), rank_rows)
-
-
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
 
 
 def _gather_bucket_(bucket: Sequence[_Piece], mesh: DeviceMesh) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from polyak.checkpoints import collective
 from polyak.checkpoints.training import content_of
-from polyak.ranks import time_out
+from polyak.ranks import require_member, time_out
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,11 +120,12 @@ _SAVERS: dict[ProcessGroup | None, _Saver] = {}
 def _saver(group: ProcessGroup | None) -> _Saver:
     """What saves for the ranks of a group; its first use is collective."""
     if collective.alone():
-        return _SAVERS.setdefault(None, _Saver(None))
+        if None not in _SAVERS:
+            _SAVERS[None] = _Saver(None)
+        return _SAVERS[None]
     key = group if group is not None else dist.group.WORLD
     assert key is not None
-    if dist.get_rank(key) < 0:
-        raise ValueError(f"{_CALL}: this rank is none of the group given: let its ranks alone call")
+    require_member(key)
     if key not in _SAVERS:
         ranks = dist.get_process_group_ranks(key)
         own = dist.new_group(

@@ -48,12 +48,8 @@ def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None) -> _
 
 def require_same(call: str, what: str, told: str, group: ProcessGroup | None) -> None:
     """Raises `ValueError` on all ranks unless all of them tell the same."""
-    several = {told: 0} if alone(group) else {}
-    for rank, each in enumerate([] if alone(group) else ranks.gathered(told, group)):
-        several.setdefault(each, rank)
-    if len(several) > 1:
-        lines = (f"rank {rank}: {each}" for each, rank in list(several.items())[:4])
-        raise ValueError(f"{call}: ranks have different {what}; " + "; ".join(lines))
+    if differ := ranks.differing([told] if alone(group) else ranks.gathered(told, group)):
+        raise ValueError(f"{call}: ranks have different {what}; {differ}")
 
 
 def save_folder(
@@ -72,7 +68,7 @@ def save_folder(
     with together(call, group):
         for name, tensor in _sharded(content):
             _require_box(call, name, tensor)
-            _require_all_parts(call, name, tensor, group)
+            require_all_parts(call, name, tensor, group)
     with _shared_folder(call, Path(path), overwrite, group) as folder, _plain_errors(call, group):
         save(
             dict(content),
@@ -152,8 +148,8 @@ def _require_box(call: str, name: str, tensor: DTensor) -> None:
         )
 
 
-def _require_all_parts(call: str, name: str, tensor: DTensor, group: ProcessGroup | None) -> None:
-    """Raises `ValueError` where parts lie on ranks that do not save: the folder would lack them."""
+def require_all_parts(call: str, name: str, tensor: DTensor, group: ProcessGroup | None) -> None:
+    """Raises `ValueError` where parts lie on ranks that do not save: what is written would lack them."""
     saving = set(dist.get_process_group_ranks(group)) if group is not None else set()
     if saving and (lost := missing_parts(tensor, saving)):
         raise ValueError(

@@ -56,6 +56,14 @@ class DistributedTensors(NamedTensors):
         self._opened: dict[str, Mapped] = {}
         self._views: dict[tuple[Any, ...], Tensor] = {}
 
+    @classmethod
+    def at(cls, path: Path) -> tuple[DistributedTensors, str | None] | None:
+        """The folder that a path names, with the key if it names one part of it; None for no such."""
+        if (path / METADATA).exists():
+            return cls(path), None
+        within = (path.parent / METADATA).is_file() or any(path.parent.glob("*.distcp"))
+        return (cls(path.parent), path.name) if within and not path.exists() else None
+
     def __getitem__(self, name: str) -> Tensor:
         held = self.unread(name)
         if isinstance(held, Tensor):

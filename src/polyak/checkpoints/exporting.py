@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ from torch import Tensor
 from polyak.averager import Averager
 from polyak.checkpoints import slabs, writing
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
+from polyak.checkpoints.collective import require_all_parts
 from polyak.checkpoints.tensorfile import Form, form, forms, narrowed
 from polyak.checkpoints.ties import distinct
 from polyak.checks import require
 from polyak.ranks import together
 from polyak.sharding import is_distributed, local
 from polyak.tracking import Tracked
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def export(
@@ -28,6 +32,7 @@ def export(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    group: ProcessGroup | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
@@ -44,6 +49,7 @@ def export(
         name: of the average, where there are several.
         dtype: of floating-point tensors, if not the model's.
         shard_bytes: `path` is then a folder of files of at most so many bytes, with an index.
+        group: of the ranks that export a sharded average; by default all.
         progress: is told how many bytes are written, and of how many.
 
     >>> import tempfile
@@ -60,8 +66,8 @@ def export(
 
     One tensor is held at a time.
 
-    Of a sharded model it is collective: every rank of the default group calls it, and what comes is
-    the same file as from one process, while no rank holds more than some pieces of 32 MiB beside
+    Of a sharded model it is collective: every rank of the group calls it, and what comes is the
+    same file as from one process, while no rank holds more than some pieces of 32 MiB beside
     its weights. Where all ranks see the path, each writes its own parts, but for those
     that would be scattered over the file (columns of a matrix); these pass through the first
     rank, and so does everything where a rank does not see the path. `path` and `progress` are the
@@ -77,15 +83,18 @@ def export(
     if isinstance(source, Averager):
         tracked = [item for item in source.tracked if item.persistent]
         if any(is_distributed(item.held()) for item in tracked):
-            with together("export"):
+            with together("export", group):
+                for item in tracked:
+                    if is_distributed(held := item.held()):
+                        require_all_parts("export", item.name, held, group)
                 source.check_replicas()  # by the ranks of its mesh, which may be some of all
-            with together("export"):
                 parts = _Parts(source, name, tracked, dtype)
             slabs.write(
                 path,
                 parts.spreads,
                 parts.read,
                 told=f"average {name!r} at {source.clock}",
+                group=group,
                 shard_bytes=shard_bytes,
                 overwrite=overwrite,
                 progress=progress,

@@ -39,17 +39,23 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def save(path: Path | str, averager: Averager | EMA, *, overwrite: bool = True) -> None:
+def save(
+    path: Path | str,
+    averager: Averager | EMA,
+    *,
+    group: ProcessGroup | None = None,
+    overwrite: bool = True,
+) -> None:
     """Writes all that an averager (or the article's `EMA`) needs to go on exactly: slots, clock, rule.
 
     The file appears when it is complete and on the disk; a process killed on the way leaves the
     file that was there before. Live weights, optimizer and data order are yours to save, in one
     folder with this file (`saving`) so that they agree.
 
-    Of a sharded averager it is collective: every rank of the default group calls it, each writes
-    its own parts, and `path` becomes a folder of torch.distributed.checkpoint. What all ranks have
-    (buffers, which may differ between them) is the lowest rank's. (`save_distributed` saves the
-    rest of the training with it.)
+    Of a sharded averager it is collective: every rank of the group (by default all) calls it, each
+    writes its own parts, and `path` becomes a folder of torch.distributed.checkpoint. What all
+    ranks have (buffers, which may differ between them) is the lowest rank's. (`save_distributed`
+    saves the rest of the training with it.)
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"
@@ -64,7 +70,7 @@ def save(path: Path | str, averager: Averager | EMA, *, overwrite: bool = True) 
     same update or have other tensors. What fails on one rank fails on all.
     """
     if isinstance(averager, Averager) and averager.sharded:
-        save_parts("save", path, averager, packed, overwrite=overwrite)
+        save_parts("save", path, averager, packed, group=group, overwrite=overwrite)
         return
     described, stored = _packed(averager)
     write(path, described, stored, overwrite=overwrite)
@@ -77,11 +83,17 @@ Pack = Callable[[Averager], Packed]
 
 
 def save_parts(
-    call: str, path: Path | str, averager: Averager, pack: Pack, *, overwrite: bool = True
+    call: str,
+    path: Path | str,
+    averager: Averager,
+    pack: Pack,
+    *,
+    group: ProcessGroup | None,
+    overwrite: bool = True,
 ) -> None:
-    """Writes a folder of what each rank of the default group packs of its averager."""
-    content = encoded(call, {"": averager}, pack, group=None)[""]
-    collective.save_folder(call, path, content, group=None, overwrite=overwrite)
+    """Writes a folder of what each rank of the group packs of its averager."""
+    content = encoded(call, {"": averager}, pack, group)[""]
+    collective.save_folder(call, path, content, group=group, overwrite=overwrite)
 
 
 def encoded(
@@ -92,8 +104,8 @@ def encoded(
     Collective: raises on all ranks what packing raises on one, and `ValueError` where their
     descriptions differ.
     """
-    with collective.together(call, group):
-        for averager in averagers.values():
+    for averager in averagers.values():
+        with collective.together(call, group):
             averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
     with collective.together(call, group):
         packed = {key: pack(averager) for key, averager in averagers.items()}

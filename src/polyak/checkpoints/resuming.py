@@ -14,6 +14,7 @@ from torch import Tensor
 from polyak.averager import Averager
 from polyak.checkpoints import native
 from polyak.checkpoints.checkpoint import ticked
+from polyak.checkpoints.distributed import DistributedTensors
 from polyak.checkpoints.foreign import foreign_state, require_rules
 from polyak.checkpoints.loading import load_pickle
 from polyak.checkpoints.parts import cut_all
@@ -69,9 +70,11 @@ def prepared(
     change_rule: bool = False,
 ) -> dict[str, Any]:
     """What `adopt` takes: the state in a file, with all that this rank needs of it; raises as `load`."""
-    if (stored := Stored.find(path)) is not None:
+    place = DistributedTensors.at(path)
+    stored = Stored.find(path) if place is None else Stored.part(*place)
+    if stored is not None:
         return fitted(stored, averager, change_rule)
-    if (found := find_state(path)) is not None:
+    if place is not None and (found := find_state(*place)) is not None:
         return _placed(path, found, averager)
     return foreign_state(path, averager, names=names, count=count, change_rule=change_rule)
 

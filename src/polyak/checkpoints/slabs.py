@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from polyak import files
@@ -23,9 +22,12 @@ from polyak.checkpoints import streams
 from polyak.checkpoints.boxes import Box, box, box_at, is_first_replica, runs, whole, windows
 from polyak.checkpoints.tensorfile import Form, Layout, content, layout, narrowed
 from polyak.checkpoints.writing import INDEX, METADATA, arranged, index, totalled
-from polyak.ranks import chosen, gathered, together
+from polyak.ranks import chosen, first, gathered, is_first, together
 from polyak.sharding import is_distributed
 from polyak.tracking import difference, report
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 RUN_BYTES = 1 << 16
 """Parts whose runs in the file are shorter pass through the first rank, which joins them."""
@@ -51,49 +53,53 @@ def write(
     read: Read,
     *,
     told: str,
+    group: ProcessGroup | None = None,
     shard_bytes: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
     """Writes tensors that are spread over ranks, as `writing.write` does those of one process.
 
-    Collective: all ranks of the default group call it, alike. Where to is the first rank's to say,
+    Collective: all ranks of the group call it, alike. Where to is the first rank's to say,
     and it alone tells `progress`. `told` is what ranks must agree in besides the tensors' forms.
 
     Raises, on all ranks, what `writing.write` raises, and `ValueError` where ranks disagree; then
     what was there before still is.
     """
     out = Path(out)
-    with together(_CALL):
+    with together(_CALL, group):
         forms = {name: each.form for name, each in spreads.items()}
         within = arranged(out, forms, shard_bytes)
         layouts = [layout(held, METADATA) for held in within.values()]
-        shares = {name: _share(name, each) for name, each in spreads.items()}
-    _agree({"what is exported": f"{told}, shard_bytes={shard_bytes}"} | _described(spreads))
+        shares = {name: _share(name, each, group) for name, each in spreads.items()}
+    _agree({"what is exported": f"{told}, shard_bytes={shard_bytes}"} | _described(spreads), group)
     total = sum(form.nbytes for form in forms.values())
-    add = totalled(progress if dist.get_rank() == 0 else None, total)
+    add = totalled(progress if is_first(group) else None, total)
     with ExitStack() as stack:
-        places = chosen(_CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite))
-        seen = all(gathered(os.access(places[0], os.W_OK)))
-        ranks = _Ranks(spreads, shares, read, add or (lambda _: None), seen)
+        places = chosen(
+            _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
+        )
+        seen = all(gathered(os.access(places[0], os.W_OK), group))
+        ranks = _Ranks(spreads, shares, read, add or (lambda _: None), seen, group)
         for place, each in zip(places, layouts, strict=True):
             ranks.fill(place, each)
-        with together(_CALL):
+        with together(_CALL, group):
             stack.close()
 
 
-def _share(name: str, spread: Spread) -> Box:
+def _share(name: str, spread: Spread, group: ProcessGroup | None) -> Box:
     """What of a tensor this rank has to give: of replicas, those with the first rank give.
 
     They may be of one mesh, or of several: one of tensor parallelism for each part of the data.
     """
     if not is_distributed(spread.held):
-        return whole(spread.form.shape) if dist.get_rank() == 0 else _NOTHING
+        return whole(spread.form.shape) if is_first(group) else _NOTHING
     try:
         own = box(spread.held)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    gives = is_first_replica(spread.held) and bool((spread.held.device_mesh.mesh == 0).any())
+    with_first = bool((spread.held.device_mesh.mesh == first(group)).any())
+    gives = is_first_replica(spread.held) and with_first
     return own if gives and own.numel else _NOTHING
 
 
@@ -108,10 +114,10 @@ def _described(spreads: Mapping[str, Spread]) -> dict[str, str]:
     return described
 
 
-def _agree(mine: dict[str, str]) -> None:
+def _agree(mine: dict[str, str], group: ProcessGroup | None) -> None:
     """Raises on all ranks where one of them would export something else than the first."""
-    wanted = chosen(_CALL, lambda: mine)
-    with together(_CALL):
+    wanted = chosen(_CALL, lambda: mine, group)
+    with together(_CALL, group):
         if lines := difference(wanted, mine):
             raise ValueError(report(f"{_CALL}: this rank differs from rank 0", lines))
 
@@ -147,21 +153,22 @@ class _Ranks:
     read: Read
     told: Callable[[int], object]
     seen: bool
+    group: ProcessGroup | None
 
     def fill(self, place: str, layout: Layout) -> None:
         """Writes the content of one file."""
         direct = [name for name in layout.starts if self._is_written_by_all(name)]
         with ExitStack() as stack:
-            with together(_CALL):
-                writes = self.seen or dist.get_rank() == 0
+            with together(_CALL, self.group):
+                writes = self.seen or is_first(self.group)
                 handle = stack.enter_context(opened(place) if writes else nullcontext(-1))
                 written = sum(self._write_own(handle, name, layout) for name in direct)
                 os.fsync(handle) if written else None
-            with together(_CALL):
+            with together(_CALL, self.group):
                 self.told(sum(self.spreads[name].form.nbytes for name in direct) - written)
             for name in layout.starts:
                 if name not in direct:
-                    with together(_CALL):
+                    with together(_CALL, self.group):
                         self._pass(handle, name, layout)
 
     def _is_written_by_all(self, name: str) -> bool:
@@ -185,8 +192,9 @@ class _Ranks:
         """This rank's part of a tensor goes to the first rank, which writes it."""
         form, held = self.spreads[name]
         assert is_distributed(held)
-        sent = streams.Sent(form, held, self.shares[name], lambda box: self._piece(name, box))
-        if dist.get_rank() == 0:
+        share = self.shares[name]
+        sent = streams.Sent(form, held, share, lambda box: self._piece(name, box), self.group)
+        if is_first(self.group):
             sent.receive(lambda box, piece: self._write(handle, name, layout, box, piece))
         else:
             sent.send()
@@ -200,10 +208,10 @@ class _Ranks:
         """Writes the content of a box of a tensor run by run."""
         form, held = self.spreads[name].form, content(piece)
         skip, size = 0, form.dtype.itemsize
-        for first, count in runs(form.shape, box):
+        for start, count in runs(form.shape, box):
             run = held[skip : skip + count * size]
             skip += run.nbytes
-            write_at(handle, run, layout.starts[name] + first * size)
+            write_at(handle, run, layout.starts[name] + start * size)
         self.told(held.nbytes)
         return held.nbytes
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from polyak.checkpoints.distributed import DistributedTensors
 from polyak.checkpoints.loading import naming
-from polyak.checkpoints.metadata import METADATA
 from polyak.checkpoints.parts import Chunked
 
 
-def find_state(path: Path) -> dict[str, Any] | None:
+def find_state(folder: DistributedTensors, key: str | None) -> dict[str, Any] | None:
     """The state that `averager.state_dict()` gave, in a folder or under a key of it, if there is one.
 
     Its tensors are those of `DistributedTensors.unread`. Raises `ValueError` for a folder with
     several.
     """
-    within = (path.parent / METADATA).is_file() and not path.exists()
-    if not within and not (path / METADATA).exists():
-        return None
-    folder = DistributedTensors(path.parent if within else path)
-    roots = [root for root in _roots(folder) if not within or root == (path.name,)]
+    path = folder.path if key is None else folder.path / key
+    roots = [root for root in _roots(folder) if key is None or root == (key,)]
     if len(roots) > 1:
         keys = [key for root in roots for key in root]
         raise ValueError(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from polyak.checkpoints.checkpoint import MOST_UPDATES
 from polyak.checkpoints.distributed import DistributedTensors
-from polyak.checkpoints.metadata import METADATA
 from polyak.checkpoints.names import Renamed
 from polyak.checkpoints.parts import Chunked, unread
 from polyak.checkpoints.tensorfile import Form, TensorFile, is_safetensors
@@ -76,11 +75,8 @@ class Stored(NamedTensors):
 
         Raises `ValueError` for a folder with several averagers.
         """
-        folder = (path.parent / METADATA).is_file() or any(path.parent.glob("*.distcp"))
-        if folder and not path.exists():
-            return cls.within(DistributedTensors(path.parent)).get(path.name)
-        if (path / METADATA).exists():
-            return cls.only(DistributedTensors(path))
+        if (place := DistributedTensors.at(path)) is not None:
+            return cls.part(*place)
         if not path.is_file() or not is_safetensors(path):
             return None
         file = TensorFile(path)
@@ -90,6 +86,11 @@ class Stored(NamedTensors):
         if whole:
             file.require_digest()
         return stored
+
+    @classmethod
+    def part(cls, folder: DistributedTensors, key: str | None) -> Stored | None:
+        """The averager of a folder under a key, or its only one; None where there is none."""
+        return cls.only(folder) if key is None else cls.within(folder).get(key)
 
     @classmethod
     def within(cls, folder: DistributedTensors) -> dict[str, Stored]:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from polyak.checkpoints.boxes import Box, boxes, whole, windows
 from polyak.checkpoints.tensorfile import Form, as_bytes
+from polyak.ranks import first
 from polyak.sharding import local
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 MOST = 1 << 22
@@ -35,6 +37,7 @@ class Sent:
     held: DTensor
     share: Box
     piece: Callable[[Box], Tensor]
+    group: ProcessGroup | None
     _attempts: _Attempts = field(default_factory=lambda: _Attempts())
 
     def send(self) -> None:
@@ -42,7 +45,8 @@ class Sent:
         for window in windows(whole(self.form.shape), MOST) if self.share.numel else ():
             if (part := window.overlap(self.share)).numel:
                 piece = self._attempts.run(self.piece, part)
-                dist.send(self._blank(part) if piece is None else as_bytes(piece), dst=0)
+                flat = self._blank(part) if piece is None else as_bytes(piece)
+                dist.send(flat, dst=first(self.group), group=self.group)
         self._attempts.end()
 
     def receive(self, write: Callable[[Box, Tensor], object]) -> None:
@@ -56,11 +60,12 @@ class Sent:
 
     def _window(self, window: Box, parts: dict[int, Box]) -> Tensor:
         """The content of a window, of which each rank has a part."""
-        received = {rank: self._blank(part) for rank, part in parts.items() if rank != 0}
-        coming = [dist.irecv(flat, src=rank) for rank, flat in received.items()]
+        me = first(self.group)
+        received = {rank: self._blank(part) for rank, part in parts.items() if rank != me}
+        coming = [dist.irecv(flat, src=r, group=self.group) for r, flat in received.items()]
         content = torch.empty(window.shape, dtype=self.form.dtype)
-        if 0 in parts and (own := self._attempts.run(self.piece, parts[0])) is not None:
-            content[parts[0].within(window)] = own
+        if me in parts and (own := self._attempts.run(self.piece, parts[me])) is not None:
+            content[parts[me].within(window)] = own
         for work in filter(None, coming):
             work.wait()
         for rank, flat in received.items():

@@ -5,7 +5,6 @@ For what takes one process too long. No rank waits for another but at the beginn
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from polyak.checkpoints.slabs import begin, opened, write_at
 from polyak.checkpoints.tensorfile import Form, Layout, Pieces, content, layout
 from polyak.checkpoints.writing import METADATA, arranged
-from polyak.ranks import chosen, gathered, together
+from polyak.ranks import chosen, differing, digest, gathered, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,8 +74,7 @@ def shares(forms: Mapping[str, Form], ranks: int) -> list[set[str]]:
 
 
 def _require_same(told: str, group: ProcessGroup) -> None:
-    digests = gathered(hashlib.sha256(told.encode()).hexdigest(), group)
-    if len(set(digests)) > 1:
+    if differing(gathered(digest(told), group)):
         raise ValueError(
             f"{_CALL}: ranks would write different weights: give all the same files and options"
         )
