@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import polyak
 from polyak import checkpoints
@@ -123,20 +124,65 @@ def refuse_other_groups(averager: polyak.Averager, folder: Path, across: dist.Pr
     """Ranks of two stages lack the other parts of either, and all ranks have two averages."""
     path = folder / "new.safetensors"
     for group in (across, None):
-        with raises(ValueError, "save: ranks have different averages"):
+        with raises(ValueError, "save: ranks do not agree", "tensor 0.weight", "`group=`"):
             polyak.save(path, averager, group=group)
     with raises((ValueError, RuntimeError), "lie on the ranks", "give the group of all ranks"):
         checkpoints.export(path, averager, "ema", group=across)
-    with raises((ValueError, RuntimeError), "export: this rank differs from rank 0"):
+    with raises(ValueError, "export: ranks do not agree", "0.weight", "`group=`"):
         checkpoints.export(path, averager, "ema")
     assert not path.exists()
+    dist.barrier()
+
+
+def stages_of_equal_shapes_are_not_taken_for_copies() -> None:
+    """Nor copies for stages: tensors spread over two meshes, each of which has all of them."""
+    mesh = square("stage", "data")
+    number, group = mesh.get_local_rank("stage"), mesh.get_group("data")
+    for sharded in (False, True):
+        folder = Path(chosen("folder", tempfile.mkdtemp)) / "it"
+        own = Path(f"{folder}-{number}")
+        torch.manual_seed(number)
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        if sharded:
+            fully_shard(model, mesh=mesh["data"])
+        averager = polyak.Averager(model, "uniform()")
+        averager.update()
+        told = ("ranks 0 and 2 have the same part of ", "0.weight", "`group=`")
+        with raises(ValueError, *told):
+            checkpoints.save_distributed(folder, {"average": averager})
+        if sharded:
+            with raises(ValueError, *told):
+                polyak.save(folder, averager)
+            with raises(ValueError, *told):
+                checkpoints.export(folder.with_suffix(".safetensors"), averager)
+            recorder = polyak.Recorder(averager, folder, every=1)
+            with raises(ValueError, *told):
+                recorder.update()
+            with raises(ValueError, "ranks do not agree", "rank 2: ", "folder: "):
+                polyak.Recorder(averager, own, every=1)
+        checkpoints.save_distributed(own, {"average": averager}, group=group)
+        fresh = polyak.Averager(model, "uniform()")
+        polyak.load(own, fresh)
+        require_same(whole(fresh.average()), whole(averager.average()))
+    copies = {"w": distribute_tensor(torch.arange(6.0), mesh["data"], [Shard(0)])}
+    averager = polyak.Averager(copies, "uniform()")
+    averager.update()
+    folder = Path(chosen("folder", tempfile.mkdtemp))
+    polyak.save(folder / "copies", averager)
+    checkpoints.export(folder / "copies.safetensors", averager)
+    with raises(ValueError, "ranks do not agree", "rank 2: ", "path: "):
+        checkpoints.export(folder / f"{number}.safetensors", averager)
+    assert torch.equal(load_file(folder / "copies.safetensors")["w"], torch.arange(6.0))
     dist.barrier()
 
 
 def laws_on(world: int) -> Sequence[Callable[[], None]]:
     if world == 2:
         return [each_stage_has_the_average_of_its_part]
-    return [a_sharded_stage_is_saved_by_its_own_ranks]
+    return [
+        a_sharded_stage_is_saved_by_its_own_ranks,
+        stages_of_equal_shapes_are_not_taken_for_copies,
+    ]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import polyak
 from polyak import applying, checkpoints, replicas
 from polyak.applying import Exchange
+from polyak.ranks import chosen
 from polyak.replicas import gather_
 from polyak.sharding import spread
 from sharding_ranks import (
@@ -264,7 +266,7 @@ def what_ranks_would_mix_is_refused() -> None:
         raise AssertionError
     weights = {name: torch.zeros(4) for name in ("x", "y")}
     names = ["x", "y"] if dist.get_rank() == 0 else ["y", "x"]
-    with raises(RuntimeError, "differs from rank 0", "the order of tensors"):
+    with raises(ValueError, "do not agree with rank 0", "rank 1: ", "the order of tensors"):
         polyak.Averager({name: weights[name] for name in names}, "uniform()", shard=world())
     options: list[dict[str, Any]] = [
         {},
@@ -273,7 +275,7 @@ def what_ranks_would_mix_is_refused() -> None:
         {"buffers": "copy"},
     ]
     for option in options[1:]:
-        with raises(RuntimeError, "differs from rank 0", "made with"):
+        with raises(ValueError, "do not agree with rank 0", "rank 1: ", "made with"):
             given = option if dist.get_rank() else options[0]
             polyak.Averager(run.model, "uniform()", shard=world(), **given)
 
@@ -407,8 +409,32 @@ def replicas_that_differ_are_named() -> None:
         with raises(RuntimeError, "first.bias, last.weight:", "Begin all ranks with the same"):
             call()
     rule = "uniform()" if dist.get_rank() else "window(2)"
-    with raises(RuntimeError, "rank 1 of the mesh differs from rank 0", "window(2)"):
+    with raises(ValueError, "Averager: ranks do not agree with rank 0", "rank 1: ", "window(2)"):
         polyak.Averager(Training().model, rule, shard=world())
+
+
+def a_full_average_is_one_ranks_to_save() -> None:
+    """Each has it whole, so what one writes waits for no other; all together save it with the rest."""
+    run = Training()
+    averager = polyak.Averager(run.model, RULES)
+    run.train(4, averager)
+    folder = Path(chosen("folder", tempfile.mkdtemp))
+    if dist.get_rank() == 0:
+        recorder = polyak.Recorder(averager, folder / "run", every=1)
+        assert recorder.update() is not None
+        polyak.save(folder / "average", averager)
+        checkpoints.export(folder / "model.safetensors", averager, "ema")
+        dist.barrier()
+    else:
+        dist.barrier()
+        with raises(ValueError, "another process records there", "let one of them record"):
+            polyak.Recorder(averager, folder / "run", every=1, resume=True)
+    checkpoints.save_distributed(folder / "step", {"model": run.model, "average": averager})
+    for path in ("average", "step/average"):
+        fresh = polyak.Averager(run.model, RULES)
+        polyak.load(folder / path, fresh)
+        for name in RULES:
+            require_same(fresh.average(name), averager.average(name))
 
 
 def copies_are_whole() -> None:

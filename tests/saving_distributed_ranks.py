@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ def save(folder: Path, world: int) -> None:
         now = saved.content()
         saved.train(3)
         later = saved.content()
+        polyak.save(place / "alone-later", saved.averager)
+        checkpoints.save_distributed(place / "training-later", saved.state())
         if dist.get_rank() == 0:
             torch.save({"now": now, "later": later}, place / "wanted.pt")
         print(kind, flush=True)
@@ -290,7 +293,8 @@ def ranks_that_disagree_are_refused() -> None:
     if on(1):
         saved.averager.update()
     for save in (polyak.save, save_training):
-        with raises(ValueError, "ranks have different averages", "update 2", "update 3"):
+        told = ("ranks do not agree", "rank 1: ", "average ema: ", "update 2", "update 3")
+        with raises(ValueError, *told):
             save(folder / "new", saved.averager)
     for key in ("", "a/b", ".."):
         with raises(ValueError, "an averager's key"):
@@ -414,6 +418,34 @@ def errors_in_the_background_surface() -> None:
     require_only(folder)
 
 
+def some_ranks_have_saved_by_themselves_before() -> None:
+    """In the background, over a group that the others know nothing of."""
+    saved, folder = Saved("fsdp"), new_folder()
+    some = dist.new_group(list(range(dist.get_world_size() // 2)))
+    model = torch.nn.Linear(3, 2)
+    for tensor in model.parameters():
+        torch.nn.init.constant_(tensor, 2.0)
+    averager = polyak.Averager(model, "uniform()")
+    averager.update()
+    if dist.get_rank(some) >= 0:
+        path = folder / "some"
+        checkpoints.save_distributed_async(path, {"average": averager}, group=some).result(60)
+    saved.train(1)
+    checkpoints.save_distributed_async(folder / "all", saved.state()).result(60)
+    require_only(folder, "some", "all")
+
+
+def a_rank_alone_is_told_so() -> None:
+    """It waits as long as its group lets it; what it would have saved is not there."""
+    saved, folder = Saved("fsdp"), new_folder()
+    saved.train(1)
+    impatient = dist.new_group(timeout=timedelta(seconds=3))
+    if on(0):
+        with raises(RuntimeError, "save: another rank did not come", "must make this call"):
+            polyak.save(folder / "alone", saved.averager, group=impatient)
+    require_only(folder)
+
+
 class Lost:
     """Can be copied, not pickled."""
 
@@ -514,9 +546,28 @@ def recorded_it_is_what_one_process_records() -> None:
         with raises(EITHER, "exists"):
             by_all.save(folder / "file.safetensors", group=dist.group.WORLD)
         other = polyak.synthesize(folder / "ranks", f"power(relative_std=0.08{dist.get_rank()})")
-        with raises(ValueError, "ranks would write different weights"):
+        with raises(ValueError, "ranks do not agree", "rank 1: ", "file 1: ", "same files"):
             other.save(folder / "other.safetensors", group=dist.group.WORLD)
+        files = [folder / f"{name}.safetensors" for name in ("ranks", "one", "file")]
+        mean = polyak.offline.average(files, [0.5, 0.2, 0.3])
+        mean.write(folder / "mean.safetensors", group=dist.group.WORLD)
+        if on(0):
+            mean.write(folder / "alone-mean.safetensors")
+        dist.barrier()
+        assert content_of(folder / "mean.safetensors") == content_of(
+            folder / "alone-mean.safetensors"
+        )
+        mine = [files[0], files[min(dist.get_rank(), 1)]]
+        with raises(ValueError, "ranks do not agree", "rank 1: ", "file 2: 0.5 of ", "one.safe"):
+            polyak.offline.average(mine).write(folder / "other.safetensors", group=dist.group.WORLD)
         assert not (folder / "other.safetensors").exists()
+        last = [folder / "ranks" / "snapshot-0000000040"] * 2
+        if dtype is None:
+            require_equal(dict(polyak.offline.average(last, which="long")), whole_of(averager))
+
+
+def whole_of(averager: polyak.Averager) -> Any:
+    return gathered(averager.average("long"))
 
 
 def synthesized(folder: Path, out: Path) -> polyak.offline.Synthesis:
@@ -575,6 +626,8 @@ LAWS: dict[str, list[Callable[[], None]]] = {
         the_first_rank_finds_the_latest,
         attached_it_follows_the_optimizer,
         files_of_others_are_taken_over,
+        some_ranks_have_saved_by_themselves_before,
+        a_rank_alone_is_told_so,
     ],
     "recording": [
         recorded_it_is_what_one_process_records,

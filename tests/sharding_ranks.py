@@ -8,10 +8,10 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # torch's own
@@ -24,7 +24,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -258,7 +263,9 @@ def an_update_neither_communicates_nor_dispatches(sharded: Sharded) -> None:
         before()
         with DTensorOperations() as dispatched:
             averager.update()
-        assert communicated.get_total_counts() == 0
+        with CommDebugMode() as exchanged, averager.applied("a"):
+            pass
+        assert communicated.get_total_counts() == exchanged.get_total_counts() == 0
         assert dispatched.seen == []
 
 
@@ -279,23 +286,53 @@ def resident_bytes() -> int:
 
 def names_are_those_of_the_plain_model(sharded: Sharded) -> None:
     """Through activation checkpointing and torch.compile; frozen weights and ties come along."""
-    model = plain()
-    model.block[0].requires_grad_(False)
-    model.first.register_parameter("same", model.first._parameters["weight"])
-    model.add_module("block", checkpoint_wrapper(model.block))
-    tied = sharded not in (tensor_parallel, grid)
-    if not tied:
-        del model.first._parameters["same"]  # which tensor parallelism does not spread
-    compiled = torch.compile(sharded(model))
-    averager = polyak.Averager(compiled, "uniform()")  # type: ignore[arg-type]
-    averager.update()
-    weights: dict[str, Any] = get_model_state_dict(model)
-    average = whole(averager.average())
-    assert sorted(average) == sorted(weights)
-    ties = [item.aliases for item in averager.tracked if item.name == "first.weight"]
-    assert ties == ([("first.same",)] if tied else [()])
-    held = whole(weights)
-    require_same(average, {name: held[name] for name in average})
+    tied = sharded not in (tensor_parallel, grid)  # which does not spread ties
+    wraps: list[Callable[[Any], Any]] = [checkpoint_wrapper]
+    wraps += [lambda block: checkpoint_wrapper(cast(nn.Module, torch.compile(block)))] * tied
+    for wrap in wraps:
+        model = plain()
+        model.block[0].requires_grad_(False)
+        if tied:
+            model.first.register_parameter("same", model.first._parameters["weight"])
+        model.add_module("block", wrap(model.block))
+        compiled = torch.compile(sharded(model))
+        averager = polyak.Averager(compiled, "uniform()")  # type: ignore[arg-type]
+        averager.update()
+        named: dict[str, Any] = get_model_state_dict(model)  # torch leaves `_orig_mod` within
+        weights = {name.replace("_orig_mod.", ""): each for name, each in named.items()}
+        average = whole(averager.average())
+        assert set(plain().state_dict()) <= set(average)
+        assert sorted(average) == sorted(weights)
+        ties = [item.aliases for item in averager.tracked if item.name == "first.weight"]
+        assert ties == ([("first.same",)] if tied else [()])
+        held = whole(weights)
+        require_same(average, {name: held[name] for name in average})
+
+
+def adapters_alone_are_averaged(sharded: Sharded) -> None:
+    """As in training with LoRA: all but the block is frozen, and has no slot."""
+    runs = [Training(sharded), Training()]
+    averagers = []
+    for run in runs:
+        run.model.requires_grad_(False)
+        run.model.block.requires_grad_(True)
+        averagers.append(polyak.Averager(run.model, "exponential(0.5)", select="block.*"))
+    frozen = whole({"first.weight": runs[0].model.first.weight.detach()})["first.weight"].clone()
+    for _ in range(4):
+        for run, averager in zip(runs, averagers, strict=True):
+            run.train(1, averager)
+    got, wanted = (whole(averager.average()) for averager in averagers)
+    assert list(got) == list(wanted) == ["block.0.weight", "block.0.bias"]
+    for name, tensor in wanted.items():
+        assert (got[name] - tensor).abs().max() < 1e-15, name
+    live = runs[0].parts()
+    with averagers[0].applied():
+        inside = runs[0].parts()
+        changed = [name for name in live if not torch.equal(live[name], inside[name])]
+        assert set(changed) <= set(wanted)
+    require_same(runs[0].parts(), live)
+    now = whole({"first.weight": runs[0].model.first.weight.detach()})["first.weight"]
+    assert torch.equal(now, frozen)
 
 
 def applied_leaves_the_trajectory_as_it_was(sharded: Sharded) -> None:
@@ -379,6 +416,95 @@ def an_exception_restores(sharded: Sharded) -> None:
         require_same(run.parts(), undisturbed.parts())
 
 
+def weights_gathered_ahead_are_not_taken_for_others(sharded: Sharded) -> None:
+    """What is on its way when contents are exchanged is of before, and the next pass must not use it."""
+    run = Training(sharded)
+    block = run.model.block
+    if not isinstance(block, FSDPModule) or not isinstance(run.model, FSDPModule):
+        return
+    averager = polyak.Averager(run.model, "exponential(0.5)")
+    run.train(5, averager)
+    live = run.evaluate()
+    with averager.applied():
+        average = run.evaluate()
+    assert not torch.equal(live, average)
+    for module in (block, run.model):
+        module.unshard(async_op=True)
+        with averager.applied():
+            assert torch.equal(run.evaluate(), average)
+            module.unshard(async_op=True)
+        assert torch.equal(run.evaluate(), live)
+    run.model.set_modules_to_forward_prefetch([block])
+    for applied in (False, True):
+        try:
+            with averager.applied() if applied else nullcontext():
+                failing_forward(run)
+        except KeyError:
+            pass
+        if applied:
+            assert torch.equal(run.evaluate(), live)
+        else:
+            with averager.applied():
+                assert torch.equal(run.evaluate(), average)
+
+
+def failing_forward(run: Training) -> None:
+    """A forward pass that ends before the block, whose weights are on their way by then."""
+
+    def fail(*_: object) -> None:
+        raise KeyError("in the first layer")
+
+    hook = run.model.first.register_forward_pre_hook(fail)
+    try:
+        run.evaluate()
+    finally:
+        hook.remove()
+
+
+def a_part_of_a_model_is_resharded_with_it(sharded: Sharded) -> None:
+    """Weights given by name, and a module whose weights are of its parent's group."""
+    run = Training(sharded)
+    if not isinstance(run.model, FSDPModule):
+        return
+    named = dict(run.model.named_parameters())
+    of_first = {name: each for name, each in named.items() if name.startswith("first.")}
+    parts = [
+        polyak.Averager(each, "exponential(0.5)") for each in (named, of_first, run.model.first)
+    ]
+    whole_one = polyak.Averager(run.model, "exponential(0.5)")
+    first = polyak.Averager(run.model, "exponential(0.5)", select="first.*")
+    run.train(4, *parts, whole_one, first)
+    for averager, like in zip(parts, [whole_one, first, first], strict=True):
+        with like.applied():
+            wanted = run.evaluate()
+        live = run.evaluate()
+        assert not torch.equal(wanted, live)
+        with averager.applied():
+            assert torch.equal(run.evaluate(), wanted)
+        assert torch.equal(run.evaluate(), live)
+    gathered = dict(run.model.named_parameters())
+    with raises(ValueError, "is a weight that FSDP2 has gathered", "reshard()"):
+        polyak.Averager(gathered, "uniform()")
+
+
+def a_block_refuses_what_it_must(sharded: Sharded) -> None:
+    run = Training(sharded)
+    averager = polyak.Averager(run.model, RULES)
+    run.train(3, averager)
+    before = run.parts()
+    with averager.applied("ema"):
+        inside = run.parts()
+        for call in (averager.update, averager.state_dict, lambda: averager.average("all")):
+            with raises(RuntimeError, "inside applied('ema')"):
+                call()
+        with raises(RuntimeError, "applied('all') inside applied('ema')"), averager.applied("all"):
+            pass
+        with averager.applied("ema"):
+            require_same(run.parts(), inside)
+        require_same(run.parts(), inside)
+    require_same(run.parts(), before)
+
+
 def what_was_sharded_later_is_refused(sharded: Sharded) -> None:
     model = plain()
     averager = polyak.Averager(model, "uniform()")
@@ -403,7 +529,18 @@ def flat_parameters_are_refused(sharded: Sharded) -> None:
 
 
 def replaced_weights_are_followed(sharded: Sharded) -> None:
-    """New parameters, and parameters whose parts alone are new."""
+    """New parameters, and parameters whose parts alone are new, also when they were never filled."""
+    with torch.device("meta"):
+        model = Net()
+    sharded(model)
+    model.to_empty(device="cpu")
+    begun = polyak.Averager(model, "window(1)")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for item in begun.tracked:
+            item.live().fill_(3)
+    begun.update()
+    assert all((to_local(tensor) == 3).all() for tensor in begun.average().values())
     run = Training(sharded, torch.float32)
     averager = polyak.Averager(run.model, "window(1)")
     run.train(1, averager)
@@ -503,6 +640,7 @@ def what_a_rank_would_decide_alone_is_refused(sharded: Sharded) -> None:
 
 LAWS: list[Callable[[Sharded], None]] = [
     the_average_is_that_of_one_process,
+    adapters_alone_are_averaged,
     an_update_neither_communicates_nor_dispatches,
     memory_stays_flat_while_the_decay_changes,
     names_are_those_of_the_plain_model,
@@ -510,6 +648,9 @@ LAWS: list[Callable[[Sharded], None]] = [
     narrow_weights_come_back_bit_for_bit,
     equal_parts_are_rounded_alike,
     an_exception_restores,
+    weights_gathered_ahead_are_not_taken_for_others,
+    a_part_of_a_model_is_resharded_with_it,
+    a_block_refuses_what_it_must,
     what_was_sharded_later_is_refused,
     flat_parameters_are_refused,
     replaced_weights_are_followed,

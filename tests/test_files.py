@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import polyak.files
+from polyak import files
 from polyak.files import writing, writing_folder
 
 # A process that has only this module: it starts in a moment, so many can be killed.
@@ -171,18 +173,63 @@ NAMES = ["a[1]*?.bin", ".hidden", "ümläut", "with space", "$(x)", "-f"]
 @pytest.mark.parametrize("name", NAMES)
 def test_abandoned_parts_go_and_others_stay(tmp_path: Path, name: str) -> None:
     place = tmp_path / name
-    abandoned = tmp_path / f".{name}.{'0' * 16}.part"
+    mine = files._HERE + "0" * 9
+    abandoned = tmp_path / f".{name}.{mine}0.part"
     abandoned.write_bytes(b"left by a killed process")
-    abandoned_folder = tmp_path / f".{name}.{'1' * 16}.part"
+    abandoned_folder = tmp_path / f".{name}.{mine}1.part"
     abandoned_folder.mkdir()
     (abandoned_folder / "it").write_bytes(b"left too")
-    (tmp_path / f".another.{'0' * 16}.part").write_bytes(b"of a name that may never come again")
+    (tmp_path / f".another.{mine}0.part").write_bytes(b"of a name that may never come again")
     others = [f".{name}.part", f".{name}.mine.part", f"x{name}.{'0' * 16}.part", ".a1x.part"]
     for other in others:
         (tmp_path / other).write_bytes(b"of someone else")
     with writing(place) as file:
         file.write(b"it")
     assert {each.name for each in tmp_path.iterdir()} == {name, *others}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_another_host_writes_stays_for_a_day(tmp_path: Path, kind: str) -> None:
+    """Its lock may not be seen here: on NFS a folder's is not."""
+    left = tmp_path / f".step-1.{'0' * 16}.part"
+    left.mkdir() if kind == "folder" else left.touch()
+    with writing(tmp_path / "step-2") as file:
+        file.write(b"it")
+    assert left.exists()
+    day = files._DAY + 60
+    os.utime(left, (time.time() - day, time.time() - day))
+    with writing(tmp_path / "step-3") as file:
+        file.write(b"it")
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks_files_are_written_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    abandoned = tmp_path / f".it.{files._HERE}{'0' * 10}.part"
+    abandoned.touch()
+    with writing(tmp_path / "it") as file, writing_folder(tmp_path / "folder") as folder:
+        file.write(b"it")
+        (folder / "it").write_bytes(b"it")
+    assert (tmp_path / "it").read_bytes() == (tmp_path / "folder" / "it").read_bytes() == b"it"
+    assert abandoned.exists()
+
+
+def test_a_lock_that_fails_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match="the disk is gone"), writing(tmp_path / "it"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_being_written_is_not_abandoned(tmp_path: Path) -> None:

@@ -425,3 +425,18 @@ def test_saving_a_folder_keeps_what_belongs_together(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "step-10.safetensors")
     assert checkpoints.latest(tmp_path) == tmp_path / "step-10.safetensors"
     assert checkpoints.latest(tmp_path / "step-1") is None
+
+
+@pytest.mark.parametrize("before", range(1, 9))
+def test_complex_pairs_load_wherever_they_lie(tmp_path: Path, before: int) -> None:
+    """They lie on 8 bytes in a file, and torch faults on complex128 that does not lie on 16."""
+    weights = {
+        "a": torch.randn(before, dtype=torch.float64),
+        "c": torch.randn(5, dtype=torch.complex128),
+    }
+    averager = polyak.Averager(weights, "exponential(0.9)")
+    averager.update()
+    polyak.save(tmp_path / "it", averager)
+    fresh = polyak.Averager(weights, "exponential(0.9)")
+    polyak.load(tmp_path / "it", fresh)
+    assert torch.equal(fresh.average()["c"], weights["c"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,26 @@ def test_torn_folders_are_refused(folder: Path, tmp_path: Path, path: str) -> No
     assert counts["refused"] > 60, counts
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["alone", "training/average"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_file_of_another_save_is_refused(
+    folder: Path, tmp_path: Path, path: str, rank: int
+) -> None:
+    """Of the same layout, so that all else fits: what a save that overwrites in place can leave."""
+    kind, _, key = path.partition("/")
+    for place in places(folder):
+        later = place / f"{kind}-later"
+        torn = tmp_path / place.name
+        shutil.copytree(later, torn)
+        polyak.load(torn / key, averager(place))
+        shutil.copy(place / kind / f"__{rank}_0.distcp", torn)
+        whole = averager(place)
+        with pytest.raises(ValueError, match=r"file is of another save than|lies outside|damaged"):
+            polyak.load(torn / key, whole)
+        assert whole.count == 0
+
+
 def spoilt(
     place: Path, other: Path, kind: str, chosen: random.Random
 ) -> Iterator[Callable[[Path], object]]:
@@ -199,6 +221,50 @@ def test_several_states_are_asked_for(tmp_path: Path) -> None:
     fresh = polyak.Averager({"w": torch.zeros(3)}, "exponential(0.9)")
     with pytest.raises(ValueError, match=r"w: .*\(2,\).*wanted .*\(3,\)"):
         polyak.load(tmp_path / "two" / "a", fresh)
+
+
+def test_what_would_not_come_back_is_refused(tmp_path: Path) -> None:
+    """Objects under keys that are no text; of tensors the key does not matter."""
+    made = polyak.Averager({"w": torch.ones(2)}, "exponential(0.9)")
+    made.update()
+    held: dict[str, Any] = {"d": {0: torch.ones(2)}, "list": [{"a": 1}], "average": made}
+    checkpoints.save_distributed(tmp_path / "it", held)
+    into: dict[str, Any] = {"d": {0: torch.zeros(2)}, "list": [{"a": 0}]}
+    checkpoints.load_distributed(tmp_path / "it", into)
+    assert torch.equal(into["d"][0], torch.ones(2)) and into["list"] == [{"a": 1}]
+    steps = torch.optim.LBFGS([torch.ones(2, requires_grad=True)])
+    steps.step(lambda: torch.zeros(()))
+    for state, where in (({"d": {0: 7}}, "d.0 is 7"), ({"o": steps}, "o.state.0.func_evals is 1")):
+        for call in (checkpoints.save_distributed, checkpoints.load_distributed):
+            with pytest.raises(ValueError, match=f"{where} under a key that is no text"):
+                call(
+                    tmp_path / "it" if call is checkpoints.load_distributed else tmp_path / "no",
+                    state,
+                )
+    with pytest.raises(ValueError, match=r"all\.mine is an averager, wanted it at the top"):
+        checkpoints.save_distributed(tmp_path / "no", {"all": {"mine": made}})
+    assert not (tmp_path / "no").exists()
+
+
+FAILS_UNTOLD = """
+import sys, torch, polyak
+from polyak import checkpoints
+averager = polyak.Averager({"w": torch.ones(2)}, "uniform()")
+averager.update()
+checkpoints.save_distributed_async(sys.argv[1], {"average": averager})
+"""
+
+
+def test_a_save_that_fails_untold_is_told_at_exit(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, told in ((tmp_path / "file" / "it", True), (tmp_path / "it", False)):
+        command = [sys.executable, "-c", FAILS_UNTOLD, str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (
+            f"RuntimeWarning: save_distributed_async: {place} was not saved" in done.stderr
+        ) == told
+    assert (tmp_path / "it" / ".metadata").exists()
 
 
 def test_the_live_weights_are_those_of_the_model(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.applying import Exchange, planned, uninterrupted
-from polyak.checks import require_positive
+from polyak.checks import difference, report, require_positive
 from polyak.engine import Average, Form
 from polyak.guard import Attachment
 from polyak.live import LiveWeights
@@ -31,6 +31,7 @@ from polyak.replicas import gather_, require_same
 from polyak.rounding import Rounding, require_rounding
 from polyak.rules import Rule, Tick
 from polyak.sharding import (
+    Layout,
     Shape,
     is_distributed,
     local,
@@ -42,7 +43,7 @@ from polyak.sharding import (
 from polyak.specs import as_rule, as_specs
 from polyak.states import STATE_FORMAT, State, checked
 from polyak.summary import Summary, summarise
-from polyak.tracking import Buffers, Select, Source, Tracked, difference, report, track
+from polyak.tracking import Buffers, Select, Source, Tracked, track
 from polyak.updating import Nonfinite, Updating
 
 if TYPE_CHECKING:
@@ -247,10 +248,11 @@ class Averager:
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.
 
-        Sharded ones are DTensors like the model's, and every rank must then do the same with them.
+        Sharded ones are DTensors like the model's, or with `shard` of its rows, and every rank must
+        then do the same with them.
         It has averaged and copied tensors, under all names of tied ones, so that the model's
-        `load_state_dict` takes it where everything is tracked. `name` is needed where there are
-        several averages.
+        `load_state_dict` takes it where everything is tracked (with `shard` that is `copy_to`'s to
+        do). `name` is needed where there are several averages.
 
         Raises `RuntimeError` before the first update and inside `applied()`; `KeyError` for an
         unknown name.
@@ -327,6 +329,10 @@ class Averager:
             found = [i for i in track(model, *self._options[:2]) if i.policy != "live"]
             if lines := difference(_shapes(self._live.stored()), _shapes(found)):
                 title = "copy_to: the model's tensors are not the average's"
+                if any(isinstance(each, Layout) for each in _shapes(self._live.stored()).values()):
+                    lines.append(
+                        "between layouts: polyak.save, or checkpoints.export, and load there"
+                    )
                 raise ValueError(report(title, lines))
             theirs = {item.name: item.live() for item in found}
             divided = [item.name for item in self._live.averaged if item.mesh is not None]
@@ -424,8 +430,10 @@ class Averager:
             return
         try:
             with uninterrupted():
-                self._live.reshard()  # a root that a forward pass left whole holds the average
-                exchange.leave()
+                try:
+                    self._live.reshard()  # a root that a forward pass left whole holds the average
+                finally:
+                    exchange.leave()
         finally:
             if exchange.spoilt:
                 self._averages[applied].spoilt = exchange.report()

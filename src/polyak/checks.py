@@ -1,8 +1,10 @@
-"""Checks of values: each raises with what was got and what was wanted."""
+"""Checks of values: each raises with what was got and what was wanted; and how two mappings differ."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def require(holds: bool, name: str, got: object, wanted: str) -> None:
@@ -45,3 +47,24 @@ def require_positive(name: str, got: object) -> None:
 def require_count(name: str, got: object, meaning: str) -> None:
     """Raises `ValueError` unless the value is an integer of at least 1."""
     require(is_integer(got, 1), name, got, f"an integer >= 1: {meaning}")
+
+
+def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
+    """Lines that say how two mappings name -> shape (or dtype) differ; none if they agree."""
+    missing = [name for name in wanted if name not in got]
+    extra = [name for name in got if name not in wanted]
+    changed = [
+        f"{n}: {got[n]}, wanted {wanted[n]}" for n in wanted if n in got and wanted[n] != got[n]
+    ]
+    lists = (("missing", missing), ("extra", extra), ("different", changed))
+    return [f"{label}: {_listed(names)}" for label, names in lists if names]
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def report(title: str, lines: Sequence[str]) -> str:
+    """An error message: a title, and the differences below it."""
+    return "\n  ".join([title, *lines])

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.checks import require_count
+from polyak.checks import difference, report, require_count
 from polyak.engine import Average, move_
 from polyak.live import Groups, LiveWeights
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 from polyak.tensors import slot_dtype
-from polyak.tracking import Policy, averageable, difference, report, track
+from polyak.tracking import Policy, averageable, track
 
 
 class EMA(nn.Module):

@@ -1,7 +1,9 @@
 """Files: written beside their place, forced to the disk, then renamed: all there, or as before.
 
 A process that is killed at any moment leaves the last complete file, or none. What it was writing
-lies beside under a hidden name; the next write into that folder removes it, unless it is still open.
+lies beside under a hidden name. The next write into that folder from the same host removes it, unless
+it is still open: that is told by a lock, which other hosts may not see (a folder's, on NFS). What
+another host left, or what lies where there are no locks, goes after a day, or stays.
 """
 
 from __future__ import annotations
@@ -13,12 +15,19 @@ import os
 import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
+_PART = re.compile(r"\..+\.([0-9a-f]{6})[0-9a-f]{10}\.part", re.DOTALL)
+_HERE = sha256(socket.gethostname().encode()).hexdigest()[:6]
+_DAY = 86_400.0
+_HELD: dict[tuple[int, int], int] = {}  # device and inode of a folder -> its handle
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
 
 
@@ -92,6 +101,28 @@ def refuse_existing(path: Path | str, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists, and is not overwritten unless told")
 
 
+def hold(folder: Path) -> bool:
+    """Takes a folder for this process until it ends; False if another one of this host has it.
+
+    Where the file system has no locks, everyone is given it.
+    """
+    status = folder.stat()
+    if (place := (status.st_dev, status.st_ino)) in _HELD:
+        return True
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(handle)
+            raise
+    _HELD[place] = handle
+    return True
+
+
 def _new_file(part: str, flags: int) -> int:
     """The handle of a new hidden file, locked."""
     while True:
@@ -116,12 +147,17 @@ def _new_folder(part: Path) -> Iterator[None]:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
+    return path.with_name(f".{path.name}.{_HERE}{secrets.token_hex(5)}.{suffix}")
 
 
 def _lock(handle: int) -> bool:
     """Locks what is new; False if another process took it for abandoned before it was locked."""
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(handle)
+            raise
     if os.fstat(handle).st_nlink:
         return True
     os.close(handle)
@@ -131,18 +167,23 @@ def _lock(handle: int) -> bool:
 def _remove_abandoned(path: Path) -> None:
     """Removes what killed processes left beside, under any name: it may never be written again.
 
-    What is open, in whatever process, is locked.
+    What is open, in whatever process of this host, is locked.
     """
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
-        if _PART.fullmatch(left.name):
-            with suppress(OSError), _locked(left):
-                _remove(left)
+        if found := _PART.fullmatch(left.name):
+            with suppress(OSError):
+                if found[1] == _HERE or time.time() - left.lstat().st_mtime > _DAY:
+                    with _locked(left):
+                        _remove(left)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """The lock of a file or folder; raises `BlockingIOError` where someone has it."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    mode = (
+        os.O_RDONLY if path.is_dir() else os.O_RDWR
+    )  # NFS locks a file for those who may write it
+    handle = os.open(path, mode | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

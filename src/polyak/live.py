@@ -10,18 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polyak.checks import difference, report
 from polyak.sharding import Shape, Shards, is_distributed, reshard
-from polyak.tracking import (
-    Buffers,
-    Policy,
-    Select,
-    Source,
-    Tracked,
-    difference,
-    holders,
-    report,
-    track,
-)
+from polyak.tracking import Buffers, Policy, Select, Source, Tracked, holders, track
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from polyak.checks import is_number
-from polyak.tracking import report, walk
+from polyak.checks import is_number, report
+from polyak.tracking import walk
 
 Call = Callable[[nn.Module, Any], object]
 

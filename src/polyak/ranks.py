@@ -5,7 +5,7 @@ Every wait ends by the group's own time-out (`init_process_group(timeout=...)`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from polyak.checks import difference, report
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _T = TypeVar("_T")
+_MOST = 8  # lines of an error that tells of ranks
 
 
 @dataclass
@@ -53,7 +56,10 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     except BaseException as raised:
         error = raised
     problem = None if error is None else f"{type(error).__name__}: {error}"
-    said = gathered(_Said(call, problem, agreement.told), group)
+    try:
+        said = gathered(_Said(call, problem, agreement.told), group)
+    except RuntimeError as lost:
+        raise (error or _alone(call, lost)) from lost
     if error is not None:
         raise error
     problems = [getattr(each, "problem", None) for each in said]
@@ -61,6 +67,13 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
         raise RuntimeError(f"{call}: given up on all ranks, as {'; '.join(failed[:4])}")
     if differ := differing(list(map(str, said))):
         raise RuntimeError(f"{call}: given up on all ranks, as they are not at the same: {differ}")
+
+
+def _alone(call: str, lost: RuntimeError) -> RuntimeError:
+    return RuntimeError(
+        f"{call}: another rank did not come, or has ended ({lost}). Every rank of the group must make "
+        "this call, at the same place of the program"
+    )
 
 
 def differing(told: Sequence[str]) -> str:
@@ -72,6 +85,21 @@ def differing(told: Sequence[str]) -> str:
     first = {each: rank for rank, each in reversed(list(enumerate(told)))}
     several = sorted((rank, each) for each, rank in first.items())
     return "; ".join(f"rank {rank}: {each}" for rank, each in several[:4]) if len(first) > 1 else ""
+
+
+def agree(
+    call: str, told: Mapping[str, object], group: ProcessGroup | None = None, remedy: str = ""
+) -> None:
+    """Raises `ValueError` on all ranks of a group where one tells something else than the first.
+
+    `told` is name -> what must be equal; the error lists every name and rank that differs.
+    """
+    wanted = chosen(call, lambda: dict(told), group)
+    described = gathered(difference(wanted, told), group)
+    lines = [f"rank {rank}: {line}" for rank, each in enumerate(described) for line in each]
+    if lines:
+        title = f"{call}: ranks do not agree with rank 0" + (f"; {remedy}" if remedy else "")
+        raise ValueError(report(title, lines[:_MOST]))
 
 
 def digest(*told: object) -> str:

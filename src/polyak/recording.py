@@ -23,13 +23,13 @@ from polyak.checkpoints import native
 from polyak.checkpoints.native import Packed
 from polyak.checkpoints.snapshots import ELAPSED, UPDATES, Snapshot, snapshots, stored_in
 from polyak.checkpoints.tensorfile import narrowed
-from polyak.checks import require_flag, require_positive
+from polyak.checks import difference, report, require_flag, require_positive
 from polyak.engine import COMPENSATION
-from polyak.ranks import chosen
+from polyak.files import hold
+from polyak.ranks import agree, chosen
 from polyak.rules import Tick
 from polyak.sharding import as_distributed, local
 from polyak.specs import as_specs
-from polyak.tracking import difference, report
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,8 +78,8 @@ class Recorder:
     places: a snapshot is then a folder to which each writes its own parts, and synthesis reads
     it in one process, or on other ranks.
 
-    Raises `ValueError` for a folder with snapshots of another run or without `resume`, for bad
-    arguments; `TypeError` for another object than an averager.
+    Raises `ValueError` for a folder with snapshots of another run or without `resume`, or where
+    another process records, for bad arguments; `TypeError` for another object than an averager.
     """
 
     def __init__(
@@ -110,6 +110,8 @@ class Recorder:
                 "Recorder: the averager went on by another rule than its slots were made with "
                 "(change_rule=True), so what they average is not known; begin a new average"
             )
+        if averager.sharded:
+            agree("Recorder", {"folder": str(folder)}, group, "give one, or each group its own")
         begin = self._resumed if resume else self._begun
         self.run, times, self._stored = self._by_first(begin)  # what is stored by updates, in order
         self._elapsed, self._time = array("d", times), math.fsum(times)
@@ -198,12 +200,24 @@ class Recorder:
                 f"{self.folder} has {len(found)} snapshots, the first {found[0].name}: give an "
                 "empty folder, or resume=True to go on with their run from a loaded state"
             )
+        self._hold()
         return secrets.token_hex(8), [], {}
+
+    def _hold(self) -> None:
+        """Raises `ValueError` if another process records here: two runs would overwrite each other."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not hold(self.folder):
+            raise ValueError(
+                f"{self.folder}: another process records there. Of an average that several ranks have "
+                "whole (DistributedDataParallel without `shard=`) let one of them record; give "
+                "another run another folder"
+            )
 
     def _resumed(self) -> tuple[str, list[float], dict[int, _Kept]]:
         """The run of the folder, its times up to now, and its snapshots."""
         if not stored_in(self.folder):
             return self._begun()
+        self._hold()
         found = snapshots(self.folder)
         _require_same(found[-1], self._averager)
         if self._averager.run != found[0].run:

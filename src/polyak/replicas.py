@@ -15,33 +15,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from polyak.live import kind
-from polyak.ranks import chosen, digest, together
+from polyak.ranks import agree, digest, together
 from polyak.sharding import rows_of_a_rank
-from polyak.tracking import difference, report
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET_BYTES = 1 << 26
 _CHUNK = 1 << 20
+_SAMPLE = 1 << 12
 _ODD, _OTHER = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  # of splitmix64
 
 
 def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: DeviceMesh) -> None:
     """Raises `RuntimeError` on all ranks of a mesh where their tensors differ, naming them. Collective.
 
-    `told` is what must be equal beside them. Compared are 64 bits for each tensor.
+    Compared are 64 bits for each tensor. Raises `ValueError` where ranks differ in the tensors'
+    names, forms or order, or in `told`.
     """
-    group, rank = mesh.get_group(), mesh.get_local_rank()
+    group = mesh.get_group()
     with together(call, group):
         mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
         forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
         order = {"the order of tensors": digest(list(tensors)), "made with": told}
-    wanted = chosen(call, lambda: order | forms, group)
-    with together(call, group):
-        if lines := difference(wanted, order | forms):
-            title = f"{call}: rank {rank} of the mesh differs from rank 0"
-            raise RuntimeError(report(title, lines))
+    agree(call, order | forms, group, "make the averager alike on all of them")
     if not mine:
         return
     both = torch.cat([torch.stack(mine), ~torch.stack(mine)])
@@ -73,6 +70,11 @@ def fingerprint(tensor: Tensor) -> Tensor:
             mixed.bitwise_xor_(mixed >> shift).mul_(_OTHER)
         total += mixed.bitwise_xor_(mixed >> 32).sum()
     return total
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """64 bits of some of a tensor's elements, which tell it from another but for chance."""
+    return fingerprint(tensor.detach().reshape(-1)[:_SAMPLE])
 
 
 class _Piece(NamedTuple):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -60,20 +60,18 @@ def local(tensor: Tensor) -> Tensor:
 def as_distributed(part: Tensor, like: Tensor) -> Tensor:
     """A part as a DTensor spread like another one, sharing its memory; itself where that is plain.
 
-    Shape and stride are given: from uneven parts they would be guessed wrong.
+    Shape and stride are the other one's: from uneven parts they would be guessed wrong. Made as
+    FSDP2 makes its own, since `from_local` would move what rests in the host's memory
+    (CPUOffloadPolicy) to the mesh's device.
     """
     if not is_distributed(like):
         return part
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
 
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    meta = TensorMeta(like.shape, like.stride(), part.dtype)
+    spec = replace(like._spec, tensor_meta=meta)
+    return DTensor(part, spec, requires_grad=False)
 
 
 def one_mesh(shard: DeviceMesh | ProcessGroup, device: torch.device) -> DeviceMesh:
@@ -166,19 +164,52 @@ def _ranks(mesh: DeviceMesh) -> str:
 
 
 def reshard(model: object) -> None:
-    """Lets FSDP2 modules carry their shards again, without communication.
+    """Lets what FSDP2 has sharded carry its shards again; communicates nothing that is not on its way.
+
+    `model` is a module, whose weights may be of an outer module's group, or a mapping name -> tensor.
 
     FSDP2 leaves a root's parameters whole after a forward pass that no backward pass follows, and
     all of them in a forward pass that an exception has ended, where `FSDPModule.reshard` would
-    leave the root as it is. What is written to shards then is not what the next pass reads.
+    leave the root as it is. What is written to shards then is not what the next pass reads. Nor is
+    it where weights are gathered ahead (prefetching, `unshard(async_op=True)`): these arrive first.
     """
-    module = sys.modules.get("torch.distributed.fsdp")
-    if module is None or not isinstance(model, nn.Module):
+    if "torch.distributed.fsdp" not in sys.modules:
         return
-    for each in model.modules():
-        if isinstance(each, module.FSDPModule):
-            for group in each._get_fsdp_state()._fsdp_param_groups:
-                group._to_sharded()
+    held = set(map(id, model.modules() if isinstance(model, nn.Module) else _values(model)))
+    for group in _fsdp_groups():
+        if any(not held.isdisjoint(map(id, _parts_of(each))) for each in group.fsdp_params):
+            group.wait_for_unshard()
+            group._to_sharded()
+
+
+def refuse_gathered(name: str, tensor: Tensor) -> None:
+    """Raises `ValueError` for a whole tensor that FSDP2 has gathered for a while: it is soon stale."""
+    if "torch.distributed.fsdp" not in sys.modules or is_distributed(tensor):
+        return
+    for group in _fsdp_groups():
+        if any(getattr(each, "_unsharded_param", None) is tensor for each in group.fsdp_params):
+            raise ValueError(
+                f"{name} is a weight that FSDP2 has gathered for a forward pass; wanted its shard: give "
+                "the module, or take its parameters after `module.reshard()`"
+            )
+
+
+def _fsdp_groups() -> Iterator[Any]:
+    """All parameter groups of FSDP2 in this process."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for state in [reference() for reference in list(_module_state_mapping.values())]:
+        yield from getattr(state, "_fsdp_param_groups", ())
+
+
+def _parts_of(parameter: Any) -> list[object]:
+    """The modules that have a parameter of such a group, and the parameter that has its shard."""
+    module = parameter._module_info
+    return [module.module, *module.shared_modules, parameter.sharded_param]
+
+
+def _values(model: object) -> Iterable[object]:
+    return model.values() if isinstance(model, Mapping) else ()
 
 
 def refuse_flat(name: str, module: nn.Module) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checks import is_integer, is_number
+from polyak.checks import difference, is_integer, is_number, report
 from polyak.engine import Average
 from polyak.live import LiveWeights
 from polyak.rules import START, Tick
 from polyak.sharding import Layout, Shape, local, shape
 from polyak.specs import as_specs
-from polyak.tracking import difference, report
 
 STATE_FORMAT = 1
 _Form = tuple[Shape, torch.dtype]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from polyak.sharding import (
     is_distributed,
     local,
     refuse_flat,
+    refuse_gathered,
     rows,
     shape,
     shape_of_rows,
@@ -136,6 +137,7 @@ def _find(source: Source) -> Iterator[Tracked]:
     for name, tensor in source.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"model[{name!r}] is {type(tensor).__name__}, wanted a tensor")
+        refuse_gathered(name, tensor)
         yield Tracked(name, source, name, "tensor")
 
 
@@ -182,6 +184,11 @@ def _refuse_strange(item: Tracked) -> None:
         raise ValueError(
             f"{item.name} is on the meta device and has no content: materialise the model "
             "(to_empty, load its weights), then make the average"
+        )
+    if hasattr(item.found(), "ds_id") and tensor.numel() == 0:
+        raise ValueError(
+            f"{item.name} is partitioned by DeepSpeed ZeRO-3 and is empty between its uses: wanted "
+            "weights that are there (ZeRO 1 or 2), or sharded by fully_shard (FSDP2)"
         )
     if tensor.is_inference():
         raise ValueError(
@@ -281,24 +288,3 @@ def holders(source: Source, tracked: Sequence[Tracked]) -> list[ValuesView[objec
         families = [module._modules for module in source.modules() if module._modules]
         mappings |= {id(family): family for family in families}
     return [mapping.values() for mapping in mappings.values()]
-
-
-def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """Lines that say how two mappings name -> shape (or dtype) differ; none if they agree."""
-    missing = [name for name in wanted if name not in got]
-    extra = [name for name in got if name not in wanted]
-    changed = [
-        f"{n}: {got[n]}, wanted {wanted[n]}" for n in wanted if n in got and wanted[n] != got[n]
-    ]
-    lists = (("missing", missing), ("extra", extra), ("different", changed))
-    return [f"{label}: {_listed(names)}" for label, names in lists if names]
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def report(title: str, lines: Sequence[str]) -> str:
-    """An error message: a title, and the differences below it."""
-    return "\n  ".join([title, *lines])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 import torch.distributed as dist
 
@@ -20,10 +22,11 @@ _CALL = "save_distributed_async"
 
 
 class Saving:
-    """A save under way."""
+    """A save under way. If it fails and no one asks for its `result`, a warning says so at exit."""
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[None], path: Path) -> None:
         self._future = future
+        self._path = path
         self._told = False
 
     def done(self) -> bool:
@@ -44,6 +47,11 @@ class Saving:
         """Waits, and raises what went wrong unless `result` has."""
         if not self._told:
             self.result()
+
+    def warn_untold(self) -> None:
+        """Waits, and warns of what no one was told."""
+        if not self._told and (error := self._future.exception()) is not None:
+            warn(f"{_CALL}: {self._path} was not saved: {error}", RuntimeWarning, stacklevel=2)
 
 
 def save_distributed_async(
@@ -91,7 +99,7 @@ def save_distributed_async(
                 "there: wait for result() first"
             ) from error
 
-    return saver.begin(save)
+    return saver.begin(save, path)
 
 
 class _Saver:
@@ -109,12 +117,23 @@ class _Saver:
             with collective.together(_CALL, self.group):
                 last.require_told()
 
-    def begin(self, save: Callable[[], None]) -> Saving:
-        self._last = Saving(self._thread.submit(save))
+    def begin(self, save: Callable[[], None], path: Path) -> Saving:
+        self._last = Saving(self._thread.submit(save), path)
         return self._last
+
+    def warn_untold(self) -> None:
+        if self._last is not None:
+            self._last.warn_untold()
 
 
 _SAVERS: dict[ProcessGroup | None, _Saver] = {}
+
+
+@atexit.register
+def _warn_untold() -> None:
+    """What the last saves have come to, where a program ends without asking."""
+    for saver in _SAVERS.values():
+        saver.warn_untold()
 
 
 def _saver(group: ProcessGroup | None) -> _Saver:
@@ -127,9 +146,14 @@ def _saver(group: ProcessGroup | None) -> _Saver:
     assert key is not None
     require_member(key)
     if key not in _SAVERS:
-        ranks = dist.get_process_group_ranks(key)
+        # Where all ranks are here they need not meet by a name that only these would make: ranks that
+        # have made unlike groups before would not find each other by it.
+        alike = key is dist.group.WORLD
         own = dist.new_group(
-            ranks, timeout=time_out(key), backend="gloo", use_local_synchronization=True
+            None if alike else dist.get_process_group_ranks(key),
+            timeout=time_out(key),
+            backend="gloo",
+            use_local_synchronization=not alike,
         )
         _SAVERS[key] = _Saver(own)
     return _SAVERS[key]

@@ -68,6 +68,14 @@ def box(tensor: DTensor) -> Box:
     return found
 
 
+def box_of(name: str, tensor: DTensor) -> Box:
+    """`box`, with errors that name the tensor."""
+    try:
+        return box(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def box_at(tensor: DTensor, coordinate: Sequence[int]) -> Box:
     """Where the part of the rank at a coordinate of the mesh lies; at (0, ..., 0) it is the largest."""
     return _box(tensor, _cuts(tensor), coordinate)

@@ -16,12 +16,16 @@ from warnings import catch_warnings, filterwarnings
 import torch.distributed as dist
 
 from polyak import files, ranks
-from polyak.checkpoints.boxes import box, missing_parts
-from polyak.sharding import is_distributed
+from polyak.checkpoints.boxes import box_of, missing_parts
+from polyak.replicas import sample
+from polyak.sharding import is_distributed, local
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+
+    from polyak.tracking import Tracked
 
 _T = TypeVar("_T")
 
@@ -46,10 +50,50 @@ def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None) -> _
     return choose() if alone(group) else ranks.chosen(call, choose, group)
 
 
-def require_same(call: str, what: str, told: str, group: ProcessGroup | None) -> None:
-    """Raises `ValueError` on all ranks unless all of them tell the same."""
-    if differ := ranks.differing([told] if alone(group) else ranks.gathered(told, group)):
-        raise ValueError(f"{call}: ranks have different {what}; {differ}")
+def agree(call: str, told: Mapping[str, object], group: ProcessGroup | None, remedy: str) -> None:
+    """`ranks.agree`, for a process alone too."""
+    if not alone(group):
+        ranks.agree(call, told, group, remedy)
+
+
+def number(group: ProcessGroup | None) -> int:
+    """This process among all ranks."""
+    return 0 if alone(group) else dist.get_rank()
+
+
+def require_one_model(
+    call: str, tracked: Mapping[str, Tracked], group: ProcessGroup | None
+) -> None:
+    """Raises `ValueError` on all ranks where some have the same parts of what are different tensors.
+
+    They would be taken for copies, and one be kept: so stages of a pipeline whose names and shapes
+    are equal. Compared are samples of the live weights, among ranks whose parts are all the same.
+    Collective.
+    """
+    if alone(group):
+        return
+    with together(call, group):
+        items = {n: i for n, i in tracked.items() if i.policy == "average" and i.kind != "buffer"}
+        where = ranks.digest([(name, _where(name, item.held())) for name, item in items.items()])
+        samples = {name: int(sample(local(item.held()))) for name, item in items.items()}
+    first: dict[str, tuple[int, str]] = {}
+    several = ranks.gathered((where, ranks.digest(samples)), group)
+    for rank, (parts, content) in enumerate(several):
+        other, wanted = first.setdefault(parts, (rank, content))
+        if content != wanted:
+            theirs = ranks.gathered(samples, group)
+            names = [n for n in theirs[rank] if theirs[rank][n] != theirs[other].get(n)]
+            raise ValueError(
+                f"{call}: ranks {other} and {rank} have the same part of {', '.join(names[:8])}, with "
+                "different content, of which one would be lost: give the group of ranks that share a "
+                "model (a stage of a pipeline) as `group=`, and each its own path; if these are "
+                "copies of one model, they have come apart"
+            )
+
+
+def _where(name: str, held: Tensor) -> object:
+    """Which part of a tensor lies on this rank."""
+    return box_of(name, held) if is_distributed(held) else tuple(held.shape)
 
 
 def save_folder(
@@ -69,6 +113,7 @@ def save_folder(
         for name, tensor in _sharded(content):
             _require_box(call, name, tensor)
             require_all_parts(call, name, tensor, group)
+    agree(call, {"path": str(path)}, group, "give all ranks one path, or each group its own")
     with _shared_folder(call, Path(path), overwrite, group) as folder, _plain_errors(call, group):
         save(
             dict(content),
@@ -137,7 +182,7 @@ def _require_box(call: str, name: str, tensor: DTensor) -> None:
 
     It does so for some that are cut twice, into uneven pieces.
     """
-    wanted = box(tensor)
+    wanted = box_of(name, tensor)
     # The protocol by which torch.distributed.checkpoint asks a tensor for what it stores of it.
     told = [(tuple(each.offsets), tuple(each.sizes)) for each in tensor.__create_chunk_list__()]
     if told != [wanted] and (wanted.numel or any(0 not in shape for _, shape in told)):

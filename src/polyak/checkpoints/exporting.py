@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from polyak.averager import Averager
+from polyak.averager import SLOT_DTYPES, Averager
 from polyak.checkpoints import slabs, writing
 from polyak.checkpoints.checkpoint import Checkpoint, Weights
-from polyak.checkpoints.collective import require_all_parts
+from polyak.checkpoints.collective import require_all_parts, require_one_model
 from polyak.checkpoints.tensorfile import Form, form, forms, narrowed
 from polyak.checkpoints.ties import distinct
 from polyak.checks import require
 from polyak.ranks import together
 from polyak.sharding import is_distributed, local
+from polyak.tensors import dtype_name
 from polyak.tracking import Tracked
 
 if TYPE_CHECKING:
@@ -70,16 +71,16 @@ def export(
     same file as from one process, while no rank holds more than some pieces of 32 MiB beside
     its weights. Where all ranks see the path, each writes its own parts, but for those
     that would be scattered over the file (columns of a matrix); these pass through the first
-    rank, and so does everything where a rank does not see the path. `path` and `progress` are the
-    first rank's.
+    rank, and so does everything where a rank does not see the path. `progress` is the first
+    rank's.
 
     Raises `RuntimeError` before the first update and inside `applied()`, `FileExistsError` for a
     path that exists, unless `overwrite`; `ValueError` for a value that the dtype cannot hold, and
     where ranks would write different tensors. What fails on one rank fails on all, and leaves all
     as it was.
     """
-    plain = dtype is None or dtype.is_floating_point
-    require(plain, "export: dtype", dtype, "that of the floating-point tensors, such as bfloat16")
+    wanted_dtypes = ", ".join(map(dtype_name, SLOT_DTYPES))
+    require(dtype in (None, *SLOT_DTYPES), "export: dtype", dtype, f"one of {wanted_dtypes}")
     if isinstance(source, Averager):
         tracked = [item for item in source.tracked if item.persistent]
         if any(is_distributed(item.held()) for item in tracked):
@@ -89,6 +90,7 @@ def export(
                         require_all_parts("export", item.name, held, group)
                 source.check_replicas()  # by the ranks of its mesh, which may be some of all
                 parts = _Parts(source, name, tracked, dtype)
+            require_one_model("export", {item.name: item for item in tracked}, group)
             slabs.write(
                 path,
                 parts.spreads,

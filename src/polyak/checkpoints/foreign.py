@@ -15,13 +15,13 @@ from polyak.checkpoints.checkpoint import Checkpoint, Clock, Weights
 from polyak.checkpoints.names import named
 from polyak.checkpoints.parts import Chunked, cut_all, unread
 from polyak.checkpoints.reading import read
-from polyak.checks import require_count
+from polyak.checks import difference, report, require_count
 from polyak.engine import COMPENSATION, Form, tick_data
 from polyak.rules import AVERAGE, Power, Rule
 from polyak.sharding import as_distributed, local
 from polyak.specs import as_specs
 from polyak.states import STATE_FORMAT
-from polyak.tracking import Tracked, difference, report
+from polyak.tracking import Tracked
 
 
 def foreign_state(

@@ -5,13 +5,14 @@ rules and names as JSON. The tensors lie under `averages/<average>/<slot>/<name>
 and `live/<name>` where a rule's readout has a term in the live weights.
 
 Of a sharded averager it is a folder of torch.distributed.checkpoint with the same keys, and the JSON
-is one tensor more, of bytes, under the key `polyak`.
+is one tensor more, of bytes, under the key `polyak`. A mark of the save is in the JSON, and each rank
+writes it under `polyak/<rank>`: a rank's file of another save is told by it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from polyak.checkpoints import collective, tensorfile
 from polyak.checkpoints.checkpoint import Checkpoint, Clock
 from polyak.checkpoints.parts import Chunked
 from polyak.checkpoints.readout import ReadOut
-from polyak.checkpoints.stored import FORMAT, KEY, PAIRS, Stored
+from polyak.checkpoints.stored import FORMAT, KEY, PAIRS, SAVE, Stored
 from polyak.checkpoints.tensorfile import Form, narrowed
 from polyak.ema import EMA
 from polyak.engine import named, tick_data
@@ -108,10 +109,21 @@ def encoded(
         with collective.together(call, group):
             averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
     with collective.together(call, group):
+        tracked = {f"{key} {i.name}".strip(): i for key, a in averagers.items() for i in a.tracked}
+    collective.require_one_model(call, tracked, group)
+    with collective.together(call, group):
         packed = {key: pack(averager) for key, averager in averagers.items()}
-    told = [f"{key} {_told(described)}".strip() for key, (described, _) in sorted(packed.items())]
-    collective.require_same(call, "averages", "; ".join(told) or "none", group)
-    return {key: {**stored, KEY: _as_tensor(told)} for key, (told, stored) in packed.items()}
+    told = {"averagers": str(sorted(packed))}
+    for key, (described, _) in packed.items():
+        told |= {f"{key}{name}": each for name, each in _told(described).items()}
+    wanted = "save an average from all ranks that share it (`group=`), at the same update"
+    collective.agree(call, told, group, wanted)
+    save = collective.chosen(call, lambda: secrets.token_hex(8), group)
+    mine = {f"{KEY}/{collective.number(group)}": _bytes(save)}
+    return {
+        key: {**stored, **mine, KEY: _as_tensor({**described, SAVE: save})}
+        for key, (described, stored) in packed.items()
+    }
 
 
 def write(
@@ -183,17 +195,22 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
     }, stored
 
 
-def _told(described: Mapping[str, Any]) -> str:
-    """A description in short: equal only for equal ones."""
-    text = json.dumps(described, sort_keys=True)
-    ticks = ", ".join(f"{n}: update {each['tick'][0]}" for n, each in described["averages"].items())
-    tensors = len(described["model"])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{ticks} of {tensors} tensors (description {digest})"
+def _told(described: Mapping[str, Any]) -> dict[str, str]:
+    """A description entry by entry, as ranks compare it: equal only for equal ones."""
+    entries = {f" {name}": each for name, each in described.items()}
+    averages, model = entries.pop(" averages"), entries.pop(" model")
+    for name, each in averages.items():
+        entries[f" average {name}"] = f"update {each['tick'][0]} of {each}"
+    entries |= {f" tensor {name}": each for name, each in model.items()}
+    return {name: json.dumps(each, sort_keys=True) for name, each in entries.items()}
 
 
 def _as_tensor(described: Mapping[str, Any]) -> Tensor:
-    text = json.dumps({"format": FORMAT, PAIRS: [], **described})
+    return _bytes(json.dumps({"format": FORMAT, PAIRS: [], **described}))
+
+
+def _bytes(text: str) -> Tensor:
+    """A text as a tensor of bytes."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from polyak.checkpoints.boxes import Box, box, whole
 from polyak.checkpoints.tensorfile import Form
+from polyak.checks import difference, report
 from polyak.sharding import as_distributed, is_distributed
-from polyak.tracking import difference, report
 
 
 class Chunked:

@@ -20,10 +20,10 @@ from polyak.checkpoints.loading import load_pickle
 from polyak.checkpoints.parts import cut_all
 from polyak.checkpoints.statefolders import find_state
 from polyak.checkpoints.stored import Stored
+from polyak.checks import difference, report
 from polyak.ema import EMA
 from polyak.engine import tick_data
 from polyak.rules import START, Rule, Tick
-from polyak.tracking import difference, report
 
 
 def load(

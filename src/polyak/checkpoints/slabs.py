@@ -19,12 +19,11 @@ from torch import Tensor
 
 from polyak import files
 from polyak.checkpoints import streams
-from polyak.checkpoints.boxes import Box, box, box_at, is_first_replica, runs, whole, windows
+from polyak.checkpoints.boxes import Box, box_at, box_of, is_first_replica, runs, whole, windows
 from polyak.checkpoints.tensorfile import Form, Layout, content, layout, narrowed
 from polyak.checkpoints.writing import INDEX, METADATA, arranged, index, totalled
-from polyak.ranks import chosen, first, gathered, is_first, together
+from polyak.ranks import agree, chosen, first, gathered, is_first, together
 from polyak.sharding import is_distributed
-from polyak.tracking import difference, report
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,8 +59,7 @@ def write(
 ) -> None:
     """Writes tensors that are spread over ranks, as `writing.write` does those of one process.
 
-    Collective: all ranks of the group call it, alike. Where to is the first rank's to say,
-    and it alone tells `progress`. `told` is what ranks must agree in besides the tensors' forms.
+    Collective: all ranks of the group call it, alike. The first alone tells `progress`. `told` is what ranks must agree in besides the tensors' forms.
 
     Raises, on all ranks, what `writing.write` raises, and `ValueError` where ranks disagree; then
     what was there before still is.
@@ -72,7 +70,13 @@ def write(
         within = arranged(out, forms, shard_bytes)
         layouts = [layout(held, METADATA) for held in within.values()]
         shares = {name: _share(name, each, group) for name, each in spreads.items()}
-    _agree({"what is exported": f"{told}, shard_bytes={shard_bytes}"} | _described(spreads), group)
+    agree(
+        _CALL,
+        {"path": str(out), "what is exported": f"{told}, shard_bytes={shard_bytes}"}
+        | _described(spreads),
+        group,
+        "export the same average from all ranks that share it (`group=`)",
+    )
     total = sum(form.nbytes for form in forms.values())
     add = totalled(progress if is_first(group) else None, total)
     with ExitStack() as stack:
@@ -94,10 +98,7 @@ def _share(name: str, spread: Spread, group: ProcessGroup | None) -> Box:
     """
     if not is_distributed(spread.held):
         return whole(spread.form.shape) if is_first(group) else _NOTHING
-    try:
-        own = box(spread.held)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    own = box_of(name, spread.held)
     with_first = bool((spread.held.device_mesh.mesh == first(group)).any())
     gives = is_first_replica(spread.held) and with_first
     return own if gives and own.numel else _NOTHING
@@ -112,14 +113,6 @@ def _described(spreads: Mapping[str, Spread]) -> dict[str, str]:
             spread = ", ".join(map(repr, held.placements))
             described[name] += f" as ({spread}) on {tuple(held.device_mesh.shape)} ranks"
     return described
-
-
-def _agree(mine: dict[str, str], group: ProcessGroup | None) -> None:
-    """Raises on all ranks where one of them would export something else than the first."""
-    wanted = chosen(_CALL, lambda: mine, group)
-    with together(_CALL, group):
-        if lines := difference(wanted, mine):
-            raise ValueError(report(f"{_CALL}: this rank differs from rank 0", lines))
 
 
 def begin(

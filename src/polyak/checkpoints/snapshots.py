@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from polyak.checkpoints.stored import Stored
+from polyak.checks import difference, report
 from polyak.rules import Rule
 from polyak.specs import as_specs
-from polyak.tracking import difference, report
 
 ELAPSED, UPDATES = "times/elapsed", "times/updates"
 """The keys of the times that updates span: so much time each, so many in a row."""

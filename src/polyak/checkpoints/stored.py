@@ -26,6 +26,7 @@ from polyak.states import as_tick
 KEY = "polyak"
 _PARTS = {"averages", "copies", "live", "times"}
 FORMAT = 1
+SAVE = "save"  # the mark of one save, which every rank's file of a folder has
 PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as pairs of float64
 
 
@@ -95,12 +96,15 @@ class Stored(NamedTensors):
     @classmethod
     def within(cls, folder: DistributedTensors) -> dict[str, Stored]:
         """The averagers of a folder by their keys; one that was saved alone has the empty key."""
-        return {
-            part: cls(_place(folder.path, part), Renamed(held, _others(held)), _text(held))
-            for part, held in folder.parts().items()
-            if KEY in held and held.forms[KEY].dtype == torch.uint8
-            if all(name == KEY or name.split("/")[0] in _PARTS for name in held)
-        }
+        found = {}
+        for part, held in folder.parts().items():
+            begins = {name.split("/")[0] for name in held}
+            if KEY in held and held.forms[KEY].dtype == torch.uint8 and begins <= {KEY, *_PARTS}:
+                keys, text = _others(held), _text(held, KEY)
+                stored = cls(_place(folder.path, part), Renamed(held, keys), text)
+                stored.require_one_save(held)
+                found[part] = stored
+        return found
 
     @classmethod
     def only(cls, folder: DistributedTensors) -> Stored | None:
@@ -110,6 +114,15 @@ class Stored(NamedTensors):
             one, has = folder.path / next(iter(found)), ", ".join(found)
             raise ValueError(f"{folder.path} has the averagers {has}: give one, as {one}")
         return next(iter(found.values()), None)
+
+    def require_one_save(self, held: Renamed) -> None:
+        """Raises `ValueError` for a folder with a rank's file of another save."""
+        for name in held:
+            if name.startswith(f"{KEY}/") and _text(held, name) != self.value(SAVE):
+                raise self.error(
+                    f"rank {name.partition('/')[2]}'s file is of another save than the others: the "
+                    "folder was put together of two, so load another one"
+                )
 
     @property
     def known(self) -> Mapping[str, object]:
@@ -122,6 +135,8 @@ class Stored(NamedTensors):
             return tensor
         if dtype != torch.complex128:
             raise self.error(f"{key} is no tensor of pairs of float64")
+        if tensor.data_ptr() % 16:  # torch's kernels for complex128 fault on it
+            tensor = tensor.clone()
         return torch.view_as_complex(tensor)
 
     def form(self, key: str) -> Form:
@@ -210,13 +225,13 @@ def _place(folder: Path, part: str) -> Path:
 
 
 def _others(held: Renamed) -> dict[str, str]:
-    """All names but that of the description."""
-    return {name: name for name in held if name != KEY}
+    """All names but those of the description and of the marks of its save."""
+    return {name: name for name in held if name.split("/")[0] != KEY}
 
 
-def _text(held: Renamed) -> str:
-    """The description that lies in a tensor."""
-    return held[KEY].numpy().tobytes().decode(errors="replace")
+def _text(held: Renamed, name: str) -> str:
+    """The text that lies in a tensor."""
+    return held[name].numpy().tobytes().decode(errors="replace")
 
 
 def _filled(rule: Rule, tick: Tick) -> int:

@@ -17,8 +17,7 @@ from polyak.checkpoints import collective, native
 from polyak.checkpoints.distributed import DistributedTensors
 from polyak.checkpoints.resuming import adopt, fitted, require_fit
 from polyak.checkpoints.stored import Stored
-from polyak.checks import require
-from polyak.tracking import difference, report
+from polyak.checks import difference, report, require
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +40,7 @@ def save_distributed(
         state: what `torch.distributed.checkpoint.save` takes: key -> a state dict, or an object
             with `state_dict()`; and key -> `Averager`. What several ranks have whole is saved from
             the lowest: under DistributedDataParallel ranks' buffers may differ.
-        path: the first rank's.
+        path: the same on all ranks.
         group: whose ranks save; they must share a file system.
 
     >>> import tempfile, torch
@@ -91,6 +90,8 @@ def load_distributed(
     with collective.together(call, group):
         folder = DistributedTensors(path)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
+        for key, held in others.items():
+            _require_kept(call, key, held)
         _require_fit(folder, others)
         saved = Stored.within(folder)
         _require_averagers(path, saved, averagers)
@@ -115,6 +116,8 @@ def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) 
             plain = isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
             require(plain, f"{call}: an averager's key", key, wanted)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
+        for key, held in others.items():
+            _require_kept(call, key, held)
     return others | native.encoded(call, averagers, native.packed, group)
 
 
@@ -125,6 +128,27 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: each.state_dict() if isinstance(each, Stateful) else each for k, each in state.items()
     }
+
+
+def _require_kept(call: str, where: str, held: object, *, text: bool = True) -> None:
+    """Raises `ValueError` for what torch.distributed.checkpoint would not give back as it was.
+
+    Objects come back under keys that are text, whatever they were; tensors are filled where they are.
+    """
+    if isinstance(held, Averager):
+        raise ValueError(f"{call}: {where} is an averager, wanted it at the top of the state")
+    if isinstance(held, Mapping):
+        for key, each in held.items():
+            _require_kept(call, f"{where}.{key}", each, text=text and isinstance(key, str))
+    elif isinstance(held, (list, tuple)):
+        for index, each in enumerate(held):
+            _require_kept(call, f"{where}.{index}", each, text=text)
+    elif not text and not isinstance(held, Tensor):
+        raise ValueError(
+            f"{call}: {where} is {held!r:.60} under a key that is no text, which loading would not put "
+            "back: give an optimizer's state by names, as `get_optimizer_state_dict(model, optimizer)` "
+            "does, or make the keys text"
+        )
 
 
 def _give(state: MutableMapping[str, Any], key: str, held: Any) -> None:

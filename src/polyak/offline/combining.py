@@ -20,11 +20,10 @@ from polyak.checkpoints import mapped, writing
 from polyak.checkpoints.checkpoint import Weights
 from polyak.checkpoints.parts import Chunked, unread
 from polyak.checkpoints.tensorfile import Form, forms
-from polyak.checks import require
+from polyak.checks import difference, report, require
 from polyak.offline import dividing
 from polyak.offline.summing import Summation, Term, Threads
 from polyak.reading import NamedTensors
-from polyak.tracking import difference, report
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,6 +86,10 @@ class Combination(NamedTensors):
             name: _sum_dtype([accumulate, self.forms[name].dtype, *(f[name].dtype for f in found)])
             for name in last
         }
+        self._told = {
+            f"file {i + 1}": f"{float(coefficient)!r} of {source.label}"
+            for i, (coefficient, source) in enumerate(zip(self.coefficients, sources, strict=True))
+        }
         self._last = sources[-1].weights
         self._terms = [(sources[i].weights, share) for i, share in _shares(self.coefficients)]
         self._threads = Threads()
@@ -142,7 +145,7 @@ class Combination(NamedTensors):
                 out,
                 self.forms,
                 self.pieces,
-                told=f"{self.coefficients.tolist()}",
+                told=self._told,
                 group=group,
                 shard_bytes=shard_bytes,
                 overwrite=overwrite,

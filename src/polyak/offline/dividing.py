@@ -16,7 +16,7 @@ import torch.distributed as dist
 from polyak.checkpoints.slabs import begin, opened, write_at
 from polyak.checkpoints.tensorfile import Form, Layout, Pieces, content, layout
 from polyak.checkpoints.writing import METADATA, arranged
-from polyak.ranks import chosen, differing, digest, gathered, together
+from polyak.ranks import agree, chosen, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +29,7 @@ def write(
     forms: Mapping[str, Form],
     pieces: Pieces,
     *,
-    told: str,
+    told: Mapping[str, str],
     group: ProcessGroup,
     shard_bytes: int | None = None,
     overwrite: bool = False,
@@ -43,7 +43,9 @@ def write(
     with together(_CALL, group):
         within = arranged(out, forms, shard_bytes)
         layouts = [layout(held, METADATA) for held in within.values()]
-    _require_same(f"{told}: {forms}, {shard_bytes}", group)
+    described = {name: f"{form.shape} {form.dtype}" for name, form in forms.items()}
+    wanted = "give all ranks the same files and options"
+    agree(_CALL, {**told, "shard_bytes": shard_bytes, **described}, group, wanted)
     with ExitStack() as stack:
         begun = chosen(
             _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
@@ -71,13 +73,6 @@ def shares(forms: Mapping[str, Form], ranks: int) -> list[set[str]]:
         found[least].add(name)
         nbytes[least] += forms[name].nbytes
     return found
-
-
-def _require_same(told: str, group: ProcessGroup) -> None:
-    if differing(gathered(digest(told), group)):
-        raise ValueError(
-            f"{_CALL}: ranks would write different weights: give all the same files and options"
-        )
 
 
 def _fill(file: str, layout: Layout, own: Iterable[str], pieces: Pieces) -> None:

@@ -18,7 +18,7 @@ from polyak.checkpoints.peers.modules import module_state, plain_state
 from polyak.checkpoints.peers.nested import AVERAGE_KEYS, LIVE_KEYS, nested, torchtitan
 from polyak.checkpoints.peers.positional import diffusers, torch_ema
 from polyak.checkpoints.peers.trainers import composer, edm2, mmengine, timm
-from polyak.tracking import difference, report
+from polyak.checks import difference, report
 
 _LAYOUTS = (
     lightning, composer, mmengine, edm2, timm, torchtitan, torch_ema, diffusers, module_state,
