@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import polyak
@@ -67,7 +68,7 @@ def averages_of_shards_and_of_rows() -> None:
 
 
 def saves_restarts_snapshots_and_exports() -> None:
-    save, restart, background, snapshots, export = blocks(REST)
+    save, restart, background, snapshots, export, stage = blocks(REST)
     names = started()
     fully_shard(names["model"])
     names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
@@ -90,12 +91,15 @@ def saves_restarts_snapshots_and_exports() -> None:
     exec(background, names)
     exec(snapshots, names)
     exec(export, names)
+    shape, dimensions = (1, dist.get_world_size()), ("stage", "data")
+    names["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=dimensions)
+    exec(stage, names)
     assert checkpoints.latest("run") == Path("run/step-6")
     if dist.get_rank() == 0:
         plain = polyak.Averager(started()["model"], "power(relative_std=0.1)")
         polyak.load("run/step-6/average", plain)
         require_same(plain.average(), average)
-        assert Path("averaged.safetensors").exists()
+        assert Path("averaged.safetensors").exists() and Path("stage-0.safetensors").exists()
         assert len(list(Path("folder").iterdir())) > 1
 
 

@@ -161,9 +161,13 @@ def stages_of_equal_shapes_are_not_taken_for_copies() -> None:
             with raises(ValueError, "ranks do not agree", "rank 2: ", "folder: "):
                 polyak.Recorder(averager, own, every=1)
         checkpoints.save_distributed(own, {"average": averager}, group=group)
-        fresh = polyak.Averager(model, "uniform()")
-        polyak.load(own, fresh)
-        require_same(whole(fresh.average()), whole(averager.average()))
+        later = Path(f"{own}-later")
+        checkpoints.save_distributed_async(later, {"average": averager}, group=group).result(60)
+        alone, together = (polyak.Averager(model, "uniform()") for _ in range(2))
+        polyak.load(own, alone)
+        checkpoints.load_distributed(later, {"average": together}, group=group)
+        for fresh in (alone, together):
+            require_same(whole(fresh.average()), whole(averager.average()))
     copies = {"w": distribute_tensor(torch.arange(6.0), mesh["data"], [Shard(0)])}
     averager = polyak.Averager(copies, "uniform()")
     averager.update()

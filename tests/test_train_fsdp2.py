@@ -41,6 +41,7 @@ def test_killed_and_resumed_it_exports_the_same_file(tmp_path: Path) -> None:
     # A restart is allowed: a rank that is done may still abort as gloo's threads end.
     with launched(EXAMPLE, *command(whole), log=tmp_path / "1", restarts=1) as launch:
         said = launch.wait(SECONDS)
+    assert not re.search(r"resumed at step [123]0 ", said)  # a restart was when all was done
     losses = judged(said)
     assert list(losses) == [10, 20, 30, 40]
     assert max(losses[40]) < min(losses[10]) < 5
