@@ -626,13 +626,45 @@ recalibrate(model, batches)
 wanted = torch.stack([batch.mean(0) for batch in batches]).mean(0)
 torch.testing.assert_close(model.module[0].running_mean, wanted)
 model(batches[0]).sum().backward()
+
+group = dist.group.WORLD
+everyones = [None, None]
+mine = batches[: 5 - 2 * rank]  # five of one, three of the other
+dist.all_gather_object(everyones, mine)
+recalibrate(model, mine, group=group)
+both = [batch for each in everyones for batch in each]
+norm = model.module[0]
+torch.testing.assert_close(norm.running_mean, torch.stack([b.mean(0) for b in both]).mean(0))
+torch.testing.assert_close(norm.running_var, torch.stack([b.var(0) for b in both]).mean(0))
+assert int(norm.num_batches_tracked) == 8
+before = {name: each.clone() for name, each in norm.state_dict().items()}
+for given, on_one, on_the_other in (
+    ([batches, []][rank], ValueError, "rank 1: ValueError: batches has no batch"),
+    ([batches, torch.ones(4, 3)][rank], TypeError, "rank 1: TypeError: batches is Tensor"),
+):
+    try:
+        recalibrate(model, given, group=group)
+    except (ValueError, TypeError) as error:
+        assert rank == 1 and type(error) is on_one, error
+    except RuntimeError as error:
+        assert rank == 0 and on_the_other in str(error), error
+    else:
+        raise AssertionError
+    assert all(torch.equal(each, before[name]) for name, each in norm.state_dict().items())
+others = nn.Sequential(nn.BatchNorm1d(3), *[nn.BatchNorm1d(3)] * rank)
+try:
+    recalibrate(others, batches, group=group)
+except ValueError as error:
+    assert "ranks do not agree" in str(error) and "rank 1: extra: 1 (BatchNorm1d)" in str(error), error
+else:
+    raise AssertionError
 dist.barrier()
 os._exit(0)  # without gloo's clean-up, which may wait for the interpreter's lock for ever
 """
 
 
 @pytest.mark.slow
-def test_each_process_under_ddp_estimates_from_its_own_batches(tmp_path: Path) -> None:
+def test_processes_under_ddp_estimate_from_their_own_batches_or_from_all(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", UNDER_DDP, str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, r], stderr=subprocess.PIPE, text=True) for r in "01"]
     for rank in ranks:

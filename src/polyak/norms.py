@@ -15,9 +15,9 @@ the wider the window of the average, the worse the fit. One pass over training d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from polyak.checks import is_number, report
+from polyak.ranks import agree, together
 from polyak.tracking import walk
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Call = Callable[[nn.Module, Any], object]
 
@@ -42,6 +46,7 @@ def recalibrate(
     *,
     call: Call | None = None,
     device: torch.device | str | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Sets norms' running statistics to the mean, over batches, of the batches' statistics.
 
@@ -63,10 +68,13 @@ def recalibrate(
         device: where the tensors of a batch are moved before the call, by default that of the
             model's first parameter. Tuples, lists and mappings are searched (a mapping becomes a
             dict); anything else that has a method `to` is moved by it.
+        group: of torch.distributed ranks that have the model, each of which gives other batches:
+            the mean is over the batches of all, and all have it. Every rank of it calls this; what
+            fails on one fails on all. Without, each process estimates from its own batches.
 
     A norm that runs in train mode only, in an auxiliary head, is not reached: let `call` set the
-    head's `training`, or leave the norm out by `norm.track_running_stats = False`. In several
-    processes each estimates from its own batches, SyncBatchNorm from all; give all the same number.
+    head's `training`, or leave the norm out by `norm.track_running_stats = False`. SyncBatchNorm
+    estimates from the batches of all processes; give each the same number of them.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
     >>> recalibrate(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [8.0]])])
@@ -79,22 +87,23 @@ def recalibrate(
     or the batch.
     Source: SWA (arXiv 1803.05407); arXiv 2411.18704, section 3.4.
     """
-    _require_arguments(model, batches)
-    norms = [_Norm(name, module) for name, module in _find(model)]
+    with _together(group):
+        _require_arguments(model, batches)
+        norms = [_Norm(name, module) for name, module in _find(model)]
+    if group is not None:
+        shapes = {norm.label: tuple(norm.buffers["running_mean"].shape) for norm in norms}
+        agree("recalibrate", shapes, group, "give all ranks the same model")
     if not norms:
         return
     first = next(model.parameters(), norms[0].buffers["running_mean"])
     place = first.device if device is None else torch.device(device)
-    with torch.no_grad(), _statistics_kept(norms), _training(model, norms) as called:
+    with torch.no_grad(), _statistics_kept(norms):
+        with _together(group):
+            moved = ((number, _moved(batch, place)) for number, batch in _numbered(batches))
+            _estimate(model, norms, moved, call or _call)
         for norm in norms:
-            norm.write(dict.fromkeys(norm.buffers, torch.tensor(_UNMOVED)))
-        for number, batch in _numbered(batches):
-            _run(call or _call, model, _moved(batch, place), number)
-            for norm in called:
-                norm.check(number)
-            called.clear()
-        _require_reached(norms)
-        for norm in norms:
+            if group is not None:
+                norm.pool(group)
             norm.write(norm.estimate())
 
 
@@ -123,6 +132,26 @@ def statistics(names: Iterable[str]) -> list[str]:
     mean, variance = _STATISTICS
     split = (name.rpartition(".") for name in given)
     return [norm for norm, dot, leaf in split if leaf == mean and norm + dot + variance in given]
+
+
+def _together(group: ProcessGroup | None) -> AbstractContextManager[object]:
+    """A block that fails on all ranks of a group if it fails on one."""
+    return nullcontext() if group is None else together("recalibrate", group)
+
+
+def _estimate(
+    model: nn.Module, norms: list[_Norm], batches: Iterable[tuple[int, Any]], call: Call
+) -> None:
+    """Runs the model on numbered batches; every norm then has the mean of its statistics."""
+    with _training(model, norms) as called:
+        for norm in norms:
+            norm.write(dict.fromkeys(norm.buffers, torch.tensor(_UNMOVED)))
+        for number, batch in batches:
+            _run(call, model, batch, number)
+            for norm in called:
+                norm.check(number)
+            called.clear()
+    _require_reached(norms)
 
 
 def _require_arguments(model: object, batches: object) -> None:
@@ -202,6 +231,16 @@ class _Norm:
                 "running <- (1 - momentum) running + momentum batch, with the momentum of 1 that "
                 "was set; if it is frozen, set its track_running_stats = False"
             )
+
+    def pool(self, group: ProcessGroup) -> None:
+        """Takes the calls of all ranks for its own: `mean = sum of calls * mean / sum of calls`."""
+        sums = [self.calls * mean.double() for mean in self._means]
+        calls = sums[0].new_tensor(self.calls)
+        for each in (*sums, calls):
+            torch.distributed.all_reduce(each, group=group)
+        self.calls = int(calls)
+        for mean, total in zip(self._means, sums, strict=True):
+            mean.copy_(total / self.calls)
 
     def estimate(self) -> dict[str, Tensor]:
         """What the norm's buffers shall hold."""
