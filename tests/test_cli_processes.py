@@ -15,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import polyak
+from launching import launched
+
 POLYAK = [sys.executable, "-m", "polyak"]
 
 
@@ -125,3 +128,50 @@ def test_help_loads_neither_torch_nor_charts(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("Usage: ")
     assert not {"torch", "numpy", "altair", "rich"} & set(done.stderr.split())
+
+
+def by_torchrun(folder: Path, log: str, *arguments: str) -> str:
+    """What a command says that three processes share; none of them is left."""
+    with launched(Path("-m"), "polyak", *arguments, log=folder / log, ranks=3) as launch:
+        return launch.wait(120)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_a_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of one process, and the words of one process."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        save_file({f"w{n}": torch.randn(50, n) for n in range(1, 8)}, f"{i}.safetensors")
+    weights = {"w": torch.zeros(300)}
+    averager = polyak.Averager(weights, "power(relative_std=0.05)")
+    recorder = polyak.Recorder(averager, "run", every=5)
+    for _ in range(60):
+        weights["w"] += torch.randn(300)
+        averager.update()
+        recorder.update()
+    files = [f"{i}.safetensors" for i in range(3)]
+    commands = {
+        "average": ["average", *files, "--out"],
+        "synthesize": ["synthesize", "run", "--rule", "power(relative_std=0.1)", "--out"],
+    }
+    for name, command in commands.items():
+        mine, theirs = f"{name}-one.safetensors", f"{name}-three.safetensors"
+        alone = subprocess.run(
+            [*POLYAK, *command, mine], check=True, capture_output=True, text=True
+        )
+        said = by_torchrun(tmp_path, name, *command, theirs)
+        assert Path(mine).read_bytes() == Path(theirs).read_bytes()
+        assert said.count(theirs) == alone.stdout.count(mine) == 1
+    with (
+        launched(
+            Path("-m"),
+            "polyak",
+            *commands["average"],
+            "average-one.safetensors",
+            log=tmp_path / "no",
+        ) as launch,
+        pytest.raises(AssertionError, match=r"average-one\.safetensors exists"),
+    ):
+        launch.wait(120)

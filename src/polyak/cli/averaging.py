@@ -29,6 +29,7 @@ from polyak.cli.output import (
     say,
     size_text,
 )
+from polyak.cli.sharing import shared
 from polyak.files import refuse_existing
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def average(
     """The average of checkpoint files: sum of coefficient * weights.
 
     The files may be of any format that polyak reads. They are taken in the order given: a shell
-    sorts step-1000 before step-900. A piece of a tensor is in memory at a time.
+    sorts step-1000 before step-900. A piece of a tensor is in memory at a time. Started by torchrun
+    (torchrun -m polyak average ...), processes share the tensors of large models.
 
     \b
     Examples:
@@ -118,18 +120,23 @@ def average(
     refuse_existing(out, force)
     shard_bytes = bytes_of(shard_size)
     chosen = _chosen(len(files), rule, coefficients, wsm, qam, greedy)
-    made = offline.average(
-        files,
-        chosen if greedy is None else _soup(files, greedy, better, which),
-        elapsed=_times(elapsed, len(files)),
-        which=which,
-        dtype=None if dtype is None else dtype_of(dtype),
-        accumulate=dtype_of(accumulate, "--accumulate"),
-    )
-    _note_order(files, made)
-    with progress_shown(f"writing {out}") as progress:
-        made.write(out, shard_bytes=shard_bytes, overwrite=force, progress=progress)
-    _print(files, made, out, time.monotonic() - began, json=json)
+    with shared() as group:
+        if group is not None and greedy is not None:
+            raise ValueError("--greedy judges one model after the other: run it in one process")
+        made = offline.average(
+            files,
+            chosen if greedy is None else _soup(files, greedy, better, which),
+            elapsed=_times(elapsed, len(files)),
+            which=which,
+            dtype=None if dtype is None else dtype_of(dtype),
+            accumulate=dtype_of(accumulate, "--accumulate"),
+        )
+        _note_order(files, made)
+        with progress_shown(f"writing {out}") as progress:
+            made.write(
+                out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
+            )
+        _print(files, made, out, time.monotonic() - began, json=json)
 
 
 def _chosen(

@@ -21,6 +21,7 @@ from polyak.cli.options import (
     checkpoints_of,
 )
 from polyak.cli.output import note_norms, number_text, print_json, print_table, progress_shown, say
+from polyak.cli.sharing import shared
 from polyak.files import refuse_existing
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def synthesize(
 
     The error is that on a random walk, as a share of the average's distance from the live weights;
     the amplification, the sum of |coefficients|, is how much the rounding of the files grows. Both
-    are printed before a tensor is read.
+    are printed before a tensor is read. Started by torchrun
+    (torchrun -m polyak synthesize ...), processes share the tensors of large models.
 
     \b
     Examples:
@@ -68,25 +70,28 @@ def synthesize(
         raise ValueError("nothing to do: give --out, or --dry-run to see how exact it would be")
     if out is not None:
         refuse_existing(out, force)
-    made = offline.synthesize(
-        folder,
-        rule,
-        at,
-        checkpoints=checkpoints_of(checkpoint),
-        max_error=max_error,
-        max_amplification=max_amplification,
-    )
-    if not json:
-        _print(made)
-    if out is not None and not dry_run:
-        with progress_shown(f"writing {out}") as progress:
-            made.save(out, shard_bytes=shard_bytes, overwrite=force, progress=progress)
-        note_norms(norms.statistics(made.model))
-    written = {"out": None if dry_run else str(out), "seconds": time.monotonic() - began}
-    if json:
-        print_json({**_as_dict(made), **written})
-    elif not dry_run:
-        say(f"{out}: {written['seconds']:.1f} s")
+    with shared() as group:
+        made = offline.synthesize(
+            folder,
+            rule,
+            at,
+            checkpoints=checkpoints_of(checkpoint),
+            max_error=max_error,
+            max_amplification=max_amplification,
+        )
+        if not json:
+            _print(made)
+        if out is not None and not dry_run:
+            with progress_shown(f"writing {out}") as progress:
+                made.save(
+                    out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
+                )
+            note_norms(norms.statistics(made.model))
+        written = {"out": None if dry_run else str(out), "seconds": time.monotonic() - began}
+        if json:
+            print_json({**_as_dict(made), **written})
+        elif not dry_run:
+            say(f"{out}: {written['seconds']:.1f} s")
 
 
 def _print(made: Synthesis) -> None:
