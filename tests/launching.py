@@ -108,8 +108,32 @@ def launched(
 
 
 def said_by(script: Path | str, world: int, folder: Path, seconds: float) -> list[str]:
-    """What so many real processes of a script print, once all of them are done; the first that fails ends all."""
-    logs = [folder / f"rank{rank}" for rank in range(world)]
+    """What so many real processes of a script print, once all of them are done; the first that fails ends all.
+
+    Under load glibc now and then ends a rank that waits in a collective of torch 2.13 with gloo, as its
+    heap is corrupted: seen twice in some 200 launches, never under memcheck or an address sanitizer.
+    So ranks of which one was ended so are launched once more, which is told; anything else that fails
+    is not tried again.
+    """
+    codes, ends = _launched(script, world, folder, seconds)
+    if set(codes) & {-signal.SIGABRT, -signal.SIGSEGV}:
+        told = f"\nlaunched again, as a rank crashed: {script} {world} {codes}: {ends[-6000:]}\n"
+        print(told, file=sys.__stderr__, flush=True)
+        (folder / "store").unlink(missing_ok=True)
+        codes, ends = _launched(script, world, folder, seconds)
+    assert codes == [0] * world, ends
+    return [log.read_text() for log in _logs(world, folder)]
+
+
+def _logs(world: int, folder: Path) -> list[Path]:
+    return [folder / f"rank{rank}" for rank in range(world)]
+
+
+def _launched(
+    script: Path | str, world: int, folder: Path, seconds: float
+) -> tuple[list[int | None], str]:
+    """The exit codes of all ranks, None for those that had to be ended, and what they said last."""
+    logs = _logs(world, folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     processes = []
     for rank, log in enumerate(logs):
@@ -120,6 +144,7 @@ def said_by(script: Path | str, world: int, folder: Path, seconds: float) -> lis
     try:
         while any(each.poll() is None for each in processes) and time.monotonic() < deadline:
             if any(each.poll() for each in processes):
+                time.sleep(0.5)  # the one that failed first may not be the first that is seen
                 break
             time.sleep(0.1)
         codes = [each.poll() for each in processes]
@@ -128,8 +153,7 @@ def said_by(script: Path | str, world: int, folder: Path, seconds: float) -> lis
             process.kill()
             process.wait()
     ends = [f"{log.name}: {log.read_text()}{Path(f'{log}.errors').read_text()}" for log in logs]
-    assert codes == [0] * world, "\n".join(end[-3000:] for end in ends)
-    return [log.read_text() for log in logs]
+    return codes, "\n".join(end[-3000:] for end in ends)
 
 
 def require_laws(

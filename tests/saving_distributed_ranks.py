@@ -144,6 +144,7 @@ def save(folder: Path, world: int) -> None:
     """Saves every kind of sharding, and what it holds: then, and three steps later."""
     for kind in kinds_on(world):
         saved, place = Saved(kind), folder / "saved" / f"{kind}-{world}"
+        chosen("save", lambda p=place: shutil.rmtree(p, ignore_errors=True))  # type: ignore[misc]
         saved.train(5)
         polyak.save(place / "alone", saved.averager)
         checkpoints.save_distributed(place / "training", saved.state())
