@@ -624,12 +624,12 @@ LAWS: dict[str, list[Callable[[], None]]] = {
         a_fresh_state_is_no_place_to_load_into,
     ],
     "background": [
+        some_ranks_have_saved_by_themselves_before,  # the first: later there is a group of all
         saves_go_on_in_the_background,
         errors_in_the_background_surface,
         the_first_rank_finds_the_latest,
         attached_it_follows_the_optimizer,
         files_of_others_are_taken_over,
-        some_ranks_have_saved_by_themselves_before,
         a_rank_alone_is_told_so,
     ],
     "recording": [
