@@ -38,15 +38,15 @@ from polyak.checkpoints import export, streams
 from polyak.checkpoints.boxes import Box, box
 from polyak.ranks import chosen
 from sharding_ranks import (
-    PARTS,
     RULES,
-    Net,
     Sharded,
     Training,
     fsdp,
     grid,
+    hybrid,
     raises,
     run_laws,
+    square,
     tensor_parallel,
     to_local,
     whole,
@@ -57,17 +57,6 @@ MIB = 1 << 20
 ALLOWED = 128 * MIB
 FILE = "model.safetensors"
 EITHER = (ValueError, RuntimeError, OSError, KeyError)
-
-
-def hybrid(model: Net) -> Net:
-    """Each part of the weights on two ranks."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
-    fully_shard(model.block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-PARTS[hybrid] = lambda: (dist.get_rank(), dist.get_world_size())
 
 
 def layouts() -> Sequence[Sharded]:
@@ -226,11 +215,11 @@ def spread(shapes: Shapes) -> dict[str, Tensor]:
         "same": (line, [Replicate()]),
     }  # fmt: skip
     if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        both_ways = square("data", "tensor")
         ways |= {
-            "both": (square, [Shard(0), Shard(1)]), "twice": (square, [Shard(0), Shard(0)]),
-            "copies": (square, [Replicate(), Shard(1)]), "half": (square, [Shard(1), Replicate()]),
-            "some": (square["tensor"], [Shard(1)]), "others": (square["data"], [Shard(0)]),
+            "both": (both_ways, [Shard(0), Shard(1)]), "twice": (both_ways, [Shard(0), Shard(0)]),
+            "copies": (both_ways, [Replicate(), Shard(1)]), "half": (both_ways, [Shard(1), Replicate()]),
+            "some": (both_ways["tensor"], [Shard(1)]), "others": (both_ways["data"], [Shard(0)]),
         }  # fmt: skip
     held: dict[str, Tensor] = {"plain": torch.randn(3), "number": torch.tensor(2.5)}
     for way, (mesh, placements) in ways.items():

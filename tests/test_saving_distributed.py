@@ -255,6 +255,7 @@ checkpoints.save_distributed_async(sys.argv[1], {"average": averager})
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_untold_is_told_at_exit(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place, told in ((tmp_path / "file" / "it", True), (tmp_path / "it", False)):

@@ -70,6 +70,7 @@ assert (averager.average()["w"]._local_tensor == 2).all()
 """
 
 
+@pytest.mark.slow
 def test_parts_in_the_hosts_memory_stay_there() -> None:
     command = [sys.executable, "-c", ON_ANOTHER_DEVICE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

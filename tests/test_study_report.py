@@ -100,6 +100,7 @@ def test_the_data_files_are_json(folder: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_study_prints_its_main_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_article(SEEDS, folder, jobs=1, settings=SMALL)
     printed = capsys.readouterr().out
