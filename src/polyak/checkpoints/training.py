@@ -6,7 +6,7 @@ that every reader of averages here reads it too, in one process and without a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def load_distributed(
         folder = DistributedTensors(path)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
         for key, held in others.items():
-            _require_kept(call, key, held)
+            _require_names(call, key, held)
         _require_fit(folder, others)
         saved = Stored.within(folder)
         _require_averagers(path, saved, averagers)
@@ -104,6 +104,7 @@ def load_distributed(
         for key, averager in averagers.items():
             adopt(path / key, averager, states[key])
         for key, held in others.items():
+            _restore_keys(held)
             _give(state, key, held)
 
 
@@ -117,7 +118,7 @@ def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) 
             require(plain, f"{call}: an averager's key", key, wanted)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
         for key, held in others.items():
-            _require_kept(call, key, held)
+            _require_names(call, key, held)
     return others | native.encoded(call, averagers, native.packed, group)
 
 
@@ -130,25 +131,35 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_kept(call: str, where: str, held: object, *, text: bool = True) -> None:
-    """Raises `ValueError` for what torch.distributed.checkpoint would not give back as it was.
-
-    Objects come back under keys that are text, whatever they were; tensors are filled where they are.
-    """
+def _require_names(call: str, where: str, held: object) -> None:
+    """Raises `ValueError` for an averager below the top, and for keys that are one as text."""
     if isinstance(held, Averager):
         raise ValueError(f"{call}: {where} is an averager, wanted it at the top of the state")
     if isinstance(held, Mapping):
+        if twice := [key for key in held if not isinstance(key, str) and str(key) in held]:
+            raise ValueError(
+                f"{call}: {where} has the keys {twice[0]!r} and {str(twice[0])!r}, which would be stored "
+                "under one name: rename one"
+            )
         for key, each in held.items():
-            _require_kept(call, f"{where}.{key}", each, text=text and isinstance(key, str))
+            _require_names(call, f"{where}.{key}", each)
     elif isinstance(held, (list, tuple)):
         for index, each in enumerate(held):
-            _require_kept(call, f"{where}.{index}", each, text=text)
-    elif not text and not isinstance(held, Tensor):
-        raise ValueError(
-            f"{call}: {where} is {held!r:.60} under a key that is no text, which loading would not put "
-            "back: give an optimizer's state by names, as `get_optimizer_state_dict(model, optimizer)` "
-            "does, or make the keys text"
-        )
+            _require_names(call, f"{where}.{index}", each)
+
+
+def _restore_keys(held: object) -> None:
+    """Puts objects back under keys that are no text, where loading has put them beside, under text."""
+    if isinstance(held, MutableMapping):
+        for key in [key for key in held if not isinstance(key, str) and str(key) in held]:
+            loaded = held.pop(str(key))
+            if isinstance(loaded, Mapping) and isinstance(held[key], MutableMapping):
+                held[key].update(loaded)
+            else:
+                held[key] = loaded
+    values: Iterable[object] = held.values() if isinstance(held, Mapping) else ()
+    for each in held if isinstance(held, (list, tuple)) else values:
+        _restore_keys(each)
 
 
 def _give(state: MutableMapping[str, Any], key: str, held: Any) -> None:
