@@ -721,6 +721,11 @@ def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
             "weight is on the meta device and has no content: materialise",
         ),
         (
+            lambda: Averager(partitioned(), Uniform()),
+            ValueError,
+            "weight is partitioned by DeepSpeed ZeRO-3 and is empty .* wanted weights that are there",
+        ),
+        (
             lambda: Averager({"w": torch.eye(2).to_sparse()}, Uniform()),
             ValueError,
             "w has layout torch.sparse_coo, wanted torch.strided",
@@ -730,6 +735,15 @@ def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
 def test_bad_arguments_say_what_was_wanted(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def partitioned() -> nn.Module:
+    """As DeepSpeed leaves a model between its passes: no content, and a number of its own."""
+    model = nn.Linear(2, 1)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data = torch.empty(0)
+        parameter.ds_id = number  # type: ignore[attr-defined]
+    return model
 
 
 def anything(model: Any) -> Averager:

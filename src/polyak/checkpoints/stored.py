@@ -230,7 +230,9 @@ def _others(held: Renamed) -> dict[str, str]:
 
 
 def _text(held: Renamed, name: str) -> str:
-    """The text that lies in a tensor."""
+    """The text that lies in a tensor of bytes; none in any other."""
+    if held.forms[name].dtype != torch.uint8:
+        return ""
     return held[name].numpy().tobytes().decode(errors="replace")
 
 
