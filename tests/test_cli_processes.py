@@ -161,17 +161,15 @@ def test_processes_of_torchrun_share_a_commands_work(
         alone = subprocess.run(
             [*POLYAK, *command, mine], check=True, capture_output=True, text=True
         )
-        said = by_torchrun(tmp_path, name, *command, theirs)
+        said = by_torchrun(tmp_path, name, *command, theirs, "--torchrun")
         assert Path(mine).read_bytes() == Path(theirs).read_bytes()
         assert said.count(theirs) == alone.stdout.count(mine) == 1
+    no = [*commands["average"], "average-one.safetensors", "--torchrun"]
     with (
-        launched(
-            Path("-m"),
-            "polyak",
-            *commands["average"],
-            "average-one.safetensors",
-            log=tmp_path / "no",
-        ) as launch,
+        launched(Path("-m"), "polyak", *no, log=tmp_path / "no") as launch,
         pytest.raises(AssertionError, match=r"average-one\.safetensors exists"),
     ):
         launch.wait(120)
+    no[-2] = "new.safetensors"
+    done = subprocess.run([*POLYAK, *no], check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "torchrun has not started this process" in done.stderr

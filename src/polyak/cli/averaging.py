@@ -16,6 +16,7 @@ from polyak.cli.options import (
     Force,
     Json,
     ShardSize,
+    Torchrun,
     bytes_of,
     dtype_of,
     numbers_of,
@@ -98,13 +99,13 @@ def average(
     ] = "float32",
     shard_size: ShardSize = None,
     force: Force = False,
+    torchrun: Torchrun = False,
     json: Json = False,
 ) -> None:
     """The average of checkpoint files: sum of coefficient * weights.
 
     The files may be of any format that polyak reads. They are taken in the order given: a shell
-    sorts step-1000 before step-900. A piece of a tensor is in memory at a time. Started by torchrun
-    (torchrun -m polyak average ...), processes share the tensors of large models.
+    sorts step-1000 before step-900. A piece of a tensor is in memory at a time.
 
     \b
     Examples:
@@ -120,7 +121,7 @@ def average(
     refuse_existing(out, force)
     shard_bytes = bytes_of(shard_size)
     chosen = _chosen(len(files), rule, coefficients, wsm, qam, greedy)
-    with shared() as group:
+    with shared(torchrun) as group:
         if group is not None and greedy is not None:
             raise ValueError("--greedy judges one model after the other: run it in one process")
         made = offline.average(

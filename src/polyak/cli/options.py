@@ -22,6 +22,14 @@ ShardSize = Annotated[
         help="Write a folder of files of at most this size each, with an index: 2GB, 500MB, 1GiB.",
     ),
 ]
+Torchrun = Annotated[
+    bool,
+    typer.Option(
+        "--torchrun",
+        help="Share the work with the other processes of torchrun: torchrun --nproc-per-node 4 -m "
+        "polyak ... --torchrun.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

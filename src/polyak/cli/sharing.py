@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @contextmanager
-def shared() -> Iterator[ProcessGroup | None]:
-    """The group of all processes under torchrun, of which the first alone prints; else None."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+def shared(torchrun: bool) -> Iterator[ProcessGroup | None]:
+    """The group of all processes that torchrun started, of which the first alone prints; else None.
+
+    Only where it is asked for: what a training under torchrun starts has its variables too. Raises
+    `ValueError` for a process that torchrun did not start.
+    """
+    if not torchrun:
         yield None
         return
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ValueError(
+            f"--torchrun: {', '.join(missing)} is not set, so torchrun has not started this process; "
+            "wanted torchrun --nproc-per-node N -m polyak ... --torchrun"
+        )
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

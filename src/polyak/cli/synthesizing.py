@@ -17,6 +17,7 @@ from polyak.cli.options import (
     MaxError,
     ShardSize,
     Snapshots,
+    Torchrun,
     bytes_of,
     checkpoints_of,
 )
@@ -48,14 +49,14 @@ def synthesize(
     ] = False,
     shard_size: ShardSize = None,
     force: Force = False,
+    torchrun: Torchrun = False,
     json: Json = False,
 ) -> None:
     """Any average of a finished run, made of what was stored of it.
 
     The error is that on a random walk, as a share of the average's distance from the live weights;
     the amplification, the sum of |coefficients|, is how much the rounding of the files grows. Both
-    are printed before a tensor is read. Started by torchrun
-    (torchrun -m polyak synthesize ...), processes share the tensors of large models.
+    are printed before a tensor is read.
 
     \b
     Examples:
@@ -70,7 +71,7 @@ def synthesize(
         raise ValueError("nothing to do: give --out, or --dry-run to see how exact it would be")
     if out is not None:
         refuse_existing(out, force)
-    with shared() as group:
+    with shared(torchrun) as group:
         made = offline.synthesize(
             folder,
             rule,
