@@ -12,7 +12,7 @@ Nothing here runs code from a file: pickles are read as data, and whatever asks 
 
 from __future__ import annotations
 
-from polyak.checkpoints.background import save_distributed_async
+from polyak.checkpoints.background import Saving, save_distributed_async
 from polyak.checkpoints.checkpoint import Checkpoint, Clock
 from polyak.checkpoints.converting import convert
 from polyak.checkpoints.exporting import export
@@ -25,6 +25,7 @@ from polyak.checkpoints.training import load_distributed, save_distributed
 __all__ = [
     "Checkpoint",
     "Clock",
+    "Saving",
     "convert",
     "export",
     "latest",

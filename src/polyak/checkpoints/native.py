@@ -115,7 +115,7 @@ def encoded(
         packed = {key: pack(averager) for key, averager in averagers.items()}
     told = {"averagers": str(sorted(packed))}
     for key, (described, _) in packed.items():
-        told |= {f"{key}{name}": each for name, each in _told(described).items()}
+        told |= {f"{key}{name}".strip(): each for name, each in _told(described).items()}
     wanted = "save an average from all ranks that share it (`group=`), at the same update"
     collective.agree(call, told, group, wanted)
     save = collective.chosen(call, lambda: secrets.token_hex(8), group)
