@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -364,3 +365,23 @@ def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
         looks += 1
     assert process.communicate(timeout=30) == ("ready\n", "")
     assert looks > 1000
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is killed may leave a child with the folder for a moment: that is waited for."""
+    code = LOAD + "assert files.hold(place)\nprint('held', flush=True)\nsys.stdin.read()\n"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        monkeypatch.setattr(files, "PATIENCE", 0.2)
+        assert not files.hold(tmp_path)
+        monkeypatch.setattr(files, "PATIENCE", 60.0)
+        end = threading.Timer(0.5, other.kill)
+        end.start()
+        assert files.hold(tmp_path)
+        end.join()
+    assert files.hold(tmp_path)

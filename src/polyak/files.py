@@ -26,6 +26,8 @@ from typing import BinaryIO
 _PART = re.compile(r"\..+\.([0-9a-f]{6})[0-9a-f]{10}\.part", re.DOTALL)
 _HERE = sha256(socket.gethostname().encode()).hexdigest()[:6]
 _DAY = 86_400.0
+PATIENCE = 10.0
+"""Seconds to wait for a folder that another process holds."""
 _HELD: dict[tuple[int, int], int] = {}  # device and inode of a folder -> its handle
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
@@ -102,24 +104,35 @@ def refuse_existing(path: Path | str, overwrite: bool) -> None:
 
 
 def hold(folder: Path) -> bool:
-    """Takes a folder for this process until it ends; False if another one of this host has it.
+    """Takes a folder for this process until it ends; False if another one of this host keeps it.
 
-    Where the file system has no locks, everyone is given it.
+    What a killed process has forked (workers that load data) may have it some seconds longer, which
+    is waited for. Where the file system has no locks, everyone is given it.
     """
     status = folder.stat()
     if (place := (status.st_dev, status.st_ino)) in _HELD:
         return True
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    deadline = time.monotonic() + PATIENCE
+    while not _try_lock(handle):
+        if time.monotonic() > deadline:
+            os.close(handle)
+            return False
+        time.sleep(0.1)
+    _HELD[place] = handle
+    return True
+
+
+def _try_lock(handle: int) -> bool:
+    """Whether a folder is locked now, as far as there are locks; the handle is closed on any error."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             os.close(handle)
             raise
-    _HELD[place] = handle
     return True
 
 
