@@ -14,7 +14,7 @@ says (`polyak.rules`) to the tensors that `polyak.tracking` decided on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from polyak.checks import difference, report, require_positive
 from polyak.engine import Average, Form
 from polyak.guard import Attachment
 from polyak.live import LiveWeights
-from polyak.ranks import Agreement, digest, together_in
+from polyak.ranks import Agreement, digest, together
 from polyak.reading import AverageWeights
 from polyak.replicas import gather_, require_same
 from polyak.rounding import Rounding, require_rounding
@@ -134,7 +134,7 @@ class Averager:
                 nonfinite=nonfinite,
                 device=place,
             )
-        self._precision = f"dtype={dtype}, {rounding} rounding"
+        self._slots = f"dtype={dtype}, {rounding} rounding"
         self.run: str | None = None
         """The run that a `Recorder` stores, if one does; kept in states."""
         self.mixed = False
@@ -327,10 +327,9 @@ class Averager:
             average = {name: local(tensor) for name, tensor in self.average(name).items()}
             reshard(model)
             found = [i for i in track(model, *self._options[:2]) if i.policy != "live"]
-            mine = _shapes(self._live.stored())
-            if lines := difference(mine, _shapes(found)):
+            if lines := difference(_shapes(self._live.stored()), _shapes(found)):
                 title = "copy_to: the model's tensors are not the average's"
-                if any(isinstance(each, Layout) for each in mine.values()):
+                if any(isinstance(each, Layout) for each in _shapes(self._live.stored()).values()):
                     lines.append(
                         "between layouts: polyak.save, or checkpoints.export, and load there"
                     )
@@ -395,7 +394,9 @@ class Averager:
 
     def _together(self, call: str) -> AbstractContextManager[Agreement]:
         """A block that fails on all ranks if it fails on one, where they share averages."""
-        return together_in(call, None if self._mesh is None else self._mesh.get_group())
+        if self._mesh is None:
+            return nullcontext(Agreement())
+        return together(call, self._mesh.get_group())
 
     def _compare_replicas(self, call: str) -> None:
         if self._mesh is None:
@@ -404,7 +405,7 @@ class Averager:
             self._live.check(call)
             alike = {i.name: i.found() for i in self._live.averaged if i.kind != "buffer"}
             stored = [(item.name, item.policy) for item in self._live.stored()]
-        told = f"{as_specs(self.rules)}, every={self.every}, {self._precision}, "
+        told = f"{as_specs(self.rules)}, every={self.every}, {self._slots}, "
         told += f"{len(stored)} tensors ({digest(stored)})"
         require_same(call, alike, told, self._mesh)
 

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -112,27 +112,26 @@ def hold(folder: Path) -> bool:
     status = folder.stat()
     if (place := (status.st_dev, status.st_ino)) in _HELD:
         return True
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     deadline = time.monotonic() + PATIENCE
-    with ExitStack() as unless_held:
-        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        unless_held.callback(os.close, handle)
-        while not _flock(handle, fcntl.LOCK_NB):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        unless_held.pop_all()
+    while not _try_lock(handle):
+        if time.monotonic() > deadline:
+            os.close(handle)
+            return False
+        time.sleep(0.1)
     _HELD[place] = handle
     return True
 
 
-def _flock(handle: int, flags: int = 0) -> bool:
-    """Locks what is open, as far as the file system has locks; False where another has it (`LOCK_NB`)."""
+def _try_lock(handle: int) -> bool:
+    """Whether a folder is locked now, as far as there are locks; the handle is closed on any error."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
+            os.close(handle)
             raise
     return True
 
@@ -167,10 +166,11 @@ def _beside(path: Path, suffix: str) -> Path:
 def _lock(handle: int) -> bool:
     """Locks what is new; False if another process took it for abandoned before it was locked."""
     try:
-        _flock(handle)
-    except OSError:
-        os.close(handle)
-        raise
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(handle)
+            raise
     if os.fstat(handle).st_nlink:
         return True
     os.close(handle)
@@ -193,8 +193,9 @@ def _remove_abandoned(path: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """The lock of a file or folder; raises `BlockingIOError` where someone has it."""
-    # NFS locks a file for those alone who may write it.
-    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    mode = (
+        os.O_RDONLY if path.is_dir() else os.O_RDWR
+    )  # NFS locks a file for those who may write it
     handle = os.open(path, mode | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ the wider the window of the average, the worse the fit. One pass over training d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from polyak.checks import is_number, report
-from polyak.ranks import agree, together_in
+from polyak.ranks import agree, together
 from polyak.tracking import walk
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def recalibrate(
     or the batch.
     Source: SWA (arXiv 1803.05407); arXiv 2411.18704, section 3.4.
     """
-    with together_in("recalibrate", group):
+    with _together(group):
         _require_arguments(model, batches)
         norms = [_Norm(name, module) for name, module in _find(model)]
     if group is not None:
@@ -98,7 +98,7 @@ def recalibrate(
     first = next(model.parameters(), norms[0].buffers["running_mean"])
     place = first.device if device is None else torch.device(device)
     with torch.no_grad(), _statistics_kept(norms):
-        with together_in("recalibrate", group):
+        with _together(group):
             moved = ((number, _moved(batch, place)) for number, batch in _numbered(batches))
             _estimate(model, norms, moved, call or _call)
         for norm in norms:
@@ -132,6 +132,11 @@ def statistics(names: Iterable[str]) -> list[str]:
     mean, variance = _STATISTICS
     split = (name.rpartition(".") for name in given)
     return [norm for norm, dot, leaf in split if leaf == mean and norm + dot + variance in given]
+
+
+def _together(group: ProcessGroup | None) -> AbstractContextManager[object]:
+    """A block that fails on all ranks of a group if it fails on one."""
+    return nullcontext() if group is None else together("recalibrate", group)
 
 
 def _estimate(

@@ -6,7 +6,7 @@ Every wait ends by the group's own time-out (`init_process_group(timeout=...)`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
@@ -67,11 +67,6 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
         raise RuntimeError(f"{call}: given up on all ranks, as {'; '.join(failed[:4])}")
     if differ := differing(list(map(str, said))):
         raise RuntimeError(f"{call}: given up on all ranks, as they are not at the same: {differ}")
-
-
-def together_in(call: str, group: ProcessGroup | None) -> AbstractContextManager[Agreement]:
-    """`together` among the ranks of a group; a plain block where there is none."""
-    return nullcontext(Agreement()) if group is None else together(call, group)
 
 
 def _alone(call: str, lost: RuntimeError) -> RuntimeError:

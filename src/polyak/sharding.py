@@ -182,17 +182,16 @@ def reshard(model: object) -> None:
             group._to_sharded()
 
 
-def refuse_gathered(tensors: Mapping[str, object]) -> None:
+def refuse_gathered(name: str, tensor: Tensor) -> None:
     """Raises `ValueError` for a whole tensor that FSDP2 has gathered for a while: it is soon stale."""
-    if "torch.distributed.fsdp" not in sys.modules:
+    if "torch.distributed.fsdp" not in sys.modules or is_distributed(tensor):
         return
-    parameters = [each for group in _fsdp_groups() for each in group.fsdp_params]
-    gathered = {id(getattr(each, "_unsharded_param", each)) for each in parameters}
-    if names := [name for name, tensor in tensors.items() if id(tensor) in gathered]:
-        raise ValueError(
-            f"{names[0]} is a weight that FSDP2 has gathered for a forward pass; wanted its shard: give "
-            "the module, or take its parameters after `module.reshard()`"
-        )
+    for group in _fsdp_groups():
+        if any(getattr(each, "_unsharded_param", None) is tensor for each in group.fsdp_params):
+            raise ValueError(
+                f"{name} is a weight that FSDP2 has gathered for a forward pass; wanted its shard: give "
+                "the module, or take its parameters after `module.reshard()`"
+            )
 
 
 def _fsdp_groups() -> Iterator[Any]:

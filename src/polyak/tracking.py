@@ -134,10 +134,10 @@ def _find(source: Source) -> Iterator[Tracked]:
     if not isinstance(source, Mapping):
         wanted = "a torch.nn.Module or a mapping name -> tensor"
         raise TypeError(f"model is {type(source).__name__}, wanted {wanted}")
-    refuse_gathered(source)
     for name, tensor in source.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"model[{name!r}] is {type(tensor).__name__}, wanted a tensor")
+        refuse_gathered(name, tensor)
         yield Tracked(name, source, name, "tensor")
 
 

@@ -74,9 +74,8 @@ def require_one_model(
         return
     with together(call, group):
         items = {n: i for n, i in tracked.items() if i.policy == "average" and i.kind != "buffer"}
-        held = {name: item.held() for name, item in items.items()}
-        where = ranks.digest([(name, _where(name, tensor)) for name, tensor in held.items()])
-        samples = {name: int(sample(local(tensor))) for name, tensor in held.items()}
+        where = ranks.digest([(name, _where(name, item.held())) for name, item in items.items()])
+        samples = {name: int(sample(local(item.held()))) for name, item in items.items()}
     first: dict[str, tuple[int, str]] = {}
     several = ranks.gathered((where, ranks.digest(samples)), group)
     for rank, (parts, content) in enumerate(several):

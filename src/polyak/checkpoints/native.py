@@ -109,12 +109,13 @@ def encoded(
         with collective.together(call, group):
             averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
     with collective.together(call, group):
-        packed = {key: pack(averager) for key, averager in averagers.items()}
         tracked = {f"{key} {i.name}".strip(): i for key, a in averagers.items() for i in a.tracked}
     collective.require_one_model(call, tracked, group)
+    with collective.together(call, group):
+        packed = {key: pack(averager) for key, averager in averagers.items()}
     told = {"averagers": str(sorted(packed))}
     for key, (described, _) in packed.items():
-        told |= {f"{key} {name}".strip(): each for name, each in _told(described).items()}
+        told |= {f"{key}{name}".strip(): each for name, each in _told(described).items()}
     wanted = "save an average from all ranks that share it (`group=`), at the same update"
     collective.agree(call, told, group, wanted)
     save = collective.chosen(call, lambda: secrets.token_hex(8), group)
@@ -196,11 +197,11 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
 
 def _told(described: Mapping[str, Any]) -> dict[str, str]:
     """A description entry by entry, as ranks compare it: equal only for equal ones."""
-    entries = dict(described)
-    averages, model = entries.pop("averages"), entries.pop("model")
+    entries = {f" {name}": each for name, each in described.items()}
+    averages, model = entries.pop(" averages"), entries.pop(" model")
     for name, each in averages.items():
-        entries[f"average {name}"] = f"update {each['tick'][0]} of {each}"
-    entries |= {f"tensor {name}": each for name, each in model.items()}
+        entries[f" average {name}"] = f"update {each['tick'][0]} of {each}"
+    entries |= {f" tensor {name}": each for name, each in model.items()}
     return {name: json.dumps(each, sort_keys=True) for name, each in entries.items()}
 
 

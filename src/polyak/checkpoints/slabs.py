@@ -59,8 +59,7 @@ def write(
 ) -> None:
     """Writes tensors that are spread over ranks, as `writing.write` does those of one process.
 
-    Collective: all ranks of the group call it, alike. The first alone tells `progress`. `told` is
-    what ranks must agree in besides the tensors' forms.
+    Collective: all ranks of the group call it, alike. The first alone tells `progress`. `told` is what ranks must agree in besides the tensors' forms.
 
     Raises, on all ranks, what `writing.write` raises, and `ValueError` where ranks disagree; then
     what was there before still is.

@@ -121,9 +121,9 @@ def average(
     refuse_existing(out, force)
     shard_bytes = bytes_of(shard_size)
     chosen = _chosen(len(files), rule, coefficients, wsm, qam, greedy)
-    if torchrun and greedy is not None:
-        raise ValueError("--greedy judges one model after the other: run it in one process")
     with shared(torchrun) as group:
+        if group is not None and greedy is not None:
+            raise ValueError("--greedy judges one model after the other: run it in one process")
         made = offline.average(
             files,
             chosen if greedy is None else _soup(files, greedy, better, which),

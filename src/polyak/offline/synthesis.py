@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import gcd
@@ -19,7 +20,7 @@ from polyak.checkpoints.stored import Stored
 from polyak.checks import is_integer, require, require_positive
 from polyak.offline.averaging import opened
 from polyak.offline.combining import Combination, Source
-from polyak.ranks import together_in
+from polyak.ranks import together
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule
 from polyak.theory import half_life, mean_age
@@ -137,7 +138,7 @@ class Synthesis:
         group: ProcessGroup | None = None,
     ) -> None:
         """Writes the average as plain safetensors; arguments and errors are `Combination.write`'s."""
-        with together_in("save", group):
+        with together("save", group) if group is not None else nullcontext():
             weights = self.weights()
         weights.write(
             path, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, group=group
