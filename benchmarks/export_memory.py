@@ -34,8 +34,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, zeros
 
 import polyak
+from polyak._ranks.agreement import chosen
 from polyak.checkpoints import export
-from polyak.ranks import chosen
 from sections import Section, machine
 
 LIMIT = 300

@@ -23,7 +23,7 @@ from plan_bytes import (
 from plan_machine import MEMORY, NETWORK, host_seconds, step_seconds, update_seconds, write_seconds
 from plan_models import KIMI_K2, LLAMA_1B, LLAMA_70B, MODELS, Model
 from polyak.rules import Power, Rule, Tail, Uniform
-from polyak.theory.synthesis import Column, fit
+from polyak.theory._synthesis import Column, fit
 from sections import Section
 
 RANKS = (8, 64, 512, 4096, 16384)

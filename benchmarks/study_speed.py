@@ -24,10 +24,10 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 
 import plain_article
-from polyak.study.data import make_data
-from polyak.study.runner import run_study
-from polyak.study.settings import Settings
-from polyak.study.trainer import run_seed
+from polyak.study._data import make_data
+from polyak.study._runner import run_study
+from polyak.study._settings import Settings
+from polyak.study._trainer import run_seed
 
 SEEDS = 64
 PLAIN_SEEDS = (0, 1, 2)

@@ -19,11 +19,11 @@ from rich.table import Table
 
 import polyak
 from polyak import charts
-from polyak.study.data import make_data
-from polyak.study.live import Live
-from polyak.study.model import Probe
-from polyak.study.settings import Settings
-from polyak.study.trainer import alone
+from polyak.study._data import make_data
+from polyak.study._live import Live
+from polyak.study._model import Probe
+from polyak.study._settings import Settings
+from polyak.study._trainer import alone
 
 STORED = {"0.05": "power(relative_std=0.05)", "0.10": "power(relative_std=0.1)"}
 HALF_LIVES = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800)

@@ -34,9 +34,10 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import polyak
-from polyak.checkpoints import export, streams
-from polyak.checkpoints.boxes import Box, box
-from polyak.ranks import chosen
+from polyak._ranks.agreement import chosen
+from polyak._ranks.shard_geometry import Box, box
+from polyak.checkpoints import _streams as streams
+from polyak.checkpoints import export
 from sharding_ranks import (
     RULES,
     Sharded,

@@ -37,7 +37,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import polyak
-from polyak import checkpoints, files
+from polyak import _files as files
+from polyak import checkpoints
 
 RULES = {"ema": "exponential(0.9)", "last": "window(3)", "bema": "bema()"}
 STEPS, IN_BACKGROUND = 13, range(10, 14)

@@ -28,9 +28,11 @@ from corrupting import (
     save_folder,
 )
 from polyak import checkpoints
-from polyak.checkpoints import native, stored, tensorfile
-from polyak.checkpoints.distributed import DistributedTensors
-from polyak.checkpoints.tensorfile import TensorFile
+from polyak.checkpoints import _native as native
+from polyak.checkpoints import _stored as stored
+from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints._distributed import DistributedTensors
+from polyak.checkpoints._tensorfile import TensorFile
 from reading_hostile import Net
 
 MARKER = "marker-of-code-that-ran"

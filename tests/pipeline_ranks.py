@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import polyak
 from polyak import checkpoints
-from polyak.ranks import chosen
+from polyak._ranks.agreement import chosen
 from sharding_ranks import raises, require_same, run_laws, square, whole
 
 RULES = {"ema": "exponential(0.9)", "last": "window(3)"}

@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from plan_models import MODELS, Model
-from polyak.replicas import gather_
-from polyak.sharding import rows
+from polyak._ranks.replicas import gather_
+from polyak._ranks.sharding import rows
 
 ODD = ((131, 7), (3, 5), (1,), (64, 3), (65,), (17, 2, 3))
 """Rows that 8 and 64 do not divide, and fewer than either."""

@@ -25,11 +25,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import polyak
-from polyak import applying, checkpoints, files, replicas
-from polyak.applying import Exchange
-from polyak.ranks import chosen
-from polyak.replicas import gather_
-from polyak.sharding import spread
+from polyak import _files as files
+from polyak import checkpoints
+from polyak._engine import swap as applying
+from polyak._engine.swap import Exchange
+from polyak._ranks import replicas
+from polyak._ranks.agreement import chosen
+from polyak._ranks.replicas import gather_
+from polyak._ranks.sharding import spread
 from sharding_ranks import (
     DTensorOperations,
     plain,

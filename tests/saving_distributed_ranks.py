@@ -38,8 +38,8 @@ import polyak
 import polyak.offline
 import replicas_ranks
 from polyak import checkpoints
-from polyak.checkpoints.snapshots import snapshots
-from polyak.ranks import chosen
+from polyak._ranks.agreement import chosen
+from polyak.checkpoints._snapshots import snapshots
 from sharding_ranks import (
     RULES,
     Net,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polyak.study.settings import Settings
+from polyak.study._settings import Settings
 
 # five steps an epoch, and long enough for every window of the report
 SMALL = Settings(

@@ -13,8 +13,8 @@ from torch import nn
 
 from models import Everything, assert_same, everything, pointers, snapshot, wander
 from polyak import Averager, Exponential, Uniform, Window
+from polyak._tensors import exchange_
 from polyak.rules import Rule
-from polyak.tensors import exchange_
 from rule_examples import RULE_EXAMPLES
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
@@ -84,7 +84,7 @@ def test_an_exception_on_the_way_in_restores(monkeypatch: pytest.MonkeyPatch) ->
             raise MemoryError("no room")
         exchange_(a, b)
 
-    monkeypatch.setattr("polyak.applying.exchange_", fails_at_the_second)
+    monkeypatch.setattr("polyak._engine.swap.exchange_", fails_at_the_second)
     with pytest.raises(MemoryError, match="no room"), averager.applied():
         pass
     monkeypatch.undo()

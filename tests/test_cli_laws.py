@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import polyak
 from corrupting import DTYPES, of_bytes
 from polyak import EMA, Averager, checkpoints, theory
-from polyak.checkpoints.converting import convert
-from polyak.offline import comparing
-from polyak.offline.comparing import compare
-from polyak.offline.describing import describe
+from polyak.checkpoints._converting import convert
+from polyak.offline import _comparing as comparing
+from polyak.offline._comparing import compare
+from polyak.offline._describing import describe
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cli_runs import finished, run
 from polyak.cli import app
-from polyak.cli.reference import reference
+from polyak.cli._reference import reference
 
 __all__ = ["finished"]  # fixtures
 
@@ -37,7 +37,7 @@ COMMANDS = dict(commands())
 
 
 def test_the_page_is_what_help_says() -> None:
-    wanted = "`python -m polyak.cli.reference > docs/cli.md` writes it anew"
+    wanted = "`python -m polyak.cli._reference > docs/cli.md` writes it anew"
     assert PAGE.read_text() == reference(), wanted
 
 

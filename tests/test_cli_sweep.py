@@ -14,7 +14,7 @@ import pytest
 from cli_runs import finished, place, run
 from polyak import offline
 from polyak.charts import save, sweep_chart
-from polyak.cli.evaluating import function_of
+from polyak.cli._evaluating import function_of
 from polyak.offline import Point, Sweep
 
 __all__ = ["finished", "place"]  # fixtures

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from corrupting import Calls, resident_bytes, same, save_folder
 from launching import said_by
-from polyak.checkpoints.boxes import Box
-from polyak.checkpoints.distributed import DistributedTensors, _tiles
-from polyak.checkpoints.tensorfile import form
+from polyak._ranks.shard_geometry import Box
+from polyak.checkpoints._distributed import DistributedTensors, _tiles
+from polyak.checkpoints._tensorfile import form
 
 RANKS = Path(__file__).with_name("saving_ranks.py")
 

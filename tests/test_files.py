@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-import polyak.files
-from polyak import files
-from polyak.files import writing, writing_folder
+import polyak._files
+from polyak import _files as files
+from polyak._files import writing, writing_folder
 
 # A process that has only this module: it starts in a moment, so many can be killed.
 LOAD = f"""
 import importlib.util, os, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", {polyak.files.__file__!r})
+spec = importlib.util.spec_from_file_location("files", {polyak._files.__file__!r})
 files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 place = Path(sys.argv[1])
@@ -289,7 +289,7 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 def test_folders_without_an_exchange_of_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polyak.files, "_rename", lambda *_: False)
+    monkeypatch.setattr(polyak._files, "_rename", lambda *_: False)
     place = tmp_path / "model"
     for content in (b"first", b"second"):
         with writing_folder(place, overwrite=True) as folder:

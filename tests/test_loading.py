@@ -39,10 +39,10 @@ from corrupting import (
     resident_bytes,
     same,
 )
-from polyak.checkpoints.loading import IndexedTensors, load_pickle, release
-from polyak.checkpoints.mapped import place
-from polyak.checkpoints.tensorfile import form
-from polyak.checkpoints.torchtensors import Unread
+from polyak.checkpoints._loading import IndexedTensors, load_pickle, release
+from polyak.checkpoints._mapped import place
+from polyak.checkpoints._tensorfile import form
+from polyak.checkpoints._torchtensors import Unread
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = [True, False]  # the zip archive, and what came before it

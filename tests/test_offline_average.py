@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 import polyak
 from polyak import theory
-from polyak.offline import average, greedy_soup, summing
-from polyak.offline.combining import Combination, Source
+from polyak.offline import _summing as summing
+from polyak.offline import average, greedy_soup
+from polyak.offline._combining import Combination, Source
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
 

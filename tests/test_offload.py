@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models import assert_same
 from polyak import Averager, Exponential, Window
-from polyak.offload import Courier
+from polyak._engine.offload import Courier
 
 RULES = {"ema": Exponential(0.5), "window": Window(3)}
 
@@ -91,7 +91,7 @@ def averages_on(
 ) -> dict[str, dict[str, Tensor]]:
     """Averages of weights that a simulated device trains, offloaded to the host."""
     courier = Courier(device)
-    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
+    monkeypatch.setattr("polyak._engine.updating.courier_for", lambda *_: courier)
     weights = {"w": torch.zeros(5), "v": torch.zeros(3, 2), "count": torch.tensor(0)}
     averager = Averager(weights, RULES, device="cpu", every=2)
     for step in range(12):
@@ -153,7 +153,7 @@ def test_buffers_that_the_forward_pass_writes_are_right(
 ) -> None:
     device = Device(early)
     courier = Courier(device)
-    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
+    monkeypatch.setattr("polyak._engine.updating.courier_for", lambda *_: courier)
     model = nn.BatchNorm1d(2)
     averager = Averager(model, Exponential(0.5), device="cpu")
 
@@ -181,7 +181,7 @@ def test_buffers_that_the_forward_pass_writes_are_right(
 def test_once_detached_nothing_is_put_off(early: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(early)
     courier = Courier(device)
-    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
+    monkeypatch.setattr("polyak._engine.updating.courier_for", lambda *_: courier)
     weights = nn.ParameterDict({"w": torch.zeros(2)})
     averager = Averager(weights, Exponential(0.5), device="cpu", every=2)
     attached = averager.attach(torch.optim.SGD(weights.parameters(), lr=0.1))
@@ -210,7 +210,7 @@ def test_the_host_does_not_wait_in_an_update(monkeypatch: pytest.MonkeyPatch) ->
         deliver(point)
 
     monkeypatch.setattr(Point, "synchronize", slow)
-    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
+    monkeypatch.setattr("polyak._engine.updating.courier_for", lambda *_: courier)
     weights = {"w": torch.ones(2)}
     averager = Averager(weights, Exponential(0.5), device="cpu")
     averager.update()
@@ -236,8 +236,8 @@ def test_a_masked_update_travels_with_its_verdict(
     nonfinite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     courier = Courier(Device("compute"))
-    monkeypatch.setattr("polyak.updating.courier_for", lambda *_: courier)
-    monkeypatch.setattr("polyak.updating._deferred", lambda _: True)
+    monkeypatch.setattr("polyak._engine.updating.courier_for", lambda *_: courier)
+    monkeypatch.setattr("polyak._engine.updating._deferred", lambda _: True)
     weights = {"w": torch.ones(2), "n": torch.tensor(1)}
     averager = Averager(weights, Exponential(0.5), device="cpu", nonfinite="skip")
     averager.update()

@@ -44,13 +44,13 @@ from peer_files import (
     polyak_ema,
     torch_ema_average,
 )
+from polyak._engine.tracking import WRAPPERS, track
 from polyak.checkpoints import Clock, read
-from polyak.checkpoints.names import canonical_names
-from polyak.checkpoints.peers import FORMATS, recognise
-from polyak.checkpoints.peers.found import Found
+from polyak.checkpoints._names import canonical_names
+from polyak.checkpoints._peers import FORMATS, recognise
+from polyak.checkpoints._peers.found import Found
 from polyak.decays import InversePower, Ratio
 from polyak.rules import ArticleEMA, Exponential, Power, Rule, Tail, Uniform
-from polyak.tracking import WRAPPERS, track
 
 PARAMETERS = ["body.weight", "body.bias", "norm.weight", "norm.bias"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,28 @@ THEORY = {
     "frequency_response", "cutoff", "learning_rate_profile", "explain", "match", "equivalents",
     "fit", "wsm", "qam", "learning_rate_decay",
 }  # fmt: skip
+
+MODULES = {
+    "polyak", "polyak.__main__", "polyak.averager", "polyak.charts", "polyak.checkpoints",
+    "polyak.cli", "polyak.decays", "polyak.ema", "polyak.norms", "polyak.offline", "polyak.rules",
+    "polyak.snapshots", "polyak.specs", "polyak.study", "polyak.theory",
+}  # fmt: skip
+
+
+def public_modules() -> set[str]:
+    """Every module of the package whose dotted name has no part that begins with an underscore."""
+    home = Path(polyak.__file__).parent
+    names = {
+        ".".join(("polyak", *path.relative_to(home).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
+        for path in home.rglob("*.py")
+    }
+    return {n for n in names if n == "polyak.__main__" or "._" not in n}
+
+
+def test_the_public_modules_are_these() -> None:
+    assert public_modules() == MODULES
 
 
 def test_the_public_list_is_complete() -> None:
@@ -39,15 +62,12 @@ def test_every_name_is_there_and_documented(name: str) -> None:
         "checkpoints",
         "decays",
         "ema",
-        "files",
         "norms",
         "offline",
-        "recording",
         "rules",
+        "snapshots",
         "specs",
-        "tensors",
         "theory",
-        "tracking",
     ],
 )
 def test_every_public_function_says_what_it_does(module: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polyak.replicas import _CHUNK, fingerprint
+from polyak._ranks.replicas import _CHUNK, fingerprint
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "all signs": Tensor.neg,

@@ -12,7 +12,7 @@ from torch import nn
 
 from models import assert_same
 from polyak import Averager, Exponential, Tail, Uniform
-from polyak.rounding import seed, stochastic_round
+from polyak._engine.rounding import seed, stochastic_round
 
 
 def gap_after(decay: float, updates: int, **options: Any) -> torch.Tensor:

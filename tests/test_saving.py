@@ -16,8 +16,8 @@ import polyak
 from killing import kill
 from models import assert_same, everything, snapshot, wander
 from polyak import EMA, Averager, Exponential, checkpoints
-from polyak.checkpoints import tensorfile
-from polyak.checkpoints.tensorfile import TensorFile
+from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints._tensorfile import TensorFile
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
 

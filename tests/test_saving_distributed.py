@@ -23,11 +23,11 @@ import saving_distributed_ranks as ranks
 from corrupting import same, save_folder
 from launching import said_by
 from polyak import checkpoints
-from polyak.checkpoints.boxes import Box
-from polyak.checkpoints.parts import Chunked
-from polyak.checkpoints.tensorfile import form
+from polyak._ranks.shard_geometry import Box
+from polyak.checkpoints._parts import Chunked
+from polyak.checkpoints._tensorfile import form
 from polyak.offline import average, describe
-from polyak.offline.summing import Summation, Term, Threads
+from polyak.offline._summing import Summation, Term, Threads
 from sharding_ranks import RULES, Net
 
 SECONDS = 240

@@ -12,12 +12,12 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 from polyak import Averager
 from polyak.rules import Window
-from polyak.study import costs
-from polyak.study.arms import Arms, Tracker, all_arms, first_of_swa
-from polyak.study.data import Data, make_data
-from polyak.study.live import Live
-from polyak.study.model import Probe
-from polyak.study.trainer import alone
+from polyak.study import _costs as costs
+from polyak.study._arms import Arms, Tracker, all_arms, first_of_swa
+from polyak.study._data import Data, make_data
+from polyak.study._live import Live
+from polyak.study._model import Probe
+from polyak.study._trainer import alone
 from study_cases import SMALL
 
 EPOCHS = 24

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyak.study import article
-from polyak.study import quantities as q
-from polyak.study.claims import as_json, judge
+from polyak.study import _article as article
+from polyak.study import _quantities as q
+from polyak.study._claims import as_json, judge
 from study_cases import record
 
 SEEDS = 64

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from polyak.study.arms import article_arm
-from polyak.study.records import opened, write_whole
-from polyak.study.runner import run_study
-from polyak.study.settings import Settings
-from polyak.study.trainer import conditions
+from polyak.study._arms import article_arm
+from polyak.study._records import opened, write_whole
+from polyak.study._runner import run_study
+from polyak.study._settings import Settings
+from polyak.study._trainer import conditions
 from study_cases import SMALL
 
 ARMS = article_arm(SMALL)
@@ -101,9 +101,9 @@ def test_progress_tells_what_is_done(undisturbed: Path, tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from polyak.study.arms import article_arm
-from polyak.study.runner import run_study
-from polyak.study.settings import Settings
+from polyak.study._arms import article_arm
+from polyak.study._runner import run_study
+from polyak.study._settings import Settings
 settings = Settings(**{settings!r})
 run_study(500, Path({path!r}), settings, jobs={jobs}, arms=article_arm(settings))
 """

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from polyak.study import run_article
-from polyak.study.arms import all_arms
-from polyak.study.text import Table, number, percent
+from polyak.study._arms import all_arms
+from polyak.study._text import Table, number, percent
 from study_cases import SMALL
 
 SEEDS = 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap as scipy_bootstrap
 
-from polyak.study.statistics import (
+from polyak.study._statistics import (
     Interval,
     Region,
     Verdict,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from polyak.study.arms import ARTICLE, Tracker, all_arms, article_arm
-from polyak.study.data import Data, make_data
-from polyak.study.gradient import loss_and_gradient
-from polyak.study.live import Live
-from polyak.study.model import Probe, as_layers, initial_weights, views
-from polyak.study.settings import Settings
-from polyak.study.trainer import EarlyStop, alone, run_seed
+from polyak.study._arms import ARTICLE, Tracker, all_arms, article_arm
+from polyak.study._data import Data, make_data
+from polyak.study._gradient import loss_and_gradient
+from polyak.study._live import Live
+from polyak.study._model import Probe, as_layers, initial_weights, views
+from polyak.study._settings import Settings
+from polyak.study._trainer import EarlyStop, alone, run_seed
 from study_cases import SMALL, plain_article
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corrupting import DTYPES, flipped, of_bytes, resident_bytes, safetensors, same
-from polyak.checkpoints import tensorfile
-from polyak.checkpoints.mapped import release
-from polyak.checkpoints.tensorfile import Form, TensorFile, form, is_safetensors
+from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints._mapped import release
+from polyak.checkpoints._tensorfile import Form, TensorFile, form, is_safetensors
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 tensors = st.dictionaries(

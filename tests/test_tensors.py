@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak import tensors
+from polyak import _tensors as tensors
 
 LAYOUTS = {
     "dense": lambda: torch.randn(6, 8),

@@ -11,7 +11,7 @@ import pytest
 from polyak.charts import rule_chart, save
 from polyak.rules import Rule
 from polyak.theory import cutoff, profile
-from polyak.theory.curves import gain_curve, learning_rate_curve, profile_curve, step_curve
+from polyak.theory._curves import gain_curve, learning_rate_curve, profile_curve, step_curve
 from rule_examples import RULE_EXAMPLES
 
 ALL = [rule for examples in RULE_EXAMPLES.values() for rule in examples]

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from polyak.norms import recalibrate as recalibrate
     from polyak.offline import sweep as sweep
     from polyak.offline import synthesize as synthesize
-    from polyak.recording import Recorder as Recorder
     from polyak.rules import ArticleEMA as ArticleEMA
     from polyak.rules import Bema as Bema
     from polyak.rules import Exponential as Exponential
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from polyak.rules import Tail as Tail
     from polyak.rules import Uniform as Uniform
     from polyak.rules import Window as Window
+    from polyak.snapshots import Recorder as Recorder
     from polyak.specs import parse as parse
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ _HOMES = {
     "Bema": "rules",
     "Exponential": "rules",
     "Power": "rules",
-    "Recorder": "recording",
+    "Recorder": "snapshots",
     "Rule": "rules",
     "Tail": "rules",
     "Uniform": "rules",

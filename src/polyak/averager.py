@@ -8,7 +8,7 @@
         evaluate(model)
 
 It binds to a model as an optimizer does, holds no copy of the modules, and applies whatever its rule
-says (`polyak.rules`) to the tensors that `polyak.tracking` decided on.
+says (`polyak.rules`) to the tensors that `polyak._engine.tracking` decided on.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyak.applying import Exchange, planned, uninterrupted
-from polyak.checks import difference, report, require_positive
-from polyak.engine import Average, Form
-from polyak.guard import Attachment
-from polyak.live import LiveWeights
-from polyak.ranks import Agreement, digest, together
-from polyak.reading import AverageWeights
-from polyak.replicas import gather_, require_same
-from polyak.rounding import Rounding, require_rounding
-from polyak.rules import Rule, Tick
-from polyak.sharding import (
+from polyak._checks import difference, report, require_positive
+from polyak._engine.guard import Attachment
+from polyak._engine.live import LiveWeights
+from polyak._engine.readout import AverageWeights
+from polyak._engine.rounding import Rounding, require_rounding
+from polyak._engine.slots import Average, Form
+from polyak._engine.states import STATE_FORMAT, State, checked
+from polyak._engine.summary import Summary, summarise
+from polyak._engine.swap import Exchange, planned, uninterrupted
+from polyak._engine.tracking import Buffers, Select, Source, Tracked, track
+from polyak._engine.updating import Nonfinite, Updating
+from polyak._ranks.agreement import Agreement, digest, together
+from polyak._ranks.replicas import gather_, require_same
+from polyak._ranks.sharding import (
     Layout,
     Shape,
     is_distributed,
@@ -40,11 +43,8 @@ from polyak.sharding import (
     reshard,
     shape,
 )
+from polyak.rules import Rule, Tick
 from polyak.specs import as_rule, as_specs
-from polyak.states import STATE_FORMAT, State, checked
-from polyak.summary import Summary, summarise
-from polyak.tracking import Buffers, Select, Source, Tracked, track
-from polyak.updating import Nonfinite, Updating
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -73,7 +73,7 @@ class Averager:
         rounding: of the slots: "nearest", "stochastic" (bfloat16 and float16 slots, right in the
             mean) or "compensated" (a second tensor a slot holds what rounding dropped).
         device: of the slots; by default that of the weights. Slots on the CPU of CUDA weights
-            are moved beside the training (`polyak.offload`), best with `attach`.
+            are moved beside the training (`polyak._engine.offload`), best with `attach`.
         buffers: "auto" averages BatchNorm's running statistics and copies the others; "copy",
             "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
             parameters too.

@@ -11,7 +11,7 @@ import altair as alt
 
 from polyak.rules import Rule
 from polyak.theory import explain, profile
-from polyak.theory.curves import (
+from polyak.theory._curves import (
     Curve,
     GainCurve,
     gain_curve,
@@ -21,7 +21,7 @@ from polyak.theory.curves import (
 )
 
 if TYPE_CHECKING:
-    from polyak.offline.sweeping import Point, Sweep
+    from polyak.offline._sweeping import Point, Sweep
 
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")

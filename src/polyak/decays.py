@@ -19,7 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
 
-from polyak.checks import is_number, require, require_decay, require_positive
+from polyak._checks import is_number, require, require_decay, require_positive
 
 
 class Spec:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.checks import difference, report, require_count
-from polyak.engine import Average, move_
-from polyak.live import Groups, LiveWeights
+from polyak._checks import difference, report, require_count
+from polyak._engine.live import LiveWeights
+from polyak._engine.slots import Average, move_
+from polyak._engine.tracking import Policy, averageable, track
+from polyak._tensors import Groups, slot_dtype
 from polyak.rules import AVERAGE, ArticleEMA, Tick
-from polyak.tensors import slot_dtype
-from polyak.tracking import Policy, averageable, track
 
 
 class EMA(nn.Module):

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from polyak.checks import is_number, report
-from polyak.ranks import agree, together
-from polyak.tracking import walk
+from polyak._checks import is_number, report
+from polyak._engine.tracking import walk
+from polyak._ranks.agreement import agree, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

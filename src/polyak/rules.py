@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from polyak.checks import (
+from polyak._checks import (
     is_integer,
     is_number,
     require,

@@ -16,15 +16,15 @@ try:
 except ModuleNotFoundError:
     raise SystemExit('the command line needs typer: pip install "polyak[cli]"') from None
 
-from polyak.cli.averaging import average
-from polyak.cli.commands import EPILOG, WIDTH, Commands
-from polyak.cli.converting import convert, export
-from polyak.cli.differing import diff
-from polyak.cli.explaining import explain
-from polyak.cli.inspecting import inspect
-from polyak.cli.studying import article
-from polyak.cli.sweeping import sweep
-from polyak.cli.synthesizing import synthesize
+from polyak.cli._averaging import average
+from polyak.cli._commands import EPILOG, WIDTH, Commands
+from polyak.cli._converting import convert, export
+from polyak.cli._differing import diff
+from polyak.cli._explaining import explain
+from polyak.cli._inspecting import inspect
+from polyak.cli._studying import article
+from polyak.cli._sweeping import sweep
+from polyak.cli._synthesizing import synthesize
 
 app = typer.Typer(
     name="polyak",

@@ -8,13 +8,13 @@ offline.greedy_soup(files, evaluate)              the files that are better toge
 
 from __future__ import annotations
 
-from polyak.offline.averaging import average
-from polyak.offline.combining import Combination
-from polyak.offline.comparing import Comparison, compare
-from polyak.offline.describing import Description, describe
-from polyak.offline.soups import Soup, greedy_soup
-from polyak.offline.sweeping import Point, Sweep, sweep
-from polyak.offline.synthesis import Synthesis, Term, synthesize
+from polyak.offline._averaging import average
+from polyak.offline._combining import Combination
+from polyak.offline._comparing import Comparison, compare
+from polyak.offline._describing import Description, describe
+from polyak.offline._soups import Soup, greedy_soup
+from polyak.offline._sweeping import Point, Sweep, sweep
+from polyak.offline._synthesis import Synthesis, Term, synthesize
 
 __all__ = [
     "Combination",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from polyak.study.settings import Settings
+from polyak.study._settings import Settings
 
 __all__ = ["Settings", "run_article"]
 
@@ -34,9 +34,12 @@ def run_article(
         raise ValueError(f"seeds is {seeds}, wanted at least 1")
     from rich.console import Console
 
-    from polyak.study import costs, report, runner, terminal
-    from polyak.study.arms import all_arms
-    from polyak.study.data import make_data
+    from polyak.study import _costs as costs
+    from polyak.study import _report as report
+    from polyak.study import _runner as runner
+    from polyak.study import _terminal as terminal
+    from polyak.study._arms import all_arms
+    from polyak.study._data import make_data
 
     settings, console, began = settings or Settings(), Console(), time.monotonic()
     with terminal.Seeds(console) as progress:

@@ -17,11 +17,11 @@ The units are steps, and radians per step for frequencies. Nothing here loads to
 
 from __future__ import annotations
 
-from polyak.theory.cadence import cadence, displacement
-from polyak.theory.explaining import Explanation, explain
-from polyak.theory.libraries import CONVENTIONS, equivalents
-from polyak.theory.matching import match
-from polyak.theory.measures import (
+from polyak.theory._cadence import cadence, displacement
+from polyak.theory._explaining import Explanation, explain
+from polyak.theory._libraries import CONVENTIONS, equivalents
+from polyak.theory._matching import match
+from polyak.theory._measures import (
     FrequencyResponse,
     cutoff,
     effective_window,
@@ -35,9 +35,9 @@ from polyak.theory.measures import (
     relative_std,
     step_response,
 )
-from polyak.theory.merging import learning_rate_decay, qam, wsm
-from polyak.theory.profiles import Profile, coefficients, profile
-from polyak.theory.synthesis import Column, Fit, fit
+from polyak.theory._merging import learning_rate_decay, qam, wsm
+from polyak.theory._profiles import Profile, coefficients, profile
+from polyak.theory._synthesis import Column, Fit, fit
 
 __all__ = [
     "CONVENTIONS",

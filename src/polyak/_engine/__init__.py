@@ -1,0 +1,1 @@
+"""The engine: a model's tensors, the slots of its averages, and how contents move between them."""

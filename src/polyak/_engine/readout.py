@@ -1,0 +1,73 @@
+"""Reading: tensors by name, one at a time, where two copies would be too much."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from polyak._engine.live import LiveWeights
+from polyak._engine.slots import Average
+from polyak._ranks.sharding import as_distributed
+
+
+class NamedTensors(Mapping[str, Tensor]):
+    """name -> tensor, read or computed when asked for; whether a name is there costs nothing."""
+
+    @property
+    @abstractmethod
+    def known(self) -> Mapping[str, object]:
+        """What is known by each name before its tensor is read, in order."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
+class AverageWeights(NamedTensors):
+    """An average as it is now: name -> a fresh tensor, computed when asked for.
+
+    It has all names of tied tensors, and DTensors where the model has them. Raises `RuntimeError`
+    once the average has moved on.
+    """
+
+    def __init__(self, live: LiveWeights, average: Average, copies: Sequence[Tensor]) -> None:
+        self._live = live
+        self._average = average
+        self._tick = average.tick
+        self._copies = {item.name: copy for item, copy in zip(live.copied, copies, strict=True)}
+        self._places = {item.name: i for i, item in enumerate(live.averaged)}
+        self._items = {item.name: item for item in live.stored()}
+        self._names = {
+            n: item.name for item in self._items.values() for n in (item.name, *item.aliases)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return as_distributed(self.part(name), self._items[self._names[name]].held())
+
+    def part(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
+        """What of a tensor lies on this rank, or is somewhere in that: no more is computed."""
+        if self._average.tick != self._tick:
+            raise RuntimeError(
+                f"{name}: the average was updated since it was asked for; ask for it anew"
+            )
+        first = self._names[name]
+        if first in self._copies:
+            return self._copies[first][where].clone()
+        return self._average.read(self._live, [self._places[first]], where)[0]
+
+    @property
+    def known(self) -> Mapping[str, str]:
+        """name -> the first name of the same tensor."""
+        return self._names
+
+    def whole(self) -> dict[str, Tensor]:
+        """All of it in memory, tied tensors once."""
+        read = {first: self[first] for first in dict.fromkeys(self._names.values())}
+        return {name: read[first] for name, first in self._names.items()}

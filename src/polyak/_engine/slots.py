@@ -1,0 +1,274 @@
+"""The engine: one average's slots, moved and read as its rule says. It knows no rule by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyak import _tensors as tensors
+from polyak._engine.live import LiveWeights
+from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import as_distributed
+from polyak._tensors import Groups
+from polyak.rules import LIVE, START, Rule, Tick
+
+COMPENSATION = ".compensation"
+Form = tuple[tuple[int, ...], torch.dtype]
+
+
+class Move(NamedTuple):
+    """A slot's tensors in the live weights' groups, how far they move, and how they are rounded.
+
+    `seeds` are those of the groups, of random numbers that leave training's alone.
+    """
+
+    slots: Groups
+    fraction: float
+    residues: Groups | None = None
+    seeds: Sequence[int] | None = None
+
+
+def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None:
+    """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights.
+
+    Where `ok`, a 0-dim truth on a device, is false, everything stays as it is; no one asks it.
+    """
+    plain = [m for m in moves if m.residues is None and m.seeds is None and ok is None]
+    fractions = [move.fraction for move in plain]
+    for g, weights in enumerate(live):
+        tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions)
+    for move in moves if len(plain) < len(moves) else ():
+        for g, weights in enumerate(live):
+            residues = move.residues[g] if move.residues is not None else None
+            generator = _generator(move, g)
+            if ok is not None:
+                _masked_move_(move.fraction, move.slots[g], weights, residues, generator, ok)
+            elif residues is not None or generator is not None:
+                _rounded_move_(move.fraction, move.slots[g], weights, residues, generator)
+
+
+def _generator(move: Move, g: int) -> torch.Generator | None:
+    if move.seeds is None:
+        return None
+    return torch.Generator(move.slots[g][0].device).manual_seed(move.seeds[g])
+
+
+def _rounded_move_(
+    fraction: float,
+    slots: list[Tensor],
+    live: list[Tensor],
+    residues: list[Tensor] | None,
+    generator: torch.Generator | None,
+) -> None:
+    """A move of some tensors of a slot, with its rounding."""
+    if residues is not None:
+        compensated_lerp_(slots, residues, live, fraction)
+    elif generator is not None:
+        stochastic_lerp_(slots, live, fraction, generator)
+    else:
+        tensors.lerp_(slots, live, fraction)
+
+
+@torch.no_grad()
+def _masked_move_(
+    fraction: float,
+    slots: list[Tensor],
+    live: list[Tensor],
+    residues: list[Tensor] | None,
+    generator: torch.Generator | None,
+    ok: Tensor,
+) -> None:
+    """A move that is taken back, part by part, where `ok` is false: NaN times 0 would stay NaN."""
+    written = [slots] if residues is None else [slots, residues]
+    here = ok.to(written[0][0].device)
+    length = tensors.chunk_length([live[0], written[0][0]], temporaries=3)
+    for weights, *columns in tensors.parts([live, *written], length):
+        before = [[tensor.clone() for tensor in column] for column in columns]
+        lows = columns[1] if len(columns) > 1 else None
+        _rounded_move_(fraction, columns[0], weights, lows, generator)
+        for column, held in zip(columns, before, strict=True):
+            for tensor, was in zip(column, held, strict=True):
+                tensor.copy_(torch.where(here, tensor, was))
+
+
+class Average:
+    """One average: its rule, its clock, and slot by slot its tensors in the live weights' order.
+
+    A slot is allocated at its first move, which is a copy; a window fills as it goes. `spoilt` says
+    why its slots are no average any more, if they are none.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        rounding: Rounding = "nearest",
+        name: str = "",
+    ) -> None:
+        self.rule = rule
+        self.tick: Tick = START
+        self.slots: dict[str, list[Tensor]] = {}
+        self.spoilt = ""
+        self._dtype = dtype
+        self._device = device
+        self._compensated = rounding == "compensated"
+        self._stochastic = rounding == "stochastic"
+        self._name = name
+        self._grouped: dict[str, Groups] = {}
+        self._generation = -1
+
+    def advance(self, live: LiveWeights, elapsed: float) -> list[Move]:
+        """The clock ticks; the slots that the rule now moves, in groups, and how far."""
+        self.tick = self.rule.tick(self.tick, elapsed)
+        fractions = self.rule.fractions(self.tick)
+        return [self.move(live, slot, fraction) for slot, fraction in fractions.items()]
+
+    def move(self, live: LiveWeights, slot: str, fraction: float) -> Move:
+        """A slot's move, rounded as this average rounds; its first, a copy, allocates it."""
+        if slot not in self.slots:
+            self._allocate(live, slot, fraction)
+        residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
+        seeds = None
+        if self._stochastic:
+            seeds = [seed(self.tick.n, self._name, slot, each) for each in live.streams]
+        return Move(self.groups(live, slot), fraction, residues, seeds)
+
+    def stalled(self, live: LiveWeights, elapsed: float) -> float:
+        """The share of the weights that differ from their live ones and yet would not move next.
+
+        0 before the first update, and with rounding that never stalls.
+        """
+        if self.tick.n == 0 or self._compensated or self._stochastic:
+            return 0.0
+        stay = move = 0
+        for slot, fraction in self.rule.fractions(self.rule.tick(self.tick, elapsed)).items():
+            if slot in self.slots and fraction < 1:
+                for slots, weights in zip(self.groups(live, slot), live.groups(), strict=True):
+                    counted = stalled(slots, weights, fraction)
+                    stay, move = stay + counted[0], move + counted[1]
+        return stay / move if move else 0.0
+
+    def groups(self, live: LiveWeights, slot: str) -> Groups:
+        """The tensors of a slot in the groups of the live weights."""
+        if self._generation != live.generation:
+            self._grouped, self._generation = {}, live.generation
+        if slot not in self._grouped:
+            self._grouped[slot] = live.group(self.slots[slot])
+        return self._grouped[slot]
+
+    def read(
+        self,
+        live: LiveWeights,
+        wanted: Sequence[int] | None = None,
+        where: tuple[slice, ...] = (),
+    ) -> list[Tensor]:
+        """The average as fresh tensors, of all averaged weights or of those wanted, in order.
+
+        Of each no more than what is somewhere in it, if `where` is given.
+        """
+        like = next(iter(self.slots.values()))
+        chosen = range(len(like)) if wanted is None else wanted
+        out = {i: torch.empty_like(like[i][where]) for i in chosen}
+        coefficients = self.rule.readout(self.tick)
+        weights = {i: live.averaged[i].live() for i in chosen} if LIVE in coefficients else {}
+        for group in live.indices:
+            here = [i for i in group if i in out]
+            terms = [
+                (
+                    [(weights if slot == LIVE else self.slots[slot])[i][where] for i in here],
+                    coefficient,
+                )
+                for slot, coefficient in coefficients.items()
+            ]
+            if here:
+                tensors.combine_([out[i] for i in here], terms)
+        return list(out.values())
+
+    def lone_slot(self) -> list[Tensor] | None:
+        """The slot that is the average as it stands, if there is one."""
+        (slot, coefficient), *others = self.rule.readout(self.tick).items()
+        return self.slots[slot] if not others and coefficient == 1 and slot != LIVE else None
+
+    def forms(self, live: LiveWeights) -> dict[str, Form]:
+        """name -> shape and dtype of the slots: those there are, or those there will be."""
+        held = next(iter(self.slots.values()), None)
+        if held is not None:
+            names = (item.name for item in live.averaged)
+            return {n: (tuple(t.shape), t.dtype) for n, t in zip(names, held, strict=True)}
+        return {
+            item.name: (tuple(item.live().shape), self._dtype_of(item)) for item in live.averaged
+        }
+
+    def state(self, live: LiveWeights) -> dict[str, Any]:
+        """Rule, clock and slots as data; the tensors are the slots themselves, or share their memory."""
+        slots = {slot: named(live.averaged, held) for slot, held in self.slots.items()}
+        return {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
+
+    def known_slots(self) -> set[str]:
+        """The names of all slots that this average may hold."""
+        return self._with_residues(set(self.rule.slots))
+
+    def needed_slots(self, tick: Tick) -> set[str]:
+        """The names of the slots without which there is no average at a tick."""
+        return self._with_residues(set(self.rule.readout(tick)) - {LIVE} if tick.n else set())
+
+    @torch.no_grad()
+    def take(
+        self, live: LiveWeights, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Takes over a clock and copies of slots, all of them checked."""
+        filled = {}
+        for slot, held in slots.items():
+            dtypes = [held[item.name].dtype for item in live.averaged]
+            filled[slot] = self._empty(live, dtypes)
+            tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
+        self.tick, self.slots, self._grouped, self.spoilt = tick, filled, {}, ""
+
+    def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
+        """Makes tensors that belong to someone else (a module) the tensors of a slot."""
+        self.slots[slot] = list(stored)
+        self._grouped.pop(slot, None)
+
+    def _with_residues(self, slots: set[str]) -> set[str]:
+        return slots | {slot + COMPENSATION for slot in slots} if self._compensated else slots
+
+    def _allocate(self, live: LiveWeights, slot: str, fraction: float) -> None:
+        if fraction != 1:
+            raise RuntimeError(
+                f"{self.rule} moves slot {slot!r} by {fraction} and it has no value yet: a rule's "
+                "first move of a slot is a copy, fraction 1"
+            )
+        dtypes = [dtype for _, dtype in self.forms(live).values()]
+        self.slots[slot] = self._empty(live, dtypes)
+        if self._compensated:
+            self.slots[slot + COMPENSATION] = self._empty(live, dtypes)
+
+    @torch.inference_mode(False)
+    def _empty(self, live: LiveWeights, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Fresh tensors for one slot, not filled; ordinary ones, whatever mode is on."""
+        return [
+            torch.empty_like(item.live(), dtype=dtype, device=self._device, requires_grad=False)
+            for item, dtype in zip(live.averaged, dtypes, strict=True)
+        ]
+
+    def _dtype_of(self, item: Tracked) -> torch.dtype:
+        return tensors.slot_dtype(item.live().dtype, self._dtype)
+
+
+def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """name -> tensor as it leaves an averager: a DTensor where the model's is one."""
+    return {
+        item.name: as_distributed(part, item.held())
+        for item, part in zip(items, parts, strict=True)
+    }
+
+
+def tick_data(tick: Tick | None) -> list[Any] | None:
+    """A clock as data: `[n, t, elapsed, inner]`."""
+    return None if tick is None else [tick.n, tick.t, tick.elapsed, tick_data(tick.inner)]

@@ -1,0 +1,160 @@
+"""States: what a saved average must look like to be taken over, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak._checks import difference, is_integer, is_number, report
+from polyak._engine.live import LiveWeights
+from polyak._engine.slots import Average
+from polyak._ranks.sharding import Layout, Shape, local, shape
+from polyak.rules import START, Tick
+from polyak.specs import as_specs
+
+STATE_FORMAT = 1
+_Form = tuple[Shape, torch.dtype]
+
+
+@dataclass(frozen=True)
+class AverageState:
+    """A checked average: its clock, and its slots by name."""
+
+    tick: Tick
+    slots: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class State:
+    """A checked state: calls and time since the last update, copied tensors, averages by name."""
+
+    calls: int
+    elapsed: float
+    skipped: int
+    copies: dict[str, Tensor]
+    averages: dict[str, AverageState]
+    run: str | None
+    mixed: bool
+
+
+def checked(state: object, live: LiveWeights, averages: Mapping[str, Average]) -> State:
+    """A state as it may be taken over; raises `ValueError` that says what is not as it must be."""
+    data = _mapping(
+        state, "the state", ("format", "calls", "elapsed", "skipped", "copies", "averages")
+    )
+    if data["format"] != STATE_FORMAT:
+        raise ValueError(f"load_state_dict: format is {data['format']!r}, wanted {STATE_FORMAT}")
+    held = _mapping(data["averages"], "averages")
+    _require_same_rules(held, averages)
+    states = {name: _average(held[name], name, live, each) for name, each in averages.items()}
+    begun = any(each.tick.n for each in states.values())
+    return State(
+        calls=_integer(data["calls"], "calls"),
+        elapsed=_time(data["elapsed"], "elapsed"),
+        skipped=_integer(data["skipped"], "skipped"),
+        copies=_copies(data["copies"], live, begun=begun),
+        averages=states,
+        run=None if data.get("run") is None else str(data["run"]),
+        mixed=data.get("mixed") is True,
+    )
+
+
+def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]) -> None:
+    fields = ("rule", "tick", "slots")
+    got = {name: _mapping(data, f"average {name!r}", fields)["rule"] for name, data in held.items()}
+    if lines := difference(as_specs({n: each.rule for n, each in averages.items()}), got):
+        title = "load_state_dict: other rules than this averager's; make it with the state's"
+        raise ValueError(report(title, lines))
+
+
+def _average(
+    data: Mapping[str, Any], name: str, live: LiveWeights, average: Average
+) -> AverageState:
+    where = f"average {name!r}"
+    tick = _tick(data["tick"], average.rule.tick(START, 1.0), f"{where}, tick")
+    slots = {
+        slot: dict(_mapping(held, f"{where}, slot {slot}"))
+        for slot, held in _mapping(data["slots"], f"{where}, slots").items()
+    }
+    known, needed = average.known_slots(), average.needed_slots(tick)
+    if not needed <= set(slots) <= known:
+        wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
+        raise ValueError(f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}")
+    dtypes = {name: dtype for name, (_, dtype) in average.forms(live).items()}
+    forms = {item.name: (item.shape(), dtypes[item.name]) for item in live.averaged}
+    for slot, held in slots.items():
+        _require_forms(forms, held, f"{where}, slot {slot}")
+        slots[slot] = {name: local(tensor) for name, tensor in held.items()}
+    return AverageState(tick, slots)
+
+
+def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:
+    copies = dict(_mapping(data, "copies"))
+    if copies or begun:
+        forms = {item.name: (item.shape(), item.live().dtype) for item in live.copied}
+        _require_forms(forms, copies, "copies")
+    return {name: local(tensor) for name, tensor in copies.items()}
+
+
+def _require_forms(wanted: Mapping[str, _Form], held: Mapping[str, Any], where: str) -> None:
+    got = {name: _form(value) for name, value in held.items()}
+    if lines := difference(wanted, got):
+        if any(isinstance(held, Layout) for held, _ in wanted.values()):
+            lines.append("polyak.load takes each rank's part from a file of any layout")
+        raise ValueError(report(f"load_state_dict: {where}: other tensors", lines))
+
+
+def _form(value: object) -> _Form | str:
+    """Shape and dtype of an ordinary tensor, layout of a sharded one; else what it is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if local(value).is_meta or value.layout != torch.strided:
+        return f"a tensor on {value.device} of layout {value.layout}"
+    return shape(value), value.dtype
+
+
+def _mapping(value: object, where: str, fields: Sequence[str] = ()) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"load_state_dict: {where} is {type(value).__name__}, wanted a mapping")
+    if missing := [field for field in fields if field not in value]:
+        raise ValueError(f"load_state_dict: {where} lacks {', '.join(missing)}")
+    return value
+
+
+def as_tick(data: object, where: str = "tick") -> Tick:
+    """A clock from its data, `[n, t, elapsed, inner]`; raises `ValueError` for anything else."""
+    if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != len(START):
+        raise ValueError(f"load_state_dict: {where} is {data!r}, wanted [n, t, elapsed, inner]")
+    n, t, elapsed, inner = data
+    begun = _integer(n, f"{where}, n") > 0
+    times = _time(t, f"{where}, t"), _time(elapsed, f"{where}, elapsed")
+    if begun and not 0 < times[1] <= times[0]:
+        raise ValueError(f"load_state_dict: {where} is {data!r}, wanted 0 < elapsed <= t")
+    return Tick(n, *times, None if inner is None else as_tick(inner, f"{where}, inner"))
+
+
+def _tick(data: object, like: Tick, where: str) -> Tick:
+    """A clock, nested as the rule nests its clocks."""
+    tick = as_tick(data, where)
+    held, wanted = tick, like
+    while held.n and wanted.inner is not None and held.inner is not None:
+        held, wanted = held.inner, wanted.inner
+    if (held.inner is None) != (wanted.inner is None or held.n == 0):
+        raise ValueError(f"load_state_dict: {where} is {data!r}, which is not this rule's clock")
+    return tick
+
+
+def _integer(value: object, where: str) -> int:
+    if not isinstance(value, int) or not is_integer(value, 0):
+        raise ValueError(f"load_state_dict: {where} is {value!r}, wanted an integer >= 0")
+    return value
+
+
+def _time(value: object, where: str) -> float:
+    if not isinstance(value, (int, float)) or not is_number(value) or value < 0:
+        raise ValueError(f"load_state_dict: {where} is {value!r}, wanted a finite number >= 0")
+    return float(value)

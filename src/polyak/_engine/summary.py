@@ -1,0 +1,103 @@
+"""Summaries: what an averager decided for every tensor, as data that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from polyak._engine.live import LiveWeights
+from polyak._engine.slots import Average, Form
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import is_distributed, shape
+from polyak._tensors import dtype_name
+
+WORTH_SAYING = 0.01
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor: its name and kind, what is done with it and why, and its dtypes.
+
+    The shape of a sharded one is that of this rank's part.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    slot_dtype: torch.dtype | None
+    policy: str
+    reason: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that an averager decided; `str` of it is a table.
+
+    `memory` is the bytes that the averager holds now; `count` its updates so far; `stalled` the
+    share, by average, of the weights that rounding would keep from moving at the next update.
+    """
+
+    rules: dict[str, str]
+    count: int
+    memory: int
+    stalled: dict[str, float]
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        head = [f"{name}: {rule}" for name, rule in self.rules.items()]
+        head.append(f"{self.count} updates, {self.memory / 2**20:.1f} MiB held")
+        head += [
+            _warning(name, share) for name, share in self.stalled.items() if share > WORTH_SAYING
+        ]
+        cells = [("tensor", "shape", "dtype", "policy", "in", "because")]
+        cells += [_cells(row) for row in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+        return "\n".join([*head, *(line.rstrip() for line in lines)])
+
+
+def _warning(name: str, share: float) -> str:
+    return (
+        f"warning: {share:.0%} of the weights of {name} that should move would not, at the next "
+        'update: the fraction is below what their slots can express; use rounding="compensated", '
+        "a wider dtype, or a larger every"
+    )
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    tied = f" (tied: {', '.join(row.aliases)})" if row.aliases else ""
+    kept = "-" if row.slot_dtype is None else dtype_name(row.slot_dtype)
+    return row.name, shape, dtype_name(row.dtype), row.policy, kept, row.reason + tied
+
+
+def summarise(
+    averages: Mapping[str, Average],
+    live: LiveWeights,
+    copies: list[torch.Tensor],
+    *,
+    elapsed: float,
+) -> Summary:
+    """The summary of averages over live weights."""
+    first = next(iter(averages.values()))
+    forms = first.forms(live)
+    rows = tuple(_row(item, forms) for item in live.tracked)
+    held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
+    memory = sum(t.numel() * t.element_size() for t in held)
+    rules = {name: str(average.rule) for name, average in averages.items()}
+    shares = {name: average.stalled(live, elapsed) for name, average in averages.items()}
+    return Summary(rules, first.tick.n, memory, shares, rows)
+
+
+def _row(item: Tracked, forms: Mapping[str, Form]) -> Row:
+    tensor = item.live()
+    kept = tensor.dtype if item.policy == "copy" else None
+    if item.name in forms:
+        kept = forms[item.name][1]
+    form = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
+    part = f"; part of {shape(item.held())}" if is_distributed(item.held()) else ""
+    return Row(*form, item.policy, item.reason + part, item.aliases)

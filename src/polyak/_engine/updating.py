@@ -1,0 +1,243 @@
+"""Updating: when slots move and whether a call counts. One object keeps calls, time and guards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from polyak import _tensors as tensors
+from polyak._checks import require_count
+from polyak._engine.guard import Verdict, finite, stepped
+from polyak._engine.live import LiveWeights
+from polyak._engine.offload import Courier, courier_for
+from polyak._engine.slots import Average, Move, move_, named
+from polyak._tensors import Groups
+from polyak.rules import Tick
+
+Nonfinite = Literal["allow", "skip", "error"]
+
+
+class _Moment(NamedTuple):
+    """The clock between two calls: calls and time since the last update, each average's tick."""
+
+    calls: int
+    elapsed: float
+    ticks: tuple[Tick, ...]
+
+
+class _Pending(NamedTuple):
+    """A masked update whose verdicts are on their way, and the moments to go back to."""
+
+    stepped: Verdict | None
+    finite: Verdict | None
+    before: _Moment
+    called: _Moment
+
+
+class Updating:
+    """Counts calls, moves the slots at every `every`-th, and leaves out what must not count."""
+
+    def __init__(
+        self,
+        live: LiveWeights,
+        averages: Sequence[Average],
+        *,
+        every: int,
+        nonfinite: Nonfinite,
+        device: torch.device | None,
+    ) -> None:
+        require_count("every", every, "calls per update")
+        if nonfinite not in get_args(Nonfinite):
+            raise ValueError(f'nonfinite is {nonfinite!r}, wanted "allow", "skip" or "error"')
+        self.every = every
+        self.skipped = 0
+        self.copies: list[Tensor] = []
+        self._live = live
+        self._averages = averages
+        self._nonfinite = nonfinite
+        self._device = device
+        self._calls, self._elapsed = 0, 0.0
+        self._pending: _Pending | None = None
+        self._courier: Courier | None = None
+        self._generation = -1
+
+    def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
+        """One call, `elapsed` after the last; `found_inf` is what a scaler left in the optimizers."""
+        self._hear()
+        groups = self._live.groups()
+        before = self._moment()
+        took = stepped(found_inf) if found_inf else None
+        if took is not None and not _deferred(took) and not took:
+            return
+        self._calls, self._elapsed = self._calls + 1, self._elapsed + elapsed
+        called = before._replace(calls=self._calls, elapsed=self._elapsed)
+        clean = None
+        if self._calls >= self.every:
+            clean = finite(groups) if self._nonfinite != "allow" else None
+            if clean is not None and not _deferred(clean) and not clean:
+                self._refuse(called)
+                return
+            self._move_or_go_back(groups, _both(took, clean), before)
+        if took is not None or clean is not None:
+            verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
+            self._pending = _Pending(verdicts[0], verdicts[1], before, called)
+
+    def settle(self) -> None:
+        """Waits for slots that still move, and hears the verdict of the call before."""
+        if self._courier is not None:
+            self._courier.join()
+        self._hear()
+
+    def _hear(self) -> None:
+        """Hears the verdicts of the call before, if any are out, and takes the clock back."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.stepped is not None and not pending.stepped.ask():
+            self._back_to(pending.before)
+        elif pending.finite is not None and not pending.finite.ask():
+            self._refuse(pending.called)
+
+    def state(self) -> dict[str, Any]:
+        """Calls and time since the last update, and the copied tensors, as data."""
+        copied = self._live.copied if self.copies else []
+        return {
+            "calls": self._calls,
+            "elapsed": self._elapsed,
+            "skipped": self.skipped,
+            "copies": named(copied, self.copies),
+        }
+
+    def take(self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave, all of it checked, copying its tensors."""
+        self._pending = None
+        self._calls, self._elapsed, self.skipped = calls, elapsed, skipped
+        self.copies = []
+        if copies:
+            self.copies = self._empty_copies()
+            sources = [copies[item.name] for item in self._live.copied]
+            tensors.lerp_(self.copies, sources, 1.0)
+
+    def before_step(self) -> None:
+        """What an optimizer's step must wait for, on the device: a copy of the weights under way.
+
+        Buffers are written to in the forward pass, before this is called: with them, nothing is put
+        off until here.
+        """
+        if self._courier is not None:
+            self._courier.before_write()
+            stored = self._live.stored()
+            self._courier.held = all(item.kind == "parameter" for item in stored)
+
+    def detached(self) -> None:
+        """No optimizer calls `before_step` any more: a copy under way is waited for now."""
+        if self._courier is not None:
+            self._courier.before_write()
+            self._courier.held = False
+
+    def _move_or_go_back(self, groups: Groups, ok: Tensor | None, before: _Moment) -> None:
+        """An update; one that fails leaves the clock where it was, so that its copies are redone."""
+        try:
+            self._move(groups, ok)
+        except BaseException:
+            self._back_to(before)
+            raise
+
+    def _move(self, groups: Groups, ok: Tensor | None) -> None:
+        """One update of every average and of the copies, over the time since the last."""
+        averages = [average.advance(self._live, self._elapsed) for average in self._averages]
+        moves = [move for moves in averages for move in moves]
+        self._calls, self._elapsed = 0, 0.0
+        copied = [item.live() for item in self._live.copied]
+        if copied and not self.copies:
+            self.copies = self._empty_copies()
+        if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
+            self._live.check("update")
+            copied = [item.live() for item in self._live.copied]
+        self._find_courier([*groups, copied])
+        if self._courier is None:
+            move_(groups, moves, ok)
+            self._copy(copied, ok)
+        else:
+            self._send(groups, copied, moves, ok)
+
+    def _find_courier(self, tensors: Groups) -> None:
+        """A courier for where the tensors are now, looked for again when any was moved."""
+        if self._generation == self._live.generation:
+            return
+        self._generation = self._live.generation
+        if self._courier is not None:
+            self._courier.join()
+        self._courier = courier_for(tensors, self._device)
+
+    def _send(
+        self, groups: Groups, copied: list[Tensor], moves: list[Move], ok: Tensor | None
+    ) -> None:
+        """The update by courier: weights, copied tensors and the verdict travel together."""
+
+        def arrived(staged: Groups) -> None:
+            *weights, copies, verdict = staged
+            if not verdict or bool(verdict[0]):
+                move_(weights, moves)
+                self._copy(copies, None)
+
+        assert self._courier is not None
+        self._courier.send([*groups, copied, [] if ok is None else [ok]], arrived)
+
+    def _copy(self, live: list[Tensor], ok: Tensor | None) -> None:
+        if not live:
+            return
+        if ok is not None:
+            pairs = zip(self.copies, live, strict=True)
+            live = [torch.where(ok.to(b.device), b, a.to(b.device, b.dtype)) for a, b in pairs]
+        tensors.lerp_(self.copies, live, 1.0)
+
+    @torch.inference_mode(False)
+    def _empty_copies(self) -> list[Tensor]:
+        live = [item.live() for item in self._live.copied]
+        return [torch.empty_like(t, device=self._device) for t in live]
+
+    def _moment(self) -> _Moment:
+        return _Moment(self._calls, self._elapsed, tuple(a.tick for a in self._averages))
+
+    def _back_to(self, moment: _Moment) -> None:
+        self._calls, self._elapsed = moment.calls, moment.elapsed
+        for average, tick in zip(self._averages, moment.ticks, strict=True):
+            average.tick = tick
+
+    def _refuse(self, called: _Moment) -> None:
+        """Leaves out an update of weights that are not finite: its time counts in the next."""
+        self._back_to(called._replace(calls=0))
+        if self._nonfinite == "error":
+            raise FloatingPointError(
+                f"update: {self._culprits()} not finite; the average is as it was before. Mend the "
+                'weights or the training, or leave such updates out with nonfinite="skip"'
+            )
+        self.skipped += 1
+
+    def _culprits(self) -> str:
+        named = (item for item in self._live.averaged if not item.live().isfinite().all())
+        names = [item.name for item in named]
+        return (
+            f"{', '.join(names[:8])} {'are' if len(names) > 1 else 'is'}"
+            if names
+            else "weights were"
+        )
+
+
+def _deferred(flag: Tensor) -> bool:
+    """Whether a flag is on a device that would have to be waited for."""
+    return flag.device.type != "cpu"
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The flags that are still open, as one; None where there is nothing to mask."""
+    open_flags = [flag for flag in (a, b) if flag is not None and _deferred(flag)]
+    return (
+        None
+        if not open_flags
+        else open_flags[0].logical_and(open_flags[-1].to(open_flags[0].device))
+    )

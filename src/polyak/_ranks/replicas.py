@@ -1,0 +1,159 @@
+"""Replicas: weights that every rank of a mesh has whole (DistributedDataParallel), averaged by rows.
+
+What ranks have is compared by fingerprints, and an average that lies on them in rows is gathered into
+whole tensors, in buckets. Both are collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polyak._ranks.agreement import agree, digest, together
+from polyak._ranks.sharding import rows_of_a_rank
+from polyak._tensors import kind
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+BUCKET_BYTES = 1 << 26
+_CHUNK = 1 << 20
+_SAMPLE = 1 << 12
+_ODD, _OTHER = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  # of splitmix64
+
+
+def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: DeviceMesh) -> None:
+    """Raises `RuntimeError` on all ranks of a mesh where their tensors differ, naming them. Collective.
+
+    Compared are 64 bits for each tensor. Raises `ValueError` where ranks differ in the tensors'
+    names, forms or order, or in `told`.
+    """
+    group = mesh.get_group()
+    with together(call, group):
+        mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
+        forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+        order = {"the order of tensors": digest(list(tensors)), "made with": told}
+    agree(call, order | forms, group, "make the averager alike on all of them")
+    if not mine:
+        return
+    both = torch.cat([torch.stack(mine), ~torch.stack(mine)])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    same = (both[: len(mine)] == ~both[len(mine) :]).tolist()
+    differ = [name for name, each in zip(tensors, same, strict=True) if not each]
+    if differ:
+        more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise RuntimeError(
+            f"{call}: the ranks' weights have come apart, in {', '.join(differ[:8])}{more}: an "
+            "average in rows would be made of different models. Begin all ranks with the same "
+            "weights (DistributedDataParallel does), and step their optimizers alike"
+        )
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """64 bits of a tensor's content: a sum over its elements of their bits, mixed with their place.
+
+    Mixed as by a hash, since a plain sum would not see signs that change in pairs.
+    """
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        mixed = bits[start : start + _CHUNK].to(torch.int64, copy=True).mul_(_ODD)
+        mixed += torch.arange(start, start + mixed.numel(), device=tensor.device).mul_(_OTHER)
+        for shift in (32, 29):
+            mixed.bitwise_xor_(mixed >> shift).mul_(_OTHER)
+        total += mixed.bitwise_xor_(mixed >> 32).sum()
+    return total
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """64 bits of some of a tensor's elements, which tell it from another but for chance."""
+    return fingerprint(tensor.detach().reshape(-1)[:_SAMPLE])
+
+
+class _Piece(NamedTuple):
+    """Some rows of each rank's part of a tensor."""
+
+    whole: Tensor
+    part: Tensor
+    first: int
+    rows: int
+    rank_rows: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.whole[0].numel()
+
+
+@torch.no_grad()
+def gather_(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> None:
+    """Fills whole tensors on every rank from the rows that the ranks have, rounded to their dtypes.
+
+    Of each pair the first is whole, the second this rank's rows. Collective.
+
+    In buckets of 64 MiB, which take as much again over the number of ranks; a row is not divided.
+    """
+    for bucket in _buckets(pairs, mesh):
+        _gather_bucket_(bucket, mesh)
+
+
+def _buckets(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> Iterator[list[_Piece]]:
+    """Pieces of one dtype and device, as many as a bucket takes; a piece is a row at least."""
+    bucket: list[_Piece] = []
+    room = 0
+    for whole, part in pairs:
+        for piece in _pieces(whole, part, mesh):
+            nbytes = piece.numel * whole.itemsize * mesh.size()
+            if bucket and (nbytes > room or kind(bucket[0].whole) != kind(whole)):
+                yield bucket
+                bucket = []
+            if not bucket:
+                room = BUCKET_BYTES
+            bucket.append(piece)
+            room -= nbytes
+    if bucket:
+        yield bucket
+
+
+def _pieces(whole: Tensor, part: Tensor, mesh: DeviceMesh) -> Iterator[_Piece]:
+    if whole.numel() == 0:
+        return
+    rank_rows = rows_of_a_rank(whole, mesh)
+    most = max(1, BUCKET_BYTES // (whole[0].numel() * whole.itemsize * mesh.size()))
+    for first in range(0, rank_rows, most):
+        yield _Piece(whole, part, first, min(most, rank_rows - first), rank_rows)
+
+
+def _gather_bucket_(bucket: Sequence[_Piece], mesh: DeviceMesh) -> None:
+    like = bucket[0].whole
+    ends = list(accumulate(piece.numel for piece in bucket))
+    mine = like.new_zeros(1, ends[-1])
+    for piece, [flat] in _columns(bucket, ends, mine):
+        held = piece.part[piece.first : piece.first + piece.rows]
+        flat[: len(held)].copy_(held)
+    everyones = like.new_empty(mesh.size(), ends[-1])
+    group = mesh.get_group()
+    dist.all_gather_into_tensor(everyones.view(torch.uint8), mine.view(torch.uint8), group=group)
+    for piece, theirs in _columns(bucket, ends, everyones):
+        whole, first, rows, rank_rows = piece.whole, piece.first, piece.rows, piece.rank_rows
+        full = len(whole) // rank_rows  # ranks that have as many rows as there can be
+        of_full = whole[: full * rank_rows].unflatten(0, (full, rank_rows))
+        of_full[:, first : first + rows].copy_(theirs[:full])
+        rest = whole[full * rank_rows + first :][:rows]
+        if len(rest):
+            rest.copy_(theirs[full, : len(rest)])
+
+
+def _columns(
+    bucket: Sequence[_Piece], ends: Sequence[int], flat: Tensor
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """The pieces with their places in a matrix of a row a rank, each in the shape of its rows."""
+    for piece, end in zip(bucket, ends, strict=True):
+        shape = (len(flat), piece.rows, *piece.whole.shape[1:])
+        yield piece, flat[:, end - piece.numel : end].view(shape)

@@ -1,0 +1,193 @@
+"""Boxes: which part of a whole tensor lies on which rank, and how parts are cut and laid out.
+
+A box is a range of indices in each dimension. Nothing here communicates: a DTensor tells its layout,
+and with it where every rank's part lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from polyak._ranks.sharding import local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Box(NamedTuple):
+    """Where a box begins in a whole tensor, and its shape.
+
+    >>> Box((2, 0), (2, 3)).overlap(Box((3, 1), (5, 9)))
+    Box(offsets=(3, 1), shape=(1, 2))
+    """
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def overlap(self, other: Box) -> Box:
+        """What lies in both; of no elements where nothing does."""
+        starts = tuple(map(max, self.offsets, other.offsets))
+        ends = [min(a + n, b + m) for a, n, b, m in zip(*self, *other, strict=True)]
+        return Box(starts, tuple(max(e - s, 0) for s, e in zip(starts, ends, strict=True)))
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """The indices of this box in a tensor that holds an outer one."""
+        starts = [a - b for a, b in zip(self.offsets, outer.offsets, strict=True)]
+        return tuple(slice(a, a + n) for a, n in zip(starts, self.shape, strict=True))
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of a tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def box(tensor: DTensor) -> Box:
+    """Where this rank's part lies in the whole tensor, and its shape.
+
+    torch's own functions for it are wrong for what is cut twice into uneven pieces, as 9 rows are
+    by tensor parallelism over 2 ranks and then FSDP2 over 4. Raises `ValueError` for a rank that is
+    not on the tensor's mesh, for parts that are no boxes or no parts (partial sums), and for one
+    that has not its box's shape.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"it lies on the ranks {_ranks(tensor)}, and this rank is none of them")
+    found = box_at(tensor, coordinate)
+    if found.shape != tuple(local(tensor).shape):
+        raise ValueError(
+            f"this rank's part of {tuple(tensor.shape)} as {tensor.placements} has shape "
+            f"{tuple(local(tensor).shape)}, wanted {found.shape}"
+        )
+    return found
+
+
+def box_of(name: str, tensor: DTensor) -> Box:
+    """`box`, with errors that name the tensor."""
+    try:
+        return box(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def box_at(tensor: DTensor, coordinate: Sequence[int]) -> Box:
+    """Where the part of the rank at a coordinate of the mesh lies; at (0, ..., 0) it is the largest."""
+    return _box(tensor, _cuts(tensor), coordinate)
+
+
+def boxes(tensor: DTensor) -> dict[int, Box]:
+    """Rank -> its box, for ranks that together hold the tensor once: of replicas the first.
+
+    Ranks are those of the default group. Errors: those of `box`.
+    """
+    mesh, cuts = tensor.device_mesh, _cuts(tensor)
+    found = {}
+    for coordinate in product(*map(range, mesh.mesh.shape)):
+        each = _box(tensor, cuts, coordinate)
+        if each.numel and _is_first(tensor, coordinate):
+            found[int(mesh.mesh[coordinate])] = each
+    return found
+
+
+def missing_parts(tensor: DTensor, ranks: Collection[int]) -> list[int]:
+    """The first holders of parts that none of these ranks has."""
+    mesh, cuts = tensor.device_mesh, _cuts(tensor)
+    if set(mesh.mesh.flatten().tolist()) <= set(ranks):
+        return []
+    holders: dict[Box, list[int]] = {}
+    for coordinate in product(*map(range, mesh.mesh.shape)):
+        holders.setdefault(_box(tensor, cuts, coordinate), []).append(int(mesh.mesh[coordinate]))
+    return [each[0] for box, each in holders.items() if box.numel and not set(each) & set(ranks)]
+
+
+def is_first_replica(tensor: DTensor) -> bool:
+    """Whether this rank is one of those that hold the tensor once, its part being empty or not."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    return coordinate is not None and _is_first(tensor, coordinate)
+
+
+def windows(box: Box, most: int) -> Iterator[Box]:
+    """A box cut into boxes of at most so many elements, each of which lies together within it.
+
+    >>> [each.shape for each in windows(whole((5, 3)), 7)]
+    [(2, 3), (2, 3), (1, 3)]
+    >>> [each.offsets for each in windows(whole((2, 5)), 3)]
+    [(0, 0), (0, 3), (1, 0), (1, 3)]
+    """
+    if box.numel <= most:
+        yield from [box] * (box.numel > 0)
+        return
+    (first, *offsets), (rows, *shape) = box
+    row = Box(tuple(offsets), tuple(shape))
+    step = max(most // row.numel, 1)
+    for skip in range(0, rows, step):
+        some = min(step, rows - skip)
+        for each in [row] if some * row.numel <= most else windows(row, most):
+            yield Box((first + skip, *each.offsets), (some, *each.shape))
+
+
+def runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
+    """The elements of a box as they lie row by row in the whole: first place and count of each run.
+
+    >>> list(runs((3, 4), Box((1, 0), (2, 4))))
+    [(4, 8)]
+    >>> list(runs((3, 4), Box((1, 2), (2, 2))))
+    [(6, 2), (10, 2)]
+    """
+    inner = max(len(shape) - 1, 0)
+    while inner > 0 and box.shape[inner] == shape[inner]:
+        inner -= 1
+    steps = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    begin = sum(first * step for first, step in zip(box.offsets, steps, strict=True))
+    for index in product(*map(range, box.shape[:inner])):
+        skipped = sum(i * step for i, step in zip(index, steps, strict=False))
+        yield begin + skipped, prod(box.shape[inner:])
+
+
+def _box(tensor: DTensor, cuts: dict[int, list[int]], coordinate: Sequence[int]) -> Box:
+    """The box of the rank at a coordinate of the mesh: `torch.chunk`, cut after cut."""
+    offsets, shape = [0] * tensor.dim(), list(tensor.shape)
+    for dim, axes in cuts.items():
+        for axis in axes:
+            length = -(-shape[dim] // tensor.device_mesh.size(axis))
+            skip = min(length * coordinate[axis], shape[dim])
+            offsets[dim] += skip
+            shape[dim] = min(length, shape[dim] - skip)
+    return Box(tuple(offsets), tuple(shape))
+
+
+def _cuts(tensor: DTensor) -> dict[int, list[int]]:
+    """Tensor dimension -> the mesh's dimensions that cut it, in the order in which they do.
+
+    The order is the mesh's, but for one with a split factor: it cuts again what later ones have cut
+    into so many pieces.
+    """
+    cuts: dict[int, list[int]] = {}
+    for axis, placement in reversed(list(enumerate(tensor.placements))):
+        if placement.is_replicate():
+            continue
+        later = cuts.setdefault(getattr(placement, "dim", -1), [])
+        pieces = [prod(map(tensor.device_mesh.size, later[:i])) for i in range(len(later) + 1)]
+        factor = getattr(placement, "split_factor", 1)
+        if placement.is_partial() or factor not in pieces:
+            raise ValueError(
+                f"it is spread as {tensor.placements} on the ranks {_ranks(tensor)}, wanted parts "
+                "that are boxes of it: redistribute it"
+            )
+        later.insert(pieces.index(factor), axis)
+    return cuts
+
+
+def _is_first(tensor: DTensor, coordinate: Sequence[int]) -> bool:
+    pairs = zip(tensor.placements, coordinate, strict=True)
+    return all(at == 0 for placement, at in pairs if placement.is_replicate())
+
+
+def _ranks(tensor: DTensor) -> object:
+    return tensor.device_mesh.mesh.tolist()

@@ -1,0 +1,193 @@
+"""Averages of other libraries as states of our averagers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak._checks import difference, report, require_count
+from polyak._engine.slots import COMPENSATION, Form, tick_data
+from polyak._engine.states import STATE_FORMAT
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import as_distributed, local
+from polyak.averager import Averager
+from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
+from polyak.checkpoints._names import named
+from polyak.checkpoints._parts import Chunked, cut_all, unread
+from polyak.checkpoints._reading import read
+from polyak.rules import AVERAGE, Power, Rule
+from polyak.specs import as_specs
+
+
+def foreign_state(
+    path: Path,
+    averager: Averager,
+    *,
+    names: Sequence[str] | None,
+    count: int | None,
+    change_rule: bool,
+) -> dict[str, Any]:
+    """What another library wrote as a state of this averager; raises as `load`."""
+    found = _read(path, averager, names)
+    rules = averager.rules
+    told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
+    require_rules(found.path, rules, told, change_rule)
+    clock = _clock(found, count)
+    tracked = averager.tracked
+    weights = {name: _complete(found, name, tracked) for name in rules}
+    averages = {
+        name: {
+            "rule": str(rule),
+            "tick": _tick(found, clock, rule, averager.every),
+            "slots": _slots(found, weights[name], averager.slot_forms(name)),
+        }
+        for name, rule in rules.items()
+    }
+    since = clock.since(averager.every)
+    last = weights[next(iter(rules))]
+    return {
+        "format": STATE_FORMAT,
+        "calls": since,
+        "elapsed": float(since),
+        "skipped": 0,
+        "copies": {item.name: last[item.name] for item in tracked if item.policy == "copy"},
+        "averages": averages,
+    }
+
+
+def require_rules(
+    path: Path, wanted: Mapping[str, Rule], got: Mapping[str, Rule | None], change_rule: bool
+) -> None:
+    """Raises `ValueError` for averages that are missing or extra, and for rules that differ."""
+    lines = difference(dict.fromkeys(wanted), dict.fromkeys(got))
+    if lines:
+        raise ValueError(report(f"{path}: other averages than this averager's", lines))
+    if lines := [] if change_rule else difference(as_specs(wanted), as_specs(got)):
+        title = f"{path}: other rules than this averager's; change_rule=True goes on by its own"
+        raise ValueError(report(title, lines))
+
+
+def _read(path: Path, averager: Averager, names: Sequence[str] | None) -> Checkpoint:
+    """What another library wrote; tensors without names are those of the model's parameters."""
+    found = read(path, names or "positions")
+    parameters = [item for item in averager.tracked if item.kind != "buffer"]
+    trainable = [item.name for item in parameters if item.live().requires_grad]
+    averages = {}
+    for name, weights in found.averages.items():
+        if names is None and list(weights) == [str(i) for i in range(len(weights))]:
+            every = [item.name for item in parameters]
+            order = trainable if len(weights) == len(trainable) else every
+            weights = _named(path, list(weights.values()), order)
+        averages[name] = weights
+    return replace(found, averages=averages)
+
+
+def _named(path: Path, tensors: list[Tensor], order: list[str]) -> Weights:
+    try:
+        return named(tensors, order)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _clock(found: Checkpoint, count: int | None) -> Clock:
+    """How far the file's average had come, by the file or as given."""
+    if count is not None:
+        require_count("count", count, "updates made so far")
+        return Clock(count)
+    if found.clock is None:
+        raise ValueError(
+            f"{found.path}: a {found.format} file does not hold how many updates its average had; "
+            "give count="
+        )
+    return found.clock
+
+
+def _tick(found: Checkpoint, clock: Clock, rule: Rule, every: int) -> Any:
+    try:
+        return tick_data(_clock_under(found, clock, rule).tick(rule, every))
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from None
+
+
+def _clock_under(found: Checkpoint, clock: Clock, rule: Rule) -> Clock:
+    """The clock as a rule of ours counts it: KarrasEMA, stored as EMA is, runs one update ahead."""
+    if found.format == "ema-pytorch" and isinstance(rule, Power):
+        return Clock(clock.count, "updates", ahead=1)
+    return clock
+
+
+def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str, Tensor]:
+    """The average of a file, and for what its library does not average the live weights.
+
+    Of what is sharded it is this rank's part.
+    """
+    held, live = found.averages[name], found.live or {}
+    known = {item.name for item in tracked} | {n for item in tracked for n in item.aliases}
+    extra = [each for each in held if each not in known]
+    complete: dict[str, Tensor | Chunked] = {}
+    missing = []
+    tracked = [item for item in tracked if item.policy != "live"]
+    for item in tracked:
+        given = [n for n in (item.name, *item.aliases) if n in held]
+        if given:
+            complete[item.name] = unread(held, given[0])
+        elif item.name in live and not _learns(item):
+            complete[item.name] = unread(live, item.name)
+        elif not _learns(item):
+            complete[item.name] = item.held()
+        else:
+            missing.append(item.name)
+    if missing or extra:
+        wanted = dict.fromkeys(item.name for item in tracked)
+        got = dict.fromkeys([*complete, *extra])
+        raise ValueError(report(f"{found.path}: other tensors", difference(wanted, got)))
+    return cut_all(found.path, name, complete, {item.name: item.held() for item in tracked})
+
+
+def _learns(item: Tracked) -> bool:
+    return item.kind != "buffer" and item.held().requires_grad
+
+
+def _slots(
+    found: Checkpoint, weights: Mapping[str, Tensor], forms: Mapping[str, Mapping[str, Form]]
+) -> dict[str, dict[str, Tensor]]:
+    """The slots of an average from its weights: only a rule of one slot has its average there."""
+    plain = [slot for slot in forms if not slot.endswith(COMPENSATION)]
+    if plain != [AVERAGE]:
+        raise ValueError(
+            f"{found.path}: a file of another library holds an average, and this averager's rule "
+            f"needs the slots {', '.join(plain)}"
+        )
+    slots = {
+        AVERAGE: {n: _widened(found, n, weights[n], form[1]) for n, form in forms[AVERAGE].items()}
+    }
+    for slot in forms.keys() - slots.keys():
+        slots[slot] = {n: _zeros_like(tensor) for n, tensor in slots[AVERAGE].items()}
+    return slots
+
+
+def _widened(found: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a slot's dtype, which must hold its values."""
+    if not _holds(dtype, tensor.dtype):
+        raise ValueError(
+            f"{found.path}: {name} is {tensor.dtype}, and the averager's slots are {dtype}, which "
+            f"would round it; make the averager with dtype={tensor.dtype}"
+        )
+    return as_distributed(local(tensor).to(dtype), tensor)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return as_distributed(torch.zeros_like(local(tensor)), tensor)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype has all values of another."""
+    try:
+        return torch.promote_types(other, dtype) == dtype
+    except RuntimeError:  # it has no rule for 8-bit floating-point numbers
+        return False

@@ -1,0 +1,283 @@
+"""Our own files: a state in safetensors, with names, rules, clocks and a digest; no pickle anywhere.
+
+The header's metadata holds, beside the digest (`tensorfile`), one entry `polyak`: the state's numbers,
+rules and names as JSON. The tensors lie under `averages/<average>/<slot>/<name>`, `copies/<name>`,
+and `live/<name>` where a rule's readout has a term in the live weights.
+
+Of a sharded averager it is a folder of torch.distributed.checkpoint with the same keys, and the JSON
+is one tensor more, of bytes, under the key `polyak`. A mark of the save is in the JSON, and each rank
+writes it under `polyak/<rank>`: a rank's file of another save is told by it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polyak._engine.slots import named, tick_data
+from polyak._engine.states import STATE_FORMAT, as_tick
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import require_whole
+from polyak._tensors import dtype_name
+from polyak.averager import Averager
+from polyak.checkpoints import _collective as collective
+from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints._checkpoint import Checkpoint, Clock
+from polyak.checkpoints._parts import Chunked
+from polyak.checkpoints._readout import ReadOut
+from polyak.checkpoints._stored import FORMAT, KEY, PAIRS, SAVE, Stored
+from polyak.checkpoints._tensorfile import Form, narrowed
+from polyak.ema import EMA
+from polyak.rules import LIVE
+from polyak.specs import parse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def save(
+    path: Path | str,
+    averager: Averager | EMA,
+    *,
+    group: ProcessGroup | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Writes all that an averager (or the article's `EMA`) needs to go on exactly: slots, clock, rule.
+
+    The file appears when it is complete and on the disk; a process killed on the way leaves the
+    file that was there before. Live weights, optimizer and data order are yours to save, in one
+    folder with this file (`saving`) so that they agree.
+
+    Of a sharded averager it is collective: every rank of the group (by default all) calls it, each
+    writes its own parts, and `path` becomes a folder of torch.distributed.checkpoint. What all
+    ranks have (buffers, which may differ between them) is the lowest rank's. (`save_distributed`
+    saves the rest of the training with it.)
+
+    >>> import tempfile
+    >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"
+    >>> averager = Averager({"w": torch.zeros(2)}, "exponential(0.9)")
+    >>> averager.update()
+    >>> save(place, averager)
+    >>> tensorfile.TensorFile(place)["averages/average/average/w"]
+    tensor([0., 0.])
+
+    Raises `RuntimeError` inside `applied()`, `TypeError` for another object or a dtype that
+    safetensors lacks, `OSError` where it cannot be written; `ValueError` where ranks are not at the
+    same update or have other tensors. What fails on one rank fails on all.
+    """
+    if isinstance(averager, Averager) and averager.sharded:
+        save_parts("save", path, averager, packed, group=group, overwrite=overwrite)
+        return
+    described, stored = _packed(averager)
+    write(path, described, stored, overwrite=overwrite)
+
+
+Packed = tuple[dict[str, Any], dict[str, Tensor]]
+"""The description and the tensors by key of what is saved."""
+
+Pack = Callable[[Averager], Packed]
+
+
+def save_parts(
+    call: str,
+    path: Path | str,
+    averager: Averager,
+    pack: Pack,
+    *,
+    group: ProcessGroup | None,
+    overwrite: bool = True,
+) -> None:
+    """Writes a folder of what each rank of the group packs of its averager."""
+    content = encoded(call, {"": averager}, pack, group)[""]
+    collective.save_folder(call, path, content, group=group, overwrite=overwrite)
+
+
+def encoded(
+    call: str, averagers: Mapping[str, Averager], pack: Pack, group: ProcessGroup | None
+) -> dict[str, dict[str, Tensor]]:
+    """What is saved of each averager, as tensors alone; its description is one of them.
+
+    Collective: raises on all ranks what packing raises on one, and `ValueError` where their
+    descriptions differ.
+    """
+    for averager in averagers.values():
+        with collective.together(call, group):
+            averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
+    with collective.together(call, group):
+        tracked = {f"{key} {i.name}".strip(): i for key, a in averagers.items() for i in a.tracked}
+    collective.require_one_model(call, tracked, group)
+    with collective.together(call, group):
+        packed = {key: pack(averager) for key, averager in averagers.items()}
+    told = {"averagers": str(sorted(packed))}
+    for key, (described, _) in packed.items():
+        told |= {f"{key}{name}".strip(): each for name, each in _told(described).items()}
+    wanted = "save an average from all ranks that share it (`group=`), at the same update"
+    collective.agree(call, told, group, wanted)
+    save = collective.chosen(call, lambda: secrets.token_hex(8), group)
+    mine = {f"{KEY}/{collective.number(group)}": _bytes(save)}
+    return {
+        key: {**stored, **mine, KEY: _as_tensor({**described, SAVE: save})}
+        for key, (described, stored) in packed.items()
+    }
+
+
+def write(
+    path: Path | str,
+    described: Mapping[str, Any],
+    stored: Mapping[str, Tensor],
+    *,
+    overwrite: bool = True,
+    narrow: torch.dtype | None = None,
+) -> None:
+    """Writes a file of ours: its description as JSON, its tensors by key.
+
+    `narrow` is the dtype of averages' real tensors in the file, if not their own; raises
+    `ValueError` for a value that it cannot hold.
+    """
+    pairs = [key for key, tensor in stored.items() if tensor.dtype == torch.complex128]
+    plain = {**stored, **{key: torch.view_as_real(stored[key].resolve_conj()) for key in pairs}}
+    cast = [k for k, t in plain.items() if k.startswith("averages/") and t.is_floating_point()]
+    dtypes = {key: tensor.dtype for key, tensor in plain.items()} | (
+        dict.fromkeys(set(cast) - set(pairs), narrow) if narrow else {}
+    )
+    tensorfile.write(
+        path,
+        {key: Form(dtypes[key], tuple(tensor.shape)) for key, tensor in plain.items()},
+        lambda key: [narrowed(key, plain[key], dtypes[key])],
+        {KEY: json.dumps({"format": FORMAT, PAIRS: pairs, **described})},
+        digest=True,
+        overwrite=overwrite,
+    )
+
+
+def _packed(averager: Averager | EMA) -> Packed:
+    if isinstance(averager, EMA):
+        described = {"kind": "ema", "rule": str(averager.rule), "every": averager.update_every}
+        held = averager.state_dict()
+        require_whole("save", held)
+        return described, {f"ema/{key}": tensor for key, tensor in held.items()}
+    if not isinstance(averager, Averager):
+        raise TypeError(f"save: got {type(averager).__name__}, wanted a polyak.Averager or EMA")
+    return packed(averager)
+
+
+def packed(averager: Averager, kind: str = "averager") -> Packed:
+    """What is saved of an averager: its state, and what its model is like."""
+    state, tracked = averager.state_dict(), averager.tracked
+    averages = state.pop("averages")
+    stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
+    for average, held in averages.items():
+        stored |= {
+            f"averages/{average}/{slot}/{name}": tensor
+            for slot, tensors_of in held["slots"].items()
+            for name, tensor in tensors_of.items()
+        }
+    if averager.clock.n and any(map(_needs_live, averages.values())):
+        items = [item for item in tracked if item.policy == "average"]
+        live = named(items, [item.live().detach() for item in items])
+        stored |= {f"live/{name}": tensor for name, tensor in live.items()}
+    described = {
+        name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
+        for name, held in averages.items()
+    }
+    del state["format"]
+    return {
+        "kind": kind,
+        "every": averager.every,
+        **state,
+        "averages": described,
+        "model": described_model(tracked),
+    }, stored
+
+
+def _told(described: Mapping[str, Any]) -> dict[str, str]:
+    """A description entry by entry, as ranks compare it: equal only for equal ones."""
+    entries = {f" {name}": each for name, each in described.items()}
+    averages, model = entries.pop(" averages"), entries.pop(" model")
+    for name, each in averages.items():
+        entries[f" average {name}"] = f"update {each['tick'][0]} of {each}"
+    entries |= {f" tensor {name}": each for name, each in model.items()}
+    return {name: json.dumps(each, sort_keys=True) for name, each in entries.items()}
+
+
+def _as_tensor(described: Mapping[str, Any]) -> Tensor:
+    return _bytes(json.dumps({"format": FORMAT, PAIRS: [], **described}))
+
+
+def _bytes(text: str) -> Tensor:
+    """A text as a tensor of bytes."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def described_model(tracked: Sequence[Tracked]) -> dict[str, Any]:
+    """What the averaged model is like: shape, dtype, policy, other names, of all that is stored."""
+    return {item.name: _described(item) for item in tracked if item.policy != "live"}
+
+
+def _needs_live(held: Mapping[str, Any]) -> bool:
+    return LIVE in parse(held["rule"]).readout(as_tick(held["tick"]))
+
+
+def _described(item: Tracked) -> dict[str, Any]:
+    held = item.held()
+    return {
+        "shape": list(held.shape),
+        "dtype": dtype_name(held.dtype),
+        "policy": item.policy,
+        "aliases": list(item.aliases),
+    }
+
+
+def state(stored: Stored) -> dict[str, Any]:
+    """The state that an averager's `load_state_dict` takes, once its tensors are put together."""
+    averages: dict[str, dict[str, Any]] = {}
+    for name, held in stored.averages().items():
+        slots = {slot: _unread(stored, f"averages/{name}/{slot}/") for slot in held.slots}
+        averages[name] = {"rule": str(held.rule), "tick": tick_data(held.tick), "slots": slots}
+    numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped")}
+    numbers |= {name: stored.value(name) for name in ("run", "mixed") if stored.has(name)}
+    copies = _unread(stored, "copies/")
+    return {"format": STATE_FORMAT, **numbers, "copies": copies, "averages": averages}
+
+
+def _unread(stored: Stored, prefix: str) -> dict[str, Tensor | Chunked]:
+    """The tensors whose keys begin so, those in chunks not put together."""
+    held = stored.under(prefix)
+    return {name: held.unread(name) for name in held}
+
+
+def checkpoint(stored: Stored) -> Checkpoint:
+    """What a file of ours holds, as any checkpoint: averages read out by their rules."""
+    if stored.value("kind") == "ema":
+        return _ema_checkpoint(stored)
+    held, model = stored.averages(), stored.model()
+    return Checkpoint(
+        path=stored.path,
+        format="polyak",
+        live=stored.under("live/") or None,
+        averages={name: ReadOut(stored, name, each) for name, each in held.items() if each.tick.n},
+        rules={name: each.rule for name, each in held.items()},
+        clock=Clock(max((each.tick.n for each in held.values()), default=0)),
+        dtypes={name: getattr(torch, each["dtype"]) for name, each in model.items()},
+    )
+
+
+def _ema_checkpoint(stored: Stored) -> Checkpoint:
+    held = stored.under("ema/")
+    parts = {
+        part: {k.removeprefix(part): t for k, t in held.items() if k.startswith(part)}
+        for part in ("ema_model.", "online_model.")
+    }
+    step = stored["ema/step"]
+    if step.numel() != 1 or int(step) < 0:
+        raise stored.error(f"step is {step}, wanted one integer >= 0")
+    average = {"average": parts["ema_model."]}
+    rules = {"average": stored.rule(stored.value("rule"))}
+    clock = Clock(int(step), "calls")
+    return Checkpoint(stored.path, "polyak", parts["online_model."] or None, average, rules, clock)

@@ -1,0 +1,84 @@
+"""Files of other libraries: whose layout it is, told by its keys alone, and what of it is what.
+
+A layout is one function here: it takes what was found and answers with a `Checkpoint`, or None where
+the file is not of its layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from polyak._checks import difference, report
+from polyak.checkpoints._checkpoint import Checkpoint
+from polyak.checkpoints._peers.found import Found
+from polyak.checkpoints._peers.lightning import lightning
+from polyak.checkpoints._peers.modules import module_state, plain_state
+from polyak.checkpoints._peers.nested import AVERAGE_KEYS, LIVE_KEYS, nested, torchtitan
+from polyak.checkpoints._peers.positional import diffusers, torch_ema
+from polyak.checkpoints._peers.trainers import composer, edm2, mmengine, timm
+
+_LAYOUTS = (
+    lightning, composer, mmengine, edm2, timm, torchtitan, torch_ema, diffusers, module_state,
+    plain_state, nested,
+)  # fmt: skip
+
+
+FORMATS = (
+    "polyak", "averaged-model", "composer", "dcp", "diffusers", "edm2", "ema-pytorch", "lightning",
+    "mmengine", "nemo", "post-hoc-ema", "safetensors", "sharded-safetensors", "state-dict", "timm",
+    "torch-ema", "torchtitan",
+)  # fmt: skip
+"""What `Checkpoint.format` may be."""
+
+
+def recognise(found: Found) -> Checkpoint:
+    """The content of a file as a checkpoint, by the first layout that it is of.
+
+    Raises `ValueError` naming the file: where it is of none, with what it holds; where it is of one
+    and is damaged, or needs names.
+    """
+    try:
+        readings = (layout(found) for layout in _LAYOUTS)
+        reading = next((reading for reading in readings if reading is not None), None)
+        if reading is not None and found.names is not None:
+            _require_shapes(reading)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # parts may be of any type, and torch's own errors are many
+        what = f"{error!r:.200}"
+        raise ValueError(f"{found.path}: a part of its layout is missing ({what})") from None
+    if reading is None:
+        raise ValueError(
+            f"{found.path}: no layout that polyak knows. It holds {_described(found.top)}; known are "
+            f"{', '.join(FORMATS)}, and state dicts under "
+            f"{', '.join(filter(None, LIVE_KEYS + AVERAGE_KEYS))}"
+        )
+    return reading
+
+
+def _require_shapes(reading: Checkpoint) -> None:
+    """Raises `ValueError` where names that were given put an average in another shape than the live."""
+    live = reading.live or {}
+    for average in reading.averages.values():
+        got = {name: tuple(average[name].shape) for name in average if name in live}
+        wanted = {name: tuple(live[name].shape) for name in got}
+        if lines := difference(wanted, got):
+            raise ValueError(report("names are not in the order of the averaged tensors", lines))
+
+
+def _described(top: Mapping[str, Any], most: int = 12) -> str:
+    parts = [f"{key!r:.40} ({_kind(value)})" for key, value in list(top.items())[:most]]
+    more = f" and {len(top) - most} more" if len(top) > most else ""
+    return (", ".join(parts) or "nothing") + more
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}"
+    sized = f" of {len(value)}" if isinstance(value, (Mapping, list, tuple)) else ""
+    return f"{type(value).__name__}{sized}"

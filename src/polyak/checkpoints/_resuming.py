@@ -1,0 +1,169 @@
+"""Resuming: an averager goes on from a file, our own or another library's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak._checks import difference, report
+from polyak._engine.slots import tick_data
+from polyak.averager import Averager
+from polyak.checkpoints import _native as native
+from polyak.checkpoints._checkpoint import ticked
+from polyak.checkpoints._distributed import DistributedTensors
+from polyak.checkpoints._foreign import foreign_state, require_rules
+from polyak.checkpoints._loading import load_pickle
+from polyak.checkpoints._parts import cut_all
+from polyak.checkpoints._statefolders import find_state
+from polyak.checkpoints._stored import Stored
+from polyak.ema import EMA
+from polyak.rules import START, Rule, Tick
+
+
+def load(
+    path: Path | str,
+    averager: Averager | EMA,
+    *,
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+    change_rule: bool = False,
+) -> None:
+    """Makes an averager go on where a file's average was: after `save`, bit for bit.
+
+    A file of another library (`read` lists them) goes on along that library's own path, where the
+    averager's rule and `every` are what the library had: `polyak.theory.equivalents` names them.
+    What a file does not hold must be given: `count`, the updates made so far; `names`, the order of
+    tensors without names (by default that of the model's parameters). Buffers and frozen parameters
+    that the library does not average are taken from the file's live weights, or from the model.
+
+    `change_rule` goes on with the averager's own rule and `every`, from the file's slots and clock;
+    no `Recorder` takes such an average, whose slots are of two rules. Nothing is changed unless
+    everything fits.
+
+    A sharded averager, on any number of ranks, takes its own parts from any of these files, whoever
+    saved it and on however many; no rank asks another. Of a folder with several averagers
+    (`save_distributed`) `path` names one, as `folder / "average"`.
+
+    Raises `ValueError` that lists what differs: averages, rules, names, shapes, dtypes; for a file
+    that is damaged or lacks what is needed. `RuntimeError` inside `applied()`.
+    """
+    path = Path(path)
+    if isinstance(averager, EMA):
+        _load_module(path, Stored.find(path), averager)
+    else:
+        state = prepared(path, averager, names=names, count=count, change_rule=change_rule)
+        adopt(path, averager, state)
+
+
+def prepared(
+    path: Path,
+    averager: Averager,
+    *,
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+    change_rule: bool = False,
+) -> dict[str, Any]:
+    """What `adopt` takes: the state in a file, with all that this rank needs of it; raises as `load`."""
+    place = DistributedTensors.at(path)
+    stored = Stored.find(path) if place is None else Stored.part(*place)
+    if stored is not None:
+        return fitted(stored, averager, change_rule)
+    if place is not None and (found := find_state(*place)) is not None:
+        return _placed(path, found, averager)
+    return foreign_state(path, averager, names=names, count=count, change_rule=change_rule)
+
+
+def fitted(stored: Stored, averager: Averager, change_rule: bool = False) -> dict[str, Any]:
+    """What `adopt` takes, of what `polyak.save` wrote."""
+    return _placed(stored.path, _own_state(stored, averager, change_rule), averager)
+
+
+def _placed(path: Path, state: dict[str, Any], averager: Averager) -> dict[str, Any]:
+    """A state whose tensors are put together, as far as they lie on this rank."""
+    held = {item.name: item.held() for item in averager.tracked}
+    for average, each in state["averages"].items():
+        for slot, tensors in each["slots"].items():
+            each["slots"][slot] = cut_all(path, f"average {average!r}, slot {slot}", tensors, held)
+    state["copies"] = cut_all(path, "copies", state["copies"], held)
+    return state
+
+
+def adopt(path: Path, averager: Averager, state: dict[str, Any]) -> None:
+    """Makes an averager go on from a state; raises `ValueError` that names the file."""
+    with _naming(path):
+        averager.load_state_dict(state)
+
+
+def require_fit(path: Path, averager: Averager, state: dict[str, Any]) -> None:
+    """Raises what `adopt` would raise, and changes nothing."""
+    with _naming(path):
+        averager.check_state(state)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _load_module(path: Path, stored: Stored | None, ema: EMA) -> None:
+    """The article's class goes on: all names, shapes and dtypes are compared before it changes."""
+    held = load_pickle(path) if stored is None else stored.under("ema/")
+    wanted = {name: _form(tensor) for name, tensor in ema.state_dict().items()}
+    got = {name: _form(tensor) for name, tensor in held.items()} if _is_state(held) else {}
+    for counter in {"initted", "step"} & got.keys():  # ema-pytorch's are scalars, of other dtypes
+        if held[counter].numel() == 1 and not held[counter].is_complex():
+            got[counter] = wanted[counter]
+    if lines := difference(wanted, got):
+        raise ValueError(report(f"{path}: not the state of this EMA", lines))
+    if stored is not None and (rule := stored.value("rule")) != str(ema.rule):
+        mine = f"this one {ema.rule}"
+        raise ValueError(f"{path}: the EMA saved has the rule {rule}, {mine}; make it so")
+    if stored is not None and (every := stored.value("every")) != ema.update_every:
+        mine = f"this one {ema.update_every}"
+        raise ValueError(f"{path}: the EMA saved has update_every={every!r}, {mine}; make it so")
+    ema.load_state_dict(held)
+
+
+def _is_state(held: object) -> bool:
+    return isinstance(held, Mapping) and all(isinstance(t, Tensor) for t in held.values())
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[str, Any]:
+    """A state of ours, under the averager's rules where they are to change."""
+    if stored.value("kind") == "ema":
+        raise stored.error("it holds a polyak.EMA: load it into one")
+    held, mine = stored.averages(), averager.rules
+    theirs = {name: each.rule for name, each in held.items()}
+    require_rules(stored.path, mine, theirs, change_rule)
+    state = native.state(stored)
+    for name, rule in mine.items():
+        if theirs[name] != rule:
+            tick = tick_data(_tick_under(rule, held[name].tick))
+            state["averages"][name] |= {"rule": str(rule), "tick": tick}
+            state["mixed"] = True
+    if (every := stored.value("every")) != averager.every and not change_rule:
+        raise stored.error(
+            f"saved with every={every!r}, this averager has every={averager.every}; make it so, or "
+            "change_rule=True goes on by its own"
+        )
+    return state
+
+
+def _tick_under(rule: Rule, was: Tick) -> Tick:
+    """The clock of an average that goes on by another rule: as many updates in the same time."""
+    nested = was.n and rule.tick(START, 1.0).inner is not None
+    inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
+    return was._replace(inner=inner)

@@ -1,0 +1,64 @@
+"""`polyak explain`: what a rule averages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polyak.cli._options import Json
+from polyak.cli._output import print_json, say
+
+if TYPE_CHECKING:
+    from polyak.theory import Explanation
+
+
+def explain(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC", help='A rule, such as "exponential(half_life=1000)".')
+    ],
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of training.", show_default="the start is forgotten")
+    ] = None,
+    every: Annotated[int, typer.Option(help="Steps between updates.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the chart.")] = Path("explain"),
+    json: Json = False,
+) -> None:
+    """What a rule averages: its measures, its chart, its equivalents in other libraries.
+
+    \b
+    Examples:
+      polyak explain "exponential(0.999)"
+      polyak explain "power(relative_std=0.1)" --steps 20000 --json
+    """
+    from polyak import charts, theory
+
+    about = theory.explain(spec, steps, every=every)
+    charts.save(charts.rule_chart(about.rule, about.steps, every=every), out, "rule")
+    calls = theory.equivalents(about.rule)
+    if json:
+        print_json({**about.as_dict(), "equivalents": calls})
+    else:
+        _print_table(about, calls)
+    say(f"chart: {out}/rule.html (also .png, .svg)", err=json)
+
+
+def _print_table(about: Explanation, calls: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from polyak.theory import CONVENTIONS
+
+    table = Table(title=about.title(), title_justify="left")
+    for name, justify in (("measure", "left"), ("value", "right"), ("unit", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # it takes three words
+    for row in about.rows():
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    found = "The same average, updated every step:" if calls else "No other library known has it."
+    console.print(f"\n{found}")
+    for name, call in calls.items():
+        note = f"   # {CONVENTIONS[name]}" if name in CONVENTIONS else ""
+        console.print(f"  {call}{note}", soft_wrap=True)

@@ -1,0 +1,152 @@
+"""Options that several commands have, and what their text means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite what exists; a folder is replaced as a whole.")
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Write a folder of files of at most this size each, with an index: 2GB, 500MB, 1GiB.",
+    ),
+]
+Torchrun = Annotated[
+    bool,
+    typer.Option(
+        "--torchrun",
+        help="Share the work with the other processes of torchrun: torchrun --nproc-per-node 4 -m "
+        "polyak ... --torchrun.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of floating-point tensors: float64, float32, bfloat16 (bf16), float16 (fp16).",
+    ),
+]
+Names = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A text file with the names of tensors that FILE has in order only, one a line "
+        "(torch_ema, diffusers, NeMo).",
+    ),
+]
+At = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TIME",
+        help="When the average is made, in the run's unit.",
+        show_default="the last snapshot",
+    ),
+]
+Checkpoints = Annotated[
+    list[str],
+    typer.Option(
+        "--checkpoint",
+        metavar="TIME=FILE",
+        help="A file with the live weights at a time; repeat it.",
+    ),
+]
+MaxError = Annotated[float, typer.Option(metavar="E", help="Refuse a relative error above.")]
+MaxAmplification = Annotated[
+    float | None,
+    typer.Option(
+        metavar="A",
+        help="Refuse an amplification above.",
+        show_default="2 % over the rounding of the stored dtype",
+    ),
+]
+Snapshots = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="FOLDER",
+        help="Folder of polyak.Recorder's snapshots.",
+        show_default="checkpoints alone",
+    ),
+]
+
+_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def dtype_of(text: str, option: str = "--dtype") -> torch.dtype:
+    """The dtype that a text names."""
+    from polyak._tensors import dtype_name
+    from polyak.averager import SLOT_DTYPES
+
+    known = {dtype_name(dtype): dtype for dtype in SLOT_DTYPES}
+    name = _DTYPES.get(text, text)
+    if name not in known:
+        raise ValueError(f"{option} is {text!r}, wanted one of {', '.join([*known, *_DTYPES])}")
+    return known[name]
+
+
+def bytes_of(text: str | None) -> int | None:
+    """A size in bytes: "2GB" is 2 * 1000^3, "2GiB" 2 * 1024^3; no text, no size."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"--shard-size is {text!r}, wanted a size such as 2GB, 500MB or 1GiB")
+    number, unit, binary = match[1], match[2].upper(), match[3]
+    return int(float(number) * (1024 if binary else 1000) ** _UNITS[unit])
+
+
+def numbers_of(text: str, option: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}, wanted numbers such as 0.2,0.3,0.5") from None
+
+
+def grid_of(text: str | None, option: str) -> list[float]:
+    """LOW:HIGH:COUNT as numbers of four digits with equal quotients; no text, no numbers."""
+    if text is None:
+        return []
+    low, high, count = _grid_ends(text, option)
+    shares = [i / max(count - 1, 1) for i in range(count)]
+    return [float(f"{low * (high / low) ** share:.4g}") for share in shares]
+
+
+def _grid_ends(text: str, option: str) -> tuple[float, float, int]:
+    try:
+        low, high, count = text.split(":")
+        ends = float(low), float(high), int(count)
+    except ValueError:
+        ends = 0.0, 0.0, 0
+    if not (0 < ends[0] <= ends[1] < float("inf") and 1 <= ends[2] <= 10_000):
+        wanted = "LOW:HIGH:COUNT with 0 < LOW <= HIGH, such as 100:10000:12"
+        raise ValueError(f"{option} is {text!r}, wanted {wanted}")
+    return ends
+
+
+def checkpoints_of(texts: list[str]) -> dict[int, Path]:
+    """TIME=FILE as time -> file."""
+    found: dict[int, Path] = {}
+    for text in texts:
+        time, _, file = text.partition("=")
+        if not time.strip().isdecimal() or not file or int(time) in found:
+            wanted = "TIME=FILE, such as 5000=step-5000.pt, each time once"
+            raise ValueError(f"--checkpoint is {text!r}, wanted {wanted}")
+        found[int(time)] = Path(file)
+    return found
+
+
+def names_of(file: Path | None) -> list[str] | None:
+    """The lines of a text file."""
+    return None if file is None else file.read_text().split()

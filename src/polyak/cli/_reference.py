@@ -1,0 +1,41 @@
+"""The reference: what `--help` of every command says, as one page of Markdown.
+
+python -m polyak.cli._reference > docs/cli.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from polyak.cli import app
+from polyak.cli._commands import WIDTH
+
+_HEAD = """\
+# The command line
+
+`pip install "polyak[cli]"` brings `polyak`; charts and studies want `"polyak[study]"`. This page is what
+`--help` says, written by `python -m polyak.cli._reference > docs/cli.md`.
+"""
+
+
+def reference() -> str:
+    """The page."""
+    return "\n".join([_HEAD, *_sections(get_command(app), "polyak", None)])
+
+
+def _sections(command: Any, name: str, parent: Any) -> Iterator[str]:
+    """A section for a command, then those of its subcommands."""
+    context = typer.Context(
+        command, info_name=name, parent=parent, terminal_width=WIDTH - 2
+    )  # as on a terminal
+    yield f"## {context.command_path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+    for each, subcommand in getattr(command, "commands", {}).items():
+        yield from _sections(subcommand, each, context)
+
+
+if __name__ == "__main__":
+    typer.echo(reference(), nl=False)

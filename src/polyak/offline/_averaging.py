@@ -1,0 +1,88 @@
+"""Averaging: one checkpoint made from several files, with the coefficients of any rule or any others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy.typing as npt
+import torch
+
+from polyak._checks import require
+from polyak.checkpoints._checkpoint import Checkpoint, Weights
+from polyak.checkpoints._reading import read
+from polyak.offline._combining import Combination, Source
+from polyak.rules import Rule
+from polyak.theory._profiles import Profile, coefficients
+
+
+def average(
+    files: Sequence[Path | str],
+    rule: Rule | str | Sequence[float] | Profile = "uniform()",
+    *,
+    elapsed: Sequence[float] | None = None,
+    which: str | None = None,
+    dtype: torch.dtype | None = None,
+    accumulate: torch.dtype = torch.float32,
+) -> Combination:
+    """The average of checkpoint files, each taken as one update: `sum of coefficient * weights`.
+
+    Nothing but headers is read before a tensor is asked for; all files are compared first.
+
+    >>> import tempfile
+    >>> from safetensors.torch import load_file, save_file
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> paths = [folder / f"{i}.safetensors" for i in range(3)]
+    >>> for i, path in enumerate(paths):
+    ...     save_file({"w": torch.full((2,), float(i))}, path)
+    >>> average(paths)["w"], average(paths, "exponential(0.5)").coefficients
+    (tensor([1., 1.]), array([0.25, 0.25, 0.5 ]))
+    >>> average(paths, [0.5, 0.0, 0.5]).write(folder / "mean.safetensors")
+    >>> load_file(folder / "mean.safetensors")
+    {'w': tensor([1., 1.])}
+
+    Args:
+        files: of any format that `polyak.checkpoints.read` reads, formats mixed; the oldest first.
+        rule: a rule or its spec, whose coefficients are `theory.coefficients(rule, elapsed)`; or
+            the coefficients themselves, of sum 1 and of any sign: `theory.wsm`, `theory.qam`, a
+            soup's.
+        elapsed: the time that each file spans in the rule's unit, by default 1: steps from the file
+            before it, say.
+        which: the name of the average to take from each file; by default its live weights, or where
+            it has none its only average.
+        dtype: of the result, by default that of the last file.
+        accumulate: float32, or float64 at half the speed.
+
+    Raises `ValueError` for no files; for files that differ in names, shapes or kinds of numbers,
+    listing them; for a file that does not hold `which`, or several averages; for coefficients that
+    do not sum to 1 within 1e-6, or not one a file; `elapsed` beside coefficients. `OSError` and
+    `ValueError` for files that do not read.
+    Source: model soups (arXiv 2203.05482), LAWA (arXiv 2209.14981), WSM (arXiv 2507.17634).
+    """
+    require(not isinstance(files, (str, Path)), "files", files, "a list of files")
+    require(len(files) > 0, "files", files, "one file or more")
+    shares = _coefficients(rule, len(files), elapsed)
+    sources = opened(files, which)
+    return Combination(sources, shares, dtype=dtype, accumulate=accumulate)
+
+
+def opened(files: Sequence[Path | str], which: str | None) -> list[Source]:
+    """The weights of each file: the average named `which`, or the live ones, or the only average."""
+    return [Source(str(path), _weights(read(Path(path)), which)) for path in files]
+
+
+def _coefficients(
+    rule: Rule | str | Sequence[float] | Profile, files: int, elapsed: Sequence[float] | None
+) -> npt.ArrayLike:
+    if not isinstance(rule, (Rule, str)):
+        require(elapsed is None, "elapsed", elapsed, "nothing beside coefficients: it is for rules")
+        return rule
+    times = [1.0] * files if elapsed is None else elapsed
+    if len(times) != files:
+        raise ValueError(f"elapsed has {len(times)} times, wanted {files}: one a file")
+    return coefficients(rule, times)
+
+
+def _weights(checkpoint: Checkpoint, which: str | None) -> Weights:
+    live = checkpoint.live if which is None else None
+    return checkpoint.average(which) if live is None else live

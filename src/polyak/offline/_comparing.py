@@ -1,0 +1,199 @@
+"""Comparing: how the tensors of two checkpoints differ, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak._engine.tracking import averageable
+from polyak._tensors import dtype_name
+from polyak.checkpoints import _mapped as mapped
+from polyak.checkpoints._checkpoint import Checkpoint, Weights
+from polyak.checkpoints._tensorfile import Form, forms
+from polyak.offline._summing import elements
+from polyak.rules import LIVE
+
+PIECE = 3 << 13
+"""So many elements are compared at a time: from 2^15 on torch's threads wait for each other."""
+
+_BEYOND_FLOAT64 = {torch.int64, torch.uint64}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a tensor of one name differs: (dtype, shape) of both, and what their numbers are apart.
+
+    `relative` is |a - b| / |a|, L2 norms over the elements, infinite where a is all zeros;
+    `largest` the largest |a - b| of an element; `elements` how many differ. All are None for shapes
+    that differ. NaN equals NaN here, and is infinitely far from a number.
+    """
+
+    name: str
+    dtypes: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    relative: float | None = None
+    largest: float | None = None
+    elements: int | None = None
+
+    @property
+    def equal(self) -> bool:
+        """Whether dtype, shape and all numbers are the same."""
+        return self.elements == 0 and self.dtypes[0] == self.dtypes[1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two sets of weights differ.
+
+    `only_a` and `only_b` are names of one alone; `tensors` those of both, what differs in its shape
+    first, then by `relative`, the largest first. `relative` is |a - b| / |a| over all floating-point
+    and complex tensors that have one shape in both, taken as one vector.
+    """
+
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    tensors: tuple[Difference, ...]
+    relative: float
+
+    @property
+    def different(self) -> tuple[Difference, ...]:
+        """The tensors of both that are not equal."""
+        return tuple(each for each in self.tensors if not each.equal)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both have the same names, dtypes, shapes and numbers."""
+        return not (self.only_a or self.only_b or self.different)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as plain data, for JSON."""
+        return {"equal": self.equal, **asdict(self)}
+
+
+def compare(
+    a: Weights, b: Weights, *, progress: Callable[[int, int], object] | None = None
+) -> Comparison:
+    """How two sets of weights differ: in names, dtypes, shapes and numbers.
+
+    Numbers are compared in float64, integers exactly; -0 equals 0. `progress` is told how many bytes
+    of `a` are compared, and of how many.
+
+    >>> a = {"w": torch.tensor([3.0, 4.0]), "steps": torch.tensor(7)}
+    >>> found = compare(a, {"w": torch.tensor([3.0, 4.5]), "steps": torch.tensor(7)})
+    >>> found.relative, found.equal, [each.name for each in found.different]
+    (0.1, False, ['w'])
+    """
+    of_a, of_b = forms(a), forms(b)
+    shared = [name for name in of_a if name in of_b]
+    total, done = sum(of_a[name].nbytes for name in shared), 0
+    found, sums = [], _Sums()
+    for name in shared:
+        difference, of_name = _difference(name, a, b, of_a[name], of_b[name])
+        found.append(difference)
+        sums += of_name if _counts(of_a[name]) and _counts(of_b[name]) else _Sums()
+        done += of_a[name].nbytes
+        if progress is not None:
+            progress(done, total)
+    only_a = tuple(name for name in of_a if name not in of_b)
+    only_b = tuple(name for name in of_b if name not in of_a)
+    return Comparison(only_a, only_b, tuple(sorted(found, key=_order)), sums.relative)
+
+
+def chosen(checkpoint: Checkpoint, which: str | None = None) -> Weights:
+    """The weights of a checkpoint by name: "live", or an average's.
+
+    By default the live ones, or where it has none its only average. Raises `ValueError` for an
+    unknown name, and where there are several averages.
+    """
+    live = which is None or (which == LIVE and LIVE not in checkpoint.averages)
+    if live and checkpoint.live is not None:
+        return checkpoint.live
+    return checkpoint.average(which)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over elements: of |a - b|^2 and of |a|^2; and how many differ, by how much at most."""
+
+    apart: float = 0.0
+    whole: float = 0.0
+    elements: int = 0
+    largest: float = 0.0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.apart + other.apart,
+            self.whole + other.whole,
+            self.elements + other.elements,
+            max(self.largest, other.largest),
+        )
+
+    @property
+    def relative(self) -> float:
+        if self.elements == 0:
+            return 0.0
+        finite = self.whole > 0 and math.isfinite(self.apart)
+        return math.sqrt(self.apart / self.whole) if finite else math.inf
+
+
+def _difference(
+    name: str, a: Weights, b: Weights, of_a: Form, of_b: Form
+) -> tuple[Difference, _Sums]:
+    dtypes = (dtype_name(of_a.dtype), dtype_name(of_b.dtype))
+    shapes = (of_a.shape, of_b.shape)
+    if of_a.shape != of_b.shape:
+        return Difference(name, dtypes, shapes), _Sums()
+    first, second = a[name], b[name]
+    sums = sum(map(_sums, _pieces(first), _pieces(second)), _Sums())
+    mapped.release(first)
+    mapped.release(second)
+    found = (sums.relative, sums.largest, sums.elements)
+    return Difference(name, dtypes, shapes, *found), sums
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    for start in range(0, tensor.numel(), PIECE):
+        yield elements(tensor, start, min(start + PIECE, tensor.numel()))
+
+
+def _sums(a: Tensor, b: Tensor) -> _Sums:
+    wide_a, wide_b = _wide(a), _wide(b)
+    if a.dtype.is_complex or b.dtype.is_complex or {a.dtype, b.dtype} & _BEYOND_FLOAT64:
+        return _careful_sums(a, b, wide_a, wide_b)
+    apart = wide_a - wide_b
+    sums = float(apart.square().sum()), float(wide_a.square().sum())
+    if not math.isfinite(sum(sums)):
+        return _careful_sums(a, b, wide_a, wide_b)
+    low, high = map(float, apart.aminmax())
+    return _Sums(*sums, int(apart.count_nonzero()), max(-low, high))
+
+
+def _careful_sums(a: Tensor, b: Tensor, wide_a: Tensor, wide_b: Tensor) -> _Sums:
+    """The sums where there are infinities and NaN, complex numbers, or integers of 64 bits."""
+    differs = (wide_a != wide_b) & ~(wide_a.isnan() & wide_b.isnan())
+    if a.dtype == b.dtype and a.dtype in _BEYOND_FLOAT64:
+        differs = a.view(torch.int64) != b.view(torch.int64)
+    apart = (wide_a - wide_b).abs().masked_fill(~differs, 0.0)
+    apart = apart.nan_to_num(nan=math.inf, posinf=math.inf)
+    size = wide_a.abs()
+    whole = size.masked_fill(~size.isfinite(), 0.0)
+    sums = float(apart.square().sum()), float(whole.square().sum())
+    return _Sums(*sums, int(differs.sum()), float(apart.max()))
+
+
+def _wide(piece: Tensor) -> Tensor:
+    return piece.to(torch.complex128 if piece.dtype.is_complex else torch.float64)
+
+
+def _counts(form: Form) -> bool:
+    """Whether a tensor belongs to the whole: counters of steps would outweigh all weights."""
+    return averageable(torch.empty(0, dtype=form.dtype))
+
+
+def _order(each: Difference) -> float:
+    return -math.inf if each.relative is None else -each.relative

@@ -1,0 +1,82 @@
+"""Terminal: what a study says while it runs and when it is done."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+
+from polyak.study._report import Report
+from polyak.study._text import Table
+
+COLOURS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+LINES = 8
+
+
+class Seeds:
+    """Progress over seeds: a bar on a terminal, about eight plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.monotonic()
+        self._ran = 0
+        self._bar = Progress(
+            TextColumn("seeds"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(show_speed=True),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("seeds", total=None, rate="")
+
+    def __enter__(self) -> Seeds:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, wanted: int, ran: bool) -> None:
+        """Shows that `done` of `wanted` seeds are there; `ran` if one was just run."""
+        self._ran += ran
+        pace = (time.monotonic() - self._began) / max(self._ran, 1)
+        rate = f"{pace:.2f} s a seed" if self._ran else ""
+        self._bar.update(self._task, completed=done, total=wanted, rate=rate)
+        if not self._console.is_terminal and done % max(wanted // LINES, 1) == 0:
+            left = f", {rate}, {pace * (wanted - done):.0f} s left" if self._ran else ""
+            self._console.print(f"seeds {done}/{wanted}{left}")
+
+
+def show(console: Console, report: Report, seconds: float) -> None:
+    """The main tables, and where the rest lies."""
+    console.print(_rich(report.tables["verdicts"], (0, 1, 2)))
+    console.print(_rich(report.tables["final"], (0, 1, 2, 3)))
+    console.print(_rich(report.tables["arms"], (0, 2, 5, 7, 8)))
+    console.print(f"{seconds:.0f} s. Report: {report.page.resolve()}", highlight=False)
+
+
+def _rich(table: Table, columns: tuple[int, ...]) -> RichTable:
+    """Some columns of a table, verdicts in colour."""
+    shown = RichTable(title=table.title, title_justify="left")
+    for column in columns:
+        shown.add_column(table.header[column], no_wrap=column == 0)
+    for row in table.rows:
+        shown.add_row(*(_coloured(row[column]) for column in columns))
+    return shown
+
+
+def _coloured(cell: str) -> str:
+    cell = cell.replace("[", r"\[")
+    return f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else cell

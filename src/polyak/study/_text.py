@@ -1,0 +1,64 @@
+"""Text: tables of text cells, and numbers with their intervals as such cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from polyak.study._claims import Part
+from polyak.study._statistics import Interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text; `note` says what the reader must know of it."""
+
+    name: str
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table as Markdown, title and note included."""
+        cells = [self.header, tuple("---" for _ in self.header), *self.rows]
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        return "\n".join([f"# {self.title}", "", *lines, "", self.note]).rstrip() + "\n"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A decimal number with a real minus sign, without a sign on zero."""
+    text = f"{value:.{digits}f}"
+    text = text.removeprefix("-") if not float(text) else text
+    return text.replace("-", "−")
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{number(100 * value, digits)} %"
+
+
+_FORMS: dict[str, Callable[[float], str]] = {
+    "loss": lambda v: number(v, 5),
+    "mse": lambda v: number(v, 5),
+    "mae": lambda v: number(v, 5),
+    "r2": lambda v: number(v, 5),
+    "epoch": lambda v: number(v, 1),
+    "share": percent,
+    "change": lambda v: percent(v, 2),
+    "ratio": lambda v: number(v, 3),
+}
+
+
+def between(interval: Interval, form: Callable[[float], str]) -> str:
+    """`estimate [low, high]`, or that no seed had the quantity."""
+    if math.isnan(interval.estimate):
+        return "no seed"
+    low, high = form(interval.low), form(interval.high)
+    return f"{form(interval.estimate)} [{low}, {high}]"
+
+
+def figure(part: Part) -> str:
+    """A part's estimate and interval as text."""
+    return between(part.interval, _FORMS[part.form])

@@ -1,0 +1,120 @@
+"""Matching: the member of one family of rules that equals another average in one measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+from polyak.rules import Exponential, Power, Rule, Window
+from polyak.specs import as_rule
+from polyak.theory._explaining import settled
+from polyak.theory._measures import mean_age, noise_gain
+from polyak.theory._profiles import Profile, profile
+
+# A family is searched along the logarithm of a span; along it these measures are all but straight
+# lines in their logarithm, so that interpolation lands at once.
+_FAMILIES: dict[type[Rule], Callable[[float], Rule]] = {
+    Exponential: lambda x: Exponential.from_span(math.exp(x)),
+    Window: lambda x: Window(round(math.exp(x))),
+    Power: lambda x: Power(math.expm1(x)),
+}
+_MEASURES: dict[str, Callable[[Profile], float]] = {
+    "mean_age": lambda c: mean_age(c) + 0.5,
+    "noise_gain": noise_gain,
+}
+_LONGEST = 2**18
+_EQUAL = 1e-12
+
+
+def match(
+    family: type[Rule], *, like: Rule | str, by: str = "mean_age", steps: int | None = None
+) -> Rule:
+    """The member of a family that equals another average in one measure after `steps` steps.
+
+    Families: `Exponential` (its decay), `Window` (its size, the nearest integer), `Power` (its
+    gamma >= 0). Measures: "mean_age" (the same lag) and "noise_gain" (the same calm). Without
+    `steps`: after so many that both have forgotten their start. Both are measured on profiles.
+
+    >>> match(Window, like=Exponential(0.99))
+    Window(size=199)
+    >>> round(match(Exponential, like=Window(100), by="noise_gain").decay, 9)
+    0.98019802
+    >>> round(match(Power, like="tail(uniform(), start=500)", steps=1000).gamma, 3)
+    2.0
+
+    Takes about ten profiles. Raises `ValueError` for another family or measure, where no member
+    matches, and, without `steps`, where a window grows with the run.
+    """
+    like = as_rule(like)
+    _require_known(family, by)
+    steps = _steps_to_forget(family, like) if steps is None else steps
+    member, measure = _FAMILIES[family], _MEASURES[by]
+    wanted = measure(profile(like, steps))
+
+    @cache
+    def gap(rule: Rule) -> float:
+        return math.log(measure(profile(rule, steps)) / wanted)
+
+    longest = math.log(steps if family is Window else 1000 * steps)
+    ends = _bracket(lambda x: gap(member(x)), longest) if wanted > 0 else None
+    if ends is None:
+        hint = "take another family or measure"
+        raise ValueError(f"no {family.__name__} has the {by} of {like} after {steps} steps: {hint}")
+    found = _root(lambda x: gap(member(x)), *ends)
+    return min(map(member, found), key=lambda rule: abs(gap(rule)))
+
+
+def _require_known(family: type[Rule], by: str) -> None:
+    if family not in _FAMILIES:
+        names = ", ".join(each.__name__ for each in _FAMILIES)
+        raise ValueError(f"family is {family!r}, wanted one of the rule classes {names}")
+    if by not in _MEASURES:
+        raise ValueError(f"by is {by!r}, wanted one of {', '.join(map(repr, _MEASURES))}")
+
+
+def _steps_to_forget(family: type[Rule], like: Rule) -> int:
+    """So many steps that neither average remembers its start: e^-40 of it is left in an EMA."""
+    steps = None if family is Power else settled(like, tolerance=1e-3, longest=_LONGEST)
+    if steps is None:
+        grows = "a power average" if family is Power else like
+        raise ValueError(
+            f"the window of {grows} grows with the run: pass steps=, the number of steps after which"
+            " to compare"
+        )
+    return max(steps, math.ceil(40 * mean_age(profile(like, steps))))
+
+
+def _bracket(gap: Callable[[float], float], longest: float) -> tuple[float, float] | None:
+    """The first ends, from 0 up, between which the gap changes its sign; None without such.
+
+    From 0 up, because a very long EMA is all start, and noisy again.
+    """
+    low, high = 0.0, min(abs(gap(0.0)) + 0.1, longest)
+    while gap(low) * gap(high) > 0:
+        if high == longest:
+            return None
+        low, high = high, min(high + abs(gap(high)) + 0.1, longest)
+    return low, high
+
+
+def _root(gap: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
+    """The ends of a bracket of the root closed to 1e-12, or twice a place where the gap is that.
+
+    Regula falsi; the end that stays counts for half (Illinois), so that neither stays for good.
+    """
+    gaps = {low: gap(low), high: gap(high)}
+    for x, value in gaps.items():
+        if abs(value) < _EQUAL:
+            return x, x
+    gap_low, gap_high = gaps.values()
+    while high - low > _EQUAL:
+        x = (low * gap_high - high * gap_low) / (gap_high - gap_low)
+        value = gap(x)
+        if abs(value) < _EQUAL:
+            return x, x
+        if (value > 0) == (gap_high > 0):
+            high, gap_high, gap_low = x, value, gap_low / 2
+        else:
+            low, gap_low, gap_high = x, value, gap_high / 2
+    return low, high

@@ -1,0 +1,228 @@
+"""Synthesis: an average made from others that were stored, by least squares on profiles.
+
+The profile of every stored tensor is a column, the profile wanted is the target. Both come from
+running the rules, so any rule can be made from what any rules left, and the error is known before
+a tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak._checks import require
+from polyak.rules import LIVE, Rule
+from polyak.theory._profiles import (
+    NOTHING,
+    Moves,
+    Profile,
+    checked_times,
+    coefficients,
+    is_count,
+    response,
+    run,
+)
+
+Norm = Literal["profile", "increments"]
+
+# Updates that are held at once as a dense block, one column for every stored slot.
+_BLOCK = 2**14
+# Of the columns' norm: what differs by less counts as stored twice.
+_SAME = 1e-10
+
+
+class Column(NamedTuple):
+    """A stored tensor: what a slot of a rule held after so many updates, counted from 1.
+
+    `rule` is None for the slot "live": the live weights at that update, a plain checkpoint.
+    """
+
+    rule: Rule | None
+    slot: str
+    updates: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The combination of stored tensors that comes closest to the average wanted.
+
+    `coefficients`, one for each column, sum to 1. `relative_error` is 0 for the average itself; by
+    the norm "profile" it is |columns @ coefficients - target| / |target|, in L2 over updates; by the
+    norm "increments" the same of tail sums, as a share of the target's distance from the last live
+    weights. `amplification`, the sum of |coefficients|, bounds the growth of the rounding errors
+    of the stored tensors; it is 1 where no coefficient is negative.
+    """
+
+    coefficients: Profile
+    relative_error: float
+    amplification: float
+
+
+def fit(
+    columns: Sequence[Column],
+    rule: Rule | str,
+    elapsed: Sequence[float],
+    *,
+    norm: Norm = "profile",
+) -> Fit:
+    """The coefficients of stored tensors, of sum 1, that give an average nearest to a rule's.
+
+    They minimise `|sum_k c_k profile_k - target|` over the updates; the target is
+    `coefficients(rule, elapsed)`, and a column's profile that of its slot at its time. Of several
+    solutions it is the one with the smallest sum of squares: a tensor stored twice counts half each
+    time. `elapsed[i]` is the time that update i spans, for all updates up to the moment wanted; the
+    stored rules were updated at the same times.
+
+    The norm "profile" takes the live weights of neighbouring updates for unrelated. So a
+    synthesised average differs from the one wanted by at most
+    `relative_error * |target| * |live - centre|`, the last the L2 norm of the live weights'
+    distances from any one centre; and a plain checkpoint, one update, stands for none of its
+    neighbours. The norm "increments" takes the steps between updates for unrelated: an average is
+    `x_0 + sum_i W_i (x_i - x_{i-1})`, W_i the tail sums of its profile, and they minimise the
+    difference in W. On a random walk `relative_error` is then that of the synthesised average, as a
+    share of the target's distance from the last live weights, |1 - W|.
+
+    >>> from polyak.rules import Power
+    >>> stored = [Column(Power.from_relative_std(s), "average", n)
+    ...           for s in (0.05, 0.1) for n in range(500, 20_001, 500)]
+    >>> made = fit(stored, "exponential(half_life=1000)", [1.0] * 20_000)
+    >>> made.coefficients.shape, round(made.relative_error, 5), round(made.amplification, 2)
+    ((80,), 0.00026, 1.23)
+
+    A million updates take about a second for each rule. Raises `ValueError` without a column, for
+    one that is not a slot of its rule, has no value yet or lies beyond the updates, for another
+    norm, and for `elapsed` as `coefficients` does.
+    Source: EDM2 (arXiv 2312.02696, section 3.2), there for power functions in continuous time; the
+    increments: Sandler et al. (arXiv 2301.02312).
+    """
+    require(norm in get_args(Norm), "norm", norm, '"profile" or "increments"')
+    target = coefficients(rule, elapsed)
+    _require_columns(columns, len(target))
+    moves = _moves(columns, checked_times(elapsed))
+    summed = norm == "increments"
+    triangle = _reduced(_rows(columns, moves, target, summed=summed))
+    found = _solved(triangle[:, :-1], triangle[:, -1])
+    missed = float(np.linalg.norm(triangle @ np.append(found, -1.0)))
+    whole = float(np.linalg.norm(1 - _tails(target) if summed else target))
+    # The live weights themselves are at no distance: their error is in steps.
+    return Fit(found, missed / (whole or 1.0), float(np.abs(found).sum()))
+
+
+def _tails(profile: Profile) -> Profile:
+    """The sum of each entry and all later ones."""
+    sums: Profile = np.cumsum(profile[::-1])[::-1]
+    return sums
+
+
+def _require_columns(columns: Sequence[Column], updates: int) -> None:
+    if len(columns) == 0:
+        raise ValueError("there are no columns, wanted one for every stored tensor")
+    for index, (rule, slot, count) in enumerate(columns):
+        where = f"columns[{index}]"
+        holds = rule is None or isinstance(rule, Rule)
+        require(holds, f"{where}.rule", rule, "a polyak rule, or None for the live weights")
+        slots = (LIVE,) if rule is None else rule.slots
+        owner = "the live weights" if rule is None else rule
+        require(slot in slots, f"{where}.slot", slot, f"a slot of {owner}: {', '.join(slots)}")
+        holds = is_count(count) and count <= updates
+        require(holds, f"{where}.updates", count, f"an integer from 1 to the {updates} of elapsed")
+
+
+_Slot = tuple[Rule | None, str]
+
+
+def _moves(columns: Sequence[Column], elapsed: list[float]) -> dict[_Slot, Moves]:
+    """The moves of every stored slot; each rule is run once. The live weights copy when stored."""
+    copied = np.array(sorted({each.updates - 1 for each in columns if each.rule is None}), np.int64)
+    moves: dict[_Slot, Moves] = {(None, LIVE): Moves(copied, np.ones(len(copied)))}
+    for stored in dict.fromkeys(column.rule for column in columns if column.rule is not None):
+        done, _ = run(stored, elapsed)
+        moves |= {(stored, slot): of_slot for slot, of_slot in done.items()}
+    for index, (rule, slot, updates) in enumerate(columns):
+        holds = (rule, slot) in moves and moves[rule, slot].updates[0] < updates
+        wanted = f"a later one: slot {slot!r} of {rule} has no value before its first copy"
+        require(holds, f"columns[{index}].updates", updates, wanted)
+    return {slot: moves[slot] for slot in dict.fromkeys(column[:2] for column in columns)}
+
+
+def _rows(
+    columns: Sequence[Column], moves: dict[_Slot, Moves], target: Profile, *, summed: bool
+) -> Iterator[Profile]:
+    """Few rows for every stretch of updates, with the lengths and angles of [columns, target].
+
+    No tensor is stored within a stretch. So a column is there the multiple of one vector, which it
+    shares with all columns of its slot: what the slot's moves leave at the end of the stretch. The
+    multiple is what later moves keep of that. Only slots and target need a QR decomposition. With
+    `summed` the columns are tail sums: the vector's own, and as a constant all that lies after.
+    """
+    stored = np.array([column.updates for column in columns])
+    order = {slot: index for index, slot in enumerate(moves)}
+    of_slot = np.array([order[column[:2]] for column in columns])
+    kept, after = np.zeros(len(columns)), np.zeros(len(columns) + 1)
+    for start, end in _stretches(stored, len(target)):
+        kept[stored == end] = 1.0
+        left, old = zip(*(_left(each, start, end) for each in moves.values()), strict=True)
+        vectors = np.column_stack([*left, target[start:end]])
+        sums = vectors.sum(axis=0)
+        if summed:
+            vectors = np.column_stack(
+                [np.ones(end - start), np.cumsum(vectors[::-1], axis=0)[::-1]]
+            )
+        core = _triangle(vectors)
+        rows = np.column_stack([core[:, summed:-1][:, of_slot] * kept, core[:, -1]])
+        yield rows + np.outer(core[:, 0], after) if summed else rows
+        after += np.append(sums[of_slot] * kept, sums[-1])
+        kept *= np.array(old)[of_slot]
+        kept[kept < NOTHING] = 0.0
+
+
+def _stretches(stored: npt.NDArray[np.int64], updates: int) -> list[tuple[int, int]]:
+    """The updates in stretches [start, end) of a block at most, cut where a tensor was stored.
+
+    The last comes first.
+    """
+    cuts = np.unique([*range(0, updates, _BLOCK), *stored, updates])[::-1].tolist()
+    return list(zip(cuts[1:], cuts[:-1], strict=True))
+
+
+def _left(moves: Moves, start: int, end: int) -> tuple[Profile, float]:
+    """What a slot holds of the updates of a stretch at its end, and how much of its old value."""
+    within = slice(*np.searchsorted(moves.updates, (start, end)))
+    left = np.zeros(end - start)
+    left[moves.updates[within] - start], old = response(moves.fractions[within])
+    return left, old
+
+
+def _reduced(blocks: Iterator[Profile]) -> Profile:
+    """The triangle of blocks of rows below each other, of which a few are held at a time."""
+    held: list[Profile] = []
+    for block in blocks:
+        held.append(block)
+        if sum(map(len, held)) > 4 * block.shape[1]:
+            held = [_triangle(np.concatenate(held))]
+    return _triangle(np.concatenate(held))
+
+
+def _triangle(rows: Profile) -> Profile:
+    """R of the QR decomposition: as few rows, with the same lengths and angles of the columns."""
+    return np.asarray(np.linalg.qr(rows, mode="r"))
+
+
+def _solved(a: Profile, b: Profile) -> Profile:
+    """The x of sum 1 with the least |a x - b|, and of several the shortest.
+
+    x = 1 / K + Z y, the columns of Z orthonormal and of sum 0: |x|^2 = 1 / K + |y|^2.
+    """
+    size = a.shape[1]
+    even = np.full(size, 1 / size)
+    basis = np.linalg.qr(np.ones((size, 1)), mode="complete")[0][:, 1:]
+    left, lengths, right = np.linalg.svd(a @ basis, full_matrices=False)
+    apart = lengths > _SAME * np.linalg.norm(a, 2)
+    y = right[apart].T @ ((b - a @ even) @ left[:, apart] / lengths[apart])
+    x: Profile = even + basis @ y
+    x += (1 - x.sum()) / size
+    return x
