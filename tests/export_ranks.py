@@ -249,7 +249,7 @@ def write_spread(shapes: Shapes, pieces: int) -> None:
         for tensor in live.values():
             to_local(tensor).mul_(1.3)
         for item in one.tracked:
-            item.live().copy_(whole(live)[item.name])
+            item.local().copy_(whole(live)[item.name])
         averager.update()
         one.update()
     for name in ("all", "last"):

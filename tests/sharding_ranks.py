@@ -229,7 +229,7 @@ def the_average_is_that_of_one_process(sharded: Sharded) -> None:
             there.evaluate()
         averager.update()
         for item in same.tracked:
-            item.live().copy_(whole(there.model.state_dict())[item.name])
+            item.local().copy_(whole(there.model.state_dict())[item.name])
         same.update()
     for name in RULES:
         average, wanted = averager.average(name), one.average(name)
@@ -538,7 +538,7 @@ def replaced_weights_are_followed(sharded: Sharded) -> None:
     model.to_empty(device="cpu")
     with torch.no_grad():
         for item in begun.tracked:
-            item.live().fill_(3)
+            item.local().fill_(3)
     begun.update()
     assert all((to_local(tensor) == 3).all() for tensor in begun.average().values())
     run = Training(sharded, torch.float32)

@@ -158,7 +158,7 @@ def test_every_kind_of_tensor_gets_its_policy() -> None:
     policies = {row.name: row.policy for row in averager.summary().rows}
     copied = {"counter", "mask", "spectral_u", "norm.num_batches_tracked"}
     assert {name for name, policy in policies.items() if policy == "copy"} == copied
-    assert {name for name, policy in policies.items() if policy == "live"} == {"cache"}
+    assert {name for name, policy in policies.items() if policy == "skip"} == {"cache"}
     assert policies["norm.running_mean"] == policies["norm.running_var"] == "average"
     assert policies["frozen"] == policies["scale"] == policies["phase"] == "average"
 

@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("theory", {"numpy"}),
     ("_files", set()),
     ("_tensors", {"torch"}),
+    ("_lazy", {"torch"}),
     ("_ranks", {"torch"}),
     ("_engine", {"torch"}),
     ("norms", {"torch"}),
@@ -39,6 +40,7 @@ ORDER = [name for name, _ in LAYERS]
 # A room must not import these, although they stand above it in the list.
 FORBIDDEN = {
     "_tensors": {"rules", "specs", "theory", "_files"},
+    "_lazy": {"rules", "specs", "theory", "_files"},
     "_ranks": {"rules", "specs", "theory", "_files"},
     "_engine": {"theory", "_files"},
     "averager": {"theory", "_files"},

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from polyak._checks import difference, report, require_positive
 from polyak._engine.guard import Attachment
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
-from polyak._engine.slots import Average, Form
+from polyak._engine.slots import Average
 from polyak._engine.states import STATE_FORMAT, State, checked
 from polyak._engine.summary import Summary, summarise
 from polyak._engine.swap import Exchange, planned, uninterrupted
 from polyak._engine.tracking import Buffers, Select, Source, Tracked, track
 from polyak._engine.updating import Nonfinite, Updating
+from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import Agreement, digest, together
 from polyak._ranks.replicas import gather_, require_same
 from polyak._ranks.sharding import (
@@ -75,7 +76,7 @@ class Averager:
         device: of the slots; by default that of the weights. Slots on the CPU of CUDA weights
             are moved beside the training (`polyak._engine.offload`), best with `attach`.
         buffers: "auto" averages BatchNorm's running statistics and copies the others; "copy",
-            "average", or a mapping name pattern -> "average", "copy" or "live" (left alone), for
+            "average", or a mapping name pattern -> "average", "copy" or "skip" (left alone), for
             parameters too.
         select: what is tracked: a pattern, several, or a function of the name. By default all.
         shard: a `torch.distributed` process group, or a device mesh of one dimension, whose ranks
@@ -119,14 +120,14 @@ class Averager:
                 raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
             place = None if device is None else torch.device(device)
             self._options = (buffers, select, self._mesh)
-            self._live = LiveWeights(model, buffers, select, mesh=self._mesh)
+            self._live = ModelTensors(model, buffers, select, mesh=self._mesh)
             self._refuse_sharded(place, nonfinite)
             self._averages = {
                 name: Average(rule, dtype=dtype, device=place, rounding=rounding, name=name)
                 for name, rule in _named(rule).items()
             }
             first = next(iter(self._averages.values()))
-            require_rounding(rounding, {dtype for _, dtype in first.forms(self._live).values()})
+            require_rounding(rounding, {spec.dtype for spec in first.specs(self._live).values()})
             self._updating = Updating(
                 self._live,
                 list(self._averages.values()),
@@ -168,13 +169,13 @@ class Averager:
         self._live.check("tracked")
         return list(self._live.tracked)
 
-    def slot_forms(self, name: str | None = None) -> dict[str, dict[str, Form]]:
+    def slot_specs(self, name: str | None = None) -> dict[str, dict[str, TensorSpec]]:
         """What an average may hold: slot -> name of the averaged tensor -> its shape and dtype.
 
         Raises `KeyError` for an unknown name.
         """
         average = self._get(name)
-        return {slot: average.forms(self._live) for slot in sorted(average.known_slots())}
+        return {slot: average.specs(self._live) for slot in sorted(average.known_slots())}
 
     @property
     def clock(self) -> Tick:
@@ -326,7 +327,7 @@ class Averager:
         with self._together("copy_to") as agreement:
             average = {name: local(tensor) for name, tensor in self.average(name).items()}
             reshard(model)
-            found = [i for i in track(model, *self._options[:2]) if i.policy != "live"]
+            found = [i for i in track(model, *self._options[:2]) if i.policy != "skip"]
             if lines := difference(_shapes(self._live.stored()), _shapes(found)):
                 title = "copy_to: the model's tensors are not the average's"
                 if any(isinstance(each, Layout) for each in _shapes(self._live.stored()).values()):
@@ -334,7 +335,7 @@ class Averager:
                         "between layouts: polyak.save, or checkpoints.export, and load there"
                     )
                 raise ValueError(report(title, lines))
-            theirs = {item.name: item.live() for item in found}
+            theirs = {item.name: item.local() for item in found}
             divided = [item.name for item in self._live.averaged if item.mesh is not None]
             forms = [(name, theirs[name].shape, theirs[name].dtype) for name in divided]
             agreement.told = f"{self._label(name)!r}, {self._get(name).tick}, {digest(forms)}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import difference, report, require_count
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average, move_
 from polyak._engine.tracking import Policy, averageable, track
 from polyak._tensors import Groups, slot_dtype
@@ -88,9 +88,9 @@ class EMA(nn.Module):
         ignored = _ignored(model, ignore_names, ignore_startswith_names)
         policies = _policies(model, ignored, param_or_buffer_names_no_ema)
         self.ema_model = _carrier(model, ema_model)
-        self._live = LiveWeights(model, policies, None)
+        self._live = ModelTensors(model, policies, None)
         order = [item.name for item in self._live.tracked]
-        self._carrier = LiveWeights(self.ema_model, policies, None, order)
+        self._carrier = ModelTensors(self.ema_model, policies, None, order)
         self.register_buffer("initted", torch.tensor([0.0]))
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
@@ -134,7 +134,7 @@ class EMA(nn.Module):
         groups = self._follow()
         copies = self._calls <= self.rule.update_after_step + 1
         if copies or not self._initted:
-            self._copy("live")
+            self._copy("skip")
         if not copies and not self._initted:
             self._initted = True
             self.initted.fill_(1.0)
@@ -156,7 +156,7 @@ class EMA(nn.Module):
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
         self._blend(1.0)
-        self._copy("live")
+        self._copy("skip")
 
     def restore_ema_model_device(self) -> None:
         """Moves the average to the device of this module's own buffers."""
@@ -173,8 +173,8 @@ class EMA(nn.Module):
 
     def _pairs(self, model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
         for item in track(model):
-            if item.kind == kind and averageable(item.live()):
-                yield item.name, item.live()
+            if item.kind == kind and averageable(item.local()):
+                yield item.name, item.local()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMA:
         super()._apply(fn, recurse)
@@ -191,15 +191,15 @@ class EMA(nn.Module):
         self._copy("copy")
         for item in self._carrier.averaged:
             if item.name in self._rounded:
-                item.live().data.copy_(self._rounded[item.name])
+                item.local().data.copy_(self._rounded[item.name])
 
     @torch.no_grad()
     def _copy(self, policy: Policy) -> None:
-        """Copies the tensors of a policy from the live model: "live" are the ignored ones."""
+        """Copies the tensors of a policy from the live model: "skip" are the ignored ones."""
         pairs = zip(self._live.tracked, self._carrier.tracked, strict=True)
         for source, carried in pairs:
             if source.policy == policy:
-                carried.live().copy_(source.live())
+                carried.local().copy_(source.local())
 
     def _follow(self) -> Groups:
         """The live weights' groups; the average's tensors are looked up anew where replaced."""
@@ -218,8 +218,8 @@ class EMA(nn.Module):
         before, self._rounded = self._rounded, {}
         slots = []
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
-            tensor = carried.live()
-            dtype = slot_dtype(live.live().dtype, None)
+            tensor = carried.local()
+            dtype = slot_dtype(live.local().dtype, None)
             if tensor.dtype == dtype:
                 slots.append(tensor)
             else:
@@ -245,7 +245,7 @@ class EMA(nn.Module):
     def _slot_keys(self) -> Iterator[tuple[str, Tensor]]:
         """The keys of `ema_model.state_dict()` whose averages are held wider, with their slots."""
         slots = {
-            id(item.live()): self._rounded[item.name]
+            id(item.local()): self._rounded[item.name]
             for item in self._carrier.averaged
             if item.name in self._rounded
         }
@@ -265,8 +265,8 @@ def _carrier(model: nn.Module, ema_model: nn.Module | Callable[[], nn.Module] | 
                 "give it as ema_model=, or use polyak.Averager, which needs no copy"
             ) from error
     carrier = ema_model if isinstance(ema_model, nn.Module) else ema_model()
-    taken = {item.live().data_ptr() for item in track(model) if item.live().numel()}
-    shared = [item.name for item in track(carrier) if item.live().data_ptr() in taken]
+    taken = {item.local().data_ptr() for item in track(model) if item.local().numel()}
+    shared = [item.name for item in track(carrier) if item.local().data_ptr() in taken]
     if shared:
         raise ValueError(f"EMA ema_model shares {shared[0]} with the model, wanted a second module")
     if lines := difference(_shapes(model), _shapes(carrier)):
@@ -283,7 +283,7 @@ def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {item.name: tuple(item.live().shape) for item in track(model)}
+    return {item.name: tuple(item.local().shape) for item in track(model)}
 
 
 def _ignored(model: nn.Module, names: Collection[str], prefixes: Collection[str]) -> set[str]:
@@ -305,9 +305,9 @@ def _policies(model: nn.Module, ignored: set[str], copied: Collection[str]) -> d
     policies: dict[str, Policy] = dict.fromkeys(copied, "copy")
     for item in track(model):
         if ignored.intersection((item.name, *item.aliases)):
-            policies[item.name] = "live"
+            policies[item.name] = "skip"
         elif not policies.keys() & {item.name, *item.aliases}:
-            policies[item.name] = "average" if averageable(item.live()) else "copy"
+            policies[item.name] = "average" if averageable(item.local()) else "copy"
     return policies
 
 

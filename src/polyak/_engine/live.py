@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _END = {None: None}.values()  # what was added behind the last would not be seen without it
 
 
-class LiveWeights:
+class ModelTensors:
     """What of a model is averaged or copied, and where it is now.
 
     Tensors keep the order of the first look, or that of `order`, however a model orders them later:
@@ -93,7 +93,7 @@ class LiveWeights:
 
     def stored(self) -> list[Tracked]:
         """All that is averaged or copied, in order."""
-        return [item for item in self.tracked if item.policy != "live"]
+        return [item for item in self.tracked if item.policy != "skip"]
 
     def _look(self) -> list[Tracked]:
         self.reshard()
@@ -112,16 +112,16 @@ class LiveWeights:
         self._seen = list(chain.from_iterable(self._views))
         indices: dict[tuple[Kind, str], list[int]] = {}
         for i, item in enumerate(self.averaged):
-            indices.setdefault((kind(item.live()), item.stream()), []).append(i)
+            indices.setdefault((kind(item.local()), item.stream()), []).append(i)
         self._kinds = [each for each, _ in indices]
         self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
         self.indices = list(indices.values())
-        self._groups = self.group([item.live() for item in self.averaged])
+        self._groups = self.group([item.local() for item in self.averaged])
         self.generation += 1
 
 
 def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[Shape, Policy]]:
     """name -> shape and policy of every tensor, those left to the model by their name alone."""
     return {
-        item.name: (() if item.policy == "live" else item.shape(), item.policy) for item in tracked
+        item.name: (() if item.policy == "skip" else item.shape(), item.policy) for item in tracked
     }

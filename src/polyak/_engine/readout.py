@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._ranks.sharding import as_distributed
 
@@ -37,7 +37,7 @@ class AverageWeights(NamedTensors):
     once the average has moved on.
     """
 
-    def __init__(self, live: LiveWeights, average: Average, copies: Sequence[Tensor]) -> None:
+    def __init__(self, live: ModelTensors, average: Average, copies: Sequence[Tensor]) -> None:
         self._live = live
         self._average = average
         self._tick = average.tick

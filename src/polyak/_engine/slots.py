@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from polyak import _tensors as tensors
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
 from polyak._engine.tracking import Tracked
+from polyak._lazy import TensorSpec, spec_of
 from polyak._ranks.sharding import as_distributed
 from polyak._tensors import Groups
 from polyak.rules import LIVE, START, Rule, Tick
 
 COMPENSATION = ".compensation"
-Form = tuple[tuple[int, ...], torch.dtype]
 
 
 class Move(NamedTuple):
@@ -123,13 +123,13 @@ class Average:
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
 
-    def advance(self, live: LiveWeights, elapsed: float) -> list[Move]:
+    def advance(self, live: ModelTensors, elapsed: float) -> list[Move]:
         """The clock ticks; the slots that the rule now moves, in groups, and how far."""
         self.tick = self.rule.tick(self.tick, elapsed)
         fractions = self.rule.fractions(self.tick)
         return [self.move(live, slot, fraction) for slot, fraction in fractions.items()]
 
-    def move(self, live: LiveWeights, slot: str, fraction: float) -> Move:
+    def move(self, live: ModelTensors, slot: str, fraction: float) -> Move:
         """A slot's move, rounded as this average rounds; its first, a copy, allocates it."""
         if slot not in self.slots:
             self._allocate(live, slot, fraction)
@@ -139,7 +139,7 @@ class Average:
             seeds = [seed(self.tick.n, self._name, slot, each) for each in live.streams]
         return Move(self.groups(live, slot), fraction, residues, seeds)
 
-    def stalled(self, live: LiveWeights, elapsed: float) -> float:
+    def stalled(self, live: ModelTensors, elapsed: float) -> float:
         """The share of the weights that differ from their live ones and yet would not move next.
 
         0 before the first update, and with rounding that never stalls.
@@ -154,7 +154,7 @@ class Average:
                     stay, move = stay + counted[0], move + counted[1]
         return stay / move if move else 0.0
 
-    def groups(self, live: LiveWeights, slot: str) -> Groups:
+    def groups(self, live: ModelTensors, slot: str) -> Groups:
         """The tensors of a slot in the groups of the live weights."""
         if self._generation != live.generation:
             self._grouped, self._generation = {}, live.generation
@@ -164,7 +164,7 @@ class Average:
 
     def read(
         self,
-        live: LiveWeights,
+        live: ModelTensors,
         wanted: Sequence[int] | None = None,
         where: tuple[slice, ...] = (),
     ) -> list[Tensor]:
@@ -176,7 +176,7 @@ class Average:
         chosen = range(len(like)) if wanted is None else wanted
         out = {i: torch.empty_like(like[i][where]) for i in chosen}
         coefficients = self.rule.readout(self.tick)
-        weights = {i: live.averaged[i].live() for i in chosen} if LIVE in coefficients else {}
+        weights = {i: live.averaged[i].local() for i in chosen} if LIVE in coefficients else {}
         for group in live.indices:
             here = [i for i in group if i in out]
             terms = [
@@ -195,17 +195,18 @@ class Average:
         (slot, coefficient), *others = self.rule.readout(self.tick).items()
         return self.slots[slot] if not others and coefficient == 1 and slot != LIVE else None
 
-    def forms(self, live: LiveWeights) -> dict[str, Form]:
+    def specs(self, live: ModelTensors) -> dict[str, TensorSpec]:
         """name -> shape and dtype of the slots: those there are, or those there will be."""
         held = next(iter(self.slots.values()), None)
         if held is not None:
             names = (item.name for item in live.averaged)
-            return {n: (tuple(t.shape), t.dtype) for n, t in zip(names, held, strict=True)}
+            return {n: spec_of(t) for n, t in zip(names, held, strict=True)}
         return {
-            item.name: (tuple(item.live().shape), self._dtype_of(item)) for item in live.averaged
+            item.name: TensorSpec(tuple(item.local().shape), self._dtype_of(item))
+            for item in live.averaged
         }
 
-    def state(self, live: LiveWeights) -> dict[str, Any]:
+    def state(self, live: ModelTensors) -> dict[str, Any]:
         """Rule, clock and slots as data; the tensors are the slots themselves, or share their memory."""
         slots = {slot: named(live.averaged, held) for slot, held in self.slots.items()}
         return {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
@@ -220,7 +221,7 @@ class Average:
 
     @torch.no_grad()
     def take(
-        self, live: LiveWeights, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
+        self, live: ModelTensors, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         """Takes over a clock and copies of slots, all of them checked."""
         filled = {}
@@ -238,27 +239,27 @@ class Average:
     def _with_residues(self, slots: set[str]) -> set[str]:
         return slots | {slot + COMPENSATION for slot in slots} if self._compensated else slots
 
-    def _allocate(self, live: LiveWeights, slot: str, fraction: float) -> None:
+    def _allocate(self, live: ModelTensors, slot: str, fraction: float) -> None:
         if fraction != 1:
             raise RuntimeError(
                 f"{self.rule} moves slot {slot!r} by {fraction} and it has no value yet: a rule's "
                 "first move of a slot is a copy, fraction 1"
             )
-        dtypes = [dtype for _, dtype in self.forms(live).values()]
+        dtypes = [spec.dtype for spec in self.specs(live).values()]
         self.slots[slot] = self._empty(live, dtypes)
         if self._compensated:
             self.slots[slot + COMPENSATION] = self._empty(live, dtypes)
 
     @torch.inference_mode(False)
-    def _empty(self, live: LiveWeights, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    def _empty(self, live: ModelTensors, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Fresh tensors for one slot, not filled; ordinary ones, whatever mode is on."""
         return [
-            torch.empty_like(item.live(), dtype=dtype, device=self._device, requires_grad=False)
+            torch.empty_like(item.local(), dtype=dtype, device=self._device, requires_grad=False)
             for item, dtype in zip(live.averaged, dtypes, strict=True)
         ]
 
     def _dtype_of(self, item: Tracked) -> torch.dtype:
-        return tensors.slot_dtype(item.live().dtype, self._dtype)
+        return tensors.slot_dtype(item.local().dtype, self._dtype)
 
 
 def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:

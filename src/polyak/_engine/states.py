@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import difference, is_integer, is_number, report
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._ranks.sharding import Layout, Shape, local, shape
 from polyak.rules import START, Tick
@@ -41,7 +41,7 @@ class State:
     mixed: bool
 
 
-def checked(state: object, live: LiveWeights, averages: Mapping[str, Average]) -> State:
+def checked(state: object, live: ModelTensors, averages: Mapping[str, Average]) -> State:
     """A state as it may be taken over; raises `ValueError` that says what is not as it must be."""
     data = _mapping(
         state, "the state", ("format", "calls", "elapsed", "skipped", "copies", "averages")
@@ -72,7 +72,7 @@ def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]
 
 
 def _average(
-    data: Mapping[str, Any], name: str, live: LiveWeights, average: Average
+    data: Mapping[str, Any], name: str, live: ModelTensors, average: Average
 ) -> AverageState:
     where = f"average {name!r}"
     tick = _tick(data["tick"], average.rule.tick(START, 1.0), f"{where}, tick")
@@ -84,7 +84,7 @@ def _average(
     if not needed <= set(slots) <= known:
         wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
         raise ValueError(f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}")
-    dtypes = {name: dtype for name, (_, dtype) in average.forms(live).items()}
+    dtypes = {name: spec.dtype for name, spec in average.specs(live).items()}
     forms = {item.name: (item.shape(), dtypes[item.name]) for item in live.averaged}
     for slot, held in slots.items():
         _require_forms(forms, held, f"{where}, slot {slot}")
@@ -92,10 +92,10 @@ def _average(
     return AverageState(tick, slots)
 
 
-def _copies(data: object, live: LiveWeights, *, begun: bool) -> dict[str, Tensor]:
+def _copies(data: object, live: ModelTensors, *, begun: bool) -> dict[str, Tensor]:
     copies = dict(_mapping(data, "copies"))
     if copies or begun:
-        forms = {item.name: (item.shape(), item.live().dtype) for item in live.copied}
+        forms = {item.name: (item.shape(), item.local().dtype) for item in live.copied}
         _require_forms(forms, copies, "copies")
     return {name: local(tensor) for name, tensor in copies.items()}
 

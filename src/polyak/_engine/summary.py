@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from polyak._engine.live import LiveWeights
-from polyak._engine.slots import Average, Form
+from polyak._engine.live import ModelTensors
+from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked
+from polyak._lazy import TensorSpec
 from polyak._ranks.sharding import is_distributed, shape
 from polyak._tensors import dtype_name
 
@@ -77,15 +78,15 @@ def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
 
 def summarise(
     averages: Mapping[str, Average],
-    live: LiveWeights,
+    live: ModelTensors,
     copies: list[torch.Tensor],
     *,
     elapsed: float,
 ) -> Summary:
     """The summary of averages over live weights."""
     first = next(iter(averages.values()))
-    forms = first.forms(live)
-    rows = tuple(_row(item, forms) for item in live.tracked)
+    specs = first.specs(live)
+    rows = tuple(_row(item, specs) for item in live.tracked)
     held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
     memory = sum(t.numel() * t.element_size() for t in held)
     rules = {name: str(average.rule) for name, average in averages.items()}
@@ -93,11 +94,11 @@ def summarise(
     return Summary(rules, first.tick.n, memory, shares, rows)
 
 
-def _row(item: Tracked, forms: Mapping[str, Form]) -> Row:
-    tensor = item.live()
+def _row(item: Tracked, specs: Mapping[str, TensorSpec]) -> Row:
+    tensor = item.local()
     kept = tensor.dtype if item.policy == "copy" else None
-    if item.name in forms:
-        kept = forms[item.name][1]
-    form = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
+    if item.name in specs:
+        kept = specs[item.name].dtype
+    head = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
     part = f"; part of {shape(item.held())}" if is_distributed(item.held()) else ""
-    return Row(*form, item.policy, item.reason + part, item.aliases)
+    return Row(*head, item.policy, item.reason + part, item.aliases)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked
 from polyak._ranks.agreement import digest
@@ -121,7 +121,7 @@ class Exchange:
 
     def trade(self, item: Tracked, slot: Tensor) -> None:
         """Plans to trade the contents of a live tensor and of a slot of its dtype and device."""
-        self._trades.setdefault(kind(slot), []).append(_Trade(item, item.live(), slot))
+        self._trades.setdefault(kind(slot), []).append(_Trade(item, item.local(), slot))
 
     def replace(self, item: Tracked, average: Tensor) -> None:
         """Plans to keep a live tensor aside and to write an average, or this rank's rows, into it."""
@@ -197,7 +197,7 @@ class Exchange:
 
 
 def planned(
-    live: LiveWeights, average: Average, copies: Sequence[Tensor], mesh: DeviceMesh | None
+    live: ModelTensors, average: Average, copies: Sequence[Tensor], mesh: DeviceMesh | None
 ) -> Exchange:
     """What lets a model carry an average: whose contents trade places, which live ones are kept aside."""
     exchange, kept = Exchange(mesh), []
@@ -205,7 +205,7 @@ def planned(
     for i, item in enumerate(live.averaged):
         if lone and item.mesh is not None:
             exchange.replace(item, lone[i])
-        elif lone and item.kind != "buffer" and kind(item.live()) == kind(lone[i]):
+        elif lone and item.kind != "buffer" and kind(item.local()) == kind(lone[i]):
             exchange.trade(item, lone[i])
         else:
             kept.append(i)

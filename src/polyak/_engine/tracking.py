@@ -33,7 +33,7 @@ from polyak._ranks.sharding import (
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Policy = Literal["average", "copy", "live"]
+Policy = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
 Select = Callable[[str], bool] | str | Sequence[str] | None
 Source = nn.Module | Mapping[str, Tensor]
@@ -56,11 +56,11 @@ class Tracked:
     kind: Literal["parameter", "buffer", "tensor"]
     persistent: bool = True
     aliases: tuple[str, ...] = ()
-    policy: Policy = "live"
+    policy: Policy = "skip"
     reason: str = ""
     mesh: DeviceMesh | None = None
 
-    def live(self) -> Tensor:
+    def local(self) -> Tensor:
         """What is averaged on this rank: the tensor as it is now, or its part; the model's content."""
         found = local(self.found())
         return found if self.mesh is None else rows(found, self.mesh)
@@ -98,7 +98,7 @@ def track(
     """Every tensor of a model or mapping, once, in the model's order, with its policy and reason.
 
     Policies: "average" (floating-point and complex parameters, BatchNorm's running statistics),
-    "copy" (integers, and every other buffer), "live" (left to the model: not selected, or a buffer
+    "copy" (integers, and every other buffer), "skip" (left to the model: not selected, or a buffer
     that its module does not save). Tied tensors are one, with the other names as aliases. Averaged
     parameters of one dimension or more are divided over the ranks of a `mesh`, by rows.
 
@@ -174,7 +174,7 @@ def _merge_ties(found: list[Tracked]) -> list[Tracked]:
 
 
 def _refuse_strange(item: Tracked) -> None:
-    tensor = item.live()
+    tensor = item.local()
     if is_lazy(tensor):
         raise ValueError(
             f"{item.name} is not materialised yet (a lazy module): run one forward pass, "
@@ -219,13 +219,13 @@ def _decide(
 ) -> tuple[Policy, str]:
     """The policy of one tensor and why."""
     if not selected(item.name):
-        return "live", "not selected"
+        return "skip", "not selected"
     if item.name in overrides:
         return overrides[item.name], "by the pattern given"
     if not item.persistent:
-        return "live", "a buffer that its module does not save"
-    if not averageable(item.live()):
-        return "copy", f"{str(item.live().dtype).removeprefix('torch.')} has no mean"
+        return "skip", "a buffer that its module does not save"
+    if not averageable(item.local()):
+        return "copy", f"{str(item.local().dtype).removeprefix('torch.')} has no mean"
     if item.kind != "buffer":
         return "average", item.kind
     if buffers in ("average", "copy"):
@@ -245,11 +245,11 @@ def _overrides(buffers: Buffers, names: dict[str, Tracked]) -> dict[str, Policy]
     decided: dict[str, Policy] = {}
     for pattern, policy in buffers.items():
         if policy not in get_args(Policy):
-            wanted = '"average", "copy" or "live"'
+            wanted = '"average", "copy" or "skip"'
             raise ValueError(f"buffers[{pattern!r}] is {policy!r}, wanted {wanted}")
         for item in _matches(pattern, names, "buffers"):
-            if policy == "average" and not averageable(item.live()):
-                raise ValueError(f"{item.name} is {item.live().dtype}: it can be copied only")
+            if policy == "average" and not averageable(item.local()):
+                raise ValueError(f"{item.name} is {item.local().dtype}: it can be copied only")
             decided.setdefault(item.name, policy)
     return decided
 

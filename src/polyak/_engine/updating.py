@@ -11,7 +11,7 @@ from torch import Tensor
 from polyak import _tensors as tensors
 from polyak._checks import require_count
 from polyak._engine.guard import Verdict, finite, stepped
-from polyak._engine.live import LiveWeights
+from polyak._engine.live import ModelTensors
 from polyak._engine.offload import Courier, courier_for
 from polyak._engine.slots import Average, Move, move_, named
 from polyak._tensors import Groups
@@ -42,7 +42,7 @@ class Updating:
 
     def __init__(
         self,
-        live: LiveWeights,
+        live: ModelTensors,
         averages: Sequence[Average],
         *,
         every: int,
@@ -151,12 +151,12 @@ class Updating:
         averages = [average.advance(self._live, self._elapsed) for average in self._averages]
         moves = [move for moves in averages for move in moves]
         self._calls, self._elapsed = 0, 0.0
-        copied = [item.live() for item in self._live.copied]
+        copied = [item.local() for item in self._live.copied]
         if copied and not self.copies:
             self.copies = self._empty_copies()
         if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
             self._live.check("update")
-            copied = [item.live() for item in self._live.copied]
+            copied = [item.local() for item in self._live.copied]
         self._find_courier([*groups, copied])
         if self._courier is None:
             move_(groups, moves, ok)
@@ -197,7 +197,7 @@ class Updating:
 
     @torch.inference_mode(False)
     def _empty_copies(self) -> list[Tensor]:
-        live = [item.live() for item in self._live.copied]
+        live = [item.local() for item in self._live.copied]
         return [torch.empty_like(t, device=self._device) for t in live]
 
     def _moment(self) -> _Moment:
@@ -219,7 +219,7 @@ class Updating:
         self.skipped += 1
 
     def _culprits(self) -> str:
-        named = (item for item in self._live.averaged if not item.live().isfinite().all())
+        named = (item for item in self._live.averaged if not item.local().isfinite().all())
         names = [item.name for item in named]
         return (
             f"{', '.join(names[:8])} {'are' if len(names) > 1 else 'is'}"

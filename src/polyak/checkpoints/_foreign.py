@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from polyak._checks import difference, report, require_count
-from polyak._engine.slots import COMPENSATION, Form, tick_data
+from polyak._engine.slots import COMPENSATION, tick_data
 from polyak._engine.states import STATE_FORMAT
 from polyak._engine.tracking import Tracked
+from polyak._lazy import TensorSpec
 from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
@@ -44,7 +45,7 @@ def foreign_state(
         name: {
             "rule": str(rule),
             "tick": _tick(found, clock, rule, averager.every),
-            "slots": _slots(found, weights[name], averager.slot_forms(name)),
+            "slots": _slots(found, weights[name], averager.slot_specs(name)),
         }
         for name, rule in rules.items()
     }
@@ -76,7 +77,7 @@ def _read(path: Path, averager: Averager, names: Sequence[str] | None) -> Checkp
     """What another library wrote; tensors without names are those of the model's parameters."""
     found = read(path, names or "positions")
     parameters = [item for item in averager.tracked if item.kind != "buffer"]
-    trainable = [item.name for item in parameters if item.live().requires_grad]
+    trainable = [item.name for item in parameters if item.local().requires_grad]
     averages = {}
     for name, weights in found.averages.items():
         if names is None and list(weights) == [str(i) for i in range(len(weights))]:
@@ -131,7 +132,7 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
     extra = [each for each in held if each not in known]
     complete: dict[str, Tensor | Chunked] = {}
     missing = []
-    tracked = [item for item in tracked if item.policy != "live"]
+    tracked = [item for item in tracked if item.policy != "skip"]
     for item in tracked:
         given = [n for n in (item.name, *item.aliases) if n in held]
         if given:
@@ -154,19 +155,19 @@ def _learns(item: Tracked) -> bool:
 
 
 def _slots(
-    found: Checkpoint, weights: Mapping[str, Tensor], forms: Mapping[str, Mapping[str, Form]]
+    found: Checkpoint, weights: Mapping[str, Tensor], specs: Mapping[str, Mapping[str, TensorSpec]]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots of an average from its weights: only a rule of one slot has its average there."""
-    plain = [slot for slot in forms if not slot.endswith(COMPENSATION)]
+    plain = [slot for slot in specs if not slot.endswith(COMPENSATION)]
     if plain != [AVERAGE]:
         raise ValueError(
             f"{found.path}: a file of another library holds an average, and this averager's rule "
             f"needs the slots {', '.join(plain)}"
         )
     slots = {
-        AVERAGE: {n: _widened(found, n, weights[n], form[1]) for n, form in forms[AVERAGE].items()}
+        AVERAGE: {n: _widened(found, n, weights[n], s.dtype) for n, s in specs[AVERAGE].items()}
     }
-    for slot in forms.keys() - slots.keys():
+    for slot in specs.keys() - slots.keys():
         slots[slot] = {n: _zeros_like(tensor) for n, tensor in slots[AVERAGE].items()}
     return slots
 

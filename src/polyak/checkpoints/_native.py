@@ -180,7 +180,7 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
         }
     if averager.clock.n and any(map(_needs_live, averages.values())):
         items = [item for item in tracked if item.policy == "average"]
-        live = named(items, [item.live().detach() for item in items])
+        live = named(items, [item.local().detach() for item in items])
         stored |= {f"live/{name}": tensor for name, tensor in live.items()}
     described = {
         name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
@@ -217,7 +217,7 @@ def _bytes(text: str) -> Tensor:
 
 def described_model(tracked: Sequence[Tracked]) -> dict[str, Any]:
     """What the averaged model is like: shape, dtype, policy, other names, of all that is stored."""
-    return {item.name: _described(item) for item in tracked if item.policy != "live"}
+    return {item.name: _described(item) for item in tracked if item.policy != "skip"}
 
 
 def _needs_live(held: Mapping[str, Any]) -> bool:
