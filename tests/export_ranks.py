@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import polyak
 from polyak._ranks.agreement import chosen
 from polyak._ranks.shard_geometry import Box, box
-from polyak.checkpoints import _streams as streams
+from polyak.checkpoints import _sharded_export as sharded_export
 from polyak.checkpoints import export
 from sharding_ranks import (
     RULES,
@@ -126,7 +126,7 @@ def require_same_files(
 ) -> None:
     """Bit for bit the files of one process, whether ranks see them or not, in whatever pieces."""
     for folder in FOLDERS:
-        for most in (pieces, streams.MOST):
+        for most in (pieces, sharded_export.WINDOW):
             with folder() as place, small_pieces(most):
                 export(place / file, averager, **options)
                 dist.barrier()
@@ -138,11 +138,11 @@ def require_same_files(
 
 @contextmanager
 def small_pieces(most: int) -> Iterator[None]:
-    before, streams.MOST = streams.MOST, most
+    before, sharded_export.WINDOW = sharded_export.WINDOW, most
     try:
         yield
     finally:
-        streams.MOST = before
+        sharded_export.WINDOW = before
 
 
 def the_file_is_that_of_one_process() -> None:

@@ -28,8 +28,8 @@ from corrupting import (
     save_folder,
 )
 from polyak import checkpoints
-from polyak.checkpoints import _native as native
-from polyak.checkpoints import _stored as stored
+from polyak.checkpoints import _own_format as stored
+from polyak.checkpoints import _save as native
 from polyak.checkpoints import _tensorfile as tensorfile
 from polyak.checkpoints._distributed import DistributedTensors
 from polyak.checkpoints._tensorfile import TensorFile

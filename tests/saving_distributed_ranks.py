@@ -39,7 +39,7 @@ import polyak.offline
 import replicas_ranks
 from polyak import checkpoints
 from polyak._ranks.agreement import chosen
-from polyak.checkpoints._snapshots import snapshots
+from polyak.snapshots import snapshots
 from sharding_ranks import (
     RULES,
     Net,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import polyak
 from cli_runs import STEPS, finished, model, moved, place, run
 from polyak import Averager, checkpoints, offline, theory
-from polyak.checkpoints._snapshots import snapshots
 from polyak.cli._evaluating import function_of
 from polyak.cli._options import bytes_of, checkpoints_of, grid_of
+from polyak.snapshots import snapshots
 
 __all__ = ["finished", "place"]  # fixtures
 

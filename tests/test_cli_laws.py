@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import polyak
 from corrupting import DTYPES, of_bytes
 from polyak import EMA, Averager, checkpoints, theory
-from polyak.checkpoints._converting import convert
+from polyak.checkpoints._convert import convert
 from polyak.offline import _comparing as comparing
 from polyak.offline._comparing import compare
 from polyak.offline._describing import describe

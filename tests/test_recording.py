@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import polyak
 from models import assert_same, everything, wander
 from polyak import Averager, Recorder, checkpoints, synthesize
-from polyak.checkpoints._snapshots import snapshots
-from polyak.checkpoints._stored import Stored
+from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._tensorfile import TensorFile
+from polyak.snapshots import snapshots
 
 STORED = {"0.05": "power(relative_std=0.05)", "0.10": "power(relative_std=0.1)"}
 WANTED = {

@@ -12,15 +12,15 @@ Nothing here runs code from a file: pickles are read as data, and whatever asks 
 
 from __future__ import annotations
 
-from polyak.checkpoints._background import Saving, save_distributed_async
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
-from polyak.checkpoints._converting import convert
-from polyak.checkpoints._exporting import export
+from polyak.checkpoints._convert import convert
+from polyak.checkpoints._export import export
 from polyak.checkpoints._folders import latest, saving
-from polyak.checkpoints._native import save
+from polyak.checkpoints._load import load
 from polyak.checkpoints._reading import read
-from polyak.checkpoints._resuming import load
-from polyak.checkpoints._training import load_distributed, save_distributed
+from polyak.checkpoints._save import save
+from polyak.checkpoints._save_async import Saving, save_distributed_async
+from polyak.checkpoints._save_distributed import load_distributed, save_distributed
 
 __all__ = [
     "Checkpoint",

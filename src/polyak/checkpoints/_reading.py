@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyak.checkpoints import _native as native
+from polyak.checkpoints import _save as native
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._distributed import DistributedTensors
 from polyak.checkpoints._loading import IndexedTensors, load_pickle
 from polyak.checkpoints._mapped import head
 from polyak.checkpoints._metadata import METADATA
 from polyak.checkpoints._names import Names, canonical
+from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.found import Found, count
 from polyak.checkpoints._peers.modules import SNAPSHOT
 from polyak.checkpoints._peers.positional import diffusers_rules
-from polyak.checkpoints._stored import Stored
 from polyak.checkpoints._tensorfile import TensorFile, is_safetensors
 from polyak.rules import AVERAGE
 

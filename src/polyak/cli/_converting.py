@@ -140,7 +140,7 @@ def _to_ours(
     copied: list[str],
     force: bool,
 ) -> Checkpoint:
-    from polyak.checkpoints._converting import convert
+    from polyak.checkpoints._convert import convert
 
     return convert(
         file,
@@ -171,7 +171,7 @@ def _to_plain(
     file: Path, out: Path, names: list[str] | None, average: str | None, live: bool, force: bool
 ) -> Checkpoint:
     from polyak import checkpoints
-    from polyak.checkpoints._ties import distinct
+    from polyak.checkpoints._export import distinct
     from polyak.checkpoints._writing import write
     from polyak.offline._comparing import chosen
     from polyak.rules import LIVE

@@ -10,14 +10,14 @@ from typing import Any
 
 from polyak import norms
 from polyak._tensors import dtype_name
-from polyak.checkpoints import _native as native
+from polyak.checkpoints import _save as native
 from polyak.checkpoints._checkpoint import Checkpoint
+from polyak.checkpoints._export import distinct
+from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._reading import read
-from polyak.checkpoints._snapshots import Snapshot, snapshots, stored_in
-from polyak.checkpoints._stored import Stored
 from polyak.checkpoints._tensorfile import Form
-from polyak.checkpoints._ties import distinct
 from polyak.rules import Rule
+from polyak.snapshots import Snapshot, snapshots, stored_in
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients
 

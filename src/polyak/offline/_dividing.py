@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from polyak._ranks.agreement import agree, chosen, together
-from polyak.checkpoints._slabs import begin, opened, write_at
+from polyak.checkpoints._sharded_export import begin, opened, write_at
 from polyak.checkpoints._tensorfile import Form, Layout, Pieces, content, layout
 from polyak.checkpoints._writing import METADATA, arranged
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from polyak._checks import is_integer, require, require_positive
 from polyak._ranks.agreement import together
 from polyak.checkpoints._names import Renamed
-from polyak.checkpoints._snapshots import Snapshot, snapshots
-from polyak.checkpoints._stored import Stored
+from polyak.checkpoints._own_format import Stored
 from polyak.offline._averaging import opened
 from polyak.offline._combining import Combination, Source
 from polyak.rules import LIVE, Rule
+from polyak.snapshots import Snapshot, snapshots
 from polyak.specs import as_rule
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients

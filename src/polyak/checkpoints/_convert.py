@@ -10,10 +10,10 @@ from torch import Tensor
 from polyak._files import refuse_existing
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._native import save
+from polyak.checkpoints._export import Place, place
+from polyak.checkpoints._load import load
 from polyak.checkpoints._reading import read
-from polyak.checkpoints._resuming import load
-from polyak.checkpoints._ties import Place, place
+from polyak.checkpoints._save import save
 from polyak.rules import Rule
 from polyak.specs import as_rule
 

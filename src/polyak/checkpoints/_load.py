@@ -14,14 +14,13 @@ from torch import Tensor
 from polyak._checks import difference, report
 from polyak._engine.slots import tick_data
 from polyak.averager import Averager
-from polyak.checkpoints import _native as native
+from polyak.checkpoints import _save as native
 from polyak.checkpoints._checkpoint import ticked
 from polyak.checkpoints._distributed import DistributedTensors
-from polyak.checkpoints._foreign import foreign_state, require_rules
-from polyak.checkpoints._loading import load_pickle
-from polyak.checkpoints._parts import cut_all
-from polyak.checkpoints._statefolders import find_state
-from polyak.checkpoints._stored import Stored
+from polyak.checkpoints._loading import load_pickle, naming
+from polyak.checkpoints._own_format import Stored
+from polyak.checkpoints._parts import Chunked, cut_all
+from polyak.checkpoints._resume_foreign import foreign_state, require_rules
 from polyak.ema import EMA
 from polyak.rules import START, Rule, Tick
 
@@ -167,3 +166,45 @@ def _tick_under(rule: Rule, was: Tick) -> Tick:
     nested = was.n and rule.tick(START, 1.0).inner is not None
     inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
     return was._replace(inner=inner)
+
+
+def find_state(folder: DistributedTensors, key: str | None) -> dict[str, Any] | None:
+    """The state that `averager.state_dict()` gave, in a folder or under a key of it, if there is one.
+
+    Its tensors are those of `DistributedTensors.unread`. Raises `ValueError` for a folder with
+    several.
+    """
+    path = folder.path if key is None else folder.path / key
+    roots = [root for root in _roots(folder) if key is None or root == (key,)]
+    if len(roots) > 1:
+        keys = [key for root in roots for key in root]
+        raise ValueError(
+            f"{path} has the states of several averagers, {', '.join(keys)}: give one, as "
+            f"{path / keys[-1]}"
+        )
+    with naming(str(path), "a damaged state"):
+        return _state(folder, roots[0]) if roots else None
+
+
+def _roots(folder: DistributedTensors) -> list[tuple[str, ...]]:
+    """Where states begin: at the top, or under a key."""
+    paths = {tuple(map(str, path)) for path in folder.paths.values()}
+    begins = {path[: path.index("averages")] for path in paths if "averages" in path}
+    return sorted(root for root in begins if len(root) < 2 and (*root, "format") in paths)
+
+
+def _state(folder: DistributedTensors, root: tuple[str, ...]) -> dict[str, Any]:
+    """What lies under a root, as it was before it was flattened; empty mappings are not stored."""
+    state: dict[str, Any] = {"copies": {}, "averages": {}}
+    for name, path in folder.paths.items():
+        keys = tuple(map(str, path))
+        if keys[: len(root)] == root:
+            place, (*outer, last) = state, keys[len(root) :]
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = folder.unread(name) if name in folder.forms else folder.objects[name]
+    slots = [each.setdefault("slots", {}) for each in state["averages"].values()]
+    for tensors in (state["copies"], *(held for each in slots for held in each.values())):
+        if not all(isinstance(tensor, Tensor | Chunked) for tensor in tensors.values()):
+            raise ValueError("it has something else among its tensors")
+    return state

@@ -12,8 +12,8 @@ from warnings import warn
 import torch.distributed as dist
 
 from polyak._ranks.agreement import require_member, time_out
-from polyak.checkpoints import _collective as collective
-from polyak.checkpoints._training import content_of
+from polyak.checkpoints import _shared_folder as collective
+from polyak.checkpoints._save_distributed import content_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

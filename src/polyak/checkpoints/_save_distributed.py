@@ -14,11 +14,11 @@ from torch import Tensor
 
 from polyak._checks import difference, report, require
 from polyak.averager import Averager
-from polyak.checkpoints import _collective as collective
-from polyak.checkpoints import _native as native
+from polyak.checkpoints import _save as native
+from polyak.checkpoints import _shared_folder as collective
 from polyak.checkpoints._distributed import DistributedTensors
-from polyak.checkpoints._resuming import adopt, fitted, require_fit
-from polyak.checkpoints._stored import Stored
+from polyak.checkpoints._load import adopt, fitted, require_fit
+from polyak.checkpoints._own_format import Stored
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -3,7 +3,7 @@
 Every rank knows from the tensors' shapes and layouts where everything lies in the files. So where all
 ranks see the files that the first one begins, each writes its own parts at their places, and none
 waits for another. Parts that would be many short runs of bytes (columns of a matrix), and all parts
-where a rank does not see the files, pass through the first rank (`polyak.checkpoints._streams`).
+where a rank does not see the files, pass through the first rank (`polyak.checkpoints._sharded_export`).
 """
 
 from __future__ import annotations
@@ -11,22 +11,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from polyak import _files as files
 from polyak._ranks.agreement import agree, chosen, first, gathered, is_first, together
-from polyak._ranks.shard_geometry import Box, box_at, box_of, is_first_replica, runs, whole, windows
-from polyak._ranks.sharding import is_distributed
-from polyak.checkpoints import _streams as streams
-from polyak.checkpoints._tensorfile import Form, Layout, content, layout, narrowed
+from polyak._ranks.shard_geometry import (
+    Box,
+    box_at,
+    box_of,
+    boxes,
+    is_first_replica,
+    runs,
+    whole,
+    windows,
+)
+from polyak._ranks.sharding import is_distributed, local
+from polyak.checkpoints._tensorfile import Form, Layout, as_bytes, content, layout, narrowed
 from polyak.checkpoints._writing import INDEX, METADATA, arranged, index, totalled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 RUN_BYTES = 1 << 16
 """Parts whose runs in the file are shorter pass through the first rank, which joins them."""
@@ -178,7 +189,7 @@ class _Ranks:
         """Writes this rank's part of a tensor at its places; how many bytes that were."""
         return sum(
             self._write(handle, name, layout, window, self._piece(name, window))
-            for window in windows(self.shares[name], streams.MOST)
+            for window in windows(self.shares[name], WINDOW)
         )
 
     def _pass(self, handle: int, name: str, layout: Layout) -> None:
@@ -186,7 +197,7 @@ class _Ranks:
         form, held = self.spreads[name]
         assert is_distributed(held)
         share = self.shares[name]
-        sent = streams.Sent(form, held, share, lambda box: self._piece(name, box), self.group)
+        sent = Sent(form, held, share, lambda box: self._piece(name, box), self.group)
         if is_first(self.group):
             sent.receive(lambda box, piece: self._write(handle, name, layout, box, piece))
         else:
@@ -224,3 +235,78 @@ def write_at(handle: int, held: memoryview, place: int) -> None:
     while held:
         count = os.pwrite(handle, held, place)
         held, place = held[count:], place + count
+
+
+WINDOW = 1 << 22
+"""So many elements at most are computed, sent and held at a time: 32 MiB of the widest."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A DTensor on its way: its form in the file, this rank's share of it, and what is in a box of it."""
+
+    form: Form
+    held: DTensor
+    share: Box
+    piece: Callable[[Box], Tensor]
+    group: ProcessGroup | None
+    _attempts: _Attempts = field(default_factory=lambda: _Attempts())
+
+    def send(self) -> None:
+        """Sends this rank's share to the first rank, as it expects it."""
+        for window in windows(whole(self.form.shape), WINDOW) if self.share.numel else ():
+            if (part := window.overlap(self.share)).numel:
+                piece = self._attempts.run(self.piece, part)
+                flat = self._blank(part) if piece is None else as_bytes(piece)
+                dist.send(flat, dst=first(self.group), group=self.group)
+        self._attempts.end()
+
+    def receive(self, write: Callable[[Box, Tensor], object]) -> None:
+        """Gathers window by window on the first rank, and writes it."""
+        shares = boxes(self.held)
+        for window in windows(whole(self.form.shape), WINDOW):
+            parts = {rank: window.overlap(share) for rank, share in shares.items()}
+            content = self._window(window, {r: part for r, part in parts.items() if part.numel})
+            self._attempts.run(write, window, content)
+        self._attempts.end()
+
+    def _window(self, window: Box, parts: dict[int, Box]) -> Tensor:
+        """The content of a window, of which each rank has a part."""
+        me = first(self.group)
+        received = {rank: self._blank(part) for rank, part in parts.items() if rank != me}
+        coming = [dist.irecv(flat, src=r, group=self.group) for r, flat in received.items()]
+        content = torch.empty(window.shape, dtype=self.form.dtype)
+        if me in parts and (own := self._attempts.run(self.piece, parts[me])) is not None:
+            content[parts[me].within(window)] = own
+        for work in filter(None, coming):
+            work.wait()
+        for rank, flat in received.items():
+            part = flat.view(self.form.dtype).view(parts[rank].shape)
+            content[parts[rank].within(window)] = part
+        return content
+
+    def _blank(self, part: Box) -> Tensor:
+        """A message's bytes, on the device where messages come from."""
+        count = part.numel * self.form.dtype.itemsize
+        return torch.empty(count, dtype=torch.uint8, device=local(self.held).device)
+
+
+class _Attempts:
+    """What may fail while others wait: after the first error nothing is done, and `end` raises it."""
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+
+    def run(self, call: Callable[..., _T], *given: Any) -> _T | None:
+        if self._error is None:
+            try:
+                return call(*given)
+            except BaseException as error:
+                self._error = error
+        return None
+
+    def end(self) -> None:
+        if self._error is not None:
+            raise self._error

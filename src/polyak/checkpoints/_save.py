@@ -26,12 +26,11 @@ from polyak._engine.tracking import Tracked
 from polyak._ranks.sharding import require_whole
 from polyak._tensors import dtype_name
 from polyak.averager import Averager
-from polyak.checkpoints import _collective as collective
+from polyak.checkpoints import _shared_folder as collective
 from polyak.checkpoints import _tensorfile as tensorfile
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
+from polyak.checkpoints._own_format import FORMAT, KEY, PAIRS, SAVE, ReadOut, Stored
 from polyak.checkpoints._parts import Chunked
-from polyak.checkpoints._readout import ReadOut
-from polyak.checkpoints._stored import FORMAT, KEY, PAIRS, SAVE, Stored
 from polyak.checkpoints._tensorfile import Form, narrowed
 from polyak.ema import EMA
 from polyak.rules import LIVE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,12 +16,11 @@ from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
 from polyak._tensors import dtype_name
 from polyak.averager import SLOT_DTYPES, Averager
-from polyak.checkpoints import _slabs as slabs
+from polyak.checkpoints import _sharded_export as slabs
 from polyak.checkpoints import _writing as writing
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
-from polyak.checkpoints._collective import require_all_parts, require_one_model
+from polyak.checkpoints._shared_folder import require_all_parts, require_one_model
 from polyak.checkpoints._tensorfile import Form, form, forms, narrowed
-from polyak.checkpoints._ties import distinct
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -166,3 +165,30 @@ def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Form]
 
 def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
+Place = tuple[int, torch.Size, tuple[int, ...]]
+
+
+def place(tensor: Tensor) -> Place:
+    """Where a tensor's content lies, which tied ones share; it holds while the tensor does."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def distinct(found: Checkpoint, weights: Weights) -> dict[str, Form]:
+    """The form of each of a checkpoint's tensors, of tied ones under their first name."""
+    known = forms(weights)
+    if found.dtypes:
+        return {name: known[name] for name in known if name in found.dtypes}
+    if not known or not _holds(weights, known):
+        return dict(known)
+    kept: dict[Place | str, str] = {}
+    for name, each in known.items():
+        kept.setdefault(place(weights[name]) if each.nbytes else name, name)
+    return {name: known[name] for name in kept.values()}
+
+
+def _holds(weights: Weights, known: Mapping[str, Form]) -> bool:
+    """Whether the tensors stay where they are; those made when asked for share their addresses."""
+    small = min(known, key=lambda name: known[name].nbytes)
+    return weights[small] is weights[small]
