@@ -16,7 +16,7 @@ import pytest
 
 import polyak._files
 from polyak import _files as files
-from polyak._files import writing, writing_folder
+from polyak._files import making_folder, writing, writing_folder
 
 # A process that has only this module: it starts in a moment, so many can be killed.
 LOAD = f"""
@@ -264,6 +264,23 @@ def test_a_folder_appears_when_complete(tmp_path: Path) -> None:
         (folder / "it").write_bytes(b"other")
     assert {each.name for each in place.iterdir()} == {"it"}
     assert [each.name for each in place.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("there", ["", "a", "a/b"])
+def test_a_failed_write_leaves_no_folder_that_it_made(tmp_path: Path, there: str) -> None:
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyError), writing_folder(tmp_path / "a/b/c") as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_is_not_empty_stays_when_a_block_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), making_folder(tmp_path / "a/b"):
+        (tmp_path / "a/other").touch()
+        raise KeyError
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a/other"]
 
 
 def test_a_folder_replaces_a_file_or_a_link_when_told(tmp_path: Path) -> None:

@@ -82,19 +82,33 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
     path = Path(path)
     refuse_existing(path, overwrite)
     _remove_abandoned(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path, "part")
-    try:
-        with _new_folder(part):
-            yield part
-            for each in sorted(part.rglob("*"), reverse=True):
-                _fsync(each)
-            _fsync(part)
-            _place_folder(part, path, overwrite)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with making_folder(path.parent):
+        part = _beside(path, "part")
+        try:
+            with _new_folder(part):
+                yield part
+                for each in sorted(part.rglob("*"), reverse=True):
+                    _fsync(each)
+                _fsync(part)
+                _place_folder(part, path, overwrite)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
     _fsync(path.parent)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[None]:
+    """Makes a folder and its parents; if the block raises, those that it made go again, if empty."""
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def refuse_existing(path: Path | str, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from polyak.rules import START, Rule, Tick
+from polyak.rules import LIVE, START, Rule, Tick
 
 MOST_UPDATES = 10**8
 
@@ -99,6 +99,21 @@ class Checkpoint:
             wanted = "the name of one" if name is None else f"the average {name!r}"
             raise ValueError(f"{self.path} has the averages: {has}; wanted {wanted}")
         return self.averages[name]
+
+    def weights(self, name: str | None = None) -> Weights:
+        """The live weights for "live", else the average `name`.
+
+        By default the live weights, or the only average of a file without live weights. An average
+        that is itself called "live" is only found in a file without live weights.
+
+        Raises `ValueError` for an unknown name, and if there are several averages to choose from.
+        """
+        if name in (None, LIVE) and self.live is not None:
+            return self.live
+        if name == LIVE and name not in self.averages:
+            has = ", ".join(self.averages) or "none"
+            raise ValueError(f"{self.path} has no live weights; its averages: {has}")
+        return self.average(name)
 
     @property
     def count(self) -> int | None:

@@ -21,6 +21,7 @@ from polyak.checkpoints import _writing as writing
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
 from polyak.checkpoints._shared_folder import require_all_parts, require_one_model
 from polyak.checkpoints._tensorfile import Form, form, forms, narrowed
+from polyak.rules import LIVE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,7 +48,7 @@ def export(
     Args:
         source: an averager, or what `checkpoints.read` found in a file: there the dtypes are those of
             the live weights in the file, where it tells.
-        name: of the average, where there are several.
+        name: of the average, where there are several; "live" for the live weights of a checkpoint.
         dtype: of floating-point tensors, if not the model's.
         shard_bytes: `path` is then a folder of files of at most so many bytes, with an index.
         group: of the ranks that export a sharded average; by default all.
@@ -156,7 +157,7 @@ class _Parts:
 
 def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Form], Weights]:
     """The forms of an average's tensors in the dtypes of the live ones, tied weights once."""
-    weights = found.average(name)
+    weights = found.weights(name) if name == LIVE else found.average(name)
     live = {n: each.dtype for n, each in forms(found.live or {}).items()}
     dtypes = found.dtypes or live
     held = distinct(found, weights)
