@@ -109,9 +109,12 @@ def test_a_study_prints_its_main_tables(folder: Path, capsys: pytest.CaptureFixt
         assert wanted in printed
 
 
-def test_no_seed_at_all_is_an_error(tmp_path: Path) -> None:
+def test_no_seed_and_no_process_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds is 0, wanted at least 1"):
-        run_article(0, tmp_path)
+        run_article(0, tmp_path / "out")
+    with pytest.raises(ValueError, match="jobs is 0, wanted a number of processes"):
+        run_article(1, tmp_path / "out", jobs=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_as_text() -> None:

@@ -99,8 +99,13 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
 
 @contextmanager
 def making_folder(path: Path) -> Iterator[None]:
-    """Makes a folder and its parents; if the block raises, those that it made go again, if empty."""
+    """Makes a folder and its parents; if the block raises, those that it made go again, if empty.
+
+    Raises `NotADirectoryError` where there is a file.
+    """
     made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, wanted a folder; choose another place")
     try:
         path.mkdir(parents=True, exist_ok=True)
         yield

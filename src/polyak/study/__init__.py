@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from polyak._checks import is_integer, require
 from polyak.study._settings import Settings
 
 __all__ = ["Settings", "run_article"]
@@ -30,8 +31,8 @@ def run_article(
     Raises `ValueError` for seeds < 1, and for a folder of records made under other conditions;
     `BlockingIOError` while another study writes to the folder.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}, wanted at least 1")
+    require(is_integer(seeds, 1), "seeds", seeds, "at least 1")
+    require(jobs != 0, "jobs", jobs, "a number of processes, or -1 for one per core")
     from rich.console import Console
 
     from polyak.study import _costs as costs

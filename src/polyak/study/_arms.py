@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from polyak.averager import Averager
-from polyak.rules import Exponential, Rule, Uniform, Window
+from polyak.rules import LIVE, Exponential, Rule, Uniform, Window
 from polyak.study._model import Metrics, Probe
 from polyak.study._settings import Settings
 
 ARTICLE = "article_ema"
-LIVE = "live"
 SWA_SHARE = 0.75
 WEIGHTS = "weights"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from polyak.study import _article as article
 from polyak.study import _quantities as q
-from polyak.study._records import Record
+from polyak.study._record_format import Record
 from polyak.study._statistics import (
     Interval,
     Region,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from polyak.averager import Averager
-from polyak.rules import Rule, Uniform, Window
-from polyak.study._arms import LIVE, WEIGHTS, Arms, ensemble
+from polyak.rules import LIVE, Rule, Uniform, Window
+from polyak.study._arms import WEIGHTS, Arms, ensemble
 from polyak.study._data import Data
 from polyak.study._live import Live
 from polyak.study._model import Probe

@@ -9,10 +9,10 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from polyak.rules import LIVE
 from polyak.study import _article as article
 from polyak.study import _quantities as q
-from polyak.study._arms import LIVE
-from polyak.study._records import Record
+from polyak.study._record_format import Record
 from polyak.study._statistics import bootstrap
 
 Records = Sequence[Record]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from polyak.study._records import Record
+from polyak.study._record_format import Record
 
 LAST = 20
 LATE = 60

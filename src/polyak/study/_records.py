@@ -1,7 +1,8 @@
-"""Records: one JSON line per seed in `results.jsonl`, appended as seeds finish, so that a study resumes.
+"""The file of records: one JSON line per seed in `results.jsonl`, so that a study can resume.
 
-A line is written whole and synced before the next seed counts as done. A last line torn by an
-interruption is cut off and its seed run again; anything else that does not fit is refused.
+A line is written whole and synced to the disk before the next seed counts as done. If the process is
+killed while it writes a line, the next run cuts that torn last line off and runs its seed again.
+Everything else that does not fit is refused, and the file stays as it was.
 """
 
 from __future__ import annotations
@@ -14,71 +15,138 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from polyak.study._settings import differences
+from polyak._files import making_folder
+from polyak.study._record_format import Record, require_record
 
-Record = dict[str, Any]
+_BEGINNING = b'{"seed": '  # of every line that `add` writes
+_LONGEST = 1 << 26  # bytes; a record of 500 epochs has 1 / 500 of this
 
 
 class Results:
-    """An open `results.jsonl`, locked: the records of seeds done, and where to add more."""
+    """An open `results.jsonl`, locked: the records of the seeds that are done; `add` appends one."""
 
     def __init__(self, file: IO[bytes], conditions: Mapping[str, Any]) -> None:
         self._file = file
         self._conditions = conditions
-        self.by_seed = {record["seed"]: record for record in self._read()}
+        self._lines: dict[int, int] = {}  # seed -> the number of its line, for messages
+        self.by_seed: dict[int, Record] = {}
+        self._read()
 
     def add(self, record: Record) -> None:
-        """Appends a record and waits until it is on the disk."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Appends a record and waits until it is on the disk.
+
+        Raises `ValueError` for a record that would be refused when it is read again: a training
+        that diverged to infinity or NaN.
+        """
+        try:
+            require_record(record, self._conditions)
+        except ValueError as error:
+            raise ValueError(f"seed {record['seed']}: {error}") from None
+        self._write(json.dumps(record).encode() + b"\n")
         self.by_seed[record["seed"]] = record
 
-    def _read(self) -> Iterator[Record]:
+    def _read(self) -> None:
         self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            self._file.truncate(sum(map(len, lines[:-1])))
-            lines.pop()
+        lines = iter(lambda: self._file.readline(_LONGEST + 1), b"")
         for number, line in enumerate(lines, start=1):
-            yield self._checked(number, line)
+            if line.endswith(b"\n"):
+                self._take(number, line)
+            elif _is_torn(line):  # by now all lines before it have been found right
+                self._file.truncate(self._file.tell() - len(line))
+            else:
+                self._take(number, line)
+                self._write(b"\n")
 
-    def _checked(self, number: int, line: bytes) -> Record:
-        """The record of one whole line, if it is one and was made under the same conditions."""
-        where = f"{self._file.name}, line {number}"
+    def _take(self, number: int, line: bytes) -> None:
+        """Keeps the record of a whole line; raises `ValueError` with the file and the line."""
         try:
-            record: Record = json.loads(line)
-            stored = record["conditions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: not a record of the study ({error!r})") from None
-        if changed := differences(stored, self._conditions):
-            raise ValueError(
-                f"{where}: made under other conditions; use another folder, or the same settings.\n"
-                + "\n".join(changed)
-            )
-        return record
+            record = _parsed(line)
+            require_record(record, self._conditions)
+            seed = record["seed"]
+            if self.by_seed.setdefault(seed, record) != record:
+                raise ValueError(f"line {self._lines[seed]} has other results of seed {seed}")
+        except ValueError as error:
+            problem, *details = str(error).split("\n")
+            remedy = "remove this line to run its seed again, or choose another folder"
+            message = f"{self._file.name}, line {number}: {problem}; {remedy}"
+            raise ValueError("\n".join([message, *details])) from None
+        self._lines.setdefault(seed, number)
+
+    def _write(self, line: bytes) -> None:
+        """Appends bytes and waits until they are on the disk."""
+        try:
+            while line:
+                line = line[os.write(self._file.fileno(), line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of a record, so that nothing else is lost."""
+    if not _BEGINNING.startswith(line[: len(_BEGINNING)]):
+        return False
+    try:
+        _parsed(line)
+    except ValueError:
+        return True
+    return False  # whole JSON: only the line end is missing
+
+
+def _parsed(line: bytes) -> Any:
+    if len(line) > _LONGEST:
+        raise ValueError("it is longer than any record")
+    try:
+        return json.loads(line.decode(), object_pairs_hook=_without_repetition)
+    except ValueError as error:
+        raise ValueError(f"it is not the record of a seed ({error})") from None
+    except RecursionError:
+        raise ValueError("it is not the record of a seed (nested too deep)") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's object; the parser alone would silently keep the last of two values of one name."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name occurs twice in it")
+    return fields
 
 
 @contextmanager
 def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[Results]:
     """Opens (or makes) a results file for one study at a time.
 
-    Raises `ValueError` for records of other conditions, listing what differs, and `BlockingIOError`
-    while another study writes to the same file.
+    If the block raises before a record was added to a new file, the file goes again, and so do the
+    folders that were made for it.
+
+    Raises `ValueError` naming the file and the line for a line that is not a record of these
+    conditions, and for a path that is a folder, a pipe or a device; `BlockingIOError` while another
+    study writes to the same file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    _require_regular(path)
+    with making_folder(path.parent), path.open("a+b") as file:
+        _lock(file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            wanted = "wait until it is done, or stop it"
-            raise BlockingIOError(f"{path}: another study is writing to it; {wanted}") from None
-        yield Results(file, conditions)
+            yield Results(file, conditions)
+        except BaseException:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
+            raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def _lock(file: IO[bytes]) -> None:
+    """Locks a file; raises `BlockingIOError` if another study holds it, or has just removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:
+            return
+    except BlockingIOError:
+        pass
+    wanted = "wait until it is done, or stop it"
+    raise BlockingIOError(f"{file.name}: another study is writing to it; {wanted}")
+
+
+def _require_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path} is {kind}, wanted a file of records; choose another folder")

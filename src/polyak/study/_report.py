@@ -16,11 +16,12 @@ import jinja2
 import vl_convert
 
 from polyak import charts
+from polyak._files import making_folder, writing
 from polyak.study import _claims as claims
 from polyak.study import _costs as costs
 from polyak.study import _figures as figures
 from polyak.study import _tables as tables
-from polyak.study._records import Record, write_whole
+from polyak.study._record_format import Record
 from polyak.study._settings import Settings, as_json
 from polyak.study._statistics import BOOTSTRAP_SEED, FEWEST_SEEDS, RESAMPLES
 from polyak.study._text import Table, figure
@@ -45,14 +46,14 @@ def write_report(
     judgements = claims.judge(records)
     found = _tables(records, judgements, measured)
     drawn = figures.charts(records)
-    write_whole(folder / "verdicts.json", _json(claims.as_json(judgements)))
-    write_whole(folder / "costs.json", _json(costs.as_json(measured)))
+    _write(folder / "verdicts.json", _json(claims.as_json(judgements)))
+    _write(folder / "costs.json", _json(costs.as_json(measured)))
     for name, table in found.items():
-        write_whole(folder / "tables" / f"{name}.md", table.markdown())
+        _write(folder / "tables" / f"{name}.md", table.markdown())
     for name, chart in drawn.items():
         charts.save(chart, folder / "charts", name)
     page = _page(records, settings, judgements, found, drawn, made)
-    write_whole(folder / PAGE, page)
+    _write(folder / PAGE, page)
     return Report(judgements, found, folder / PAGE)
 
 
@@ -99,6 +100,12 @@ def _page(
         machine=f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}",
         rule={"seed": BOOTSTRAP_SEED, "resamples": RESAMPLES, "fewest": FEWEST_SEEDS},
     )
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    with making_folder(path.parent), writing(path) as file:
+        file.write(text.encode())
 
 
 def _json(value: Any) -> str:

@@ -9,7 +9,8 @@ from joblib import Parallel, delayed, effective_n_jobs
 
 from polyak.study._arms import Arms, all_arms
 from polyak.study._data import make_data
-from polyak.study._records import Record, opened
+from polyak.study._record_format import Record
+from polyak.study._records import opened
 from polyak.study._settings import Settings
 from polyak.study._trainer import conditions, run_seed
 

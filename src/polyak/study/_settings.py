@@ -60,12 +60,3 @@ def as_json(settings: Settings) -> dict[str, Any]:
 def fingerprint(conditions: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that change with any condition."""
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Lines `name: stored, now wanted` for every condition in which two mappings differ."""
-    return [
-        f"{name}: {stored.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in sorted({*stored, *wanted})
-        if stored.get(name) != wanted.get(name)
-    ]

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from polyak.rules import LIVE
 from polyak.study import _article as article
 from polyak.study import _quantities as q
-from polyak.study._arms import ARTICLE, LIVE
+from polyak.study._arms import ARTICLE
 from polyak.study._claims import Judgement, Part
 from polyak.study._costs import Costs
-from polyak.study._records import Record
+from polyak.study._record_format import Record
 from polyak.study._statistics import bootstrap, share
 from polyak.study._text import Table, between, figure, number, percent
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from polyak.study._arms import ARTICLE, LIVE, Arms, Tracker, all_arms
+from polyak.rules import LIVE
+from polyak.study._arms import ARTICLE, Arms, Tracker, all_arms
 from polyak.study._data import Data
 from polyak.study._live import Live
 from polyak.study._model import Metrics, Probe
+from polyak.study._record_format import AVERAGE, Record
 from polyak.study._settings import Settings, as_json, fingerprint
-
-Record = dict[str, Any]
-AVERAGE = "average"
 
 
 class EarlyStop:

@@ -1,0 +1,134 @@
+"""The format of a record: what the line of one seed in `results.jsonl` must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from reprlib import Repr
+from typing import Any, NamedTuple
+
+from polyak._checks import is_integer, is_number
+from polyak.rules import LIVE
+from polyak.study._settings import fingerprint
+
+Record = dict[str, Any]
+
+AVERAGE = "average"
+CURVES = ("train_loss", "val_loss_original", "val_loss_ema", "r2_original", "r2_ema")
+_MOST_LINES = 8
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 120
+
+
+class Kind(NamedTuple):
+    """A kind of value: how an error message names it, and which values are of it."""
+
+    name: str
+    holds: Callable[[Any], bool]
+
+
+class Listed(NamedTuple):
+    """A list of values of one kind, with a fixed length where the record tells it."""
+
+    kind: Kind
+    length: int | None = None
+
+
+NUMBER = Kind("a finite number", is_number)
+POSITIVE = Kind("a finite number > 0", lambda value: is_number(value) and value > 0)
+COUNT = Kind("an integer >= 1", lambda value: is_integer(value, 1))
+SEED = Kind("an integer >= 0", lambda value: is_integer(value, 0))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+METRICS = {"mse": POSITIVE, "mae": POSITIVE, "r2": NUMBER}
+
+
+def require_record(record: object, conditions: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless a value is a record that a run under these conditions gives."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds {_repr.repr(record)}, wanted the record of a seed")
+    stored = record.get("conditions")
+    if not isinstance(stored, dict):
+        raise ValueError("it has no conditions, so it is not a record of the study")
+    if changed := differences(stored, conditions):
+        raise ValueError("it was made under other conditions\n  " + "\n  ".join(changed))
+    if record.get("fingerprint") != fingerprint(conditions):
+        got, wanted = _repr.repr(record.get("fingerprint")), fingerprint(conditions)
+        raise ValueError(f"its fingerprint is {got}, but its conditions have {wanted!r}")
+    if problem := next(_problems("", record, _fields(conditions, record.get("stop_epoch"))), ""):
+        raise ValueError(problem)
+
+
+def differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
+) -> list[str]:
+    """Lines that say in which conditions two mappings differ: at most eight, then a count."""
+    lines = list(_differences(stored, wanted, within))
+    more = len(lines) - _MOST_LINES
+    return [*lines[:_MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
+
+
+def _differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str
+) -> Iterator[str]:
+    for name in sorted({*stored, *wanted}):
+        theirs, ours = stored.get(name, "(nothing)"), wanted.get(name, "(nothing)")
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            yield from _differences(theirs, ours, f"{within}{name}: ")
+        elif theirs != ours:
+            yield f"{within}{name}: {_repr.repr(theirs)} there, {_repr.repr(ours)} now"
+
+
+def _fields(conditions: Mapping[str, Any], stop_epoch: Any) -> dict[str, Any]:
+    """What a record holds: name -> the kind of value, a list of it, or the fields of a mapping."""
+    best = {"epoch": COUNT, **METRICS}
+    return {
+        "seed": SEED,
+        "fingerprint": Kind("text", lambda value: isinstance(value, str)),
+        "conditions": Kind("a mapping", lambda value: isinstance(value, dict)),
+        "stop_epoch": COUNT,
+        "stopped_early": FLAG,
+        LIVE: METRICS,
+        AVERAGE: METRICS,
+        "best": {LIVE: best, AVERAGE: best},
+        "learning_rate_drops": Listed(COUNT),
+        "history": _curves(stop_epoch),
+        "after_stop": _curves(conditions["epochs_after_stop"]),
+        "arms": dict.fromkeys([LIVE, *conditions["arms"]], METRICS),
+    }
+
+
+def _curves(length: Any) -> dict[str, Listed]:
+    return {name: Listed(NUMBER if "r2" in name else POSITIVE, length) for name in CURVES}
+
+
+def _problems(name: str, value: Any, wanted: Any) -> Iterator[str]:
+    """How a value differs from what is wanted, in depth, each with its dotted name."""
+    if isinstance(wanted, dict):
+        yield from _problems_of_fields(name, value, wanted)
+    elif isinstance(wanted, Listed):
+        yield from _problems_of_list(name, value, wanted)
+    elif not wanted.holds(value):
+        yield f"{name} is {_repr.repr(value)}, wanted {wanted.name}"
+
+
+def _problems_of_fields(name: str, value: Any, wanted: dict[str, Any]) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield f"{name} is {_repr.repr(value)}, wanted {', '.join(wanted)}"
+        return
+    inside = f" in {name}" if name else ""
+    if missing := [key for key in wanted if key not in value]:
+        yield f"{', '.join(missing)} is missing{inside}"
+    if unknown := [key for key in value if key not in wanted]:
+        yield f"{_repr.repr(unknown)} is unknown{inside}"
+    for key in wanted:
+        yield from _problems(f"{name}.{key}".lstrip("."), value[key], wanted[key])
+
+
+def _problems_of_list(name: str, value: Any, wanted: Listed) -> Iterator[str]:
+    if not isinstance(value, list):
+        yield f"{name} is {_repr.repr(value)}, wanted a list"
+        return
+    if wanted.length is not None and len(value) != wanted.length:
+        yield f"{name} has {len(value)} values, wanted {wanted.length}: one an epoch"
+    for i, each in enumerate(value):
+        yield from _problems(f"{name}[{i}]", each, wanted.kind)
