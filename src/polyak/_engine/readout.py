@@ -52,11 +52,8 @@ class AverageWeights(NamedTensors):
         return as_distributed(self.part(name), self._items[self._names[name]].held())
 
     def part(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
-        """What of a tensor lies on this rank, or is somewhere in that: no more is computed."""
-        if self._average.tick != self._tick:
-            raise RuntimeError(
-                f"{name}: the average was updated since it was asked for; ask for it anew"
-            )
+        """This rank's shard of the tensor, or the slice `where` of it; nothing else is computed."""
+        self._require_current(name)
         first = self._names[name]
         if first in self._copies:
             return self._copies[first][where].clone()
@@ -68,6 +65,17 @@ class AverageWeights(NamedTensors):
         return self._names
 
     def whole(self) -> dict[str, Tensor]:
-        """All of it in memory, tied tensors once."""
-        read = {first: self[first] for first in dict.fromkeys(self._names.values())}
+        """The whole average in memory, by one pass over all tensors; tied names share one tensor."""
+        self._require_current("the average")
+        parts = dict(zip(self._places, self._average.read(self._live), strict=True))
+        parts |= {name: copy.clone() for name, copy in self._copies.items()}
+        read = {
+            name: as_distributed(parts[name], item.held()) for name, item in self._items.items()
+        }
         return {name: read[first] for name, first in self._names.items()}
+
+    def _require_current(self, name: str) -> None:
+        if self._average.tick != self._tick:
+            raise RuntimeError(
+                f"{name}: the average was updated after weights() was called; call it again"
+            )

@@ -14,7 +14,7 @@ from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, 
 from polyak._engine.tracking import Tracked
 from polyak._lazy import TensorSpec, spec_of
 from polyak._ranks.sharding import as_distributed
-from polyak._tensors import Groups
+from polyak._tensors import Groups, Kind, kind
 from polyak.rules import LIVE, START, Rule, Tick
 
 COMPENSATION = ".compensation"
@@ -174,21 +174,24 @@ class Average:
         """
         like = next(iter(self.slots.values()))
         chosen = range(len(like)) if wanted is None else wanted
-        out = {i: torch.empty_like(like[i][where]) for i in chosen}
+        out = [torch.empty_like(like[i][where]) for i in chosen]
         coefficients = self.rule.readout(self.tick)
         weights = {i: live.averaged[i].local() for i in chosen} if LIVE in coefficients else {}
-        for group in live.indices:
-            here = [i for i in group if i in out]
+        # Grouped from the tensors asked for alone: a read of one must not walk through all of them.
+        groups: dict[tuple[Kind, ...], list[tuple[int, int]]] = {}
+        for at, i in enumerate(chosen):
+            kinds = (kind(out[at]), kind(weights[i])) if weights else (kind(out[at]),)
+            groups.setdefault(kinds, []).append((at, i))
+        for group in groups.values():
             terms = [
                 (
-                    [(weights if slot == LIVE else self.slots[slot])[i][where] for i in here],
+                    [(weights if slot == LIVE else self.slots[slot])[i][where] for _, i in group],
                     coefficient,
                 )
                 for slot, coefficient in coefficients.items()
             ]
-            if here:
-                tensors.combine_([out[i] for i in here], terms)
-        return list(out.values())
+            tensors.combine_([out[at] for at, _ in group], terms)
+        return out
 
     def lone_slot(self) -> list[Tensor] | None:
         """The slot that is the average as it stands, if there is one."""
