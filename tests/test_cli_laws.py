@@ -20,9 +20,9 @@ import polyak
 from corrupting import DTYPES, of_bytes
 from polyak import EMA, Averager, checkpoints, theory
 from polyak.checkpoints._convert import convert
-from polyak.offline import _comparing as comparing
-from polyak.offline._comparing import compare
-from polyak.offline._describing import describe
+from polyak.offline import _comparison as comparison
+from polyak.offline._comparison import compare
+from polyak.offline._description import describe
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 
@@ -32,7 +32,7 @@ def test_the_distances_are_those_of_numpy(pairs: list[tuple[float, float]], piec
     a, b = (torch.tensor(each) for each in zip(*pairs, strict=True))
     x, y = a.double().numpy(), b.double().numpy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "PIECE", piece)
+        patch.setattr(comparison, "PIECE", piece)
         (found,) = compare({"w": a}, {"w": b}).tensors
     apart, whole = float(np.linalg.norm(x - y)), float(np.linalg.norm(x))
     wanted = 0.0 if apart == 0 else math.inf if whole == 0 else apart / whole

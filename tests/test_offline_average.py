@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import polyak
 from polyak import theory
-from polyak.offline import _summing as summing
+from polyak.offline import _summation as summation
 from polyak.offline import average, greedy_soup
-from polyak.offline._combining import Combination, Source
+from polyak.offline._combination import Combination, Source
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
 
@@ -80,8 +80,8 @@ def models(count: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Ten
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts so small that few elements are many of them, for two threads."""
-    monkeypatch.setattr(summing, "PIECE_BYTES", 128)
-    monkeypatch.setattr(summing, "_UNDIVIDED", 4)
+    monkeypatch.setattr(summation, "PIECE_BYTES", 128)
+    monkeypatch.setattr(summation, "_UNDIVIDED", 4)
     torch.set_num_threads(2)
 
 
@@ -193,7 +193,7 @@ def test_a_file_whose_coefficient_is_0_is_not_read(tmp_path: Folder) -> None:
 def test_neither_threads_nor_what_is_asked_for_change_a_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Folder
 ) -> None:
-    monkeypatch.setattr(summing, "_UNDIVIDED", 64)
+    monkeypatch.setattr(summation, "_UNDIVIDED", 64)
     weights = [{"w": torch.randn(1000), "b": torch.randn(7, 11)} for _ in range(5)]
     files = [saved(tmp_path, each, str(i)) for i, each in enumerate(weights)]
     made = dict(average(files, "exponential(0.7)"))

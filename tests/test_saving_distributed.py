@@ -27,7 +27,7 @@ from polyak._ranks.shard_geometry import Box
 from polyak.checkpoints._parts import Chunked
 from polyak.checkpoints._tensorfile import form
 from polyak.offline import average, describe
-from polyak.offline._summing import Summation, Term, Threads
+from polyak.offline._summation import Summand, Summation, Threads
 from sharding_ranks import RULES, Net
 
 SECONDS = 240
@@ -381,7 +381,8 @@ def test_sums_of_chunks_are_those_of_the_whole(shape: tuple[int, ...]) -> None:
     results = []
     for cut in (False, True):
         terms = [
-            Term(chunked(t, boxes) if cut else t, s) for t, s in zip(tensors, shares, strict=True)
+            Summand(chunked(t, boxes) if cut else t, s)
+            for t, s in zip(tensors, shares, strict=True)
         ]
         made = Summation(terms, torch.float64, torch.float32).pieces(threads)
         results.append(torch.cat([piece.clone() for piece in made]))

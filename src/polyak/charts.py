@@ -21,7 +21,7 @@ from polyak.theory._curves import (
 )
 
 if TYPE_CHECKING:
-    from polyak.offline._sweeping import Point, Sweep
+    from polyak.offline._selection import Point, Sweep
 
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")

@@ -173,14 +173,13 @@ def _to_plain(
     from polyak import checkpoints
     from polyak.checkpoints._export import distinct
     from polyak.checkpoints._writing import write
-    from polyak.offline._comparing import chosen
     from polyak.rules import LIVE
 
     if live and average is not None:
         raise ValueError("--live and --average are different weights: give one")
     found = checkpoints.read(file, names)
     which = LIVE if live else average
-    weights = found.average(which) if found.averages and not live else chosen(found, which)
+    weights = found.average(which) if found.averages and not live else found.weights(which)
     forms = distinct(found, weights)
     with progress_shown(f"writing {out}") as progress:
         write(out, forms, lambda name: [weights[name]], overwrite=force, progress=progress)

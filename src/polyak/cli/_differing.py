@@ -13,7 +13,7 @@ from polyak.cli._output import number_text, print_json, print_table, progress_sh
 
 if TYPE_CHECKING:
     from polyak.checkpoints._checkpoint import Weights
-    from polyak.offline._comparing import Comparison, Difference
+    from polyak.offline._comparison import Comparison, Difference
 
 _MOST = 20
 
@@ -43,7 +43,7 @@ def diff(
       polyak diff step-1.pt step-2.pt
       polyak diff ema.pt ema.pt --average live --average average --json
     """
-    from polyak.offline._comparing import compare
+    from polyak.offline._comparison import compare
 
     if len(average) > 2:
         raise ValueError(
@@ -63,9 +63,8 @@ def diff(
 
 def _weights(path: Path, which: str | None, names: Path | None) -> Weights:
     from polyak import checkpoints
-    from polyak.offline._comparing import chosen
 
-    return chosen(checkpoints.read(path, names_of(names) or "positions"), which)
+    return checkpoints.read(path, names_of(names) or "positions").weights(which)
 
 
 def _print(found: Comparison, *, all: bool) -> None:

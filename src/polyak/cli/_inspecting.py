@@ -11,7 +11,7 @@ from polyak.cli._options import Json
 from polyak.cli._output import note_norms, number_text, print_json, print_table, say, size_text
 
 if TYPE_CHECKING:
-    from polyak.offline._describing import DescribedAverage, Description, Weighed
+    from polyak.offline._description import DescribedAverage, Description, Weighed
 
 _LARGEST = 5
 
@@ -40,7 +40,7 @@ def inspect(
       polyak inspect ema.pt --tensors
       polyak inspect snapshots --json
     """
-    from polyak.offline._describing import describe
+    from polyak.offline._description import describe
 
     found = describe(path)
     if json:

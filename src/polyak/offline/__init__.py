@@ -8,12 +8,11 @@ offline.greedy_soup(files, evaluate)              the files that are better toge
 
 from __future__ import annotations
 
-from polyak.offline._averaging import average
-from polyak.offline._combining import Combination
-from polyak.offline._comparing import Comparison, compare
-from polyak.offline._describing import Description, describe
-from polyak.offline._soups import Soup, greedy_soup
-from polyak.offline._sweeping import Point, Sweep, sweep
+from polyak.offline._average import average
+from polyak.offline._combination import Combination
+from polyak.offline._comparison import Comparison, compare
+from polyak.offline._description import Description, describe
+from polyak.offline._selection import Point, Soup, Sweep, greedy_soup, sweep
 from polyak.offline._synthesis import Synthesis, Term, synthesize
 
 __all__ = [

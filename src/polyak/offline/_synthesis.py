@@ -18,8 +18,8 @@ from polyak._checks import is_integer, require, require_positive
 from polyak._ranks.agreement import together
 from polyak.checkpoints._names import Renamed
 from polyak.checkpoints._own_format import Stored
-from polyak.offline._averaging import opened
-from polyak.offline._combining import Combination, Source
+from polyak.offline._average import opened
+from polyak.offline._combination import Combination, Source
 from polyak.rules import LIVE, Rule
 from polyak.snapshots import Snapshot, snapshots
 from polyak.specs import as_rule

@@ -28,7 +28,7 @@ _UNDIVIDED = 1 << 15  # elements; operations on more are divided among torch's t
 _MOST_THREADS = 8  # they share Python's lock and the memory's bandwidth
 
 
-class Term(NamedTuple):
+class Summand(NamedTuple):
     """A tensor and its share: `sum <- sum + share (tensor - sum)`; the first share is 1."""
 
     tensor: Tensor | Chunked
@@ -44,12 +44,14 @@ class Threads:
 
 
 class Summation:
-    """The sum of terms of one shape: made in one dtype, handed on in another."""
+    """The sum of summands of one shape: made in one dtype, handed on in another."""
 
-    def __init__(self, terms: Sequence[Term], dtype: torch.dtype, result: torch.dtype) -> None:
-        self._terms = [(_Reader(term.tensor), term.share) for term in terms]
-        self._others = [reader for reader, _ in self._terms if not reader.from_file]
-        self._size = terms[0].tensor.numel()
+    def __init__(
+        self, summands: Sequence[Summand], dtype: torch.dtype, result: torch.dtype
+    ) -> None:
+        self._summands = [(_Reader(summand.tensor), summand.share) for summand in summands]
+        self._others = [reader for reader, _ in self._summands if not reader.from_file]
+        self._size = summands[0].tensor.numel()
         self._dtypes = dtype, result
 
     def pieces(self, threads: Threads) -> Iterator[Tensor]:
@@ -68,7 +70,7 @@ class Summation:
         for i, start in enumerate(starts):
             if start + each > self._size:
                 places[i % len(places)] = self._place(self._size - start)
-            ahead.append(threads.submit(places[i % len(places)].sum_, self._terms, start))
+            ahead.append(threads.submit(places[i % len(places)].sum_, self._summands, start))
             if len(ahead) == len(places):
                 yield self._done(ahead)
         while ahead:
@@ -77,7 +79,7 @@ class Summation:
     def _alone(self) -> Iterator[Tensor]:
         """The only piece, if there is one: no thread is worth while."""
         if self._size:
-            yield self._place(self._size).sum_(self._terms, 0)
+            yield self._place(self._size).sum_(self._summands, 0)
 
     def _length(self, threads: int) -> int:
         """The length of a piece: the same number of them for each thread.
@@ -89,8 +91,8 @@ class Summation:
         rounds = max(1, -(-self._size // (most * threads)))
         return -(-self._size // (rounds * threads) // _UNDIVIDED) * _UNDIVIDED or _UNDIVIDED
 
-    def _place(self, length: int) -> _Place:
-        return _Place(length, *self._dtypes, {reader.dtype for reader, _ in self._terms})
+    def _place(self, length: int) -> _Workspace:
+        return _Workspace(length, *self._dtypes, {reader.dtype for reader, _ in self._summands})
 
     def _done(self, ahead: deque[Future[Tensor]]) -> Tensor:
         piece = ahead.popleft().result()
@@ -108,7 +110,7 @@ class _Buffer:
         self.bytes = self.tensor.view(torch.uint8).numpy().data
 
 
-class _Place:
+class _Workspace:
     """Where a piece of a sum is made: buffers for it, for what is read, and for the result."""
 
     def __init__(
@@ -118,24 +120,24 @@ class _Place:
         self._read = {each: _Buffer(length, each) for each in {dtype, *dtypes}}
         self._result = self._sum if result == dtype else _Buffer(length, result)
 
-    def sum_(self, terms: Sequence[tuple[_Reader, float]], start: int) -> Tensor:
-        """Makes the piece from element `start` on: `sum <- sum + share (term - sum)`, term by term."""
+    def sum_(self, summands: Sequence[tuple[_Reader, float]], start: int) -> Tensor:
+        """Makes the piece from element `start` on: `sum <- sum + share (summand - sum)`, summand by summand."""
         total, read = self._sum, self._read[self._sum.tensor.dtype]
-        for reader, share in terms:
+        for reader, share in summands:
             if share == 1:
                 self._read_(reader, start, total)
             else:
                 self._read_(reader, start, read)
                 torch._foreach_lerp_(total.views, read.views, share)
-        if len(terms) > 1 and not _surely_finite(total.tensor):
-            self._keep_infinities_([reader for reader, _ in terms], start)
+        if len(summands) > 1 and not _surely_finite(total.tensor):
+            self._keep_infinities_([reader for reader, _ in summands], start)
         if self._result is not total:
             _require_room(total.tensor, self._result.tensor.dtype)
             torch._foreach_copy_(self._result.views, total.views)
         return self._result.tensor
 
     def _read_(self, reader: _Reader, start: int, into: _Buffer) -> None:
-        """Reads a piece of a term, by way of a buffer of its own dtype where that is another."""
+        """Reads a piece of a summand, by way of a buffer of its own dtype where that is another."""
         if reader.dtype == into.tensor.dtype:
             reader.read_(into, start)
         else:
@@ -143,7 +145,7 @@ class _Place:
             torch._foreach_copy_(into.views, self._read[reader.dtype].views)
 
     def _keep_infinities_(self, readers: Sequence[_Reader], start: int) -> None:
-        """Infinities that all terms share stay, as in a mask; lerps make NaN of them."""
+        """Infinities that all summands share stay, as in a mask; lerps make NaN of them."""
         read = self._read[self._sum.tensor.dtype]
         self._read_(readers[0], start, read)
         first = read.tensor.clone()

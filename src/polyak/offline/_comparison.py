@@ -13,10 +13,9 @@ from torch import Tensor
 from polyak._engine.tracking import averageable
 from polyak._tensors import dtype_name
 from polyak.checkpoints import _mapped as mapped
-from polyak.checkpoints._checkpoint import Checkpoint, Weights
+from polyak.checkpoints._checkpoint import Weights
 from polyak.checkpoints._tensorfile import Form, forms
-from polyak.offline._summing import elements
-from polyak.rules import LIVE
+from polyak.offline._summation import elements
 
 PIECE = 3 << 13
 """So many elements are compared at a time: from 2^15 on torch's threads wait for each other."""
@@ -102,18 +101,6 @@ def compare(
     only_a = tuple(name for name in of_a if name not in of_b)
     only_b = tuple(name for name in of_b if name not in of_a)
     return Comparison(only_a, only_b, tuple(sorted(found, key=_order)), sums.relative)
-
-
-def chosen(checkpoint: Checkpoint, which: str | None = None) -> Weights:
-    """The weights of a checkpoint by name: "live", or an average's.
-
-    By default the live ones, or where it has none its only average. Raises `ValueError` for an
-    unknown name, and where there are several averages.
-    """
-    live = which is None or (which == LIVE and LIVE not in checkpoint.averages)
-    if live and checkpoint.live is not None:
-        return checkpoint.live
-    return checkpoint.average(which)
 
 
 @dataclass(frozen=True)

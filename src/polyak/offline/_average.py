@@ -9,9 +9,8 @@ import numpy.typing as npt
 import torch
 
 from polyak._checks import require
-from polyak.checkpoints._checkpoint import Checkpoint, Weights
 from polyak.checkpoints._reading import read
-from polyak.offline._combining import Combination, Source
+from polyak.offline._combination import Combination, Source
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile, coefficients
 
@@ -48,8 +47,8 @@ def average(
             soup's.
         elapsed: the time that each file spans in the rule's unit, by default 1: steps from the file
             before it, say.
-        which: the name of the average to take from each file; by default its live weights, or where
-            it has none its only average.
+        which: the weights to take from each file: the name of an average, or "live"; by default the
+            live weights, or the only average of a file without live weights.
         dtype: of the result, by default that of the last file.
         accumulate: float32, or float64 at half the speed.
 
@@ -67,8 +66,8 @@ def average(
 
 
 def opened(files: Sequence[Path | str], which: str | None) -> list[Source]:
-    """The weights of each file: the average named `which`, or the live ones, or the only average."""
-    return [Source(str(path), _weights(read(Path(path)), which)) for path in files]
+    """The weights called `which` of each file (`Checkpoint.weights`), with the file as label."""
+    return [Source(str(path), read(Path(path)).weights(which)) for path in files]
 
 
 def _coefficients(
@@ -81,8 +80,3 @@ def _coefficients(
     if len(times) != files:
         raise ValueError(f"elapsed has {len(times)} times, wanted {files}: one a file")
     return coefficients(rule, times)
-
-
-def _weights(checkpoint: Checkpoint, which: str | None) -> Weights:
-    live = checkpoint.live if which is None else None
-    return checkpoint.average(which) if live is None else live

@@ -1,0 +1,286 @@
+"""Combination: a linear combination of stored weights, computed piece by piece when it is asked for.
+
+Of each tensor only one piece is in memory, and of each file only what fits into the processor's
+cache. So models may be larger than the memory, and files may be many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polyak import norms
+from polyak._checks import difference, report, require
+from polyak._engine.readout import NamedTensors
+from polyak._ranks.agreement import agree, chosen, together
+from polyak.checkpoints import _mapped as mapped
+from polyak.checkpoints._checkpoint import Weights
+from polyak.checkpoints._parts import Chunked, unread
+from polyak.checkpoints._sharded_export import begin, opened, write_at
+from polyak.checkpoints._tensorfile import Form, Layout, content, forms, layout
+from polyak.checkpoints._writing import METADATA, arranged, write
+from polyak.offline._summation import Summand, Summation, Threads
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
+_CALL = "write"  # what errors call a write by several ranks
+
+
+class Source(NamedTuple):
+    """Stored weights, and the label that messages use for them: usually the file."""
+
+    label: str
+    weights: Weights
+
+
+class Combination(NamedTensors):
+    """`sum of coefficient * weights` over files of one model; each tensor is computed when asked for.
+
+    `mean["head.weight"]` computes a tensor, `model.load_state_dict(mean)` all of them; `write` puts
+    them into a file and never holds a whole one. Floating-point and complex tensors are combined.
+    Integers and booleans are copied from the last file, and so are the tensors named in `copy`.
+
+    The sum is `out <- lerp(out, weights, coefficient / sum of coefficients so far)`, positive
+    coefficients first, so weights that all files share come out unchanged. It is computed in
+    `accumulate`, or in float64 for weights of float64. Files with coefficient 0 are not read.
+
+    `dtype` is the dtype of the result, or of each tensor by name; by default the last file's.
+
+    Attributes:
+        coefficients: one for each file; float64, shape (files,), sum 1.
+        forms: name -> dtype and shape of the result.
+        copied: the names of the tensors that are copied from the last file.
+        norms: the norms whose running statistics were combined. The combined weights have other
+            statistics: estimate them again (`polyak.recalibrate`).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        coefficients: npt.ArrayLike,
+        *,
+        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        accumulate: torch.dtype = torch.float32,
+        copy: Collection[str] = (),
+    ) -> None:
+        wanted = "torch.float32 or torch.float64"
+        require(accumulate in (torch.float32, torch.float64), "accumulate", accumulate, wanted)
+        holds = not isinstance(dtype, torch.dtype) or dtype.is_floating_point
+        require(holds, "dtype", dtype, "a floating-point dtype, or None for that of the files")
+        self.coefficients = _checked(coefficients, len(sources))
+        of_files = [forms(source.weights) for source in sources]
+        _require_alike(sources, of_files)
+        last = of_files[-1]
+        self.copied = [n for n, form in last.items() if n in copy or not _has_mean(form.dtype)]
+        self.norms = norms.statistics(last)
+        given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
+        self.forms = {
+            n: Form(_as(given.get(n), form.dtype), form.shape) for n, form in last.items()
+        }
+        self._sums = {
+            n: _sum_dtype([accumulate, self.forms[n].dtype, *(f[n].dtype for f in of_files)])
+            for n in last
+        }
+        self._terms_told = {
+            f"file {i + 1}": f"{float(coefficient)!r} of {source.label}"
+            for i, (coefficient, source) in enumerate(zip(self.coefficients, sources, strict=True))
+        }
+        self._last = sources[-1].weights
+        self._terms = [(sources[i].weights, share) for i, share in _shares(self.coefficients)]
+        self._threads = Threads()
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape = self.forms[name]
+        out = torch.empty(shape, dtype=dtype)
+        flat, done = out.view(-1), 0
+        for piece in self.pieces(name):
+            flat[done : done + len(piece)] = piece
+            done += len(piece)
+        return out
+
+    @property
+    def known(self) -> Mapping[str, object]:
+        return self.forms
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The elements of a tensor, row by row; a piece stays valid until the next is asked for.
+
+        Raises `ValueError` for a result that its dtype cannot hold.
+        """
+        dtype = self.forms[name].dtype
+        averaged = name not in self.copied
+        terms = self._terms if averaged else [(self._last, 1.0)]
+        summands = [Summand(unread(weights, name), share) for weights, share in terms]
+        summation = Summation(summands, self._sums[name] if averaged else dtype, dtype)
+        try:
+            yield from summation.pieces(self._threads)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for (weights, _), summand in zip(terms, summands, strict=True):
+            if isinstance(summand.tensor, Chunked) or mapped.place(summand.tensor) is None:
+                _release(weights, name)
+
+    def write(
+        self,
+        out: Path | str,
+        *,
+        shard_bytes: int | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """Write a safetensors file, or with `shard_bytes` a folder of them, complete or not at all.
+
+        With a `group` of torch.distributed, all its ranks call this with the same combination and
+        share the work: each computes some of the tensors. The files equal those of one process byte
+        for byte. `progress(bytes done, bytes in all)` is not called then.
+        """
+        if group is None:
+            write(
+                out,
+                self.forms,
+                self.pieces,
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
+            self._write_together(Path(out), group, shard_bytes, overwrite)
+
+    def _write_together(
+        self, out: Path, group: ProcessGroup, shard_bytes: int | None, overwrite: bool
+    ) -> None:
+        """Write with all ranks of a group. What one rank raises, all raise; the old files then stay.
+
+        The ranks wait for each other only at the beginning and at the end.
+        """
+        with together(_CALL, group):
+            within = arranged(out, self.forms, shard_bytes)
+            layouts = [layout(of_file, METADATA) for of_file in within.values()]
+        described = {name: f"{form.shape} {form.dtype}" for name, form in self.forms.items()}
+        options = {**self._terms_told, "shard_bytes": shard_bytes, **described}
+        agree(_CALL, options, group, "give all ranks the same files and options")
+        with ExitStack() as stack:
+            files = chosen(
+                _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
+            )
+            with together(_CALL, group):
+                own = _divided(self.forms, dist.get_world_size(group))[dist.get_rank(group)]
+                for file, of_file in zip(files, layouts, strict=True):
+                    self._fill(file, of_file, [name for name in of_file.starts if name in own])
+            with together(_CALL, group):
+                stack.close()
+
+    def _fill(self, file: str, layout: Layout, names: Iterable[str]) -> None:
+        """Write some tensors of a file at their places."""
+        with opened(file) as handle:
+            for name in names:
+                start = layout.starts[name]
+                for piece in self.pieces(name):
+                    data = content(piece)
+                    write_at(handle, data, start)
+                    start += data.nbytes
+            os.fsync(handle)
+
+
+def _divided(forms: Mapping[str, Form], ranks: int) -> list[set[str]]:
+    """The tensors of each rank: the largest first, each to the rank with the fewest bytes.
+
+    >>> forms = {name: Form(torch.int8, (size,)) for name, size in (("a", 1), ("b", 3), ("c", 3))}
+    >>> [sorted(names) for names in _divided(forms, 2)]
+    [['a', 'b'], ['c']]
+    """
+    names: list[set[str]] = [set() for _ in range(ranks)]
+    nbytes = [0] * ranks
+    for name in sorted(forms, key=lambda name: -forms[name].nbytes):
+        least = nbytes.index(min(nbytes))
+        names[least].add(name)
+        nbytes[least] += forms[name].nbytes
+    return names
+
+
+def _release(weights: Weights, name: str) -> None:
+    """Gives the memory back that mapped files have taken for a tensor that is not one's as it lies."""
+    release: Callable[[str], object] | None = getattr(weights, "release", None)
+    if release is not None:
+        release(name)
+
+
+def _shares(coefficients: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
+    """The index and the share of each term that counts: `coefficient / sum of those so far`.
+
+    Positive coefficients come first. Then no partial sum is 0, and no share is infinite.
+    """
+    counting = [(i, float(c)) for i, c in enumerate(coefficients) if c != 0]
+    total, shares = 0.0, []
+    for index, coefficient in sorted(counting, key=lambda term: term[1] < 0):
+        total += coefficient
+        shares.append((index, coefficient / total))
+    return shares
+
+
+def _checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
+    """Coefficients that sum to 1, as float64, or `ValueError`."""
+    given = np.asarray(coefficients, dtype=np.float64)
+    require(files > 0, "files", [], "one file or more")
+    if given.shape != (files,):
+        raise ValueError(f"coefficients have shape {given.shape}, wanted ({files},): one a file")
+    if not np.isfinite(given).all() or abs(given.sum() - 1) > _SLACK:
+        raise ValueError(
+            f"coefficients are {given.tolist()} and sum to {given.sum():.8g}, wanted finite numbers "
+            "that sum to 1; divide them by their sum"
+        )
+    result: npt.NDArray[np.float64] = given / given.sum()
+    return result
+
+
+def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, Form]]) -> None:
+    """Raises `ValueError` with the names, shapes and kinds of numbers in which a file differs."""
+    wanted = {name: _described(form) for name, form in of_files[0].items()}
+    for source, of_file in zip(sources, of_files, strict=True):
+        got = {name: _described(form) for name, form in of_file.items()}
+        if lines := difference(wanted, got):
+            title = f"{source.label} is not of the same model as {sources[0].label}"
+            raise ValueError(report(title, lines))
+    require(bool(wanted), f"{sources[0].label}", "without a tensor", "weights to combine")
+
+
+def _described(form: Form) -> str:
+    return f"{_kind(form.dtype)} {form.shape}"
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    if dtype.is_floating_point:
+        return "floating-point"
+    return "boolean" if dtype == torch.bool else "integer"
+
+
+def _has_mean(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a result: `wanted`, but complex for a complex file; integers stay as they are."""
+    if wanted is None or not _has_mean(dtype):
+        return dtype
+    return wanted.to_complex() if dtype.is_complex and not wanted.is_complex else wanted
+
+
+def _sum_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype of a sum: float64 if any dtype is as wide, else float32; complex if the last is."""
+    wide = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
+    real = torch.float64 if wide else torch.float32
+    return real.to_complex() if dtypes[-1].is_complex else real
