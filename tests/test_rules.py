@@ -148,12 +148,28 @@ def test_a_schedule_is_taken_per_unit_of_time() -> None:
     assert rule.fractions(Tick(2, 1000.0, 3.0))["average"] == pytest.approx(1 - 0.9**3)
 
 
-@pytest.mark.parametrize(("t", "alpha"), [(0, 0.6310), (1, 0.6190), (400, 0.3003)])
-def test_bema_is_the_papers_form(t: int, alpha: float) -> None:
-    """(rho + gamma t)^-eta, rho 10, eta .2; at t = 0, 1, 400 after the anchor."""
-    readout = Bema().readout(Tick(2 if t else 1, t + 400.0, 400.0))
-    assert readout[LIVE] == pytest.approx((10 + t) ** -0.2) == pytest.approx(alpha, abs=1e-4)
-    assert Bema().fractions(Tick(2, t + 400.0, 400.0))["average"] == pytest.approx((10 + t) ** -0.5)
+@pytest.mark.parametrize(("s", "alpha"), [(0, 0.6310), (1, 0.6190), (400, 0.3003)])
+@pytest.mark.parametrize("first", [1.0, 400.0])
+def test_bema_is_the_papers_form(s: int, alpha: float, first: float) -> None:
+    """(rho + gamma s)^-eta, rho 10, eta .2; s is the time since the anchor, whenever that was."""
+    *_, tick = ticks(Bema(), [first, *([s / 4, 3 * s / 4] if s else [])])
+    readout = Bema().readout(tick)
+    assert readout[LIVE] == pytest.approx((10 + s) ** -0.2) == pytest.approx(alpha, abs=1e-4)
+    assert readout["anchor"] == -readout[LIVE]
+    if s:
+        assert Bema().fractions(tick) == {"average": pytest.approx((10 + s) ** -0.5)}
+
+
+@every_rule
+@settings(max_examples=25)
+@given(elapsed=elapsed_times)
+def test_a_convex_readout_has_no_term_below_zero(rule: Rule, elapsed: list[float]) -> None:
+    for tick in ticks(rule, elapsed):
+        plain, convex = rule.readout(tick), rule.convex_readout(tick)
+        assert min(convex.values()) >= 0 and sum(convex.values()) == pytest.approx(1)
+        assert set(convex) <= set(plain)
+        if min(plain.values()) >= 0:
+            assert convex == plain
 
 
 def test_a_tail_begins_at_the_first_update_after_its_start() -> None:

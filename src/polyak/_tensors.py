@@ -156,10 +156,11 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
     """`out <- sum of coefficient * tensor`, for coefficients that sum to 1.
 
     By lerps, `out <- out + c / (sum of c so far) (tensor - out)`: equal terms give themselves, bit
-    for bit. The sums so far must not be 0.
+    for bit. Coefficients above 0 come first, so that no sum so far is 0.
     """
     total = 0.0
-    for tensors, coefficient in terms:
+    counting = [term for term in terms if term[1] != 0]
+    for tensors, coefficient in sorted(counting, key=lambda term: term[1] < 0):
         total += coefficient
         lerp_(out, tensors, coefficient / total)
 

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from polyak._checks import is_number, report
-from polyak._engine.tracking import walk
+from polyak._engine.tracking import STATISTICS, walk
 from polyak._ranks.agreement import agree, together
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 Call = Callable[[nn.Module, Any], object]
 
-_STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 # Exact in every float dtype, and never the variance of all channels of a batch at once: a norm that
 # still has it after a batch has not moved.
@@ -129,7 +128,7 @@ def statistics(names: Iterable[str]) -> list[str]:
     ['1']
     """
     given = dict.fromkeys(names)
-    mean, variance = _STATISTICS
+    mean, variance = STATISTICS
     split = (name.rpartition(".") for name in given)
     return [norm for norm, dot, leaf in split if leaf == mean and norm + dot + variance in given]
 
@@ -180,7 +179,7 @@ def _is_norm(module: nn.Module) -> bool:
     buffers = dict(module.named_buffers(recurse=False))
     momentum = getattr(module, "momentum", "none")
     return (
-        all(leaf in buffers for leaf in _STATISTICS)
+        all(leaf in buffers for leaf in STATISTICS)
         and (momentum is None or is_number(momentum))
         and bool(getattr(module, "track_running_stats", True))
     )
@@ -193,7 +192,7 @@ class _Norm:
         self.label = f"{name or 'the model'} ({type(module).__name__})"
         self.module, self.momentum, self.calls = module, module.momentum, 0
         held = dict(module.named_buffers(recurse=False))
-        self.buffers = {leaf: held[leaf] for leaf in (*_STATISTICS, _COUNTER) if leaf in held}
+        self.buffers = {leaf: held[leaf] for leaf in (*STATISTICS, _COUNTER) if leaf in held}
         if any(is_lazy(buffer) or buffer.is_meta for buffer in self.buffers.values()):
             raise ValueError(
                 f"{self.label} has no content yet (a lazy module, or the meta device): run a "
@@ -203,7 +202,7 @@ class _Norm:
         # Wide, for in bfloat16 what the 500th batch adds to a mean is rounded away.
         self._means = [
             torch.zeros_like(held[leaf], dtype=torch.promote_types(held[leaf].dtype, torch.float32))
-            for leaf in _STATISTICS
+            for leaf in STATISTICS
         ]
 
     def take(self, called: list[_Norm], module: nn.Module, *_: object) -> None:
@@ -215,7 +214,7 @@ class _Norm:
             )
         called.append(self)
         self.calls += 1
-        for mean, leaf in zip(self._means, _STATISTICS, strict=True):
+        for mean, leaf in zip(self._means, STATISTICS, strict=True):
             mean.lerp_(module.get_buffer(leaf).to(mean.dtype), 1 / self.calls)
 
     def check(self, number: int) -> None:
@@ -245,7 +244,7 @@ class _Norm:
     def estimate(self) -> dict[str, Tensor]:
         """What the norm's buffers shall hold."""
         contents = (*self._means, torch.tensor(self.calls))
-        return dict(zip((*_STATISTICS, _COUNTER), contents, strict=True))
+        return dict(zip((*STATISTICS, _COUNTER), contents, strict=True))
 
     def write(self, contents: Mapping[str, Tensor]) -> None:
         """Writes in place, and puts back the buffer itself where a norm has replaced it."""

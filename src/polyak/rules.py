@@ -46,7 +46,8 @@ AVERAGE = "average"
 class Tick(NamedTuple):
     """The clock at an update: its number, the time after it, the time elapsed since the one before.
 
-    Time is in the unit of `elapsed`: steps, samples, tokens. `inner` is the clock of a wrapped rule.
+    Time is in the unit of `elapsed`: steps, samples, tokens. `inner` is a second clock that a rule
+    keeps: that of a wrapped rule, or of the time since an anchor was taken.
     """
 
     n: int
@@ -77,6 +78,15 @@ class Rule(Spec, ABC):
     def readout(self, tick: Tick) -> dict[str, float]:
         """The coefficients of slots (and of `live`) in the average after an update; they sum to 1."""
         return {AVERAGE: 1.0}
+
+    def convex_readout(self, tick: Tick) -> dict[str, float]:
+        """The coefficients for running statistics: none below 0, sum 1.
+
+        A readout with a coefficient below 0 extrapolates, and an extrapolated variance can be
+        negative. So BatchNorm's running statistics are read out with these: by default those of
+        `readout`, without the ones below 0 and divided by their sum.
+        """
+        return convex(self.readout(tick))
 
 
 @dataclass(frozen=True)
@@ -216,14 +226,22 @@ class Window(Rule):
 class Bema(Rule):
     """Bias-corrected EMA: `average + alpha (live - anchor)`, the anchor being the first live weights.
 
-    With s the time since the anchor was taken: fraction (rho + gamma s)^-kappa (1 at the first
-    update), alpha = (rho + gamma s)^-eta. The term in alpha takes out the lag of the average.
-    The paper updates every 400 steps with s in steps: the fraction is one update's, whatever its
-    elapsed time. A burn-in is `Tail(Bema(), start)`.
+    The first update takes the anchor. With s the time since then: fraction (rho + gamma s)^-kappa,
+    alpha = (rho + gamma s)^-eta. The term in alpha takes out the lag of the average. The fraction
+    does not depend on the elapsed time: the paper updates every 400 steps, with s in steps.
+    Running statistics are the slot `average` alone.
+
+    TRL's `BEMACallback(update_freq, lag, multiplier, update_after)` takes its anchor at step
+    `update_after`, and its clock is the trainer's step even then. So the same average is
+    `Bema(gamma=multiplier, rho=lag + multiplier * update_after)`, with its first update at step
+    `update_after` (before training where that is 0) and one every `update_freq` steps after it.
 
     >>> rule = Bema()
-    >>> {slot: round(c, 4) for slot, c in rule.readout(Tick(1, 400.0, 400.0)).items()}
-    {'average': 1.0, 'live': 0.631, 'anchor': -0.631}
+    >>> tick = rule.tick(rule.tick(START, 1.0), 400.0)
+    >>> {slot: round(c, 4) for slot, c in rule.readout(tick).items()}
+    {'average': 1.0, 'live': 0.3002, 'anchor': -0.3002}
+    >>> rule.convex_readout(tick)
+    {'average': 1.0}
 
     Raises `ValueError` unless rho >= 1, gamma > 0 and the powers are >= 0.
     Source: Block and Zhang, BEMA (arXiv 2508.00180), the form of the paper and of TRL.
@@ -246,16 +264,24 @@ class Bema(Rule):
     def slots(self) -> tuple[str, ...]:
         return (AVERAGE, "anchor")
 
+    def tick(self, before: Tick, elapsed: float) -> Tick:
+        since = START if before.inner is None else super().tick(before.inner, elapsed)
+        return super().tick(before, elapsed)._replace(inner=since)
+
     def fractions(self, tick: Tick) -> dict[str, float]:
         if tick.n == 1:
             return {AVERAGE: 1.0, "anchor": 1.0}
-        return {AVERAGE: self._decayed(tick.t - tick.elapsed, self.kappa)}
+        return {AVERAGE: self._decayed(tick, self.kappa)}
 
     def readout(self, tick: Tick) -> dict[str, float]:
-        alpha = self._decayed(tick.t - tick.elapsed, self.eta)
+        alpha = self._decayed(tick, self.eta)
         return {AVERAGE: 1.0, LIVE: alpha, "anchor": -alpha}
 
-    def _decayed(self, since: float, power: float) -> float:
+    def convex_readout(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1.0}
+
+    def _decayed(self, tick: Tick, power: float) -> float:
+        since = (tick.inner or START).t
         decayed: float = (self.rho + self.gamma * since) ** -power
         return decayed
 
@@ -303,6 +329,9 @@ class Tail(Rule):
 
     def readout(self, tick: Tick) -> dict[str, float]:
         return self.rule.readout(tick.inner or START)
+
+    def convex_readout(self, tick: Tick) -> dict[str, float]:
+        return self.rule.convex_readout(tick.inner or START)
 
 
 @dataclass(frozen=True)
@@ -353,6 +382,19 @@ class ArticleEMA(Rule):
         newest_copy = tick.t - tick.elapsed if self.first_copy else tick.t
         copies = tick.n == 1 or newest_copy <= self.update_after_step + 1
         return {AVERAGE: 1.0 if copies else 1 - self.decay(tick.t)}
+
+
+def convex(coefficients: dict[str, float]) -> dict[str, float]:
+    """Coefficients without those below 0: `max(c, 0) / sum of max(c, 0)`; as they are without such.
+
+    >>> convex({"fast": 2.0, "slow": -1.0}), convex({"a": 0.25, "b": 0.75})
+    ({'fast': 1.0}, {'a': 0.25, 'b': 0.75})
+    """
+    kept = {slot: c for slot, c in coefficients.items() if c >= 0}
+    if len(kept) == len(coefficients):
+        return coefficients
+    total = sum(kept.values())
+    return {slot: c / total for slot, c in kept.items()}
 
 
 def _debiased(decay: float, tick: Tick) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from polyak import _tensors as tensors
 from polyak._engine.live import ModelTensors
 from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
-from polyak._engine.tracking import Tracked
+from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec, spec_of
 from polyak._ranks.sharding import as_distributed
 from polyak._tensors import Groups, Kind, kind
@@ -170,28 +170,35 @@ class Average:
     ) -> list[Tensor]:
         """The average as fresh tensors, of all averaged weights or of those wanted, in order.
 
-        Of each no more than what is somewhere in it, if `where` is given.
+        Of each no more than what is somewhere in it, if `where` is given. Running statistics are
+        read out without terms that extrapolate: an extrapolated variance can be negative.
         """
         like = next(iter(self.slots.values()))
         chosen = range(len(like)) if wanted is None else wanted
         out = [torch.empty_like(like[i][where]) for i in chosen]
-        coefficients = self.rule.readout(self.tick)
-        weights = {i: live.averaged[i].local() for i in chosen} if LIVE in coefficients else {}
+        coefficients = self.rule.readout(self.tick), self.rule.convex_readout(self.tick)
+        weights = {i: live.averaged[i].local() for i in chosen} if LIVE in coefficients[0] else {}
         # Grouped from the tensors asked for alone: a read of one must not walk through all of them.
-        groups: dict[tuple[Kind, ...], list[tuple[int, int]]] = {}
+        groups: dict[tuple[bool, *tuple[Kind, ...]], list[tuple[int, int]]] = {}
         for at, i in enumerate(chosen):
+            convex = is_statistic(live.averaged[i].name)
             kinds = (kind(out[at]), kind(weights[i])) if weights else (kind(out[at]),)
-            groups.setdefault(kinds, []).append((at, i))
-        for group in groups.values():
+            groups.setdefault((convex, *kinds), []).append((at, i))
+        for (convex, *_), group in groups.items():
             terms = [
                 (
                     [(weights if slot == LIVE else self.slots[slot])[i][where] for _, i in group],
                     coefficient,
                 )
-                for slot, coefficient in coefficients.items()
+                for slot, coefficient in coefficients[convex].items()
             ]
             tensors.combine_([out[at] for at, _ in group], terms)
         return out
+
+    def extrapolates(self) -> bool:
+        """Whether running statistics are read out with other coefficients than the weights."""
+        tick = self.tick if self.tick.n else self.rule.tick(START, 1.0)
+        return self.rule.readout(tick) != self.rule.convex_readout(tick)
 
     def lone_slot(self) -> list[Tensor] | None:
         """The slot that is the average as it stands, if there is one."""

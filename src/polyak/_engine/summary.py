@@ -9,7 +9,7 @@ import torch
 
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
-from polyak._engine.tracking import Tracked
+from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec
 from polyak._ranks.sharding import is_distributed, shape
 from polyak._tensors import dtype_name
@@ -86,7 +86,10 @@ def summarise(
     """The summary of averages over live weights."""
     first = next(iter(averages.values()))
     specs = first.specs(live)
-    rows = tuple(_row(item, specs) for item in live.tracked)
+    leading = [name for name, average in averages.items() if average.extrapolates()]
+    where = f" (of {', '.join(leading)})" if len(averages) > 1 else ""
+    convex = f"; read out without extrapolation{where}" if leading else ""
+    rows = tuple(_row(item, specs, convex) for item in live.tracked)
     held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
     memory = sum(t.numel() * t.element_size() for t in held)
     rules = {name: str(average.rule) for name, average in averages.items()}
@@ -94,11 +97,13 @@ def summarise(
     return Summary(rules, first.tick.n, memory, shares, rows)
 
 
-def _row(item: Tracked, specs: Mapping[str, TensorSpec]) -> Row:
+def _row(item: Tracked, specs: Mapping[str, TensorSpec], convex: str) -> Row:
+    """A tensor's row; `convex` is what to say of running statistics that are averaged."""
     tensor = item.local()
     kept = tensor.dtype if item.policy == "copy" else None
     if item.name in specs:
         kept = specs[item.name].dtype
     head = (item.name, item.kind, tuple(tensor.shape), tensor.dtype, kept)
     part = f"; part of {shape(item.held())}" if is_distributed(item.held()) else ""
-    return Row(*head, item.policy, item.reason + part, item.aliases)
+    said = convex if item.policy == "average" and is_statistic(item.name) else ""
+    return Row(*head, item.policy, item.reason + said + part, item.aliases)

@@ -40,7 +40,7 @@ Source = nn.Module | Mapping[str, Tensor]
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-_STATISTICS = {"running_mean", "running_var"}
+STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,15 @@ def _is_divided(item: Tracked, policy: Policy) -> bool:
     return policy == "average" and item.kind != "buffer" and item.found().dim() > 0
 
 
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a running statistic of a norm, by the last part of its name.
+
+    >>> is_statistic("layer1.0.bn.running_var"), is_statistic("layer1.0.bn.weight")
+    (True, False)
+    """
+    return name.rpartition(".")[2] in STATISTICS
+
+
 def averageable(tensor: Tensor) -> bool:
     """Whether a tensor's values have a mean: floating-point or complex ones."""
     return tensor.is_floating_point() or tensor.is_complex()
@@ -230,7 +239,7 @@ def _decide(
         return "average", item.kind
     if buffers in ("average", "copy"):
         return cast(Policy, buffers), f'buffers="{buffers}"'
-    if item.leaf in _STATISTICS:
+    if is_statistic(item.leaf):
         return "average", "running statistics belong to the weights"
     return "copy", "a buffer that is no running statistic"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from polyak import _tensors as tensors
 from polyak._engine.readout import NamedTensors
 from polyak._engine.states import as_tick
+from polyak._engine.tracking import is_statistic
 from polyak.checkpoints._checkpoint import MOST_UPDATES
 from polyak.checkpoints._distributed import DistributedTensors
 from polyak.checkpoints._names import Renamed
@@ -249,14 +250,21 @@ def _are_names(value: object) -> bool:
 
 
 class ReadOut(NamedTensors):
-    """An average of a file of ours, read out tensor by tensor: `sum of coefficient * slot`."""
+    """An average of a file of ours, read out tensor by tensor: `sum of coefficient * slot`.
+
+    Running statistics have the rule's convex coefficients, as in the averager.
+    """
 
     def __init__(self, stored: Stored, name: str, average: StoredAverage) -> None:
         self._stored = stored
-        self._keys = [
-            ("live/" if slot == LIVE else f"averages/{name}/{slot}/", coefficient)
-            for slot, coefficient in average.rule.readout(average.tick).items()
-        ]
+        rule, tick = average.rule, average.tick
+        self._keys, self._convex = (
+            [
+                ("live/" if slot == LIVE else f"averages/{name}/{slot}/", coefficient)
+                for slot, coefficient in readout.items()
+            ]
+            for readout in (rule.readout(tick), rule.convex_readout(tick))
+        )
         model = stored.model()
         self._names = {n: first for first, each in model.items() for n in (first, *each["aliases"])}
         self._copied = {first for first, each in model.items() if each["policy"] == "copy"}
@@ -295,7 +303,8 @@ class ReadOut(NamedTensors):
         first = self._names[name]
         if first in self._copied:
             return [(f"copies/{first}", 1.0)]
-        return [(prefix + first, coefficient) for prefix, coefficient in self._keys]
+        keys = self._convex if is_statistic(first) else self._keys
+        return [(prefix + first, coefficient) for prefix, coefficient in keys]
 
     def _form(self, name: str) -> Form:
         """The shape of the slots, and the widest of their dtypes."""

@@ -44,7 +44,8 @@ def average(
         files: of any format that `polyak.checkpoints.read` reads, formats mixed; the oldest first.
         rule: a rule or its spec, whose coefficients are `theory.coefficients(rule, elapsed)`; or
             the coefficients themselves, of sum 1 and of any sign: `theory.wsm`, `theory.qam`, a
-            soup's.
+            soup's. Running statistics get no coefficient below 0: with a rule they have those of
+            `theory.coefficients(rule, elapsed, convex=True)`, else `max(c, 0) / sum of max(c, 0)`.
         elapsed: the time that each file spans in the rule's unit, by default 1: steps from the file
             before it, say.
         which: the weights to take from each file: the name of an average, or "live"; by default the
@@ -60,9 +61,10 @@ def average(
     """
     require(not isinstance(files, (str, Path)), "files", files, "a list of files")
     require(len(files) > 0, "files", files, "one file or more")
-    shares = _coefficients(rule, len(files), elapsed)
-    sources = opened(files, which)
-    return Combination(sources, shares, dtype=dtype, accumulate=accumulate)
+    shares, statistics = _coefficients(rule, len(files), elapsed)
+    return Combination(
+        opened(files, which), shares, dtype=dtype, accumulate=accumulate, statistics=statistics
+    )
 
 
 def opened(files: Sequence[Path | str], which: str | None) -> list[Source]:
@@ -72,11 +74,12 @@ def opened(files: Sequence[Path | str], which: str | None) -> list[Source]:
 
 def _coefficients(
     rule: Rule | str | Sequence[float] | Profile, files: int, elapsed: Sequence[float] | None
-) -> npt.ArrayLike:
+) -> tuple[npt.ArrayLike, npt.ArrayLike | None]:
+    """The coefficients of weights, and those of running statistics where a rule says them."""
     if not isinstance(rule, (Rule, str)):
         require(elapsed is None, "elapsed", elapsed, "nothing beside coefficients: it is for rules")
-        return rule
+        return rule, None
     times = [1.0] * files if elapsed is None else elapsed
     if len(times) != files:
         raise ValueError(f"elapsed has {len(times)} times, wanted {files}: one a file")
-    return coefficients(rule, times)
+    return coefficients(rule, times), coefficients(rule, times, convex=True)

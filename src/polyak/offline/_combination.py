@@ -21,6 +21,7 @@ from torch import Tensor
 from polyak import norms
 from polyak._checks import difference, report, require
 from polyak._engine.readout import NamedTensors
+from polyak._engine.tracking import is_statistic
 from polyak._ranks.agreement import agree, chosen, together
 from polyak.checkpoints import _mapped as mapped
 from polyak.checkpoints._checkpoint import Weights
@@ -51,6 +52,9 @@ class Combination(NamedTensors):
     them into a file and never holds a whole one. Floating-point and complex tensors are combined.
     Integers and booleans are copied from the last file, and so are the tensors named in `copy`.
 
+    Running statistics (names that end in `running_mean` or `running_var`) have coefficients of
+    their own, `statistics`: none is below 0, since an extrapolated variance can be negative.
+
     The sum is `out <- lerp(out, weights, coefficient / sum of coefficients so far)`, positive
     coefficients first, so weights that all files share come out unchanged. It is computed in
     `accumulate`, or in float64 for weights of float64. Files with coefficient 0 are not read.
@@ -59,6 +63,7 @@ class Combination(NamedTensors):
 
     Attributes:
         coefficients: one for each file; float64, shape (files,), sum 1.
+        statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         forms: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
         norms: the norms whose running statistics were combined. The combined weights have other
@@ -73,12 +78,15 @@ class Combination(NamedTensors):
         dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         accumulate: torch.dtype = torch.float32,
         copy: Collection[str] = (),
+        statistics: npt.ArrayLike | None = None,
     ) -> None:
         wanted = "torch.float32 or torch.float64"
         require(accumulate in (torch.float32, torch.float64), "accumulate", accumulate, wanted)
         holds = not isinstance(dtype, torch.dtype) or dtype.is_floating_point
         require(holds, "dtype", dtype, "a floating-point dtype, or None for that of the files")
         self.coefficients = _checked(coefficients, len(sources))
+        of_statistics = _convex(self.coefficients) if statistics is None else statistics
+        self.statistics = _checked(of_statistics, len(sources))
         of_files = [forms(source.weights) for source in sources]
         _require_alike(sources, of_files)
         last = of_files[-1]
@@ -93,11 +101,15 @@ class Combination(NamedTensors):
             for n in last
         }
         self._terms_told = {
-            f"file {i + 1}": f"{float(coefficient)!r} of {source.label}"
-            for i, (coefficient, source) in enumerate(zip(self.coefficients, sources, strict=True))
+            f"file {i + 1}": f"{float(self.coefficients[i])!r} of {source.label}, "
+            f"{float(self.statistics[i])!r} of its running statistics"
+            for i, source in enumerate(sources)
         }
         self._last = sources[-1].weights
-        self._terms = [(sources[i].weights, share) for i, share in _shares(self.coefficients)]
+        self._terms, self._convex = (
+            [(sources[i].weights, share) for i, share in _shares(coefficients)]
+            for coefficients in (self.coefficients, self.statistics)
+        )
         self._threads = Threads()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -120,7 +132,8 @@ class Combination(NamedTensors):
         """
         dtype = self.forms[name].dtype
         averaged = name not in self.copied
-        terms = self._terms if averaged else [(self._last, 1.0)]
+        of_kind = self._convex if is_statistic(name) else self._terms
+        terms = of_kind if averaged else [(self._last, 1.0)]
         summands = [Summand(unread(weights, name), share) for weights, share in terms]
         summation = Summation(summands, self._sums[name] if averaged else dtype, dtype)
         try:
@@ -243,6 +256,12 @@ def _checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]
         )
     result: npt.NDArray[np.float64] = given / given.sum()
     return result
+
+
+def _convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """`max(c, 0) / sum of max(c, 0)`; where no coefficient is below 0, the coefficients unchanged."""
+    clipped = np.maximum(coefficients, 0)
+    return coefficients if (coefficients >= 0).all() else clipped / clipped.sum()
 
 
 def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, Form]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak import norms
+from polyak._engine.tracking import is_statistic
 from polyak._tensors import dtype_name
 from polyak.checkpoints import _save as native
 from polyak.checkpoints._checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from polyak.theory._profiles import coefficients
 
 _LONGEST = 2_000_000  # updates whose profile is worth waiting for: some seconds
 _EVENLY = 10_000  # updates into which a time is divided where their number is not told
-_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _weighed(tensors: Mapping[str, Form]) -> Weighed:
 
 def _is_parameter(name: str, form: Form) -> bool:
     numeric = form.dtype.is_floating_point or form.dtype.is_complex
-    return numeric and name.rpartition(".")[2] not in _STATISTICS
+    return numeric and not is_statistic(name)
 
 
 def _average(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import is_integer, require, require_positive
+from polyak._engine.tracking import is_statistic
 from polyak._ranks.agreement import together
 from polyak.checkpoints._names import Renamed
 from polyak.checkpoints._own_format import Stored
@@ -24,7 +25,7 @@ from polyak.rules import LIVE, Rule
 from polyak.snapshots import Snapshot, snapshots
 from polyak.specs import as_rule
 from polyak.theory import half_life, mean_age
-from polyak.theory._profiles import coefficients
+from polyak.theory._profiles import Profile, coefficients
 from polyak.theory._synthesis import Column, fit
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class Term(NamedTuple):
     time: float
     coefficient: float
 
+    @property
+    def place(self) -> tuple[Path, str, str]:
+        """Where its tensors are stored: the file, the average, the slot."""
+        return self.path, self.average, self.slot
+
 
 @dataclass(frozen=True, eq=False)
 class Synthesis:
@@ -58,6 +64,9 @@ class Synthesis:
         precision: of the coarsest stored dtype: the distance from 1 to the next number.
         half_life, mean_age: of the average's profile at that time, in the run's unit of time.
         terms: what is summed.
+        statistics: what is summed for running statistics: the nearest combination without a
+            coefficient below 0, since an extrapolated variance can be negative (`theory.fit`,
+            `convex`).
         run: what was stored.
     """
 
@@ -69,6 +78,7 @@ class Synthesis:
     half_life: float
     mean_age: float
     terms: tuple[Term, ...]
+    statistics: tuple[Term, ...]
     run: Run = field(repr=False)
 
     @property
@@ -105,7 +115,9 @@ class Synthesis:
         digests first; raises `ValueError` for a damaged one.
         """
         sources = []
-        for term in self.terms:
+        both = {each.place: each for each in (*self.terms, *self.statistics)}
+        places = [place for each in self.run.found if (place := each.term(0.0).place) in both]
+        for term in map(both.__getitem__, places):
             if term.slot == LIVE:
                 sources += opened([term.path], None)
             else:
@@ -113,10 +125,14 @@ class Synthesis:
                 slot = _slot(self.run.snapshot(term.path), prefix, self.model)
                 sources.append(Source(str(term.path), slot))
         dtypes = {name: getattr(torch, str(each["dtype"])) for name, each in self.model.items()}
-        shares = np.array([term.coefficient for term in self.terms])
+        shares, statistics = (
+            np.array([{each.place: each.coefficient for each in terms}.get(p, 0.0) for p in places])
+            for terms in (self.terms, self.statistics)
+        )
         return Combination(
             sources,
             shares / shares.sum(),
+            statistics=statistics / statistics.sum(),
             dtype=dtypes or None,
             accumulate=torch.float64,
             copy=[name for name, each in self.model.items() if each["policy"] == "copy"],
@@ -246,12 +262,13 @@ class Run:
         found = [each for each in self.found if each.column.updates <= len(elapsed)]
         first = self.found[0].time
         require(bool(found), "at", at, f"a time of {first:g} or later: nothing was stored before")
-        result = fit([each.column for each in found], rule, elapsed, norm="increments")
-        terms = tuple(
-            each.term(float(c))
-            for each, c in zip(found, result.coefficients, strict=True)
-            if abs(c) > _NOTHING
-        )
+        columns = [each.column for each in found]
+        result = fit(columns, rule, elapsed, norm="increments")
+        terms = _terms(found, result.coefficients)
+        statistics = terms
+        if self._has_statistics() and any(term.coefficient < 0 for term in terms):
+            convex = fit(columns, rule, elapsed, norm="increments", convex=True)
+            statistics = _terms(found, convex.coefficients)
         profile, unit = coefficients(rule, elapsed), at / len(elapsed)
         return Synthesis(
             rule=rule,
@@ -262,6 +279,7 @@ class Run:
             half_life=half_life(profile) * unit,
             mean_age=mean_age(profile) * unit,
             terms=terms,
+            statistics=statistics,
             run=self,
         )
 
@@ -271,6 +289,10 @@ class Run:
             self.opened[path] = Stored.open(path)
         return self.opened[path]
 
+    def _has_statistics(self) -> bool:
+        """Whether the model has running statistics, or may have: checkpoints alone do not tell."""
+        return not self.model or any(map(is_statistic, self.model))
+
     def _elapsed_until(self, at: float) -> list[float]:
         """The times that updates span, up to the last one not after `at`."""
         times = list(accumulate(self.elapsed))
@@ -279,6 +301,12 @@ class Run:
             0 < at <= times[-1] + slack, "at", at, f"a time up to {times[-1]:g}, the last known"
         )
         return self.elapsed[: int(np.searchsorted(times, at + slack, side="right"))]
+
+
+def _terms(found: Sequence[_Found], coefficients: Profile) -> tuple[Term, ...]:
+    """The stored averages that count, with their coefficients."""
+    pairs = zip(found, coefficients.tolist(), strict=True)
+    return tuple(each.term(c) for each, c in pairs if abs(c) > _NOTHING)
 
 
 def _slots(snapshot: Snapshot) -> Iterator[_Found]:

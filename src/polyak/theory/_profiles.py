@@ -53,18 +53,19 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
     return result
 
 
-def coefficients(rule: Rule | str, elapsed: Sequence[float]) -> Profile:
+def coefficients(rule: Rule | str, elapsed: Sequence[float], *, convex: bool = False) -> Profile:
     """The coefficient of each update's live weights, for updates at any times.
 
     `elapsed[i]` > 0 is the time from the update before (or from the start) to update i, in the
-    rule's unit: steps, samples, tokens. Shape (updates,), float64; sums to 1.
+    rule's unit: steps, samples, tokens. Shape (updates,), float64; sums to 1. With `convex` they
+    are the coefficients of running statistics (`Rule.convex_readout`), none below 0.
 
     >>> coefficients("power(0)", [1, 1, 2])
     array([0.25, 0.25, 0.5 ])
 
     Raises `ValueError` for no update, or for a time that is not finite and above 0.
     """
-    result, live = _impulse_response(as_rule(rule), checked_times(elapsed))
+    result, live = _impulse_response(as_rule(rule), checked_times(elapsed), convex=convex)
     result[-1] += live
     return result
 
@@ -134,11 +135,14 @@ def response(fractions: Profile) -> tuple[Profile, float]:
     return fractions * kept[1:], float(kept[0])
 
 
-def _impulse_response(rule: Rule, elapsed: list[float]) -> tuple[Profile, float]:
+def _impulse_response(
+    rule: Rule, elapsed: list[float], *, convex: bool = False
+) -> tuple[Profile, float]:
     """The coefficient of every update's live weights, and of the live weights at the readout."""
     moves, tick = run(rule, elapsed)
     result, live = np.zeros(len(elapsed)), 0.0
-    for slot, coefficient in rule.readout(tick).items():
+    readout = rule.convex_readout(tick) if convex else rule.readout(tick)
+    for slot, coefficient in readout.items():
         if slot == LIVE:
             live = coefficient
         else:

@@ -68,6 +68,7 @@ def fit(
     elapsed: Sequence[float],
     *,
     norm: Norm = "profile",
+    convex: bool = False,
 ) -> Fit:
     """The coefficients of stored tensors, of sum 1, that give an average nearest to a rule's.
 
@@ -86,6 +87,9 @@ def fit(
     difference in W. On a random walk `relative_error` is then that of the synthesised average, as a
     share of the target's distance from the last live weights, |1 - W|.
 
+    With `convex` no coefficient is below 0, and the target is `coefficients(rule, elapsed,
+    convex=True)`: the nearest average for running statistics, which must not be extrapolated.
+
     >>> from polyak.rules import Power
     >>> stored = [Column(Power.from_relative_std(s), "average", n)
     ...           for s in (0.05, 0.1) for n in range(500, 20_001, 500)]
@@ -100,12 +104,12 @@ def fit(
     increments: Sandler et al. (arXiv 2301.02312).
     """
     require(norm in get_args(Norm), "norm", norm, '"profile" or "increments"')
-    target = coefficients(rule, elapsed)
+    target = coefficients(rule, elapsed, convex=convex)
     _require_columns(columns, len(target))
     moves = _moves(columns, checked_times(elapsed))
     summed = norm == "increments"
     triangle = _reduced(_rows(columns, moves, target, summed=summed))
-    found = _solved(triangle[:, :-1], triangle[:, -1])
+    found = (_solved_convex if convex else _solved)(triangle[:, :-1], triangle[:, -1])
     missed = float(np.linalg.norm(triangle @ np.append(found, -1.0)))
     whole = float(np.linalg.norm(1 - _tails(target) if summed else target))
     # The live weights themselves are at no distance: their error is in steps.
@@ -226,3 +230,38 @@ def _solved(a: Profile, b: Profile) -> Profile:
     x: Profile = even + basis @ y
     x += (1 - x.sum()) / size
     return x
+
+
+def _solved_convex(a: Profile, b: Profile) -> Profile:
+    """The x >= 0 of sum 1 with the least |a x - b|: an active set, as Lawson and Hanson's NNLS.
+
+    At the solution the slope is the same for all columns in use, and no other column has a lower
+    one. So the column with the lowest slope comes into use, until there is none.
+    """
+    x = np.zeros(a.shape[1])
+    x[np.argmin(((a - b[:, None]) ** 2).sum(axis=0))] = 1.0
+    least = _SAME * np.linalg.norm(a, 2) ** 2
+    for _ in range(3 * len(x)):
+        slope = a.T @ (a @ x - b)
+        below = np.where(x > 0, 0.0, slope - slope[x > 0].mean())
+        if below.min() > -least:
+            break
+        x = _descended(a, b, x, int(below.argmin()))
+    return x
+
+
+def _descended(a: Profile, b: Profile, x: Profile, new: int) -> Profile:
+    """The best x on the columns in use and a new one; those that would go below 0 go out of use."""
+    used = x > 0
+    used[new] = True
+    while True:
+        best = np.zeros(len(x))
+        best[used] = _solved(a[:, used], b)
+        falling = used & (best <= 0)
+        if not falling.any():
+            return best
+        step = (x[falling] / (x[falling] - best[falling])).min()
+        x = x + step * (best - x)
+        # The column that stops the step is 0 but for rounding.
+        used &= ~(falling & (x <= _SAME))
+        x = np.where(used, x, 0.0)
