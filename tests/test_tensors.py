@@ -83,6 +83,71 @@ def test_an_exchange_that_is_interrupted_changes_nothing(n: int, after: bool) ->
     assert torch.equal(y, was_y)
 
 
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of all operations, in order, and the most bytes of one new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.most_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.empty.memory_format):
+            self.most_bytes = max(self.most_bytes, out.nbytes)
+        return out
+
+
+WEIGHTS = {
+    "tiny": lambda: [torch.randn(3, 5) for _ in range(40)],
+    "scalars and empty ones": lambda: [torch.randn(()), torch.randn(0, 3), torch.randn(2)],
+    "longer than the buffer": lambda: [torch.randn(5), torch.randn(700_001), torch.randn(7)],
+    "as long as the buffer": lambda: [torch.randn(1 << 18), torch.randn(1), torch.randn(1 << 18)],
+    "channels last": lambda: [
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last) for _ in range(3)
+    ],
+    "long, other layout than the slot": lambda: [torch.randn(700, 800).t()],
+    "gappy and expanded": lambda: [LAYOUTS["gappy"](), LAYOUTS["expanded"]()],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_staged_weights_give_the_bits_of_converted_ones(dtype: torch.dtype, weights: str) -> None:
+    stages: tensors.Stages = {}
+    wide = WEIGHTS[weights]()
+    slots = [torch.randn(t.shape) if "other" in weights else torch.randn_like(t) for t in wide]
+    for round_ in range(3):  # the first call makes the stage, the others use it again
+        live = [(t * round_ + 1).to(dtype) for t in wide]
+        expected = [s.lerp(t.float(), 0.3) for s, t in zip(slots, live, strict=True)]
+        tensors.lerp_all_([slots], live, [0.3], stages)
+        assert all(map(torch.equal, slots, expected))
+    assert len(stages) == 1
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_staging_takes_two_operations_for_any_number_of_tensors(count: int) -> None:
+    live = [torch.randn(64).bfloat16() for _ in range(count)]
+    averages = [[torch.zeros(64) for _ in live] for _ in range(2)]
+    stages: tensors.Stages = {}
+    tensors.lerp_all_(averages, live, [0.1, 0.2], stages)
+    with Operations() as ran:
+        tensors.lerp_all_(averages, live, [0.1, 0.2], stages)
+    assert ran.names == ["aten::_foreach_copy_", *["aten::_foreach_lerp_.Scalar"] * 2]
+
+
+def test_staging_holds_one_chunk_and_allocates_nothing_again() -> None:
+    live = [torch.randn(n).bfloat16() for n in (3, 1_000_000, 300_000, 2, 200_000)]
+    slots, stages = [torch.zeros(t.shape) for t in live], dict[tensors.Kind, tensors.Stage]()
+    with Operations() as first:
+        tensors.lerp_all_([slots], live, [0.1], stages)
+    with Operations() as second:
+        tensors.lerp_all_([slots], live, [0.1], stages)
+    assert first.most_bytes == tensors.CHUNK_BYTES
+    assert second.most_bytes == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_pass_over_large_and_small_is_each_alone_bit_for_bit(dtype: torch.dtype) -> None:
     sizes = [(7,), (1_500_001,), (3, 5), (1200, 1100), (1,), (2_000_000,)]

@@ -1,7 +1,7 @@
 """Tensors: the few in-place operations that averaging needs, on lists of plain tensors.
 
-Nothing here knows a rule, a slot's name or a model. Names end in `_` where they write. Everything
-is elementwise, so layout, shape and place of a tensor never matter to the result.
+This module knows no rule, no slot name and no model. Names that end in `_` write in place. All
+operations are elementwise, so the layout, shape and device of a tensor never change the result.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ from torch import Tensor
 
 Kind = tuple[torch.dtype, torch.device]
 Groups = list[list[Tensor]]
+Lerps = list[tuple[list[Tensor], float]]
+"""Lists of slots, each with the fraction by which it moves."""
 
 CHUNK_BYTES = 1 << 20
-"""No temporary on a CPU is larger than this: it stays in its cache and is not noticed."""
+"""The most bytes of a temporary tensor on a CPU: it stays in the cache, and nobody notices it."""
 
 DEVICE_CHUNK_BYTES = 1 << 25
-"""The same on other devices, where a call costs as much as moving some hundred KiB."""
+"""The same on other devices, where one call costs as much as moving some hundred KiB."""
 
 SHARED_BYTES = 1 << 22
-"""As much of the live weights as is moved into every average before the next part is read."""
-
+"""The bytes of weights that are moved into every average before the next weights are read."""
 
 FEW = 8
-"""Up to so many tensors, one call for all averages costs less than a call for each."""
+"""Up to this many tensors, one call for all averages costs less than a call for each average."""
 
 
 def chunk_length(tensors: Sequence[Tensor], *, temporaries: int = 1) -> int:
-    """How many elements a part may have so that its temporaries stay within a chunk."""
+    """The most elements of a part, so that its temporaries fit into one chunk."""
     size = DEVICE_CHUNK_BYTES if any(t.device.type != "cpu" for t in tensors) else CHUNK_BYTES
     return size // temporaries // max(t.element_size() for t in tensors)
 
 
 def kind(tensor: Tensor) -> Kind:
-    """What tensors must share to be updated by one foreach call: dtype and device."""
+    """Dtype and device: one foreach call can update tensors that agree in both."""
     return tensor.dtype, tensor.device
 
 
 def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype in which weights of `dtype` are averaged: `wanted`, or float32 if `dtype` is narrower.
+    """The dtype of the average of weights: `wanted`, or float32 if `dtype` is narrower than that.
 
-    A bfloat16 average of decay .999 never moves: its half-unit is larger than the step.
+    A bfloat16 average with decay .999 never moves: half a unit in its last place is more than a step.
 
     >>> slot_dtype(torch.bfloat16, None), slot_dtype(torch.complex64, torch.float64)
     (torch.float32, torch.complex128)
@@ -55,43 +56,49 @@ def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype without its module: "float32"."""
+    """The name of a dtype without its module: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
-@torch.no_grad()
 def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.
 
-    A fraction of 1 is a copy, since a lerp by 1 into a slot that holds inf or NaN stays NaN.
-    lerp, not multiply and add: a constant input is then a fixed point, bit for bit.
+    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN.
+    lerp and not multiply and add: a constant input then stays the same, bit for bit.
     """
     lerp_all_([slots], live, [fraction])
 
 
-@torch.no_grad()
-def lerp_all_(averages: list[list[Tensor]], live: list[Tensor], fractions: list[float]) -> None:
-    """`lerp_` of several lists of slots towards the same live weights, which are read once.
+def lerp_all_(
+    averages: list[list[Tensor]],
+    live: list[Tensor],
+    fractions: list[float],
+    stages: Stages | None = None,
+) -> None:
+    """`lerp_` of several lists of slots towards the same weights, which are read from memory once.
 
-    Each list is of one dtype and device. Bytes moved for k lists: 1 + 2k instead of 3k.
+    Each list has one dtype and one device. k lists move 1 + 2k times the bytes of the weights
+    instead of 3k. `stages` keeps the buffers for the next call with lists of the same shapes.
     """
-    lerps = []
-    for slots, fraction in zip(averages, fractions, strict=True):
-        if fraction == 1:
-            torch._foreach_copy_(slots, live)
-        elif fraction != 0:
-            lerps.append((slots, fraction))
-    if lerps and all(_alike(slots, live) for slots, _ in lerps):
-        _lerp_together_(lerps, live)
-    elif lerps:
-        _lerp_in_parts_(lerps, live)
+    with torch.no_grad():
+        lerps = []
+        for slots, fraction in zip(averages, fractions, strict=True):
+            if fraction == 1:
+                torch._foreach_copy_(slots, live)
+            elif fraction != 0:
+                lerps.append((slots, fraction))
+        for slots, _ in lerps:  # each list is of one kind, so its first tensor tells for all
+            if slots[0].dtype != live[0].dtype or slots[0].device != live[0].device:
+                _lerp_staged_(lerps, live, {} if stages is None else stages)
+                return
+        if len(lerps) == 1:
+            _lerp_alike_(lerps[0][0], live, lerps[0][1])
+        elif lerps:
+            _lerp_together_(lerps, live)
 
 
-def _lerp_together_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
-    """Slots of the weights' own kind: as much of the weights at a time as stays in the cache."""
-    if len(lerps) == 1:
-        _lerp_alike_(lerps[0][0], live, lerps[0][1])
-        return
+def _lerp_together_(lerps: Lerps, live: list[Tensor]) -> None:
+    """Several averages in the weights' own dtype: weights are read as long as they stay in the cache."""
     length = (SHARED_BYTES if live[0].is_cpu else DEVICE_CHUNK_BYTES) // live[0].element_size()
     columns = [slots for slots, _ in lerps]
     whole = sum(map(Tensor.numel, live)) <= length
@@ -105,36 +112,104 @@ def _lerp_together_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor])
 
 
 def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list[float]) -> None:
-    """One foreach call; where a tensor turns out to be of another kind, the rest one by one."""
+    """One foreach call. From a tensor of another dtype or device on, the rest moves one by one."""
     try:
         torch._foreach_lerp_(slots, live, fraction)
     except RuntimeError:
-        alike = [
-            a.dtype == b.dtype and a.device == b.device for a, b in zip(slots, live, strict=True)
-        ]
+        alike = [kind(a) == kind(b) for a, b in zip(slots, live, strict=True)]
         if all(alike):
             raise
-        first = alike.index(False)  # the call goes through the list and has moved those before
+        first = alike.index(
+            False
+        )  # the call goes through the lists in order: it moved those before
         fractions = fraction if isinstance(fraction, list) else [fraction] * len(slots)
         rest = zip(slots[first:], live[first:], fractions[first:], strict=True)
         for slot, weight, each in rest:
-            _lerp_in_parts_([([slot], each)], [weight])
+            _lerp_staged_([([slot], each)], [weight], {})
 
 
-def _lerp_in_parts_(lerps: list[tuple[list[Tensor], float]], live: list[Tensor]) -> None:
-    """Slots of another kind: each part of the weights is converted once for all of one kind."""
-    length = chunk_length([live[0], *(slots[0] for slots, _ in lerps)])
-    for weights, *columns in parts([live, *(slots for slots, _ in lerps)], length):
-        converted: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for slots, (_, fraction) in zip(columns, lerps, strict=True):
-            kind = slots[0].dtype, slots[0].device
-            if kind not in converted:
-                converted[kind] = [weight.to(kind[1], kind[0]) for weight in weights]
-            _lerp_alike_(slots, converted[kind], fraction)
+def _lerp_staged_(lerps: Lerps, live: list[Tensor], stages: Stages) -> None:
+    """Slots of another dtype or device: each part of the weights is converted once for all of them."""
+    by_kind: dict[Kind, Lerps] = {}
+    for slots, fraction in lerps:
+        by_kind.setdefault(kind(slots[0]), []).append((slots, fraction))
+    for each, alike in by_kind.items():
+        columns = [slots for slots, _ in alike]
+        if each not in stages:
+            stages[each] = Stage(columns[0], chunk_length([live[0], columns[0][0]]))
+        for weights, *rows in stages[each].parts(live, columns):
+            for slots, (_, fraction) in zip(rows, alike, strict=True):
+                _lerp_alike_(slots, weights, fraction)
+
+
+class Stage:
+    """A reused buffer in which weights take on the dtype and device of their slots, part by part.
+
+    A `.to` for each tensor is a Python call and an allocation for each. One foreach copy of many
+    tensors, into views that are made once, takes a third of the time. The buffer has at most
+    `length` elements. All weights and slots have the shapes of `slots`; their layouts may differ.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, slots: list[Tensor], length: int) -> None:
+        numels = [slot.numel() for slot in slots]
+        dtype, device = self._kind = kind(slots[0])
+        self._length = length
+        self._buffer = torch.empty(min(length, sum(numels)), dtype=dtype, device=device)
+        self._runs = [(*run, self._views(slots[slice(*run)])) for run in _runs(numels, length)]
+
+    def parts(
+        self, live: list[Tensor], columns: list[list[Tensor]]
+    ) -> Iterator[list[list[Tensor]]]:
+        """Converted weights, then the slots of each column beside them. The next part overwrites."""
+        for start, stop, views in self._runs:
+            rows = [column[start:stop] for column in columns]
+            if views:
+                torch._foreach_copy_(views, live[start:stop])
+                yield [views, *rows]
+            else:
+                for piece, *slots in _pieces(
+                    [live[start], *(row[0] for row in rows)], self._length
+                ):
+                    yield [[self._converted(piece)], *([slot] for slot in slots)]
+
+    def _views(self, slots: list[Tensor]) -> list[Tensor]:
+        """The buffer divided into views like the slots; none where a single slot exceeds it."""
+        if slots[0].numel() > self._length:
+            return []
+        views, start = [], 0
+        for slot in slots:
+            flat = self._buffer[start : start + slot.numel()]
+            # With the slot's own strides, copy and lerp run through memory in order.
+            strided = not slot.is_contiguous() and _flat(slot) is not None
+            size = slot.size()
+            views.append(flat.as_strided(size, slot.stride()) if strided else flat.view(size))
+            start += slot.numel()
+        return views
+
+    def _converted(self, piece: Tensor) -> Tensor:
+        if piece.numel() > self._length:  # a long tensor with another layout than its slot
+            return piece.to(self._kind[1], self._kind[0])
+        return self._buffer[: piece.numel()].copy_(piece)
+
+
+Stages = dict[Kind, Stage]
+"""The stages of one list of weights, by the dtype and device of the slots."""
+
+
+def _runs(numels: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of tensors with at most `length` elements together; a longer tensor is alone."""
+    start = elements = 0
+    for i, numel in enumerate(numels):
+        if i > start and elements + numel > length:
+            yield start, i
+            start, elements = i, 0
+        elements += numel
+    yield start, len(numels)
 
 
 def parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:
-    """Parts of parallel lists of tensors, each of at most `length` elements where layouts allow."""
+    """Cuts parallel lists of tensors into parts of at most `length` elements, where layouts allow."""
     gathered: list[tuple[Tensor, ...]] = []
     elements = 0
     for row in zip(*lists, strict=True):
@@ -155,8 +230,8 @@ def parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]
 def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None:
     """`out <- sum of coefficient * tensor`, for coefficients that sum to 1.
 
-    By lerps, `out <- out + c / (sum of c so far) (tensor - out)`: equal terms give themselves, bit
-    for bit. Coefficients above 0 come first, so that no sum so far is 0.
+    Lerps, `out <- out + c / (sum of c so far) (tensor - out)`, give the value itself, bit for bit,
+    if all terms are equal. Coefficients above 0 come first, so that no sum so far is 0.
     """
     total = 0.0
     counting = [term for term in terms if term[1] != 0]
@@ -167,10 +242,10 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
 
 @torch.no_grad()
 def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
-    """Exchanges the contents of tensors of one dtype, pair by pair, by chunks; pointers stay.
+    """Exchanges the contents of tensors of one dtype, pair by pair, in chunks; pointers stay.
 
-    An exception on the way (no memory) leaves all as they were. It writes through `.data`, which
-    autograd does not count: weights that come back bit for bit leave a graph valid.
+    An exception on the way (no memory) leaves all tensors as they were. It writes through `.data`,
+    which autograd does not count: a graph stays valid if its weights come back bit for bit.
     """
     done: list[list[list[Tensor]]] = []
     both = [[tensor.data for tensor in each] for each in (a, b)]
@@ -194,13 +269,8 @@ def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
         done.append([x, y])
 
 
-def _alike(slots: list[Tensor], live: list[Tensor]) -> bool:
-    """Whether the lists agree in dtype and device: each list is of one kind, so one pair tells."""
-    return slots[0].dtype == live[0].dtype and slots[0].device == live[0].device
-
-
 def _pieces(row: Sequence[Tensor], length: int) -> Iterator[tuple[Tensor, ...]]:
-    """Views that cover tensors of one shape in step; one of each whole where layouts differ."""
+    """Views that cover tensors of one shape in step; the whole tensors where layouts differ."""
     flat = [_flat(tensor) for tensor in row]
     if any(f is None for f in flat) or len({t.stride() for t in row}) > 1:
         yield tuple(row)
@@ -209,7 +279,7 @@ def _pieces(row: Sequence[Tensor], length: int) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
-    """A one-dimensional view in memory order, or None where elements overlap or leave gaps."""
+    """A one-dimensional view in memory order, or None if elements overlap or leave gaps."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     ordered = tensor.permute(order)
     return ordered.view(-1) if ordered.is_contiguous() else None

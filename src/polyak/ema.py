@@ -139,7 +139,7 @@ class EMA(nn.Module):
             self._initted = True
             self.initted.fill_(1.0)
         elapsed = self._calls - self._average.tick.t
-        move_(groups, self._average.advance(self._live, elapsed))
+        move_(groups, self._average.advance(self._live, elapsed), stages=self._live.stages)
         self._finish()
 
     def update_moving_average(
@@ -183,7 +183,7 @@ class EMA(nn.Module):
 
     def _blend(self, fraction: float) -> None:
         groups = self._follow()
-        move_(groups, [self._average.move(self._live, AVERAGE, fraction)])
+        move_(groups, [self._average.move(self._live, AVERAGE, fraction)], stages=self._live.stages)
         self._finish()
 
     def _finish(self) -> None:

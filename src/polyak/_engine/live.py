@@ -12,7 +12,7 @@ from torch import Tensor
 from polyak._checks import difference, report
 from polyak._engine.tracking import Buffers, Policy, Select, Source, Tracked, holders, track
 from polyak._ranks.sharding import Shape, Shards, is_distributed, reshard
-from polyak._tensors import Groups, Kind, kind
+from polyak._tensors import Groups, Kind, Stages, kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,6 +116,7 @@ class ModelTensors:
         self._kinds = [each for each, _ in indices]
         self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
         self.indices = list(indices.values())
+        self.stages: list[Stages] = [{} for _ in indices]
         self._groups = self.group([item.local() for item in self.averaged])
         self.generation += 1
 

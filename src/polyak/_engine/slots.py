@@ -32,15 +32,22 @@ class Move(NamedTuple):
     seeds: Sequence[int] | None = None
 
 
-def move_(live: Groups, moves: Sequence[Move], ok: Tensor | None = None) -> None:
+def move_(
+    live: Groups,
+    moves: Sequence[Move],
+    ok: Tensor | None = None,
+    stages: Sequence[tensors.Stages] | None = None,
+) -> None:
     """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights.
 
-    Where `ok`, a 0-dim truth on a device, is false, everything stays as it is; no one asks it.
+    `ok` is a 0-dim bool tensor; if it is False, nothing changes. It is never synchronised to the
+    host. `stages` are those of the groups (`ModelTensors.stages`).
     """
     plain = [m for m in moves if m.residues is None and m.seeds is None and ok is None]
     fractions = [move.fraction for move in plain]
     for g, weights in enumerate(live):
-        tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions)
+        kept = stages[g] if stages is not None else None
+        tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions, kept)
     for move in moves if len(plain) < len(moves) else ():
         for g, weights in enumerate(live):
             residues = move.residues[g] if move.residues is not None else None

@@ -159,7 +159,7 @@ class Updating:
             copied = [item.local() for item in self._live.copied]
         self._find_courier([*groups, copied])
         if self._courier is None:
-            move_(groups, moves, ok)
+            move_(groups, moves, ok, self._live.stages)
             self._copy(copied, ok)
         else:
             self._send(groups, copied, moves, ok)
@@ -181,7 +181,7 @@ class Updating:
         def arrived(staged: Groups) -> None:
             *weights, copies, verdict = staged
             if not verdict or bool(verdict[0]):
-                move_(weights, moves)
+                move_(weights, moves, stages=self._live.stages)
                 self._copy(copies, None)
 
         assert self._courier is not None
