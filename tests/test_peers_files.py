@@ -44,6 +44,7 @@ from peer_files import (
     polyak_ema,
     torch_ema_average,
 )
+from polyak._engine.policies import Choose
 from polyak._engine.tracking import WRAPPERS, track
 from polyak.checkpoints import Clock, read
 from polyak.checkpoints._names import canonical_names
@@ -312,7 +313,9 @@ def test_wrappers_are_those_of_tracking() -> None:
         inner, outer = nn.Linear(1, 1), nn.Module()
         setattr(outer, wrapper, inner)
         model = nn.Sequential(outer)
-        assert [item.name for item in track(model)] == list(canonical_names(model.state_dict()))
+        assert [item.name for item in track(model, Choose()).tracked] == list(
+            canonical_names(model.state_dict())
+        )
 
 
 def test_names_that_meet_are_refused(tmp_path: Path) -> None:

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from polyak._checks import difference, report, require_positive
 from polyak._engine.guard import Attachment
 from polyak._engine.live import ModelTensors
+from polyak._engine.policies import Buffers, Choose, Select
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
 from polyak._engine.slots import Average
 from polyak._engine.states import STATE_FORMAT, State, checked
 from polyak._engine.summary import Summary, summarise
 from polyak._engine.swap import Exchange, planned, uninterrupted
-from polyak._engine.tracking import Buffers, Select, Source, Tracked, track
+from polyak._engine.tracking import Source, Tracked, track
 from polyak._engine.updating import Nonfinite, Updating
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import Agreement, digest, together
@@ -119,8 +120,8 @@ class Averager:
                 wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
                 raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
             place = None if device is None else torch.device(device)
-            self._options = (buffers, select, self._mesh)
-            self._live = ModelTensors(model, buffers, select, mesh=self._mesh)
+            self._choice = Choose(buffers, select)
+            self._live = ModelTensors(model, self._choice, mesh=self._mesh)
             self._refuse_sharded(place, nonfinite)
             self._averages = {
                 name: Average(rule, dtype=dtype, device=place, rounding=rounding, name=name)
@@ -327,22 +328,18 @@ class Averager:
         with self._together("copy_to") as agreement:
             average = {name: local(tensor) for name, tensor in self.average(name).items()}
             reshard(model)
-            found = [i for i in track(model, *self._options[:2]) if i.policy != "skip"]
-            if lines := difference(_shapes(self._live.stored()), _shapes(found)):
-                title = "copy_to: the model's tensors are not the average's"
-                if any(isinstance(each, Layout) for each in _shapes(self._live.stored()).values()):
-                    lines.append(
-                        "between layouts: polyak.save, or checkpoints.export, and load there"
-                    )
-                raise ValueError(report(title, lines))
-            theirs = {item.name: item.local() for item in found}
+            found = [i for i in track(model, self._choice).tracked if i.policy != "skip"]
+            _require_fit(self._live.stored(), found, average)
+            theirs = {name: item.local() for item in found for name in item.names}
             divided = [item.name for item in self._live.averaged if item.mesh is not None]
             forms = [(name, theirs[name].shape, theirs[name].dtype) for name in divided]
             agreement.told = f"{self._label(name)!r}, {self._get(name).tick}, {digest(forms)}"
         if self._mesh is not None:
             gather_([(theirs[name], average[name]) for name in divided], self._mesh)
-        for name in theirs.keys() - set(divided):
-            theirs[name].copy_(average[name])
+        gathered = {id(theirs[name]) for name in divided}
+        for item in found:
+            if id(theirs[item.name]) not in gathered:
+                theirs[item.name].copy_(average[item.name])
 
     def state_dict(self) -> dict[str, Any]:
         """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
@@ -491,6 +488,24 @@ def _device(model: object) -> torch.device:
     held: Iterable[object] = model.values() if isinstance(model, Mapping) else ()
     tensors = model.parameters() if isinstance(model, nn.Module) else held
     return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
+
+
+def _require_fit(
+    ours: Sequence[Tracked], theirs: Sequence[Tracked], average: Mapping[str, Tensor]
+) -> None:
+    """Raises `ValueError` unless a model can hold an average: names, shapes, one value a tensor."""
+    if lines := difference(_shapes(ours), _shapes(theirs)):
+        if any(isinstance(each, Layout) for each in _shapes(ours).values()):
+            lines.append("between layouts: polyak.save, or checkpoints.export, and load there")
+        raise ValueError(report("copy_to: the model's tensors are not the average's", lines))
+    for item in theirs:
+        first = average[item.name]
+        for name in item.aliases:
+            if average[name] is not first and not torch.equal(average[name], first):
+                raise ValueError(
+                    f"copy_to: {name} is tied to {item.name} in the model, and its average is "
+                    "another: wanted a model in which they are two tensors"
+                )
 
 
 def _shapes(tracked: Sequence[Tracked]) -> dict[str, Shape]:

@@ -8,18 +8,20 @@ not wanted, use `Averager`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyak._checks import difference, report, require_count
+from polyak._checks import require_count
 from polyak._engine.live import ModelTensors
+from polyak._engine.memory import identity, overlap
+from polyak._engine.policies import Choose
 from polyak._engine.slots import Average, move_
-from polyak._engine.tracking import Policy, averageable, track
+from polyak._engine.tracking import Policy, Tracked, averageable, track
 from polyak._tensors import Groups, slot_dtype
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 
@@ -85,19 +87,24 @@ class EMA(nn.Module):
         self.update_every = update_every
         self.include_online_model = include_online_model
         self.online_model = model if include_online_model else [model]
-        ignored = _ignored(model, ignore_names, ignore_startswith_names)
-        policies = _policies(model, ignored, param_or_buffer_names_no_ema)
-        self.ema_model = _carrier(model, ema_model)
-        self._live = ModelTensors(model, policies, None)
-        order = [item.name for item in self._live.tracked]
-        self._carrier = ModelTensors(self.ema_model, policies, None, order)
+        choice = _Choose(
+            _names("param_or_buffer_names_no_ema", param_or_buffer_names_no_ema),
+            _names("ignore_names", ignore_names),
+            _names("ignore_startswith_names", ignore_startswith_names),
+        )
+        self._live = ModelTensors(model, choice)
+        self.ema_model = _copied(self._live, model) if ema_model is None else _given(ema_model)
+        policies = {name: item.policy for item in self._live.tracked for name in item.names}
+        self._carrier = ModelTensors(self.ema_model, _ChooseAlike(policies), like=self._live)
+        _require_second(self._live, self._carrier)
+        self.ema_model.requires_grad_(False).eval()
         self.register_buffer("initted", torch.tensor([0.0]))
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
         self._loaded: dict[str, Tensor] = {}
         self._rounded: dict[str, Tensor] = {}
         self._average = Average(self.rule)
-        self._adopt()
+        self._bind()
         self.register_state_dict_post_hook(_save_slots)
         self.register_load_state_dict_pre_hook(_read_state)
         self.register_load_state_dict_post_hook(_take_over)
@@ -172,7 +179,7 @@ class EMA(nn.Module):
         return self._pairs(model, "buffer")
 
     def _pairs(self, model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
-        for item in track(model):
+        for item in track(model, Choose()).tracked:
             if item.kind == kind and averageable(item.local()):
                 yield item.name, item.local()
 
@@ -210,11 +217,15 @@ class EMA(nn.Module):
             self._adopt()
         return groups
 
-    @torch.no_grad()
     def _adopt(self) -> None:
-        """Makes the tensors of `ema_model` the slots; a narrow one gets a float32 slot beside it."""
+        """Looks all tensors up anew, and makes those of `ema_model` the slots."""
         self._live.check("EMA")
         self._carrier.check("EMA ema_model")
+        self._bind()
+
+    @torch.no_grad()
+    def _bind(self) -> None:
+        """Makes the tensors of `ema_model` the slots; a narrow one gets a float32 slot beside it."""
         before, self._rounded = self._rounded, {}
         slots = []
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
@@ -254,24 +265,45 @@ class EMA(nn.Module):
                 yield key, slots[id(tensor)]
 
 
-def _carrier(model: nn.Module, ema_model: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
-    """The module that carries the average, in eval mode and without gradients."""
-    if ema_model is None:
-        try:
-            ema_model = deepcopy(model)
-        except Exception as error:
-            raise RuntimeError(
-                f"EMA: {type(model).__name__} cannot be copied ({error}); build a second one and "
-                "give it as ema_model=, or use polyak.Averager, which needs no copy"
-            ) from error
-    carrier = ema_model if isinstance(ema_model, nn.Module) else ema_model()
-    taken = {item.local().data_ptr() for item in track(model) if item.local().numel()}
-    shared = [item.name for item in track(carrier) if item.local().data_ptr() in taken]
+def _given(ema_model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    return ema_model if isinstance(ema_model, nn.Module) else ema_model()
+
+
+def _copied(live: ModelTensors, model: nn.Module) -> nn.Module:
+    """A copy of the model, in which tied tensors are tied.
+
+    `deepcopy` copies each of two Parameters on one storage by itself, so they are copied first.
+    """
+    copies: dict[int, Any] = {}
+    try:
+        for item in live.tracked:
+            first, *others = (entry.holder()[entry.leaf] for entry in item.entries)
+            for other in others:
+                if id(other) not in copies and other is not first:
+                    copies[id(other)] = _alias(deepcopy(first, copies), other)
+        return deepcopy(model, copies)
+    except Exception as error:
+        raise RuntimeError(
+            f"EMA: {type(model).__name__} cannot be copied ({error}); build a second one and give "
+            "it as ema_model=, or use polyak.Averager, which needs no copy"
+        ) from error
+
+
+def _alias(tensor: Tensor, like: Tensor) -> Tensor:
+    """A second tensor on the memory of the first: a Parameter or a plain tensor, as `like` is."""
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(tensor.detach(), like.requires_grad)
+    return tensor.detach()
+
+
+def _require_second(live: ModelTensors, carrier: ModelTensors) -> None:
+    """Raises `ValueError` if the two models share memory."""
+    taken = {identity(item.found()) for item in live.tracked}
+    shared = [item.name for item in carrier.tracked if identity(item.found()) in taken]
+    stored = [(item.name, item.found()) for item in (*live.stored(), *carrier.stored())]
+    shared = shared or list(overlap(stored) or ())
     if shared:
         raise ValueError(f"EMA ema_model shares {shared[0]} with the model, wanted a second module")
-    if lines := difference(_shapes(model), _shapes(carrier)):
-        raise ValueError(report("EMA ema_model has other tensors than the model", lines))
-    return carrier.requires_grad_(False).eval()
 
 
 @torch.inference_mode(False)
@@ -282,33 +314,54 @@ def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     return narrow.to(dtype)
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {item.name: tuple(item.local().shape) for item in track(model)}
+@dataclass(frozen=True)
+class _Choose:
+    """The article's choice: all floating-point tensors are averaged, buffers too.
+
+    `copied` are names, `ignored` names and `prefixes` beginnings of names. Raises `ValueError` for
+    those that match nothing.
+    """
+
+    copied: frozenset[str]
+    ignored: frozenset[str]
+    prefixes: frozenset[str]
+
+    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
+        names = [name for item in found for name in item.names]
+        idle = self.ignored.difference(names)
+        idle |= {p for p in self.prefixes if not any(name.startswith(p) for name in names)}
+        if idle:
+            raise ValueError(f"EMA ignores {sorted(idle)}, which match no tensor of the model")
+        if idle := self.copied.difference(names):
+            wanted = "which match no tensor"
+            raise ValueError(f"EMA param_or_buffer_names_no_ema has {sorted(idle)}, {wanted}")
+        return [self._choose(item) for item in found]
+
+    def _choose(self, item: Tracked) -> tuple[Policy, str]:
+        prefixes = tuple(self.prefixes)
+        if any(name in self.ignored or name.startswith(prefixes) for name in item.names):
+            return "skip", "ignored"
+        if not self.copied.isdisjoint(item.names):
+            return "copy", "by its name"
+        return ("average" if averageable(item.local()) else "copy"), item.kind
 
 
-def _ignored(model: nn.Module, names: Collection[str], prefixes: Collection[str]) -> set[str]:
-    """The names that are left alone; raises `ValueError` for one that matches nothing."""
-    known = [name for item in track(model) for name in (item.name, *item.aliases)]
-    found = {name for name in known if name in names or name.startswith(tuple(prefixes))}
-    idle = [name for name in names if name not in found]
-    idle += [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in found)]
-    if idle:
-        raise ValueError(f"EMA ignores {sorted(idle)}, which match no tensor of the model")
-    return found
+@dataclass(frozen=True)
+class _ChooseAlike:
+    """The policies of the live model, name by name, for the module that carries the average."""
+
+    policies: Mapping[str, Policy]
+
+    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
+        alike = "as in the live model"
+        return [(self.policies.get(item.name, "average"), alike) for item in found]
 
 
-def _policies(model: nn.Module, ignored: set[str], copied: Collection[str]) -> dict[str, Policy]:
-    """Name -> policy for every tensor of the model: all that floats is averaged, buffers too."""
-    known = {name for item in track(model) for name in (item.name, *item.aliases)}
-    if idle := sorted(set(copied) - known):
-        raise ValueError(f"EMA param_or_buffer_names_no_ema has {idle}, which match no tensor")
-    policies: dict[str, Policy] = dict.fromkeys(copied, "copy")
-    for item in track(model):
-        if ignored.intersection((item.name, *item.aliases)):
-            policies[item.name] = "skip"
-        elif not policies.keys() & {item.name, *item.aliases}:
-            policies[item.name] = "average" if averageable(item.local()) else "copy"
-    return policies
+def _names(option: str, names: Collection[str]) -> frozenset[str]:
+    """The names given to an option; raises `TypeError` for a lone string or what is not a name."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"EMA {option} is {names!r}, wanted a collection of names")
+    return frozenset(names)
 
 
 def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -3,89 +3,122 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyak._checks import difference, report
-from polyak._engine.tracking import Buffers, Policy, Select, Source, Tracked, holders, track
+from polyak._engine.tracking import Choice, Entry, Found, Policy, Source, Table, Tracked, track
 from polyak._ranks.sharding import Shape, Shards, is_distributed, reshard
 from polyak._tensors import Groups, Kind, Stages, kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_END = {None: None}.values()  # what was added behind the last would not be seen without it
+_END = {None: None}.values()  # without it, an entry added behind the last would not be seen
 
 
 class ModelTensors:
-    """What of a model is averaged or copied, and where it is now.
+    """The tensors of a model that are averaged or copied, and where they are now.
 
-    Tensors keep the order of the first look, or that of `order`, however a model orders them later:
-    lists in parallel to `averaged` and `copied` stay right. `indices` are those of `averaged` that
-    one foreach call can take, group by group; `streams` tell the parts of groups apart, and are the
-    same on ranks that have the same parts. `generation` counts how often tensors were found to be
-    replaced or moved, so that what was grouped before can be grouped anew.
+    Tensors keep the order of the first look, or that of the model `like` this one, even where the
+    model's order changes later: lists in parallel to `averaged` and `copied` stay right. `indices` are those of
+    `averaged` that one foreach call can take, group by group. `streams` name the groups; they are
+    equal on ranks that have the same parts. `generation` counts how often tensors were found to be
+    replaced or moved, so that callers know when to group their own tensors anew.
     """
 
     def __init__(
         self,
         model: Source,
-        buffers: Buffers,
-        select: Select,
-        order: Sequence[str] | None = None,
+        choice: Choice,
+        *,
         mesh: DeviceMesh | None = None,
+        like: ModelTensors | None = None,
     ) -> None:
         self._model = model
-        self._options = (buffers, select, mesh)
+        self._options = (choice, mesh)
         self.generation = 0
-        tracked = self._look()
-        self._forms = _forms(tracked)
-        self._order = list(order or self._forms)
-        self._adopt(tracked)
+        self._forms: dict[str, tuple[Shape, Policy]] = {} if like is None else like._forms
+        found = self._look()
+        if like is None:
+            _require_averaged(found.tracked)
+            self._forms = _forms(found.tracked)
+            self._ties = _ties(found.tracked)
+            self._order = list(self._forms)
+        else:
+            self._ties, self._order = like._ties, like._order
+            if lines := self._changes(found.tracked):
+                raise ValueError(report("EMA ema_model has other tensors than the model", lines))
+        self._adopt(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of: all that is not found again by looking."""
-        kept = ("_model", "_options", "_forms", "_order", "generation")
+        kept = ("_model", "_options", "_forms", "_ties", "_order", "generation")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._adopt(self._look())
+        self.check("copy")
 
     def groups(self) -> Groups:
         """The averaged weights in groups of one dtype and device: the hot path.
 
-        Replaced tensors and modules are noticed here. A tensor that was moved in place (`.to`) is
-        noticed by the first of its group, since models move as a whole; any other is still averaged
-        rightly.
+        Replaced tensors, modules, and dictionaries of modules are noticed here. A tensor that was
+        moved in place (`.to`) is noticed by the first of its group, since models move as a whole;
+        any other is still averaged rightly.
         """
-        now = chain.from_iterable(self._views)
-        kinds = zip(self._groups, self._kinds, strict=True)
         if (
-            not all(map(operator.is_, now, self._seen))
-            or any(kind(group[0]) != was for group, was in kinds)
-            or not self._shards.unmoved()
+            not all(map(operator.is_, chain.from_iterable(self._views), self._seen))
+            or self._replaced()
+            or list(map(kind, self._firsts)) != self._kinds
+            or not (self._shards is None or self._shards.unmoved())
         ):
             self.check("update")
         return self._groups
+
+    def _replaced(self) -> bool:
+        """Whether a module has another table than the one looked at: weights in the old are dead.
+
+        `__setstate__`, `__dict__.update` and who assigns a table replace it.
+        """
+        # Plain loops: each step is half the price of a call of `map(operator.attrgetter(...))`.
+        for module, table in self._parameters:
+            if module._parameters is not table:
+                return True
+        for module, table in self._buffers:
+            if module._buffers is not table:
+                return True
+        for module, table in self._families:  # noqa: SIM110
+            if module._modules is not table:
+                return True
+        return False
 
     def group(self, flat: Sequence[Tensor]) -> Groups:
         """Tensors in the order of `averaged`, in the groups of the live weights."""
         return [[flat[i] for i in indices] for indices in self.indices]
 
+    def copied_now(self) -> list[Tensor]:
+        """The tensors to copy, in the order of `copied`; raises `RuntimeError` if one is gone."""
+        found = [item.own() for item in self.copied]
+        if any(tensor is None for tensor in found):
+            self.check("update")
+        return cast("list[Tensor]", found)
+
     def check(self, call: str) -> None:
-        """Looks all tensors up anew; raises `RuntimeError` if names, shapes or policies differ."""
-        tracked = self._look()
-        if lines := difference(self._forms, _forms(tracked)):
-            if any(is_distributed(item.found()) for item in tracked):
+        """Looks all tensors up anew; raises `RuntimeError` if names, ties, shapes or policies differ."""
+        try:
+            found = self._look()
+        except ValueError as error:
+            raise RuntimeError(report(f"{call}: the model has changed", [str(error)])) from error
+        if lines := self._changes(found.tracked):
+            if any(is_distributed(item.found()) for item in found.tracked):
                 lines.append("shard the model (fully_shard, parallelize_module) before")
-            raise RuntimeError(
-                report(f"{call}: not the tensors that the averager was made with", lines)
-            )
-        self._adopt(tracked)
+            title = f"{call}: not the tensors that the averager was made with"
+            raise RuntimeError(report(title, lines))
+        self._adopt(found)
 
     def reshard(self) -> None:
         """Lets a sharded model carry its shards, which a forward pass may have put aside."""
@@ -95,34 +128,89 @@ class ModelTensors:
         """All that is averaged or copied, in order."""
         return [item for item in self.tracked if item.policy != "skip"]
 
-    def _look(self) -> list[Tracked]:
+    def _look(self) -> Found:
         self.reshard()
-        return track(self._model, *self._options)
+        tracked, modules = track(self._model, *self._options)
+        return Found([_by_known_name(item, self._forms) for item in tracked], modules)
 
-    def _adopt(self, tracked: list[Tracked]) -> None:
-        by_name = {item.name: item for item in tracked}
+    def _changes(self, tracked: Sequence[Tracked]) -> list[str]:
+        """Lines that say how names, ties, shapes and policies differ from those of the start."""
+        changed = difference(self._forms, _forms(tracked))
+        return changed + _changed_ties(self._ties, _ties(tracked))
+
+    def _adopt(self, found: Found) -> None:
+        by_name = {item.name: item for item in found.tracked}
         self.tracked = [by_name[name] for name in self._order]
         self.averaged = [item for item in self.tracked if item.policy == "average"]
         self.copied = [item for item in self.tracked if item.policy == "copy"]
-        self._views = [*holders(self._model, self.averaged), _END]
-        self._shards = Shards(
-            [item.found() for item in self.averaged],
-            [item.found() for item in self.averaged if item.mesh is not None],
-        )
-        self._seen = list(chain.from_iterable(self._views))
+        self._watch(found.modules)
+        whole = [item.found() for item in self.averaged]
+        divided = [item.found() for item in self.averaged if item.mesh is not None]
+        spread = bool(divided) or any(map(is_distributed, whole))
+        self._shards = Shards(whole, divided) if spread else None
         indices: dict[tuple[Kind, str], list[int]] = {}
-        for i, item in enumerate(self.averaged):
-            indices.setdefault((kind(item.local()), item.stream()), []).append(i)
+        here = [item.local() for item in self.averaged]
+        for i, (item, tensor) in enumerate(zip(self.averaged, here, strict=True)):
+            indices.setdefault((kind(tensor), item.stream()), []).append(i)
         self._kinds = [each for each, _ in indices]
         self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
         self.indices = list(indices.values())
         self.stages: list[Stages] = [{} for _ in indices]
-        self._groups = self.group([item.local() for item in self.averaged])
+        self._groups = self.group(here)
+        self._firsts = [group[0] for group in self._groups]
         self.generation += 1
+
+    def _watch(self, modules: Sequence[nn.Module]) -> None:
+        """Notes all that must stay the same objects: tensors, modules, and the tables of modules."""
+        entries = [entry for item in self.averaged for entry in item.entries]
+        self._parameters = _tables(entries, "_parameters")
+        self._buffers = _tables(entries, "_buffers")
+        self._families = [(module, module._modules) for module in modules if module._modules]
+        tables: list[Mapping[str, object]] = [] if modules else [cast(Any, self._model)]
+        for watched in (self._parameters, self._buffers, self._families):
+            tables += [table for _, table in watched]
+        self._views = [*(table.values() for table in tables), _END]
+        self._seen = list(chain.from_iterable(self._views))
+
+
+def _tables(entries: Iterable[Entry], table: Table) -> list[tuple[nn.Module, Mapping[str, object]]]:
+    """The modules that hold entries in one of their tables, each once, with that table."""
+    owners = {id(entry.owner): entry.owner for entry in entries if entry.table == table}
+    return [(cast(nn.Module, owner), getattr(owner, table)) for owner in owners.values()]
+
+
+def _require_averaged(tracked: Sequence[Tracked]) -> None:
+    if not any(item.policy == "average" for item in tracked):
+        raise ValueError(
+            f"nothing to average among {len(tracked)} tensors: wanted at least one selected "
+            "floating-point parameter; look at `model` and `select`"
+        )
+
+
+def _by_known_name(item: Tracked, known: Container[str]) -> Tracked:
+    """A tied tensor by the name that it had before: the model's order may have changed since."""
+    if item.name in known or len(item.entries) == 1:
+        return item
+    entries = sorted(item.entries, key=lambda entry: entry.name not in known)
+    return item._replace(entries=tuple(entries))
 
 
 def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[Shape, Policy]]:
     """name -> shape and policy of every tensor, those left to the model by their name alone."""
     return {
-        item.name: (() if item.policy == "skip" else item.shape(), item.policy) for item in tracked
+        item.name: ((), "skip") if item.policy == "skip" else (item.shape(), item.policy)
+        for item in tracked
     }
+
+
+def _ties(tracked: Sequence[Tracked]) -> dict[str, str]:
+    """Every name but the first of a tensor -> that first name."""
+    return {name: item.name for item in tracked for name in item.names[1:]}
+
+
+def _changed_ties(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Lines that say which names mean one tensor now and did not before, and the reverse."""
+    pairs = sorted(set(now.items()) - set(before.items()))
+    lines = [f"tied since: {name} to {first}" for name, first in pairs]
+    pairs = sorted(set(before.items()) - set(now.items()))
+    return lines + [f"no longer tied: {name} to {first}" for name, first in pairs]

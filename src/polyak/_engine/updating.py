@@ -151,12 +151,11 @@ class Updating:
         averages = [average.advance(self._live, self._elapsed) for average in self._averages]
         moves = [move for moves in averages for move in moves]
         self._calls, self._elapsed = 0, 0.0
-        copied = [item.local() for item in self._live.copied]
+        copied = self._live.copied_now()
         if copied and not self.copies:
             self.copies = self._empty_copies()
         if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
             self._live.check("update")
-            copied = [item.local() for item in self._live.copied]
         self._find_courier([*groups, copied])
         if self._courier is None:
             move_(groups, moves, ok, self._live.stages)

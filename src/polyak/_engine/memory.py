@@ -1,0 +1,199 @@
+"""Memory: which names of a model mean one tensor, and which tensors overlap without being one.
+
+Two tensor objects can lie on the same memory: `nn.Parameter(other.weight)`, `detach()`, a parameter
+and a buffer, slices of a flat buffer. Where they cover the same elements in the same order they are
+one tied tensor. Any other overlap would make `applied` exchange some elements twice and lose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import combinations
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyak._ranks.sharding import is_distributed, local, shape
+
+FEW = 32
+"""Up to so many tensors on one stretch of memory, each pair is compared; above, elements are marked."""
+
+MOST_STEPS = 10_000
+"""A pair that takes more steps to tell apart counts as overlapping. Views made by slicing take tens."""
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """What all tensors that are one tensor agree in: where its elements are, and how they are read."""
+    part = local(tensor)
+    start = _address(part)
+    if start is None:
+        return id(part)
+    strides = [s for n, s in zip(part.shape, part.stride(), strict=True) if n > 1]
+    layout = shape(tensor) if is_distributed(tensor) else part.shape
+    kept = (part.dtype, part.is_conj(), part.is_neg())
+    return part.device, start, *kept, layout, tuple(strides)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor are one place in memory, as in an expanded one."""
+    dims = sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    reach = 0
+    for stride, size in dims:
+        if stride <= reach:
+            return tensor.numel() > 0 and _returns_to_zero(dims)
+        reach += (size - 1) * stride
+    return False
+
+
+def overlap(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two tensors that share memory; None where there are none. n log n in time.
+
+    Tensors that interleave without an element in common (columns of one matrix) do not overlap.
+    """
+    spans = sorted(span for name, tensor in tensors if (span := _span(name, local(tensor))))
+    for cluster in _clusters(spans):
+        if (found := _collision(cluster)) is not None:
+            return found
+    return None
+
+
+class _Span(NamedTuple):
+    """The stretch of memory from a tensor's first byte to its last, and its dimensions in bytes."""
+
+    device: str
+    start: int
+    stop: int
+    name: str
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+
+def _span(name: str, tensor: Tensor) -> _Span | None:
+    start = _address(tensor)
+    if start is None:
+        return None
+    itemsize = tensor.element_size()
+    sizes = tuple(tensor.shape)
+    strides = tuple(itemsize * stride for stride in tensor.stride())
+    last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    return _Span(str(tensor.device), start, start + last + itemsize, name, sizes, strides, itemsize)
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor's content begins; None where it has none, as an empty or a fake tensor."""
+    if tensor.numel() == 0:
+        return None
+    try:
+        return tensor.data_ptr() or None
+    except RuntimeError:  # fake tensors have no address
+        return None
+
+
+def _clusters(spans: Sequence[_Span]) -> Iterator[list[_Span]]:
+    """Runs of spans, sorted by address, whose stretches of memory meet."""
+    cluster: list[_Span] = []
+    end = 0
+    for span in spans:
+        if cluster and (span.start >= end or span.device != cluster[0].device):
+            yield cluster
+            cluster = []
+        end = max(end, span.stop) if cluster else span.stop
+        cluster.append(span)
+    if cluster:
+        yield cluster
+
+
+def _collision(cluster: list[_Span]) -> tuple[str, str] | None:
+    """Two tensors of a cluster that share an element."""
+    if len(cluster) > FEW:
+        return _marked_twice(cluster)
+    pairs = combinations(cluster, 2)
+    return next(((a.name, b.name) for a, b in pairs if _overlap(a, b)), None)
+
+
+def _marked_twice(cluster: list[_Span]) -> tuple[str, str] | None:
+    """The first tensor that covers an element which another one has marked, and that other one.
+
+    A model cut into thousands of interleaved columns would need millions of comparisons.
+    """
+    base, stop = cluster[0].start, max(span.stop for span in cluster)
+    unit = stop - base
+    for span in cluster:
+        unit = gcd(unit, span.start - base, span.itemsize, *span.strides)
+    taken = torch.zeros((stop - base) // unit, dtype=torch.bool)
+    for i, span in enumerate(cluster):
+        sizes = (*span.sizes, span.itemsize // unit)
+        strides = (*(stride // unit for stride in span.strides), 1)
+        own = taken.as_strided(sizes, strides, (span.start - base) // unit)
+        if own.any():
+            return next((other.name, span.name) for other in cluster[:i] if _overlap(other, span))
+        own.fill_(True)
+    return None
+
+
+def _overlap(a: _Span, b: _Span) -> bool:
+    """Whether two tensors have a byte in common.
+
+    A byte of `a` is at `a.start + sum of stride * index`, and so for `b`. They meet where the
+    difference of the two sums is `b.start - a.start`. Indices of equal strides are one unknown.
+    """
+    if a.stop <= b.start or b.stop <= a.start:
+        return False
+    ranges: dict[int, tuple[int, int]] = {}
+    for n, stride in (*zip(a.sizes, a.strides, strict=True), (a.itemsize, 1)):
+        low, high = ranges.get(stride, (0, 0))
+        ranges[stride] = low, high + n - 1
+    for n, stride in (*zip(b.sizes, b.strides, strict=True), (b.itemsize, 1)):
+        low, high = ranges.get(stride, (0, 0))
+        ranges[stride] = low - (n - 1), high
+    return _Sum(ranges).reaches(b.start - a.start)
+
+
+def _returns_to_zero(dims: Sequence[tuple[int, int]]) -> bool:
+    """Whether indices, not all 0, lead back to the same place: `sum of stride * difference = 0`."""
+    ordered = sorted(dims, reverse=True)
+    for i, (stride, size) in enumerate(ordered):
+        if stride == 0:
+            return True
+        rest: dict[int, tuple[int, int]] = {}
+        for other, n in ordered[i + 1 :]:
+            low, high = rest.get(other, (0, 0))
+            rest[other] = low - (n - 1), high + n - 1
+        others = _Sum(rest)
+        if any(others.reaches(stride * step) for step in range(1, min(size, MOST_STEPS))):
+            return True
+    return False
+
+
+class _Sum:
+    """The values of `sum of stride * index` over integer indices, each in its range."""
+
+    def __init__(self, ranges: dict[int, tuple[int, int]]) -> None:
+        self._terms = [(s, *ranges[s]) for s in sorted(ranges, reverse=True) if s]
+        lows, highs, common = [0], [0], [0]
+        for stride, low, high in reversed(self._terms):
+            lows.append(lows[-1] + stride * low)
+            highs.append(highs[-1] + stride * high)
+            common.append(gcd(common[-1], stride))
+        self._lows, self._highs, self._common = lows[::-1], highs[::-1], common[::-1]
+        self._steps = 0
+
+    def reaches(self, target: int, first: int = 0) -> bool:
+        """Whether the terms from the `first` on, the longest strides before the shorter, sum to it."""
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            return True
+        if not self._lows[first] <= target <= self._highs[first]:
+            return False
+        if first == len(self._terms):
+            return True
+        if target % self._common[first]:
+            return False
+        stride, low, high = self._terms[first]
+        # What is left for the shorter strides is within their reach for a few indices alone.
+        least = max(low, -((self._highs[first + 1] - target) // stride))
+        most = min(high, (target - self._lows[first + 1]) // stride)
+        return any(self.reaches(target - stride * i, first + 1) for i in range(least, most + 1))

@@ -1,0 +1,101 @@
+"""Policies: which tensors an averager averages, which it copies, and which it leaves to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, cast, get_args
+
+from polyak._engine.tracking import Policy, Tracked, averageable, is_statistic
+from polyak._tensors import dtype_name
+
+Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
+Select = Callable[[str], bool] | str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Choose:
+    """The averager's choice, by its options `buffers` and `select`.
+
+    "average": floating-point and complex parameters, and BatchNorm's running statistics. "copy":
+    integers, and every other buffer. "skip": tensors that are not selected, and buffers that their
+    module does not save.
+
+    Raises `ValueError` for patterns that match nothing, `TypeError` for one that is not a string.
+    """
+
+    buffers: Buffers = "auto"
+    select: Select = None
+
+    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
+        names = {name: item for item in found for name in item.names}
+        overrides = _overrides(self.buffers, names)
+        selected = _selector(self.select, names)
+        return [_choose(item, self.buffers, overrides, selected) for item in found]
+
+
+def _choose(
+    item: Tracked, buffers: Buffers, overrides: dict[str, Policy], selected: Callable[[str], bool]
+) -> tuple[Policy, str]:
+    """The policy of one tensor, and why."""
+    if not any(map(selected, item.names)):
+        return "skip", "not selected"
+    if item.name in overrides:
+        return overrides[item.name], "by the pattern given"
+    if not item.persistent:
+        return "skip", "a buffer that its module does not save"
+    tensor = item.local()
+    if not averageable(tensor):
+        return "copy", f"{dtype_name(tensor.dtype)} has no mean"
+    if item.kind != "buffer":
+        return "average", item.kind
+    if buffers in ("average", "copy"):
+        return cast(Policy, buffers), f'buffers="{buffers}"'
+    if is_statistic(item.name):
+        return "average", "running statistics belong to the weights"
+    return "copy", "a buffer that is no running statistic"
+
+
+def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Policy]:
+    """name -> policy for the patterns given; the first pattern that matches a name decides."""
+    if not isinstance(buffers, Mapping):
+        if buffers not in ("auto", "average", "copy"):
+            wanted = '"auto", "average", "copy" or a mapping pattern -> policy'
+            raise ValueError(f"buffers is {buffers!r}, wanted {wanted}")
+        return {}
+    decided: dict[str, Policy] = {}
+    for pattern, policy in buffers.items():
+        if policy not in get_args(Policy):
+            wanted = '"average", "copy" or "skip"'
+            raise ValueError(f"buffers[{pattern!r}] is {policy!r}, wanted {wanted}")
+        for item in _matches(pattern, names, "buffers"):
+            if policy == "average" and not averageable(item.local()):
+                raise ValueError(f"{item.name} is {item.local().dtype}: it can be copied only")
+            decided.setdefault(item.name, policy)
+    return decided
+
+
+def _matches(pattern: object, names: Mapping[str, Tracked], option: str) -> list[Tracked]:
+    """The tensors that a name or pattern means; a name in full means that tensor alone."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{option} has the pattern {pattern!r}, wanted a string: a name or a glob")
+    if pattern in names:
+        return [names[pattern]]
+    matching = [item for name, item in names.items() if fnmatchcase(name, pattern)]
+    if not matching:
+        first = ", ".join(list(names)[:5])
+        raise ValueError(
+            f"{option} pattern {pattern!r} matches no tensor; the names begin with {first}"
+        )
+    return matching
+
+
+def _selector(select: Select, names: Mapping[str, Tracked]) -> Callable[[str], bool]:
+    if callable(select):
+        return select
+    if select is None:
+        return names.__contains__
+    patterns = [select] if isinstance(select, str) else list(select)
+    chosen = {item.name for pattern in patterns for item in _matches(pattern, names, "select")}
+    return chosen.__contains__
