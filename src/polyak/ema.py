@@ -277,7 +277,7 @@ def _copied(live: ModelTensors, model: nn.Module) -> nn.Module:
     copies: dict[int, Any] = {}
     try:
         for item in live.tracked:
-            first, *others = (entry.holder()[entry.leaf] for entry in item.entries)
+            first, *others = (entry.found() for entry in item.entries)
             for other in others:
                 if id(other) not in copies and other is not first:
                     copies[id(other)] = _alias(deepcopy(first, copies), other)

@@ -55,6 +55,10 @@ class Entry(NamedTuple):
             return cast(Mapping[str, Tensor], self.owner)
         return cast(Mapping[str, "Tensor | None"], getattr(self.owner, self.table))
 
+    def found(self) -> Tensor:
+        """The tensor that has this name now."""
+        return cast(Tensor, self.holder()[self.leaf])
+
 
 class Tracked(NamedTuple):
     """One tensor of a model: its names, the first of which it is known by, and what is done with it.
@@ -116,8 +120,7 @@ class Tracked(NamedTuple):
 
     def found(self) -> Tensor:
         """The tensor as the model has it now."""
-        entry = self.entries[0]
-        return cast(Tensor, entry.holder()[entry.leaf])
+        return self.entries[0].found()
 
     def own(self) -> Tensor | None:
         """This rank's content of the tensor now; None where the model no longer has the tensor."""
