@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from polyak.cli import app
 STEPS = 2000
 CHECKPOINTS = (500, 1000, 2000)  # step-1.pt, step-2.pt, step-3.pt
 JUDGE = '''
+import sys
+
 import torch
 
 best = torch.load("best.pt")
@@ -35,6 +36,10 @@ def broken(weights):
 
 def silent(weights):
     return None
+
+
+def leaves(weights):
+    sys.exit(0)
 '''
 
 
@@ -88,9 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished run, as the current directory; modules from there are forgotten."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    """A copy of the finished run, as the current directory."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

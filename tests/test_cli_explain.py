@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,6 @@ ERRORS = [
     (["uniform()", "--steps", "1" + 17 * "0"], f"polyak: steps is {10**17}, wanted at most 100,0"),
     (["uniform()", "--every", "1" + 17 * "0"], f"polyak: every is {10**17}, wanted at most 100,0"),
     (["exponential(0.9, 9)"], "polyak: Exponential.debias is 9, wanted True or False"),
-    (["uniform()", "--steps", "5", "--out", "/dev/null/x"], "polyak: [Errno 20] Not a directory"),
 ]
 
 
@@ -67,6 +67,33 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     done = run("explain", *arguments)
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+NO_CHART = [
+    ("/dev/null/x", "polyak: [Errno 20] Not a directory: '/dev/null/x'\n"),
+    ("file", "polyak: file is a file, wanted a folder; choose another place\n"),
+    ("file/x", "polyak: [Errno 20] Not a directory: 'file/x'\n"),
+    ("/proc/x", "polyak: [Errno 2] No such file or directory: '/proc/x'\n"),
+    ("folder", "polyak: folder/rule.png is a folder"),
+]
+
+
+@pytest.mark.parametrize(("out", "message"), NO_CHART, ids=[out for out, _ in NO_CHART])
+@pytest.mark.parametrize("json", [[], ["--json"]], ids=["table", "json"])
+def test_the_table_is_printed_where_the_chart_cannot_be_written(
+    out: str, message: str, json: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("precious")
+    Path("folder/rule.png").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    done = run("explain", "uniform()", "--steps", "99", "--out", out, *json)
+    assert done.exit_code == 2 and done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    told = run("explain", "uniform()", "--steps", "99", "--out", str(tmp_path / "good"), *json)
+    assert done.stdout and done.stdout == told.stdout.partition("chart: ")[0]
+    shutil.rmtree(tmp_path / "good")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 SEE = "; see polyak explain --help\n"
@@ -109,8 +136,8 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("polyak.charts", "altair"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delattr(polyak, "charts", raising=False)
-    done = run("explain", "uniform()")
-    assert done.exit_code == 2
+    done = run("explain", "uniform()", "--steps", "99")
+    assert done.exit_code == 2 and "half-life" in done.stdout
     assert done.stderr.count("\n") == 1 and 'pip install "polyak[study]"' in done.stderr
 
 

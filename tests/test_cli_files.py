@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import polyak
 from cli_runs import STEPS, finished, model, moved, place, run
 from polyak import Averager, checkpoints, offline, theory
-from polyak.cli._evaluating import function_of
-from polyak.cli._options import bytes_of, checkpoints_of, grid_of
+from polyak.cli._options import bytes_of, checkpoints_of, grid_of, names_of
+from polyak.cli._users_function import users_function
 from polyak.snapshots import snapshots
 
 __all__ = ["finished", "place"]  # fixtures
@@ -139,7 +139,8 @@ class TestAverage:
 
     def test_a_greedy_soup(self) -> None:
         _, shares = self.made("--greedy", "judge:loss")
-        soup = offline.greedy_soup(self.FILES, function_of("judge:loss"), better="lower")
+        with users_function("judge:loss") as loss:
+            soup = offline.greedy_soup(self.FILES, loss, better="lower")
         assert shares == soup.coefficients.tolist()
         assert len(soup.ingredients) < len(self.FILES)
 
@@ -158,15 +159,8 @@ class TestAverage:
         assert found is not None and same(dict(found), self.wanted("uniform()"))
 
     def test_the_average_in_each_file(self) -> None:
-        done(
-            "average",
-            "both.safetensors",
-            "both.safetensors",
-            "--which",
-            "slow",
-            "--out",
-            "s.safetensors",
-        )
+        files = ("both.safetensors", "both.safetensors")
+        done("average", *files, "--average", "slow", "--out", "s.safetensors")
         wanted = checkpoints.read("both.safetensors").averages["slow"]
         assert same(load_file("s.safetensors"), dict(wanted))
 
@@ -232,6 +226,23 @@ class TestExport:
         wanted = checkpoints.read("both.safetensors").averages["slow"]
         assert same(dict(live.state_dict()), dict(wanted))
 
+    def test_the_live_weights(self) -> None:
+        found = data("export", "ema.pt", "l.safetensors", "--average", "live")
+        assert found["average"] == "live"
+        wanted = checkpoints.read("ema.pt").live
+        assert wanted is not None and same(load_file("l.safetensors"), dict(wanted))
+        assert run("export", "step-1.pt", "s.safetensors", "--average", "live").stderr == ""
+        assert same(load_file("s.safetensors"), torch.load("step-1.pt"))
+
+    def test_dtypes_are_those_of_the_live_weights(self) -> None:
+        live = {"w": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
+        ema = {"w": torch.full((3,), 1.001), "n": torch.tensor(3)}
+        torch.save({"model": live, "ema": ema}, "e.pt")
+        done("export", "e.pt", "narrow.safetensors")
+        assert same(load_file("narrow.safetensors"), {**ema, "w": ema["w"].bfloat16()})
+        done("export", "e.pt", "wide.safetensors", "--dtype", "float32")
+        assert same(load_file("wide.safetensors"), ema)
+
     def test_dtype_and_shards(self) -> None:
         done("export", "ema.pt", "folder", "--dtype", "fp16", "--shard-size", "100B")
         found = checkpoints.read("folder").live
@@ -244,10 +255,8 @@ class TestExport:
             moved_all(live, step)
             averager.update()
         polyak.save("bema.safetensors", averager)
-        for command in (("export",), ("convert", "--to", "safetensors")):
-            out = f"{command[0]}ed.safetensors"
-            done(command[0], "bema.safetensors", out, *command[1:])
-            assert same(load_file(out), averager.average())
+        done("export", "bema.safetensors", "e.safetensors")
+        assert same(load_file("e.safetensors"), averager.average())
 
 
 @torch.no_grad()
@@ -257,18 +266,6 @@ def moved_all(live: nn.Module, step: int) -> None:
 
 
 class TestConvert:
-    def test_an_average_and_the_live_weights_as_they_are(self) -> None:
-        found = checkpoints.read("ema.pt")
-        assert found.live is not None
-        assert "from state-dict" in done(
-            "convert", "ema.pt", "a.safetensors", "--to", "safetensors"
-        )
-        done("convert", "ema.pt", "l.safetensors", "--to", "safetensors", "--live")
-        done("convert", "step-1.pt", "s.safetensors", "--to", "safetensors")
-        assert same(load_file("a.safetensors"), dict(found.averages["average"]))
-        assert same(load_file("l.safetensors"), dict(found.live))
-        assert same(load_file("s.safetensors"), torch.load("step-1.pt"))
-
     def test_to_ours_goes_on_as_the_library_would(self) -> None:
         """ema-pytorch's average after a restart from a converted file is that without one."""
         import ema_pytorch
@@ -280,9 +277,7 @@ class TestConvert:
             peer.update()
         torch.save(peer.state_dict(), "peer.pt")
         rule = "article_ema(beta=0.9, update_after_step=2, first_copy=False)"
-        done(
-            "convert", "peer.pt", "ours.safetensors", "--to", "ours", "--rule", rule, "--every", "3"
-        )
+        done("convert", "peer.pt", "ours.safetensors", "--rule", rule, "--every", "3")
         averager = Averager(live, rule, every=3)
         polyak.load("ours.safetensors", averager)
         for step in range(24, 50):
@@ -302,7 +297,7 @@ class TestConvert:
         peer.update()
         torch.save(peer.state_dict(), "peer.pt")
         Path("names.txt").write_text("\n".join(name for name, _ in live.named_parameters()))
-        found = data("convert", "peer.pt", "o.safetensors", "--to", "ours", "--names", "names.txt")
+        found = data("convert", "peer.pt", "o.safetensors", "--names", "names.txt")
         assert found["from"] == "torch-ema"
         assert checkpoints.read("o.safetensors").rules == {
             "average": polyak.parse("exponential(ratio(0.9))")
@@ -317,7 +312,7 @@ class TestConvert:
             peer.update()
         torch.save(peer.state_dict(), "peer.pt")
         rules = ("--rule", "0=power(relative_std=0.05)", "--rule", "1=power(relative_std=0.1)")
-        done("convert", "peer.pt", "o.safetensors", "--to", "ours", *rules)
+        done("convert", "peer.pt", "o.safetensors", *rules)
         found = checkpoints.read("o.safetensors")
         assert list(found.rules.values()) == [
             polyak.Power.from_relative_std(s) for s in (0.05, 0.1)
@@ -328,7 +323,7 @@ class TestConvert:
         live.register_buffer("scale", torch.ones(2))
         torch.save({"model": live.state_dict(), "ema": live.state_dict()}, "b.pt")
         rule = ("--rule", "exponential(0.9)", "--count", "7")
-        done("convert", "b.pt", "o.safetensors", "--to", "ours", *rule, "--copy", "scale")
+        done("convert", "b.pt", "o.safetensors", *rule, "--copy", "scale")
         averager = Averager(live, "exponential(0.9)")
         polyak.load("o.safetensors", averager)
         assert averager.count == 7
@@ -338,7 +333,7 @@ class TestConvert:
         live[1].weight = live[0].weight
         torch.save({"model": live.state_dict(), "ema": live.state_dict()}, "tied.pt")
         rule = ("--rule", "exponential(0.9)", "--count", "7")
-        done("convert", "tied.pt", "o.safetensors", "--to", "ours", *rule)
+        done("convert", "tied.pt", "o.safetensors", *rule)
         averager = Averager(live, "exponential(0.9)")
         polyak.load("o.safetensors", averager)
         assert list(averager.average()) == ["0.weight", "1.weight"]
@@ -397,7 +392,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "folder-of-nothing"), "folder-of-nothing holds no weights (nothing)"),
     (("average", "step-1.pt", *OUT, "--rule", "ema(1)"), "'ema' in spec 'ema(1)' is unknown"),
     (("average", "step-1.pt", "--out", "x.bin"), "out is 'x.bin', wanted a name that ends in"),
-    (("average", "step-1.pt", "--out", "judge.py"), "judge.py exists, and is not overwritten"),
+    (("average", "step-1.pt", "--out", "judge.py"), "judge.py "),
     (("average", "step-1.pt", *OUT, "--dtype", "int8"), "--dtype is 'int8', wanted one of float64"),
     (("average", "step-1.pt", *OUT, "--accumulate", "bf16"), "accumulate is torch.bfloat16"),
     (("average", "step-1.pt", *OUT, "--accumulate", "x"), "--accumulate is 'x', wanted one of"),
@@ -415,10 +410,10 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("average", "step-1.pt", *OUT, "--wsm", "sqrt"), "checkpoints is 1, wanted an integer >= 2"),
     (
         ("average", "step-1.pt", *OUT, "--wsm", "sqrt", "--rule", "uniform()"),
-        "--rule and --wsm each",
+        "--rule and --wsm each choose",
     ),
     (
-        ("average", "step-1.pt", *OUT, "--which", "ema"),
+        ("average", "step-1.pt", *OUT, "--average", "ema"),
         "step-1.pt has the averages: none",
     ),
     (
@@ -427,7 +422,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("average", "step-1.pt", *OUT, "--greedy", "judge"),
-        "'judge' is no function, wanted MODULE:F",
+        "'judge' is not MODULE:FUNCTION",
     ),
     (("average", "step-1.pt", *OUT, "--greedy", "judge:silent"), "evaluate gave None"),
     (("synthesize", "snapshots", "--rule", "uniform()"), "nothing to do: give --out, or --dry-run"),
@@ -451,64 +446,44 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("synthesize", "snapshots", "--rule", "uniform()", "--out", "ema.pt"),
-        "ema.pt exists, and is",
+        "ema.pt ",
     ),
     (("export", "step-1.pt", "x.safetensors"), "step-1.pt has the averages: none; wanted the name"),
+    (
+        ("export", "average.safetensors", "x.safetensors", "--average", "live"),
+        "average.safetensors has no live",
+    ),
+    (
+        ("export", "ema.pt", "x.safetensors", "--average", "best"),
+        "ema.pt has the averages: average; wanted",
+    ),
+    (
+        ("average", "average.safetensors", *OUT, "--average", "live"),
+        "average.safetensors has no live",
+    ),
+    (
+        ("diff", "average.safetensors", "ema.pt", "--average", "live"),
+        "average.safetensors has no live",
+    ),
     (
         ("export", "both.safetensors", "x.safetensors"),
         "both.safetensors has the averages: fast, slow",
     ),
-    (("export", "ema.pt", "average.safetensors"), "average.safetensors exists, and is not overwri"),
+    (("export", "ema.pt", "average.safetensors"), "average.safetensors "),
     (("export", "ema.pt", "x.pt"), "out is 'x.pt', wanted a name that ends in .safetensors"),
     (
         ("export", "ema.pt", "x.safetensors", "--names", "no.txt"),
         "No such file or directory: 'no.txt'",
     ),
-    (
-        ("convert", "ema.pt", "x.safetensors", "--to", "ours"),
-        "ema.pt: the format state-dict does not",
-    ),
-    (
-        ("convert", "step-1.pt", "x.safetensors", "--to", "ours"),
-        "step-1.pt: state-dict, live weights",
-    ),
-    (
-        ("convert", "average.safetensors", "x", "--to", "ours"),
-        "average.safetensors is polyak's own",
-    ),
-    (
-        ("convert", "ema.pt", "x", "--to", "ours", "--live"),
-        "--to ours writes all averages: leave out",
-    ),
-    (
-        ("convert", "ema.pt", "x", "--to", "ours", "--rule", "0=a", "--rule", "b"),
-        "--rule is 0=a, b: ",
-    ),
-    (
-        ("convert", "ema.pt", "x", "--to", "ours", "--rule", "b=uniform()"),
-        "ema.pt has no average b",
-    ),
-    (
-        ("convert", "ema.pt", "x", "--to", "ours", "--rule", "uniform()"),
-        "ema.pt: a state-dict file do",
-    ),
-    (("convert", "ema.pt", "best.pt", "--to", "ours"), "best.pt exists, and is not overwritten"),
-    (
-        ("convert", "ema.pt", "x", "--to", "safetensors", "--count", "3"),
-        "--to safetensors writes we",
-    ),
-    (
-        ("convert", "ema.pt", "x", "--to", "safetensors", "--live", "--average", "a"),
-        "--live and --av",
-    ),
-    (
-        ("convert", "step-1.pt", "x", "--to", "safetensors", "--average", "a"),
-        "step-1.pt has the averag",
-    ),
-    (
-        ("convert", "average.safetensors", "x", "--to", "safetensors", "--live"),
-        "average.safetensors h",
-    ),
+    (("convert", "ema.pt", "x.safetensors"), "ema.pt: the format state-dict does not"),
+    (("convert", "step-1.pt", "x.safetensors"), "step-1.pt: state-dict, live weights"),
+    (("convert", "average.safetensors", "x"), "average.safetensors is polyak's own"),
+    (("convert", "ema.pt", "x", "--rule", "0=a", "--rule", "b"), "--rule is 0=a, b: "),
+    (("convert", "ema.pt", "x", "--rule", "b=uniform()"), "ema.pt has no average b"),
+    (("convert", "ema.pt", "x", "--rule", "uniform()"), "ema.pt: a state-dict file do"),
+    (("convert", "ema.pt", "best.pt"), "best.pt "),
+    (("convert", "ema.pt", "x", "--names", "best.pt"), "best.pt is not a text file"),
+    (("convert", "ema.pt", "x", "--average", "live"), "No such option: --average"),
     (("diff", "step-1.pt", "nothing.pt"), "No such file or directory: 'nothing.pt'"),
     (
         ("diff", "both.safetensors", "ema.pt"),
@@ -538,13 +513,12 @@ def test_what_exists_is_overwritten_by_force_alone() -> None:
         ("average", "step-1.pt", *OUT),
         ("synthesize", "snapshots", "--rule", "uniform()", *OUT),
         ("export", "ema.pt", "x.safetensors"),
-        ("convert", "ema.pt", "x.safetensors", "--to", "safetensors"),
-        (*("convert", "ema.pt", "x.safetensors", "--to", "ours"), *("--rule", "uniform()", "--count", "1")),
+        (*("convert", "ema.pt", "x.safetensors"), *("--rule", "uniform()", "--count", "1")),
     ]  # fmt: skip
     for command in commands:
         Path("x.safetensors").write_text("precious")
         refused = run(*command)
-        assert refused.exit_code == 2 and refused.stderr.endswith("--force overwrites it\n")
+        assert refused.exit_code == 2 and refused.stderr.endswith("; --force replaces it\n")
         assert Path("x.safetensors").read_text() == "precious"
         done(*command, "--force")
         assert load_file("x.safetensors")
@@ -571,6 +545,12 @@ def test_what_a_file_says_never_commands_the_terminal() -> None:
     ]
     for found in printed:
         assert "\x1b" not in found.output and "\\x1b[2J" in found.output
+
+
+def test_names_are_lines_of_a_text_file() -> None:
+    Path("names.txt").write_text("a.weight\n\n  a name with spaces \r\nb\n")
+    assert names_of(Path("names.txt")) == ["a.weight", "a name with spaces", "b"]
+    assert names_of(None) is None
 
 
 def test_sizes() -> None:

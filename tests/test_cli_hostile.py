@@ -15,7 +15,7 @@ from hostile_files import MARKER, corrupted, lying_natives, made, valid
 COMMANDS = (
     ("inspect", "--json"),
     ("export", "{out}.safetensors"),
-    ("convert", "{out}.safetensors", "--to", "safetensors"),
+    ("export", "{out}.safetensors", "--average", "live"),
     ("average", "--out", "{out}.safetensors"),
     ("diff",),
 )

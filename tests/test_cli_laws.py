@@ -19,10 +19,9 @@ from torch import Tensor, nn
 import polyak
 from corrupting import DTYPES, of_bytes
 from polyak import EMA, Averager, checkpoints, theory
-from polyak.checkpoints._convert import convert
+from polyak.checkpoints import convert
 from polyak.offline import _comparison as comparison
-from polyak.offline._comparison import compare
-from polyak.offline._description import describe
+from polyak.offline import compare, describe
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import polyak
 from launching import launched
+from patience import HANG
 
 POLYAK = [sys.executable, "-m", "polyak"]
 
@@ -40,26 +41,30 @@ def big(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def interrupted(folder: Path, *arguments: str) -> None:
-    """Starts a command, interrupts it while it writes, and looks what it said and left."""
+SIGNALS = {signal.SIGINT: (130, "polyak: interrupted\n"), signal.SIGTERM: (143, "")}
+
+
+def interrupted(folder: Path, *arguments: str, by: signal.Signals = signal.SIGINT) -> None:
+    """Starts a command, interrupts it while it writes, and looks at what it said and left."""
     process = started(folder, *arguments)
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(".*.part")):
-        assert process.poll() is None and time.monotonic() < deadline, "it never wrote"
+    while not list(folder.rglob(".*.part")):
+        assert process.poll() is None, "it never wrote"
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "polyak: interrupted\n")
-    assert not list(folder.glob(".*"))
+    process.send_signal(by)
+    out, err = process.communicate(timeout=HANG)
+    code, said = SIGNALS[by]
+    assert (process.returncode, out, err) == (code, "", said)
+    assert not list(folder.rglob(".*"))
 
 
 @pytest.mark.slow
-def test_interrupted_it_leaves_no_half_file(big: Path) -> None:
+@pytest.mark.parametrize("by", SIGNALS, ids=lambda each: each.name)
+def test_interrupted_it_leaves_no_half_file(big: Path, by: signal.Signals) -> None:
     files = ["big.safetensors"] * 60
-    interrupted(big, "average", *files, "--out", "mean.safetensors")
+    interrupted(big, "average", *files, "--out", "mean.safetensors", by=by)
     assert not (big / "mean.safetensors").exists()
-    interrupted(big, "average", *files, "--out", "folder", "--shard-size", "8MB")
-    assert not (big / "folder").exists()
+    interrupted(big, "average", *files, "--out", "new/folder", "--shard-size", "8MB", by=by)
+    assert not (big / "new").exists()
 
 
 @pytest.mark.slow
@@ -78,7 +83,7 @@ def seen_on_a_terminal(folder: Path, *arguments: str) -> tuple[str, str]:
     seen = b""
     while part := _read(ours):
         seen += part
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HANG)
     os.close(ours)
     return out, re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", seen).decode()
 
@@ -103,7 +108,7 @@ def test_a_terminal_sees_progress_in_bytes_and_time_left(big: Path) -> None:
 
 def test_elsewhere_there_is_no_progress(big: Path) -> None:
     process = started(big, "average", "big.safetensors", "--out", "mean.safetensors", "--json")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG)
     assert out.startswith("{") and out.endswith("}\n") and err == ""
 
 
@@ -133,7 +138,7 @@ def test_help_loads_neither_torch_nor_charts(command: list[str]) -> None:
 def by_torchrun(folder: Path, log: str, *arguments: str) -> str:
     """What a command says that three processes share; none of them is left."""
     with launched(Path("-m"), "polyak", *arguments, log=folder / log, ranks=3) as launch:
-        return launch.wait(120)
+        return launch.wait(HANG)
 
 
 @pytest.mark.slow
@@ -169,7 +174,7 @@ def test_processes_of_torchrun_share_a_commands_work(
         launched(Path("-m"), "polyak", *no, log=tmp_path / "no") as launch,
         pytest.raises(AssertionError, match=r"average-one\.safetensors exists"),
     ):
-        launch.wait(120)
+        launch.wait(HANG)
     no[-2] = "new.safetensors"
     done = subprocess.run([*POLYAK, *no], check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "torchrun has not started this process" in done.stderr

@@ -14,7 +14,7 @@ import pytest
 from cli_runs import finished, place, run
 from polyak import offline
 from polyak.charts import save, sweep_chart
-from polyak.cli._evaluating import function_of
+from polyak.cli._users_function import users_function
 from polyak.offline import Point, Sweep
 
 __all__ = ["finished", "place"]  # fixtures
@@ -29,7 +29,8 @@ def test_it_is_the_librarys_sweep() -> None:
     assert done.exit_code == 0, done.output
     rules = ["uniform()", *(f"exponential(half_life={each})" for each in (50, 200, 800))]
     rules += [f"power(relative_std={each})" for each in (0.1, 0.2)]
-    wanted = offline.sweep("snapshots", rules, function_of("judge:loss")).as_dict()
+    with users_function("judge:loss") as loss:
+        wanted = offline.sweep("snapshots", rules, loss).as_dict()
     assert json.loads(done.stdout) == wanted == json.loads(Path("sweep/sweep.json").read_text())
     assert {path.name for path in Path("sweep").iterdir()} == {
         "sweep.json", "sweep.png", "sweep.svg", "sweep.html",
@@ -75,24 +76,27 @@ def test_results_are_not_overwritten_before_anything_is_judged() -> None:
     Path("sweep/sweep.json").write_text("precious")
     refused = run(*SWEEP, "--rule", "uniform()", "--evaluate", "judge:broken")
     assert refused.exit_code == 2
-    assert refused.stderr.startswith("polyak: sweep/sweep.json exists")
+    assert refused.stderr.startswith("polyak: sweep/sweep.json ")
     assert run(*SWEEP, "--rule", "uniform()", "--force").exit_code == 0
 
 
 ERRORS = [
     (("--evaluate", "judge:lost", "--rule", "uniform()"), "module judge has no function lost"),
-    (("--evaluate", "judge:JUDGE.x", "--rule", "uniform()"), "'judge:JUDGE.x' is no function"),
-    (("--evaluate", ":loss", "--rule", "uniform()"), "':loss' is no function"),
+    (
+        ("--evaluate", "judge:JUDGE.x", "--rule", "uniform()"),
+        "'judge:JUDGE.x' is not MODULE:FUNCTION",
+    ),
+    (("--evaluate", ":loss", "--rule", "uniform()"), "':loss' is not MODULE:FUNCTION"),
     (("--evaluate", "judges:loss", "--rule", "uniform()"), "there is no module judges in "),
     (("--evaluate", "judge.of:loss", "--rule", "uniform()"), "there is no module judge.of in "),
     (("--evaluate", "judge:best", "--rule", "uniform()"), "module judge has no function best"),
     (("--evaluate", "judge:silent", "--rule", "uniform()"), "evaluate gave None for uniform()"),
-    ((), "no average to judge: give --rule, --half-lives or --relative-stds"),
+    ((), "no average to try: give --rule, --half-lives or --relative-stds"),
     (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),
     (("--relative-stds", "0.1:0.9:3"), "relative_std is 0.9, wanted 0 < s <= 0.300283"),
     (("--rule", "ema()"), "'ema' in spec 'ema()' is unknown"),
     (("--rule", "uniform()", "--checkpoint", "x"), "--checkpoint is 'x', wanted TIME=FILE"),
-    (("--rule", "uniform()", "--out", "judge.py"), "[Errno 17] File exists: 'judge.py'"),
+    (("--rule", "uniform()", "--out", "judge.py"), "judge.py is a file, wanted a folder"),
 ]
 
 

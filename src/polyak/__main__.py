@@ -1,6 +1,6 @@
 """`python -m polyak`: the command line."""
 
-from polyak.cli import app
+from polyak.cli import main
 
 if __name__ == "__main__":
-    app()
+    main()

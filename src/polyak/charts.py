@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
+from polyak._files import making_folder, writing
 from polyak.rules import Rule
 from polyak.theory import explain, profile
 from polyak.theory._curves import (
@@ -36,10 +38,23 @@ _NUMBER = (
 
 def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> None:
     """Writes `folder/name.png` (at twice the resolution), `.svg` and `.html` (opens offline)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chart.save(folder / f"{name}.png", scale_factor=2)
-    chart.save(folder / f"{name}.svg")
-    chart.save(folder / f"{name}.html", inline=True)
+    options: dict[str, dict[str, Any]] = {
+        "png": {"scale_factor": 2},
+        "svg": {},
+        "html": {"inline": True},
+    }
+    with making_folder(folder):
+        for kind, settings in options.items():
+            with writing(folder / f"{name}.{kind}") as file:
+                file.write(_rendered(chart, kind, **settings))
+
+
+def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
+    """The content of a chart's file; altair would leave an empty one where the writing fails."""
+    out: Any = BytesIO() if kind == "png" else StringIO()
+    chart.save(out, format=kind, **settings)
+    content = out.getvalue()
+    return content if isinstance(content, bytes) else content.encode()
 
 
 def rule_chart(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> alt.TopLevelMixin:

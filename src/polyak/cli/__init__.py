@@ -1,45 +1,65 @@
 """The command line: `polyak explain`, `inspect`, `average`, `synthesize`, `sweep`, ...
 
-Commands parse and print; what they do is in the library. Each imports what it needs, so that
-`polyak --help` loads neither torch nor a chart. Their errors are caught in one place (`commands`).
+A command parses its options, calls a function of the library, and prints what it returns. It imports
+what it needs when it runs, so that `polyak --help` loads neither torch nor a chart. Errors are caught
+in one place (`_commands`), and so is what a command changes in its process (`_process`).
 """
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 try:
     import typer
+    from typer.main import get_command
 except ModuleNotFoundError:
     raise SystemExit('the command line needs typer: pip install "polyak[cli]"') from None
 
-from polyak.cli._averaging import average
+from polyak.cli._average import average
 from polyak.cli._commands import EPILOG, WIDTH, Commands
-from polyak.cli._converting import convert, export
-from polyak.cli._differing import diff
-from polyak.cli._explaining import explain
-from polyak.cli._inspecting import inspect
-from polyak.cli._studying import article
-from polyak.cli._sweeping import sweep
-from polyak.cli._synthesizing import synthesize
+from polyak.cli._diff import diff
+from polyak.cli._explain import explain
+from polyak.cli._export import convert, export
+from polyak.cli._inspect import inspect
+from polyak.cli._study import article
+from polyak.cli._sweep import sweep
+from polyak.cli._synthesize import synthesize
 
-app = typer.Typer(
+__all__ = ["app", "main"]
+
+
+class _App(typer.Typer):
+    """The application; unlike typer's own, a call leaves `sys.excepthook` as it is."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return get_command(self)(*args, **options)
+
+
+app = _App(
     name="polyak",
     cls=Commands,
     epilog=EPILOG,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"max_content_width": WIDTH},
 )
 study = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(study, name="study", help="Experiments: does averaging help, by how much?")
+app.add_typer(study, name="study", help="Measure whether averaging helps.")
 study.command()(article)
 for command in (explain, inspect, average, synthesize, sweep, export, convert, diff):
     app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line with these arguments, by default those of the process.
+
+    It always ends with `SystemExit`, whose code `polyak --help` explains. The process is then as it
+    was before: its signal handlers, hooks, search path and streams.
+    """
+    app(arguments)
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,14 +71,12 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def main(
-    version: Annotated[  # noqa: ARG001
+def _options(
+    version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
-    """Averages of the weights of PyTorch models: explain them, make them from files, study them."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half file is left
+    """Average the weights of PyTorch models."""

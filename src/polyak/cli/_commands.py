@@ -1,4 +1,4 @@
-"""What all commands share: their errors are one line, and their exit codes mean the same."""
+"""What all commands share: an error is one line on stderr, and exit codes have one meaning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from polyak.cli._output import say
+from polyak.cli._process import unchanged_process
 
 DIFFERENT, YOURS, WRONG, INTERRUPTED = 1, 1, 2, 130
 WIDTH = 100
@@ -17,11 +18,10 @@ WIDTH = 100
 EPILOG = """\b
 Exit codes:
   0    done
-  1    `polyak diff` found a difference; your own function (--evaluate, --greedy) failed
-  2    wrong usage, a wrong value, a file that does not read or exists already: one line says which
-  130  interrupted by Ctrl-C
-Results are on stdout (with --json, JSON and nothing else), all other words and progress on stderr.
-A file that is written appears when it is complete, or not at all."""
+  1    diff found a difference, or your function (--evaluate, --greedy) failed
+  2    a wrong option, value or file
+  130  interrupted (Ctrl-C)
+Results go to stdout, messages and progress to stderr. Files appear complete or not at all."""
 
 # click's `UsageError`, which newer versions of typer carry within themselves.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -29,7 +29,11 @@ _WRONG_INPUT = (ValueError, TypeError, OSError, LookupError, ArithmeticError, Ru
 
 
 class Commands(TyperGroup):
-    """The commands; whatever goes wrong in one is one line on stderr and an exit code."""
+    """The commands; an error in one is one line on stderr and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with unchanged_process():
+            return super().main(*args, **options)
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _one_line_errors():
@@ -42,10 +46,10 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Errors of usage, of what is given and of files, a missing extra, Ctrl-C."""
+    """Turns errors of usage, of input and of files, missing extras and Ctrl-C into one line."""
     try:
         yield
-    except (typer.Exit, typer.Abort, BrokenPipeError):  # no errors; typer ends the process quietly
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # not errors; typer ends the process quietly
         raise
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
@@ -66,7 +70,7 @@ def fail(message: str, code: int = WRONG) -> NoReturn:
 
 
 def _fail_usage(error: Exception) -> NoReturn:
-    """An unknown option, a missing or superfluous argument."""
+    """Ends the command for an unknown option, or a missing or superfluous argument."""
     if type(error).__name__ == "NoArgsIsHelpError":  # not an error: it prints the help
         raise error
     message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
@@ -76,9 +80,10 @@ def _fail_usage(error: Exception) -> NoReturn:
 
 
 def _message(error: Exception) -> str:
-    """What an error says; a list of differences keeps its lines."""
+    """The text of an error, in the words of the command line; a list of differences keeps its lines."""
+    text = str(error) or type(error).__name__
     if isinstance(error, FileExistsError) and error.errno is None:
-        return f"{error}: --force overwrites it"
-    if isinstance(error, KeyError):  # it says its key alone
-        return f"{error} is missing"
-    return str(error) or type(error).__name__
+        return f"{text.partition(';')[0]}; --force replaces it"
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"{text} is missing"
+    return text

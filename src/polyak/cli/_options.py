@@ -1,4 +1,4 @@
-"""Options that several commands have, and what their text means."""
+"""Options that several commands share, and how their texts are read."""
 
 from __future__ import annotations
 
@@ -11,72 +11,54 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Overwrite what exists; a folder is replaced as a whole.")
-]
+Source = Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 ShardSize = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Write a folder of files of at most this size each, with an index: 2GB, 500MB, 1GiB.",
+        help="Write a folder of files up to this size (2GB, 1GiB).",
     ),
 ]
 Torchrun = Annotated[
     bool,
     typer.Option(
         "--torchrun",
-        help="Share the work with the other processes of torchrun: torchrun --nproc-per-node 4 -m "
-        "polyak ... --torchrun.",
+        help="Share the work: torchrun ... -m polyak ... --torchrun.",
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        metavar="DTYPE",
-        help="Of floating-point tensors: float64, float32, bfloat16 (bf16), float16 (fp16).",
-    ),
+    typer.Option(metavar="DTYPE", help="float64, float32, bf16 or fp16."),
 ]
 Names = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A text file with the names of tensors that FILE has in order only, one a line "
-        "(torch_ema, diffusers, NeMo).",
+        help="Names of the tensors, one a line, for a checkpoint without names.",
     ),
 ]
 At = Annotated[
     float | None,
     typer.Option(
         metavar="TIME",
-        help="When the average is made, in the run's unit.",
+        help="Time in the run's unit.",
         show_default="the last snapshot",
     ),
 ]
 Checkpoints = Annotated[
     list[str],
-    typer.Option(
-        "--checkpoint",
-        metavar="TIME=FILE",
-        help="A file with the live weights at a time; repeat it.",
-    ),
+    typer.Option("--checkpoint", metavar="TIME=FILE", help="Live weights at a step (repeatable)."),
 ]
-MaxError = Annotated[float, typer.Option(metavar="E", help="Refuse a relative error above.")]
+MaxError = Annotated[float, typer.Option(metavar="E", help="Largest relative error.")]
 MaxAmplification = Annotated[
     float | None,
-    typer.Option(
-        metavar="A",
-        help="Refuse an amplification above.",
-        show_default="2 % over the rounding of the stored dtype",
-    ),
+    typer.Option(metavar="A", help="Largest amplification.", show_default="by the stored dtype"),
 ]
 Snapshots = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="FOLDER",
-        help="Folder of polyak.Recorder's snapshots.",
-        show_default="checkpoints alone",
-    ),
+    typer.Argument(metavar="FOLDER", help="Snapshots of polyak.Recorder.", show_default=False),
 ]
 
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -84,7 +66,7 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def dtype_of(text: str, option: str = "--dtype") -> torch.dtype:
-    """The dtype that a text names."""
+    """The dtype with a name."""
     from polyak._tensors import dtype_name
     from polyak.averager import SLOT_DTYPES
 
@@ -96,7 +78,7 @@ def dtype_of(text: str, option: str = "--dtype") -> torch.dtype:
 
 
 def bytes_of(text: str | None) -> int | None:
-    """A size in bytes: "2GB" is 2 * 1000^3, "2GiB" 2 * 1024^3; no text, no size."""
+    """A size in bytes: "2GB" is 2 * 1000^3, "2GiB" is 2 * 1024^3; None for no text."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
@@ -109,13 +91,13 @@ def bytes_of(text: str | None) -> int | None:
 def numbers_of(text: str, option: str) -> list[float]:
     """Numbers between commas."""
     try:
-        return [float(each) for each in text.split(",")]
+        return [float(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} is {text!r}, wanted numbers such as 0.2,0.3,0.5") from None
 
 
 def grid_of(text: str | None, option: str) -> list[float]:
-    """LOW:HIGH:COUNT as numbers of four digits with equal quotients; no text, no numbers."""
+    """LOW:HIGH:COUNT as numbers of four digits with equal quotients; none for no text."""
     if text is None:
         return []
     low, high, count = _grid_ends(text, option)
@@ -137,16 +119,22 @@ def _grid_ends(text: str, option: str) -> tuple[float, float, int]:
 
 def checkpoints_of(texts: list[str]) -> dict[int, Path]:
     """TIME=FILE as time -> file."""
-    found: dict[int, Path] = {}
+    files: dict[int, Path] = {}
     for text in texts:
         time, _, file = text.partition("=")
-        if not time.strip().isdecimal() or not file or int(time) in found:
+        if not time.strip().isdecimal() or not file or int(time) in files:
             wanted = "TIME=FILE, such as 5000=step-5000.pt, each time once"
             raise ValueError(f"--checkpoint is {text!r}, wanted {wanted}")
-        found[int(time)] = Path(file)
-    return found
+        files[int(time)] = Path(file)
+    return files
 
 
 def names_of(file: Path | None) -> list[str] | None:
-    """The lines of a text file."""
-    return None if file is None else file.read_text().split()
+    """The lines of a text file, without spaces around them and without empty ones."""
+    if file is None:
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file, wanted one name a line") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -1,4 +1,4 @@
-"""What commands print: JSON, tables, sizes; and progress, where someone looks."""
+"""What commands print: JSON, tables, sizes; and progress, on a terminal."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ Progress = Callable[[int, int], object]
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Prints text; what a terminal would obey, such as names in a hostile file, is shown as it is."""
+    """Prints text; control characters, such as in the names of a hostile file, are shown escaped."""
     typer.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), err=err)
 
 
 def print_json(data: Any) -> None:
-    """Data as JSON alone; numbers that JSON does not have (infinity, NaN) are null."""
+    """Prints data as JSON and nothing else; infinity and NaN, which JSON lacks, are null."""
     typer.echo(json_text(data))
 
 
 def json_text(data: Any) -> str:
-    """Data as JSON that every reader takes."""
+    """Data as JSON that every reader accepts."""
     return json.dumps(_finite(data), indent=2, allow_nan=False)
 
 
 def _finite(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _finite(each) for key, each in data.items()}
+        return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(each) for each in data]
+        return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Aligned columns, whatever the terminal's width; the first `left` to the left."""
+    """Prints aligned columns, as wide as they are; the first `left` columns to the left."""
     cells = [[cell.replace("\n", "\\n") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for row in cells:
@@ -49,23 +49,23 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
 
 
 def note(message: str) -> None:
-    """A line for people, beside the results."""
+    """Prints a line for people on stderr, beside the results."""
     say(f"note: {message}", err=True)
 
 
 def note_norms(norms: Sequence[str]) -> None:
-    """What is left to do for averaged weights of norms with running statistics."""
+    """Reminds of `recalibrate` if averaged weights have norms with running statistics."""
     if norms:
         more = ", ..." if len(norms) > 3 else ""
         count = f"{len(norms)} norm{'s' if len(norms) > 1 else ''}"
         note(
-            f"{count} with running statistics ({', '.join(norms[:3])}{more}): estimate those of "
-            "averaged weights anew, polyak.recalibrate(model, batches)"
+            f"{count} with running statistics ({', '.join(norms[:3])}{more}): estimate them again "
+            "for the averaged weights with polyak.recalibrate(model, batches)"
         )
 
 
 def size_text(count: int) -> str:
-    """Bytes to three digits, in units of 1000."""
+    """A number of bytes to three digits, in units of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -74,13 +74,13 @@ def size_text(count: int) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Six digits, or a dash for none."""
+    """A number to six digits, or a dash for None."""
     return "-" if value is None else f"{value:.6g}"
 
 
 @contextmanager
 def progress_shown(what: str, *, bytes: bool = True) -> Iterator[Progress | None]:
-    """A bar with what is done of all and the time left, on stderr; None where that is no terminal."""
+    """A progress bar with the time left on stderr; None if stderr is not a terminal."""
     from rich import progress
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The reference: what `--help` of every command says, as one page of Markdown.
+"""The reference: the `--help` of every command, as one page of Markdown.
 
 python -m polyak.cli._reference > docs/cli.md
 """
@@ -17,8 +17,8 @@ from polyak.cli._commands import WIDTH
 _HEAD = """\
 # The command line
 
-`pip install "polyak[cli]"` brings `polyak`; charts and studies want `"polyak[study]"`. This page is what
-`--help` says, written by `python -m polyak.cli._reference > docs/cli.md`.
+`pip install "polyak[cli]"`; charts and studies need `"polyak[study]"`. This page is written by
+`python -m polyak.cli._reference`.
 """
 
 

@@ -93,6 +93,12 @@ class Synthesis:
             f"relative error {self.relative_error:.2g}, amplification {self.amplification:.3g}"
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """The rule, the measures and the terms as plain data, for JSON."""
+        names = ("at", "relative_error", "amplification", "half_life", "mean_age")
+        terms = [{**term._asdict(), "path": str(term.path)} for term in self.terms]
+        return {"rule": str(self.rule), **{n: getattr(self, n) for n in names}, "terms": terms}
+
     def problem(self, max_error: float, max_amplification: float | None) -> str:
         """Why it is not to be made under these limits; empty where it may be."""
         if max_amplification is None:

@@ -1,4 +1,4 @@
-"""Sharing: the processes that torchrun has started for a command divide its work."""
+"""`--torchrun`: the processes that torchrun has started for a command divide its work."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @contextmanager
 def shared(torchrun: bool) -> Iterator[ProcessGroup | None]:
-    """The group of all processes that torchrun started, of which the first alone prints; else None.
+    """The group of all processes that torchrun started; only its first rank prints. Else None.
 
-    Only where it is asked for: what a training under torchrun starts has its variables too. Raises
-    `ValueError` for a process that torchrun did not start.
+    The user must ask for it: torchrun's variables are also set in what a training under torchrun
+    starts. Raises `ValueError` for a process that torchrun did not start.
     """
     if not torchrun:
         yield None
@@ -27,7 +27,7 @@ def shared(torchrun: bool) -> Iterator[ProcessGroup | None]:
     if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise ValueError(
             f"--torchrun: {', '.join(missing)} is not set, so torchrun has not started this process; "
-            "wanted torchrun --nproc-per-node N -m polyak ... --torchrun"
+            "call torchrun --nproc-per-node N -m polyak ... --torchrun"
         )
     import torch.distributed as dist
 
@@ -39,4 +39,4 @@ def shared(torchrun: bool) -> Iterator[ProcessGroup | None]:
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield dist.group.WORLD
-        dist.barrier()  # one that left while another was at work has been seen to abort, under gloo
+        dist.barrier()  # a rank that leaves while another still works makes gloo abort there

@@ -16,31 +16,38 @@ if TYPE_CHECKING:
 
 def explain(
     spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help='A rule, such as "exponential(half_life=1000)".')
+        str, typer.Argument(metavar="SPEC", help='A rule, such as "exponential(0.999)".')
     ],
     steps: Annotated[
-        int | None, typer.Option(help="Steps of training.", show_default="the start is forgotten")
+        int | None, typer.Option(help="Steps of training.", show_default="a long run")
     ] = None,
     every: Annotated[int, typer.Option(help="Steps between updates.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the chart.")] = Path("explain"),
     json: Json = False,
 ) -> None:
-    """What a rule averages: its measures, its chart, its equivalents in other libraries.
+    """Show what a rule averages, and the same average in other libraries.
 
     \b
     Examples:
-      polyak explain "exponential(0.999)"
+      polyak explain "exponential(half_life=1000)"
       polyak explain "power(relative_std=0.1)" --steps 20000 --json
     """
-    from polyak import charts, theory
+    from polyak import theory
 
     about = theory.explain(spec, steps, every=every)
-    charts.save(charts.rule_chart(about.rule, about.steps, every=every), out, "rule")
     calls = theory.equivalents(about.rule)
     if json:
         print_json({**about.as_dict(), "equivalents": calls})
     else:
         _print_table(about, calls)
+    _write_chart(about, every, out, json=json)
+
+
+def _write_chart(about: Explanation, every: int, out: Path, *, json: bool) -> None:
+    """Comes last: the table is printed even if altair is missing or the folder cannot be written."""
+    from polyak import charts
+
+    charts.save(charts.rule_chart(about.rule, about.steps, every=every), out, "rule")
     say(f"chart: {out}/rule.html (also .png, .svg)", err=json)
 
 
@@ -57,8 +64,10 @@ def _print_table(about: Explanation, calls: dict[str, str]) -> None:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
     console.print(table)
-    found = "The same average, updated every step:" if calls else "No other library known has it."
-    console.print(f"\n{found}")
+    headline = (
+        "The same average, updated every step:" if calls else "No other library known has it."
+    )
+    console.print(f"\n{headline}")
     for name, call in calls.items():
-        note = f"   # {CONVENTIONS[name]}" if name in CONVENTIONS else ""
-        console.print(f"  {call}{note}", soft_wrap=True)
+        convention = f"   # {CONVENTIONS[name]}" if name in CONVENTIONS else ""
+        console.print(f"  {call}{convention}", soft_wrap=True)

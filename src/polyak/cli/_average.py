@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from polyak._files import refuse_existing
-from polyak.cli._evaluating import Better, function_of
 from polyak.cli._options import (
     Dtype,
     Force,
@@ -31,7 +30,8 @@ from polyak.cli._output import (
     say,
     size_text,
 )
-from polyak.cli._sharing import shared
+from polyak.cli._torchrun import shared
+from polyak.cli._users_function import Better, users_function
 
 if TYPE_CHECKING:
     from polyak.offline import Combination
@@ -46,74 +46,62 @@ _ROUNDING = 1e-9
 def average(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="Checkpoints of one model, the oldest first."),
+        typer.Argument(metavar="FILE", help="Checkpoints, the oldest first."),
     ],
     out: Annotated[
-        Path,
-        typer.Option(
-            metavar="PATH", help="The file *.safetensors to write; with --shard-size a folder."
-        ),
+        Path, typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size.")
     ],
     rule: Annotated[
         str | None,
-        typer.Option(
-            metavar="SPEC", help="Each file is an update of it.", show_default="uniform()"
-        ),
+        typer.Option(metavar="SPEC", help="Each file is one update.", show_default="uniform()"),
     ] = None,
     coefficients: Annotated[
-        str | None, typer.Option(metavar="C,C,...", help="One for each file, of sum 1.")
+        str | None, typer.Option(metavar="C,C,...", help="One a file, of sum 1.")
     ] = None,
     wsm: Annotated[
         Shape | None,
-        typer.Option(help="As if the learning rate had decayed so (WSM, arXiv 2507.17634)."),
+        typer.Option(help="Equivalent to a learning-rate decay (arXiv 2507.17634)."),
     ] = None,
-    qam: Annotated[
-        Shape | None, typer.Option(help="The same, exact on a quadratic loss (QAM).")
-    ] = None,
+    qam: Annotated[Shape | None, typer.Option(help="The same, for a quadratic loss.")] = None,
     greedy: Annotated[
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="The mean of the files that are better together by this function of the weights "
-            "(a greedy soup, arXiv 2203.05482).",
+            help="Keep the files that improve this function (greedy soup).",
         ),
     ] = None,
     better: Better = "lower",
     elapsed: Annotated[
         str | None,
-        typer.Option(
-            metavar="T,T,...", help="Time that each file spans, in the rule's unit; or one for all."
-        ),
+        typer.Option(metavar="T,T,...", help="Time between files."),
     ] = None,
     which: Annotated[
         str | None,
         typer.Option(
+            "--average",
             metavar="NAME",
-            help="The average to take from each file.",
+            help='The average to take from each file, or "live".',
             show_default="the live weights",
         ),
     ] = None,
     dtype: Dtype = None,
     accumulate: Annotated[
-        str, typer.Option(metavar="DTYPE", help="Dtype of the sums: float32 or float64.")
+        str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
     ] = "float32",
     shard_size: ShardSize = None,
     force: Force = False,
     torchrun: Torchrun = False,
     json: Json = False,
 ) -> None:
-    """The average of checkpoint files: sum of coefficient * weights.
+    """Average checkpoint files of any format.
 
-    The files may be of any format that polyak reads. They are taken in the order given: a shell
-    sorts step-1000 before step-900. A piece of a tensor is in memory at a time.
+    The order counts; shells sort step-1000 before step-900.
 
     \b
     Examples:
-      polyak average step-1.pt step-2.pt step-3.pt --out mean.safetensors
-      polyak average step-1.pt step-2.pt --out mean.safetensors --coefficients 0.3,0.7 --dtype bf16
-      polyak average step-1.pt step-2.pt step-3.pt --out merged --wsm sqrt --shard-size 2GB
+      polyak average step-1.pt step-2.pt --out mean.safetensors --dtype bf16
       polyak average step-1.pt step-2.pt step-3.pt --out ema.safetensors --rule "exponential(0.9)"
-      polyak average step-1.pt step-2.pt step-3.pt --out soup.safetensors --greedy judge:loss
+      polyak average step-1.pt step-2.pt --out soup --greedy judge:loss --shard-size 2GB
     """
     from polyak import offline
 
@@ -123,7 +111,7 @@ def average(
     chosen = _chosen(len(files), rule, coefficients, wsm, qam, greedy)
     with shared(torchrun) as group:
         if group is not None and greedy is not None:
-            raise ValueError("--greedy judges one model after the other: run it in one process")
+            raise ValueError("--greedy tries one model after the other: leave --torchrun out")
         made = offline.average(
             files,
             chosen if greedy is None else _soup(files, greedy, better, which),
@@ -148,13 +136,13 @@ def _chosen(
     qam: Shape | None,
     greedy: str | None,
 ) -> str | Sequence[float] | Profile:
-    """The rule or the coefficients, by the one option that says."""
+    """The rule or the coefficients, from the one option that is given."""
     from polyak import theory
 
     given = {"rule": rule, "coefficients": coefficients, "wsm": wsm, "qam": qam, "greedy": greedy}
     names = [f"--{name}" for name, value in given.items() if value is not None]
     if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} each say what the average is: give one")
+        raise ValueError(f"{' and '.join(names)} each choose the coefficients: give one of them")
     if coefficients is not None:
         return numbers_of(coefficients, "--coefficients")
     if wsm is not None:
@@ -165,21 +153,21 @@ def _chosen(
 
 
 def _soup(
-    files: Sequence[Path], function: str, better: Literal["lower", "higher"], which: str | None
+    files: Sequence[Path], name: str, better: Literal["lower", "higher"], which: str | None
 ) -> Profile:
     from polyak import offline
 
     trials = 2 * len(files) - 1
-    with progress_shown("judging", bytes=False) as show:
+    with users_function(name) as function, progress_shown("trials", bytes=False) as show:
         done = iter(range(1, trials + 1))
         soup = offline.greedy_soup(
             files,
-            function_of(function),
+            function,
             better=better,
             which=which,
             progress=lambda *_: show and show(next(done), trials),
         )
-    note(f"the quality of {len(soup.ingredients)} of {len(files)} files together: {soup.quality:g}")
+    note(f"the mean of {len(soup.ingredients)} of {len(files)} files has quality {soup.quality:g}")
     return soup.coefficients
 
 
@@ -191,12 +179,12 @@ def _times(text: str | None, files: int) -> list[float] | None:
 
 
 def _note_order(files: Sequence[Path], made: Combination) -> None:
-    """Says so where numbers in the files' names are not in order, and the order counts."""
-    found = [re.findall(r"\d+", file.stem) for file in files]
-    numbers = [int(each[-1]) for each in found if each]
+    """Warns if the numbers in the files' names descend, and the order of the files counts."""
+    digits = [re.findall(r"\d+", file.stem) for file in files]
+    numbers = [int(of_file[-1]) for of_file in digits if of_file]
     uneven = max(made.coefficients) - min(made.coefficients) > _ROUNDING
     if numbers != sorted(numbers) and uneven:
-        note("the files' numbers do not ascend, and the oldest is to come first")
+        note("the files' numbers do not ascend; give the oldest file first")
 
 
 def _print(

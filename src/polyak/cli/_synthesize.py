@@ -1,10 +1,10 @@
-"""`polyak synthesize`: any average of a run that is over, from its snapshots."""
+"""`polyak synthesize`: any average of a finished run, from its snapshots."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +23,7 @@ from polyak.cli._options import (
     checkpoints_of,
 )
 from polyak.cli._output import note_norms, number_text, print_json, print_table, progress_shown, say
-from polyak.cli._sharing import shared
+from polyak.cli._torchrun import shared
 
 if TYPE_CHECKING:
     from polyak.offline import Synthesis
@@ -32,36 +32,30 @@ _MOST = 10
 
 
 def synthesize(
-    rule: Annotated[str, typer.Option(metavar="SPEC", help="The average wanted.")],
+    rule: Annotated[str, typer.Option(metavar="SPEC", help="The average to make.")],
     folder: Snapshots = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH", help="The file *.safetensors to write; with --shard-size a folder."
-        ),
+        typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
     ] = None,
     at: At = None,
     checkpoint: Checkpoints = [],  # noqa: B006  # typer makes a new one
     max_error: MaxError = 0.05,
     max_amplification: MaxAmplification = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how exactly it can be made, and stop there.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print how exact it is.")] = False,
     shard_size: ShardSize = None,
     force: Force = False,
     torchrun: Torchrun = False,
     json: Json = False,
 ) -> None:
-    """Any average of a finished run, made of what was stored of it.
+    """Make any average of a finished run from its snapshots.
 
-    The error is that on a random walk, as a share of the average's distance from the live weights;
-    the amplification, the sum of |coefficients|, is how much the rounding of the files grows. Both
-    are printed before a tensor is read.
+    The relative error holds for a random walk, as a share of the average's distance from the live
+    weights. The amplification, the sum of |coefficients|, multiplies the stored rounding.
 
     \b
     Examples:
       polyak synthesize snapshots --rule "power(relative_std=0.15)" --dry-run
-      polyak synthesize snapshots --rule "exponential(half_life=300)" --out ema.safetensors
       polyak synthesize snapshots --rule "uniform()" --at 1500 --out mean.safetensors --json
     """
     from polyak import norms, offline
@@ -90,7 +84,7 @@ def synthesize(
             note_norms(norms.statistics(made.model))
         written = {"out": None if dry_run else str(out), "seconds": time.monotonic() - began}
         if json:
-            print_json({**_as_dict(made), **written})
+            print_json({**made.as_dict(), **written})
         elif not dry_run:
             say(f"{out}: {written['seconds']:.1f} s")
 
@@ -105,9 +99,3 @@ def _print(made: Synthesis) -> None:
     print_table(("file", "average", "slot", "time", "coefficient"), rows, left=3)
     if len(made.terms) > _MOST:
         say(f"and {len(made.terms) - _MOST} smaller ones")
-
-
-def _as_dict(made: Synthesis) -> dict[str, Any]:
-    names = ("at", "relative_error", "amplification", "half_life", "mean_age")
-    terms = [{**term._asdict(), "path": str(term.path)} for term in made.terms]
-    return {"rule": str(made.rule), **{n: getattr(made, n) for n in names}, "terms": terms}

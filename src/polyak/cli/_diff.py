@@ -19,31 +19,27 @@ _MOST = 20
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint that polyak reads.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.")],
     average: Annotated[
         list[str],
         typer.Option(
             metavar="NAME",
-            help='The average to compare, or "live"; give it twice for that of A and that of B.',
+            help='The average to compare, or "live"; twice: of A, of B.',
             show_default="the live weights",
         ),
     ] = [],  # noqa: B006
     names: Names = None,
-    all: Annotated[bool, typer.Option("--all", help="List all tensors, equal ones too.")] = False,
+    all: Annotated[bool, typer.Option("--all", help="List equal tensors too.")] = False,
     json: Json = False,
 ) -> None:
-    """How two checkpoints differ: names, dtypes, shapes, numbers.
-
-    Formats may differ. Numbers are compared by |a - b| / |a|, tensor by tensor. Exit code 0: the same names, dtypes, shapes and numbers; 1: not so. One
-    tensor of each is in memory at a time.
+    """Compare two checkpoints: names, dtypes, shapes, and numbers by |a - b| / |a|.
 
     \b
-    Examples:
-      polyak diff step-1.pt step-2.pt
+    Example:
       polyak diff ema.pt ema.pt --average live --average average --json
     """
-    from polyak.offline._comparison import compare
+    from polyak import offline
 
     if len(average) > 2:
         raise ValueError(
@@ -52,12 +48,12 @@ def diff(
     of_a, of_b = (average[0], average[-1]) if average else (None, None)
     first, second = _weights(a, of_a, names), _weights(b, of_b, names)
     with progress_shown("comparing") as progress:
-        found = compare(first, second, progress=progress)
+        compared = offline.compare(first, second, progress=progress)
     if json:
-        print_json(found.as_dict())
+        print_json(compared.as_dict())
     else:
-        _print(found, all=all)
-    if not found.equal:
+        _print(compared, all=all)
+    if not compared.equal:
         raise typer.Exit(DIFFERENT)
 
 
@@ -67,31 +63,31 @@ def _weights(path: Path, which: str | None, names: Path | None) -> Weights:
     return checkpoints.read(path, names_of(names) or "positions").weights(which)
 
 
-def _print(found: Comparison, *, all: bool) -> None:
-    shown = found.tensors if all else found.different[:_MOST]
-    if found.equal:
-        say(f"equal: {len(found.tensors)} tensors")
+def _print(compared: Comparison, *, all: bool) -> None:
+    shown = compared.tensors if all else compared.different[:_MOST]
+    if compared.equal:
+        say(f"equal: {len(compared.tensors)} tensors")
     else:
-        counts = f"{len(found.different)} of {len(found.tensors)} tensors differ"
-        say(f"{counts}; in all by |a - b| / |a| = {number_text(found.relative)}")
+        counts = f"{len(compared.different)} of {len(compared.tensors)} tensors differ"
+        say(f"{counts}; over all of them |a - b| / |a| = {number_text(compared.relative)}")
     if shown:
         header = ("tensor", "|a-b|/|a|", "largest |a-b|", "elements", "dtype", "shape")
-        print_table(header, [_row(each) for each in shown])
-    if len(shown) < len(found.different):
-        say(f"and {len(found.different) - len(shown)} more; --all lists them")
-    for label, names in (("A", found.only_a), ("B", found.only_b)):
+        print_table(header, [_row(difference) for difference in shown])
+    if len(shown) < len(compared.different):
+        say(f"and {len(compared.different) - len(shown)} more; --all lists them")
+    for label, names in (("A", compared.only_a), ("B", compared.only_b)):
         for name in names:
             say(f"only in {label}: {name}")
 
 
-def _row(each: Difference) -> tuple[str, ...]:
-    dtypes, shapes = each.dtypes, each.shapes
+def _row(difference: Difference) -> tuple[str, ...]:
+    dtypes, shapes = difference.dtypes, difference.shapes
     texts = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
     return (
-        each.name,
-        number_text(each.relative),
-        number_text(each.largest),
-        "-" if each.elements is None else f"{each.elements:,}",
+        difference.name,
+        number_text(difference.relative),
+        number_text(difference.largest),
+        "-" if difference.elements is None else f"{difference.elements:,}",
         dtypes[0] if dtypes[0] == dtypes[1] else f"{dtypes[0]}, {dtypes[1]}",
         texts[0] if texts[0] == texts[1] else f"{texts[0]}, {texts[1]}",
     )

@@ -1,4 +1,4 @@
-"""`polyak inspect`: what a file or folder holds."""
+"""`polyak inspect`: what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from polyak.cli._options import Json
 from polyak.cli._output import note_norms, number_text, print_json, print_table, say, size_text
 
 if TYPE_CHECKING:
-    from polyak.offline._description import DescribedAverage, Description, Weighed
+    from polyak.offline import Description
+    from polyak.offline._description import DescribedAverage, Weighed
 
 _LARGEST = 5
 
@@ -19,30 +20,26 @@ _LARGEST = 5
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(
-            metavar="PATH", help="A checkpoint: a file or folder; a folder of snapshots."
-        ),
+        typer.Argument(metavar="PATH", help="A checkpoint, or a folder of snapshots."),
     ],
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List all tensors, not the largest alone.")
+        bool, typer.Option("--tensors", help="List all tensors, not only the largest.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """What a checkpoint holds: live weights, averages, rules, half-lives.
+    """List what a checkpoint holds: weights, averages, rules.
 
-    Any file that polyak reads: its own, other libraries', safetensors, torch.save, folders of
-    torch.distributed.checkpoint, and folders of polyak.Recorder's snapshots. Nothing in it is run.
-    Half-lives and mean ages are those at the file's clock, in the unit of the rule.
+    It reads the files of polyak and of other libraries, safetensors, torch.save and
+    torch.distributed.checkpoint, and runs no code from them.
 
     \b
     Examples:
-      polyak inspect average.safetensors
       polyak inspect ema.pt --tensors
       polyak inspect snapshots --json
     """
-    from polyak.offline._description import describe
+    from polyak import offline
 
-    found = describe(path)
+    found = offline.describe(path)
     if json:
         print_json(found.as_dict())
         return
@@ -71,15 +68,15 @@ def _unit(found: Description) -> str:
 def _print_weights(found: Description) -> None:
     header = ("", "rule", "half-life", "mean age", "tensors", "parameters", "size", "dtypes")
     live = [] if found.live is None else [("live weights", "-", "-", "-", *_numbers(found.live))]
-    averages = [(name, *_of_average(each)) for name, each in found.averages.items()]
+    averages = [(name, *_of_average(average)) for name, average in found.averages.items()]
     print_table(header, [*live, *averages], left=2)
     if not averages:
         say("no average")
 
 
-def _of_average(each: DescribedAverage) -> tuple[str, str, str, str, str, str, str]:
-    ages = number_text(each.half_life), number_text(each.mean_age)
-    return each.rule or "not told", *ages, *_numbers(each.weights)
+def _of_average(average: DescribedAverage) -> tuple[str, str, str, str, str, str, str]:
+    ages = number_text(average.half_life), number_text(average.mean_age)
+    return average.rule or "not told", *ages, *_numbers(average.weights)
 
 
 def _numbers(weights: Weighed) -> tuple[str, str, str, str]:

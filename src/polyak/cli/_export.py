@@ -1,0 +1,148 @@
+"""`polyak export` and `polyak convert`: weights as plain safetensors, averages as our own file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polyak.cli._options import (
+    Dtype,
+    Force,
+    Json,
+    Names,
+    ShardSize,
+    Source,
+    bytes_of,
+    dtype_of,
+    names_of,
+)
+from polyak.cli._output import note_norms, print_json, progress_shown, say, size_text
+from polyak.rules import LIVE
+
+if TYPE_CHECKING:
+    from polyak.checkpoints import Checkpoint
+
+
+def export(
+    file: Source,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File *.safetensors, or folder for --shard-size.")
+    ],
+    average: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help='The average, or "live".', show_default="the only average"
+        ),
+    ] = None,
+    names: Names = None,
+    dtype: Dtype = None,
+    shard_size: ShardSize = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write an average as plain safetensors, for from_pretrained.
+
+    Dtypes are those of the live weights in FILE, or else the average's own. Tied weights are written
+    once.
+
+    \b
+    Examples:
+      polyak export average.safetensors model --dtype bf16 --shard-size 5GB
+      polyak export ema.pt live.safetensors --average live
+    """
+    from polyak import checkpoints
+
+    found = checkpoints.read(file, names_of(names))
+    with progress_shown(f"writing {out}") as progress:
+        checkpoints.export(
+            out,
+            found,
+            average,
+            dtype=None if dtype is None else dtype_of(dtype),
+            shard_bytes=bytes_of(shard_size),
+            overwrite=force,
+            progress=progress,
+        )
+    written = average or next(iter(found.averages))
+    _print(out, found, json=json, average=written)
+    _note_norms(found, [written])
+
+
+def convert(
+    file: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    names: Names = None,
+    rule: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]SPEC",
+            help="The rule in training, if FILE does not tell it.",
+        ),
+    ] = [],  # noqa: B006
+    count: Annotated[
+        int | None, typer.Option(metavar="N", help="Updates so far, if FILE does not tell them.")
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Calls per update, if FILE counts calls (ema-pytorch)."),
+    ] = None,
+    copy: Annotated[
+        list[str],
+        typer.Option(metavar="PATTERN", help="Buffers to copy, not average."),
+    ] = [],  # noqa: B006
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write another library's averages as a file of polyak.
+
+    \b
+    Example:
+      polyak convert ema.pt ours.safetensors --rule "exponential(0.99)" --count 2000
+    """
+    from polyak import checkpoints
+
+    found = checkpoints.convert(
+        file,
+        out,
+        _rules(rule),
+        names=names_of(names),
+        count=count,
+        every=every,
+        copied=copy,
+        overwrite=force,
+    )
+    _print(out, found, json=json, averages=list(found.averages))
+    _note_norms(found, found.averages)
+
+
+def _rules(texts: list[str]) -> str | dict[str, str] | None:
+    """[NAME=]SPEC: the one rule, or those of averages by name."""
+    named = [re.fullmatch(r"([^(=]+)=(.*)", text) for text in texts]
+    if len(texts) == 1 and named[0] is None:
+        return texts[0]
+    rules = {match[1]: match[2] for match in named if match}
+    if len(rules) < len(texts):
+        raise ValueError(
+            f"--rule is {', '.join(texts)}: if there are several, each is NAME=SPEC, once a name"
+        )
+    return rules or None
+
+
+def _print(out: Path, found: Checkpoint, *, json: bool, **about: Any) -> None:
+    """What was written, and the size of the file or folder."""
+    files = [out] if out.is_file() else sorted(out.iterdir())
+    size = sum(each.stat().st_size for each in files)
+    if json:
+        print_json({"out": str(out), "from": found.format, **about, "bytes": size})
+    else:
+        say(f"{out}: from {found.format}, {size_text(size)}")
+
+
+def _note_norms(found: Checkpoint, averages: Any) -> None:
+    from polyak import norms
+
+    names = {name for average in averages if average != LIVE for name in found.average(average)}
+    note_norms(norms.statistics(names))
