@@ -43,19 +43,27 @@ def move_(
     `ok` is a 0-dim bool tensor; if it is False, nothing changes. It is never synchronised to the
     host. `stages` are those of the groups (`ModelTensors.stages`).
     """
-    plain = [m for m in moves if m.residues is None and m.seeds is None and ok is None]
-    fractions = [move.fraction for move in plain]
+    plain = []
+    for move in moves:
+        if ok is None and move.residues is None and move.seeds is None:
+            plain.append(move)
+        else:
+            _move_alone_(live, move, ok)
+    for g, weights in enumerate(live if plain else ()):
+        kept = None if stages is None else stages[g]
+        slots, fractions = [move.slots[g] for move in plain], [move.fraction for move in plain]
+        tensors.lerp_all_(slots, weights, fractions, kept)
+
+
+def _move_alone_(live: Groups, move: Move, ok: Tensor | None) -> None:
+    """A move that is rounded in its own way, or that `ok` may take back."""
     for g, weights in enumerate(live):
-        kept = stages[g] if stages is not None else None
-        tensors.lerp_all_([move.slots[g] for move in plain], weights, fractions, kept)
-    for move in moves if len(plain) < len(moves) else ():
-        for g, weights in enumerate(live):
-            residues = move.residues[g] if move.residues is not None else None
-            generator = _generator(move, g)
-            if ok is not None:
-                _masked_move_(move.fraction, move.slots[g], weights, residues, generator, ok)
-            elif residues is not None or generator is not None:
-                _rounded_move_(move.fraction, move.slots[g], weights, residues, generator)
+        residues = move.residues[g] if move.residues is not None else None
+        generator = _generator(move, g)
+        if ok is None:
+            _rounded_move_(move.fraction, move.slots[g], weights, residues, generator)
+        else:
+            _masked_move_(move.fraction, move.slots[g], weights, residues, generator, ok)
 
 
 def _generator(move: Move, g: int) -> torch.Generator | None:
@@ -133,8 +141,10 @@ class Average:
     def advance(self, live: ModelTensors, elapsed: float) -> list[Move]:
         """The clock ticks; the slots that the rule now moves, in groups, and how far."""
         self.tick = self.rule.tick(self.tick, elapsed)
-        fractions = self.rule.fractions(self.tick)
-        return [self.move(live, slot, fraction) for slot, fraction in fractions.items()]
+        moves = []
+        for slot, fraction in self.rule.fractions(self.tick).items():
+            moves.append(self.move(live, slot, fraction))
+        return moves
 
     def move(self, live: ModelTensors, slot: str, fraction: float) -> Move:
         """A slot's move, rounded as this average rounds; its first, a copy, allocates it."""

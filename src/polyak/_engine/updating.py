@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,6 +19,7 @@ from polyak._tensors import Groups
 from polyak.rules import Tick
 
 Nonfinite = Literal["allow", "skip", "error"]
+_TICK = attrgetter("tick")
 
 
 class _Moment(NamedTuple):
@@ -66,9 +68,21 @@ class Updating:
 
     def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
         """One call, `elapsed` after the last; `found_inf` is what a scaler left in the optimizers."""
-        self._hear()
+        if self._pending is not None:
+            self._hear()
         groups = self._live.groups()
         before = self._moment()
+        if found_inf or self._nonfinite != "allow":
+            self._guarded_call(groups, elapsed, found_inf, before)
+            return
+        self._calls, self._elapsed = self._calls + 1, self._elapsed + elapsed
+        if self._calls >= self.every:
+            self._move(groups, None, before)
+
+    def _guarded_call(
+        self, groups: Groups, elapsed: float, found_inf: Sequence[Tensor], before: _Moment
+    ) -> None:
+        """A call that must not count if no optimizer stepped, or if weights are not finite."""
         took = stepped(found_inf) if found_inf else None
         if took is not None and not _deferred(took) and not took:
             return
@@ -80,7 +94,7 @@ class Updating:
             if clean is not None and not _deferred(clean) and not clean:
                 self._refuse(called)
                 return
-            self._move_or_go_back(groups, _both(took, clean), before)
+            self._move(groups, _both(took, clean), before)
         if took is not None or clean is not None:
             verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
             self._pending = _Pending(verdicts[0], verdicts[1], before, called)
@@ -138,42 +152,53 @@ class Updating:
             self._courier.before_write()
             self._courier.held = False
 
-    def _move_or_go_back(self, groups: Groups, ok: Tensor | None, before: _Moment) -> None:
-        """An update; one that fails leaves the clock where it was, so that its copies are redone."""
+    def _move(self, groups: Groups, ok: Tensor | None, before: _Moment) -> None:
+        """An update. One that fails turns the clock back, so that first copies are made again."""
         try:
-            self._move(groups, ok)
+            self._update(groups, ok)
         except BaseException:
             self._back_to(before)
             raise
 
-    def _move(self, groups: Groups, ok: Tensor | None) -> None:
-        """One update of every average and of the copies, over the time since the last."""
-        averages = [average.advance(self._live, self._elapsed) for average in self._averages]
-        moves = [move for moves in averages for move in moves]
+    def _update(self, groups: Groups, ok: Tensor | None) -> None:
+        """One update of every average and of the copies, over the time since the last update."""
+        moves: list[Move] = []
+        for average in self._averages:
+            moves += average.advance(self._live, self._elapsed)
         self._calls, self._elapsed = 0, 0.0
+        copied = self._copied_now() if self._live.copied else []
+        if self._generation != self._live.generation:
+            self._find_courier([*groups, copied])
+        if self._courier is not None:
+            self._send(self._courier, groups, copied, moves, ok)
+            return
+        move_(groups, moves, ok, self._live.stages)
+        if copied:
+            self._copy(copied, ok)
+
+    def _copied_now(self) -> list[Tensor]:
+        """The tensors to copy, with copies of their shapes; raises `RuntimeError` for another shape."""
         copied = self._live.copied_now()
-        if copied and not self.copies:
+        if not self.copies:
             self.copies = self._empty_copies()
         if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
             self._live.check("update")
-        self._find_courier([*groups, copied])
-        if self._courier is None:
-            move_(groups, moves, ok, self._live.stages)
-            self._copy(copied, ok)
-        else:
-            self._send(groups, copied, moves, ok)
+        return copied
 
     def _find_courier(self, tensors: Groups) -> None:
-        """A courier for where the tensors are now, looked for again when any was moved."""
-        if self._generation == self._live.generation:
-            return
+        """A courier for where the tensors are now, looked for again after any of them was moved."""
         self._generation = self._live.generation
         if self._courier is not None:
             self._courier.join()
         self._courier = courier_for(tensors, self._device)
 
     def _send(
-        self, groups: Groups, copied: list[Tensor], moves: list[Move], ok: Tensor | None
+        self,
+        courier: Courier,
+        groups: Groups,
+        copied: list[Tensor],
+        moves: list[Move],
+        ok: Tensor | None,
     ) -> None:
         """The update by courier: weights, copied tensors and the verdict travel together."""
 
@@ -181,14 +206,12 @@ class Updating:
             *weights, copies, verdict = staged
             if not verdict or bool(verdict[0]):
                 move_(weights, moves, stages=self._live.stages)
-                self._copy(copies, None)
+                if copies:
+                    self._copy(copies, None)
 
-        assert self._courier is not None
-        self._courier.send([*groups, copied, [] if ok is None else [ok]], arrived)
+        courier.send([*groups, copied, [] if ok is None else [ok]], arrived)
 
     def _copy(self, live: list[Tensor], ok: Tensor | None) -> None:
-        if not live:
-            return
         if ok is not None:
             pairs = zip(self.copies, live, strict=True)
             live = [torch.where(ok.to(b.device), b, a.to(b.device, b.dtype)) for a, b in pairs]
@@ -200,7 +223,7 @@ class Updating:
         return [torch.empty_like(t, device=self._device) for t in live]
 
     def _moment(self) -> _Moment:
-        return _Moment(self._calls, self._elapsed, tuple(a.tick for a in self._averages))
+        return _Moment(self._calls, self._elapsed, tuple(map(_TICK, self._averages)))
 
     def _back_to(self, moment: _Moment) -> None:
         self._calls, self._elapsed = moment.calls, moment.elapsed
