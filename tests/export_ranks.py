@@ -332,7 +332,9 @@ def errors_are_raised_on_all() -> None:
     rank = dist.get_rank()
     with shared_folder() as place:
         export(place / FILE, averager)
-        with raises(FileExistsError if rank == 0 else RuntimeError, "exists, and is not overwri"):
+        with raises(
+            FileExistsError if rank == 0 else RuntimeError, "already exists; pass overwrite=True"
+        ):
             export(place / FILE, averager)
         for path, shard_bytes in ((place / "x.pt", None), (place / FILE, 5)):
             with raises(ValueError, "out is ", "wanted a"):

@@ -25,7 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import polyak
-from polyak import _files as files
+from polyak import _hold as hold
 from polyak import checkpoints
 from polyak._engine import swap as applying
 from polyak._engine.swap import Exchange
@@ -430,10 +430,10 @@ def a_full_average_is_one_ranks_to_save() -> None:
         dist.barrier()
     else:
         dist.barrier()
-        patience, files.PATIENCE = files.PATIENCE, 0.5
-        with raises(ValueError, "another process records there", "let one of them record"):
+        patience, hold.PATIENCE = hold.PATIENCE, 0.5
+        with raises(ValueError, "is in use by another process", "let one of them record"):
             polyak.Recorder(averager, folder / "run", every=1, resume=True)
-        files.PATIENCE = patience
+        hold.PATIENCE = patience
     checkpoints.save_distributed(folder / "step", {"model": run.model, "average": averager})
     for path in ("average", "step/average"):
         fresh = polyak.Averager(run.model, RULES)

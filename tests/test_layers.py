@@ -21,6 +21,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("specs", set()),
     ("theory", {"numpy"}),
     ("_files", set()),
+    ("_hold", set()),
     ("_tensors", {"torch"}),
     ("_lazy", {"torch"}),
     ("_ranks", {"torch"}),

@@ -195,6 +195,7 @@ def test_a_resumed_run_leaves_the_snapshots_of_an_undisturbed_one(tmp_path: Path
     polyak.save(tmp_path / "state.safetensors", averager)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train(model, averager, recorder, 17)  # lost: the run is killed at step 62 and goes on from 45
+    recorder.close()
     model.load_state_dict(state)
     averager = Averager(model, STORED)
     polyak.load(tmp_path / "state.safetensors", averager)
@@ -376,8 +377,9 @@ def _saved(folder: Path, state: dict[str, Any]) -> Path:
 
 
 def test_another_run_with_the_same_rules_and_steps_does_not_go_on(tmp_path: Path) -> None:
-    *_, go = both(tmp_path / "a", 0)
+    *_, recorder, go = both(tmp_path / "a", 0)
     go(60)
+    recorder.close()
     _, averager, _, _, go_other = both(tmp_path / "b", 1)
     go_other(30)
     with pytest.raises(ValueError, match="the averager is of the run"):

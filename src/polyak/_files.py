@@ -1,9 +1,11 @@
-"""Files: written beside their place, forced to the disk, then renamed: all there, or as before.
+"""Files and folders that appear complete, or not at all.
 
-A process that is killed at any moment leaves the last complete file, or none. What it was writing
-lies beside under a hidden name. The next write into that folder from the same host removes it, unless
-it is still open: that is told by a lock, which other hosts may not see (a folder's, on NFS). What
-another host left, or what lies where there are no locks, goes after a day, or stays.
+Content is written under a hidden name beside its place, forced to the disk, and then renamed. A
+process that is killed at any moment leaves the last complete file, or none, and its hidden file.
+
+The next write into that folder from the same host removes the hidden file, unless a process still
+has it open. A lock tells that. Another host may not see the lock (on NFS a folder's lock is local),
+so what another host left is removed after a day. Where a file system has no locks, it stays.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -26,18 +30,23 @@ from typing import BinaryIO
 _PART = re.compile(r"\..+\.([0-9a-f]{6})[0-9a-f]{10}\.part", re.DOTALL)
 _HERE = sha256(socket.gethostname().encode()).hexdigest()[:6]
 _DAY = 86_400.0
-PATIENCE = 10.0
-"""Seconds to wait for a folder that another process holds."""
-_HELD: dict[tuple[int, int], int] = {}  # device and inode of a folder -> its handle
+_NAME_BYTES = 100  # of the place's name in a hidden name, so that this fits wherever that does
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+# Errors of a write, which name no file.
+_UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
+_SPECIAL = {
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+}  # fmt: skip
 
 
 @contextmanager
 def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` when the block ends, complete; or not at all.
+    """Open a file to write that appears at `path` when the block ends, complete; or not at all.
 
-    Its `name` is where it lies until then.
+    Until then its `name` is a hidden file in the same folder. Missing parent folders are made. Through
+    a symbolic link the file that it points to is written. A file that is replaced passes its
+    permissions on, and its owner as far as the process may do that.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "weights"
@@ -49,235 +58,302 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     b'all of it'
 
     The content is on the disk before the name is, and the name before this returns (fsync of the
-    file, then of its folder). Raises `FileExistsError` for a path that exists, unless `overwrite`;
-    `OSError` where it cannot be written. An exception within the block leaves all as it was.
+    file, then of its folder). An exception within the block leaves everything as it was.
+
+    Raises `FileExistsError` if `path` exists, unless `overwrite`; `OSError` if `path` is a folder, a
+    device, a pipe or a socket, and if the system cannot write: the error names `path`.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    if path.is_dir():
+    place, before = _target(path)
+    if before is not None and stat.S_ISDIR(before.st_mode):
         raise IsADirectoryError(f"{path} is a folder, wanted the name of a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it")
-    _remove_abandoned(path)
-    part = _beside(path, "part")
-    try:  # from before there is a file on: Ctrl-C may come at any moment
-        with open(part, "w+b", opener=_new_file) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            _place(part, path, overwrite)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
+    part = _beside(place, "part")
+    # Others must not read the new content through a hidden file of wider permissions.
+    opener = partial(_new_file, mode=0o666 if before is None else 0o600)
+    with making_folder(place.parent):
+        _remove_abandoned(place.parent)
+        try:  # from before there is a file on: Ctrl-C may come at any moment
+            with naming(path, part), open(part, "w+b", opener=opener) as file:
+                yield file
+                file.flush()
+                _place(part, file.fileno(), place, overwrite)
+                _fsync(place.parent)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
 def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that appears at `path` when the block ends, with all its files; or not at all.
+    """Make a folder to fill that appears at `path` when the block ends, with all its files; or not at all.
 
-    Raises `FileExistsError` for a path that exists, unless `overwrite`: then the old folder goes
-    when the new one is complete. An exception within the block leaves all as it was.
+    Missing parent folders are made. With `overwrite` the old folder (or file) is removed when the new
+    folder is complete; through a symbolic link, the folder that it points to is replaced. An
+    exception within the block leaves everything as it was.
+
+    Raises `FileExistsError` if `path` exists, unless `overwrite`; `OSError` if `path` is a device, a
+    pipe or a socket, and if the system cannot write: the error names `path`.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    _remove_abandoned(path)
-    with making_folder(path.parent):
-        part = _beside(path, "part")
+    place, before = _target(path)
+    part = _beside(place, "part")
+    with making_folder(place.parent):
+        _remove_abandoned(place.parent)
         try:
-            with _new_folder(part):
+            with naming(path, part), _new_folder(part) as handle:
                 yield part
                 for each in sorted(part.rglob("*"), reverse=True):
-                    _fsync(each)
+                    if not each.is_symlink() and (each.is_file() or each.is_dir()):
+                        _fsync(each)
+                if before is not None and stat.S_ISDIR(before.st_mode):
+                    _resemble(handle, before)
                 _fsync(part)
-                _place_folder(part, path, overwrite)
+                _place_folder(part, place, overwrite)
+                _fsync(place.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-    _fsync(path.parent)
 
 
 @contextmanager
 def making_folder(path: Path) -> Iterator[None]:
-    """Makes a folder and its parents; if the block raises, those that it made go again, if empty.
+    """Make a folder and its parents; if the block raises, those that it made go again, if empty.
 
-    Raises `NotADirectoryError` where there is a file.
+    Raises `NotADirectoryError` if there is a file in the way.
     """
     made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, wanted a folder; choose another place")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            message = f"{path} is a file, wanted a folder; choose another place"
+            raise NotADirectoryError(message) from None
         yield
     except BaseException:
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
+    for folder in made:
+        _fsync(folder.parent)
+
+
+@contextmanager
+def naming(path: Path, part: Path | str) -> Iterator[None]:
+    """Let the system's errors within the block name `path`, not the hidden `part`, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if name is None and error.errno in _UNNAMED:
+            name = str(part)
+        if not isinstance(name, str) or not name.startswith(str(part)):
+            raise
+        name = f"{path}{name.removeprefix(str(part))}"
+        raise OSError(error.errno, error.strerror, name) from error
+    except RuntimeError as error:
+        # torch.save hides the system's error behind one of its own, or has none for a full disk.
+        hidden, full = error.__context__, errno.ENOSPC
+        if isinstance(hidden, OSError) and hidden.errno in _UNNAMED:
+            raise OSError(hidden.errno, hidden.strerror, str(path)) from error
+        if os.path.lexists(part) and shutil.disk_usage(Path(part).parent).free == 0:
+            raise OSError(full, os.strerror(full), str(path)) from error
+        raise
 
 
 def refuse_existing(path: Path | str, overwrite: bool) -> None:
-    """Raises `FileExistsError` for a path that exists, a link to nothing too, unless `overwrite`."""
+    """Raise `FileExistsError` if a path exists, even as a link to nothing, unless `overwrite`."""
     if not overwrite and os.path.lexists(path):
-        raise FileExistsError(f"{path} exists, and is not overwritten unless told")
+        raise FileExistsError(f"{path} already exists; pass overwrite=True to replace it")
 
 
-def hold(folder: Path) -> bool:
-    """Takes a folder for this process until it ends; False if another one of this host keeps it.
-
-    What a killed process has forked (workers that load data) may have it some seconds longer, which
-    is waited for. Where the file system has no locks, everyone is given it.
-    """
-    status = folder.stat()
-    if (place := (status.st_dev, status.st_ino)) in _HELD:
-        return True
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    deadline = time.monotonic() + PATIENCE
-    while not _try_lock(handle):
-        if time.monotonic() > deadline:
-            os.close(handle)
-            return False
-        time.sleep(0.1)
-    _HELD[place] = handle
-    return True
-
-
-def _try_lock(handle: int) -> bool:
-    """Whether a folder is locked now, as far as there are locks; the handle is closed on any error."""
+def locked(handle: int, *, wait: bool = False) -> bool:
+    """Lock an open file or folder; whether it is locked now. Where there are no locks, it counts as locked."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            os.close(handle)
             raise
     return True
 
 
-def _new_file(part: str, flags: int) -> int:
+def _target(path: Path) -> tuple[Path, os.stat_result | None]:
+    """Where a path leads through symbolic links, and what is there; None if there is nothing."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)) if path.is_symlink() else path, None
+    if kind := _SPECIAL.get(stat.S_IFMT(there.st_mode)):
+        raise OSError(
+            f"{path} is {kind}, and only a file or a folder is replaced; give another path"
+        )
+    if not path.is_symlink():
+        return path, there
+    place = Path(os.path.realpath(path))
+    return place, place.stat()  # an open file that was removed has a link in /proc, and no place
+
+
+def _new_file(part: str, flags: int, *, mode: int) -> int:
     """The handle of a new hidden file, locked."""
     while True:
-        handle = os.open(part, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        if _lock(handle):
+        handle = os.open(part, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        if _is_kept(handle):
             return handle
 
 
 @contextmanager
-def _new_folder(part: Path) -> Iterator[None]:
-    """A new hidden folder, locked."""
+def _new_folder(part: Path) -> Iterator[int]:
+    """The handle of a new hidden folder, locked."""
     while True:
         part.mkdir()
         with suppress(FileNotFoundError):
             handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-            if _lock(handle):
+            if _is_kept(handle):
                 break
     try:
-        yield
+        yield handle
     finally:
         os.close(handle)
+
+
+def _is_kept(handle: int) -> bool:
+    """Lock what is new; False if another process took it for abandoned before it was locked."""
+    try:
+        locked(handle, wait=True)
+        kept = os.fstat(handle).st_nlink > 0
+    except BaseException:
+        os.close(handle)
+        raise
+    if not kept:
+        os.close(handle)
+    return kept
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{_HERE}{secrets.token_hex(5)}.{suffix}")
+    """A hidden name in the same folder, never longer than the file system allows."""
+    name = os.fsencode(path.name)[:_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.{_HERE}{secrets.token_hex(5)}.{suffix}")
 
 
-def _lock(handle: int) -> bool:
-    """Locks what is new; False if another process took it for abandoned before it was locked."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            os.close(handle)
-            raise
-    if os.fstat(handle).st_nlink:
-        return True
-    os.close(handle)
-    return False
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left in a folder, under any name: it may never be written again.
 
-
-def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes left beside, under any name: it may never be written again.
-
-    What is open, in whatever process of this host, is locked.
+    What a process of this host has open is locked, and stays.
     """
-    for left in path.parent.iterdir() if path.parent.is_dir() else ():
-        if found := _PART.fullmatch(left.name):
-            with suppress(OSError):
-                if found[1] == _HERE or time.time() - left.lstat().st_mtime > _DAY:
-                    with _locked(left):
-                        _remove(left)
+    with suppress(PermissionError):  # a folder may be open for writing only
+        for left in list(folder.iterdir()):
+            if named := _PART.fullmatch(left.name):
+                with suppress(OSError):
+                    if named[1] == _HERE or time.time() - left.lstat().st_mtime > _DAY:
+                        _remove_unlocked(left)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The lock of a file or folder; raises `BlockingIOError` where someone has it."""
-    mode = (
-        os.O_RDONLY if path.is_dir() else os.O_RDWR
-    )  # NFS locks a file for those who may write it
-    handle = os.open(path, mode | os.O_CLOEXEC)
+def _remove_unlocked(path: Path) -> None:
+    """Remove a file or folder; raises `OSError` where someone has it locked, or there are no locks."""
+    # NFS locks a file only for a process that may write it.
+    handle = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        _remove(path)
     finally:
         os.close(handle)
 
 
-def _place(part: Path, path: Path, overwrite: bool) -> None:
-    """Gives a file its name: in one step, whatever others do at the same time."""
+def _resemble(handle: int, before: os.stat_result) -> None:
+    """Give what is new the owner and the permissions of what it replaces, as far as that is allowed."""
+    for owner in ((-1, before.st_gid), (before.st_uid, -1)):
+        with suppress(OSError):
+            os.fchown(handle, *owner)
+    with suppress(OSError):  # last, since a change of the owner clears some of them
+        os.fchmod(handle, stat.S_IMODE(before.st_mode))
+
+
+def _place(part: Path, handle: int, place: Path, overwrite: bool) -> None:
+    """Give a file its name in one step, whatever other processes do at the same time."""
     if overwrite:
-        part.replace(path)
+        _, before = _target(place)  # again: it may be something else by now
+        if before is not None:
+            _resemble(handle, before)
+    os.fsync(handle)
+    if overwrite:
+        part.replace(place)
+    elif not _rename(part, place, _NO_REPLACE):
+        try:
+            place.hardlink_to(part)
+        except FileExistsError:
+            raise _exists_by_now(place) from None
+        part.unlink()
+
+
+def _place_folder(part: Path, place: Path, overwrite: bool) -> None:
+    """Give a folder its name; where the system cannot exchange two names, in two steps."""
+    if overwrite and os.path.lexists(place):
+        _target(place)
+        _remove(part if _rename(part, place, _EXCHANGE) else _put_aside(part, place))
         return
     try:
-        path.hardlink_to(part)
+        if not _rename(part, place, _NO_REPLACE):
+            part.rename(place)
     except FileExistsError:
-        raise FileExistsError(f"{path} exists by now, and is not overwritten") from None
-    part.unlink()
+        if not overwrite:
+            raise
+        _place_folder(part, place, overwrite)  # another process was first: replace what it wrote
 
 
-def _place_folder(part: Path, path: Path, overwrite: bool) -> None:
-    """Gives a folder its name; where the system cannot exchange two names, in two steps."""
-    if overwrite and os.path.lexists(path):
-        old = part if _rename(part, path, _EXCHANGE) else _put_aside(part, path)
-        _remove(old)
-    elif not _rename(part, path, _NO_REPLACE):
-        part.rename(path)
-
-
-def _put_aside(part: Path, path: Path) -> Path:
-    """Where the old folder is now: a process killed in between leaves it there, whole."""
-    aside = _beside(path, "old")
-    path.rename(aside)
-    part.rename(path)
+def _put_aside(part: Path, place: Path) -> Path:
+    """Where the old folder is now. A process that is killed in between leaves it there, whole."""
+    aside = _beside(place, "old")
+    place.rename(aside)
+    try:
+        part.rename(place)
+    except BaseException:
+        aside.rename(place)
+        raise
     return aside
 
 
-def _rename(part: Path, path: Path, flag: int) -> bool:
-    """renameat2(2): to exchange two names, or never to replace one; False where there is none."""
+def _rename(part: Path, place: Path, flag: int) -> bool:
+    """renameat2(2): exchange two names, or never replace one; False where the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here = -100  # AT_FDCWD
     if rename is None:
         return False
-    if rename(here, os.fsencode(part), here, os.fsencode(path), flag) == 0:
+    if rename(here, os.fsencode(part), here, os.fsencode(place), flag) == 0:
         return True
     error = ctypes.get_errno()
     if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     if error == errno.EEXIST:
-        raise FileExistsError(f"{path} exists by now, and is not overwritten")
-    raise OSError(error, os.strerror(error), str(path))
+        raise _exists_by_now(place)
+    raise OSError(error, os.strerror(error), str(place))
+
+
+def _exists_by_now(place: Path) -> FileExistsError:
+    return FileExistsError(f"{place} exists by now: another process wrote it; it is not replaced")
 
 
 def _remove(path: Path) -> None:
+    """Remove as much as possible: another process may be doing the same, and what is left goes later."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Force a file or folder to the disk, where the file system can do that for it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:  # a folder may be open for writing only
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no fsync of folders
+            raise
     finally:
         os.close(handle)

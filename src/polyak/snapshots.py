@@ -11,18 +11,19 @@ import math
 import re
 import secrets
 import shutil
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from polyak._checks import difference, report, require_flag, require_positive
 from polyak._engine.slots import COMPENSATION
-from polyak._files import hold
+from polyak._hold import Hold
 from polyak._ranks.agreement import agree, chosen
 from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
@@ -105,11 +106,13 @@ class Recorder:
         if dtype not in (None, *SNAPSHOT_DTYPES):
             wanted = ", ".join(map(str, SNAPSHOT_DTYPES))
             raise ValueError(f"Recorder dtype is {dtype!r}, wanted one of {wanted}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # the process may change its working folder
         self.every = float(every)
         self._averager = averager
         self._dtype = dtype
         self._group = group
+        self._hold: Hold | None = None
+        self._closed = False
         if averager.mixed:
             raise ValueError(
                 "Recorder: the averager went on by another rule than its slots were made with "
@@ -118,11 +121,27 @@ class Recorder:
         if averager.sharded:
             agree("Recorder", {"folder": str(folder)}, group, "give one, or each group its own")
         begin = self._resumed if resume else self._begun
-        self.run, times, self._stored = self._by_first(begin)  # what is stored by updates, in order
-        self._elapsed, self._time = array("d", times), math.fsum(times)
-        self._set_aside(averager.clock.n + 1)
-        averager.run = self.run
-        self._follow(averager.clock)
+        try:
+            self.run, times, self._stored = self._by_first(begin)  # snapshots by updates, in order
+            self._elapsed, self._time = array("d", times), math.fsum(times)
+            self._set_aside(averager.clock.n + 1)
+            averager.run = self.run
+            self._follow(averager.clock)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the recording: another recorder may use the folder. A recorder that is deleted is closed."""
+        self._closed = True
+        if self._hold is not None:
+            self._hold.release()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Recorder cannot be copied or pickled, since its folder is for one recorder: save the "
+            "averager's state, and make a recorder with resume=True"
+        )
 
     def update(self) -> Path | None:
         """Follows the averager's clock, and stores a snapshot when one is due; its path if so.
@@ -139,17 +158,19 @@ class Recorder:
         Raises `RuntimeError` before the first update and inside `applied()`; `ValueError` for a
         weight that the snapshots' dtype cannot hold.
         """
+        if self._closed:
+            raise RuntimeError("Recorder: it is closed; make another one with resume=True")
         if self._averager.count == 0:
             raise RuntimeError("Recorder: there is no average before the first update")
         tick = self._averager.clock
         self._follow(tick)
+        self._by_first(self._take_folder)
         path = self.folder / f"snapshot-{tick.n:010d}"
         if self._averager.sharded:
             pack = self._packed_narrow
             native.save_parts("Recorder", path, self._averager, pack, group=self._group)
         else:
             path = path.with_suffix(".safetensors")
-            self.folder.mkdir(parents=True, exist_ok=True)
             native.write(path, *self._packed(self._averager), narrow=self._dtype)
         self._stored[tick.n] = _Kept(tick.t, path)
         return path
@@ -200,29 +221,39 @@ class Recorder:
         return chosen("Recorder", choose, self._group) if self._averager.sharded else choose()
 
     def _begun(self) -> tuple[str, list[float], dict[int, _Kept]]:
+        self._take_folder()  # before the look into it: another recorder may still be writing
         if found := stored_in(self.folder):
             raise ValueError(
                 f"{self.folder} has {len(found)} snapshots, the first {found[0].name}: give an "
                 "empty folder, or resume=True to go on with their run from a loaded state"
             )
-        self._hold()
         return secrets.token_hex(8), [], {}
 
-    def _hold(self) -> None:
-        """Raises `ValueError` if another process records here: two runs would overwrite each other."""
+    def _take_folder(self) -> None:
+        """Hold the folder: for the first time, or anew if it was removed, or this process was forked.
+
+        Raises `ValueError` if another recorder has it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not hold(self.folder):
+        if self._hold is not None and self._hold.has(self.folder):
+            return
+        if self._hold is not None:
+            self._hold.release()
+        try:
+            self._hold = Hold(self.folder)
+        except BlockingIOError as error:
             raise ValueError(
-                f"{self.folder}: another process records there. Of an average that several ranks have "
-                "whole (DistributedDataParallel without `shard=`) let one of them record; give "
-                "another run another folder"
-            )
+                f"Recorder: {error}, and two recorders would overwrite each other's snapshots. Call "
+                "close() of the other recorder, or give another folder. If several ranks have the "
+                "whole average (DistributedDataParallel without `shard=`), let one of them record"
+            ) from None
+        weakref.finalize(self, self._hold.release)
 
     def _resumed(self) -> tuple[str, list[float], dict[int, _Kept]]:
         """The run of the folder, its times up to now, and its snapshots."""
         if not stored_in(self.folder):
             return self._begun()
-        self._hold()
+        self._take_folder()
         found = snapshots(self.folder)
         _require_same(found[-1], self._averager)
         if self._averager.run != found[0].run:

@@ -108,7 +108,15 @@ def save_folder(
     """Writes a folder of torch.distributed.checkpoint; what several ranks have is the lowest one's."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
+
+    class Writer(FileSystemWriter):
+        """Writes a rank's parts. Only here are the system's errors seen, which torch.save hides."""
+
+        def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+            with files.naming(Path(path), str(self.path)):
+                return super().write_data(plan, planner)
 
     with together(call, group):
         for name, tensor in _sharded(content):
@@ -118,7 +126,7 @@ def save_folder(
     with _shared_folder(call, Path(path), overwrite, group) as folder, _plain_errors(call, group):
         save(
             dict(content),
-            storage_writer=FileSystemWriter(folder),
+            storage_writer=Writer(folder),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=group,
             no_dist=alone(group),

@@ -16,7 +16,7 @@ import jinja2
 import vl_convert
 
 from polyak import charts
-from polyak._files import making_folder, writing
+from polyak._files import writing
 from polyak.study import _claims as claims
 from polyak.study import _costs as costs
 from polyak.study import _figures as figures
@@ -104,7 +104,7 @@ def _page(
 
 def _write(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    with making_folder(path.parent), writing(path) as file:
+    with writing(path) as file:
         file.write(text.encode())
 
 

@@ -1,0 +1,75 @@
+"""Holds: a folder that one object of one process uses alone, until it lets go or its process ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from polyak._files import locked
+
+PATIENCE = 10.0
+"""Seconds to wait for another process, which may have been killed and still be ending."""
+
+_HOLDS: dict[tuple[int, int], Hold] = {}  # device and inode of a folder -> its hold in this process
+
+
+class Hold:
+    """A folder held for one object, whatever path leads to it.
+
+    Raises `BlockingIOError` at once if this process holds the folder already, in any thread; and if
+    another process of this host still does so after some seconds (`PATIENCE`). Where the file system
+    has no locks, other processes are not noticed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._handle: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._place = _place_of(os.fstat(self._handle))
+        # `setdefault` is one step: of two threads, one gets the folder.
+        if _HOLDS.setdefault(self._place, self) is not self:
+            self._close()
+            raise BlockingIOError(f"{folder} is in use in this process")
+        try:
+            _wait_for_lock(self._handle, folder, time.monotonic() + PATIENCE)
+        except BaseException:
+            self.release()
+            raise
+
+    def has(self, folder: Path) -> bool:
+        """Whether this is still the folder at a path: not released, and not removed or replaced."""
+        with suppress(FileNotFoundError):
+            return self._handle is not None and _place_of(folder.stat()) == self._place
+        return False
+
+    def release(self) -> None:
+        """Let go of the folder; a second time does nothing."""
+        if self._handle is not None:
+            del _HOLDS[self._place]
+            self._close()
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, None
+        assert handle is not None
+        os.close(handle)
+
+
+def _wait_for_lock(handle: int, folder: Path, deadline: float) -> None:
+    while not locked(handle):
+        if time.monotonic() > deadline:
+            raise BlockingIOError(f"{folder} is in use by another process")
+        time.sleep(0.1)
+
+
+def _place_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _forget() -> None:
+    """In a forked process: its parent alone holds the folders, and they are free when the parent ends."""
+    for hold in list(_HOLDS.values()):
+        hold._close()
+    _HOLDS.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
