@@ -1,0 +1,329 @@
+"""What the stress command knows of an averager: all that it was given, and so what it must hold.
+
+`History` is a value: a saved state keeps the history that belongs to it. The averages are read from
+the slots without a call of polyak, since a call looks all tensors up anew and would hide that an
+update did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import polyak
+from polyak._engine.tracking import Policy
+from polyak.rules import Tick
+from stress_models import Entry, Source, bits, entries, first_names
+from stress_rules import Fault, RuleCase, Vector, coefficients, ticks, without_extrapolation
+
+SKIP = "skip" if "skip" in get_args(Policy) else "live"
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class History:
+    """What an averager was given: calls since the last update, and every update's time and weights."""
+
+    calls: int = 0
+    elapsed: float = 0.0
+    skipped: int = 0
+    times: tuple[float, ...] = ()
+    path: tuple[Vector, ...] = ()
+    copies: tuple[Tensor, ...] = ()
+
+    def called(
+        self, elapsed: float, every: int, weights: Vector, copies: tuple[Tensor, ...]
+    ) -> History:
+        """The history after a call of `update` that counts."""
+        calls, span = self.calls + 1, self.elapsed + elapsed
+        if calls < every:
+            return replace(self, calls=calls, elapsed=span)
+        return History(0, 0.0, self.skipped, (*self.times, span), (*self.path, weights), copies)
+
+    def left_out(self, elapsed: float) -> History:
+        """The history after an update that was left out: its time counts in the next."""
+        return replace(self, calls=0, elapsed=self.elapsed + elapsed)
+
+
+def vector(tensor: Tensor) -> Vector:
+    """The values of a tensor in float64, complex ones as pairs."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    real = torch.view_as_real(plain) if plain.is_complex() else plain
+    flat: Vector = real.reshape(-1).double().numpy()
+    return flat
+
+
+def joined(tensors: list[Tensor]) -> Vector:
+    return np.concatenate([vector(tensor) for tensor in tensors]) if tensors else np.zeros(0)
+
+
+def rounded(values: Vector, like: list[Tensor]) -> Vector:
+    """Values as tensors of these dtypes hold them."""
+    parts, start = [], 0
+    for tensor in like:
+        real = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+        end = start + len(vector(tensor))
+        parts.append(torch.from_numpy(values[start:end]).to(real).double().numpy())
+        start = end
+    return np.concatenate(parts)
+
+
+def selected(firsts: Mapping[str, str], select: Any) -> set[str]:
+    """The first names of the tensors that an averager is asked to look at."""
+    if select is None:
+        return set(firsts.values())
+    if callable(select):
+        return {first for name, first in firsts.items() if select(name)}
+    patterns = [select] if isinstance(select, str) else select
+    return {
+        first
+        for name, first in firsts.items()
+        for p in patterns
+        if p == name or fnmatchcase(name, p)
+    }
+
+
+def policies(
+    found: list[Entry], buffers: Any, select: Any, *, by_storage: bool = True
+) -> dict[str, str]:
+    """first name -> "average", "copy" or left alone, as the pages say."""
+    firsts = first_names(found, by_storage=by_storage)
+    chosen = selected(firsts, select)
+    given = {firsts[n]: p for n, p in buffers.items()} if isinstance(buffers, Mapping) else {}
+    result = {}
+    for entry in found:
+        if firsts[entry.name] == entry.name:
+            result[entry.name] = _policy(entry, buffers, given, entry.name in chosen)
+    return result
+
+
+def _policy(entry: Entry, buffers: Any, given: Mapping[str, str], chosen: bool) -> str:
+    tensor = entry.tensor
+    if not chosen:
+        return SKIP
+    if entry.name in given:
+        return given[entry.name]
+    if not entry.persistent:
+        return SKIP
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return "copy"
+    if entry.kind != "buffer":
+        return "average"
+    if buffers in ("average", "copy"):
+        return str(buffers)
+    return "average" if entry.leaf in STATISTICS else "copy"
+
+
+@dataclass(eq=False)
+class Subject:
+    """An averager under test, and what the program has done to it.
+
+    `causes` are the averages that may have been spoilt since they were last set right, `tainted` those
+    that have been written to where nobody can notice.
+    """
+
+    number: int
+    averager: polyak.Averager
+    cases: dict[str, RuleCase]
+    options: dict[str, Any]
+    history: History = History()
+    causes: set[str] = field(default_factory=set)
+    tainted: set[str] = field(default_factory=set)
+    optimizer: str | None = None
+    attachment: Any = None
+
+    def bind(self, source: Source) -> Subject:
+        """Notes what the model is like when the averager is made."""
+        found = entries(source)
+        decided = policies(found, self.options["buffers"], self.options["select"])
+        self.averaged = [name for name, policy in decided.items() if policy == "average"]
+        self.copied = [name for name, policy in decided.items() if policy == "copy"]
+        self.firsts = first_names(found)
+        self.form = form(found, self.options, by_storage=False)
+        self.storage_form = form(found, self.options, by_storage=True)
+        tensors = {entry.name: entry for entry in found}
+        flags = [
+            np.full(len(vector(tensors[name].tensor)), tensors[name].leaf in STATISTICS)
+            for name in self.averaged
+        ]
+        self.statistics = np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
+        return self
+
+    def renew(self, source: Source) -> None:
+        """Makes the averager anew, with no update yet."""
+        if self.attachment is not None:
+            self.attachment.remove()
+        self.attachment = self.optimizer = None
+        self.averager = make(source, self.cases, self.options)
+        self.history, self.causes, self.tainted = History(), set(), set()
+        self.bind(source)
+
+    @property
+    def every(self) -> int:
+        return int(self.options["every"])
+
+    def tick(self, name: str) -> Tick:
+        """The clock by the history."""
+        return ticks(self.cases[name].rule, self.history.times)
+
+    def carried(self) -> set[str]:
+        """All names of what a block of this averager puts into the model."""
+        stored = {*self.averaged, *self.copied}
+        return {name for name, first in self.firsts.items() if first in stored}
+
+    def weights(self, source: Source) -> Vector:
+        """What the model carries now, of all that is averaged."""
+        found = {entry.name: entry.tensor for entry in entries(source)}
+        return joined([found[name] for name in self.averaged])
+
+    def copies(self, source: Source) -> tuple[Tensor, ...]:
+        """What the model carries now, of all that is copied."""
+        found = {entry.name: entry.tensor for entry in entries(source)}
+        return tuple(found[name].detach().clone() for name in self.copied)
+
+    def slot_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a slot that is made now, for weights of a dtype."""
+        wanted: torch.dtype | None = self.options["dtype"]
+        if wanted is not None:
+            return wanted.to_complex() if dtype.is_complex else wanted
+        return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def spoilt(self, name: str) -> str:
+        return str(self.averager._averages[name].spoilt)
+
+    def slots(self, name: str) -> dict[str, list[Tensor]]:
+        """The slots as they are, in the order of `averaged`."""
+        held: dict[str, list[Tensor]] = self.averager._averages[name].slots
+        order = [item.name for item in self.averager._live.averaged]
+        places = [order.index(each) for each in self.averaged]
+        return {slot: [tensors[i] for i in places] for slot, tensors in held.items()}
+
+    def fingerprint(self) -> object:
+        """All that a refused call must leave as it was."""
+        averager = self.averager
+        averages = {
+            name: (
+                average.tick,
+                average.spoilt,
+                {s: list(map(bits, t)) for s, t in average.slots.items()},
+            )
+            for name, average in averager._averages.items()
+        }
+        updating = averager._updating
+        clock = updating._calls, updating._elapsed, updating.skipped
+        return averages, clock, list(map(bits, updating.copies))
+
+    def read(self, name: str, live: Vector) -> Vector:
+        """The average by its slots; terms that are all equal give themselves, infinities included."""
+        rule, slots = self.cases[name].rule, self.slots(name)
+        readout = rule.readout(self.tick(name))
+        if missing := readout.keys() - slots.keys() - {"live"}:
+            raise Fault("average", f"averager {self.number} has no slots {sorted(missing)}")
+        terms = {slot: live if slot == "live" else joined(slots[slot]) for slot in readout}
+        values = np.stack(list(terms.values()))
+        with np.errstate(invalid="ignore", over="ignore"):
+            total: Vector = np.array(list(readout.values())) @ values
+        alike = (values == values[:1]).all(axis=0)
+        total[alike] = values[0][alike]
+        if "live" in readout:
+            total[self.statistics] = terms["average"][self.statistics]
+        return total
+
+    def expected(self, name: str, live: Vector) -> tuple[Vector, Vector, Vector]:
+        """profile @ trajectory; the largest value that went into each element; which are constant."""
+        rule, path = self.cases[name].rule, np.stack(self.history.path)
+        sampled, live_term = coefficients(rule, self.history.times)
+        rows = path[sampled != 0]
+        terms = sampled[sampled != 0]
+        if live_term:
+            rows, terms = np.concatenate([rows, live[None]]), np.append(terms, live_term)
+        with np.errstate(invalid="ignore", over="ignore"):
+            wanted: Vector = terms @ rows
+            scale = np.abs(rows).max(axis=0) * np.abs(terms).sum()
+            if live_term and self.statistics.any():
+                plain = without_extrapolation(rule, self.history.times)
+                wanted[self.statistics] = (plain[plain != 0] @ path[plain != 0])[self.statistics]
+        if live_term:
+            rows = np.concatenate([path, live[None]])  # terms may cancel, and each is rounded
+            wanted[~np.isfinite(rows).all(axis=0)] = np.nan
+        constant = ((rows == rows[:1]) | (np.isnan(rows) & np.isnan(rows[:1]))).all(axis=0)
+        wanted[constant] = rows[0][constant]
+        return wanted, scale, constant
+
+    def check(self, name: str, live: Vector, held: Vector | None = None) -> None:
+        """The law of averages, for the slots as they are or for what a call has returned."""
+        wanted, scale, constant = self.expected(name, live)
+        if not self.slots(name):
+            raise Fault("average", f"averager {self.number} has no slots")
+        seen = self.read(name, live) if held is None else held
+        like = next(iter(self.slots(name).values()))
+        epsilon = np.concatenate([np.full(len(vector(t)), torch.finfo(t.dtype).eps) for t in like])
+        with np.errstate(invalid="ignore"):
+            off = (3 * len(self.history.times) + 8) * epsilon * scale + np.where(
+                epsilon > 1e-4, 1e-6, 1e-13
+            )
+            right = (np.abs(seen - wanted) <= off) | ~np.isfinite(wanted)
+        exact = constant & (rounded(wanted, like) == wanted)
+        right[exact] = (seen == wanted)[exact]
+        if not right.all():
+            at = int(np.flatnonzero(~right)[0])
+            raise Fault(
+                "average",
+                f"{self.cases[name].rule} of averager {self.number} after {len(self.history.times)} "
+                f"updates, {self._name_of(at)}: {seen[at]:.9g}, wanted {wanted[at]:.9g}",
+            )
+
+    def _name_of(self, at: int) -> str:
+        for name, tensor in zip(self.averaged, next(iter(self._any_slots().values())), strict=True):
+            at -= len(vector(tensor))
+            if at < 0:
+                return name
+        return "?"
+
+    def _any_slots(self) -> dict[str, list[Tensor]]:
+        return self.slots(next(iter(self.cases)))
+
+    def check_copies(self, held: Mapping[str, Tensor] | None = None) -> None:
+        """The law of copied tensors: those of the last update, in the dtype of the first copy."""
+        if held is None:
+            order = [item.name for item in self.averager._live.copied]
+            held = dict(zip(order, self.averager._updating.copies, strict=False))
+        for name, copy in zip(self.copied, self.history.copies, strict=False):
+            if bits(held[name]) != bits(copy.to(held[name].dtype)):
+                seen = f"averager {self.number}: {name} is not that of the last update"
+                raise Fault("copies", seen)
+
+    def check_clock(self) -> None:
+        """The law of the clock: updates, and calls and time since the last."""
+        tick, updating = self.averager.clock, self.averager._updating
+        seen = tick.n, round(tick.t, 6), updating._calls, round(updating._elapsed, 6)
+        h = self.history
+        wanted = len(h.times), round(sum(h.times), 6), h.calls, round(h.elapsed, 6)
+        if seen != wanted:
+            raise Fault(
+                "clock",
+                f"averager {self.number} is at {seen}, wanted {wanted} (n, t, calls, elapsed)",
+            )
+
+
+def make(
+    source: Source, cases: Mapping[str, RuleCase], options: Mapping[str, Any]
+) -> polyak.Averager:
+    """The averager; a lone average has no name of its own."""
+    rules: Any = {name: case.rule for name, case in cases.items()}
+    if list(cases) == ["average"]:
+        rules = cases["average"].rule
+    return polyak.Averager(source, rules, **options)
+
+
+def form(found: list[Entry], options: Mapping[str, Any], *, by_storage: bool) -> dict[str, object]:
+    """What must stay as it was when an averager was made: names, shapes, policies."""
+    decided = policies(found, options["buffers"], options["select"], by_storage=by_storage)
+    shapes = {entry.name: tuple(entry.tensor.shape) for entry in found}
+    return {n: None if policy == SKIP else (shapes[n], policy) for n, policy in decided.items()}

@@ -1,0 +1,232 @@
+"""Averages that are read, saved and loaded in the stress command."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import polyak
+from stress_averagers import History, Subject, joined, policies
+from stress_models import Source, bits, contents, entries, faithful_copy
+from stress_optimizers import OPTIMIZERS
+from stress_rules import Fault
+from stress_training import optimizer_of
+from stress_updates import given, pick
+from stress_world import Refused, World, shared
+
+
+def average(world: World, random: Random) -> None:
+    """Reads an average; it has every name, and is profile @ trajectory."""
+    subject, name = pick(world, random)
+    read_average(world, subject, name, lazily=random.random() < 0.3)
+
+
+def _one_by_one(subject: Subject, name: str) -> dict[str, torch.Tensor]:
+    """The average as it is read where two copies would be too much."""
+    held = subject.averager.weights(*given(subject, name))
+    return {each: held[each] for each in held}
+
+
+def read_average(world: World, subject: Subject, name: str, *, lazily: bool = False) -> None:
+    world.tell(f"averager {subject.number}: average {name}")
+    call: Any = partial(subject.averager.average, *given(subject, name))
+    if lazily:
+        call = partial(_one_by_one, subject, name)
+    held = world.ask("average", world.facts(subject, name), call)
+    if isinstance(held, Refused) or name in subject.tainted:
+        return
+    if held.keys() != subject.carried():
+        raise Fault("names", f"average() has {sorted(held)}, wanted {sorted(subject.carried())}")
+    for alias, first in subject.firsts.items():
+        if alias in held and bits(held[alias]) != bits(held[first]):
+            raise Fault("names", f"{alias} and {first} are tied and differ")
+    if subject.cases[name].wrong:
+        return
+    live = subject.weights(world.model)
+    subject.check(name, live, joined([held[n] for n in subject.averaged]))
+    subject.check_copies(held)
+
+
+def summary(world: World, random: Random) -> None:
+    """Asks for the summary: every tensor's policy, and the count."""
+    subject = random.choice(world.subjects)
+    held = world.ask("summary", world.facts(subject), subject.averager.summary)
+    if isinstance(held, Refused):
+        return
+    str(held)
+    wanted = policies(entries(world.model), subject.options["buffers"], subject.options["select"])
+    if {row.name: row.policy for row in held.rows} != wanted:
+        raise Fault("summary", f"{ {row.name: row.policy for row in held.rows} }, wanted {wanted}")
+    if held.count != len(subject.history.times):
+        raise Fault("summary", f"{held.count} updates, wanted {len(subject.history.times)}")
+
+
+def copy_to(world: World, random: Random) -> None:
+    """Writes the average for good, into the live model or into another one."""
+    subject, name = pick(world, random)
+    facts = world.facts(subject, name)
+
+    def refuses(target: Source) -> bool:
+        call = partial(subject.averager.copy_to, target, *given(subject, name))
+        return isinstance(world.ask("copy_to", facts, call), Refused)
+
+    if world.blocks or random.random() < 0.5:
+        if not world.kind.copies:
+            return
+        other, before = faithful_copy(world.model), contents(world.model)
+        if not refuses(other) and not subject.cases[name].wrong:
+            _check_copied(world, subject, name, other, before)
+        return
+    before = contents(world.model)
+    if refuses(world.model):
+        return
+    world.epoch += 1
+    if not subject.cases[name].wrong:
+        _check_copied(world, subject, name, world.model, before)
+    _take_over(world)
+
+
+def _check_copied(world: World, subject: Subject, name: str, target: Any, before: Any) -> None:
+    """What was written is the average, rounded; what is not averaged stays."""
+    if name in subject.tainted or "live" in subject.cases[name].rule.readout(subject.tick(name)):
+        return
+    written = {entry.name: entry.tensor for entry in entries(target)}
+    wanted, scale, _ = subject.expected(name, subject.weights(world.twin))
+    seen = joined([written[n] for n in subject.averaged])
+    both = [*(written[n] for n in subject.averaged), *next(iter(subject.slots(name).values()))]
+    epsilon = max(torch.finfo(tensor.dtype).eps for tensor in both)
+    off = (3 * len(subject.history.times) + 8) * epsilon * scale + 1e-6
+    with np.errstate(invalid="ignore"):
+        right = (np.abs(seen - wanted) <= off) | ~np.isfinite(wanted)
+    if not right.all():
+        raise Fault("copy_to", "the model has not got the average")
+    left = written.keys() - subject.carried()
+    if wrong := [n for n in left if bits(written[n]) != before[n]]:
+        raise Fault("copy_to", f"{wrong} is not averaged and has changed")
+
+
+@torch.no_grad()
+def _take_over(world: World) -> None:
+    """The twin gets what the model has by now."""
+    live = {entry.name: entry.tensor for entry in entries(world.model)}
+    for entry in entries(world.twin):
+        entry.tensor.data.copy_(live[entry.name])
+
+
+class Save(NamedTuple):
+    """A state somewhere, and the history that belongs to it."""
+
+    subject: Subject
+    load: Callable[[], Any]
+    history: History
+    forms: Any
+    file: bool
+
+
+def forms_now(world: World, subject: Subject) -> Any:
+    """What a state's tensors must agree with."""
+    found = {entry.name: entry.tensor for entry in entries(world.model)}
+    slots = {
+        name: [tensor.dtype for tensor in next(iter(subject.slots(name).values()), ())]
+        or [subject.slot_dtype(found[n].dtype) for n in subject.averaged]
+        for name in subject.cases
+    }
+    copied = [found[name].dtype for name in subject.copied]
+    return slots, copied, subject.form, subject.storage_form
+
+
+def save(world: World, random: Random) -> None:
+    """Saves a state: in memory, by `torch.save`, or by `polyak.save`."""
+    subject = random.choice(world.subjects)
+    how = random.choice(["memory", "torch", "polyak"])
+    path = world.folder / f"{len(world.saves)}.{how}"
+    world.tell(f"averager {subject.number}: save, {how}")
+    facts, averager = world.facts(subject), subject.averager
+    own = any(case.own for case in subject.cases.values())
+    if how == "polyak":
+        facts |= {"own rule in a file"} if own else set()
+        load: Callable[[], Any] = partial(_load_file, subject, path)
+        if isinstance(world.ask("state", facts, lambda: polyak.save(path, averager)), Refused):
+            return
+    else:
+        state = world.ask("state", facts, averager.state_dict)
+        if isinstance(state, Refused):
+            return
+        load = partial(_load_state, subject, copy.deepcopy(state), path if how == "torch" else None)
+        if how == "torch":
+            torch.save(state, path)
+    file = how == "polyak" and own
+    world.saves.append(Save(subject, load, subject.history, forms_now(world, subject), file))
+
+
+def _load_file(subject: Subject, path: Path) -> None:
+    """Goes on from a file; `renew` may have made another averager."""
+    polyak.load(path, subject.averager)
+
+
+def _load_state(subject: Subject, state: dict[str, Any], path: Path | None) -> None:
+    """Takes over a state, read from its file if it is in one."""
+    read = copy.deepcopy(state) if path is None else torch.load(path, weights_only=True)
+    subject.averager.load_state_dict(read)
+
+
+def load(world: World, random: Random) -> None:
+    """Goes on from a state that was saved."""
+    if not world.saves:
+        return
+    saved: Save = random.choice(world.saves)
+    world.tell(
+        f"averager {saved.subject.number}: load what was saved after {len(saved.history.times)} updates"
+    )
+    facts = world.facts(saved.subject)
+    facts |= {"own rule in a file"} if saved.file else set()
+    if saved.forms != forms_now(world, saved.subject):
+        facts.add("other forms")
+    if not isinstance(world.ask("load", facts, saved.load), Refused):
+        saved.subject.history = saved.history
+        saved.subject.causes, saved.subject.tainted = set(), set()
+
+
+def renew(world: World, random: Random) -> None:
+    """Makes an averager anew, as a resumed script does, and loads a state or begins again."""
+    subject = random.choice(world.subjects)
+    if world.blocks or world.undo or list(shared(entries(world.model))):
+        return
+    world.tell(f"averager {subject.number}: made anew")
+    subject.renew(world.model)
+    load(world, random)
+
+
+def attach(world: World, random: Random) -> None:
+    """Attaches an averager to an optimizer, or takes it off again."""
+    subject = random.choice(world.subjects)
+    name = random.choice(list(OPTIMIZERS))
+    if subject.attachment is not None and random.random() < 0.5:
+        subject.attachment.remove()
+        subject.attachment = subject.optimizer = None
+        return
+    taken = any(s.optimizer == name for s in world.subjects)
+    pair = None if taken else optimizer_of(world, name)
+    if pair is None:
+        return
+    facts = {"attached"} if subject.attachment is not None else set()
+    world.tell(f"averager {subject.number}: attach to {name}")
+    done = world.ask("attach", facts, lambda: subject.averager.attach(pair[0]))
+    if not isinstance(done, Refused):
+        subject.attachment, subject.optimizer = done, name
+
+
+def copy_the_averager(world: World, random: Random) -> None:
+    """An averager is bound to its model: it is not copied and not pickled."""
+    subject = random.choice(world.subjects)
+    ways: list[Callable[[Any], Any]] = [copy.deepcopy, copy.copy, pickle.dumps]
+    call = random.choice(ways)
+    world.ask("copy the averager", {""}, lambda: call(subject.averager))
