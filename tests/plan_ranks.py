@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
-from plan_models import MODELS, Model
+from plan import MODELS, Model
 from polyak._ranks.replicas import gather_
 from polyak._ranks.sharding import rows
 
@@ -66,7 +66,7 @@ def sharded(model: Model, layout: str, cut: int) -> list[tuple[int, DTensor]]:
         experts = Shapes([p.shape for p in routed])
     LAYOUTS[layout](module, experts, cut)
     pairs = zip([*dense, *routed], [*module.weights, *experts.weights], strict=True)
-    return [(p.count, as_dtensor(tensor)) for p, tensor in pairs]
+    return [(p.times, as_dtensor(tensor)) for p, tensor in pairs]
 
 
 def as_dtensor(tensor: Tensor) -> DTensor:

@@ -25,45 +25,51 @@ import polyak
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import plan
-import plan_bytes
-from plan_bytes import (
+from patience import HANG
+from plan import (
     BFLOAT16,
     FLOAT32,
-    Layout,
+    LLAMA_70B,
+    MODELS,
+    MOVED,
+    PAIRS,
+    SNAPSHOT,
+    SNAPSHOTS,
+    UPDATES,
+    Model,
+    Parameters,
+    Spread,
     elements,
     expert_parallel,
     fully_sharded,
     hybrid,
-    moved,
-    received,
+    made,
     rows,
     tensor_parallel,
 )
-from plan_models import LLAMA_70B, MODELS, Model, Parameters
 from plan_ranks import ODD
-from plan_tables import PAIRS, SNAPSHOTS, UPDATES, snapshot_bytes, synthesis
 
 RANKS = Path(__file__).with_name("plan_ranks.py")
 PLACES = (0, 0.4, 1)  # of a rank among all
 TENSOR = 4
-ODD_MODEL = Model("odd", "", tuple(Parameters(shape, 1) for shape in ODD))
+ODD_MODEL = Model("odd", [Parameters(shape) for shape in ODD])
 
 
 def counted(case: str, given: Any) -> Any:
     """What a process counts on a fake rank."""
     done = subprocess.run(
         [sys.executable, str(RANKS), case, json.dumps(given)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def layout_of(kind: str, size: int, ranks: int) -> Layout:
+def spread_of(kind: str, size: int, ranks: int) -> Spread:
     if kind == "fully_sharded":
         return fully_sharded(ranks)
-    made: Layout = getattr(plan_bytes, kind)(ranks, size)
-    return made
+    spread: Spread = getattr(plan, kind)(ranks, size)
+    return spread
 
 
 def rank_at(place: float, world: int) -> int:
@@ -85,12 +91,12 @@ def test_a_rank_has_the_parts_that_torch_gives_it(worlds: list[int], place: floa
     """Minus four: the first tensor part of the last rows."""
     cases = [(*case, rank_at(place, case[-1])) for case in cases_at(worlds)]
     for (model, kind, size, world, rank), found in zip(cases, counted("parts", cases), strict=True):
-        layout = layout_of(kind, size, world)
-        wanted = elements(MODELS[model], layout, rank) * FLOAT32
+        spread = spread_of(kind, size, world)
+        wanted = elements(MODELS[model], spread, rank) * FLOAT32
         assert found["held"] == wanted, (kind, world, rank)
         if kind == "fully_sharded":
             # FSDP2 gives each rank's weights the memory of the fullest; an average has its part alone.
-            fullest = elements(MODELS[model], layout, 0) * FLOAT32
+            fullest = elements(MODELS[model], spread, 0) * FLOAT32
             assert found["padded"] == fullest >= wanted
 
 
@@ -99,7 +105,7 @@ def test_the_models_are_those_that_transformers_builds() -> None:
     for model, built in zip(MODELS, counted("models", None), strict=True):
         shapes: Counter[tuple[int, ...]] = Counter()
         for each in model.parameters:
-            shapes[each.shape] += each.count
+            shapes[each.shape] += each.times
         assert shapes == Counter(map(tuple, built["shapes"]))
         assert built["held"] == elements(model, fully_sharded(64), 3) * FLOAT32
 
@@ -125,8 +131,8 @@ def test_averagers_of_full_size_hold_and_move_what_is_planned(place: int) -> Non
     for (model, kind, size, world, rank), found in zip(
         cases, counted("full_size", cases), strict=True
     ):
-        one = elements(MODELS[model], layout_of(kind, size, world), rank) * FLOAT32
-        assert found == {"two": 2 * one, "moved": moved(one, one, 1)}
+        numel = elements(MODELS[model], spread_of(kind, size, world), rank)
+        assert found == {"two": 2 * numel * FLOAT32, "moved": numel * MOVED}
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -141,27 +147,26 @@ def test_rows_are_those_of_chunk(length: int, parts: int) -> None:
 def test_averages_of_replicas_lie_and_travel_as_planned(place: float) -> None:
     cases = [(world, rank_at(place, world)) for world in (8, 64)]
     for (world, rank), found in zip(cases, counted("replicas", cases), strict=True):
-        layout = fully_sharded(world)
-        held = elements(ODD_MODEL, layout, rank) * FLOAT32
-        assert found == {"held": held, "received": received(ODD_MODEL, layout, FLOAT32)}
+        held, padded = (elements(ODD_MODEL, fully_sharded(world), r) * FLOAT32 for r in (rank, 0))
+        assert found == {"held": held, "received": (world - 1) * padded}
 
 
 @pytest.mark.parametrize("ranks", [1, 7, 64, 512])
 def test_all_ranks_have_all_of_it_and_the_first_the_most(ranks: int) -> None:
     for model in (*MODELS, ODD_MODEL):
-        spread = [fully_sharded(ranks)]
+        spreads = [fully_sharded(ranks)]
         if ranks >= 64:
-            spread += [hybrid(ranks, 16), expert_parallel(ranks, 32)]
-        for layout in spread:
-            held = [elements(model, layout, rank) for rank in range(ranks)]
-            assert sum(held) == model.numel * layout.copies
+            spreads += [hybrid(ranks, 16), expert_parallel(ranks, 32)]
+        for spread in spreads:
+            held = [elements(model, spread, rank) for rank in range(ranks)]
+            assert sum(held) == model.numel * spread.copies
             assert max(held) == held[0]
 
 
 def test_tensor_parallel_ranks_repeat_what_is_not_cut() -> None:
-    norms = sum(p.numel for p in LLAMA_70B.parameters if p.kind == "whole")
-    layout = tensor_parallel(512, 8)
-    held = [elements(LLAMA_70B, layout, rank) for rank in range(512)]
+    norms = Model("norms", [p for p in LLAMA_70B.parameters if p.kind == "whole"]).numel
+    spread = tensor_parallel(512, 8)
+    held = [elements(LLAMA_70B, spread, rank) for rank in range(512)]
     assert sum(held) == LLAMA_70B.numel + 7 * norms
 
 
@@ -176,15 +181,14 @@ def test_snapshots_take_and_give_what_is_planned(pair: tuple[float, float], tmp_
         recorder.update()
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == SNAPSHOTS + 1
-    assert {stored_bytes(path) for path in files} == {snapshot_bytes(33 * 7, BFLOAT16)}
-    column = 2 + 2 * PAIRS.index(pair)
-    for row, share in ((1, 100), (2, 50)):
+    assert {stored_bytes(path) for path in files} == {33 * 7 * SNAPSHOT}
+    for share in (100, 50):
         rule = f"exponential(half_life={UPDATES // share})"
-        made = polyak.synthesize(tmp_path, rule, max_amplification=1e6)
-        error, amplification = synthesis().rows[row][column].split(" %, ")
-        assert float(error) == pytest.approx(100 * made.relative_error, rel=5e-3)
-        assert float(amplification) == pytest.approx(made.amplification, abs=5e-3)
-        if made.amplification > 5.1:
+        found = polyak.synthesize(tmp_path, rule, max_amplification=1e6)
+        error, amplification = made(rule, pair).split(" %, ")
+        assert float(error) == pytest.approx(100 * found.relative_error, rel=5e-3)
+        assert float(amplification) == pytest.approx(found.amplification, abs=5e-3)
+        if found.amplification > 5.1:
             with pytest.raises(ValueError, match="amplification"):
                 polyak.synthesize(tmp_path, rule)
         else:
@@ -198,7 +202,6 @@ def stored_bytes(path: Path) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_the_pages_are_what_the_command_writes() -> None:
-    assert (plan.RESULTS / "plan.md").read_text() == plan.plan()
+def test_the_page_is_what_the_command_writes() -> None:
     page = plan.PAGE.read_text()
-    assert plan.quoting(page) == page
+    assert plan.filled(page) == page
