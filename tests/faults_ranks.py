@@ -42,7 +42,7 @@ from polyak import checkpoints
 
 RULES = {"ema": "exponential(0.9)", "last": "window(3)", "bema": "bema()"}
 STEPS, IN_BACKGROUND = 13, range(10, 14)
-PATIENCE = 60
+PATIENCE = 600
 FAULTS = frozenset(os.environ.get("POLYAK_FAULTS", "").split())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from models import Everything, assert_same, everything, pointers, snapshot, wander
+from patience import HANG
 from polyak import Averager, Exponential, Uniform, Window
 from polyak._tensors import exchange_
 from polyak.rules import Rule
@@ -278,7 +279,7 @@ assert hits == 60, hits
 @pytest.mark.parametrize("kind", ["large", "small"])
 def test_ctrl_c_at_any_moment_loses_nothing(kind: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CTRL_C, kind], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CTRL_C, kind], capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import polyak
 from models import Everything, assert_same, everything, pointers, snapshot, wander
+from patience import HANG
 from polyak import Averager, Exponential, Tail, Uniform, Window
 from polyak.rules import Rule
 from polyak.theory import profile
@@ -299,7 +300,7 @@ os._exit(0)  # without gloo's clean-up, which may wait for the interpreter's loc
 
 def test_a_model_under_ddp_trains_and_is_averaged_by_its_plain_names(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", UNDER_DDP, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 

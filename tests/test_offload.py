@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import assert_same
+from patience import HANG
 from polyak import Averager, Exponential, Window
 from polyak._engine.offload import Courier
 
@@ -206,7 +207,7 @@ def test_the_host_does_not_wait_in_an_update(monkeypatch: pytest.MonkeyPatch) ->
 
     def slow(point: Point) -> None:
         started.set()
-        go_on.wait(30)
+        go_on.wait(HANG)
         deliver(point)
 
     monkeypatch.setattr(Point, "synchronize", slow)
@@ -214,7 +215,7 @@ def test_the_host_does_not_wait_in_an_update(monkeypatch: pytest.MonkeyPatch) ->
     weights = {"w": torch.ones(2)}
     averager = Averager(weights, Exponential(0.5), device="cpu")
     averager.update()
-    assert started.wait(30)  # and update() is back while the delivery still waits
+    assert started.wait(HANG)  # and update() is back while the delivery still waits
     go_on.set()
     assert averager.average()["w"].tolist() == [1.0, 1.0]
 
