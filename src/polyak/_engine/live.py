@@ -151,7 +151,7 @@ class ModelTensors:
         indices: dict[tuple[Kind, str], list[int]] = {}
         here = [item.local() for item in self.averaged]
         for i, (item, tensor) in enumerate(zip(self.averaged, here, strict=True)):
-            indices.setdefault((kind(tensor), item.stream()), []).append(i)
+            indices.setdefault((kind(tensor), item.stream() if spread else ""), []).append(i)
         self._kinds = [each for each, _ in indices]
         self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
         self.indices = list(indices.values())
@@ -205,7 +205,7 @@ def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[Shape, Policy]]:
 
 def _ties(tracked: Sequence[Tracked]) -> dict[str, str]:
     """Every name but the first of a tensor -> that first name."""
-    return {name: item.name for item in tracked for name in item.names[1:]}
+    return {entry.name: item.name for item in tracked for entry in item.entries[1:]}
 
 
 def _changed_ties(before: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -30,19 +30,24 @@ def identity(tensor: Tensor) -> Hashable:
     start = _address(part)
     if start is None:
         return id(part)
-    strides = [s for n, s in zip(part.shape, part.stride(), strict=True) if n > 1]
-    layout = shape(tensor) if is_distributed(tensor) else part.shape
+    sizes: tuple[int, ...] = part.shape
+    strides = part.stride()
+    if 1 in sizes:  # the stride of a dimension of size 1 means nothing
+        strides = tuple(s for n, s in zip(sizes, strides, strict=True) if n > 1)
     kept = (part.dtype, part.is_conj(), part.is_neg())
-    return part.device, start, *kept, layout, tuple(strides)
+    layout = shape(tensor) if is_distributed(tensor) else sizes
+    return part.device, start, *kept, layout, strides
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor are one place in memory, as in an expanded one."""
+    if tensor.is_contiguous():
+        return False
     dims = sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
     reach = 0
     for stride, size in dims:
         if stride <= reach:
-            return tensor.numel() > 0 and _returns_to_zero(dims)
+            return _returns_to_zero(dims)
         reach += (size - 1) * stride
     return False
 
@@ -52,57 +57,74 @@ def overlap(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
 
     Tensors that interleave without an element in common (columns of one matrix) do not overlap.
     """
-    spans = sorted(span for name, tensor in tensors if (span := _span(name, local(tensor))))
-    for cluster in _clusters(spans):
-        if (found := _collision(cluster)) is not None:
-            return found
+    devices: dict[torch.device, list[_Stretch]] = {}
+    for name, tensor in tensors:
+        part = local(tensor)
+        start = _address(part)
+        if start is not None:
+            bytes_ = part.nbytes if part.is_contiguous() else _reach(part)
+            stretch = _Stretch(start, start + bytes_, name, part)
+            devices.setdefault(part.device, []).append(stretch)
+    for stretches in devices.values():
+        for cluster in _clusters(sorted(stretches, key=lambda stretch: stretch[:3])):
+            if (found := _collision([_span(stretch) for stretch in cluster])) is not None:
+                return found
     return None
 
 
-class _Span(NamedTuple):
-    """The stretch of memory from a tensor's first byte to its last, and its dimensions in bytes."""
+class _Stretch(NamedTuple):
+    """The stretch of memory from a tensor's first byte to behind its last."""
 
-    device: str
     start: int
     stop: int
     name: str
+    tensor: Tensor
+
+
+class _Span(NamedTuple):
+    """A stretch with the tensor's dimensions in bytes."""
+
+    name: str
+    start: int
+    stop: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
 
 
-def _span(name: str, tensor: Tensor) -> _Span | None:
-    start = _address(tensor)
-    if start is None:
-        return None
+def _span(stretch: _Stretch) -> _Span:
+    start, stop, name, tensor = stretch
     itemsize = tensor.element_size()
-    sizes = tuple(tensor.shape)
     strides = tuple(itemsize * stride for stride in tensor.stride())
-    last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-    return _Span(str(tensor.device), start, start + last + itemsize, name, sizes, strides, itemsize)
+    return _Span(name, start, stop, tuple(tensor.shape), strides, itemsize)
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many bytes lie from a tensor's first to its last, its gaps included."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _address(tensor: Tensor) -> int | None:
     """Where a tensor's content begins; None where it has none, as an empty or a fake tensor."""
-    if tensor.numel() == 0:
-        return None
     try:
-        return tensor.data_ptr() or None
+        return tensor.data_ptr() or None if tensor.numel() else None
     except RuntimeError:  # fake tensors have no address
         return None
 
 
-def _clusters(spans: Sequence[_Span]) -> Iterator[list[_Span]]:
-    """Runs of spans, sorted by address, whose stretches of memory meet."""
-    cluster: list[_Span] = []
+def _clusters(stretches: Sequence[_Stretch]) -> Iterator[list[_Stretch]]:
+    """Runs of stretches, sorted by address, that meet; those that lie alone are left out."""
+    cluster: list[_Stretch] = []
     end = 0
-    for span in spans:
-        if cluster and (span.start >= end or span.device != cluster[0].device):
-            yield cluster
+    for stretch in stretches:
+        if stretch.start >= end:
+            if len(cluster) > 1:
+                yield cluster
             cluster = []
-        end = max(end, span.stop) if cluster else span.stop
-        cluster.append(span)
-    if cluster:
+        end = max(end, stretch.stop)
+        cluster.append(stretch)
+    if len(cluster) > 1:
         yield cluster
 
 

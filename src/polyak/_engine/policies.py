@@ -39,7 +39,7 @@ def _choose(
     item: Tracked, buffers: Buffers, overrides: dict[str, Policy], selected: Callable[[str], bool]
 ) -> tuple[Policy, str]:
     """The policy of one tensor, and why."""
-    if not any(map(selected, item.names)):
+    if not any(selected(entry.name) for entry in item.entries):
         return "skip", "not selected"
     if item.name in overrides:
         return overrides[item.name], "by the pattern given"

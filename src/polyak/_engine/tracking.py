@@ -152,17 +152,20 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
     """
     found, modules = _find(source)
     merged = _merge_ties(found)
+    tensors = [item.found() for item in merged]
     tracked = [
-        Tracked(item.entries, policy, reason, mesh if _divided(item, policy, mesh) else None)
-        for item, (policy, reason) in zip(merged, choice(merged), strict=True)
+        Tracked(
+            item.entries, policy, reason, mesh if _divided(item, tensor, policy, mesh) else None
+        )
+        for item, tensor, (policy, reason) in zip(merged, tensors, choice(merged), strict=True)
     ]
-    require_apart(tracked)
+    pairs = zip(tracked, tensors, strict=True)
+    _require_apart([(item.name, tensor) for item, tensor in pairs if item.policy != "skip"])
     return Found(tracked, modules)
 
 
-def require_apart(tracked: Sequence[Tracked]) -> None:
-    """Raises `ValueError` for averaged or copied tensors that share memory, or overlap themselves."""
-    stored = [(item.name, item.found()) for item in tracked if item.policy != "skip"]
+def _require_apart(stored: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises `ValueError` for tensors that share memory, or with elements that do."""
     for name, tensor in stored:
         if overlaps_itself(local(tensor)):
             raise ValueError(
@@ -260,16 +263,16 @@ def _refuse_strange(name: str, found: Tensor) -> None:
         raise ValueError(f"{name} has layout {tensor.layout}, wanted torch.strided")
 
 
-def _divided(item: Tracked, policy: Policy, mesh: DeviceMesh | None) -> bool:
+def _divided(item: Tracked, tensor: Tensor, policy: Policy, mesh: DeviceMesh | None) -> bool:
     """Whether ranks that have a tensor whole average its rows; buffers are each rank's own."""
     if mesh is None:
         return False
-    if is_distributed(item.found()):
+    if is_distributed(tensor):
         raise ValueError(
             f"shard was given, and {item.name} is sharded already: each rank averages its own part "
             "of it anyway; leave `shard` out"
         )
-    return policy == "average" and item.kind != "buffer" and item.found().dim() > 0
+    return policy == "average" and item.kind != "buffer" and tensor.dim() > 0
 
 
 def is_statistic(name: str) -> bool:
