@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import difference, report, require_positive
-from polyak._engine.guard import Attachment
+from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
 from polyak._engine.policies import Buffers, Choose, Select
 from polyak._engine.readout import AverageWeights
@@ -223,20 +223,24 @@ class Averager:
             require_positive("elapsed", elapsed)
         self._updating.call(1.0 if elapsed is None else float(elapsed))
 
-    def attach(
-        self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], scaler: Any = None
-    ) -> Attachment:
+    def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:
         """Calls `update()` after each step of an optimizer; `.remove()` of what it returns detaches.
 
-        Gradient accumulation counts once. Of several optimizers, an update follows when each has
-        stepped. A `GradScaler` that skips a step of an ordinary optimizer skips the update with it;
-        a fused optimizer runs its hooks all the same, so give the scaler here: a step that it
-        skipped does not count then, and the host waits at most for the update before.
+        `optimizer` is a `torch.optim.Optimizer`, a wrapper of one (accelerate's, Lightning's, any
+        that has it as `.optimizer`), or a sequence of them: then an update follows when each has
+        stepped. A step counts once, where its outermost call ends: gradient accumulation, closures,
+        and steps that call other steps make one update.
 
-        Raises `ValueError` for no optimizer or one given twice; `RuntimeError` if attached already,
-        and at a step of a fused optimizer under a scaler that was not given.
+        A `GradScaler` that skips a step of an ordinary optimizer skips the update with it; a fused
+        optimizer runs its hooks all the same, so give the scaler here (accelerate's is found). The
+        host waits at most for the update before.
+
+        Raises `ValueError` for no optimizer or one given twice; `TypeError` for another object;
+        `RuntimeError` if attached already, and at a step of a fused optimizer under a scaler that
+        was not given.
         """
-        several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        lone = hasattr(optimizer, "step") or not isinstance(optimizer, Iterable)
+        several = [optimizer] if lone else list(optimizer)
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "attach: attached already, so a step would count twice: remove() first"

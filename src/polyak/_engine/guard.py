@@ -1,14 +1,14 @@
-"""Guards: steps that must not count, told by a device and not waited for at once.
+"""Guards: updates that must not count, which a device knows of before the host does.
 
-A scaler that skipped a step and weights that are not finite are known on the device first. There the
-update is masked at once, without asking; the host hears of it at the next call and takes the clock
-back. It waits there for the update before at most, so it runs one step ahead and no further. On the CPU the answer is there at once.
+That a scaler skipped a step, or that weights are not finite, is known on the device first. The update
+is masked there at once. The host learns the result at the next call and rolls the counters back: it
+waits for the update before at most, so it runs one step ahead and no further. On the CPU it learns
+the result at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from polyak._tensors import Groups
 
 
 class Verdict:
-    """A yes or no computed on a device; `ask` waits only if the copy to the host is under way."""
+    """A yes or no computed on a device; `ask` waits only while its copy to the host is under way."""
 
     def __init__(self, yes: Tensor) -> None:
         self.yes = yes
@@ -46,63 +46,13 @@ def finite(live: Groups) -> Tensor:
 
 
 def _plain(group: list[Tensor]) -> list[Tensor]:
-    """Real tensors of a dtype that has a norm, without empty ones, which have none."""
+    """The tensors as real ones of a dtype that has a norm; empty tensors have none and are left out."""
     real = [torch.view_as_real(t) if t.is_complex() else t for t in group if t.numel()]
     return [t.float() if t.element_size() == 1 else t for t in real]
 
 
 def stepped(found_inf: Sequence[Tensor]) -> Tensor:
-    """Whether at least one optimizer took its step, from what a `GradScaler` left in each."""
+    """Whether at least one optimizer took its step, by the flags that a `GradScaler` left in them."""
     device = found_inf[0].device
     flags = [flag.reshape(()).to(device) == 0 for flag in found_inf]
     return torch.stack(flags).any()
-
-
-class Attachment:
-    """Hooks on optimizers that call back once each of them has taken its step."""
-
-    def __init__(
-        self,
-        optimizers: Sequence[torch.optim.Optimizer],
-        scaler: Any,
-        step: Callable[[list[Tensor]], None],
-        before: Callable[[], None],
-        after: Callable[[], None],
-    ) -> None:
-        if not optimizers or len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
-            raise ValueError(
-                f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
-            )
-        self._expected = {id(optimizer) for optimizer in optimizers}
-        self._scaler = scaler
-        self._step = step
-        self._after = after
-        self._found: dict[int, Tensor | None] = {}
-        self._handles = [o.register_step_post_hook(self._after_step) for o in optimizers]
-        self._handles += [o.register_step_pre_hook(lambda *_: before()) for o in optimizers]
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._after()
-
-    @property
-    def active(self) -> bool:
-        """Whether the hooks are on."""
-        return bool(self._handles)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and self._scaler is None:
-            raise RuntimeError(
-                "a GradScaler drives this fused optimizer, whose hooks run on skipped steps too: "
-                "give it to attach(optimizer, scaler)"
-            )
-        self._found[id(optimizer)] = found_inf
-        if self._found.keys() == self._expected:
-            flags = [flag for flag in self._found.values() if flag is not None]
-            certain = len(flags) < len(self._found)  # an optimizer without a flag did step
-            self._found = {}
-            self._step([] if certain else flags)

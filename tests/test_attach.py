@@ -1,0 +1,411 @@
+"""attach: one real step of an optimizer is one update, however many calls the step is made of.
+
+A new kind of optimizer joins `STEPPERS` by one line: what is attached, and how one real step is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from polyak import Averager, Uniform
+from polyak._engine import attachment
+
+
+class Inheriting(SGD):
+    """Its `step` calls the base class's, whose hooks run too once there was a plain instance."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class InheritingTwice(Inheriting):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Looping(SGD):
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(3):
+            loss = super().step(closure)
+        return loss
+
+
+def steps_and_shrinks(outer: Any, closure: Any) -> Any:
+    """Steps the optimizer inside some times, and changes the weights afterwards (Lookahead)."""
+    for _ in range(outer.times):
+        loss = outer.base_optimizer.step(closure)
+    for group in outer.param_groups:
+        for parameter in group["params"]:
+            parameter.data.mul_(0.9)
+    return loss
+
+
+class Outer(Optimizer):
+    def __init__(self, optimizer: Optimizer, times: int = 1) -> None:
+        self.base_optimizer, self.times = optimizer, times
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        return steps_and_shrinks(self, closure)
+
+
+class WithoutHooks(Optimizer):
+    """As torch's PostLocalSGDOptimizer: an Optimizer that never calls `Optimizer.__init__`."""
+
+    def __init__(self, optimizer: Optimizer, times: int = 1) -> None:
+        self.base_optimizer, self.times = optimizer, times
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return steps_and_shrinks(self, closure)
+
+
+class Duck:
+    """No torch optimizer, and it has one."""
+
+    def __init__(self, optimizer: Any, times: int = 1) -> None:
+        self.optimizer, self.times = optimizer, times
+
+    def step(self, closure: Any = None) -> Any:
+        return [self.optimizer.step(closure) for _ in range(self.times)][-1]
+
+
+class Sharpness(Optimizer):
+    """SAM: to be stepped in two halves, or by a closure."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], **options: Any) -> None:
+        super().__init__(parameters, {})
+        self.base_optimizer = SGD(self.param_groups, **options)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["old"] = parameter.clone()
+                parameter.add_(0.01)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["old"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any = None) -> Any:
+        self.first_step()
+        loss = closure()
+        self.second_step()
+        return loss
+
+
+class Stepper(NamedTuple):
+    """What is attached, and what makes one real step; it is given a closure."""
+
+    attached: Any
+    step: Callable[[Callable[[], Tensor]], object]
+
+
+def plain(model: nn.Module, its_class: type[Optimizer] = SGD, **options: Any) -> Any:
+    return its_class(model.parameters(), **{"lr": 0.1, **options})
+
+
+def stepping(optimizer: Any) -> Stepper:
+    """Backward, then `optimizer.step()`."""
+    return Stepper(optimizer, lambda closure: (closure(), optimizer.step()))
+
+
+def closing(optimizer: Any) -> Stepper:
+    """`optimizer.step(closure)`."""
+    return Stepper(optimizer, optimizer_step(optimizer))
+
+
+def optimizer_step(optimizer: Any) -> Callable[[Callable[[], Tensor]], object]:
+    return lambda closure: optimizer.step(closure)
+
+
+def by_class(optimizer: Any) -> Stepper:
+    """Past whatever `step` the instance has."""
+    return Stepper(optimizer, lambda closure: (closure(), type(optimizer).step(optimizer)))
+
+
+def in_halves(optimizer: Sharpness) -> Stepper:
+    def step(closure: Callable[[], Tensor]) -> None:
+        closure()
+        optimizer.first_step()
+        closure()
+        optimizer.second_step()
+
+    return Stepper(optimizer, step)
+
+
+def scheduled(optimizer: Any) -> Stepper:
+    """A scheduler puts its own `step` around the optimizer's."""
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    def step(closure: Callable[[], Tensor]) -> None:
+        closure()
+        optimizer.step()
+        scheduler.step()
+
+    return Stepper(optimizer, step)
+
+
+def scheduled_later(optimizer: Any) -> Stepper:
+    made: list[Any] = []
+
+    def step(closure: Callable[[], Tensor]) -> None:
+        closure()
+        made[:] = made or [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+        optimizer.step()
+        made[0].step()
+
+    return Stepper(optimizer, step)
+
+
+def accelerated(optimizer: Any, scaler: Any = None) -> Any:
+    Accelerator(cpu=True)
+    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+
+
+def scaled(optimizer: Any) -> Stepper:
+    """accelerate with a scaler: it replaces the inner optimizer's `step` at each of its own."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    wrapper = accelerated(optimizer, scaler)
+
+    def step(closure: Callable[[], Tensor]) -> None:
+        wrapper.zero_grad()
+        scaler.scale(closure.forward()).backward()  # type: ignore[attr-defined]
+        wrapper.step()
+
+    return Stepper(wrapper, step)
+
+
+def of_lightning(optimizer: Any) -> Any:
+    wrapper = LightningOptimizer(optimizer)
+    wrapper._strategy = SimpleNamespace(optimizer_step=lambda o, c, **_: o.step(c))  # type: ignore[assignment]
+    return wrapper
+
+
+def compiled(optimizer: Any) -> Stepper:
+    torch.compiler.reset()
+
+    @torch.compile(backend="eager")
+    def step() -> None:
+        optimizer.step()
+
+    def call(closure: Callable[[], Tensor]) -> None:
+        closure()
+        step()
+
+    return Stepper(optimizer, call)
+
+
+STEPPERS: dict[str, Callable[[nn.Module], Stepper]] = {
+    "plain": lambda m: stepping(plain(m)),
+    "closure": lambda m: closing(plain(m)),
+    "fused": lambda m: stepping(plain(m, torch.optim.Adam, fused=True)),
+    "LBFGS": lambda m: closing(plain(m, torch.optim.LBFGS, lr=0.01, max_iter=7)),
+    "super().step()": lambda m: stepping(plain(m, Inheriting)),
+    "super().step() with a closure": lambda m: closing(plain(m, Inheriting)),
+    "super().step() twice": lambda m: stepping(plain(m, InheritingTwice)),
+    "super().step() in a loop": lambda m: stepping(plain(m, Looping)),
+    "by its class": lambda m: by_class(plain(m)),
+    "an inner optimizer": lambda m: stepping(Outer(plain(m))),
+    "an inner optimizer in a loop": lambda m: stepping(Outer(plain(m, Inheriting), 3)),
+    "without hooks": lambda m: stepping(WithoutHooks(plain(m))),
+    "without hooks, in a loop": lambda m: stepping(WithoutHooks(plain(m), 3)),
+    "inner of inner": lambda m: stepping(Outer(WithoutHooks(Outer(plain(m, Inheriting), 2), 2), 2)),
+    "SAM in halves": lambda m: in_halves(Sharpness(m.parameters(), lr=0.1)),
+    "SAM by closure": lambda m: closing(Sharpness(m.parameters(), lr=0.1)),
+    "a duck": lambda m: stepping(Duck(plain(m))),
+    "a duck in a loop": lambda m: stepping(Duck(plain(m, Inheriting), 3)),
+    "a duck in a duck": lambda m: stepping(Duck(Duck(Outer(plain(m))), 2)),
+    "accelerate": lambda m: stepping(accelerated(plain(m))),
+    "accelerate around a subclass": lambda m: stepping(accelerated(plain(m, Inheriting))),
+    "accelerate with a scaler": lambda m: scaled(plain(m)),
+    "accelerate with a scaler, fused": lambda m: scaled(plain(m, torch.optim.Adam, fused=True)),
+    "Lightning": lambda m: stepping(of_lightning(plain(m))),
+    "Lightning around a subclass": lambda m: closing(of_lightning(plain(m, Inheriting))),
+    "a scheduler before": lambda m: scheduled(plain(m, Inheriting)),
+    "a scheduler after": lambda m: scheduled_later(plain(m, Inheriting)),
+    "compiled": lambda m: compiled(plain(m)),
+}  # fmt: skip
+
+
+class Closure:
+    """Forward and backward on the same data; fails where it is told to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.fails = model, False
+
+    def forward(self) -> Tensor:
+        loss: Tensor = self.model(torch.ones(4, 3)).square().mean()
+        return loss
+
+    def __call__(self) -> Tensor:
+        if self.fails:
+            raise ZeroDivisionError
+        self.model.zero_grad()
+        with torch.enable_grad():
+            loss = self.forward()
+            loss.backward()
+        return loss
+
+
+def mean_of_real_steps(kind: str, fails_at: int | None = None) -> None:
+    """Holds the average to the mean of the weights after each real step."""
+    torch.manual_seed(0)
+    plain(nn.Linear(1, 1))  # SGD's own step is hooked from now on
+    model = nn.Linear(3, 2)
+    stepper = STEPPERS[kind](model)
+    averager = Averager(model, Uniform())
+    averager.attach(stepper.attached)
+    closure = Closure(model)
+    path = []
+    for i in range(5):
+        if i == fails_at:
+            closure.fails = True
+            with suppress(ZeroDivisionError):
+                stepper.step(closure)
+            closure.fails = False
+        stepper.step(closure)
+        path.append(model.weight.detach().clone())
+        assert averager.count == len(path)
+    torch.testing.assert_close(averager.average()["weight"], torch.stack(path).mean(0))
+
+
+@pytest.mark.parametrize("kind", STEPPERS)
+def test_one_real_step_is_one_update(kind: str) -> None:
+    mean_of_real_steps(kind)
+
+
+FAILING = [kind for kind in STEPPERS if "scaler" not in kind]
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_step_that_raises_is_none_and_the_next_counts(kind: str) -> None:
+    mean_of_real_steps(kind, fails_at=2)
+
+
+CALLS_OF_SEVERAL = [kind for kind in STEPPERS if "super()" in kind or "loop" in kind]
+
+
+@pytest.mark.parametrize("kind", CALLS_OF_SEVERAL)
+def test_the_law_fails_where_hooks_alone_tell(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: by torch's hooks alone, a step of several calls counts several times."""
+    monkeypatch.setattr(attachment._Watch, "_wrap", lambda *_: lambda: None)
+    with pytest.raises(AssertionError):
+        mean_of_real_steps(kind)
+
+
+def test_accelerate_accumulates_gradients() -> None:
+    model = nn.Linear(3, 2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    prepared: Any = accelerator.prepare(model)
+    optimizer = accelerator.prepare(plain(model, Inheriting))
+    averager = Averager(model, Uniform())
+    averager.attach(optimizer)
+    for _ in range(9):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(torch.ones(4, 3)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert averager.count == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_accelerates_scaler_skips_does_not_count(fused: bool) -> None:
+    model = nn.Linear(3, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = accelerated(plain(model, torch.optim.Adam, fused=fused), scaler)
+    averager = Averager(model, Uniform())
+    averager.attach(optimizer)
+    for step in range(8):
+        loss = model(torch.ones(4, 3)).square().mean()
+        scaler.scale(loss * (torch.inf if step in (0, 3) else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert averager.count == 6
+
+
+def test_several_wrapped_optimizers() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    several = [accelerated(plain(model[0], Inheriting)), Duck(Outer(plain(model[1])), 2)]
+    averager = Averager(model, Uniform())
+    averager.attach(several)
+    for _ in range(3):
+        model(torch.ones(4, 3)).sum().backward()
+        for optimizer in several:
+            optimizer.step()
+    assert averager.count == 3
+
+
+@pytest.mark.parametrize("kind", STEPPERS)
+def test_a_detached_optimizer_has_its_own_step_back(kind: str) -> None:
+    model = nn.Linear(3, 2)
+    stepper = STEPPERS[kind](model)
+    closure = Closure(model)
+    averager = Averager(model, Uniform())
+    for _ in range(2):
+        attached = averager.attach(stepper.attached)
+        stepper.step(closure)
+        attached.remove()
+    stepper.step(closure)
+    assert averager.count == 2
+    for optimizer in attachment._nested(stepper.attached):
+        if "after" not in kind:  # where a scheduler has wrapped it since, it stays inside
+            code = getattr(vars(optimizer).get("step"), "__code__", None)
+            assert code is None or code.co_filename != attachment.__file__
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
+
+
+@pytest.mark.parametrize("wrap", [plain, lambda m: accelerated(plain(m)), lambda m: Duck(plain(m))])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_an_attached_optimizer_is_not_watched(way: str, wrap: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = wrap(model)
+    averager = Averager(model, Uniform())
+    averager.attach(optimizer)
+    twin = COPIES[way](optimizer)
+    twin.step()
+    assert averager.count == 0
+    optimizer.step()
+    assert averager.count == 1
+
+
+@pytest.mark.parametrize("wrong", [None, 3, nn.Linear(1, 1), Duck(None), [Duck(Duck(3))]])
+def test_what_has_no_torch_optimizer_is_refused(wrong: Any) -> None:
+    averager = Averager(nn.Linear(3, 2), Uniform())
+    with pytest.raises(
+        TypeError, match=r"attach: \w+ is not a torch.optim.Optimizer, and has none"
+    ):
+        averager.attach(wrong)
+
+
+def test_an_optimizer_and_its_wrapper_are_one() -> None:
+    model = nn.Linear(3, 2)
+    inner = plain(model)
+    for several in ([inner, Duck(inner)], [accelerated(inner), Outer(inner)]):
+        with pytest.raises(
+            ValueError, match="attach: 2 optimizers, wanted one or more, each of them"
+        ):
+            Averager(model, Uniform()).attach(several)
+    assert "step" not in vars(inner)
