@@ -1,12 +1,12 @@
-"""What averaging costs: against the peers' packages, against raw foreach, and as work grows.
+"""The cost of averaging: against other packages, against a raw foreach lerp, and as work grows.
 
 Run: python benchmarks/engine.py [--quick]
 
-It prints its tables and writes `benchmarks/results/engine.md`, `.png`, `.svg` and the tables of
-`docs/performance.md`; `--quick` takes a minute or two, measures smaller work with fewer rounds, and
+It prints tables and writes `benchmarks/results/engine.md`, `.png`, `.svg` and the tables of
+`docs/performance.md`. `--quick` takes a minute or two, measures smaller work in fewer rounds, and
 writes nothing. Times are medians of ratios to a yardstick that runs right before each timing. timm is
-measured where it is installed (`pip install --no-deps timm==1.0.31`): its one module of averages
-needs no torchvision.
+measured if it is installed: `pip install --no-deps timm==1.0.31` is enough, because its module of
+averages needs no torchvision.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.console import Console
 import engine_cases as cases
 from engine_models import GPT2, RESNET, TINY, WORKLOADS, Workload
 from engine_report import Results, sections, write
+from sections import wide_console
 
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much to measure."""
 
     rounds: dict[str, int]
     averages: tuple[int, ...]
@@ -58,7 +59,7 @@ QUICK = Plan(
 
 
 def measure(plan: Plan, console: Console) -> Results:
-    """Everything in the plan, one thing after the other."""
+    """Measures everything in the plan."""
 
     def step(title: str, work: Callable[[], T]) -> T:
         console.print(f"[dim]{title} ...[/dim]")
@@ -86,11 +87,13 @@ def measure(plan: Plan, console: Console) -> Results:
 
 
 def main() -> None:
-    """Measures, prints, and writes the results unless in a hurry."""
+    """Measures, prints, and writes the results (not with --quick)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="less of everything; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller work, fewer rounds; writes nothing"
+    )
     quick = parser.parse_args().quick
-    console = Console()
+    console = wide_console()
     results = measure(QUICK if quick else FULL, console)
     for section in sections(results):
         section.print(console)

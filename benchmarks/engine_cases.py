@@ -1,4 +1,4 @@
-"""What is measured: peers, several averages, `applied()`, a training step, and growing work."""
+"""The measurements: other packages, several averages, `applied()`, a training step, growing work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCALE_ELEMENTS = 2_500_000
 
 @dataclass(frozen=True)
 class Cost:
-    """What an update costs: time, its ratio to the yardstick, peak extra bytes as two see them."""
+    """The cost of an update: time, and peak extra bytes by torch's allocator and by the kernel."""
 
     timing: Timing
     extra: int
@@ -42,9 +42,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class PeerTable:
-    """Costs by library, for float32 weights and for bfloat16 ones; a text where there is no cost.
+    """Costs by library, for float32 and for bfloat16 weights; a text if there is no cost.
 
-    `limits` are the times of one copy and of one change in place of as much memory, both float32.
+    `limits` are the times of one copy, and of one change in place, of a float32 tensor as large as
+    all weights.
     """
 
     workload: Workload
@@ -54,7 +55,7 @@ class PeerTable:
 
 
 def peers(workload: Workload, rounds: int) -> PeerTable:
-    """Every library's update against one raw foreach lerp of the same shapes in float32."""
+    """Measures every library's update against one raw float32 foreach lerp of the same shapes."""
     model = workload.make()
     live = floating(model)
     yardstick = _warm(raw_lerps(live, 1))
@@ -93,14 +94,14 @@ def _peer_costs(
 
 
 def _warm(update: Call) -> Call:
-    """The update, past its first calls, which copy and allocate."""
+    """Makes the first calls, which copy and allocate, and returns the update."""
     for _ in range(WARM_UP):
         update()
     return update
 
 
 def raw_lerps(live: Sequence[Tensor], averages: int) -> Call:
-    """The yardstick: so many foreach lerps over lists that were made once."""
+    """The yardstick: one foreach lerp for each average, over lists that were made once."""
     weights = [tensor.clone() for tensor in live] if averages == 1 else list(live)
     slots = [[tensor.clone() for tensor in live] for _ in range(averages)]
 
@@ -113,9 +114,9 @@ def raw_lerps(live: Sequence[Tensor], averages: int) -> Call:
 
 @dataclass(frozen=True)
 class Several:
-    """k averages in one pass against k raw float32 lerps: the ratio of times, and of bytes.
+    """k averages in one pass, against k raw float32 lerps.
 
-    `narrow` is the same with bfloat16 weights and float32 averages.
+    `narrow` has bfloat16 weights and float32 averages.
     """
 
     workload: str
@@ -125,12 +126,12 @@ class Several:
 
     @property
     def bytes_ratio(self) -> float:
-        """(1 + 2k) / 3k: the live weights are read once."""
+        """The ratio of bytes moved, (1 + 2k) / 3k: the live weights are read once."""
         return (1 + 2 * self.k) / (3 * self.k)
 
 
 def several(k: int, workload: Workload, rounds: int) -> Several | None:
-    """Measures k averages of a model; None without the memory for them and their yardstick."""
+    """Measures k averages of a model; None if they and their yardstick do not fit into memory."""
     model = workload.make()
     live = floating(model)
     if not _fits((3 * k + 2) * _bytes(live)):
@@ -145,7 +146,7 @@ def several(k: int, workload: Workload, rounds: int) -> Several | None:
 
 @dataclass(frozen=True)
 class Applied:
-    """`applied()`: each way against a raw copy of the weights, and the most memory on the way."""
+    """`applied()`: each direction against a raw copy of the weights, and the peak extra memory."""
 
     workload: str
     copy_seconds: float
@@ -155,7 +156,7 @@ class Applied:
 
 
 def applied(workload: Workload, rounds: int) -> Applied:
-    """Measures both ways of `applied()`."""
+    """Measures entering and leaving `applied()`."""
     model = workload.make()
     averager = Averager(model, Exponential(DECAY))
     averager.update()
@@ -188,7 +189,7 @@ def applied(workload: Workload, rounds: int) -> Applied:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of training that averaging takes, and the half-lives with and without a cadence."""
+    """The share of training time that averaging takes, and half-lives with and without a cadence."""
 
     step_seconds: float
     share: float
@@ -196,7 +197,7 @@ class Share:
 
 
 def training_share(blocks: int) -> Share:
-    """GPT-2 small, forward, backward and AdamW on one sequence: what `update()` takes of all."""
+    """Measures the share of `update()` in training GPT-2 small on one sequence with AdamW."""
     model = Gpt2()
     optimizer = torch.optim.AdamW(model.parameters())
     averager = Averager(model, Exponential(DECAY), every=TRAIN_EVERY)
@@ -224,7 +225,7 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass(frozen=True)
 class Growth:
-    """Seconds per unit of work at each size, and the same relative to the yardstick run beside it."""
+    """Seconds per unit of work at each size, and the same relative to the yardstick."""
 
     unit: str
     seconds: dict[int, float]
@@ -232,17 +233,17 @@ class Growth:
 
     @property
     def spread(self) -> float:
-        """The dearest unit over the cheapest."""
+        """The most expensive unit over the cheapest."""
         return max(self.relative.values()) / min(self.relative.values())
 
 
 def growth_in_parameters(sizes: Sequence[int], rounds: int) -> Growth:
-    """Parameters by the million, in tensors of one size."""
+    """Measures growing numbers of parameters, in tensors of one size."""
     return _growth("parameter", sizes, _large_model, _large_model(sizes[0]), rounds)
 
 
 def growth_in_tensors(sizes: Sequence[int], rounds: int) -> Growth:
-    """Tensors by the thousand, each tiny."""
+    """Measures growing numbers of tiny tensors."""
     return _growth("tensor", sizes, tiny, tiny(1000), rounds)
 
 
@@ -274,7 +275,7 @@ def _growth(
 
 
 def _repeats(unit: str, size: int) -> int:
-    """Calls per timing: enough that a timing is long against the clock."""
+    """Calls per timing: enough for a timing to be long against the clock's resolution."""
     return max(1, 20_000 // size) if unit == "tensor" else 1
 
 

@@ -1,4 +1,4 @@
-"""Instruments: times as ratios in interleaved runs, memory from the allocator and the kernel."""
+"""Instruments: ratios of times from interleaved runs; memory from torch's allocator and the kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says on stderr th
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a call, the median of its ratios to the yardstick run right before, and its."""
+    """Medians: seconds of a call, its ratio to the yardstick run right before it, and the yardstick's."""
 
     seconds: float
     ratio: float
@@ -30,9 +30,9 @@ class Timing:
 def interleaved(
     yardstick: Call, calls: Mapping[str, Call], rounds: int, times: int = 1
 ) -> dict[str, Timing]:
-    """Times every call `rounds` times, each time right after the yardstick, in turns.
+    """Times the calls in turns, `rounds` times each, and each time right after the yardstick.
 
-    What slows the machine for a while then slows both sides of a ratio.
+    If something slows the machine for a while, it slows both sides of a ratio.
     """
     ratios: dict[str, list[float]] = {name: [] for name in calls}
     spent: dict[str, list[float]] = {name: [] for name in calls}
@@ -57,9 +57,9 @@ def seconds(call: Call, times: int = 1) -> float:
 
 
 def extra_bytes(call: Call) -> int:
-    """The most bytes that a call holds at once beyond those before it.
+    """The most bytes that a call allocates at one time, by torch's CPU allocator.
 
-    Counted by torch's CPU allocator, so that temporaries inside an operator are seen.
+    So temporaries inside an operator count.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
@@ -81,21 +81,21 @@ def _walk(events: list[Any]) -> Iterator[Any]:
 
 
 def resident_bytes(call: Call) -> int:
-    """How far a call drives the process's resident memory above what it was: the kernel's figure."""
+    """How far a call raises the peak of the process's resident memory, by the kernel's figures."""
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_bytes("VmRSS")
     call()
     return max(0, status_bytes("VmHWM") - before)
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping."""
+    """Memory that can be allocated without swapping."""
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def status_bytes(field: str) -> int:
-    """A figure of this process's memory as the kernel keeps it: `VmRSS` now, `VmHWM` at its peak."""
+    """The kernel's figure for this process's memory: `VmRSS` is now, `VmHWM` is the peak."""
     return _kibibytes(Path("/proc/self/status"), field)
 
 

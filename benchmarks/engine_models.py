@@ -1,4 +1,4 @@
-"""The models that the engine is measured on: only their tensors' shapes matter, and GPT-2 also trains."""
+"""The models for the measurements. Only the shapes of their tensors matter; GPT-2 also trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY_ELEMENTS = 64
 
 @dataclass(frozen=True)
 class Workload:
-    """A model to average, and how many updates make one timing."""
+    """A model to average, and the number of updates in one timing."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -23,12 +23,12 @@ class Workload:
 
 
 def tiny(count: int = 1000, elements: int = TINY_ELEMENTS) -> nn.Module:
-    """`count` parameters of so many elements: what is left to measure is the work per tensor."""
+    """`count` parameters of a few elements each, so that the work per tensor dominates."""
     return nn.ParameterList(torch.randn(elements) for _ in range(count))
 
 
 def resnet50() -> nn.Module:
-    """ResNet-50's layers without their wiring: 161 parameters (25.6 M) and 159 BatchNorm buffers."""
+    """The layers of ResNet-50, not connected: 161 parameters (25.6 M) and 159 BatchNorm buffers."""
     layers: list[nn.Module] = _convolution(3, 64, 7)
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -47,7 +47,7 @@ def _convolution(inputs: int, outputs: int, size: int) -> list[nn.Module]:
 
 
 class Block(nn.Module):
-    """One transformer block, laid out as GPT-2's: 12 parameters."""
+    """One transformer block with the layout of GPT-2: 12 parameters."""
 
     def __init__(self, width: int, wide: int, heads: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class Gpt2(nn.Module):
-    """GPT-2 small: 148 parameters, 124 M, the embedding tied to the head."""
+    """GPT-2 small: 148 parameters (124 M), with the embedding tied to the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +94,6 @@ WORKLOADS = (TINY, RESNET, GPT2)
 
 
 def floating(model: nn.Module) -> list[Tensor]:
-    """A model's parameters and floating-point buffers: what is averaged."""
+    """A model's parameters and floating-point buffers: the tensors that are averaged."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     return [parameter.detach() for parameter in model.parameters()] + buffers

@@ -1,4 +1,4 @@
-"""The libraries under measurement: each builds its average of a model and gives its update."""
+"""The measured libraries: each builds its average of a model and returns its update."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DECAY = 0.999
 
 Update = Callable[[], object]
 Build = Callable[[nn.Module, bool], Update]
-"""A model, and whether its bfloat16 weights get a float32 average -> its update."""
+"""(model, whether bfloat16 weights get a float32 average) -> update."""
 
 
 def polyak(model: nn.Module, _wide: bool) -> Update:
-    """This library, as it comes: a float32 average of bfloat16 weights is its default."""
+    """This library with its defaults: the average of bfloat16 weights is float32."""
     return Averager(model, Exponential(DECAY)).update
 
 
@@ -86,7 +86,7 @@ def _timm(module: ModuleType) -> Build:
 
 
 def _load_timm() -> ModuleType | None:
-    """timm's module of averages alone, since the package itself wants torchvision; None without timm."""
+    """timm's module of averages, alone because the package needs torchvision; None without timm."""
     package = importlib.util.find_spec("timm")
     if package is None or not package.submodule_search_locations:
         return None
@@ -100,7 +100,7 @@ def _load_timm() -> ModuleType | None:
 
 
 def libraries() -> dict[str, Build | None]:
-    """Name -> how to build it; None for one that is not installed."""
+    """name -> how to build the library's average; None if it is not installed."""
     timm = _load_timm()
     return {
         "polyak": polyak,

@@ -24,7 +24,7 @@ from torch import nn
 
 import polyak
 from polyak import Averager, checkpoints, offline, recalibrate
-from sections import Section, machine
+from sections import Section, machine, wide_console
 
 RESULT = Path(__file__).parent / "results" / "many_tensors.md"
 WIDTH = 4
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="up to 20 000; writes nothing")
     options = parser.parse_args()
     counts = options.counts[:2] if options.quick else options.counts
-    console = Console(width=None if Console().is_terminal else 140)
+    console = wide_console()
     with tempfile.TemporaryDirectory() as folder:
         section = measured(counts, Path(folder), console)
     section.print(console)

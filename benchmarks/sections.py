@@ -1,4 +1,4 @@
-"""What a report is made of: titled tables that print on the terminal and are written as Markdown."""
+"""Reports: titled tables that print on the terminal and are written as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table with a note below it."""
+    """A table with a title above it and a note below it."""
 
     title: str
     header: tuple[str, ...]
@@ -20,7 +20,7 @@ class Section:
     note: str
 
     def print(self, console: Console) -> None:
-        """As a table on the terminal."""
+        """Prints it as a table on the terminal."""
         table = Table(*self.header, title=self.title, caption=self.note, title_justify="left")
         for row in self.rows:
             table.add_row(*row)
@@ -28,14 +28,19 @@ class Section:
         console.print()
 
     def markdown(self) -> str:
-        """As a Markdown section."""
+        """Returns it as a Markdown section."""
         lines = [self.header, ("---",) * len(self.header), *self.rows]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"## {self.title}\n\n{table}\n\n{self.note}\n"
 
 
+def wide_console() -> Console:
+    """A console for tables: as wide as the terminal, and wide enough for all columns in a file."""
+    return Console(width=None if Console().is_terminal else 160)
+
+
 def machine() -> str:
-    """Where it was measured."""
+    """The machine and the versions of a measurement."""
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}."

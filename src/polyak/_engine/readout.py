@@ -1,4 +1,4 @@
-"""Reading: tensors by name, one at a time, where two copies would be too much."""
+"""Reading an average by name, one tensor at a time, so that no second copy is in memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class NamedTensors(Mapping[str, Tensor]):
 
 
 class AverageWeights(NamedTensors):
-    """An average as it is now: name -> a fresh tensor, computed when asked for.
+    """An average as it is now: name -> a fresh tensor, computed when it is read.
 
-    It has all names of tied tensors, and DTensors where the model has them. Raises `RuntimeError`
-    once the average has moved on.
+    Tied tensors appear under all their names. Tensors are DTensors where the model's are. Raises
+    `RuntimeError` after the next update.
     """
 
     def __init__(self, live: ModelTensors, average: Average, copies: Sequence[Tensor]) -> None:

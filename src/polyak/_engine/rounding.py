@@ -1,11 +1,11 @@
-"""Rounding: slots that move where rounding to nearest would stop them.
+"""Rounding: two ways to let a slot move where rounding to nearest would stop it.
 
-A lerp in a slot's dtype is lost once `fraction * |live - slot|` is below half a unit in the slot's
-last place: bfloat16 never moves at decay .999, float32 stops at a relative error of 3e-4 to 6e-4 at
-.9999. Two remedies, beside a wider dtype:
+A lerp has no effect once `fraction * |live - slot|` is below half a unit in the slot's last place:
+bfloat16 never moves at decay .999, and float32 stops at a relative error of 3e-4 to 6e-4 at .9999.
+A wider dtype helps; so do these two:
 
 - stochastic rounding (`bfloat16`, `float16`): up or down at random, so that the mean is exact;
-- compensation (any dtype): a second tensor holds what rounding dropped, and hands it back (Kahan).
+- compensation (any dtype): a second tensor keeps what rounding dropped, and adds it later (Kahan).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from polyak._tensors import chunk_length, lerp_, parts
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
 STOCHASTIC = (torch.bfloat16, torch.float16)
-_TEMPORARIES = 8  # at most so many of a part's size live at once below
+_TEMPORARIES = 8  # the functions below hold at most this many tensors as large as a part
 
 
 def require_rounding(rounding: str, dtypes: set[torch.dtype]) -> None:
-    """Raises `ValueError` for an unknown rounding, or a stochastic one of slots too wide for it."""
+    """Raises `ValueError` for an unknown rounding, and for stochastic rounding of wide slots."""
     if rounding not in get_args(Rounding):
         wanted = '"nearest", "stochastic" or "compensated"'
         raise ValueError(f"rounding is {rounding!r}, wanted {wanted}")
@@ -37,9 +37,9 @@ def require_rounding(rounding: str, dtypes: set[torch.dtype]) -> None:
 
 
 def seed(*place: object) -> int:
-    """A seed of random numbers for one place in a run: the same numbers whenever it is come by again.
+    """Deterministic: the same place in a run always gives the same seed.
 
-    So states hold none, an update that is made once more rounds as it did, and ranks that hold the
+    So states need no seeds, an update that is made again rounds in the same way, and ranks with the
     same part of a tensor round it alike.
     """
     return int.from_bytes(blake2b(repr(place).encode(), digest_size=4).digest(), "big")
@@ -49,7 +49,7 @@ def seed(*place: object) -> int:
 def stochastic_lerp_(
     slots: list[Tensor], live: list[Tensor], fraction: float, generator: torch.Generator
 ) -> None:
-    """`slot <- lerp(slot, live, fraction)` in float32, rounded at random to the slot's dtype."""
+    """`slot <- lerp(slot, live, fraction)` in float32, rounded at random to the dtype of the slot."""
     if fraction == 1:
         lerp_(slots, live, 1.0)
         return
@@ -63,7 +63,7 @@ def stochastic_lerp_(
 def stochastic_round(
     wide: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> Tensor:
-    """float32 rounded to one of its two neighbours in `dtype`, with the probabilities that keep the mean.
+    """Rounds float32 to one of its two neighbours in `dtype`, so that the mean stays exact.
 
     >>> values = stochastic_round(torch.full((100_000,), 1.001), torch.bfloat16)
     >>> sorted(set(values.tolist())), round(values.float().mean().item(), 3)
@@ -78,11 +78,14 @@ def stochastic_round(
 
 
 def _neighbour(near: Tensor, error: Tensor) -> Tensor:
-    """The next value of a 16-bit dtype on the side of the error; bits count magnitudes."""
+    """The next value of a 16-bit dtype on the side of the error.
+
+    The bits of a float, read as an integer, count magnitudes: plus 1 is the next larger one.
+    """
     bits = near.view(torch.int16)
     outward = (error > 0) == (near > 0)
     stepped = torch.where(outward, bits + 1, bits - 1)
-    smallest = torch.where(error < 0, -32767, 1).to(torch.int16)  # the sign bit and 1, or 1
+    smallest = torch.where(error < 0, -32767, 1).to(torch.int16)  # next to 0: 1, or sign bit and 1
     return torch.where(near == 0, smallest, stepped).view(near.dtype)
 
 
@@ -90,7 +93,7 @@ def _neighbour(near: Tensor, error: Tensor) -> Tensor:
 def compensated_lerp_(
     slots: list[Tensor], residues: list[Tensor], live: list[Tensor], fraction: float
 ) -> None:
-    """`slot + residue <- lerp(slot + residue, live, fraction)`, the residue below half a unit.
+    """`slot + residue <- lerp(slot + residue, live, fraction)`; the residue is below half a unit.
 
     step = fraction (live - slot - residue) + residue; slot' = slot + step;
     residue' = step - (slot' - slot). Source: Kahan 1965, compensated summation.
@@ -114,7 +117,7 @@ def compensated_lerp_(
 
 @torch.no_grad()
 def stalled(slots: list[Tensor], live: list[Tensor], fraction: float) -> tuple[int, int]:
-    """How many weights a lerp to nearest would leave where they are, and how many should move."""
+    """How many weights a lerp with rounding to nearest would not move, and how many should move."""
     stay = move = 0
     length = chunk_length([slots[0], live[0]], temporaries=_TEMPORARIES)
     for narrow, weights in parts([slots, live], length):

@@ -1,4 +1,4 @@
-"""The engine: one average's slots, moved and read as its rule says. It knows no rule by name."""
+"""The engine: the slots of one average, moved and read as its rule says. It knows no rule by name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ COMPENSATION = ".compensation"
 
 
 class Move(NamedTuple):
-    """A slot's tensors in the live weights' groups, how far they move, and how they are rounded.
+    """A slot's tensors in the groups of the live weights, how far they move, and how they are rounded.
 
-    `seeds` are those of the groups, of random numbers that leave training's alone.
+    `seeds` are for each group's own random numbers, apart from those of training.
     """
 
     slots: Groups
@@ -97,7 +97,7 @@ def _masked_move_(
     generator: torch.Generator | None,
     ok: Tensor,
 ) -> None:
-    """A move that is taken back, part by part, where `ok` is false: NaN times 0 would stay NaN."""
+    """A move that is undone, part by part, if `ok` is False: a factor of 0 would leave NaN as NaN."""
     written = [slots] if residues is None else [slots, residues]
     here = ok.to(written[0][0].device)
     length = tensors.chunk_length([live[0], written[0][0]], temporaries=3)
@@ -111,10 +111,10 @@ def _masked_move_(
 
 
 class Average:
-    """One average: its rule, its clock, and slot by slot its tensors in the live weights' order.
+    """One average: its rule, its clock, and for each slot its tensors in the order of the weights.
 
-    A slot is allocated at its first move, which is a copy; a window fills as it goes. `spoilt` says
-    why its slots are no average any more, if they are none.
+    A slot is allocated at its first move, which is a copy, so a window takes memory as it fills.
+    If `spoilt` is not empty, the slots no longer hold an average, and it says why.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Average:
         self._generation = -1
 
     def advance(self, live: ModelTensors, elapsed: float) -> list[Move]:
-        """The clock ticks; the slots that the rule now moves, in groups, and how far."""
+        """Advances the clock; returns the slots that the rule now moves, in groups, and how far."""
         self.tick = self.rule.tick(self.tick, elapsed)
         moves = []
         for slot, fraction in self.rule.fractions(self.tick).items():
@@ -147,7 +147,7 @@ class Average:
         return moves
 
     def move(self, live: ModelTensors, slot: str, fraction: float) -> Move:
-        """A slot's move, rounded as this average rounds; its first, a copy, allocates it."""
+        """A slot's move with this average's rounding. The first one is a copy and allocates the slot."""
         if slot not in self.slots:
             self._allocate(live, slot, fraction)
         residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
@@ -157,9 +157,9 @@ class Average:
         return Move(self.groups(live, slot), fraction, residues, seeds)
 
     def stalled(self, live: ModelTensors, elapsed: float) -> float:
-        """The share of the weights that differ from their live ones and yet would not move next.
+        """The share of the weights that should move at the next update, and that rounding would stop.
 
-        0 before the first update, and with rounding that never stalls.
+        It is 0 before the first update, and with the roundings that never stop a weight.
         """
         if self.tick.n == 0 or self._compensated or self._stochastic:
             return 0.0
@@ -185,17 +185,17 @@ class Average:
         wanted: Sequence[int] | None = None,
         where: tuple[slice, ...] = (),
     ) -> list[Tensor]:
-        """The average as fresh tensors, of all averaged weights or of those wanted, in order.
+        """The average as fresh tensors, of all averaged weights or of those `wanted`, in order.
 
-        Of each no more than what is somewhere in it, if `where` is given. Running statistics are
-        read out without terms that extrapolate: an extrapolated variance can be negative.
+        If `where` is given, only that slice of each. Running statistics are read out without terms
+        that extrapolate, because an extrapolated variance can be negative.
         """
         like = next(iter(self.slots.values()))
         chosen = range(len(like)) if wanted is None else wanted
         out = [torch.empty_like(like[i][where]) for i in chosen]
         coefficients = self.rule.readout(self.tick), self.rule.convex_readout(self.tick)
         weights = {i: live.averaged[i].local() for i in chosen} if LIVE in coefficients[0] else {}
-        # Grouped from the tensors asked for alone: a read of one must not walk through all of them.
+        # Only the wanted tensors are grouped here: a read of one must not walk through all of them.
         groups: dict[tuple[bool, *tuple[Kind, ...]], list[tuple[int, int]]] = {}
         for at, i in enumerate(chosen):
             convex = is_statistic(live.averaged[i].name)
@@ -218,7 +218,7 @@ class Average:
         return self.rule.readout(tick) != self.rule.convex_readout(tick)
 
     def lone_slot(self) -> list[Tensor] | None:
-        """The slot that is the average as it stands, if there is one."""
+        """The slot that equals the average, if there is one."""
         (slot, coefficient), *others = self.rule.readout(self.tick).items()
         return self.slots[slot] if not others and coefficient == 1 and slot != LIVE else None
 
@@ -234,23 +234,23 @@ class Average:
         }
 
     def state(self, live: ModelTensors) -> dict[str, Any]:
-        """Rule, clock and slots as data; the tensors are the slots themselves, or share their memory."""
+        """Rule, clock and slots as data; the tensors are the slots, or share their memory."""
         slots = {slot: named(live.averaged, held) for slot, held in self.slots.items()}
         return {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
 
     def known_slots(self) -> set[str]:
-        """The names of all slots that this average may hold."""
+        """The names of all slots that this average can have."""
         return self._with_residues(set(self.rule.slots))
 
     def needed_slots(self, tick: Tick) -> set[str]:
-        """The names of the slots without which there is no average at a tick."""
+        """The names of the slots that the average needs at a tick."""
         return self._with_residues(set(self.rule.readout(tick)) - {LIVE} if tick.n else set())
 
     @torch.no_grad()
     def take(
         self, live: ModelTensors, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
-        """Takes over a clock and copies of slots, all of them checked."""
+        """Takes over a clock, and copies of slots; the caller has checked them."""
         filled = {}
         for slot, held in slots.items():
             dtypes = [held[item.name].dtype for item in live.averaged]
@@ -259,7 +259,7 @@ class Average:
         self.tick, self.slots, self._grouped, self.spoilt = tick, filled, {}, ""
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
-        """Makes tensors that belong to someone else (a module) the tensors of a slot."""
+        """Uses tensors that belong to another object (a module) as the tensors of a slot."""
         self.slots[slot] = list(stored)
         self._grouped.pop(slot, None)
 
@@ -279,7 +279,7 @@ class Average:
 
     @torch.inference_mode(False)
     def _empty(self, live: ModelTensors, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """Fresh tensors for one slot, not filled; ordinary ones, whatever mode is on."""
+        """Fresh tensors for one slot, not filled; ordinary ones, even in inference mode."""
         return [
             torch.empty_like(item.local(), dtype=dtype, device=self._device, requires_grad=False)
             for item, dtype in zip(live.averaged, dtypes, strict=True)
@@ -290,7 +290,7 @@ class Average:
 
 
 def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """name -> tensor as it leaves an averager: a DTensor where the model's is one."""
+    """name -> tensor as it leaves an averager: a DTensor if the model's is one."""
     return {
         item.name: as_distributed(part, item.held())
         for item, part in zip(items, parts, strict=True)

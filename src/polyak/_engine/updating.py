@@ -1,4 +1,8 @@
-"""Updating: when slots move and whether a call counts. One object keeps calls, time and guards."""
+"""Updating: when slots move, and whether a call counts.
+
+The plain case, without guards and offload, is the hot path: `call`, `_move` and `_update` do nothing
+else for it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class _Moment(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A masked update whose verdicts are on their way, and the moments to go back to."""
+    """A masked update whose verdicts the host does not know yet, and the moments to go back to."""
 
     stepped: Verdict | None
     finite: Verdict | None
@@ -40,7 +44,7 @@ class _Pending(NamedTuple):
 
 
 class Updating:
-    """Counts calls, moves the slots at every `every`-th, and leaves out what must not count."""
+    """Counts calls, moves the slots at every `every`-th call, and leaves out calls that must not count."""
 
     def __init__(
         self,
@@ -100,13 +104,13 @@ class Updating:
             self._pending = _Pending(verdicts[0], verdicts[1], before, called)
 
     def settle(self) -> None:
-        """Waits for slots that still move, and hears the verdict of the call before."""
+        """Waits for slots that still move, and for the verdict of the call before."""
         if self._courier is not None:
             self._courier.join()
         self._hear()
 
     def _hear(self) -> None:
-        """Hears the verdicts of the call before, if any are out, and takes the clock back."""
+        """Reads the verdicts of the call before, if there are any, and turns the clock back."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -126,7 +130,7 @@ class Updating:
         }
 
     def take(self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave, all of it checked, copying its tensors."""
+        """Takes over what `state` returned, and copies its tensors; the caller has checked it."""
         self._pending = None
         self._calls, self._elapsed, self.skipped = calls, elapsed, skipped
         self.copies = []
@@ -136,10 +140,10 @@ class Updating:
             tensors.lerp_(self.copies, sources, 1.0)
 
     def before_step(self) -> None:
-        """What an optimizer's step must wait for, on the device: a copy of the weights under way.
+        """Makes an optimizer's step wait, on the device, for a copy of the weights that is under way.
 
-        Buffers are written to in the forward pass, before this is called: with them, nothing is put
-        off until here.
+        The forward pass writes to buffers before this is called, so with buffers the next copy is
+        waited for at once.
         """
         if self._courier is not None:
             self._courier.before_write()
@@ -147,7 +151,7 @@ class Updating:
             self._courier.held = all(item.kind == "parameter" for item in stored)
 
     def detached(self) -> None:
-        """No optimizer calls `before_step` any more: a copy under way is waited for now."""
+        """Waits for a copy under way, because no optimizer calls `before_step` any more."""
         if self._courier is not None:
             self._courier.before_write()
             self._courier.held = False
@@ -186,7 +190,7 @@ class Updating:
         return copied
 
     def _find_courier(self, tensors: Groups) -> None:
-        """A courier for where the tensors are now, looked for again after any of them was moved."""
+        """Makes a courier for the devices of the tensors; needed again after any of them was moved."""
         self._generation = self._live.generation
         if self._courier is not None:
             self._courier.join()
@@ -200,7 +204,7 @@ class Updating:
         moves: list[Move],
         ok: Tensor | None,
     ) -> None:
-        """The update by courier: weights, copied tensors and the verdict travel together."""
+        """Sends weights, copied tensors and the verdict to the host together, and updates there."""
 
         def arrived(staged: Groups) -> None:
             *weights, copies, verdict = staged
@@ -231,11 +235,11 @@ class Updating:
             average.tick = tick
 
     def _refuse(self, called: _Moment) -> None:
-        """Leaves out an update of weights that are not finite: its time counts in the next."""
+        """Leaves out an update of weights that are not finite; its time counts in the next one."""
         self._back_to(called._replace(calls=0))
         if self._nonfinite == "error":
             raise FloatingPointError(
-                f"update: {self._culprits()} not finite; the average is as it was before. Mend the "
+                f"update: {self._culprits()} not finite; the average is unchanged. Correct the "
                 'weights or the training, or leave such updates out with nonfinite="skip"'
             )
         self.skipped += 1
@@ -251,12 +255,12 @@ class Updating:
 
 
 def _deferred(flag: Tensor) -> bool:
-    """Whether a flag is on a device that would have to be waited for."""
+    """Whether the host would have to wait for a flag."""
     return flag.device.type != "cpu"
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The flags that are still open, as one; None where there is nothing to mask."""
+    """The flags that the host does not know yet, as one; None if there is nothing to mask."""
     open_flags = [flag for flag in (a, b) if flag is not None and _deferred(flag)]
     return (
         None
