@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from polyak.study._statistics import (
+    ClaimedRange,
+    ClaimVerdict,
     Interval,
-    Region,
-    Verdict,
     around,
     bootstrap,
     combined,
@@ -20,7 +20,7 @@ from polyak.study._statistics import (
     verdict,
 )
 
-ABOVE = Region(low=0.0)
+ABOVE = ClaimedRange(low=0.0)
 
 
 def draw(mean: float, seeds: int = 64, generator: int = 0) -> list[float]:
@@ -30,7 +30,7 @@ def draw(mean: float, seeds: int = 64, generator: int = 0) -> list[float]:
 @pytest.mark.parametrize(
     ("mean", "wanted"), [(2.0, "holds"), (-2.0, "does not hold"), (0.0, "undecided")]
 )
-def test_the_rule_finds_the_truth(mean: float, wanted: Verdict) -> None:
+def test_the_rule_finds_the_truth(mean: float, wanted: ClaimVerdict) -> None:
     assert verdict(bootstrap(draw(mean)), ABOVE) == wanted
 
 
@@ -45,8 +45,10 @@ def test_the_rule_finds_the_truth(mean: float, wanted: Verdict) -> None:
         (2.1, 3.0, "does not hold"),
     ],
 )
-def test_an_interval_is_inside_across_or_outside(low: float, high: float, wanted: Verdict) -> None:
-    assert verdict(Interval((low + high) / 2, low, high, 64), Region(1.0, 2.0)) == wanted
+def test_an_interval_is_inside_across_or_outside(
+    low: float, high: float, wanted: ClaimVerdict
+) -> None:
+    assert verdict(Interval((low + high) / 2, low, high, 64), ClaimedRange(1.0, 2.0)) == wanted
 
 
 def test_few_seeds_decide_nothing() -> None:
@@ -59,7 +61,7 @@ def test_parts_combine() -> None:
     assert combined(["holds", "holds"]) == "holds"
     assert combined(["holds", "undecided"]) == "undecided"
     assert combined(["undecided", "does not hold", "holds"]) == "does not hold"
-    assert set(get_args(Verdict)) == {"holds", "undecided", "does not hold"}
+    assert set(get_args(ClaimVerdict)) == {"holds", "undecided", "does not hold"}
 
 
 def test_a_wrong_claim_seldom_holds() -> None:

@@ -1,9 +1,9 @@
-"""Study: the founding article's experiment over many seeds, with a verdict on each of its claims.
+"""Study: repeat the founding article's experiment over many seeds, and judge each of its claims.
 
     run_article(seeds=64, out=Path("study-article"))
 
-Needs the extra `study`: `pip install polyak[study]`. What is run, what is in the folder and how the
-verdicts are decided: docs/study.md.
+It needs the extra `study`: `pip install polyak[study]`. docs/study.md tells what is run, what the folder
+holds, and how the verdicts are decided.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ def run_article(
     jobs: int | None = None,
     settings: Settings | None = None,
 ) -> Path:
-    """Runs the article's experiment for seeds 0 to seeds - 1 and writes the report; its path.
+    """Run the article's experiment for seeds 0 to seeds - 1, write the report and return its path.
 
-    Seeds that `out` already holds are not run again. `jobs` is the number of processes as joblib
-    counts them (-1, the default: one a processor); `settings` are the article's unless given.
+    Seeds whose records are in `out` already are not run again. `jobs` is the number of processes as
+    joblib counts them (default -1: one per processor); `settings` are the article's by default.
 
-    Raises `ValueError` for seeds < 1, and for a folder of records made under other conditions;
-    `BlockingIOError` while another study writes to the folder.
+    Raises `ValueError` for seeds < 1 and jobs = 0, and for a line of `out / "results.jsonl"` that is
+    not a record of these settings, naming the line; `BlockingIOError` while another study writes
+    there.
     """
     require(is_integer(seeds, 1), "seeds", seeds, "at least 1")
     require(jobs != 0, "jobs", jobs, "a number of processes, or -1 for one per core")

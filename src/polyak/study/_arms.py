@@ -1,11 +1,11 @@
-"""Arms: the averages that every run of the study compares, all tracked in the same run.
+"""Arms: the averages that the study compares. Every run tracks all of them.
 
 | name | what |
 |---|---|
-| `live` | the weights being trained, as they are at the stop |
-| `article_ema` | the article's EMA, the only arm that drives the learning rate and the stop |
-| `ema_D` | EMA of constant decay D, updated every step, started at the first step's weights |
-| `ema_0.999_debiased` | the same with Adam's correction: a decay that grows from 0 |
+| `live` | the live weights at the stop |
+| `article_ema` | the article's EMA; only this arm sets the learning rate and the stop |
+| `ema_D` | EMA of constant decay D, updated every step, starting with the first step's weights |
+| `ema_0.999_debiased` | the same with Adam's bias correction |
 | `sma_K` | mean of the weights after each of the last K steps |
 | `lawa_K` | mean of the last K epoch-end weights |
 | `swa_75` | mean of the epoch-end weights of the last quarter of the epochs run |
@@ -33,7 +33,7 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class Arms:
-    """What is compared besides the live weights; the integers are the sizes of windows."""
+    """The arms besides the live weights; the integers are the sizes of windows."""
 
     rules: dict[str, Rule]
     last_steps: dict[str, int] = field(default_factory=dict)
@@ -42,11 +42,11 @@ class Arms:
     ensembles: dict[str, int] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        """All arms in the order of the tables, the live weights first."""
+        """The names of all arms in the order of the tables, the live weights first."""
         return [LIVE, *self.specs()]
 
     def specs(self) -> dict[str, str]:
-        """Arm -> what it is, as text: part of the conditions that a record states."""
+        """Arm -> its definition as text. Records store these texts, so they must not change."""
         return {
             **{name: f"{rule} of all steps" for name, rule in self.rules.items()},
             **{name: f"{Window(size)} of steps" for name, size in self.last_steps.items()},
@@ -57,7 +57,7 @@ class Arms:
 
 
 def article_arm(settings: Settings) -> Arms:
-    """The article's EMA alone: what drives a run must be in every run."""
+    """The article's EMA alone. Every run needs it, since it sets the learning rate and the stop."""
     return Arms({ARTICLE: settings.article_rule()})
 
 
@@ -77,9 +77,9 @@ def all_arms(settings: Settings) -> Arms:
 
 
 class Tracker:
-    """The arms of one run: fed after each step and each epoch, read at will.
+    """The arms of one run: updated after each step and each epoch, and read at any time.
 
-    All windows of steps share one ring of snapshots, and are averaged when they are read.
+    All windows of steps share one ring of snapshots, which is averaged when a window is read.
     """
 
     def __init__(self, arms: Arms, flat: Tensor) -> None:
@@ -91,20 +91,20 @@ class Tracker:
         self.update_rules = self._averager.update
 
     def after_step(self) -> None:
-        """Takes in the weights of one step."""
+        """Updates the arms with the weights of one step."""
         self.update_rules()
         self._ring.keep()
 
     def after_epoch(self) -> None:
-        """Takes in the weights of an epoch's end."""
+        """Updates the arms with the weights at the end of an epoch."""
         self._epoch_ends.append(self._flat.clone())
 
     def driver(self) -> Tensor:
-        """The article's EMA as it is now, flat."""
+        """The flat weights of the article's EMA."""
         return self._averager.average(ARTICLE)[WEIGHTS]
 
     def evaluate(self, probe: Probe) -> dict[str, Metrics]:
-        """Every arm's metrics as it stands now, the live weights' first."""
+        """The metrics of every arm now, the live weights first."""
         return {
             LIVE: probe.evaluate(self._flat),
             **{name: probe.evaluate(flat) for name, flat in self.averages().items()},
@@ -115,7 +115,7 @@ class Tracker:
         }
 
     def averages(self) -> dict[str, Tensor]:
-        """The flat weights of every arm that is one network."""
+        """The flat weights of every arm that is a single network."""
         ends = self._epoch_ends
         last = ends[first_of_swa(len(ends)) :]
         return {
@@ -135,13 +135,13 @@ class Ring:
         self._count = 0
 
     def keep(self) -> None:
-        """Keeps the tensor as it is now, over the oldest one kept."""
+        """Copies the tensor over the oldest value."""
         if self._kept:
             self._kept[self._count % len(self._kept)].copy_(self._source)
             self._count += 1
 
     def last(self, size: int) -> list[Tensor]:
-        """The last `size` values kept, or all if they are fewer, the oldest first."""
+        """The last `size` values, or all if there are fewer, the oldest first."""
         return [
             self._kept[i % len(self._kept)] for i in range(max(self._count - size, 0), self._count)
         ]
@@ -158,14 +158,14 @@ def mean(snapshots: Sequence[Tensor]) -> Tensor:
 
 
 def first_of_swa(epochs: int) -> int:
-    """How many epochs SWA leaves out: 75 % of those run, at least one remaining.
+    """How many epochs SWA leaves out: 75 % of the epochs run, so that at least one remains.
 
-    SWA fixes its budget in advance; under early stopping it is known only at the stop. Its own
-    learning rate is not used: an average must not disturb the training that the arms share.
+    SWA fixes its budget in advance, but with early stopping the budget is known only at the stop.
+    SWA's own learning rate is not used, since all arms share one training.
     """
     return min(math.ceil(SWA_SHARE * epochs), epochs - 1)
 
 
 def ensemble(probe: Probe, networks: Sequence[Tensor]) -> Tensor:
-    """The mean prediction of several networks: one forward pass each."""
+    """The mean prediction of several networks, with one forward pass each."""
     return torch.stack([probe.predict(flat) for flat in networks]).mean(0)

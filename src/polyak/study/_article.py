@@ -1,4 +1,4 @@
-"""Article: the figures and claims of the founding article that the study judges."""
+"""Article: the figures and claims of the founding article, which the study judges."""
 
 from __future__ import annotations
 

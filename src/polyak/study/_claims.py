@@ -1,8 +1,9 @@
-"""Claims: how each claim of the article becomes quantities, and the verdict that they rest on.
+"""Claims: turn each claim of the article into quantities, and give it a verdict.
 
-A claim is a few parts. A part is a quantity with one value per seed, its interval over seeds, and
-the region in which that part of the claim is true; `statistics.verdict` decides it. A part without
-a region is a figure to read. A claim holds if all its parts do, and fails if one does.
+A claim has several parts. A part is a quantity with one value per seed, its interval over seeds, and
+the range of values for which that part of the claim is true; `_statistics.verdict` decides it. A part
+without a range is a figure for information. A claim holds if all its parts hold, and does not hold if
+one part does not.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from polyak.study import _article as article
 from polyak.study import _quantities as q
 from polyak.study._record_format import Record
 from polyak.study._statistics import (
+    ClaimedRange,
+    ClaimVerdict,
     Interval,
-    Region,
-    Verdict,
     around,
     bootstrap,
     combined,
@@ -30,25 +31,25 @@ FIGURE_TOLERANCE = 0.25
 EPOCH_TOLERANCE = 0.10
 MOST_SEEDS = 0.9
 SAME = 0.02
-POSITIVE = Region(low=math.nextafter(0.0, 1.0))
-BELOW_ONE = Region(high=math.nextafter(1.0, 0.0))
+POSITIVE = ClaimedRange(low=math.nextafter(0.0, 1.0))
+BELOW_ONE = ClaimedRange(high=math.nextafter(1.0, 0.0))
 
 Records = Sequence[Record]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One quantity of a claim: what is measured, its interval, and where the claim is true."""
+    """One quantity of a claim, its interval, and the values for which the claim is true."""
 
     quantity: str
     interval: Interval
     form: str
-    claimed: Region | None = None
+    claimed: ClaimedRange | None = None
     wanted: str = ""
 
     @property
-    def verdict(self) -> Verdict | None:
-        """The verdict on this part; None for a figure that decides nothing."""
+    def verdict(self) -> ClaimVerdict | None:
+        """The verdict on this part; None for a figure for information."""
         return verdict(self.interval, self.claimed) if self.claimed else None
 
 
@@ -61,13 +62,13 @@ class Judgement:
     parts: tuple[Part, ...]
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ClaimVerdict:
         """The verdict on the claim."""
         return combined([part.verdict for part in self.parts if part.verdict])
 
 
 def judge(records: Records) -> list[Judgement]:
-    """Every claim of the article, judged over the seeds."""
+    """Judge every claim of the article over the seeds."""
     return [
         Judgement(claim, article.CLAIMS[claim], tuple(_PARTS[claim](records)))
         for claim in article.CLAIMS
@@ -75,10 +76,10 @@ def judge(records: Records) -> list[Judgement]:
 
 
 def as_json(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """claim -> its text, verdict, figures, the interval it rests on, and its parts, for JSON.
+    """claim -> its text, verdict, figures, deciding interval and parts, for JSON.
 
-    `figures` is quantity -> estimate; `interval` is [low, high] of the first part that decided as
-    the claim was decided.
+    `figures` is quantity -> estimate; `interval` is [low, high] of the first part that has the
+    claim's verdict.
     """
     return {judgement.claim: _judgement_json(judgement) for judgement in judgements}
 
@@ -117,7 +118,7 @@ def _early(records: Records) -> list[Part]:
         ),
         Part(
             "the same as a share of the live loss (geometric mean)",
-            excess, "share", Region(high=most),
+            excess, "share", ClaimedRange(high=most),
             f"at most {100 * most:.0f} %, the article's largest early excess (“slightly”)",
         ),
         Part(
@@ -152,17 +153,17 @@ def _overtaking(records: Records) -> list[Part]:
     near = around(article.OVERTAKING_EPOCH, EPOCH_TOLERANCE)
     return [
         Part(
-            "epoch from which the EMA stays better to the stop, median (stop + 1 if it is not)",
+            "epoch from which the EMA stays better until the stop, median (stop + 1 if never)",
             bootstrap([q.overtaking(r) for r in records], "median"),
             "epoch", near, f"{near.low:.0f} to {near.high:.0f}",
         ),
         Part(
             "seeds in which it stays better from epoch 66 at the latest",
             share([q.overtaking(r) <= min(near.high, r["stop_epoch"]) for r in records]),
-            "share", Region(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %",
+            "share", ClaimedRange(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %",
         ),
         Part(
-            "first epoch at which the EMA is better at all, median",
+            "first epoch at which the EMA is better, median",
             bootstrap(q.finite(q.first_lead(r) for r in records), "median"), "epoch",
         ),
     ]  # fmt: skip
@@ -178,14 +179,14 @@ def _stopping(records: Records) -> list[Part]:
             "epoch", near, f"{near.low:.0f} to {near.high:.0f}",
         ),
         Part(
-            "optimum reached: change of the EMA's lowest loss if training goes on after the stop",
+            "optimum reached: change of the EMA's lowest loss when training continues after the stop",
             bootstrap([q.after_best(r) for r in after]),
-            "share", Region(low=-SAME), f"no lower than −{100 * SAME:.0f} %",
+            "share", ClaimedRange(low=-SAME), f"no lower than −{100 * SAME:.0f} %",
         ),
         Part(
-            "over-fitting avoided: change of the EMA's loss from the stop to the end of that time",
+            "over-fitting avoided: change of the EMA's loss from the stop to the end of that training",
             bootstrap([q.after_change(r) for r in after]),
-            "share", POSITIVE, "above 0: going on would have made it worse",
+            "share", POSITIVE, "above 0: further training makes it worse",
         ),
         Part(
             "stop epoch, mean", bootstrap([r["stop_epoch"] for r in records]), "epoch",
@@ -198,9 +199,9 @@ def _final(records: Records) -> list[Part]:
 
 
 def _improvement(records: Records, metric: str) -> list[Part]:
-    """The difference decides the direction; the ratio is a geometric mean.
+    """The difference decides the direction, the geometric mean of the ratio the size.
 
-    A mean of ratios would be negative even for two models that are equally good.
+    The plain mean of 1 - EMA / live would be negative even for two equally good models.
     """
     figure = article.TABLE_FINAL[metric][2]
     name, better = ("R²", "higher") if metric == "r2" else (metric.upper(), "lower")
@@ -219,7 +220,7 @@ def _improvement(records: Records, metric: str) -> list[Part]:
 
 
 def _smoother(records: Records) -> list[Part]:
-    """The article names no window for its figures, so they are shown beside ours and not judged."""
+    """The article does not tell the window of its figures, so they are shown but not judged."""
     theirs = article.STANDARD_DEVIATIONS[1] / article.STANDARD_DEVIATIONS[0]
     smaller = [q.log_ratio(r, q.deviation, q.last_epochs) < 0 for r in records]
     return [
@@ -242,7 +243,7 @@ def _late(records: Records) -> list[Part]:
     return [
         Part("seeds in which the EMA is below at every epoch from 60 to the stop",
              share([lead == 1 for lead in leads]), "share",
-             Region(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %"),
+             ClaimedRange(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %"),
         Part("share of the epochs from 60 to the stop at which the EMA is below, mean",
              bootstrap(leads), "share"),
         Part("mean EMA loss / mean live loss over those epochs (geometric mean)",
@@ -252,7 +253,7 @@ def _late(records: Records) -> list[Part]:
 
 def _above(records: Records) -> list[Part]:
     both = [r["live"]["r2"] > 0.99 and r["average"]["r2"] > 0.99 for r in records]
-    high = Region(low=0.99)
+    high = ClaimedRange(low=0.99)
     return [
         Part("R² of the live model at the stop, mean",
              bootstrap([r["live"]["r2"] for r in records]), "r2", high, "above .99"),

@@ -1,4 +1,4 @@
-"""Data: the article's regression problem, standardised and split as the article does."""
+"""Data: the article's regression problem, standardised and split as in the article."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Data(NamedTuple):
 
 
 def make_data(settings: Settings) -> Data:
-    """The data set of the settings; X and y are standardised on all rows, as in the article."""
+    """Make the data set; X and y are standardised over all rows, as in the article."""
     from sklearn.datasets import make_regression
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import StandardScaler
@@ -43,10 +43,10 @@ def make_data(settings: Settings) -> Data:
 
 
 def shuffled(data: Data, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """One epoch's batches, drawn from torch's global stream exactly as DataLoader(shuffle=True) does.
+    """The batches of one epoch, drawn from torch's global generator as DataLoader(shuffle=True) does.
 
-    The loader's iterator draws a seed for workers it does not have; RandomSampler then draws the
-    seed of its own generator. Both draws must happen for the dropout masks to be the same.
+    The loader's iterator draws a seed for workers, even without workers; RandomSampler then draws the
+    seed of its own generator. Both draws are needed to get the same dropout masks.
     """
     torch.empty((), dtype=torch.int64).random_()
     sampler_seed = int(torch.empty((), dtype=torch.int64).random_().item())

@@ -1,4 +1,4 @@
-"""Figures: the article's two panels and what one run cannot show, as altair charts."""
+"""Figures: the article's two panels, and what a single run cannot show, as altair charts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ R2_CURVES = {"r2_original": LIVE_NAME, "r2_ema": EMA_NAME}
 
 
 def charts(records: Records) -> dict[str, Chart]:
-    """Name -> chart, in the order of the report."""
+    """name -> chart, in the order of the report."""
     made = {
         "curves": curves(records),
         "one_seed": one_seed(records[0]),
@@ -45,7 +45,7 @@ def charts(records: Records) -> dict[str, Chart]:
 
 
 def curves(records: Records) -> Chart:
-    """The article's figure over seeds: median and the band of the middle 80 % of seeds, by epoch."""
+    """The article's figure over seeds: the median and the middle 80 % of seeds, by epoch."""
     losses = _band(_spread(records, LOSS_CURVES), "loss (MSE), log scale", _log_loss())
     scale = alt.Scale(domain=[0.96, 1.0])
     return alt.hconcat(losses, _band(_spread(records, R2_CURVES), "R² on validation", scale))
@@ -59,7 +59,7 @@ def one_seed(record: Record) -> Chart:
 
 
 def final(records: Records) -> Chart:
-    """Each seed's pair at the stop, and the distribution of the paired relative difference."""
+    """The pair of each seed at the stop, and the distribution of the paired relative difference."""
     rows = [
         {
             "seed": r["seed"],
@@ -73,13 +73,13 @@ def final(records: Records) -> Chart:
 
 
 def epochs(records: Records) -> Chart:
-    """Where the events of claims 2 to 4 fall, seed by seed, and where the article's run had them."""
+    """The epochs of the events of claims 2 to 4 over seeds, and in the article's run."""
     events: dict[str, tuple[float, Callable[[Record], float]]] = {
         "epoch of the live model's lowest loss": (
             article.BEST_LIVE[0],
             lambda r: r["best"]["live"]["epoch"],
         ),
-        "epoch from which the EMA is better to the stop (never: stop + 1)": (
+        "epoch from which the EMA stays better until the stop (never: stop + 1)": (
             article.OVERTAKING_EPOCH,
             q.overtaking,
         ),
@@ -94,12 +94,12 @@ def epochs(records: Records) -> Chart:
 
 
 def arms(records: Records) -> Chart:
-    """Paired difference of every arm's MSE to the live model's, with its 95 % interval."""
+    """The paired difference between the MSE of every arm and of the live model, with its interval."""
     rows = []
     for name in (n for n in records[0]["arms"] if n != LIVE):
         pairs = zip(q.per_seed(records, name, "mse"), q.per_seed(records, LIVE, "mse"), strict=True)
-        found = bootstrap([1000 * (arm - live) for arm, live in pairs])
-        rows.append({"arm": name, "mean": found.estimate, "low": found.low, "high": found.high})
+        mean = bootstrap([1000 * (arm - live) for arm, live in pairs])
+        rows.append({"arm": name, "mean": mean.estimate, "low": mean.low, "high": mean.high})
     base = alt.Chart(alt.Data(values=rows)).encode(
         y=alt.Y("arm:N", sort=None, title=None), tooltip=_tips("arm:N", "mean:Q", "low:Q", "high:Q")
     )
@@ -114,7 +114,7 @@ def arms(records: Records) -> Chart:
 
 
 def after_stop(records: Records) -> Chart:
-    """The validation losses around the stop, each relative to the EMA's loss at the stop."""
+    """The validation losses around the stop, divided by the EMA's loss at the stop."""
     rows: Rows = []
     whole = [r for r in records if r["stop_epoch"] >= q.LAST]
     for name, label in (("val_loss_original", LIVE_NAME), ("val_loss_ema", EMA_NAME)):
@@ -126,13 +126,13 @@ def after_stop(records: Records) -> Chart:
 
 
 def _around_stop(record: Record, name: str) -> list[float]:
-    """The last 20 epochs before the stop and those after it, in units of the EMA's loss there."""
+    """The losses of the last 20 epochs and of those after the stop, divided by the EMA's loss at it."""
     values = [*record["history"][name][-q.LAST :], *record["after_stop"][name]]
     return [value / record["average"]["mse"] for value in values]
 
 
 def _spread(records: Records, names: dict[str, str]) -> Rows:
-    """Quantiles over the running seeds at each epoch that at least half of them reach."""
+    """Quantiles over the seeds still running, for each epoch that at least half of the seeds reach."""
     longest = int(np.median([r["stop_epoch"] for r in records]))
     rows: Rows = []
     for name, label in names.items():
@@ -143,7 +143,7 @@ def _spread(records: Records, names: dict[str, str]) -> Rows:
 
 
 def _quantile_rows(matrix: np.ndarray[Any, Any], label: str, first: int) -> Rows:
-    """One row a column: the median and the middle 80 % over seeds; columns are epochs."""
+    """The median and the middle 80 % over seeds of each column; a column is an epoch."""
     return [
         {
             "epoch": first + i,
@@ -192,7 +192,7 @@ def _lines(rows: Rows, title: str, scale: alt.Scale) -> Chart:
 
 
 def _pairs(rows: Rows) -> Chart:
-    """Live against EMA, one point a seed, equality as a diagonal, the article's run as a cross."""
+    """Live against EMA: a point per seed, equality as a diagonal, the article's run as a cross."""
     edge = 1.08 * max(max(row["live"], row["EMA"]) for row in rows)
     scale = alt.Scale(domain=[0, edge], nice=False)
     points = (
@@ -218,12 +218,12 @@ def _pairs(rows: Rows) -> Chart:
 
 def _differences(rows: Rows) -> Chart:
     theirs = 100 * article.TABLE_FINAL["mse"][2]
-    found = [row["improvement"] for row in rows]
-    ticks = list(range(20 * math.floor(min(found) / 20), 20 * math.ceil(max(found) / 20) + 1, 20))
+    gains = [row["improvement"] for row in rows]
+    ticks = list(range(20 * math.floor(min(gains) / 20), 20 * math.ceil(max(gains) / 20) + 1, 20))
     x = alt.X(
         "improvement:Q",
         bin=alt.Bin(step=10),
-        title="MSE of the EMA lower than the live model's by (%)",
+        title="MSE of the EMA below the live model's (%)",
         axis=alt.Axis(values=ticks),
     )
     layers = _bars(rows, x) + _rule(0, "x") + _article_line(theirs)
@@ -251,7 +251,7 @@ def _bars(rows: Rows, x: alt.X) -> Chart:
 
 
 def _article_line(value: float) -> Chart:
-    """A vertical line where the article's run lies."""
+    """A vertical line at the value of the article's run."""
     data = alt.Chart(alt.Data(values=[{"at": value}]))
     return data.mark_rule(color=ARTICLE_COLOUR, strokeWidth=2, strokeDash=[6, 3]).encode(x="at:Q")
 
@@ -278,7 +278,7 @@ def _tips(*fields: str) -> list[alt.Tooltip]:
 
 
 def _styled(chart: Any) -> Chart:
-    """One look for all charts."""
+    """The common style of all charts."""
     return (
         chart.configure(font=FONT, background="white")
         .configure_axis(

@@ -1,7 +1,7 @@
-"""Live: the weights being trained, with torch's Adam and plateau schedule on them.
+"""Live: the live weights, with torch's Adam and plateau schedule.
 
-Bit for bit the plain script's training, at a third of its time: one flat parameter, no loader, no
-per-step synchronisation. `benchmarks/plain_article.py` is the same as one would write it.
+The training equals that of the plain script (`benchmarks/plain_article.py`) bit for bit, in a third of its
+time: one flat parameter, no loader, no synchronisation in each step.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Live:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def judged(self, loss: float) -> None:
-        """Tells the schedule the validation loss that it waits on."""
+        """Gives the schedule the validation loss of an epoch."""
         self._schedule.step(loss)
 
     def train_epoch(self, after_step: Callable[[], None]) -> float:
-        """Trains one epoch; the mean training loss of its batches."""
+        """Trains one epoch and returns the mean training loss of its batches."""
         losses = []
         dropout = self._settings.dropout
         for x, y in shuffled(self._data, self._settings.batch_size):
@@ -56,7 +56,7 @@ class Live:
         return float(sum(torch.stack(losses).tolist()) / len(losses))
 
     def _step(self) -> None:
-        """Adam's step through its functional form: `Adam.step` costs more in hooks than in Adam."""
+        """A step of Adam by its functional form: the hooks of `Adam.step` cost more than Adam itself."""
         state, group = self._optimizer.state[self.flat], self._optimizer.param_groups[0]
         if not state:
             self._optimizer.step()

@@ -1,7 +1,7 @@
 """Model: the article's network as a function of one flat tensor of weights.
 
-Everything done to weights here is elementwise (Adam, averages, copies), so one flat tensor gives
-the same bits as six small ones, at a sixth of the calls.
+All operations on weights here are elementwise (Adam, averages, copies). So one flat tensor gives the same
+bits as six small ones, with a sixth of the calls.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Layers = list[tuple[Tensor, Tensor]]
 
 
 def initial_weights(settings: Settings) -> list[Tensor]:
-    """Weight and bias of each layer: the article's, drawn from torch's global stream.
+    """The article's initial weights and biases, drawn from torch's global generator.
 
-    The layers are made first, as in any module, since that draws too.
+    The layers are made first, as in any module, because that draws random numbers too.
     """
     widths = (settings.features, *settings.hidden, 1)
     linear = [nn.Linear(*sizes) for sizes in pairwise(widths)]
@@ -34,7 +34,7 @@ def initial_weights(settings: Settings) -> list[Tensor]:
 
 
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """A flat tensor's consecutive parts, shaped; they share its memory."""
+    """The consecutive parts of a flat tensor, with their shapes; they share its memory."""
     parts = torch.split(flat, [shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -45,7 +45,7 @@ def as_layers(weights: Sequence[Tensor]) -> Layers:
 
 
 def forward(layers: Layers, x: Tensor) -> Tensor:
-    """Predictions (rows, 1), without dropout: linear layers with ReLU between them."""
+    """The predictions (rows, 1) without dropout: linear layers with ReLU between them."""
     *hidden, (last_weight, last_bias) = layers
     for weight, bias in hidden:
         x = torch.relu_(functional.linear(x, weight, bias))
@@ -53,9 +53,9 @@ def forward(layers: Layers, x: Tensor) -> Tensor:
 
 
 class Probe:
-    """Predicts and judges with any flat weights, on the validation set.
+    """Evaluates any flat weights on the validation set.
 
-    It draws nothing from the random stream, so that evaluating more or less cannot change a run.
+    It draws no random numbers, so evaluations cannot change a run.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], data: Data) -> None:
@@ -64,12 +64,12 @@ class Probe:
         self._variance = float(data.valid_y.double().var(correction=0))
 
     def predict(self, flat: Tensor) -> Tensor:
-        """The validation set's predictions (rows, 1) under flat weights."""
+        """The predictions (rows, 1) of flat weights for the validation set."""
         with torch.inference_mode():
             return forward(as_layers(views(flat, self._shapes)), self._data.valid_x)
 
     def judge(self, prediction: Tensor) -> Metrics:
-        """MSE, MAE and R2 of predictions of the validation set."""
+        """MSE, MAE and R2 of predictions for the validation set."""
         mse = functional.mse_loss(prediction, self._data.valid_y).item()
         mae = functional.l1_loss(prediction, self._data.valid_y).item()
         return {"mse": mse, "mae": mae, "r2": 1 - mse / self._variance}

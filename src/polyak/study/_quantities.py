@@ -1,4 +1,4 @@
-"""Quantities: one number per seed, read from its record. Epochs count from 1, as in the article."""
+"""Quantities: one number per seed, from its record. Epochs count from 1, as in the article."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def early_log_ratio(record: Record) -> float:
 
 
 def overtaking(record: Record) -> int:
-    """The epoch from which the EMA's loss stays below the live's to the stop; stop + 1 if it is not."""
+    """The epoch from which the EMA's loss stays below the live loss until the stop; stop + 1 if never."""
     live, average = curves(record)
     behind = np.flatnonzero(average >= live)
     return int(behind[-1]) + 2 if len(behind) else 1
 
 
 def first_lead(record: Record) -> float:
-    """The first epoch at which the EMA's loss is below the live's; infinite if it never is."""
+    """The first epoch at which the EMA's loss is below the live loss; infinite if never."""
     live, average = curves(record)
     ahead = np.flatnonzero(average < live)
     return float(ahead[0] + 1) if len(ahead) else math.inf
 
 
 def improvement(record: Record, metric: str) -> float:
-    """The share by which the average is better than the live model at the stop, as the article counts."""
+    """The relative improvement by the average at the stop, computed as in the article."""
     live, average = record["live"][metric], record["average"][metric]
     change = (average - live) / live
     return float(change if metric == "r2" else -change)
 
 
 def gain(record: Record, metric: str) -> float:
-    """By how much the average is better at the stop, in the metric's own unit."""
+    """The improvement by the average at the stop, in the unit of the metric."""
     difference = record["average"][metric] - record["live"][metric]
     return float(difference if metric == "r2" else -difference)
 
 
 def log_improvement(record: Record, metric: str) -> float:
-    """log of the better-is-larger ratio of the two models at the stop; 0 if they are equal."""
+    """The log of the ratio of the two models at the stop, above 0 if the average is better."""
     ratio = math.log(record["average"][metric] / record["live"][metric])
     return ratio if metric == "r2" else -ratio
 
@@ -79,13 +79,13 @@ def has_late(record: Record) -> bool:
 
 
 def late_lead(record: Record) -> float:
-    """The share of late epochs at which the EMA's loss is below the live's."""
+    """The share of late epochs at which the EMA's loss is below the live loss."""
     live, average = (curve[late(record)] for curve in curves(record))
     return float((average < live).mean())
 
 
 def late_log_ratio(record: Record) -> float:
-    """Log of (mean EMA loss / mean live loss) over the late epochs."""
+    """log(mean EMA loss / mean live loss) over the late epochs."""
     live, average = (curve[late(record)] for curve in curves(record))
     return float(np.log(average.mean() / live.mean()))
 
@@ -96,7 +96,7 @@ def last_epochs(curve: Curve) -> Curve:
 
 
 def from_50(curve: Curve) -> Curve:
-    """The window `from 50`: all epochs from 50 to the stop, empty in a run that stopped earlier."""
+    """The window `from 50`: all epochs from 50 to the stop; empty if the run stopped earlier."""
     return curve[49:]
 
 
@@ -111,25 +111,25 @@ def deviation(curve: Curve) -> float:
 
 
 def roughness(curve: Curve) -> float:
-    """Root mean square of the epoch-to-epoch change: what is not trend."""
+    """Root mean square of the change from epoch to epoch: the fluctuation without the trend."""
     return float(np.sqrt(np.square(np.diff(curve)).mean())) if len(curve) > 1 else math.nan
 
 
 def log_ratio(
     record: Record, measure: Callable[[Curve], float], window: Callable[[Curve], Curve]
 ) -> float:
-    """log(measure of the EMA's curve / of the live's) in a window; NaN if the run was too short."""
+    """log(measure of the EMA's curve / measure of the live curve) in a window; NaN for a short run."""
     live, average = (measure(window(curve)) for curve in curves(record))
     return math.log(average / live)
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """The values that exist: seeds whose run was too short for a quantity are left out."""
+    """The finite values: a quantity leaves out seeds whose run was too short for it."""
     return [value for value in values if math.isfinite(value)]
 
 
 def after_best(record: Record) -> float:
-    """Relative change of the EMA's lowest loss if the epochs after the stop are included; <= 0."""
+    """Relative change of the EMA's lowest loss when the epochs after the stop are included; <= 0."""
     after = min(curves(record, "after_stop")[1])
     return float(min(after / record["best"]["average"]["mse"] - 1, 0.0))
 

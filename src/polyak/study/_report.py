@@ -1,4 +1,4 @@
-"""Report: one folder that tells the whole study, and one HTML page that opens offline."""
+"""Report: a folder with all results, and one HTML page that opens offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "altair", "joblib")
 
 @dataclass(frozen=True)
 class Report:
-    """What the study found, ready to be written, shown on a terminal, or read on."""
+    """The verdicts and tables of a study, and the path of its page."""
 
     judgements: list[claims.Judgement]
     tables: dict[str, Table]
@@ -42,19 +42,19 @@ class Report:
 def write_report(
     records: Sequence[Record], settings: Settings, measured: costs.Costs, folder: Path, made: str
 ) -> Report:
-    """Writes verdicts.json, costs.json, tables/, charts/ and report.html into a folder."""
+    """Write verdicts.json, costs.json, tables/, charts/ and report.html into a folder."""
     judgements = claims.judge(records)
-    found = _tables(records, judgements, measured)
+    made_tables = _tables(records, judgements, measured)
     drawn = figures.charts(records)
     _write(folder / "verdicts.json", _json(claims.as_json(judgements)))
     _write(folder / "costs.json", _json(costs.as_json(measured)))
-    for name, table in found.items():
+    for name, table in made_tables.items():
         _write(folder / "tables" / f"{name}.md", table.markdown())
     for name, chart in drawn.items():
         charts.save(chart, folder / "charts", name)
-    page = _page(records, settings, judgements, found, drawn, made)
+    page = _page(records, settings, judgements, made_tables, drawn, made)
     _write(folder / PAGE, page)
-    return Report(judgements, found, folder / PAGE)
+    return Report(judgements, made_tables, folder / PAGE)
 
 
 def _tables(
@@ -77,11 +77,11 @@ def _page(
     records: Sequence[Record],
     settings: Settings,
     judgements: list[claims.Judgement],
-    found: dict[str, Table],
+    made_tables: dict[str, Table],
     drawn: dict[str, Any],
     made: str,
 ) -> str:
-    """The HTML page: the bundle that draws, the specs of the charts, and everything in words."""
+    """The HTML page: the texts, the specs of the charts, and the code that draws them."""
     template = files("polyak.study").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template).render(
@@ -90,7 +90,7 @@ def _page(
         figure=figure,
         specs={name: chart.to_dict() for name, chart in drawn.items()},
         judgements=judgements,
-        tables=found,
+        tables=made_tables,
         seeds=len(records),
         stops=[record["stop_epoch"] for record in records],
         fingerprint=records[0]["fingerprint"],

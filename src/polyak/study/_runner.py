@@ -1,4 +1,4 @@
-"""Runner: the seeds that are missing, spread over processes, each recorded as it finishes."""
+"""Runner: run the missing seeds in several processes, and record each when it finishes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyak.study._settings import Settings
 from polyak.study._trainer import conditions, run_seed
 
 Progress = Callable[[int, int, bool], None]
-"""Told (seeds done, seeds wanted, whether one was just run) at the start and after each seed."""
+"""Called with (seeds done, seeds wanted, whether one was just run) at the start and after each seed."""
 
 
 def run_study(
@@ -27,9 +27,10 @@ def run_study(
     arms: Arms | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[Record]:
-    """The records of seeds 0 to seeds - 1 by seed, running those that `path` does not hold yet.
+    """The records of seeds 0 to seeds - 1 in order; runs those that `path` does not hold yet.
 
-    `jobs` processes as joblib counts them (-1, the default: one a processor), each on one thread.
+    `jobs` is the number of processes as joblib counts them (default -1: one per processor), each on
+    one thread.
     """
     arms = arms or all_arms(settings)
     with opened(path, conditions(settings, arms)) as results:
@@ -43,7 +44,7 @@ def run_study(
 
 
 def _records(missing: list[int], settings: Settings, arms: Arms, workers: int) -> Iterator[Record]:
-    """Records as they finish, in no order."""
+    """The records in the order in which they finish."""
     data = make_data(settings)
     tasks = (delayed(run_seed)(seed, settings, data, arms) for seed in missing)
     parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")

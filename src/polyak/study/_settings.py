@@ -1,4 +1,4 @@
-"""Settings: every number of the experiment in one place, with the article's values as defaults.
+"""Settings: all numbers of the experiment, with the article's values as defaults.
 
 >>> Settings().learning_rate, Settings(max_epochs=3) == Settings(max_epochs=3)
 (0.001, True)
@@ -19,8 +19,8 @@ from polyak.rules import ArticleEMA
 class Settings:
     """The article's experiment: data, model, training, average and stopping, in this order.
 
-    `epochs_after_stop` is the study's own: after the early stop each run goes on for that many
-    epochs, apart from everything the article measures, to see what the stop avoided.
+    `epochs_after_stop` belongs to the study: each run continues for so many epochs after the early
+    stop, to see what the stop avoided. They are not part of what the article measures.
     """
 
     rows: int = 2000
@@ -43,7 +43,7 @@ class Settings:
     epochs_after_stop: int = 25
 
     def article_rule(self) -> ArticleEMA:
-        """The article's EMA, which drives the learning rate and the early stop."""
+        """The article's EMA, which sets the learning rate and the early stop."""
         return ArticleEMA(
             beta=self.ema_beta,
             update_after_step=self.ema_update_after_step,
@@ -52,11 +52,11 @@ class Settings:
 
 
 def as_json(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON reads them back: tuples are lists."""
+    """The settings as they are after a round trip through JSON: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return plain
 
 
 def fingerprint(conditions: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that change with any condition."""
+    """Twelve hexadecimal digits that identify the conditions."""
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,8 +1,8 @@
 """Statistics: 95 % intervals over seeds, and the one rule that turns an interval into a verdict.
 
-Seeds are the independent repetitions, so seeds are resampled; two networks of one seed are compared
-within that seed first. Means and medians have percentile bootstrap intervals, shares of seeds have
-exact binomial ones, since a bootstrap of a share of 0 or 1 has no width.
+The seeds are the independent repetitions, so the bootstrap resamples seeds. Two networks of one seed are
+compared within that seed first. Means and medians have percentile bootstrap intervals. Shares of seeds
+have exact binomial intervals, because a bootstrap of a share of 0 or 1 has no width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BOOTSTRAP_SEED = 20_240_613
 FEWEST_SEEDS = 8
 
 Statistic = Literal["mean", "median"]
-Verdict = Literal["holds", "does not hold", "undecided"]
+ClaimVerdict = Literal["holds", "does not hold", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Region:
-    """The values of a quantity under which a claim is true, bounds included."""
+class ClaimedRange:
+    """The values of a quantity for which a claim is true, bounds included."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -51,9 +51,9 @@ class Region:
         return self.low <= value <= self.high
 
 
-def around(figure: float, tolerance: float) -> Region:
-    """The values within a share `tolerance` of a figure."""
-    return Region(figure * (1 - tolerance), figure * (1 + tolerance))
+def around(figure: float, tolerance: float) -> ClaimedRange:
+    """The values that differ from a figure by at most a share `tolerance` of it."""
+    return ClaimedRange(figure * (1 - tolerance), figure * (1 + tolerance))
 
 
 def bootstrap(
@@ -61,8 +61,8 @@ def bootstrap(
 ) -> Interval:
     """The mean or median over seeds with its percentile bootstrap interval.
 
-    The resamples are the same for every quantity of equally many seeds, so paired quantities are
-    resampled in pairs. No value at all gives NaN.
+    All quantities with the same number of seeds use the same resamples, so that paired quantities are
+    resampled in pairs. Without values the result is NaN.
     """
     array = np.asarray(values, dtype=float)
     if not len(array):
@@ -75,7 +75,7 @@ def bootstrap(
 
 
 def share(wins: Sequence[bool]) -> Interval:
-    """The share of seeds in which something is so, with its exact (Clopper-Pearson) interval."""
+    """The share of seeds with a property, with its exact (Clopper-Pearson) interval."""
     if not wins:
         return Interval(math.nan, math.nan, math.nan, 0)
     test = binomtest(sum(wins), len(wins))
@@ -83,10 +83,11 @@ def share(wins: Sequence[bool]) -> Interval:
     return Interval(float(test.statistic), float(exact.low), float(exact.high), len(wins))
 
 
-def verdict(interval: Interval, claimed: Region) -> Verdict:
-    """The one rule: inside the claimed region it holds, outside it does not, across it is undecided.
+def verdict(interval: Interval, claimed: ClaimedRange) -> ClaimVerdict:
+    """The one rule: the claim holds if the interval is inside the claimed range, and does not if outside.
 
-    Undecided too on fewer than 8 seeds, where a bootstrap interval is much too narrow.
+    It is undecided if the interval crosses a bound, and with fewer than 8 seeds, for which a bootstrap
+    interval is much too narrow.
     """
     if interval.seeds < FEWEST_SEEDS or math.isnan(interval.estimate):
         return "undecided"
@@ -96,8 +97,8 @@ def verdict(interval: Interval, claimed: Region) -> Verdict:
     return "does not hold" if disjoint else "undecided"
 
 
-def combined(verdicts: Sequence[Verdict]) -> Verdict:
-    """A claim of several parts: false if one part is, true if all are."""
+def combined(verdicts: Sequence[ClaimVerdict]) -> ClaimVerdict:
+    """The verdict on a claim: it holds if all parts hold, and does not if one part does not."""
     if "does not hold" in verdicts:
         return "does not hold"
     return "undecided" if "undecided" in verdicts else "holds"
@@ -105,6 +106,6 @@ def combined(verdicts: Sequence[Verdict]) -> Verdict:
 
 @lru_cache(maxsize=4)
 def _resamples(count: int) -> NDArray[np.int64]:
-    """Row by row the seeds of one resample."""
+    """One resample of the seeds per row."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     return generator.integers(0, count, size=(RESAMPLES, count))

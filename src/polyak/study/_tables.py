@@ -1,4 +1,4 @@
-"""Tables: what the study found, beside what the article reports."""
+"""Tables: the results of the study, beside those of the article."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def _reason(part: Part) -> str:
 
 
 def evidence(judgements: Sequence[Judgement]) -> Table:
-    """Every quantity of every claim with its interval and the region that decides."""
+    """Every quantity of every claim, with its interval and the range that decides."""
     return Table(
         "evidence",
-        "How each claim was made a quantity, and what was found",
+        "The quantities of each claim, and their results",
         ("claim", "quantity, one value per seed", "estimate [95 % interval]", "seeds", "holds if", "verdict"),
         tuple(
             (j.claim, p.quantity, figure(p), str(p.interval.seeds), p.wanted or "—", p.verdict or "—")
@@ -58,14 +58,14 @@ def evidence(judgements: Sequence[Judgement]) -> Table:
 
 
 def summary(records: Records) -> list[str]:
-    """Three sentences of figures: at the stop, late on average, and how much each fluctuates."""
+    """Three sentences: the result at the stop, late on average, and the fluctuation."""
     gains = [q.gain(r, "mse") for r in records]
     late = bootstrap([q.late_log_ratio(r) for r in records if q.has_late(r)]).map(math.exp)
     ratios = q.finite(q.log_ratio(r, q.deviation, q.last_epochs) for r in records)
     wins = between(share([g > 0 for g in gains]), lambda v: percent(v, 0))
     return [
-        f"At the stop the EMA has the lower MSE in {wins} of the seeds; live − EMA is "
-        f"{between(bootstrap(gains), lambda v: number(v, 5))} on average.",
+        f"At the stop, the EMA has the lower MSE in {wins} of the seeds; on average, live − EMA is "
+        f"{between(bootstrap(gains), lambda v: number(v, 5))}.",
         f"Averaged over the epochs from {q.LATE} to the stop, its loss is "
         f"{between(late, lambda v: number(v, 3))} times the live model's.",
         f"Over the last {q.LAST} epochs, its standard deviation is "
@@ -74,7 +74,7 @@ def summary(records: Records) -> list[str]:
 
 
 def epochs(records: Records) -> Table:
-    """The article's table 4.1 beside the means over the seeds still running at each epoch."""
+    """The article's table 4.1, beside the means over the seeds still running at each epoch."""
     names = ("train_loss", "val_loss_original", "r2_original", "val_loss_ema", "r2_ema")
     rows: list[tuple[str, ...]] = []
     for epoch, *figures in article.TABLE_EPOCHS:
@@ -88,13 +88,13 @@ def epochs(records: Records) -> Table:
         "The article's table 4.1, beside ours",
         ("epoch", "runs", "train loss", "live loss", "live R²", "EMA loss", "EMA R²"),
         tuple(rows),
-        "The article's one run, and our mean [95 % interval] over the seeds still running at that "
-        "epoch.",
+        "The article's single run, and our mean [95 % interval] over the seeds that are still running "
+        "at that epoch.",
     )
 
 
 def final(records: Records) -> Table:
-    """The article's table 4.3 beside ours, at the stop and at each model's own best epoch."""
+    """The article's table 4.3, beside ours at the stop and at the best epoch of each model."""
     rows: list[tuple[str, ...]] = []
     for metric, (live, average, improvement) in article.TABLE_FINAL.items():
         name = "R²" if metric == "r2" else metric.upper()
@@ -115,16 +115,16 @@ def final(records: Records) -> Table:
     return Table(
         "final",
         "The article's table 4.3, beside ours",
-        ("metric", "live", "EMA", "EMA better by, of the live", "EMA better by, paired difference", "seeds in which the EMA is better"),
+        ("metric", "live", "EMA", "improvement, relative", "improvement, paired difference", "seeds in which the EMA is better"),
         tuple(rows),
-        "Means over seeds [95 % interval]; the relative improvement is a geometric mean. The best "
-        "epoch is each model's lowest validation MSE, chosen on the very data that then judges it: "
-        "the model whose loss fluctuates more gains more by that choice.",
+        "Means over seeds [95 % interval]; the relative improvement is a geometric mean. The best epoch "
+        "is the one with the lowest validation MSE. It is chosen on the data that then judge it, which "
+        "favours the model whose loss fluctuates more.",
     )  # fmt: skip
 
 
 def _pair(pairs: Sequence[Record], metric: str) -> tuple[str, ...]:
-    """Live, average, relative and absolute improvement, and wins of pairs of metrics."""
+    """Live, average, relative and absolute improvement, and the share of wins."""
     gains = [q.gain(pair, metric) for pair in pairs]
     relative = bootstrap([q.log_improvement(pair, metric) for pair in pairs])
     shares = relative.map(math.expm1 if metric == "r2" else lambda x: -math.expm1(-x))
@@ -158,8 +158,8 @@ def deviations(records: Records) -> Table:
         "Standard deviation of the validation loss over epochs",
         ("window", "live", "EMA", "EMA / live (geometric mean)"),
         (theirs, *rows),
-        "Mean over seeds of each seed's sample standard deviation [95 % interval]. The wider the "
-        "window, the more it measures the descent that both share instead of the fluctuation.",
+        "Mean over seeds of each seed's sample standard deviation [95 % interval]. In a wide window it "
+        "measures mostly the descent, which both models share, and less the fluctuation.",
     )
 
 
@@ -175,7 +175,7 @@ def _deviation(records: Records, window: Callable[[q.Curve], q.Curve]) -> tuple[
 
 
 def arms(records: Records, costs: Costs) -> Table:
-    """Every arm: accuracy, paired differences, memory, time and the cost of predicting."""
+    """Every arm: accuracy, paired differences, memory, time and cost of a prediction."""
     return Table(
         "arms",
         "All arms at the stop",
@@ -185,12 +185,12 @@ def arms(records: Records, costs: Costs) -> Table:
             "forward passes", "time to predict",
         ),
         tuple(_arm(records, costs, name) for name in costs.arms),
-        "Means over seeds [95 % interval]; a negative difference is an improvement. µs per step: "
-        "the arm's own update, amortised over the steps of an epoch where it updates once an epoch; "
-        f"a training step without any average takes {costs.step_microseconds:.0f} µs here. Time to "
-        "predict: measured, against one network. SWA needs one copy if its budget is fixed in "
-        "advance; under early stopping the last quarter is known only at the stop, so here its "
-        "epoch ends were kept. SWA's own learning rate is not used.",
+        "Means over seeds [95 % interval]; a negative difference is an improvement. µs per step is the "
+        "update of the arm, divided by the steps of an epoch for arms that update once an epoch; a "
+        f"training step without averages takes {costs.step_microseconds:.0f} µs on this machine. Time to "
+        "predict is measured relative to one network. SWA needs one copy if its budget is fixed in "
+        "advance; with early stopping the last quarter is known only at the stop, so all epoch ends "
+        "were kept here. SWA's own learning rate is not used.",
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def metrics(records: Records) -> Table:
 
 
 def in_words(records: Records, costs: Costs) -> Table:
-    """What the article says of the EMA against other averages in words, with numbers."""
+    """The article's comparisons in words of the EMA with other averages, as numbers."""
     ema = costs.arms[ARTICLE]
     rows = [(
         "T6", "one copy of the weights, constant in the length of the history, cheap",
@@ -243,7 +243,7 @@ def in_words(records: Records, costs: Costs) -> Table:
     for label, text, prefix in compared:
         for name in (n for n in costs.arms if n.startswith(prefix)):
             rows.append((label, text, _against(records, costs, name)))
-    return Table("in_words", "What the article says in words, with numbers",
+    return Table("in_words", "The article's comparisons in words, as numbers",
                  ("statement", "in words", "measured here"), tuple(rows))  # fmt: skip
 
 

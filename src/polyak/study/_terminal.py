@@ -1,4 +1,4 @@
-"""Terminal: what a study says while it runs and when it is done."""
+"""Terminal: the progress of a study, and its main tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINES = 8
 
 
 class Seeds:
-    """Progress over seeds: a bar on a terminal, about eight plain lines elsewhere."""
+    """Progress over seeds: a bar on a terminal, else about eight plain lines."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -49,7 +49,7 @@ class Seeds:
         self._bar.stop()
 
     def __call__(self, done: int, wanted: int, ran: bool) -> None:
-        """Shows that `done` of `wanted` seeds are there; `ran` if one was just run."""
+        """Shows that `done` of `wanted` seeds are done; `ran` tells whether one was just run."""
         self._ran += ran
         pace = (time.monotonic() - self._began) / max(self._ran, 1)
         rate = f"{pace:.2f} s a seed" if self._ran else ""
@@ -60,7 +60,7 @@ class Seeds:
 
 
 def show(console: Console, report: Report, seconds: float) -> None:
-    """The main tables, and where the rest lies."""
+    """Print the main tables, and the path of the report."""
     console.print(_rich(report.tables["verdicts"], (0, 1, 2)))
     console.print(_rich(report.tables["final"], (0, 1, 2, 3)))
     console.print(_rich(report.tables["arms"], (0, 2, 5, 7, 8)))
@@ -68,7 +68,7 @@ def show(console: Console, report: Report, seconds: float) -> None:
 
 
 def _rich(table: Table, columns: tuple[int, ...]) -> RichTable:
-    """Some columns of a table, verdicts in colour."""
+    """Some columns of a table, with verdicts in colour."""
     shown = RichTable(title=table.title, title_justify="left")
     for column in columns:
         shown.add_column(table.header[column], no_wrap=column == 0)

@@ -1,4 +1,4 @@
-"""Text: tables of text cells, and numbers with their intervals as such cells."""
+"""Text: tables of text cells, and numbers with their intervals as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polyak.study._statistics import Interval
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text; `note` says what the reader must know of it."""
+    """A table of text with a title, and a note for its reader."""
 
     name: str
     title: str
@@ -21,7 +21,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """The table as Markdown, title and note included."""
+        """The table as Markdown, with title and note."""
         cells = [self.header, tuple("---" for _ in self.header), *self.rows]
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join([f"# {self.title}", "", *lines, "", self.note]).rstrip() + "\n"
@@ -52,7 +52,7 @@ _FORMS: dict[str, Callable[[float], str]] = {
 
 
 def between(interval: Interval, form: Callable[[float], str]) -> str:
-    """`estimate [low, high]`, or that no seed had the quantity."""
+    """`estimate [low, high]`, or "no seed" for a quantity without values."""
     if math.isnan(interval.estimate):
         return "no seed"
     low, high = form(interval.low), form(interval.high)

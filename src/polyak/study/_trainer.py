@@ -1,8 +1,8 @@
-"""Trainer: one seed of the article's experiment, bit for bit the plain script's, and its record.
+"""Trainer: run one seed of the article's experiment, bit for bit like the plain script, and record it.
 
-The random stream is the plain script's: the initial weights, each epoch's two draws of the loader,
-the dropout masks. Averages and evaluations draw nothing, so they cannot disturb the training.
-`benchmarks/plain_article.py` is the same experiment as one would write it.
+Random numbers are drawn as in the plain script (`benchmarks/plain_article.py`): the initial weights, two
+draws of the loader per epoch, the dropout masks. Averages and evaluations draw none, so they cannot
+disturb the training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from polyak.study._settings import Settings, as_json, fingerprint
 
 
 class EarlyStop:
-    """Stops once `patience` epochs in a row brought no strictly lower loss."""
+    """Stops after `patience` epochs in a row without a strictly lower loss."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
@@ -39,7 +39,7 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is measured after one epoch; `learning_rate` is that of the next."""
+    """The measurements after one epoch; `learning_rate` is that of the next epoch."""
 
     train_loss: float
     live: Metrics
@@ -48,9 +48,10 @@ class Epoch:
 
 
 def run_seed(seed: int, settings: Settings, data: Data, arms: Arms | None = None) -> Record:
-    """One seed's record: its history, its stop, every arm at the stop, and what came after.
+    """Run one seed; its record has the history, the stop, every arm at the stop, and what came after.
 
-    Runs on one thread and on a random stream of its own; the caller's are left as they were.
+    It runs on one thread and with its own random numbers; the caller's threads and generator are
+    restored.
     """
     arms = arms or all_arms(settings)
     with alone():
@@ -83,13 +84,13 @@ def run_seed(seed: int, settings: Settings, data: Data, arms: Arms | None = None
 
 
 def conditions(settings: Settings, arms: Arms) -> dict[str, Any]:
-    """All that a record depends on besides its seed: records of other conditions never mix."""
+    """Everything that a record depends on besides its seed, so that other conditions never mix in."""
     return {**as_json(settings), "arms": arms.specs(), "torch": torch.__version__}
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One thread, since the tensors are tiny, and a random stream that the caller's survives."""
+    """Use one thread, since the tensors are tiny, and restore the caller's threads and generator."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -102,7 +103,7 @@ def alone() -> Iterator[None]:
 def _until_stop(
     live: Live, tracker: Tracker, probe: Probe, settings: Settings
 ) -> tuple[list[Epoch], bool]:
-    """The epochs up to the stop, and whether the stop was early."""
+    """The epochs until the stop, and whether it was an early stop."""
     stop, epochs = EarlyStop(settings.stop_patience), []
     for _ in range(settings.max_epochs):
         epochs.append(_epoch(live, tracker, probe, tracker.after_step))
@@ -113,7 +114,7 @@ def _until_stop(
 
 
 def _epoch(live: Live, tracker: Tracker, probe: Probe, after_step: Callable[[], None]) -> Epoch:
-    """Trains one epoch, evaluates both networks, and lets the article's EMA set the schedule."""
+    """Train one epoch, evaluate both networks, and give the EMA's loss to the schedule."""
     train_loss = live.train_epoch(after_step)
     average = probe.evaluate(tracker.driver())
     live.judged(average["mse"])
@@ -121,19 +122,19 @@ def _epoch(live: Live, tracker: Tracker, probe: Probe, after_step: Callable[[], 
 
 
 def _best(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """The metrics of the epoch of lowest MSE, the first of equals, and its number from 1."""
+    """The first epoch of lowest MSE, counted from 1, and its metrics."""
     first = min(range(len(metrics)), key=lambda i: metrics[i]["mse"])
     return {"epoch": first + 1, **metrics[first]}
 
 
 def _drops(initial: float, epochs: Sequence[Epoch]) -> list[int]:
-    """The epochs after which the learning rate fell."""
+    """The epochs after which the learning rate was lowered."""
     before = [initial, *(e.learning_rate for e in epochs)]
     return [i + 1 for i, epoch in enumerate(epochs) if epoch.learning_rate < before[i]]
 
 
 def _history(epochs: Sequence[Epoch]) -> dict[str, list[float]]:
-    """The article's five curves, by its names."""
+    """The article's five curves, under its names."""
     return {
         "train_loss": [e.train_loss for e in epochs],
         "val_loss_original": [e.live["mse"] for e in epochs],
