@@ -761,6 +761,24 @@ def test_elapsed_time_is_positive_and_finite(elapsed: Any) -> None:
         averager().update(elapsed)
 
 
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_clock_that_would_overflow_is_refused_at_the_update(rule: Rule, every: int) -> None:
+    weights = {"w": torch.tensor([1.0])}
+    timed = Averager(weights, rule, every=every)
+    for _ in range(every):
+        timed.update(1e308 / every)
+    average = timed.average()
+    for elapsed in (1e308, sys.float_info.max):
+        with pytest.raises(ValueError, match="no float holds their sum: wanted a larger unit"):
+            timed.update(elapsed)
+    assert_same(timed.average(), average)
+    for _ in range(every):
+        timed.update(1.0)
+    assert timed.count == 2
+    assert timed.average()["w"].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -316,6 +316,40 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(dtype: torch.dtype, st
     assert_same(dict(second.state_dict()), dict(undisturbed.state_dict()))
 
 
+COUNTERS: list[tuple[str, object, str]] = [
+    ("step", torch.tensor([-5]), "EMA: step is -5, wanted a tensor of one integer"),
+    ("step", torch.tensor(-1), "step is -1"),
+    ("step", torch.tensor([2.5]), "step is 2.5"),
+    ("step", torch.tensor([torch.nan]), "step is nan"),
+    ("step", torch.tensor([torch.inf]), "step is inf"),
+    ("step", torch.tensor([1e30]), "step is 1.0"),
+    ("step", torch.tensor([1j]), "step is 1j"),
+    ("step", torch.tensor([3, 4]), r"step is tensor\(\[3, 4\]\)"),
+    ("step", torch.tensor([]), r"step is tensor\(\[\]\)"),
+    ("step", 7, "step is 7"),
+    ("step", "x", "step is 'x'"),
+    ("initted", torch.tensor([-1.0]), "EMA: initted is -1.0, wanted a tensor of one integer, 0 to 1"),
+    ("initted", torch.tensor([2.0]), "initted is 2.0"),
+    ("initted", torch.tensor([torch.nan]), "initted is nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counter", "value", "message"), COUNTERS)
+def test_a_state_with_a_broken_counter_is_refused_and_nothing_changes(
+    counter: str, value: Any, message: str
+) -> None:
+    ema = EMA(network(), update_after_step=1, update_every=1)
+    run(ema, range(5))
+    before = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    other = {name: tensor * 2 for name, tensor in before.items() if "." in name}
+    with pytest.raises(ValueError, match=message):
+        ema.load_state_dict({**before, **other, counter: value})
+    assert_same(dict(ema.state_dict()), before)
+    assert ema._calls == 5
+    for name, good in (("step", torch.tensor(9)), ("initted", torch.tensor(True))):
+        ema.load_state_dict({**before, name: good})
+
+
 class Crossed(nn.Module):
     """The same two layers as its mirror image, registered in the other order."""
 

@@ -215,12 +215,13 @@ class Averager:
         rule counts. The first update copies. No host synchronisation.
 
         Raises `RuntimeError` inside `applied()` and when the model's tensors are not those of the
-        start; `ValueError` unless elapsed > 0; `FloatingPointError` for weights that are not finite
-        where `nonfinite="error"`.
+        start; `ValueError` unless elapsed > 0 and the time after it is finite; `FloatingPointError`
+        for weights that are not finite where `nonfinite="error"`.
         """
         self._refuse_applied("update")
         if elapsed is not None:
             require_positive("elapsed", elapsed)
+            self._updating.require_time_for(elapsed)
         self._updating.call(1.0 if elapsed is None else float(elapsed))
 
     def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:

@@ -25,6 +25,9 @@ from polyak._engine.tracking import Policy, Tracked, averageable, track
 from polyak._tensors import Groups, slot_dtype
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 
+_MOST_CALLS = 2**53
+"""Above it, a float no longer tells a call from the next."""
+
 
 class EMA(nn.Module):
     """An exponential moving average of a model, as a module: `ema.update()`, then `ema(x)`.
@@ -249,7 +252,7 @@ class EMA(nn.Module):
         self._average.tick = Tick(turns, float(last), float(self.update_every))
         self._adopt()
         for key, slot in self._slot_keys():
-            if key in self._loaded:
+            if key in self._loaded and self._loaded[key].shape == slot.shape:
                 slot.copy_(self._loaded[key])
         self._loaded = {}
 
@@ -371,12 +374,28 @@ def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) 
 
 
 def _read_state(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Brings counters to this class's shapes (ema-pytorch's are scalars), notes wide averages."""
-    for name, buffer in (("initted", module.initted), ("step", module.step)):
+    """Brings counters to this class's shapes (ema-pytorch's are scalars), and notes wide averages.
+
+    A counter that this class cannot have is refused before anything is loaded.
+    """
+    for name, buffer, most in (("initted", module.initted, 1), ("step", module.step, _MOST_CALLS)):
         if prefix + name in state:
+            _require_counter(prefix + name, state[prefix + name], most)
             state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
     keys = {key: f"{prefix}ema_model.{key}" for key, _ in module._slot_keys()}
     module._loaded = {key: state[long] for key, long in keys.items() if long in state}
+
+
+def _require_counter(key: str, value: object, most: int) -> None:
+    """Raises `ValueError` unless a counter of a state is one integer from 0 to `most`."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
+    if (
+        isinstance(number, complex)
+        or number is None
+        or not (0 <= number <= most and number % 1 == 0)
+    ):
+        shown = value if number is None else number
+        raise ValueError(f"EMA: {key} is {shown!r}, wanted a tensor of one integer, 0 to {most}")
 
 
 def _take_over(module: EMA, _: object) -> None:

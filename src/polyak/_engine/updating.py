@@ -83,6 +83,15 @@ class Updating:
         if self._calls >= self.every:
             self._move(groups, None, before)
 
+    def require_time_for(self, elapsed: float) -> None:
+        """Raises `ValueError` if no float can hold the time after `elapsed`."""
+        now = max(average.tick.t for average in self._averages) + self._elapsed
+        if now + elapsed == float("inf"):
+            raise ValueError(
+                f"elapsed is {elapsed!r} at time {now!r}, and no float holds their sum: wanted a "
+                "larger unit of time, such as epochs for samples"
+            )
+
     def _guarded_call(
         self, groups: Groups, elapsed: float, found_inf: Sequence[Tensor], before: _Moment
     ) -> None:
