@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import polyak
 from cli_runs import STEPS, finished, model, moved, place, run
+from hostile_files import valid
 from polyak import Averager, checkpoints, offline, theory
 from polyak.cli._options import bytes_of, checkpoints_of, grid_of, names_of
 from polyak.cli._users_function import users_function
@@ -257,6 +258,26 @@ class TestExport:
         polyak.save("bema.safetensors", averager)
         done("export", "bema.safetensors", "e.safetensors")
         assert same(load_file("e.safetensors"), averager.average())
+
+    def test_every_layout(self, tmp_path: Path) -> None:
+        """Ours and the peers': each average and the live weights, to the bit in the live dtypes."""
+        formats = {}
+        for case in valid(tmp_path / "valid"):
+            found = checkpoints.read(case.path, "positions")
+            named = next(iter(found.averages.values()), found.live or {})
+            (tmp_path / "names.txt").write_text("\n".join(f"name.{name}" for name in named))
+            positions = ("--names", "names.txt") if set(named) <= set(map(str, range(99))) else ()
+            for average in (*found.averages, *(["live"] if found.live is not None else [])):
+                out = tmp_path / f"{len(formats)}.safetensors"
+                done("export", case.path, out, "--average", average, *positions, "--force")
+                wanted = dict(found.weights(average))
+                got = {n.removeprefix("name."): t for n, t in load_file(out).items()}
+                assert set(got) <= set(wanted), (case.path, average)
+                for name, tensor in got.items():
+                    same_dtype = wanted[name].to(tensor.dtype)
+                    torch.testing.assert_close(tensor, same_dtype, rtol=0, atol=0, equal_nan=True)
+                formats[found.format, average] = len(got)
+        assert len({name for name, _ in formats}) >= 12 and min(formats.values()) > 0
 
 
 @torch.no_grad()

@@ -43,13 +43,13 @@ def run_article(
     from polyak.study._arms import all_arms
     from polyak.study._data import make_data
 
-    settings, console, began = settings or Settings(), Console(), time.monotonic()
-    with terminal.Seeds(console) as progress:
+    settings, began = settings or Settings(), time.monotonic()
+    with terminal.Seeds(Console(stderr=True)) as progress:
         records = runner.run_study(
             seeds, out / "results.jsonl", settings, jobs=jobs, progress=progress
         )
     measured = costs.measure(settings, make_data(settings), all_arms(settings))
     command = f"polyak study article --seeds {seeds} --out {out}"
     made = report.write_report(records, settings, measured, out, command)
-    terminal.show(console, made, time.monotonic() - began)
+    terminal.show(Console(), made, time.monotonic() - began)
     return made.page
