@@ -261,7 +261,7 @@ class TestExport:
 
     def test_every_layout(self, tmp_path: Path) -> None:
         """Ours and the peers': each average and the live weights, to the bit in the live dtypes."""
-        formats = {}
+        formats: dict[tuple[str, str], int] = {}
         for case in valid(tmp_path / "valid"):
             found = checkpoints.read(case.path, "positions")
             named = next(iter(found.averages.values()), found.live or {})
