@@ -55,20 +55,20 @@ def export(
     """
     from polyak import checkpoints
 
-    found = checkpoints.read(file, names_of(names))
+    checkpoint = checkpoints.read(file, names_of(names))
     with progress_shown(f"writing {out}") as progress:
         checkpoints.export(
             out,
-            found,
+            checkpoint,
             average,
             dtype=None if dtype is None else dtype_of(dtype),
             shard_bytes=bytes_of(shard_size),
             overwrite=force,
             progress=progress,
         )
-    written = average or next(iter(found.averages))
-    _print(out, found, json=json, average=written)
-    _note_norms(found, [written])
+    written = average or next(iter(checkpoint.averages))
+    _print(out, checkpoint, json=json, average=written)
+    _note_norms(checkpoint, [written])
 
 
 def convert(
@@ -104,7 +104,7 @@ def convert(
     """
     from polyak import checkpoints
 
-    found = checkpoints.convert(
+    checkpoint = checkpoints.convert(
         file,
         out,
         _rules(rule),
@@ -114,8 +114,8 @@ def convert(
         copied=copy,
         overwrite=force,
     )
-    _print(out, found, json=json, averages=list(found.averages))
-    _note_norms(found, found.averages)
+    _print(out, checkpoint, json=json, averages=list(checkpoint.averages))
+    _note_norms(checkpoint, checkpoint.averages)
 
 
 def _rules(texts: list[str]) -> str | dict[str, str] | None:
@@ -131,18 +131,20 @@ def _rules(texts: list[str]) -> str | dict[str, str] | None:
     return rules or None
 
 
-def _print(out: Path, found: Checkpoint, *, json: bool, **about: Any) -> None:
+def _print(out: Path, checkpoint: Checkpoint, *, json: bool, **about: Any) -> None:
     """What was written, and the size of the file or folder."""
     files = [out] if out.is_file() else sorted(out.iterdir())
-    size = sum(each.stat().st_size for each in files)
+    size = sum(file.stat().st_size for file in files)
     if json:
-        print_json({"out": str(out), "from": found.format, **about, "bytes": size})
+        print_json({"out": str(out), "from": checkpoint.format, **about, "bytes": size})
     else:
-        say(f"{out}: from {found.format}, {size_text(size)}")
+        say(f"{out}: from {checkpoint.format}, {size_text(size)}")
 
 
-def _note_norms(found: Checkpoint, averages: Any) -> None:
+def _note_norms(checkpoint: Checkpoint, averages: Any) -> None:
     from polyak import norms
 
-    names = {name for average in averages if average != LIVE for name in found.average(average)}
+    names = {
+        name for average in averages if average != LIVE for name in checkpoint.average(average)
+    }
     note_norms(norms.statistics(names))

@@ -39,36 +39,40 @@ def inspect(
     """
     from polyak import offline
 
-    found = offline.describe(path)
+    description = offline.describe(path)
     if json:
-        print_json(found.as_dict())
+        print_json(description.as_dict())
         return
-    say(_headline(found))
-    _print_weights(found)
-    _print_tensors(found, all=tensors)
-    note_norms(found.norms)
+    say(_headline(description))
+    _print_weights(description)
+    _print_tensors(description, all=tensors)
+    note_norms(description.norms)
 
 
-def _headline(found: Description) -> str:
-    clock = "" if found.count is None else f", {found.count:,} {_unit(found)}"
-    line = f"{found.path}: {found.format}{clock}"
-    if found.recorded is None:
+def _headline(description: Description) -> str:
+    clock = "" if description.count is None else f", {description.count:,} {_unit(description)}"
+    line = f"{description.path}: {description.format}{clock}"
+    if description.recorded is None:
         return line
-    run = found.recorded
+    run = description.recorded
     return (
         f"{line}; {run.snapshots} snapshots of run {run.run}, at times {run.first:g} to "
         f"{run.last:g}, {size_text(run.bytes)}"
     )
 
 
-def _unit(found: Description) -> str:
-    return "units of time" if found.unit == "time" else str(found.unit)
+def _unit(description: Description) -> str:
+    return "units of time" if description.unit == "time" else str(description.unit)
 
 
-def _print_weights(found: Description) -> None:
+def _print_weights(description: Description) -> None:
     header = ("", "rule", "half-life", "mean age", "tensors", "parameters", "size", "dtypes")
-    live = [] if found.live is None else [("live weights", "-", "-", "-", *_numbers(found.live))]
-    averages = [(name, *_of_average(average)) for name, average in found.averages.items()]
+    live = (
+        []
+        if description.live is None
+        else [("live weights", "-", "-", "-", *_numbers(description.live))]
+    )
+    averages = [(name, *_of_average(average)) for name, average in description.averages.items()]
     print_table(header, [*live, *averages], left=2)
     if not averages:
         say("no average")
@@ -85,10 +89,10 @@ def _numbers(weights: Weighed) -> tuple[str, str, str, str]:
     return f"{weights.tensors:,}", f"{weights.parameters:,}", size_text(weights.bytes), shown
 
 
-def _print_tensors(found: Description, *, all: bool) -> None:
-    shown = found.tensors if all else found.tensors[:_LARGEST]
-    more = "" if len(shown) == len(found.tensors) else "; --tensors lists all"
-    say(f"\nlargest tensors, {len(shown)} of {len(found.tensors)}{more}")
+def _print_tensors(description: Description, *, all: bool) -> None:
+    shown = description.tensors if all else description.tensors[:_LARGEST]
+    more = "" if len(shown) == len(description.tensors) else "; --tensors lists all"
+    say(f"\nlargest tensors, {len(shown)} of {len(description.tensors)}{more}")
     rows = [
         (t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, size_text(t.bytes))
         for t in shown

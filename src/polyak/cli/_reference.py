@@ -33,8 +33,8 @@ def _sections(command: Any, name: str, parent: Any) -> Iterator[str]:
         command, info_name=name, parent=parent, terminal_width=WIDTH - 2
     )  # as on a terminal
     yield f"## {context.command_path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
-    for each, subcommand in getattr(command, "commands", {}).items():
-        yield from _sections(subcommand, each, context)
+    for word, subcommand in getattr(command, "commands", {}).items():
+        yield from _sections(subcommand, word, context)
 
 
 if __name__ == "__main__":
