@@ -36,7 +36,7 @@ RANKS = Path(__file__).with_name("saving_ranks.py")
 
 def saved_by(world: int, folder: Path) -> Path:
     """A folder that so many real processes saved."""
-    said_by(RANKS, world, folder, seconds=240)
+    said_by(RANKS, world, folder)
     return folder
 
 

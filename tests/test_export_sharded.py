@@ -13,4 +13,4 @@ from launching import require_laws
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4, 6])
 def test_exports_of_sharded_averages(tmp_path: Path, world: int) -> None:
-    require_laws(export_ranks.__file__, export_ranks.laws_on(world), world, tmp_path, seconds=240)
+    require_laws(export_ranks.__file__, export_ranks.laws_on(world), world, tmp_path)

@@ -19,7 +19,6 @@ from faults_ranks import Training
 from launching import launched
 from polyak import checkpoints
 
-SECONDS = 240
 STEPS = range(1, faults_ranks.STEPS + 1)
 
 # Where ranks end, "event:rank:step", and the steps from which what is launched again may go on.
@@ -63,7 +62,7 @@ def run(folder: Path, saving: str, faults: list[str]) -> Said:
         restarts=len(faults),
         environment={"POLYAK_FAULTS": " ".join(faults)},
     ) as launch:
-        said = Said(launch.wait(SECONDS))
+        said = Said(launch.wait())
         assert launch.failures == len(faults)
     assert said.faults == faults
     assert (len(said.resumed), said.done) == (len(faults), 1)

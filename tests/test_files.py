@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import polyak._files
+from patience import HANG
 from polyak import _files as files
 from polyak._files import making_folder, writing, writing_folder
 
@@ -90,7 +91,7 @@ def kill_soon(code: str, place: Path, seconds: float) -> None:
     assert process.stdout.readline() == "ready\n"
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode in (-signal.SIGKILL, 0), errors
 
 
@@ -102,7 +103,7 @@ def at_once(code: str, place: Path, count: int) -> list[str]:
         assert process.stdin is not None
         process.stdin.write("!")
         process.stdin.flush()
-    ends = [process.communicate(timeout=60) for process in processes]
+    ends = [process.communicate(timeout=HANG) for process in processes]
     assert not any(errors for _, errors in ends), ends
     return [output.strip() for output, _ in ends]
 
@@ -389,5 +390,5 @@ def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
     while process.poll() is None:
         assert place.is_dir()
         looks += 1
-    assert process.communicate(timeout=30) == ("ready\n", "")
+    assert process.communicate(timeout=HANG) == ("ready\n", "")
     assert looks > 1000

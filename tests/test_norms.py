@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from models import assert_same, pointers, snapshot
+from patience import HANG
 from polyak import EMA, Averager, Uniform
 from polyak.norms import names, recalibrate, statistics
 
@@ -403,7 +404,7 @@ assert hits == 200, hits
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_loses_nothing() -> None:
     command = [sys.executable, "-c", CTRL_C]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 
@@ -668,7 +669,7 @@ def test_processes_under_ddp_estimate_from_their_own_batches_or_from_all(tmp_pat
     command = [sys.executable, "-W", "error", "-c", UNDER_DDP, str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, r], stderr=subprocess.PIPE, text=True) for r in "01"]
     for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
+        _, errors = rank.communicate(timeout=HANG)
         assert rank.returncode == 0, errors
 
 

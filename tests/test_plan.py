@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import polyak
+from patience import HANG
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -22,6 +22,7 @@ import replicas_ranks
 import saving_distributed_ranks as ranks
 from corrupting import same, save_folder
 from launching import said_by
+from patience import HANG
 from polyak import checkpoints
 from polyak._ranks.shard_geometry import Box
 from polyak.checkpoints._parts import Chunked
@@ -30,14 +31,12 @@ from polyak.offline import average, describe
 from polyak.offline._summation import Summand, Summation, Threads
 from sharding_ranks import RULES, Net
 
-SECONDS = 240
-
 
 def run(phase: str, world: int, folder: Path) -> list[str]:
     """What each of so many ranks says of a phase."""
     (folder / "phase").write_text(phase)
     (folder / "store").unlink(missing_ok=True)
-    return said_by(ranks.__file__, world, folder, SECONDS)
+    return said_by(ranks.__file__, world, folder)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +272,7 @@ def test_a_save_that_fails_untold_is_told_at_exit(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place, told in ((tmp_path / "file" / "it", True), (tmp_path / "it", False)):
         command = [sys.executable, "-c", FAILS_UNTOLD, str(place)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
         assert done.returncode == 0, done.stderr
         assert (
             f"RuntimeWarning: save_distributed_async: {place} was not saved" in done.stderr

@@ -13,6 +13,7 @@ import pipeline_ranks
 import replicas_ranks
 import sharding_ranks
 from launching import require_laws
+from patience import HANG
 
 
 @pytest.mark.slow
@@ -31,12 +32,12 @@ def test_averages_divided_over_replicas(tmp_path: Path, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_model_split_into_stages(tmp_path: Path, world: int) -> None:
     laws = pipeline_ranks.laws_on(world)
-    require_laws(pipeline_ranks.__file__, laws, world, tmp_path, seconds=600)
+    require_laws(pipeline_ranks.__file__, laws, world, tmp_path)
 
 
 @pytest.mark.slow
 def test_the_examples_of_the_docs(tmp_path: Path) -> None:
-    require_laws(docs_ranks.__file__, docs_ranks.LAWS, 2, tmp_path, seconds=600)
+    require_laws(docs_ranks.__file__, docs_ranks.LAWS, 2, tmp_path)
 
 
 # What FSDP2 makes under CPUOffloadPolicy where there are GPUs: parts in the host's memory, on a mesh of
@@ -73,5 +74,5 @@ assert (averager.average()["w"]._local_tensor == 2).all()
 @pytest.mark.slow
 def test_parts_in_the_hosts_memory_stay_there() -> None:
     command = [sys.executable, "-c", ON_ANOTHER_DEVICE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

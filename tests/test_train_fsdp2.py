@@ -13,7 +13,6 @@ from launching import Launch, launched
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_fsdp2.py"
 JUDGED = re.compile(r"step (\d+): validation loss: live ([\d.]+), ema ([\d.]+), tail ([\d.]+)")
 EXPORTED = re.compile(r"exported: .*: validation loss: ema ([\d.]+)")
-SECONDS = 150
 
 
 def command(out: Path) -> list[str]:
@@ -27,7 +26,7 @@ def judged(said: str) -> dict[int, list[float]]:
 
 def kill_within(launch: Launch, step: int) -> None:
     """Ends the whole job by SIGKILL, as its next checkpoint begins."""
-    launch.wait_for(f"step {step}:", SECONDS)
+    launch.wait_for(f"step {step}:")
     launch.kill()
 
 
@@ -40,7 +39,7 @@ def test_killed_and_resumed_it_exports_the_same_file(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # A restart is allowed: a rank that is done may still abort as gloo's threads end.
     with launched(EXAMPLE, *command(whole), log=tmp_path / "1", restarts=1) as launch:
-        said = launch.wait(SECONDS)
+        said = launch.wait()
     assert not re.search(r"resumed at step [123]0 ", said)  # a restart was when all was done
     losses = judged(said)
     assert list(losses) == [10, 20, 30, 40]
@@ -53,7 +52,7 @@ def test_killed_and_resumed_it_exports_the_same_file(tmp_path: Path) -> None:
         kill_within(launch, 20)
     assert not (killed / "model.safetensors").exists()
     with launched(EXAMPLE, *command(killed), log=tmp_path / "3", restarts=1) as launch:
-        resumed = launch.wait(SECONDS)
+        resumed = launch.wait()
     found = re.search(r"resumed at step (\d+) from", resumed)
     assert found and int(found[1]) in (10, 20), resumed
     assert judged(resumed) == {step: each for step, each in losses.items() if step > int(found[1])}
