@@ -84,6 +84,26 @@ def test_imports_point_down(path: Path) -> None:
             assert package in outside, f"{path.name} imports {name}"
 
 
+# What torch.distributed keeps private has one home, which knows the versions (and says no to others).
+PRIVATE = {
+    "_local_tensor", "_spec", "_dtensor_spec", "_composable_state", "_module_state_mapping",
+    "_fsdp_param_group", "_fsdp_param_groups", "fsdp_params", "wait_for_unshard", "_to_sharded",
+    "_unsharded_param", "_module_info", "sharded_param", "__create_chunk_list__", "_get_backend",
+    "_device_types", "_timeout",
+}  # fmt: skip
+
+
+def test_torchs_private_names_have_one_home() -> None:
+    home = SOURCE / "_ranks" / "torch_private.py"
+    assert {name for name in PRIVATE if name not in home.read_text()} == set()
+    for path in set(SOURCES) - {home}:
+        used = {
+            n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+        }
+        words = {word for name in imports(path) for word in name.split(".")}
+        assert not PRIVATE & (used | words), f"{path} uses {PRIVATE & (used | words)}"
+
+
 def loaded(code: str) -> set[str]:
     """The top-level modules that a fresh process has loaded after running a line of code."""
     code = f"{code}\nimport sys; print(*sys.modules)"

@@ -12,6 +12,7 @@ import docs_ranks
 import pipeline_ranks
 import replicas_ranks
 import sharding_ranks
+import torch_private_ranks
 from launching import require_laws
 from patience import HANG
 
@@ -38,6 +39,12 @@ def test_a_model_split_into_stages(tmp_path: Path, world: int) -> None:
 @pytest.mark.slow
 def test_the_examples_of_the_docs(tmp_path: Path) -> None:
     require_laws(docs_ranks.__file__, docs_ranks.LAWS, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_layouts_of_other_versions_of_torch(tmp_path: Path) -> None:
+    """What older versions have is known; what no version has is refused."""
+    require_laws(torch_private_ranks.__file__, torch_private_ranks.LAWS, 1, tmp_path)
 
 
 # What FSDP2 makes under CPUOffloadPolicy where there are GPUs: parts in the host's memory, on a mesh of

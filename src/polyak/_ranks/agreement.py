@@ -1,6 +1,8 @@
-"""Ranks: what the processes of a group tell each other. All of it is collective: every rank calls it.
+"""Agreement: what the ranks of a group tell each other.
 
-Every wait ends by the group's own time-out (`init_process_group(timeout=...)`).
+Everything here is collective: every rank of the group calls it, at the same place of the program.
+Every wait ends by the group's own time-out (`init_process_group(timeout=...)`). A process without a
+process group is a group of one.
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _T = TypeVar("_T")
-_MOST = 8  # lines of an error that tells of ranks
+_MOST_LINES = 8
+_MOST_RANKS = 4  # that an error quotes
 
 
 @dataclass
@@ -43,11 +45,11 @@ class _Said(NamedTuple):
 
 @contextmanager
 def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement]:
-    """A block that ends well on all ranks of a group or on none.
+    """Run a block that ends well on all ranks of a group, or on none.
 
-    What it raises on one rank is raised there, and on every other as a `RuntimeError` that tells of
-    it; so is what ranks tell, where they differ. Within the block a rank waits for no other: one
-    that has failed would not come.
+    An error of one rank is raised there, and as a `RuntimeError` on every other rank. All ranks raise
+    a `RuntimeError` if they tell different things. Nothing in the block may wait for another rank,
+    since a rank that failed would not come.
     """
     agreement = Agreement()
     error: BaseException | None = None
@@ -59,38 +61,49 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     try:
         said = gathered(_Said(call, problem, agreement.told), group)
     except RuntimeError as lost:
-        raise (error or _alone(call, lost)) from lost
+        raise (error or _lost(call, lost)) from lost
     if error is not None:
         raise error
-    problems = [getattr(each, "problem", None) for each in said]
-    if failed := [f"rank {rank}: {told}" for rank, told in enumerate(problems) if told is not None]:
-        raise RuntimeError(f"{call}: given up on all ranks, as {'; '.join(failed[:4])}")
+    # A rank in another call of ours may have sent something else.
+    problems = {rank: getattr(each, "problem", None) for rank, each in enumerate(said)}
+    raise_failures(call, {rank: told for rank, told in problems.items() if told is not None})
     if differ := differing(list(map(str, said))):
-        raise RuntimeError(f"{call}: given up on all ranks, as they are not at the same: {differ}")
+        raise RuntimeError(
+            f"{call}: Aborted on all ranks: the ranks called it with different arguments or state: "
+            f"{differ}"
+        )
 
 
-def _alone(call: str, lost: RuntimeError) -> RuntimeError:
+def raise_failures(call: str, problems: Mapping[int, str]) -> None:
+    """Raise `RuntimeError` that quotes what went wrong on which rank, if anything did."""
+    if problems:
+        quoted = [f"rank {rank}: {told}" for rank, told in list(problems.items())[:_MOST_RANKS]]
+        raise RuntimeError(f"{call}: Aborted on all ranks, because of {'; '.join(quoted)}")
+
+
+def _lost(call: str, lost: RuntimeError) -> RuntimeError:
     return RuntimeError(
-        f"{call}: another rank did not come, or has ended ({lost}). Every rank of the group must make "
-        "this call, at the same place of the program"
+        f"{call}: Another rank never reached this call, or has exited ({lost}). Every rank of the "
+        "group must make this call, at the same place of the program"
     )
 
 
 def differing(told: Sequence[str]) -> str:
-    """What ranks tell, given in their order, where it is not all the same: each, and who tells it first.
+    """Quote what ranks tell, each text with the first rank that tells it; nothing if all are equal.
 
     >>> differing(["a", "b", "a"])
     'rank 0: a; rank 1: b'
     """
     first = {each: rank for rank, each in reversed(list(enumerate(told)))}
     several = sorted((rank, each) for each, rank in first.items())
-    return "; ".join(f"rank {rank}: {each}" for rank, each in several[:4]) if len(first) > 1 else ""
+    quoted = (f"rank {rank}: {each}" for rank, each in several[:_MOST_RANKS])
+    return "; ".join(quoted) if len(first) > 1 else ""
 
 
 def agree(
     call: str, told: Mapping[str, object], group: ProcessGroup | None = None, remedy: str = ""
 ) -> None:
-    """Raises `ValueError` on all ranks of a group where one tells something else than the first.
+    """Raise `ValueError` on all ranks of a group if one tells something else than the first rank.
 
     `told` is name -> what must be equal; the error lists every name and rank that differs.
     """
@@ -99,29 +112,32 @@ def agree(
     lines = [f"rank {rank}: {line}" for rank, each in enumerate(described) for line in each]
     if lines:
         title = f"{call}: ranks do not agree with rank 0" + (f"; {remedy}" if remedy else "")
-        raise ValueError(report(title, lines[:_MOST]))
+        raise ValueError(report(title, lines[:_MOST_LINES]))
 
 
 def digest(*told: object) -> str:
-    """A short text that is equal for equal objects, as far as they print."""
+    """A short text that is equal for objects that print equally."""
     return sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = None) -> _T:
-    """What the first rank of a group finds, told to all; what it raises there is raised on all."""
+    """What the first rank of a group finds, told to all ranks; its error is raised on all ranks."""
     found: list[_T | None] = [None]
     with together(call, group):
         if is_first(group):
             found = [choose()]
-    dist.broadcast_object_list(found, src=first(group), group=group)
+    if not alone(group):
+        dist.broadcast_object_list(found, src=first(group), group=group)
     return found[0]  # type: ignore[return-value]
 
 
 def gathered(item: _T, group: ProcessGroup | None = None) -> list[_T]:
-    """What every rank of a group gives, in their order.
+    """What every rank of a group gives, in the order of ranks.
 
-    Raises `ValueError` on a rank that is none of the group.
+    Raises `ValueError` on a rank that is not a member of the group.
     """
+    if alone(group):
+        return [item]
     require_member(group)
     items: list[_T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
@@ -129,17 +145,16 @@ def gathered(item: _T, group: ProcessGroup | None = None) -> list[_T]:
 
 
 def require_member(group: ProcessGroup | None) -> None:
-    """Raises `ValueError` on a rank that is none of a group."""
+    """Raise `ValueError` on a rank that is not a member of a group."""
     if dist.get_rank(group) < 0:
         raise ValueError(
-            "the group given is one of which this rank is none: let its ranks alone call"
+            "This rank is not a member of `group`; call this only on the ranks of that group"
         )
 
 
-def time_out(group: ProcessGroup) -> timedelta:
-    """How long a rank of a group waits for another."""
-    found: timedelta = group._get_backend(group._device_types[0]).options._timeout
-    return found
+def alone(group: ProcessGroup | None = None) -> bool:
+    """Whether this process has no process group, and none was given."""
+    return group is None and not (dist.is_available() and dist.is_initialized())
 
 
 def first(group: ProcessGroup | None) -> int:
@@ -149,4 +164,9 @@ def first(group: ProcessGroup | None) -> int:
 
 def is_first(group: ProcessGroup | None) -> bool:
     """Whether this rank is the first of a group."""
-    return dist.get_rank(group) == 0
+    return rank_of(group) == 0
+
+
+def rank_of(group: ProcessGroup | None) -> int:
+    """The number of this rank in a group."""
+    return 0 if alone(group) else dist.get_rank(group)

@@ -1,6 +1,6 @@
 """Replicas: weights that every rank of a mesh has whole (DistributedDataParallel), averaged by rows.
 
-What ranks have is compared by fingerprints, and an average that lies on them in rows is gathered into
+Fingerprints compare what the ranks have. An average that lies on the ranks in rows is gathered into
 whole tensors, in buckets. Both are collective.
 """
 
@@ -28,10 +28,10 @@ _ODD, _OTHER = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  #
 
 
 def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: DeviceMesh) -> None:
-    """Raises `RuntimeError` on all ranks of a mesh where their tensors differ, naming them. Collective.
+    """Raise `RuntimeError` on all ranks of a mesh if their tensors differ, naming the tensors. Collective.
 
-    Compared are 64 bits for each tensor. Raises `ValueError` where ranks differ in the tensors'
-    names, forms or order, or in `told`.
+    64 bits of each tensor are compared. Raises `ValueError` if ranks differ in the tensors' names,
+    shapes, dtypes or order, or in `told`.
     """
     group = mesh.get_group()
     with together(call, group):
@@ -41,6 +41,7 @@ def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: Devi
     agree(call, order | forms, group, "make the averager alike on all of them")
     if not mine:
         return
+    # One reduction gives both ends: the maximum of ~x is ~(minimum of x). They are equal if all are.
     both = torch.cat([torch.stack(mine), ~torch.stack(mine)])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
     same = (both[: len(mine)] == ~both[len(mine) :]).tolist()
@@ -48,16 +49,17 @@ def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: Devi
     if differ:
         more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise RuntimeError(
-            f"{call}: the ranks' weights have come apart, in {', '.join(differ[:8])}{more}: an "
-            "average in rows would be made of different models. Begin all ranks with the same "
-            "weights (DistributedDataParallel does), and step their optimizers alike"
+            f"{call}: the weights of the ranks have diverged, in {', '.join(differ[:8])}{more}: each "
+            "rank averages some rows, so the average would be made of different models. Start all "
+            "ranks with the same weights (DistributedDataParallel does that), and make the same "
+            "optimizer steps on all of them"
         )
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """64 bits of a tensor's content: a sum over its elements of their bits, mixed with their place.
 
-    Mixed as by a hash, since a plain sum would not see signs that change in pairs.
+    Each term is hashed (splitmix64), since a plain sum would miss signs that change in pairs.
     """
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
@@ -73,12 +75,12 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """64 bits of some of a tensor's elements, which tell it from another but for chance."""
+    """64 bits of a tensor's first 4096 elements: enough to tell trained weights apart."""
     return fingerprint(tensor.detach().reshape(-1)[:_SAMPLE])
 
 
 class _Piece(NamedTuple):
-    """Some rows of each rank's part of a tensor."""
+    """The same rows of each rank's part of a tensor."""
 
     whole: Tensor
     part: Tensor
@@ -93,18 +95,17 @@ class _Piece(NamedTuple):
 
 @torch.no_grad()
 def gather_(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> None:
-    """Fills whole tensors on every rank from the rows that the ranks have, rounded to their dtypes.
+    """Fill whole tensors on every rank from the rows that the ranks have, rounded to their dtypes.
 
-    Of each pair the first is whole, the second this rank's rows. Collective.
-
-    In buckets of 64 MiB, which take as much again over the number of ranks; a row is not divided.
+    Each pair is a whole tensor, and this rank's rows of it. Collective, in buckets of 64 MiB (more if
+    one row of all ranks is larger), and this rank's share of a bucket beside it.
     """
     for bucket in _buckets(pairs, mesh):
         _gather_bucket_(bucket, mesh)
 
 
 def _buckets(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> Iterator[list[_Piece]]:
-    """Pieces of one dtype and device, as many as a bucket takes; a piece is a row at least."""
+    """Lists of pieces of one dtype and device that fill a bucket; a piece has at least one row."""
     bucket: list[_Piece] = []
     room = 0
     for whole, part in pairs:
@@ -137,6 +138,7 @@ def _gather_bucket_(bucket: Sequence[_Piece], mesh: DeviceMesh) -> None:
     for piece, [flat] in _columns(bucket, ends, mine):
         held = piece.part[piece.first : piece.first + piece.rows]
         flat[: len(held)].copy_(held)
+    # As bytes, since not every backend knows every dtype.
     everyones = like.new_empty(mesh.size(), ends[-1])
     group = mesh.get_group()
     dist.all_gather_into_tensor(everyones.view(torch.uint8), mine.view(torch.uint8), group=group)
@@ -153,7 +155,7 @@ def _gather_bucket_(bucket: Sequence[_Piece], mesh: DeviceMesh) -> None:
 def _columns(
     bucket: Sequence[_Piece], ends: Sequence[int], flat: Tensor
 ) -> Iterator[tuple[_Piece, Tensor]]:
-    """The pieces with their places in a matrix of a row a rank, each in the shape of its rows."""
+    """The pieces with their columns of a matrix that has one row for each rank, in the shape of their rows."""
     for piece, end in zip(bucket, ends, strict=True):
         shape = (len(flat), piece.rows, *piece.whole.shape[1:])
         yield piece, flat[:, end - piece.numel : end].view(shape)

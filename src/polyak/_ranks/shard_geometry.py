@@ -1,7 +1,7 @@
-"""Boxes: which part of a whole tensor lies on which rank, and how parts are cut and laid out.
+"""Shard geometry: which box of a whole tensor lies on which rank, and how boxes are cut and laid out.
 
-A box is a range of indices in each dimension. Nothing here communicates: a DTensor tells its layout,
-and with it where every rank's part lies.
+A box is a range of indices in each dimension. Nothing here communicates: a DTensor knows its layout, and
+from that every rank knows where every other rank's part lies.
 """
 
 from __future__ import annotations
@@ -32,33 +32,34 @@ class Box(NamedTuple):
         return prod(self.shape)
 
     def overlap(self, other: Box) -> Box:
-        """What lies in both; of no elements where nothing does."""
+        """The box that lies in both; it has no elements if they do not meet."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = [min(a + n, b + m) for a, n, b, m in zip(*self, *other, strict=True)]
         return Box(starts, tuple(max(e - s, 0) for s, e in zip(starts, ends, strict=True)))
 
     def within(self, outer: Box) -> tuple[slice, ...]:
-        """The indices of this box in a tensor that holds an outer one."""
+        """The indices of this box in a tensor that holds the box `outer`."""
         starts = [a - b for a, b in zip(self.offsets, outer.offsets, strict=True)]
         return tuple(slice(a, a + n) for a, n in zip(starts, self.shape, strict=True))
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of a tensor."""
+    """The box that covers a tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def box(tensor: DTensor) -> Box:
-    """Where this rank's part lies in the whole tensor, and its shape.
+    """The box of the whole tensor that lies on this rank.
 
-    torch's own functions for it are wrong for what is cut twice into uneven pieces, as 9 rows are
-    by tensor parallelism over 2 ranks and then FSDP2 over 4. Raises `ValueError` for a rank that is
-    not on the tensor's mesh, for parts that are no boxes or no parts (partial sums), and for one
-    that has not its box's shape.
+    torch's own functions for this are wrong for a tensor that is cut twice into uneven pieces, as 9
+    rows are by tensor parallelism over 2 ranks and then by FSDP2 over 4 ranks.
+
+    Raises `ValueError` if this rank is not on the tensor's mesh, if the parts are not boxes (partial
+    sums are whole on every rank), and if the part has another shape than its box.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"it lies on the ranks {_ranks(tensor)}, and this rank is none of them")
+        raise ValueError(f"it lies on the ranks {_ranks(tensor)}, and this rank is not one of them")
     found = box_at(tensor, coordinate)
     if found.shape != tuple(local(tensor).shape):
         raise ValueError(
@@ -69,7 +70,7 @@ def box(tensor: DTensor) -> Box:
 
 
 def box_of(name: str, tensor: DTensor) -> Box:
-    """`box`, with errors that name the tensor."""
+    """`box`, with errors that begin with the tensor's name."""
     try:
         return box(tensor)
     except ValueError as error:
@@ -77,14 +78,14 @@ def box_of(name: str, tensor: DTensor) -> Box:
 
 
 def box_at(tensor: DTensor, coordinate: Sequence[int]) -> Box:
-    """Where the part of the rank at a coordinate of the mesh lies; at (0, ..., 0) it is the largest."""
+    """The box of the rank at a coordinate of the mesh; the one at (0, ..., 0) is the largest."""
     return _box(tensor, _cuts(tensor), coordinate)
 
 
 def boxes(tensor: DTensor) -> dict[int, Box]:
-    """Rank -> its box, for ranks that together hold the tensor once: of replicas the first.
+    """Rank -> its box, for ranks that together hold the tensor exactly once: the first of each replica.
 
-    Ranks are those of the default group. Errors: those of `box`.
+    Ranks are numbered as in the default group. Raises as `box` does.
     """
     mesh, cuts = tensor.device_mesh, _cuts(tensor)
     found = {}
@@ -96,7 +97,7 @@ def boxes(tensor: DTensor) -> dict[int, Box]:
 
 
 def missing_parts(tensor: DTensor, ranks: Collection[int]) -> list[int]:
-    """The first holders of parts that none of these ranks has."""
+    """For each part that none of these ranks has, the first rank that has it."""
     mesh, cuts = tensor.device_mesh, _cuts(tensor)
     if set(mesh.mesh.flatten().tolist()) <= set(ranks):
         return []
@@ -107,13 +108,13 @@ def missing_parts(tensor: DTensor, ranks: Collection[int]) -> list[int]:
 
 
 def is_first_replica(tensor: DTensor) -> bool:
-    """Whether this rank is one of those that hold the tensor once, its part being empty or not."""
+    """Whether this rank is among those that together hold the tensor once, even if its part is empty."""
     coordinate = tensor.device_mesh.get_coordinate()
     return coordinate is not None and _is_first(tensor, coordinate)
 
 
 def windows(box: Box, most: int) -> Iterator[Box]:
-    """A box cut into boxes of at most so many elements, each of which lies together within it.
+    """Cut a box into boxes of at most `most` elements, each of which is contiguous within it.
 
     >>> [each.shape for each in windows(whole((5, 3)), 7)]
     [(2, 3), (2, 3), (1, 3)]
@@ -133,14 +134,14 @@ def windows(box: Box, most: int) -> Iterator[Box]:
 
 
 def runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
-    """The elements of a box as they lie row by row in the whole: first place and count of each run.
+    """The contiguous runs of a box in the whole tensor, row by row: first element and count of each.
 
     >>> list(runs((3, 4), Box((1, 0), (2, 4))))
     [(4, 8)]
     >>> list(runs((3, 4), Box((1, 2), (2, 2))))
     [(6, 2), (10, 2)]
     """
-    inner = max(len(shape) - 1, 0)
+    inner = max(len(shape) - 1, 0)  # from this dimension on, rows of the box follow each other
     while inner > 0 and box.shape[inner] == shape[inner]:
         inner -= 1
     steps = [prod(shape[d + 1 :]) for d in range(len(shape))]
@@ -151,11 +152,12 @@ def runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
 
 
 def _box(tensor: DTensor, cuts: dict[int, list[int]], coordinate: Sequence[int]) -> Box:
-    """The box of the rank at a coordinate of the mesh: `torch.chunk`, cut after cut."""
+    """The box of the rank at a coordinate of the mesh: one `torch.chunk` for each cut, in order."""
     offsets, shape = [0] * tensor.dim(), list(tensor.shape)
     for dim, axes in cuts.items():
         for axis in axes:
             length = -(-shape[dim] // tensor.device_mesh.size(axis))
+            # Ranks at the end get a smaller piece or none, where the length is not a multiple.
             skip = min(length * coordinate[axis], shape[dim])
             offsets[dim] += skip
             shape[dim] = min(length, shape[dim] - skip)
@@ -163,12 +165,14 @@ def _box(tensor: DTensor, cuts: dict[int, list[int]], coordinate: Sequence[int])
 
 
 def _cuts(tensor: DTensor) -> dict[int, list[int]]:
-    """Tensor dimension -> the mesh's dimensions that cut it, in the order in which they do.
+    """Tensor dimension -> the mesh dimensions that cut it, in the order in which they do.
 
-    The order is the mesh's, but for one with a split factor: it cuts again what later ones have cut
-    into so many pieces.
+    That is the order of the mesh, except for a mesh dimension with a split factor (`_StridedShard`, as
+    FSDP2 makes over tensor parallelism): later mesh dimensions have cut the tensor into that many
+    pieces before, and it cuts these pieces again.
     """
     cuts: dict[int, list[int]] = {}
+    # From the last mesh dimension to the first, so that those which cut before are known.
     for axis, placement in reversed(list(enumerate(tensor.placements))):
         if placement.is_replicate():
             continue
@@ -178,7 +182,7 @@ def _cuts(tensor: DTensor) -> dict[int, list[int]]:
         if placement.is_partial() or factor not in pieces:
             raise ValueError(
                 f"it is spread as {tensor.placements} on the ranks {_ranks(tensor)}, wanted parts "
-                "that are boxes of it: redistribute it"
+                "that are boxes of the tensor: redistribute it"
             )
         later.insert(pieces.index(factor), axis)
     return cuts

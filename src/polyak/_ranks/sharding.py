@@ -1,35 +1,42 @@
 """Sharding: the part of a tensor that lies on this rank, under FSDP2, tensor parallelism, or by rows.
 
-An average is elementwise, so each rank averages its own shards, exactly, and no rank asks another.
-Shards become DTensors only where they leave an averager. What `torch.distributed` keeps private is
-used here alone. Without it nothing is imported, and nothing is looked for: a tensor can be a DTensor
-only if someone has loaded the module that defines them.
+An average is elementwise, so each rank averages its own shards, exactly, without communication.
+Shards become DTensors only where they leave an averager. Without torch.distributed nothing is imported
+and nothing is looked for: a tensor can be a DTensor only if someone has loaded their module.
 """
 
 from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from polyak._ranks.torch_private import (
+    as_dtensor,
+    fsdp_groups,
+    fsdp_parameters,
+    gathered_weight,
+    holders_of,
+    local_part,
+    local_parts,
+    reshard_group,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-# `to_local()` gives a fresh view of a parameter at each call: its identity would tell nothing.
-_local = operator.attrgetter("_local_tensor")
-
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is spread: two of equal layouts have parts of the same places on every rank."""
+    """How a tensor is spread. Two tensors of equal layouts have the same places on every rank."""
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
@@ -50,53 +57,44 @@ def is_distributed(tensor: object) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, the same object at every call; a plain tensor is its own."""
+    """This rank's part of a DTensor, the same object at every call; a plain tensor itself."""
     if not is_distributed(tensor):
         return tensor
-    part: Tensor = _local(tensor)
+    part: Tensor = local_part(tensor)
     return part
 
 
 def as_distributed(part: Tensor, like: Tensor) -> Tensor:
-    """A part as a DTensor spread like another one, sharing its memory; itself where that is plain.
-
-    Shape and stride are the other one's: from uneven parts they would be guessed wrong. Made as
-    FSDP2 makes its own, since `from_local` would move what rests in the host's memory
-    (CPUOffloadPolicy) to the mesh's device.
-    """
-    if not is_distributed(like):
-        return part
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import TensorMeta
-
-    meta = TensorMeta(like.shape, like.stride(), part.dtype)
-    spec = replace(like._spec, tensor_meta=meta)
-    return DTensor(part, spec, requires_grad=False)
+    """A part as a DTensor spread like another one, sharing its memory; the part if that is plain."""
+    return as_dtensor(part, like) if is_distributed(like) else part
 
 
 def one_mesh(shard: DeviceMesh | ProcessGroup, device: torch.device) -> DeviceMesh:
     """The ranks that share averages among them, as a mesh of one dimension.
 
-    Raises `TypeError` for another object; `ValueError` for a mesh of several dimensions, and where
-    this process is none of the ranks.
+    Raises `TypeError` for another object; `ValueError` for a mesh of several dimensions, and if this
+    rank is not a member.
     """
     from torch.distributed import GroupMember, ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     given: object = shard
     if given is GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("shard is a group of which this rank is none; it averages without `shard`")
+        raise ValueError(
+            "This rank is not a member of the group `shard`; leave `shard` out on this rank"
+        )
     if not isinstance(shard, (DeviceMesh, ProcessGroup)):
         wanted = "a ProcessGroup (torch.distributed.group.WORLD) or a DeviceMesh of one dimension"
         raise TypeError(f"shard is {type(shard).__name__}, wanted {wanted}")
     mesh = DeviceMesh.from_group(shard, device.type) if isinstance(shard, ProcessGroup) else shard
     if mesh.ndim != 1:
         raise ValueError(
-            f"shard is a mesh of {mesh.ndim} dimensions ({mesh}), wanted the one over which the "
-            'weights are equal, such as mesh["data"]'
+            f"shard is a mesh of {mesh.ndim} dimensions ({mesh}), wanted the dimension along which "
+            'the ranks have equal weights, such as mesh["data"]'
         )
     if mesh.get_coordinate() is None:
-        raise ValueError(f"shard is over the ranks {mesh.mesh.tolist()}, and this is none of them")
+        ranks = mesh.mesh.tolist()
+        raise ValueError(f"This rank is not a member of `shard`, which has the ranks {ranks}")
     return mesh
 
 
@@ -108,7 +106,7 @@ def rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def rows_of_a_rank(whole: Tensor, mesh: DeviceMesh) -> int:
-    """How many rows the first ranks of a mesh have each; the last may have fewer, or none."""
+    """How many rows each of the first ranks of a mesh has; the last ranks may have fewer, or none."""
     return -(-whole.shape[0] // mesh.size())
 
 
@@ -127,9 +125,9 @@ def spread(whole: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def stream(tensor: Tensor, mesh: DeviceMesh | None = None) -> str:
-    """The same text on ranks that have the same part of a tensor, another where the part is another.
+    """A text that is equal on ranks with the same part of a tensor, and differs where parts differ.
 
-    The parts are its rows where a mesh is given.
+    With a mesh, the parts are the tensor's rows.
     """
     if mesh is not None:
         return f"rows {mesh.get_local_rank()}"
@@ -149,7 +147,7 @@ def shape(tensor: Tensor) -> Shape:
 
 
 def shape_of_rows(whole: Tensor, mesh: DeviceMesh) -> Layout:
-    """`shape(spread(whole, mesh))`, sooner."""
+    """`shape(spread(whole, mesh))`, without making the DTensor."""
     from torch.distributed.tensor import Shard
 
     return Layout(tuple(whole.shape), (Shard(0),), _ranks(mesh))
@@ -157,63 +155,55 @@ def shape_of_rows(whole: Tensor, mesh: DeviceMesh) -> Layout:
 
 @lru_cache(maxsize=64)
 def _ranks(mesh: DeviceMesh) -> str:
-    """The ranks along each dimension; a tensor of them would be one of another mode's."""
+    """The ranks along each dimension, as text: a tensor of them could be on the meta device."""
     from torch.distributed import get_process_group_ranks
 
     return " x ".join(str(get_process_group_ranks(group)) for group in mesh.get_all_groups())
 
 
 def reshard(model: object) -> None:
-    """Lets what FSDP2 has sharded carry its shards again; communicates nothing that is not on its way.
+    """Let weights that FSDP2 has gathered be shards again. It starts no communication.
 
-    `model` is a module, whose weights may be of an outer module's group, or a mapping name -> tensor.
+    `model` is a module, whose weights may belong to an outer module's group, or a mapping
+    name -> tensor.
 
-    FSDP2 leaves a root's parameters whole after a forward pass that no backward pass follows, and
-    all of them in a forward pass that an exception has ended, where `FSDPModule.reshard` would
-    leave the root as it is. What is written to shards then is not what the next pass reads. Nor is
-    it where weights are gathered ahead (prefetching, `unshard(async_op=True)`): these arrive first.
+    FSDP2 leaves a root's parameters whole after a forward pass without a backward pass, and all
+    parameters after a forward pass that raised. What is written to shards then is not what the next
+    pass reads. `FSDPModule.reshard` would leave the root as it is.
     """
-    if "torch.distributed.fsdp" not in sys.modules:
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is None:
         return
-    held = set(map(id, model.modules() if isinstance(model, nn.Module) else _values(model)))
-    for group in _fsdp_groups():
-        if any(not held.isdisjoint(map(id, _parts_of(each))) for each in group.fsdp_params):
-            group.wait_for_unshard()
-            group._to_sharded()
+    groups = fsdp_groups()
+    if isinstance(model, nn.Module):
+        modules = list(model.modules())
+        if not groups and any(isinstance(module, fsdp.FSDPModule) for module in modules):
+            raise RuntimeError(
+                f"this torch ({torch.__version__}) keeps the weights of fully_shard in a way that "
+                "polyak does not know: use a torch version that polyak supports"
+            )
+        held = set(map(id, modules))
+    else:
+        held = set(map(id, model.values())) if isinstance(model, Mapping) else set()
+    for group in groups:
+        parameters = fsdp_parameters(group)
+        if any(not held.isdisjoint(map(id, holders_of(each))) for each in parameters):
+            reshard_group(group)
 
 
 def refuse_gathered(name: str, tensor: Tensor) -> None:
-    """Raises `ValueError` for a whole tensor that FSDP2 has gathered for a while: it is soon stale."""
+    """Raise `ValueError` for a whole tensor that FSDP2 has gathered for a while: it is soon stale."""
     if "torch.distributed.fsdp" not in sys.modules or is_distributed(tensor):
         return
-    for group in _fsdp_groups():
-        if any(getattr(each, "_unsharded_param", None) is tensor for each in group.fsdp_params):
+    for group in fsdp_groups():
+        if any(gathered_weight(parameter) is tensor for parameter in fsdp_parameters(group)):
             raise ValueError(
                 f"{name} is a weight that FSDP2 has gathered for a forward pass; wanted its shard: give "
                 "the module, or take its parameters after `module.reshard()`"
             )
 
 
-def _fsdp_groups() -> Iterator[Any]:
-    """All parameter groups of FSDP2 in this process."""
-    from torch.distributed._composable_state import _module_state_mapping
-
-    for state in [reference() for reference in list(_module_state_mapping.values())]:
-        yield from getattr(state, "_fsdp_param_groups", ())
-
-
-def _parts_of(parameter: Any) -> list[object]:
-    """The modules that have a parameter of such a group, and the parameter that has its shard."""
-    module = parameter._module_info
-    return [module.module, *module.shared_modules, parameter.sharded_param]
-
-
-def _values(model: object) -> Iterable[object]:
-    return model.values() if isinstance(model, Mapping) else ()
-
-
 def refuse_flat(name: str, module: nn.Module) -> None:
-    """Raises `ValueError` for a module of FSDP1, which keeps its weights in flat parameters."""
+    """Raise `ValueError` for a module of FSDP1, which keeps its weights in flat parameters."""
     known = sys.modules.get("torch.distributed.fsdp")
     if known is not None and isinstance(module, known.FullyShardedDataParallel):
         raise ValueError(
@@ -223,43 +213,42 @@ def refuse_flat(name: str, module: nn.Module) -> None:
 
 
 class Shards:
-    """The sharded ones among a model's tensors, with their parts as they were found.
+    """The sharded tensors of a model, with their parts as they were found.
 
-    `divided` are the tensors of which views are averaged: these stay where the tensor was.
+    `divided` are whole tensors whose rows are averaged: they must stay where they were.
     """
 
     def __init__(self, tensors: Sequence[Tensor], divided: Sequence[Tensor]) -> None:
         self._sharded = list(filter(is_distributed, tensors))
-        self._parts = list(map(_local, self._sharded))
+        self._parts = local_parts(self._sharded)
         self._divided = divided
         self._places = list(map(Tensor.data_ptr, divided))
 
     def unmoved(self) -> bool:
         """Whether all parts still are the same objects, or at the same place."""
-        parts = [tensor._local_tensor for tensor in self._sharded]  # half the time of a map
         return (
-            all(map(operator.is_, parts, self._parts))
+            all(map(operator.is_, local_parts(self._sharded), self._parts))
             and [tensor.data_ptr() for tensor in self._divided] == self._places
         )
 
 
 def require_whole(call: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises `ValueError` if any tensor is sharded, where one rank's parts would pass for all."""
+    """Raise `ValueError` if any tensor is sharded: one rank's part would pass for the whole."""
     for name, tensor in tensors.items():
         if is_distributed(tensor):
             raise ValueError(
-                f"{call}: {name} is sharded: {shape(tensor)}, and a file of ours would hold this "
+                f"{call}: {name} is sharded: {shape(tensor)}, and a single file would hold this "
                 "rank's part alone. Use a polyak.Averager, which saves sharded averages"
             )
 
 
 def require_beside(tensors: Iterable[Tensor], device: torch.device | None) -> None:
-    """Raises `ValueError` if slots of sharded weights are wanted on a device of another type."""
+    """Raise `ValueError` if slots of sharded weights are wanted on a device of another type."""
     if device is None:
         return
     for tensor in tensors:
         if is_distributed(tensor) and local(tensor).device.type != device.type:
             raise ValueError(
                 f"device is {device}, and the weights are sharded on {local(tensor).device}: the "
-                "average of sharded weights stays beside them, leave `device` out"
+                "average of sharded weights stays beside them, so leave `device` out"
             )

@@ -19,7 +19,7 @@ from polyak.averager import SLOT_DTYPES, Averager
 from polyak.checkpoints import _sharded_export as slabs
 from polyak.checkpoints import _writing as writing
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
-from polyak.checkpoints._shared_folder import require_all_parts, require_one_model
+from polyak.checkpoints._rank_checks import require_all_parts, require_one_model
 from polyak.checkpoints._tensorfile import Form, form, forms, narrowed
 from polyak.rules import LIVE
 

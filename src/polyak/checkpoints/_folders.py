@@ -1,17 +1,30 @@
-"""Folders: what belongs together is saved together, and the newest complete save is found again."""
+"""Folders: what belongs together is saved together, by one process or all ranks, and is found again.
+
+All ranks of a group write one folder of torch.distributed.checkpoint. It is filled beside its place and
+renamed when every rank is done, so it appears complete or not at all, and what fails on one rank fails
+on all. A process without a process group is a group of one.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
+from polyak._files import naming
 from polyak._files import writing_folder as saving
-from polyak._ranks.agreement import chosen
+from polyak._ranks.agreement import agree, alone, chosen, raise_failures, rank_of, together
+from polyak._ranks.sharding import is_distributed
 from polyak.checkpoints._metadata import METADATA
+from polyak.checkpoints._rank_checks import require_all_parts, require_stored_rightly
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["latest", "saving"]
 
@@ -20,13 +33,14 @@ _NUMBER = re.compile(r"(?<![\d.])\d+$")
 
 
 def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None:
-    """The folder or checkpoint file within whose name ends in the largest number, or None.
+    """Find the newest checkpoint in a folder: the path whose name ends in the largest number, or None.
 
-    Files are those named `*.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin`. With `saving` a name is there only when its content is, so the newest is complete. A folder of
-    torch.distributed.checkpoint that lacks its metadata, as one that a save of its own was killed
-    in, is passed over, and so is an empty one. Of one number a folder comes before files.
+    A checkpoint is a folder, or a file named `*.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin`. What
+    `saving` wrote has its name only when it is complete. An empty folder is passed over, and so is a
+    folder of torch.distributed.checkpoint without its metadata: its save was interrupted. If a folder
+    and a file have the same number, the folder is chosen.
 
-    With a `group` it is collective: the first rank chooses, and all are told the same full path.
+    With a `group` it is collective: the first rank looks, and all ranks get the same absolute path.
 
     >>> import tempfile
     >>> run = Path(tempfile.mkdtemp())
@@ -48,8 +62,129 @@ def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether it may be whole: a file as it is named, a folder that is neither empty nor torn."""
+    """Whether it may be whole: a file by its name, a folder that is neither empty nor torn."""
     if not path.is_dir():
         return path.is_file() and _FILE.search(path.name) is not None
     torn = any(path.glob("*.distcp")) and not (path / METADATA).exists()
     return any(path.iterdir()) and not torn
+
+
+def save_folder(
+    call: str,
+    path: Path | str,
+    content: Mapping[str, Any],
+    *,
+    group: ProcessGroup | None,
+    overwrite: bool,
+) -> None:
+    """Write a folder of torch.distributed.checkpoint; of what several ranks have, the lowest rank's."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with together(call, group):
+        for name, tensor in _sharded(content):
+            require_stored_rightly(call, name, tensor)
+            require_all_parts(call, name, tensor, group)
+    agree(call, {"path": str(path)}, group, "give all ranks one path, or each group its own")
+    with _shared_folder(call, Path(path), overwrite, group) as folder, _plain_errors(call, group):
+        save(
+            dict(content),
+            storage_writer=_writer(Path(path), folder),
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=group,
+            no_dist=alone(group),
+        )
+
+
+def load_folder(
+    call: str, path: Path | str, content: dict[str, Any], *, group: ProcessGroup | None
+) -> None:
+    """Read a folder into the tensors of `content`, and its objects into their places.
+
+    Objects are unpickled, which runs the code in them.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with _plain_errors(call, group):
+        load(
+            content,
+            storage_reader=FileSystemReader(path),
+            process_group=group,
+            no_dist=alone(group),
+        )
+
+
+@contextmanager
+def _shared_folder(
+    call: str, path: Path, overwrite: bool, group: ProcessGroup | None
+) -> Iterator[Path]:
+    """A folder for all ranks to fill, which appears at `path` when the block ends on all of them.
+
+    An error of the block must be raised on all ranks: the first rank removes the folder then.
+    """
+    with ExitStack() as first:
+
+        def begin() -> Path:
+            writing = saving(path, overwrite=overwrite)
+            return first.enter_context(writing).absolute()
+
+        folder = chosen(call, begin, group)
+        with together(call, group):
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{call}: this rank does not see {folder}, which the first rank made: all ranks "
+                    "must share the file system on which they save"
+                )
+        yield folder
+        chosen(call, first.close, group)
+
+
+def _writer(path: Path, folder: Path) -> FileSystemWriter:
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+    class Writer(FileSystemWriter):
+        """Writes a rank's parts. Only here can the system's errors be seen, which torch.save hides."""
+
+        def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+            with naming(path, folder):
+                return super().write_data(plan, planner)
+
+    return Writer(folder)
+
+
+def _sharded(held: object, name: str = "") -> Iterator[tuple[str, DTensor]]:
+    """The DTensors in nested mappings and lists, by their flat names."""
+    if is_distributed(held):
+        yield name, held
+    within = held.items() if isinstance(held, Mapping) else ()
+    for key, value in enumerate(held) if isinstance(held, (list, tuple)) else within:
+        yield from _sharded(value, f"{name}.{key}" if name else str(key))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that this process is alone."""
+    with catch_warnings():
+        filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+@contextmanager
+def _plain_errors(call: str, group: ProcessGroup | None) -> Iterator[None]:
+    """Raise this rank's own error instead of `CheckpointException`, which `except Exception` misses.
+
+    A rank that did not fail raises a `RuntimeError` that quotes the errors of the others.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with _quiet() if alone(group) else nullcontext():
+            yield
+        return
+    except CheckpointException as raised:
+        failures = {rank: error for rank, (error, _) in raised.failures.items()}
+    if (own := failures.get(rank_of(group))) is not None:
+        raise own
+    raise_failures(call, {rank: f"{type(e).__name__}: {e}" for rank, e in failures.items()})

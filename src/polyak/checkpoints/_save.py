@@ -23,14 +23,16 @@ from torch import Tensor
 from polyak._engine.slots import named, tick_data
 from polyak._engine.states import STATE_FORMAT, as_tick
 from polyak._engine.tracking import Tracked
+from polyak._ranks.agreement import agree, chosen, rank_of, together
 from polyak._ranks.sharding import require_whole
 from polyak._tensors import dtype_name
 from polyak.averager import Averager
-from polyak.checkpoints import _shared_folder as collective
 from polyak.checkpoints import _tensorfile as tensorfile
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
+from polyak.checkpoints._folders import save_folder
 from polyak.checkpoints._own_format import FORMAT, KEY, PAIRS, SAVE, ReadOut, Stored
 from polyak.checkpoints._parts import Chunked
+from polyak.checkpoints._rank_checks import require_one_model
 from polyak.checkpoints._tensorfile import Form, narrowed
 from polyak.ema import EMA
 from polyak.rules import LIVE
@@ -94,7 +96,7 @@ def save_parts(
 ) -> None:
     """Writes a folder of what each rank of the group packs of its averager."""
     content = encoded(call, {"": averager}, pack, group)[""]
-    collective.save_folder(call, path, content, group=group, overwrite=overwrite)
+    save_folder(call, path, content, group=group, overwrite=overwrite)
 
 
 def encoded(
@@ -106,20 +108,20 @@ def encoded(
     descriptions differ.
     """
     for averager in averagers.values():
-        with collective.together(call, group):
+        with together(call, group):
             averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
-    with collective.together(call, group):
+    with together(call, group):
         tracked = {f"{key} {i.name}".strip(): i for key, a in averagers.items() for i in a.tracked}
-    collective.require_one_model(call, tracked, group)
-    with collective.together(call, group):
+    require_one_model(call, tracked, group)
+    with together(call, group):
         packed = {key: pack(averager) for key, averager in averagers.items()}
     told = {"averagers": str(sorted(packed))}
     for key, (described, _) in packed.items():
         told |= {f"{key}{name}".strip(): each for name, each in _told(described).items()}
     wanted = "save an average from all ranks that share it (`group=`), at the same update"
-    collective.agree(call, told, group, wanted)
-    save = collective.chosen(call, lambda: secrets.token_hex(8), group)
-    mine = {f"{KEY}/{collective.number(group)}": _bytes(save)}
+    agree(call, told, group, wanted)
+    save = chosen(call, lambda: secrets.token_hex(8), group)
+    mine = {f"{KEY}/{rank_of(group)}": _bytes(save)}
     return {
         key: {**stored, **mine, KEY: _as_tensor({**described, SAVE: save})}
         for key, (described, stored) in packed.items()

@@ -11,8 +11,9 @@ from warnings import warn
 
 import torch.distributed as dist
 
-from polyak._ranks.agreement import require_member, time_out
-from polyak.checkpoints import _shared_folder as collective
+from polyak._ranks.agreement import alone, require_member, together
+from polyak._ranks.torch_private import time_out
+from polyak.checkpoints._folders import save_folder
 from polyak.checkpoints._save_distributed import content_of
 
 if TYPE_CHECKING:
@@ -85,12 +86,12 @@ def save_distributed_async(
     saver = _saver(group)
     saver.settle()
     content = content_of(_CALL, state, saver.group)
-    with collective.together(_CALL, saver.group):
+    with together(_CALL, saver.group):
         copied = _copied(content)
 
     def save() -> None:
         try:
-            collective.save_folder(_CALL, path, copied, group=saver.group, overwrite=overwrite)
+            save_folder(_CALL, path, copied, group=saver.group, overwrite=overwrite)
         except Exception as error:
             if saver.group is None or dist.is_initialized():
                 raise
@@ -114,7 +115,7 @@ class _Saver:
         """Waits for the save before; its error is raised on all ranks, unless all have been told."""
         last, self._last = self._last, None
         if last is not None:
-            with collective.together(_CALL, self.group):
+            with together(_CALL, self.group):
                 last.require_told()
 
     def begin(self, save: Callable[[], None], path: Path) -> Saving:
@@ -138,7 +139,7 @@ def _warn_untold() -> None:
 
 def _saver(group: ProcessGroup | None) -> _Saver:
     """What saves for the ranks of a group; its first use is collective."""
-    if collective.alone():
+    if alone():
         if None not in _SAVERS:
             _SAVERS[None] = _Saver(None)
         return _SAVERS[None]

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from polyak._checks import difference, report, require
+from polyak._ranks.agreement import together
 from polyak.averager import Averager
 from polyak.checkpoints import _save as native
-from polyak.checkpoints import _shared_folder as collective
 from polyak.checkpoints._distributed import DistributedTensors
+from polyak.checkpoints._folders import load_folder, save_folder
 from polyak.checkpoints._load import adopt, fitted, require_fit
 from polyak.checkpoints._own_format import Stored
 
@@ -62,7 +63,7 @@ def save_distributed(
     """
     call = "save_distributed"
     content = content_of(call, state, group)
-    collective.save_folder(call, path, content, group=group, overwrite=overwrite)
+    save_folder(call, path, content, group=group, overwrite=overwrite)
 
 
 def load_distributed(
@@ -88,7 +89,7 @@ def load_distributed(
     """
     call, path = "load_distributed", Path(path)
     averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
-    with collective.together(call, group):
+    with together(call, group):
         folder = DistributedTensors(path)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
         for key, held in others.items():
@@ -100,8 +101,8 @@ def load_distributed(
         for key, averager in averagers.items():
             require_fit(path / key, averager, states[key])
     if others:
-        collective.load_folder(call, path, others, group=group)
-    with collective.together(call, group):
+        load_folder(call, path, others, group=group)
+    with together(call, group):
         for key, averager in averagers.items():
             adopt(path / key, averager, states[key])
         for key, held in others.items():
@@ -112,7 +113,7 @@ def load_distributed(
 def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
     """A state as nested mappings of tensors and objects. Collective."""
     averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
-    with collective.together(call, group):
+    with together(call, group):
         for key in averagers:
             wanted = "the name of a folder's part: text without a slash"
             plain = isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
