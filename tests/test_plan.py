@@ -26,7 +26,6 @@ from patience import HANG
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import plan
-from patience import HANG
 from plan import (
     BFLOAT16,
     FLOAT32,

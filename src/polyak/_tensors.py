@@ -55,6 +55,21 @@ def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return torch.float32 if not dtype.is_complex and dtype.itemsize < 4 else dtype
 
 
+def refuse_wrapper(name: str, tensor: Tensor) -> None:
+    """Raise `ValueError` for a tensor whose class does its own arithmetic, as quantized weights do.
+
+    The content of a class with `__torch_dispatch__` is in tensors that it wraps, not in its own memory.
+    A mean of them is not the mean of the weights, and a file cannot hold them.
+    """
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ValueError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}, a tensor class with arithmetic of its "
+            "own (__torch_dispatch__); wanted plain weights: average them before they are quantized "
+            "or wrapped, or leave the tensor out with `select`"
+        )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype without its module: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -27,6 +27,7 @@ from polyak._ranks.sharding import (
     spread,
     stream,
 )
+from polyak._tensors import refuse_wrapper
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -148,7 +149,8 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
 
     Raises `TypeError` for a mapping whose keys are not names or whose values are not tensors;
     `ValueError` for meta, sparse or not yet materialised tensors, for tensors that share memory
-    without being tied, and for names that meet after canonicalisation.
+    without being tied, for tensor classes with arithmetic of their own, and for names that meet after
+    canonicalisation.
     """
     found, modules = _find(source)
     merged = _merge_ties(found)
@@ -159,8 +161,10 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
         )
         for item, tensor, (policy, reason) in zip(merged, tensors, choice(merged), strict=True)
     ]
-    pairs = zip(tracked, tensors, strict=True)
-    _require_apart([(item.name, tensor) for item, tensor in pairs if item.policy != "skip"])
+    stored = [(i.name, t) for i, t in zip(tracked, tensors, strict=True) if i.policy != "skip"]
+    for name, tensor in stored:
+        refuse_wrapper(name, local(tensor))
+    _require_apart(stored)
     return Found(tracked, modules)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from polyak import _files as files
 from polyak._engine.readout import NamedTensors
+from polyak._tensors import refuse_wrapper
 from polyak.checkpoints._mapped import Mapped, head, release
 
 DIGEST = "digest"
@@ -62,6 +63,7 @@ def forms(weights: Mapping[str, Tensor]) -> Mapping[str, Form]:
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype; raises `ValueError` for a finite value that it cannot hold."""
+    refuse_wrapper(name, tensor)
     narrow = tensor.to(dtype)
     if narrow.dtype != tensor.dtype and bool((narrow.isinf() & tensor.isfinite()).any()):
         largest = tensor[tensor.isfinite()].abs().max()
