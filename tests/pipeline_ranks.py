@@ -126,7 +126,7 @@ def refuse_other_groups(averager: polyak.Averager, folder: Path, across: dist.Pr
     for group in (across, None):
         with raises(ValueError, "save: ranks do not agree", "tensor 0.weight", "`group=`"):
             polyak.save(path, averager, group=group)
-    with raises((ValueError, RuntimeError), "lie on the ranks", "give the group of all ranks"):
+    with raises((ValueError, RuntimeError), "lie only on the ranks", "give the group of all ranks"):
         checkpoints.export(path, averager, "ema", group=across)
     with raises(ValueError, "export: ranks do not agree", "0.weight", "`group=`"):
         checkpoints.export(path, averager, "ema")

@@ -1,8 +1,8 @@
-"""Norms: the running statistics of averaged weights, estimated anew from data.
+"""Norms: running statistics of BatchNorm for averaged weights, estimated from data.
 
-BatchNorm in eval mode normalises by running statistics of the activations. Averaged weights have
-activations of their own, and neither the mean of past statistics nor the latest ones are theirs:
-the wider the window of the average, the worse the fit. One pass over training data mends it.
+In eval mode BatchNorm normalises by running statistics of the activations. Averaged weights have
+activations of their own. Neither the mean of past statistics nor the latest statistics belong to them,
+and the wider the window of the average, the worse they fit. One pass over training data corrects that.
 
     averager.copy_to(model)                         for good
     polyak.recalibrate(model, batches)
@@ -31,11 +31,13 @@ from polyak._ranks.agreement import agree, together
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+__all__ = ["names", "recalibrate", "statistics"]
+
 Call = Callable[[nn.Module, Any], object]
 
 _COUNTER = "num_batches_tracked"
-# Exact in every float dtype, and never the variance of all channels of a batch at once: a norm that
-# still has it after a batch has not moved.
+# A value that every float dtype holds exactly, and that the variances of all channels never have at
+# once: a norm that still has it after a batch has not updated its statistics.
 _UNMOVED = 95 / 128
 
 
@@ -47,43 +49,43 @@ def recalibrate(
     device: torch.device | str | None = None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Sets norms' running statistics to the mean, over batches, of the batches' statistics.
+    """Set the running statistics of norms to the mean of the statistics of these batches.
 
-    `running_mean = mean of batch means`, `running_var = mean of unbiased batch variances`: each
-    batch weighs the same, as with momentum=None in torch, so leave out a smaller last one. They
-    are summed in float32 where the statistics are narrower. `num_batches_tracked` becomes their
-    number; a norm called several times in a forward pass counts each call.
+    `running_mean = mean of batch means`, `running_var = mean of unbiased batch variances`. Every batch
+    has the same weight, as with momentum=None in torch, so leave out a smaller last batch. The sums are
+    made in float32 if the statistics are narrower. `num_batches_tracked` becomes the number of batches;
+    a norm that is called several times in a forward pass counts each call.
 
-    Only the norms are in train mode: dropout is off and draws nothing. There are no gradients, and
-    compiled models run eagerly. Every `training` flag and momentum is as before when it returns,
-    and where it raises, Ctrl-C included, the statistics are too.
+    Only the norms are in train mode, so dropout is off and draws no random numbers. No gradients are
+    computed, and compiled models run eagerly. Afterwards every `training` flag and momentum is as
+    before. If it raises, also by Ctrl-C, the statistics are as before too.
 
     Args:
-        model: a module, wrapped or not. Every norm that `names` lists is estimated, those in eval
-            mode too; for a model without one, nothing is done and `batches` is not read.
+        model: a module, wrapped or not. Every norm that `names` lists is estimated, even if it is in
+            eval mode. For a model without norms nothing is done, and `batches` is not read.
         batches: tensors, called as `model(batch)`; mappings, `model(**batch)`; tuples and lists
             such as (inputs, targets), `model(batch[0])`.
-        call: for all other batches, or models that want more: `lambda model, batch: ...`.
-        device: where the tensors of a batch are moved before the call, by default that of the
+        call: for other batches, or a model that needs more: `lambda model, batch: ...`.
+        device: where the tensors of a batch are moved before the call; by default the device of the
             model's first parameter. Tuples, lists and mappings are searched (a mapping becomes a
-            dict); anything else that has a method `to` is moved by it.
-        group: of torch.distributed ranks that have the model, each of which gives other batches:
-            the mean is over the batches of all, and all have it. Every rank of it calls this; what
-            fails on one fails on all. Without, each process estimates from its own batches.
+            dict). Any other object with a method `to` is moved by that.
+        group: torch.distributed ranks that all have the model, and each give other batches. The mean is
+            over the batches of all ranks, and all ranks get it. Every rank of the group calls this; an
+            error of one rank is raised on all. Without a group, each process uses its own batches.
 
-    A norm that runs in train mode only, in an auxiliary head, is not reached: let `call` set the
-    head's `training`, or leave the norm out by `norm.track_running_stats = False`. SyncBatchNorm
-    estimates from the batches of all processes; give each the same number of them.
+    A norm that runs only in train mode, in an auxiliary head, is not reached: set the head's `training`
+    in `call`, or leave the norm out with `norm.track_running_stats = False`. SyncBatchNorm uses the
+    batches of all processes, so give each process the same number of batches.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
     >>> recalibrate(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [8.0]])])
     >>> model[0].running_mean, model[0].running_var, model[0].num_batches_tracked
     (tensor([3.5000]), tensor([5.]), tensor(2))
 
-    Raises `TypeError` for a scripted model and for a batch of another kind; `ValueError` for no
-    batches and for norms that no batch reached, that have no content yet or whose momentum is not
-    torch's; `FloatingPointError` for a batch whose statistics are not finite. Each names the norm
-    or the batch.
+    Raises `TypeError` for a scripted model and for a batch of another kind; `ValueError` if there are no
+    batches, and for norms that no batch reached, that have no content yet, or whose momentum does not
+    mean what it means in torch; `FloatingPointError` for a batch whose statistics are not finite. Each
+    error names the norm or the batch.
     Source: SWA (arXiv 1803.05407); arXiv 2411.18704, section 3.4.
     """
     with _together(group):
@@ -107,11 +109,11 @@ def recalibrate(
 
 
 def names(model: nn.Module) -> list[str]:
-    """The canonical names of a model's norms with running statistics: what `recalibrate` estimates.
+    """List the canonical names of the norms that `recalibrate` estimates.
 
-    That is every module, torch's or not, with buffers `running_mean` and `running_var` and a number
-    or None as `momentum`. Modules without a momentum, as frozen norms are, and those with
-    `track_running_stats` False are left alone. The name of a model that is itself a norm is "".
+    These are all modules, torch's or not, with buffers `running_mean` and `running_var` and a number or
+    None as `momentum`. A module without a momentum (a frozen norm), or with `track_running_stats` False,
+    is left alone. The name of a model that is itself a norm is "".
 
     >>> names(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LayerNorm(3)))
     ['1']
@@ -120,9 +122,9 @@ def names(model: nn.Module) -> list[str]:
 
 
 def statistics(names: Iterable[str]) -> list[str]:
-    """The norms with running statistics among tensors of which only the names are known.
+    """Find norms with running statistics by the names of tensors alone, as files have them.
 
-    They have both `<norm>.running_mean` and `<norm>.running_var`; frozen ones cannot be told.
+    A norm has both `<norm>.running_mean` and `<norm>.running_var`. Frozen norms look the same.
 
     >>> statistics(["0.weight", "1.weight", "1.running_mean", "1.running_var"])
     ['1']
@@ -134,14 +136,14 @@ def statistics(names: Iterable[str]) -> list[str]:
 
 
 def _together(group: ProcessGroup | None) -> AbstractContextManager[object]:
-    """A block that fails on all ranks of a group if it fails on one."""
+    """A block that fails on all ranks of a group if it fails on one; a plain block without a group."""
     return nullcontext() if group is None else together("recalibrate", group)
 
 
 def _estimate(
     model: nn.Module, norms: list[_Norm], batches: Iterable[tuple[int, Any]], call: Call
 ) -> None:
-    """Runs the model on numbered batches; every norm then has the mean of its statistics."""
+    """Run the model on numbered batches, so that every norm has the mean of its statistics."""
     with _training(model, norms) as called:
         for norm in norms:
             norm.write(dict.fromkeys(norm.buffers, torch.tensor(_UNMOVED)))
@@ -158,16 +160,18 @@ def _require_arguments(model: object, batches: object) -> None:
         raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError(
-            "model has a scripted or traced part, whose norms have no modes and momenta to set: "
-            "estimate those of the module that it was made from, then script it"
+            "model has a scripted or traced part, whose norms have no mode and momentum to set: "
+            "recalibrate the module that it was made from, then script that"
         )
     if isinstance(batches, (Tensor, Mapping)):
         kind = type(batches).__name__
-        raise TypeError(f"batches is {kind}, wanted an iterable of batches: [batch] for a lone one")
+        raise TypeError(
+            f"batches is {kind}, wanted an iterable of batches; for a single batch give [batch]"
+        )
 
 
 def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The norms with running statistics, each once, by canonical name."""
+    """The norms to estimate, each once, by canonical name."""
     seen: set[int] = set()
     for prefix, module in walk(model, ""):
         if id(module) not in seen and _is_norm(module):
@@ -186,7 +190,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _Norm:
-    """A norm, what it held before, and the mean so far of its batches' statistics."""
+    """A norm, its statistics before, and the mean of its batches' statistics so far."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.label = f"{name or 'the model'} ({type(module).__name__})"
@@ -199,18 +203,18 @@ class _Norm:
                 "forward pass or load the model's weights first"
             )
         self.before = {leaf: buffer.clone() for leaf, buffer in self.buffers.items()}
-        # Wide, for in bfloat16 what the 500th batch adds to a mean is rounded away.
+        # At least float32: in bfloat16 the share of the 500th batch would be rounded away.
         self._means = [
             torch.zeros_like(held[leaf], dtype=torch.promote_types(held[leaf].dtype, torch.float32))
             for leaf in STATISTICS
         ]
 
     def take(self, called: list[_Norm], module: nn.Module, *_: object) -> None:
-        """A forward hook: adds the statistics of a batch, which a momentum of 1 has left behind."""
+        """A forward hook: add the statistics of a batch, which a momentum of 1 has written to the buffers."""
         if module is not self.module:
             raise ValueError(
-                f"a copy of {self.label} was called, as DataParallel makes them: "
-                "give the module that it wraps, model.module"
+                f"a copy of {self.label} was called, as DataParallel makes them: give the module that "
+                "it wraps, model.module"
             )
         called.append(self)
         self.calls += 1
@@ -218,21 +222,21 @@ class _Norm:
             mean.lerp_(module.get_buffer(leaf).to(mean.dtype), 1 / self.calls)
 
     def check(self, number: int) -> None:
-        """Raises unless the statistics of a batch, that of this number, are statistics."""
+        """Raise unless a batch left finite statistics, and left any. `number` is the batch's."""
         if not all(bool(mean.isfinite().all()) for mean in self._means):
             raise FloatingPointError(
-                f"the statistics of {self.label} in batch {number} are not finite: look at that "
-                "batch and at the weights"
+                f"the statistics of {self.label} in batch {number} are not finite: check that batch "
+                "and the weights"
             )
         if bool((self._means[1] == _UNMOVED).all()):
             raise ValueError(
                 f"{self.label} kept its running statistics in batch {number}, wanted "
                 "running <- (1 - momentum) running + momentum batch, with the momentum of 1 that "
-                "was set; if it is frozen, set its track_running_stats = False"
+                "was set; if the norm is frozen, set its track_running_stats = False"
             )
 
     def pool(self, group: ProcessGroup) -> None:
-        """Takes the calls of all ranks for its own: `mean = sum of calls * mean / sum of calls`."""
+        """Combine the calls of all ranks: `mean = sum of calls * mean / sum of calls`."""
         sums = [self.calls * mean.double() for mean in self._means]
         calls = sums[0].new_tensor(self.calls)
         for each in (*sums, calls):
@@ -242,19 +246,19 @@ class _Norm:
             mean.copy_(total / self.calls)
 
     def estimate(self) -> dict[str, Tensor]:
-        """What the norm's buffers shall hold."""
+        """The new content of the norm's buffers."""
         contents = (*self._means, torch.tensor(self.calls))
         return dict(zip((*STATISTICS, _COUNTER), contents, strict=True))
 
     def write(self, contents: Mapping[str, Tensor]) -> None:
-        """Writes in place, and puts back the buffer itself where a norm has replaced it."""
+        """Write in place; where a norm has replaced its buffer, put the first one back."""
         for leaf, buffer in self.buffers.items():
             self.module._buffers[leaf] = buffer.copy_(contents[leaf])
 
 
 @contextmanager
 def _statistics_kept(norms: list[_Norm]) -> Iterator[None]:
-    """Puts the statistics back if the block raises."""
+    """Restore the statistics if the block raises."""
 
     def put_back() -> None:
         for norm in norms:
@@ -269,7 +273,7 @@ def _statistics_kept(norms: list[_Norm]) -> Iterator[None]:
 
 @contextmanager
 def _training(model: nn.Module, norms: list[_Norm]) -> Iterator[list[_Norm]]:
-    """Only the norms train, by a momentum of 1, and note themselves in a list when called."""
+    """Set only the norms to train mode, with a momentum of 1; they add themselves to a list when called."""
     flags = [(module, module.training) for module in model.modules()]
     called: list[_Norm] = []
     handles: list[Any] = []
@@ -283,7 +287,7 @@ def _training(model: nn.Module, norms: list[_Norm]) -> Iterator[list[_Norm]]:
             norm.module.momentum = norm.momentum
 
     try:
-        # Set one by one: `train()` of some modules merges weights, or keeps norms frozen.
+        # Set one by one: the `train()` of some modules merges weights, or keeps norms frozen.
         for module, _ in flags:
             module.training = False
         for norm in norms:
@@ -305,7 +309,7 @@ def _surely(restore: Callable[[], object]) -> None:
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Batches with their numbers from 1; raises if there is none."""
+    """Batches with their numbers from 1; raises `ValueError` if there is no batch."""
     number = 0
     for number, batch in enumerate(batches, 1):
         yield number, batch
@@ -349,7 +353,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
 def _require_reached(norms: list[_Norm]) -> None:
     if missed := [norm.label for norm in norms if not norm.calls]:
         title = (
-            "no batch reached these norms: where they run in train mode only, let `call` set "
-            "`training` of their parent; to leave one out, set its track_running_stats = False"
+            "no batch reached these norms: if they run in train mode only, set `training` of their "
+            "parent in `call`; to leave a norm out, set its track_running_stats = False"
         )
         raise ValueError(report(title, missed))
