@@ -63,7 +63,7 @@ def close_block(world: World, block: Block, error: BaseException | None = None) 
     world.tell(
         f"averager {block.subject.number}: leave {block.name} in thread {block.thread}, {error!r}"
     )
-    facts = {"written"} if block.written else set()
+    facts = {"written"} if block.subject.number in world.suspects else set()
     facts |= {"restructured"} if world.restructured else set()
     world.blocks.remove(block)
     world.thread = block.thread

@@ -45,12 +45,16 @@ SIGNALS: tuple[tuple[int, type[BaseException]], ...] = (
 
 @dataclass
 class Interruption:
-    """Sends one signal while its block runs, and knows what came of it."""
+    """Sends one signal while its block runs, and knows what came of it.
+
+    While a block of `applied()` is `open`, polyak may have a handler of its own around the handler.
+    """
 
     number: int
     error: BaseException
     moment: int
     timer: float = 0.0
+    open: bool = False
     reads: Callable[[], Vector] | None = None
     sent: int = 0
     handled: int = 0
@@ -73,7 +77,7 @@ class Interruption:
         now = signal.signal(self.number, self._before)
         sys.unraisablehook = self._hook
         torch.set_grad_enabled(True)  # an exception inside torch's own `__exit__` leaves it off
-        if now != self._handle:
+        if now != self._handle and not self.open:
             raise Fault("signal", f"the handler of signal {self.number} was left as {now!r}")
         if not self.timer and self.handled != self.sent:
             raise Fault(
@@ -126,9 +130,8 @@ def interruption(random: Random, reads: Callable[[], Vector]) -> Interruption:
     timer = (
         random.uniform(2e-5, 1e-3) if number == signal.SIGALRM and random.random() < 0.3 else 0.0
     )
-    return Interruption(
-        number, error("sent"), moment, timer, reads if random.random() < 0.2 else None
-    )
+    reader = reads if random.random() < 0.2 else None
+    return Interruption(number, error("sent"), moment, timer=timer, reads=reader)
 
 
 def interrupted(world: World, random: Random) -> None:
@@ -143,6 +146,7 @@ def interrupted(world: World, random: Random) -> None:
     if facts - {"no update"} or ("no update" in facts and call not in ("update", "save")):
         return
     sent = interruption(random, lambda: joined(_averaged(subject, name)))
+    sent.open = call == "enter" or bool(world.blocks)
     world.tell(f"averager {subject.number}: {call} {name}, with {sent}")
     CALLS[call](world, subject, name, sent)
 
@@ -187,9 +191,10 @@ def _enter(world: World, subject: Subject, name: str, sent: Interruption) -> Non
 def _leave(world: World, random: Random) -> None:
     """Leaving: the block is left, whatever the signal raises."""
     block = random.choice(world.blocks)
-    if block.thread or block.written or world.restructured:
+    if block.thread or block.subject.number in world.suspects or world.restructured:
         return
     sent = interruption(random, lambda: joined(_averaged(block.subject, block.name)))
+    sent.open = True
     world.tell(f"averager {block.subject.number}: leave {block.name}, with {sent}")
     world.ordered = world.ordered and block is world.blocks[-1]
     world.blocks.remove(block)
@@ -243,7 +248,7 @@ def _one_or_other(
             world.check_averages(subject)
             return
         except Fault as fault:
-            seen = seen or fault
+            seen = fault
             if done:
                 break
     raise Fault("signal", f"a call was half done: {seen}")

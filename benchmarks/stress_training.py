@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from random import Random
 from typing import Any
@@ -133,14 +134,16 @@ def change(world: World, random: Random) -> None:
     world.tell(f"change: {what.__name__}", "inside" if world.blocks else "")
     if not world.blocks:
         world.drop_optimizers()
-        for source in (world.model, world.twin):
-            what(source, Random(seed))
+        with suppress(RuntimeError):  # a graph keeps torch from swapping tensors
+            for source in (world.model, world.twin):
+                what(source, Random(seed))
         return
     world.restructured = True
-    world.writing(lambda: what(world.model, Random(seed)))
+    with suppress(RuntimeError):
+        world.writing(lambda: what(world.model, Random(seed)))
     world.clean = False
     for block in world.blocks:
-        block.written = True
+        world.suspects.add(block.subject.number)
         block.subject.causes.add(block.name)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,6 @@ class Block:
     thread: int
     carries: Vector
     repeated: bool
-    written: bool = False
 
 
 @dataclass
@@ -97,7 +97,7 @@ class World:
     """All that one program works on.
 
     `clean` says that nothing but polyak wrote to the model since blocks opened, `ordered` that blocks
-    were left in the opposite order, `restructured` that tensors were replaced or moved in a block,
+    were left in the opposite order, `suspects` whose blocks were written in, `restructured` that tensors were replaced or moved in a block,
     `untold` what was written to in a block while polyak has not said so.
     `epoch` counts the changes that make a graph invalid.
     """
@@ -117,6 +117,7 @@ class World:
     clean: bool = True
     ordered: bool = True
     restructured: bool = False
+    suspects: set[int] = field(default_factory=set)
     untold: str = ""
     stepped_inside: bool = False
     thread: int = 0
@@ -270,6 +271,8 @@ class World:
 
     def _check_inside(self) -> None:
         """Inside blocks the model carries the average of the innermost one that has each tensor."""
+        if any(shared(entries(self.model))):
+            return
         wanted = {entry.name: vector(entry.tensor) for entry in entries(self.twin)}
         touched: set[str] = set()
         for block in self.blocks:
@@ -308,6 +311,7 @@ class World:
     def _settle(self) -> None:
         """After the last block: the twin takes over what the block did to the structure."""
         self.clean = self.ordered = True
+        self.suspects.clear()
         if self.untold:
             raise Fault(
                 "untold", f"{self.untold} was written to inside a block, and nothing was said"
@@ -361,7 +365,7 @@ class World:
             self.untold = ", ".join(sorted(seen))
         for block in self.blocks:
             if names & block.subject.carried():
-                block.written = True
+                self.suspects.add(block.subject.number)
                 block.subject.causes.add(block.name)
                 if not noticed:
                     block.subject.tainted.add(block.name)
@@ -375,7 +379,13 @@ class World:
                 entry.tensor.data = now[entry.name].detach().clone()
 
     def close(self) -> None:
-        """Ends the second thread."""
+        """Leaves what a failed program has left open, for the next one, and ends the second thread."""
+        for block in reversed(self.blocks):
+            self.thread = block.thread
+            with suppress(BaseException):
+                self.perform(partial(block.manager.__exit__, None, None, None))
+        self.blocks.clear()
+        self.graphs.clear()
         if self._second is not None:
             self._second.shutdown(wait=False, cancel_futures=True)
 
