@@ -276,6 +276,8 @@ class World:
         wanted = {entry.name: vector(entry.tensor) for entry in entries(self.twin)}
         touched: set[str] = set()
         for block in self.blocks:
+            if block.repeated:
+                continue
             start = 0
             for name in block.subject.averaged:
                 end = start + len(wanted[name])
