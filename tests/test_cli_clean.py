@@ -83,7 +83,11 @@ USERS_COMMANDS = {
 
 
 @pytest.mark.parametrize(
-    ("command", "at_import"), [("sweep", False), ("soup", True)], ids=["called", "imported"]
+    ("command", "at_import"),
+    [
+        pytest.param("sweep", False, id="called", marks=pytest.mark.slow),
+        pytest.param("soup", True, id="imported"),
+    ],
 )
 def test_what_the_users_function_prints_goes_to_stderr(command: str, at_import: bool) -> None:
     """With --json, stdout is one JSON document and nothing else."""
@@ -108,6 +112,7 @@ def test_prints_go_to_stderr_only_within_the_block(capfd: pytest.CaptureFixture[
     assert sorted(err.split("\n")) == ["", "deep within", "within"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1", "2"])
 def test_streams_may_be_closed(closed: str) -> None:
     command = [*POLYAK, "average", "step-1.pt", "--greedy", "judge:loss", *OUT, *SHARDS]

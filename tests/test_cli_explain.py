@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,21 +77,37 @@ NO_CHART = [
 ]
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What it prints, option by option, where the chart is written."""
+    commands = {
+        option: ["explain", "uniform()", "--steps", "99", *option.split()]
+        for option in ("", "--json")
+    }
+    folder = tmp_path_factory.mktemp("chart")
+    return {
+        option: run(*command, "--out", str(folder)).stdout for option, command in commands.items()
+    }
+
+
 @pytest.mark.parametrize(("out", "message"), NO_CHART, ids=[out for out, _ in NO_CHART])
-@pytest.mark.parametrize("json", [[], ["--json"]], ids=["table", "json"])
+@pytest.mark.parametrize("option", ["", "--json"])
 def test_the_table_is_printed_where_the_chart_cannot_be_written(
-    out: str, message: str, json: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: str,
+    message: str,
+    option: str,
+    told: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("precious")
     Path("folder/rule.png").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    done = run("explain", "uniform()", "--steps", "99", "--out", out, *json)
+    done = run("explain", "uniform()", "--steps", "99", "--out", out, *option.split())
     assert done.exit_code == 2 and done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
-    told = run("explain", "uniform()", "--steps", "99", "--out", str(tmp_path / "good"), *json)
-    assert done.stdout and done.stdout == told.stdout.partition("chart: ")[0]
-    shutil.rmtree(tmp_path / "good")
+    assert done.stdout and done.stdout == told[option].partition("chart: ")[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
