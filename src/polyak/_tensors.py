@@ -246,13 +246,52 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
     """`out <- sum of coefficient * tensor`, for coefficients that sum to 1.
 
     Lerps, `out <- out + c / (sum of c so far) (tensor - out)`, give the value itself, bit for bit,
-    if all terms are equal. Coefficients above 0 come first, so that no sum so far is 0.
+    if all terms are equal, infinities too. Coefficients above 0 come first, so that no sum so far
+    is 0.
     """
     total = 0.0
     counting = [term for term in terms if term[1] != 0]
-    for tensors, coefficient in sorted(counting, key=lambda term: term[1] < 0):
+    places: list[int] = []
+    for i, (tensors, coefficient) in enumerate(sorted(counting, key=lambda term: term[1] < 0)):
+        if i == 1:
+            places = infinite(out)
         total += coefficient
+        kept = equal_infinities([out[j] for j in places], [tensors[j] for j in places])
         lerp_(out, tensors, coefficient / total)
+        keep_(kept)
+
+
+Kept = list[tuple[Tensor, Tensor, Tensor]]
+"""Slots, where they hold the same infinities as the weights (a mask), and the weights' values."""
+
+
+@torch.no_grad()
+def infinite(tensors: Sequence[Tensor]) -> list[int]:
+    """The positions of the tensors that hold an infinity, or NaN; one read, and one wait for it."""
+    held = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.numel()]
+    plain = [torch.view_as_real(t) if t.is_complex() else t for _, t in held]
+    wide = [t.float() if t.element_size() == 1 else t for t in plain]  # a byte has no norm
+    if not wide:
+        return []
+    largest = torch._foreach_norm(wide, ord=torch.inf)
+    device = largest[0].device
+    finite = torch.stack([norm.isfinite().to(device) for norm in largest]).tolist()
+    return [i for (i, _), is_finite in zip(held, finite, strict=True) if not is_finite]
+
+
+@torch.no_grad()
+def equal_infinities(slots: Sequence[Tensor], live: Sequence[Tensor]) -> Kept:
+    """Where slots and weights hold the same infinity before a lerp, which makes `inf - inf` of it."""
+    alike = [weight.to(slot.device, slot.dtype) for slot, weight in zip(slots, live, strict=True)]
+    pairs = zip(slots, alike, strict=True)
+    return [(slot, slot.isinf() & (slot == weight), weight) for slot, weight in pairs]
+
+
+@torch.no_grad()
+def keep_(kept: Kept) -> None:
+    """Gives slots, after a lerp, the infinities that they shared with the weights."""
+    for slot, same, weight in kept:
+        slot.copy_(torch.where(same, weight, slot))
 
 
 @torch.no_grad()

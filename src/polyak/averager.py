@@ -212,7 +212,8 @@ class Averager:
         """Counts one call and, at every `every`-th, moves the slots towards the live weights.
 
         `elapsed` is the time since the last call, 1 if not given: steps, samples or tokens, as the
-        rule counts. The first update copies. No host synchronisation.
+        rule counts. The first update copies. The host never waits for the device, except once at the
+        second update: infinities that stay constant (a mask) are looked for then.
 
         Raises `RuntimeError` inside `applied()` and when the model's tensors are not those of the
         start; `ValueError` unless elapsed > 0 and the time after it is finite; `FloatingPointError`

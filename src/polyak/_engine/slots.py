@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak import _tensors as tensors
+from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
 from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
 from polyak._engine.tracking import Tracked, is_statistic
@@ -28,6 +29,7 @@ class Move(NamedTuple):
 
     slots: Groups
     fraction: float
+    infinities: Infinities
     residues: Groups | None = None
     seeds: Sequence[int] | None = None
 
@@ -44,15 +46,23 @@ def move_(
     host. `stages` are those of the groups (`ModelTensors.stages`).
     """
     plain = []
+    kept: tensors.Kept = []
+    for move in moves:
+        if move.fraction == 1:
+            move.infinities.forget()
+        elif move.fraction != 0:
+            kept += move.infinities.shared(move.slots, live, move.residues)
     for move in moves:
         if ok is None and move.residues is None and move.seeds is None:
             plain.append(move)
         else:
             _move_alone_(live, move, ok)
     for g, weights in enumerate(live if plain else ()):
-        kept = None if stages is None else stages[g]
+        stage = None if stages is None else stages[g]
         slots, fractions = [move.slots[g] for move in plain], [move.fraction for move in plain]
-        tensors.lerp_all_(slots, weights, fractions, kept)
+        tensors.lerp_all_(slots, weights, fractions, stage)
+    if kept:
+        tensors.keep_(kept)
 
 
 def _move_alone_(live: Groups, move: Move, ok: Tensor | None) -> None:
@@ -135,6 +145,7 @@ class Average:
         self._compensated = rounding == "compensated"
         self._stochastic = rounding == "stochastic"
         self._name = name
+        self._infinities: dict[str, Infinities] = {}
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
 
@@ -154,7 +165,8 @@ class Average:
         seeds = None
         if self._stochastic:
             seeds = [seed(self.tick.n, self._name, slot, each) for each in live.streams]
-        return Move(self.groups(live, slot), fraction, residues, seeds)
+        infinities = self._infinities.get(slot) or self._infinities.setdefault(slot, Infinities())
+        return Move(self.groups(live, slot), fraction, infinities, residues, seeds)
 
     def stalled(self, live: ModelTensors, elapsed: float) -> float:
         """The share of the weights that should move at the next update, and that rounding would stop.
