@@ -1,4 +1,4 @@
-"""Saves in the background: what a training is now is copied, and written while it goes on."""
+"""Saves in the background: the state of a training is copied, and written while the training goes on."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ _CALL = "save_distributed_async"
 
 
 class Saving:
-    """A save under way. If it fails and no one asks for its `result`, a warning says so at exit."""
+    """A save in progress. If it fails and `result` is never called, a warning says so at exit."""
 
     def __init__(self, future: Future[None], path: Path) -> None:
         self._future = future
         self._path = path
-        self._told = False
+        self._reported = False
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the save has ended, with or without an error."""
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> None:
-        """Waits until the folder is there, at most so many seconds.
+        """Wait until the folder is there, for at most `timeout` seconds.
 
         Raises what `save_distributed` raises, and `TimeoutError`.
         """
         error = self._future.exception(timeout)
-        self._told = True
+        self._reported = True
         if error is not None:
             raise error
 
-    def require_told(self) -> None:
-        """Waits, and raises what went wrong unless `result` has."""
-        if not self._told:
+    def require_reported(self) -> None:
+        """Wait, and raise the error unless `result` has raised it."""
+        if not self._reported:
             self.result()
 
-    def warn_untold(self) -> None:
-        """Waits, and warns of what no one was told."""
-        if not self._told and (error := self._future.exception()) is not None:
+    def warn_unreported(self) -> None:
+        """Wait, and warn of an error that `result` has not raised."""
+        if not self._reported and (error := self._future.exception()) is not None:
             warn(f"{_CALL}: {self._path} was not saved: {error}", RuntimeWarning, stacklevel=2)
 
 
@@ -62,13 +62,12 @@ def save_distributed_async(
     group: ProcessGroup | None = None,
     overwrite: bool = False,
 ) -> Saving:
-    """`save_distributed` of what is now, written in the background while the training goes on.
+    """Save as `save_distributed` does, in the background, while the training goes on.
 
-    It copies the state to the CPU's memory, which is all that the training waits for; what is
-    changed afterwards is not saved. Ranks speak over a gloo group of their own, made at the first
-    call, so the training may use its group meanwhile. A second save waits for the first, and raises
-    its error unless `result()` of it did. Let all saves end (`result()`) before the process group
-    is destroyed.
+    The training only waits until the state is copied to the memory of the CPU; changes after that are
+    not saved. The ranks communicate over a gloo group of their own, which the first call makes, so the
+    training may use its group meanwhile. A second save waits for the first, and raises the first one's
+    error unless its `result()` did. Wait for all saves (`result()`) before you destroy the process group.
 
     >>> import tempfile, torch
     >>> from polyak import Averager
@@ -79,8 +78,8 @@ def save_distributed_async(
     >>> averager.update()
     >>> saving.result()
 
-    Raises at once what `save_distributed` raises of the state, and from `result()` what it raises
-    of the folder.
+    Errors of the state are raised at once, as `save_distributed` raises them; errors of the folder are
+    raised by `result()`.
     """
     path = Path(path).absolute()  # the process may be in another folder by then
     saver = _saver(group)
@@ -96,15 +95,15 @@ def save_distributed_async(
             if saver.group is None or dist.is_initialized():
                 raise
             raise RuntimeError(
-                f"{_CALL}: the process group was destroyed before {path} was saved, which is not "
-                "there: wait for result() first"
+                f"{_CALL}: the process group was destroyed before {path} was saved, so nothing was "
+                "saved: call result() first"
             ) from error
 
     return saver.begin(save, path)
 
 
 class _Saver:
-    """The group and the thread of all background saves of some ranks; there is one save at a time."""
+    """The gloo group and the thread of the background saves of one group; one save runs at a time."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
@@ -112,33 +111,33 @@ class _Saver:
         self._last: Saving | None = None
 
     def settle(self) -> None:
-        """Waits for the save before; its error is raised on all ranks, unless all have been told."""
+        """Wait for the previous save; its error is raised on all ranks, unless each has raised it before."""
         last, self._last = self._last, None
         if last is not None:
             with together(_CALL, self.group):
-                last.require_told()
+                last.require_reported()
 
     def begin(self, save: Callable[[], None], path: Path) -> Saving:
         self._last = Saving(self._thread.submit(save), path)
         return self._last
 
-    def warn_untold(self) -> None:
+    def warn_unreported(self) -> None:
         if self._last is not None:
-            self._last.warn_untold()
+            self._last.warn_unreported()
 
 
 _SAVERS: dict[ProcessGroup | None, _Saver] = {}
 
 
 @atexit.register
-def _warn_untold() -> None:
-    """What the last saves have come to, where a program ends without asking."""
+def _warn_unreported() -> None:
+    """Report a failed last save if the program ends without asking for its result."""
     for saver in _SAVERS.values():
-        saver.warn_untold()
+        saver.warn_unreported()
 
 
 def _saver(group: ProcessGroup | None) -> _Saver:
-    """What saves for the ranks of a group; its first use is collective."""
+    """The saver of a group. Its first use is collective."""
     if alone():
         if None not in _SAVERS:
             _SAVERS[None] = _Saver(None)
@@ -147,8 +146,9 @@ def _saver(group: ProcessGroup | None) -> _Saver:
     assert key is not None
     require_member(key)
     if key not in _SAVERS:
-        # Where all ranks are here they need not meet by a name that only these would make: ranks that
-        # have made unlike groups before would not find each other by it.
+        # Members of a smaller group make theirs without the other ranks ("local synchronization"), and
+        # find each other by a name made from how many such groups each has made. Ranks may differ in
+        # that, so where all ranks take part the usual way is used.
         alike = key is dist.group.WORLD
         own = dist.new_group(
             None if alike else dist.get_process_group_ranks(key),
@@ -161,7 +161,7 @@ def _saver(group: ProcessGroup | None) -> _Saver:
 
 
 def _copied(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU."""
+    """A copy in the memory of the CPU."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     stager = DefaultStager(

@@ -1,7 +1,7 @@
-"""Training: a model, its optimizer and its averages, saved by all ranks into one folder.
+"""Saves of a whole training: a model, its optimizer and its averages, by all ranks, in one folder.
 
-The folder is one of torch.distributed.checkpoint. An averager in it is what `native` writes of it, so
-that every reader of averages here reads it too, in one process and without a process group.
+The folder is one of torch.distributed.checkpoint. An averager in it is stored as `polyak.save` stores
+it, so that `load` and `read` take it too, in one process and without a process group.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ def save_distributed(
     group: ProcessGroup | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a training's state, averagers among it, as a folder of torch.distributed.checkpoint.
+    """Write the state of a training, with its averagers, as a folder of torch.distributed.checkpoint.
 
-    Collective: every rank of the group (by default all) calls it at the same place. Each writes its
-    own parts into a hidden folder beside, which the first rank renames when all are done: a process
-    killed at any moment leaves the last complete folder. What fails on one rank fails on all.
+    Collective: every rank of the group (by default all ranks) calls it at the same place. Each rank
+    writes its parts into a hidden folder, which the first rank renames when all are done. A process that
+    is killed at any moment leaves the last complete folder. An error on one rank is raised on all.
 
     Args:
+        path: the folder, the same on all ranks.
         state: what `torch.distributed.checkpoint.save` takes: key -> a state dict, or an object
-            with `state_dict()`; and key -> `Averager`. What several ranks have whole is saved from
-            the lowest: under DistributedDataParallel ranks' buffers may differ.
-        path: the same on all ranks.
-        group: whose ranks save; they must share a file system.
+            with `state_dict()`; and key -> `Averager`. What several ranks have whole is saved from the
+            lowest of them: under DistributedDataParallel the buffers of ranks may differ.
+        group: the ranks that save; they must share a file system.
+        overwrite: whether to replace a folder that exists.
 
     >>> import tempfile, torch
     >>> model = torch.nn.Linear(2, 1)
@@ -56,10 +57,10 @@ def save_distributed(
     >>> state["average"].count, state["step"]
     (1, 1)
 
-    Raises `FileExistsError` for a path that exists, unless `overwrite`; `FileNotFoundError` where a
-    rank does not see the folder; `ValueError` where ranks are not at the same update, or for parts
-    that torch.distributed.checkpoint would misplace; `RuntimeError` inside `applied()`, and where
-    another rank failed.
+    Raises `FileExistsError` if the path exists, unless `overwrite`; `FileNotFoundError` if a rank does
+    not see the folder; `ValueError` if the ranks are at different updates, and for parts that
+    torch.distributed.checkpoint would store at a wrong place; `RuntimeError` inside `applied()`, and if
+    another rank failed; `OSError` if the folder cannot be written.
     """
     call = "save_distributed"
     content = content_of(call, state, group)
@@ -72,20 +73,20 @@ def load_distributed(
     *,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Takes over what `save_distributed` wrote, on any number of ranks: into tensors and averagers.
+    """Load what `save_distributed` wrote into tensors and averagers, on any number of ranks.
 
-    `state` is as for saving: of each of its keys the folder must have the same names, shapes and
-    dtypes, neither more nor less; keys of the folder that it lacks are left alone. Averagers may be
-    fresh. It is collective where there is a process group, and works in one process without.
+    `state` is as for saving. For each of its keys the folder must have exactly the same names, shapes
+    and dtypes. Other keys of the folder are not read. Averagers may be new. It is collective if there is
+    a process group, and works in one process without one.
 
-    Objects that are no tensors (an optimizer's settings) are read by torch.distributed.checkpoint,
-    which unpickles them: code in them is run, so load folders of your own training only. An averager's
-    part runs nothing: `polyak.load(path / "average", averager)` and `checkpoints.read` read it
-    from any folder.
+    Objects that are not tensors (an optimizer's settings) are read by torch.distributed.checkpoint, which
+    unpickles them and runs the code in them: load only folders that you trust. The part of an averager
+    runs nothing: `polyak.load(path / "average", averager)` and `checkpoints.read` read it from any
+    folder.
 
-    Raises `ValueError` on all ranks that lists what is missing, extra, of another shape or dtype,
-    and what `polyak.load` raises; then nothing has changed. A damaged part of the other tensors may
-    be found when some are read already: then load another folder before going on.
+    Raises `ValueError` on all ranks, with a list of what is missing, extra, or of another shape or dtype,
+    and what `polyak.load` raises; then nothing has changed. Damage to the other tensors may be found
+    when some of them are read already: then load another folder before you go on.
     """
     call, path = "load_distributed", Path(path)
     averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
@@ -111,7 +112,7 @@ def load_distributed(
 
 
 def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
-    """A state as nested mappings of tensors and objects. Collective."""
+    """A state as nested mappings of tensors and objects, averagers among them. Collective."""
     averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
     with together(call, group):
         for key in averagers:
@@ -125,7 +126,7 @@ def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) 
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What torch.distributed.checkpoint would make of a state: the state dicts of objects."""
+    """A state with the state dicts of its objects, as torch.distributed.checkpoint makes it."""
     from torch.distributed.checkpoint.stateful import Stateful
 
     return {
@@ -134,7 +135,7 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_names(call: str, where: str, held: object) -> None:
-    """Raises `ValueError` for an averager below the top, and for keys that are one as text."""
+    """Raise `ValueError` for an averager below the top, and for two keys that are equal as text."""
     if isinstance(held, Averager):
         raise ValueError(f"{call}: {where} is an averager, wanted it at the top of the state")
     if isinstance(held, Mapping):
@@ -151,7 +152,7 @@ def _require_names(call: str, where: str, held: object) -> None:
 
 
 def _restore_keys(held: object) -> None:
-    """Puts objects back under keys that are no text, where loading has put them beside, under text."""
+    """Move objects back to keys that are not text: loading has put them beside, under the key as text."""
     if isinstance(held, MutableMapping):
         for key in [key for key in held if not isinstance(key, str) and str(key) in held]:
             loaded = held.pop(str(key))
@@ -165,7 +166,7 @@ def _restore_keys(held: object) -> None:
 
 
 def _give(state: MutableMapping[str, Any], key: str, held: Any) -> None:
-    """Gives what was loaded to an object that takes it, or puts it into the state."""
+    """Give what was loaded to an object that has `load_state_dict`, or put it into the state."""
     from torch.distributed.checkpoint.stateful import Stateful
 
     if isinstance(state[key], Stateful):
@@ -175,7 +176,7 @@ def _give(state: MutableMapping[str, Any], key: str, held: Any) -> None:
 
 
 def _require_fit(folder: DistributedTensors, held: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless the folder has just what is to be loaded, in the same forms."""
+    """Raise `ValueError` unless the folder has exactly the names, shapes and dtypes that are to be loaded."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
     planner = DefaultSavePlanner()
@@ -201,6 +202,6 @@ def _require_averagers(
     if missing := [key for key in wanted if key not in saved]:
         has = ", ".join(filter(None, saved)) or "none"
         raise ValueError(
-            f"{path} has no averager {', '.join(missing)}; it has {has}. Leave it out, and the new "
-            "one begins with its first update"
+            f"{path} has no averager {', '.join(missing)}; it has {has}. Leave it out of `state`: a new "
+            "averager begins with its first update"
         )
