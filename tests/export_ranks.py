@@ -299,7 +299,7 @@ def a_full_disk_ends_it_on_all() -> None:
     for folder, full in ((shared_folder, 0), (shared_folder, 1), (own_folder, 0)):
         with folder() as place:
             limit = 1 << 16 if dist.get_rank() == full else None
-            with largest_file(limit), raises(EITHER, "File too large"):
+            with largest_file(limit), raises(EITHER, "File too large", str(place / FILE)):
                 export(place / FILE, averager)
             dist.barrier()
             assert not list(place.iterdir())

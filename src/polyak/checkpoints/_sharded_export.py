@@ -1,16 +1,17 @@
-"""Slabs: safetensors files that all ranks write together, each the parts of tensors that it holds.
+"""Sharded export: safetensors files that all ranks write together, each its own parts of the tensors.
 
-Every rank knows from the tensors' shapes and layouts where everything lies in the files. So where all
-ranks see the files that the first one begins, each writes its own parts at their places, and none
-waits for another. Parts that would be many short runs of bytes (columns of a matrix), and all parts
-where a rank does not see the files, pass through the first rank (`polyak.checkpoints._sharded_export`).
+Every rank knows from the tensors' shapes and layouts where everything lies in the files. So if all
+ranks see the files that the first rank begins, each writes its parts at their places, and no rank waits
+for another. Two kinds of parts go through the first rank instead, window by window of the file: parts
+that would be many short runs of bytes (columns of a matrix), and all parts if a rank does not see the
+files. No rank holds more than a window beside its own parts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polyak import _files as files
 from polyak._ranks.agreement import agree, chosen, first, gathered, is_first, together
 from polyak._ranks.shard_geometry import (
     Box,
@@ -32,29 +32,34 @@ from polyak._ranks.shard_geometry import (
     windows,
 )
 from polyak._ranks.sharding import is_distributed, local
+from polyak.checkpoints._shared_files import Begun, SharedFile, begin
 from polyak.checkpoints._tensorfile import Form, Layout, as_bytes, content, layout, narrowed
-from polyak.checkpoints._writing import INDEX, METADATA, arranged, index, totalled
+from polyak.checkpoints._writing import METADATA, arranged, totalled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 RUN_BYTES = 1 << 16
-"""Parts whose runs in the file are shorter pass through the first rank, which joins them."""
+"""Parts whose runs in the file are shorter go through the first rank, which joins them."""
 
+WINDOW = 1 << 22
+"""The most elements that are computed, sent and held at a time: 32 MiB of the widest dtype."""
+
+_T = TypeVar("_T")
 _CALL = "export"
 _NOTHING = Box((0,), (0,))
 
 
 class Spread(NamedTuple):
-    """A tensor's form in the file, and the tensor as it is held: a DTensor, or whole on every rank."""
+    """A tensor's form in the file, and the tensor in the model: a DTensor, or whole on every rank."""
 
     form: Form
     held: Tensor
 
 
 Read = Callable[[str, tuple[slice, ...]], Tensor]
-"""(name, where in this rank's part of it) -> what is there."""
+"""(name, where in this rank's part of the tensor) -> the content there."""
 
 
 def write(
@@ -68,12 +73,13 @@ def write(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes tensors that are spread over ranks, as `writing.write` does those of one process.
+    """Write tensors that are spread over ranks, as `write` of `_writing` does those of one process.
 
-    Collective: all ranks of the group call it, alike. The first alone tells `progress`. `told` is what ranks must agree in besides the tensors' forms.
+    Collective: all ranks of the group call it with the same arguments. Only the first calls `progress`.
+    `told` is a text that must be equal on all ranks, as the tensors' forms and layouts must be.
 
-    Raises, on all ranks, what `writing.write` raises, and `ValueError` where ranks disagree; then
-    what was there before still is.
+    Raises on all ranks: what that `write` raises, and `ValueError` if ranks disagree; then everything is
+    as it was before.
     """
     out = Path(out)
     with together(_CALL, group):
@@ -91,21 +97,22 @@ def write(
     total = sum(form.nbytes for form in forms.values())
     add = totalled(progress if is_first(group) else None, total)
     with ExitStack() as stack:
-        places = chosen(
+        begun = chosen(
             _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
         )
-        seen = all(gathered(os.access(places[0], os.W_OK), group))
+        seen = all(gathered(os.access(begun[0].path, os.W_OK), group))
         ranks = _Ranks(spreads, shares, read, add or (lambda _: None), seen, group)
-        for place, each in zip(places, layouts, strict=True):
-            ranks.fill(place, each)
+        for each, of_file in zip(begun, layouts, strict=True):
+            ranks.fill(each, of_file)
         with together(_CALL, group):
             stack.close()
 
 
 def _share(name: str, spread: Spread, group: ProcessGroup | None) -> Box:
-    """What of a tensor this rank has to give: of replicas, those with the first rank give.
+    """The box of a tensor that this rank writes, so that each element is written once.
 
-    They may be of one mesh, or of several: one of tensor parallelism for each part of the data.
+    Replicas may be dimensions of one mesh. They may also be meshes of their own: one mesh of tensor
+    parallelism for each part of the data. Then the mesh that has the first rank writes.
     """
     if not is_distributed(spread.held):
         return whole(spread.form.shape) if is_first(group) else _NOTHING
@@ -116,7 +123,7 @@ def _share(name: str, spread: Spread, group: ProcessGroup | None) -> Box:
 
 
 def _described(spreads: Mapping[str, Spread]) -> dict[str, str]:
-    """name -> form and layout, in which ranks must agree."""
+    """name -> form and layout, which must be equal on all ranks."""
     described = {}
     for name, (form, held) in spreads.items():
         described[name] = f"{form.shape} {form.dtype}"
@@ -126,31 +133,9 @@ def _described(spreads: Mapping[str, Spread]) -> dict[str, str]:
     return described
 
 
-def begin(
-    stack: ExitStack,
-    out: Path,
-    within: Mapping[str, Mapping[str, Form]],
-    layouts: list[Layout],
-    shard_bytes: int | None,
-    overwrite: bool,
-) -> list[str]:
-    """Where files can be filled until the stack is closed: hidden, with their headers and sizes."""
-    out = out.absolute()  # other ranks may be in another folder
-    if shard_bytes is None:
-        places = [Path(stack.enter_context(files.writing(out, overwrite=overwrite)).name)]
-    else:
-        folder = stack.enter_context(files.writing_folder(out, overwrite=overwrite))
-        places = [folder / name for name in within]
-        (folder / INDEX).write_text(index(within))
-    for place, each in zip(places, layouts, strict=True):
-        place.write_bytes(each.header)
-        os.truncate(place, each.nbytes)
-    return list(map(str, places))
-
-
 @dataclass(frozen=True)
 class _Ranks:
-    """The ranks at work: what this one gives, how it is read, whether all write to the files."""
+    """How this rank takes part: what it writes, how that is read, whether all ranks see the files."""
 
     spreads: Mapping[str, Spread]
     shares: Mapping[str, Box]
@@ -159,24 +144,26 @@ class _Ranks:
     seen: bool
     group: ProcessGroup | None
 
-    def fill(self, place: str, layout: Layout) -> None:
-        """Writes the content of one file."""
+    def fill(self, begun: Begun, layout: Layout) -> None:
+        """Write the content of one file."""
         direct = [name for name in layout.starts if self._is_written_by_all(name)]
         with ExitStack() as stack:
+            file: SharedFile | None = None
             with together(_CALL, self.group):
-                writes = self.seen or is_first(self.group)
-                handle = stack.enter_context(opened(place) if writes else nullcontext(-1))
-                written = sum(self._write_own(handle, name, layout) for name in direct)
-                os.fsync(handle) if written else None
+                if self.seen or is_first(self.group):
+                    file = stack.enter_context(SharedFile(begun))
+                written = sum(self._write_own(file, name, layout) for name in direct)
+                if file is not None and written:
+                    file.sync()
             with together(_CALL, self.group):
                 self.told(sum(self.spreads[name].form.nbytes for name in direct) - written)
             for name in layout.starts:
                 if name not in direct:
                     with together(_CALL, self.group):
-                        self._pass(handle, name, layout)
+                        self._pass(file, name, layout)
 
     def _is_written_by_all(self, name: str) -> bool:
-        """Whether each rank writes its part of a tensor itself; all ranks find the same."""
+        """Whether each rank writes its part of a tensor itself; the same on all ranks."""
         form, held = self.spreads[name]
         if not is_distributed(held):
             return True
@@ -185,67 +172,51 @@ class _Ranks:
         long = count == largest.numel or count * form.dtype.itemsize >= RUN_BYTES
         return self.seen and long
 
-    def _write_own(self, handle: int, name: str, layout: Layout) -> int:
-        """Writes this rank's part of a tensor at its places; how many bytes that were."""
+    def _write_own(self, file: SharedFile | None, name: str, layout: Layout) -> int:
+        """Write this rank's part of a tensor at its places; the number of bytes written."""
         return sum(
-            self._write(handle, name, layout, window, self._piece(name, window))
+            self._write(file, name, layout, window, self._piece(name, window))
             for window in windows(self.shares[name], WINDOW)
         )
 
-    def _pass(self, handle: int, name: str, layout: Layout) -> None:
-        """This rank's part of a tensor goes to the first rank, which writes it."""
+    def _pass(self, file: SharedFile | None, name: str, layout: Layout) -> None:
+        """Send this rank's part of a tensor to the first rank, which writes it."""
         form, held = self.spreads[name]
         assert is_distributed(held)
         share = self.shares[name]
-        sent = Sent(form, held, share, lambda box: self._piece(name, box), self.group)
+        sent = _Sent(form, held, share, lambda box: self._piece(name, box), self.group)
         if is_first(self.group):
-            sent.receive(lambda box, piece: self._write(handle, name, layout, box, piece))
+            sent.receive(lambda box, piece: self._write(file, name, layout, box, piece))
         else:
             sent.send()
 
     def _piece(self, name: str, box: Box) -> Tensor:
-        """The content of a box of this rank's part, as it is written."""
+        """The content of a box within this rank's part, as it is written."""
         piece = self.read(name, box.within(self.shares[name]))
         return narrowed(name, piece, self.spreads[name].form.dtype)
 
-    def _write(self, handle: int, name: str, layout: Layout, box: Box, piece: Tensor) -> int:
-        """Writes the content of a box of a tensor run by run."""
+    def _write(
+        self, file: SharedFile | None, name: str, layout: Layout, box: Box, piece: Tensor
+    ) -> int:
+        """Write the content of a box of a tensor run by run."""
+        assert file is not None
         form, held = self.spreads[name].form, content(piece)
         skip, size = 0, form.dtype.itemsize
         for start, count in runs(form.shape, box):
             run = held[skip : skip + count * size]
             skip += run.nbytes
-            write_at(handle, run, layout.starts[name] + start * size)
+            file.write(run, layout.starts[name] + start * size)
         self.told(held.nbytes)
         return held.nbytes
 
 
-@contextmanager
-def opened(place: str) -> Iterator[int]:
-    """A file to write at places."""
-    handle = os.open(place, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def write_at(handle: int, held: memoryview, place: int) -> None:
-    """Writes all of it at a place of a file."""
-    while held:
-        count = os.pwrite(handle, held, place)
-        held, place = held[count:], place + count
-
-
-WINDOW = 1 << 22
-"""So many elements at most are computed, sent and held at a time: 32 MiB of the widest."""
-
-_T = TypeVar("_T")
-
-
 @dataclass(frozen=True)
-class Sent:
-    """A DTensor on its way: its form in the file, this rank's share of it, and what is in a box of it."""
+class _Sent:
+    """A DTensor on its way to the first rank, window by window of the file.
+
+    A rank that fails sends and receives on until the end of the tensor, since another may wait for its
+    messages; only then does it raise.
+    """
 
     form: Form
     held: DTensor
@@ -255,7 +226,7 @@ class Sent:
     _attempts: _Attempts = field(default_factory=lambda: _Attempts())
 
     def send(self) -> None:
-        """Sends this rank's share to the first rank, as it expects it."""
+        """Send this rank's share to the first rank, in the order in which that expects it."""
         for window in windows(whole(self.form.shape), WINDOW) if self.share.numel else ():
             if (part := window.overlap(self.share)).numel:
                 piece = self._attempts.run(self.piece, part)
@@ -264,7 +235,7 @@ class Sent:
         self._attempts.end()
 
     def receive(self, write: Callable[[Box, Tensor], object]) -> None:
-        """Gathers window by window on the first rank, and writes it."""
+        """Gather window after window on the first rank, and write it."""
         shares = boxes(self.held)
         for window in windows(whole(self.form.shape), WINDOW):
             parts = {rank: window.overlap(share) for rank, share in shares.items()}
@@ -273,7 +244,7 @@ class Sent:
         self._attempts.end()
 
     def _window(self, window: Box, parts: dict[int, Box]) -> Tensor:
-        """The content of a window, of which each rank has a part."""
+        """The content of a window, put together from the parts of the ranks."""
         me = first(self.group)
         received = {rank: self._blank(part) for rank, part in parts.items() if rank != me}
         coming = [dist.irecv(flat, src=r, group=self.group) for r, flat in received.items()]
@@ -288,13 +259,13 @@ class Sent:
         return content
 
     def _blank(self, part: Box) -> Tensor:
-        """A message's bytes, on the device where messages come from."""
+        """Room for a part's bytes, on the device whose memory the backend sends."""
         count = part.numel * self.form.dtype.itemsize
         return torch.empty(count, dtype=torch.uint8, device=local(self.held).device)
 
 
 class _Attempts:
-    """What may fail while others wait: after the first error nothing is done, and `end` raises it."""
+    """Work that may fail while other ranks wait: after the first error it does nothing; `end` raises it."""
 
     def __init__(self) -> None:
         self._error: BaseException | None = None

@@ -6,7 +6,6 @@ cache. So models may be larger than the memory, and files may be many.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ from polyak._ranks.agreement import agree, chosen, together
 from polyak.checkpoints import _mapped as mapped
 from polyak.checkpoints._checkpoint import Weights
 from polyak.checkpoints._parts import Chunked, unread
-from polyak.checkpoints._sharded_export import begin, opened, write_at
+from polyak.checkpoints._shared_files import Begun, SharedFile, begin
 from polyak.checkpoints._tensorfile import Form, Layout, content, forms, layout
 from polyak.checkpoints._writing import METADATA, arranged, write
 from polyak.offline._summation import Summand, Summation, Threads
@@ -195,16 +194,16 @@ class Combination(NamedTensors):
             with together(_CALL, group):
                 stack.close()
 
-    def _fill(self, file: str, layout: Layout, names: Iterable[str]) -> None:
+    def _fill(self, begun: Begun, layout: Layout, names: Iterable[str]) -> None:
         """Write some tensors of a file at their places."""
-        with opened(file) as handle:
+        with SharedFile(begun) as file:
             for name in names:
                 start = layout.starts[name]
                 for piece in self.pieces(name):
                     data = content(piece)
-                    write_at(handle, data, start)
+                    file.write(data, start)
                     start += data.nbytes
-            os.fsync(handle)
+            file.sync()
 
 
 def _divided(forms: Mapping[str, Form], ranks: int) -> list[set[str]]:
