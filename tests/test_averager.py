@@ -560,7 +560,7 @@ def test_a_rule_whose_first_move_is_no_copy_is_refused() -> None:
         def fractions(self, tick: Any) -> dict[str, float]:  # noqa: ARG002
             return {"average": 0.1}
 
-    with pytest.raises(RuntimeError, match=r"'average' by 0.1 and it has no value yet"):
+    with pytest.raises(ValueError, match=r"first moves slot 'average' by 0.1, wanted 1"):
         Averager({"w": torch.ones(2)}, Impatient()).update()
 
 
@@ -755,7 +755,7 @@ def averager(rule: Any = Uniform(), **options: Any) -> Averager:  # noqa: B008  
     return Averager({"w": torch.zeros(2), "n": torch.tensor(1)}, rule, **options)
 
 
-@pytest.mark.parametrize("elapsed", [0, -1, float("nan"), float("inf"), "x", torch.tensor(2.0)])
+@pytest.mark.parametrize("elapsed", [0, -1, float("nan"), float("inf"), "x", torch.ones(1)])
 def test_elapsed_time_is_positive_and_finite(elapsed: Any) -> None:
     with pytest.raises(ValueError, match=r"elapsed is .*, wanted a finite number > 0"):
         averager().update(elapsed)

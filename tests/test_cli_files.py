@@ -92,7 +92,7 @@ class TestInspect:
     def test_for_people(self) -> None:
         printed = run("inspect", "both.safetensors")
         assert printed.stdout.startswith("both.safetensors: polyak, 2,000 updates\n")
-        assert "slow  power(6.937203937601804)" in printed.stdout
+        assert "slow  power(relative_std=0.1)" in printed.stdout
         assert "largest tensors, 5 of 9; --tensors lists all" in printed.stdout
         assert printed.stderr.startswith("note: 1 norm with running statistics (1)")
         assert "recalibrate" in printed.stderr

@@ -27,7 +27,7 @@ def test_it_is_the_librarys_sweep() -> None:
     grids = ("--half-lives", "50:800:3", "--relative-stds", "0.1:0.2:2", "--rule", "uniform()")
     done = run(*SWEEP, *grids, "--json")
     assert done.exit_code == 0, done.output
-    rules = ["uniform()", *(f"exponential(half_life={each})" for each in (50, 200, 800))]
+    rules = ["uniform()", *(f"exponential(half_life={each})" for each in (50.0, 200.0, 800.0))]
     rules += [f"power(relative_std={each})" for each in (0.1, 0.2)]
     with users_function("judge:loss") as loss:
         wanted = offline.sweep("snapshots", rules, loss).as_dict()
@@ -93,7 +93,7 @@ ERRORS = [
     (("--evaluate", "judge:silent", "--rule", "uniform()"), "evaluate gave None for uniform()"),
     ((), "no average to try: give --rule, --half-lives or --relative-stds"),
     (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),
-    (("--relative-stds", "0.1:0.9:3"), "relative_std is 0.9, wanted 0 < s <= 0.300283"),
+    (("--relative-stds", "0.1:0.9:3"), "Power.relative_std is 0.9, wanted 0 < s <= 0.300283"),
     (("--rule", "ema()"), "'ema' in spec 'ema()' is unknown"),
     (("--rule", "uniform()", "--checkpoint", "x"), "--checkpoint is 'x', wanted TIME=FILE"),
     (("--rule", "uniform()", "--out", "judge.py"), "judge.py is a file, wanted a folder"),

@@ -16,8 +16,10 @@ SOURCE = Path(polyak.__file__).parent
 # From the ground up: each room may import those above it in this list, and its own outside packages.
 LAYERS: list[tuple[str, set[str]]] = [
     ("_checks", set()),
+    ("_spelling", set()),
     ("decays", set()),
     ("rules", set()),
+    ("_contract", set()),
     ("specs", set()),
     ("theory", {"numpy"}),
     ("_files", set()),

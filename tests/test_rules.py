@@ -188,6 +188,7 @@ def test_the_articles_decay_by_call() -> None:
 
 DECAY = "wanted a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
 FINITE, POSITIVE = "wanted a finite number >= 0", "wanted a finite number > 0"
+ONE = "exactly one of decay, half_life, span"
 FLAG = "wanted True or False: whether to correct for a start at zero"
 ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: Exponential(1.0), f"Exponential.decay is 1.0, {DECAY}"),
@@ -203,17 +204,27 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         lambda: Exponential.from_span(3, debias=None),  # type: ignore[arg-type]
         f"Exponential.debias is None, {FLAG}",
     ),
-    (lambda: Exponential.from_half_life(0), f"half_life is 0, {POSITIVE}"),
-    (lambda: Exponential.from_span(0.5), "span is 0.5, wanted a finite number >= 1"),
+    (lambda: Exponential.from_half_life(0), f"Exponential.half_life is 0, {POSITIVE}"),
+    (lambda: Exponential(half_life=True), f"Exponential.half_life is True, {POSITIVE}"),
+    (lambda: Exponential.from_span(0.5), "Exponential.span is 0.5, wanted a finite number >= 1"),
+    (lambda: Exponential(), f"Exponential takes {ONE}, got none"),
+    (lambda: Exponential(0.9, half_life=3), f"Exponential takes {ONE}, got decay and half_life"),
+    (lambda: Exponential(half_life=3, span=5), f"Exponential takes {ONE}, got half_life and span"),
+    (lambda: Power(), "Power takes exactly one of gamma, relative_std, got none"),
+    (
+        lambda: Power(3, relative_std=0.1),
+        "Power takes exactly one of gamma, relative_std, got gamma and relative_std",
+    ),
     (lambda: Power(-1), "Power.gamma is -1, wanted a finite number > -1"),
     (
         lambda: Power.from_relative_std(0.3003),
-        "relative_std is 0.3003, wanted 0 < s <= 0.300283, the largest relative std of a power"
+        "Power.relative_std is 0.3003, wanted 0 < s <= 0.300283, the largest relative std of a power"
         " function",
     ),
     (
         lambda: Power.from_relative_std(0),
-        "relative_std is 0, wanted 0 < s <= 0.300283, the largest relative std of a power function",
+        "Power.relative_std is 0, wanted 0 < s <= 0.300283, the largest relative std of a power"
+        " function",
     ),
     (
         lambda: Window(0),

@@ -255,8 +255,8 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: coefficients(Bema(), [np.inf]), "elapsed has inf, wanted finite numbers > 0"),
     (
         lambda: profile(Broken(), 3),
-        "broken() first moves slot 'average' by a fraction of 0.5, wanted 1: a slot has no value"
-        " before its first copy",
+        "broken() at Tick(n=1, t=1.0, elapsed=1.0, inner=None) first moves slot 'average' by 0.5,"
+        " wanted 1: a slot has no value before its first copy",
     ),
 ]
 

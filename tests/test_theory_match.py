@@ -62,7 +62,10 @@ def test_a_match_waits_for_a_late_start() -> None:
     assert match(Window, like=Tail(Exponential(0.9), 5000)) == Window(19)
 
 
-GROWS = "grows with the run: pass steps=, the number of steps after which to compare"
+GROWS = (
+    "its window grows with the run, or needs more than 262,144 updates; pass steps=, the number of"
+    " steps after which to compare"
+)
 ERRORS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: match(Uniform, like=Window(3)),
@@ -73,8 +76,8 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         lambda: match(Window, like=Window(3), by="half_life"),
         "by is 'half_life', wanted one of 'mean_age', 'noise_gain'",
     ),
-    (lambda: match(Exponential, like=Uniform()), f"the window of uniform() {GROWS}"),
-    (lambda: match(Power, like=Window(3)), f"the window of a power average {GROWS}"),
+    (lambda: match(Exponential, like=Uniform()), f"no number of steps settles uniform(): {GROWS}"),
+    (lambda: match(Power, like=Window(3)), f"no number of steps settles a power average: {GROWS}"),
     (
         lambda: match(Window, like=Bema(), steps=100),
         "no Window has the mean_age of bema() after 100 steps: take another family or measure",

@@ -1,56 +1,92 @@
-"""Checks of values: each raises with what was got and what was wanted; and how two mappings differ."""
+"""Checks of values: each error says what was given and what is wanted. And differences of mappings."""
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def as_number(value: Any) -> Any:
+    """A number of numpy, torch or another library as a Python int or float; other values unchanged.
+
+    Such a number is a scalar or an array without dimensions. A bool is not a number, and stays a
+    bool. Reading a number from a device waits for that device.
+
+    >>> from fractions import Fraction
+    >>> as_number(Fraction(1, 4)), as_number(True), as_number("0.5")
+    (0.25, True, '0.5')
+    """
+    if type(value) in (int, float, bool, str):
+        return value
+    if isinstance(value, int | float):  # numpy's float64 is a float, and prints otherwise
+        return int(value) if isinstance(value, int) else float(value)
+    if getattr(value, "shape", ()) != ():
+        return value
+    try:
+        # `item` first: it keeps a bool a bool, and works where a tensor needs a gradient.
+        plain = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, bool | int | float):
+            return plain
+        if hasattr(plain, "__index__"):
+            return operator.index(plain)
+        return float(plain) if hasattr(plain, "__float__") else value
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return value
+
+
 def require(holds: bool, name: str, got: object, wanted: str) -> None:
-    """Raises `ValueError` with what was got and what was wanted unless the condition holds."""
+    """Raise `ValueError` with what was given and what is wanted, unless the condition holds."""
     if not holds:
         raise ValueError(f"{name} is {got!r}, wanted {wanted}")
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite real number (a bool is not)."""
+    """Whether a value is a finite Python int or float (a bool is not)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def is_integer(value: object, least: int) -> bool:
-    """Whether a value is an integer of at least so much (a bool is not)."""
+    """Whether a value is a Python int of at least `least` (a bool is not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def require_decay(name: str, got: object, *, one: bool = False) -> None:
-    """Raises `ValueError` unless the value is a decay: in [0, 1), or [0, 1] if `one` is allowed."""
-    holds = is_number(got) and (0 <= got < 1 or (one and got == 1))  # type: ignore[operator]
+def require_decay(name: str, got: Any, *, one: bool = False) -> float:
+    """The value as a decay in [0, 1), or in [0, 1] with `one`; raise `ValueError` otherwise."""
+    decay = as_number(got)
+    holds = is_number(decay) and (0 <= decay < 1 or (one and decay == 1))
     hint = (
         "a decay in [0, 1]" if one else "a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
     )
     require(holds, name, got, hint)
+    return decay  # type: ignore[no-any-return]
 
 
 def require_flag(name: str, got: object, meaning: str) -> None:
-    """Raises `ValueError` unless the value is True or False (1 is neither)."""
+    """Raise `ValueError` unless the value is True or False (1 is neither)."""
     require(isinstance(got, bool), name, got, f"True or False: {meaning}")
 
 
-def require_positive(name: str, got: object) -> None:
-    """Raises `ValueError` unless the value is a finite number above 0."""
-    require(is_number(got) and got > 0, name, got, "a finite number > 0")  # type: ignore[operator]
+def require_positive(name: str, got: Any) -> float:
+    """The value as a finite Python number above 0; raise `ValueError` otherwise."""
+    number = as_number(got)
+    require(is_number(number) and number > 0, name, got, "a finite number > 0")
+    return number  # type: ignore[no-any-return]
 
 
-def require_count(name: str, got: object, meaning: str) -> None:
-    """Raises `ValueError` unless the value is an integer of at least 1."""
-    require(is_integer(got, 1), name, got, f"an integer >= 1: {meaning}")
+def require_count(name: str, got: Any, meaning: str = "", *, least: int = 1) -> int:
+    """The value as a Python int of at least `least`; raise `ValueError` otherwise."""
+    count = as_number(got)
+    wanted = f"an integer >= {least}" + (f": {meaning}" if meaning else "")
+    require(is_integer(count, least), name, got, wanted)
+    return count  # type: ignore[no-any-return]
 
 
 def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """Lines that say how two mappings name -> shape (or dtype) differ; none if they agree."""
+    """Lines that say how two mappings differ, such as name -> shape; no line if they agree."""
     missing = [name for name in wanted if name not in got]
     extra = [name for name in got if name not in wanted]
     changed = [

@@ -221,9 +221,9 @@ class Averager:
         """
         self._refuse_applied("update")
         if elapsed is not None:
-            require_positive("elapsed", elapsed)
+            elapsed = float(require_positive("elapsed", elapsed))
             self._updating.require_time_for(elapsed)
-        self._updating.call(1.0 if elapsed is None else float(elapsed))
+        self._updating.call(1.0 if elapsed is None else elapsed)
 
     def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:
         """Calls `update()` after each step of an optimizer; `.remove()` of what it returns detaches.

@@ -12,7 +12,7 @@ import altair as alt
 
 from polyak._files import making_folder, writing
 from polyak.rules import Rule
-from polyak.theory import explain, profile
+from polyak.theory import Explanation, explain
 from polyak.theory._curves import (
     Curve,
     GainCurve,
@@ -21,6 +21,7 @@ from polyak.theory._curves import (
     profile_curve,
     step_curve,
 )
+from polyak.theory._long import Horizon, profile_at
 
 if TYPE_CHECKING:
     from polyak.offline._selection import Point, Sweep
@@ -57,21 +58,25 @@ def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
     return content if isinstance(content, bytes) else content.encode()
 
 
-def rule_chart(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> alt.TopLevelMixin:
+def rule_chart(
+    rule: Rule | str | Explanation, steps: int | None = None, *, every: int = 1
+) -> alt.TopLevelMixin:
     """Four panels on what a rule averages after `steps` steps, updated every `every` steps.
 
     The profile by age, the step response by the age of the jump, the frequency response with its
-    -3 dB point, the equivalent learning-rate schedule by step. Errors: those of `theory.explain`.
+    -3 dB point, the equivalent learning-rate schedule by step. An `Explanation` may stand for the
+    rule, with its steps and cadence. Errors: those of `theory.explain`.
     """
-    about = explain(rule, steps, every=every)
-    c = profile(about.rule, about.steps, every=every)
+    about = rule if isinstance(rule, Explanation) else explain(rule, steps, every=every)
+    every, unit = about.every, about.unit
+    c, _ = profile_at(about.rule, Horizon(about.steps, unit), every)
     coefficient = alt.Axis(labelExpr=_NUMBER, title="coefficient of the step's live weights")
     shown, rate = "share of a jump that the average shows", "multiplier of the learning rate"
     panels = (
-        _panel(profile_curve(c, every=every), "Profile", "age (steps before the last)", coefficient),
-        _panel(step_curve(c), "Step response", "age of the jump (steps)", alt.Axis(title=shown)),
-        _frequency_panel(gain_curve(c)),
-        _panel(learning_rate_curve(c), "Equivalent learning-rate schedule", "step", alt.Axis(title=rate)),
+        _panel(profile_curve(c, every=every, unit=unit), "Profile", "age (steps before the last)", coefficient),
+        _panel(step_curve(c, unit=unit), "Step response", "age of the jump (steps)", alt.Axis(title=shown)),
+        _frequency_panel(gain_curve(c, unit=unit)),
+        _panel(learning_rate_curve(c, unit=unit), "Equivalent learning-rate schedule", "step", alt.Axis(title=rate)),
     )  # fmt: skip
     title = alt.TitleParams(about.title(), anchor="middle", fontSize=16)
     chart: alt.ConcatChart = (
@@ -187,7 +192,7 @@ def _panel(curve: Curve, title: str, x_title: str, y_axis: alt.Axis) -> alt.Char
 
 def _frequency_panel(gain: GainCurve) -> alt.LayerChart:
     """The gain on two logarithmic axes, with a line at every power of ten."""
-    frequencies, gains = (gain.curve.x[0], math.pi), (gain.bottom, gain.top)
+    frequencies, gains = (gain.curve.x[0], gain.curve.x[-1]), (gain.bottom, gain.top)
     x = alt.X("x:Q", scale=_log(frequencies), axis=_decades(frequencies, "frequency (rad/step)"))
     y = alt.Y("y:Q", scale=_log(gains), axis=_decades(gains, "gain"))
     marks = [] if gain.cutoff is None else _half_power_mark(gain.cutoff, x, y)

@@ -85,9 +85,8 @@ class EMA(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
-        require_count("EMA update_every", update_every, "calls per update")
         self.rule = ArticleEMA(beta, update_after_step, inv_gamma, power, min_value)
-        self.update_every = update_every
+        self.update_every = require_count("EMA update_every", update_every, "calls per update")
         self.include_online_model = include_online_model
         self.online_model = model if include_online_model else [model]
         choice = _Choose(

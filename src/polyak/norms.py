@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from polyak._checks import is_number, report
+from polyak._checks import as_number, is_number, report
 from polyak._engine.tracking import STATISTICS, walk
 from polyak._ranks.agreement import agree, together
 
@@ -184,7 +184,7 @@ def _is_norm(module: nn.Module) -> bool:
     momentum = getattr(module, "momentum", "none")
     return (
         all(leaf in buffers for leaf in STATISTICS)
-        and (momentum is None or is_number(momentum))
+        and (momentum is None or is_number(as_number(momentum)))
         and bool(getattr(module, "track_running_stats", True))
     )
 

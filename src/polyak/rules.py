@@ -1,35 +1,35 @@
-"""Rules: what an average is. Every average is two lines of linear algebra; only scalars differ.
+"""Rules: what an average is. Each average is two lines of linear algebra; only the scalars differ.
 
     update :  slot    <- lerp(slot, live, fraction)      for each slot that moves
     readout:  average  = sum of coefficient * slot       coefficients sum to 1; "live" may be a term
 
-A rule gives the scalars, from a clock whose `tick` is one update:
+A rule gives the scalars. Its clock is a `Tick`, and each update makes the next one:
 
     tick = rule.tick(tick, elapsed)      n updates so far, the time t after the last, its elapsed time
-    rule.fractions(tick)                 {slot: fraction}; a slot that is not named stays
+    rule.fractions(tick)                 {slot: fraction}; slots without a fraction stay
     rule.readout(tick)                   {slot or "live": coefficient}
 
-A fraction of 1 is a copy, and a slot's first move is one, so a slot needs no initial value.
-A rule sees floats, never a tensor: the engine applies it to a model's weights, `theory` to unit
-impulses, and the two cannot drift apart.
+A fraction of 1 is a copy. The first move of a slot is a copy, so a slot needs no initial value.
+A rule sees floats, never a tensor. The averager applies it to the weights of a model, `theory`
+applies it to unit impulses, so training and theory cannot disagree.
 
 >>> rule = Exponential(0.75)
 >>> first = rule.tick(START, 1.0)
 >>> rule.fractions(first), rule.fractions(rule.tick(first, 1.0)), rule.readout(first)
 ({'average': 1.0}, {'average': 0.25}, {'average': 1.0})
 
-A new rule is one frozen dataclass here and one line in `RULES` at the end.
+A new rule is one frozen dataclass here and one line in `RULES` at the end. A rule of your own is a
+frozen dataclass that derives from `Rule`; its first updates are checked, and each of its fractions.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, cast
 
 from polyak._checks import (
-    is_integer,
     is_number,
     require,
     require_count,
@@ -37,14 +37,20 @@ from polyak._checks import (
     require_flag,
     require_positive,
 )
-from polyak.decays import Schedule, Spec, inverse_power
+from polyak._spelling import Spec
+from polyak.decays import Schedule, inverse_power, rate_of
+
+__all__ = [
+    "AVERAGE", "LIVE", "RULES", "START", "ArticleEMA", "Bema", "Exponential", "Power", "Rule",
+    "Tail", "Tick", "Uniform", "Window", "convex",
+]  # fmt: skip
 
 LIVE = "live"
 AVERAGE = "average"
 
 
 class Tick(NamedTuple):
-    """The clock at an update: its number, the time after it, the time elapsed since the one before.
+    """The clock at an update: its number, the time after it, the time since the update before.
 
     Time is in the unit of `elapsed`: steps, samples, tokens. `inner` is a second clock that a rule
     keeps: that of a wrapped rule, or of the time since an anchor was taken.
@@ -60,11 +66,11 @@ START = Tick(0, 0.0, 0.0)
 
 
 class Rule(Spec, ABC):
-    """What every rule is: a frozen dataclass that turns a clock into fractions and coefficients."""
+    """The base of all rules: a frozen dataclass that turns a clock into fractions and coefficients."""
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of the stored tensors per weight; one, `average`, unless a rule says more."""
+        """The names of the stored tensors per weight; by default one, `average`."""
         return (AVERAGE,)
 
     def tick(self, before: Tick, elapsed: float) -> Tick:
@@ -73,7 +79,7 @@ class Rule(Spec, ABC):
 
     @abstractmethod
     def fractions(self, tick: Tick) -> dict[str, float]:
-        """How far each slot moves to the live weights at an update; slots not named stay."""
+        """How far each slot moves to the live weights at an update; slots without a fraction stay."""
 
     def readout(self, tick: Tick) -> dict[str, float]:
         """The coefficients of slots (and of `live`) in the average after an update; they sum to 1."""
@@ -83,96 +89,134 @@ class Rule(Spec, ABC):
         """The coefficients for running statistics: none below 0, sum 1.
 
         A readout with a coefficient below 0 extrapolates, and an extrapolated variance can be
-        negative. So BatchNorm's running statistics are read out with these: by default those of
-        `readout`, without the ones below 0 and divided by their sum.
+        negative. So running statistics (of BatchNorm) are read out with these coefficients: by
+        default those of `readout`, without the ones below 0 and divided by their sum.
         """
         return convex(self.readout(tick))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exponential(Rule):
     """Exponential moving average: `average <- decay average + (1 - decay) live`.
 
-    fraction: `1 - decay ** elapsed`; 1 at the first update. With `debias`, Adam's correction of a
-    zero start is a fraction too: `(1 - decay ** elapsed) / (1 - decay ** t)`. With a schedule
+    fraction: `1 - decay ** elapsed`, and 1 at the first update. With `debias`, Adam's correction of
+    a zero start is a fraction too: `(1 - decay ** elapsed) / (1 - decay ** t)`. With a schedule
     (`polyak.decays`) the decay is `schedule(t)`.
 
-    Half-life ln 2 / -ln decay, mean age decay / (1 - decay), noise gain (1 - decay) / (1 + decay).
+    Instead of the decay give `half_life`, the time in which the weight of a step halves,
+    `decay = 2 ** (-1 / half_life)`; or `span`, the length of the plain mean with the same mean age
+    and noise gain, `decay = 1 - 2 / (span + 1)`. The rule keeps what was typed, so that a half-life
+    of 1e15 steps is exact, although its decay rounds to 1.
 
-    >>> Exponential(0.999)
-    Exponential(decay=0.999, debias=False)
-    >>> round(Exponential.from_half_life(1000).decay, 6), Exponential.from_span(19).decay
+    Mean age decay / (1 - decay), noise gain (1 - decay) / (1 + decay).
+
+    >>> Exponential(0.999), Exponential(half_life=1000)
+    (Exponential(decay=0.999), Exponential(half_life=1000))
+    >>> round(Exponential(half_life=1000).decay, 6), Exponential(span=19).decay
     (0.999307, 0.9)
 
-    Raises `ValueError` for a decay outside [0, 1), a debias that is not a bool, or debias with a
-    schedule.
+    Raises `ValueError` unless exactly one of decay, half_life and span is given; for a decay
+    outside [0, 1), a half_life that is not above 0, a span below 1, a debias that is not a bool,
+    debias with a schedule.
     Source: Ruppert 1988, Polyak and Juditsky 1992; debias: Adam (arXiv 1412.6980, section 3).
     """
 
-    decay: float | Schedule
+    INSTEAD: ClassVar = ("half_life", "span")
+
+    decay: float | Schedule = None  # type: ignore[assignment]  # computed where it is not given
+    half_life: float | None = field(default=None, kw_only=True)
+    span: float | None = field(default=None, kw_only=True)
     debias: bool = False
+    _rate: float | None = field(init=False, repr=False, compare=False)
+    _once: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_flag("Exponential.debias", self.debias, "whether to correct for a start at zero")
+        if self.half_life is not None:
+            require_positive("Exponential.half_life", self.half_life)
+        if self.span is not None:
+            holds = is_number(self.span) and self.span >= 1
+            require(holds, "Exponential.span", self.span, "a finite number >= 1")
+        self._compute_first(lambda steps: 0.5 ** (1 / steps), lambda n: 1 - 2 / (n + 1))
         if not isinstance(self.decay, Schedule):
-            require_decay("Exponential.decay", self.decay)
+            require_decay("Exponential.decay", self.decay, one=bool(self._instead()))
         elif self.debias:
             wanted = "a constant decay: a schedule is its own warm-up, so leave out debias"
             require(False, "Exponential.decay with debias=True", str(self.decay), wanted)
+        self._set("_rate", self._constant_rate())
+        typed = isinstance(self.decay, int | float) and not (self.debias or self._instead())
+        self._set("_once", 1.0 - cast(float, self.decay) if typed else None)
 
     @classmethod
     def from_half_life(cls, steps: float, *, debias: bool = False) -> Exponential:
-        """The EMA whose weight on a step halves every `steps` units of time: decay 2^(-1/steps)."""
-        require_positive("half_life", steps)
-        return cls(0.5 ** (1 / steps), debias)
+        """`Exponential(half_life=steps)`."""
+        return cls(half_life=steps, debias=debias)
 
     @classmethod
     def from_span(cls, n: float, *, debias: bool = False) -> Exponential:
-        """The EMA with mean age and noise gain of a mean of the last `n`: decay 1 - 2 / (n + 1)."""
-        require(is_number(n) and n >= 1, "span", n, "a finite number >= 1")
-        return cls(1 - 2 / (n + 1), debias)
+        """`Exponential(span=n)`."""
+        return cls(span=n, debias=debias)
 
     def fractions(self, tick: Tick) -> dict[str, float]:
         if tick.n == 1:
             return {AVERAGE: 1.0}
-        decay = self.decay if isinstance(self.decay, (int, float)) else self.decay(tick.t)
-        if self.debias:
-            return {AVERAGE: _debiased(decay, tick)}
-        return {AVERAGE: 1 - decay**tick.elapsed}
+        if tick.elapsed == 1 and self._once is not None:
+            return {AVERAGE: self._once}  # what other libraries use, to the last bit
+        rate = cast(Schedule, self.decay).rate(tick.t) if self._rate is None else self._rate
+        lost = -math.expm1(-rate * tick.elapsed)
+        return {AVERAGE: _debiased(lost, rate, tick) if self.debias else lost}
+
+    def _constant_rate(self) -> float | None:
+        """`-ln decay`, from what was typed; None with a schedule."""
+        if self.half_life is not None:
+            return math.log(2) / self.half_life
+        if self.span is not None:
+            return rate_of(2 / (self.span + 1))
+        return None if isinstance(self.decay, Schedule) else rate_of(1 - self.decay)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Power(Rule):
     """Power-function average: a step at time s weighs (s/t)^gamma; the window grows with the run.
 
     fraction: `1 - (1 - elapsed / t) ** (gamma + 1)`. The weights are exactly
-    (s^(gamma+1) - (s - elapsed)^(gamma+1)) / t^(gamma+1): any cadence gives the same profile.
+    (s^(gamma+1) - (s - elapsed)^(gamma+1)) / t^(gamma+1), so each cadence gives the same profile.
 
-    `from_relative_std(s)` takes the profile's standard deviation as a share of the run,
-    s = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), 0 < s <= 0.300283.
+    Instead of gamma give `relative_std`, the standard deviation of the profile as a share of the
+    run: s = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), 0 < s <= 0.300283.
 
-    >>> round(Power.from_relative_std(0.10).gamma, 4), round(Power.from_relative_std(0.05).gamma, 4)
-    (6.9372, 16.9722)
+    >>> Power(relative_std=0.1), round(Power(relative_std=0.1).gamma, 4)
+    (Power(relative_std=0.1), 6.9372)
 
-    Raises `ValueError` for gamma <= -1 or a relative std out of range.
+    Raises `ValueError` unless exactly one of gamma and relative_std is given; for gamma <= -1 or a
+    relative_std out of range.
     Source: EDM2 (arXiv 2312.02696, section 3.1, algorithm 2).
     """
 
-    gamma: float
+    INSTEAD: ClassVar = ("relative_std",)
+
+    gamma: float = None  # type: ignore[assignment]  # computed where it is not given
+    relative_std: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if (s := self.relative_std) is not None:
+            wanted = "0 < s <= 0.300283, the largest relative std of a power function"
+            require(is_number(s) and 0 < s <= 0.300283, "Power.relative_std", s, wanted)
+        self._compute_first(_largest_gamma)
         holds = is_number(self.gamma) and self.gamma > -1
         require(holds, "Power.gamma", self.gamma, "a finite number > -1")
 
     @classmethod
     def from_relative_std(cls, s: float) -> Power:
-        """The power average of relative std `s`: the largest root of the cubic of algorithm 2."""
-        wanted = "0 < s <= 0.300283, the largest relative std of a power function"
-        require(is_number(s) and 0 < s <= 0.300283, "relative_std", s, wanted)
-        return cls(_largest_gamma(s))
+        """`Power(relative_std=s)`."""
+        return cls(relative_std=s)
 
     def fractions(self, tick: Tick) -> dict[str, float]:
-        return {AVERAGE: 1 - (1 - tick.elapsed / tick.t) ** (self.gamma + 1)}
+        if tick.elapsed >= tick.t:  # all the time so far
+            return {AVERAGE: 1.0}
+        return {AVERAGE: -math.expm1((self.gamma + 1) * math.log1p(-tick.elapsed / tick.t))}
 
 
 @dataclass(frozen=True)
@@ -208,6 +252,7 @@ class Window(Rule):
     size: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_count("Window.size", self.size, "the number of updates to average")
 
     @property
@@ -224,7 +269,7 @@ class Window(Rule):
 
 @dataclass(frozen=True)
 class Bema(Rule):
-    """Bias-corrected EMA: `average + alpha (live - anchor)`, the anchor being the first live weights.
+    """Bias-corrected EMA: `average + alpha (live - anchor)`; the anchor is the first live weights.
 
     The first update takes the anchor. With s the time since then: fraction (rho + gamma s)^-kappa,
     alpha = (rho + gamma s)^-eta. The term in alpha takes out the lag of the average. The fraction
@@ -253,6 +298,7 @@ class Bema(Rule):
     rho: float = 10.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("kappa", "eta"):
             power = getattr(self, name)
             require(is_number(power) and power >= 0, f"Bema.{name}", power, "a finite number >= 0")
@@ -290,8 +336,8 @@ class Bema(Rule):
 class Tail(Rule):
     """An inner rule that begins after time `start`; until then the average is the live weights.
 
-    After `start` the inner rule runs on its own clock: the first update later than `start` is its
-    first. `update_after_step`, a burn-in and suffix averaging are this.
+    The inner rule has its own clock: the first update later than `start` is its first. Use it for
+    `update_after_step`, a burn-in or suffix averaging.
 
     >>> tail, tick = Tail(Uniform(), start=2), START
     >>> for step in range(5):
@@ -311,6 +357,7 @@ class Tail(Rule):
     start: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(isinstance(self.rule, Rule), "Tail.rule", self.rule, "a rule, such as Uniform()")
         holds = is_number(self.start) and self.start >= 0
         require(holds, "Tail.start", self.start, "a finite number >= 0, in units of time")
@@ -338,10 +385,10 @@ class Tail(Rule):
 class ArticleEMA(Rule):
     """The founding article's class `EMA` (and ema-pytorch's) as a rule; time counts its calls.
 
-    Copies up to call update_after_step + 1; then `average <- beta_t average + (1 - beta_t) live`,
+    It copies up to call update_after_step + 1. Then `average <- beta_t average + (1 - beta_t) live`,
     beta_t = 1 - (1 + e / inv_gamma)^-power clamped to [min_value, beta], e = t - update_after_step - 1.
-    beta_t is one averaging call's decay, whatever its elapsed time: update_every does not rescale
-    it. The article's class copies at its first averaging call too; `first_copy=False` is ema-pytorch.
+    beta_t is the decay of one averaging call: update_every does not rescale it. The article's class
+    also copies at its first averaging call; ema-pytorch does not (`first_copy=False`).
 
     >>> rule = ArticleEMA(beta=0.999, update_after_step=100)
     >>> [round(rule.fractions(Tick(n, n, 1))["average"], 4) for n in (101, 102, 103, 10**6)]
@@ -360,14 +407,14 @@ class ArticleEMA(Rule):
     first_copy: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_decay("EMA beta", self.beta, one=True)
         require_decay("EMA min_value", self.min_value, one=True)
         bounds = (self.min_value, self.beta)
         require(bounds[0] <= bounds[1], "EMA (min_value, beta)", bounds, "min_value <= beta")
         require_positive("EMA inv_gamma", self.inv_gamma)
         require_positive("EMA power", self.power)
-        holds = is_integer(self.update_after_step, 0)
-        require(holds, "EMA update_after_step", self.update_after_step, "an integer >= 0")
+        require_count("EMA update_after_step", self.update_after_step, least=0)
         require_flag("EMA first_copy", self.first_copy, "whether the first averaging call copies")
 
     def decay(self, call: float) -> float:
@@ -397,17 +444,14 @@ def convex(coefficients: dict[str, float]) -> dict[str, float]:
     return {slot: c / total for slot, c in kept.items()}
 
 
-def _debiased(decay: float, tick: Tick) -> float:
-    """`(1 - decay ** elapsed) / (1 - decay ** t)`, where the powers may all but be 1.
+def _debiased(lost: float, rate: float, tick: Tick) -> float:
+    """`(1 - decay ** elapsed) / (1 - decay ** t)`, the first given as `lost`.
 
-    Subtracted from 1 they would lose their digits, and of a decay next to 1 leave 0 / 0.
+    Both are computed from the rate: of a decay next to 1 the difference from 1 would be 0 / 0.
     """
-    if decay == 0:
-        return 1.0
-    rate = math.log(decay)
-    grown = -math.expm1(rate * tick.t)
+    received = -math.expm1(-rate * tick.t)
     # Times of 1e-300 vanish altogether: the limit is the share of the time.
-    return -math.expm1(rate * tick.elapsed) / grown if grown > 0 else tick.elapsed / tick.t
+    return lost / received if received > 0 else tick.elapsed / tick.t
 
 
 def _largest_gamma(s: float) -> float:

@@ -101,13 +101,12 @@ class Recorder:
         if not isinstance(averager, Averager):
             got = type(averager).__name__
             raise TypeError(f"Recorder: averager is {got}, wanted a polyak.Averager")
-        require_positive("Recorder every", every)
         require_flag("Recorder resume", resume, "whether to go on in the folder of this run")
         if dtype not in (None, *SNAPSHOT_DTYPES):
             wanted = ", ".join(map(str, SNAPSHOT_DTYPES))
             raise ValueError(f"Recorder dtype is {dtype!r}, wanted one of {wanted}")
         self.folder = Path(folder).absolute()  # the process may change its working folder
-        self.every = float(every)
+        self.every = float(require_positive("Recorder every", every))
         self._averager = averager
         self._dtype = dtype
         self._group = group

@@ -1,30 +1,26 @@
 """Specs: rules as text, for the command line, for files and for logs.
 
-A spec is a call with numbers: `exponential(0.999)`, `tail(uniform(), start=100)`,
-`exponential(inverse_power(power=2/3))`. Names are those of the classes in `rules` and `decays`,
-in snake case; the arguments are theirs, or those of a `from_...` constructor by keyword.
+A spec is a call with numbers: `exponential(0.999)`, `exponential(half_life=5000)`,
+`tail(uniform(), start=100)`, `exponential(inverse_power(power=2/3))`. The names are those of the
+classes in `rules` and `decays`, in snake case; the arguments are those of the classes.
 
->>> parse("exponential(half_life=5000)") == Exponential.from_half_life(5000)
-True
->>> parse(str(Power.from_relative_std(0.1))) == Power.from_relative_std(0.1)
-True
+>>> parse("exponential(half_life=5000)")
+Exponential(half_life=5000)
+>>> print(parse("power(relative_std=1/10)"))
+power(relative_std=0.1)
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from polyak.decays import SCHEDULES, Schedule
-from polyak.rules import RULES, Exponential, Power, Rule
+from polyak.rules import RULES, Rule
 
-# A keyword that selects another constructor than the class itself.
-_CONSTRUCTORS: dict[tuple[type, str], tuple[Callable[..., Rule], str]] = {
-    (Exponential, "half_life"): (Exponential.from_half_life, "steps"),
-    (Exponential, "span"): (Exponential.from_span, "n"),
-    (Power, "relative_std"): (Power.from_relative_std, "s"),
-}
+__all__ = ["as_rule", "as_specs", "parse"]
+
 _LONGEST = 1000
 _CLASSES: dict[str, type] = {cls.spec_name(): cls for cls in (*RULES, *SCHEDULES)}
 
@@ -35,8 +31,9 @@ def parse(spec: str) -> Rule:
     >>> print(parse("tail(exponential(0.999, debias=True), start=1000)"))
     tail(exponential(0.999, debias=True), 1000)
 
-    Raises `ValueError` for text that is not a spec, an unknown name or option, a value out of
-    range; nothing is evaluated but numbers, their quotients and the names of the table.
+    Only numbers, their quotients and calls of the known names are evaluated. Raises `ValueError`
+    for text that is not a spec, an unknown name or option, a value out of range; `TypeError` for a
+    value that is not text.
     """
     if not isinstance(spec, str):
         raise TypeError(f'a spec is {spec!r}, wanted text such as "exponential(0.999)"')
@@ -71,7 +68,7 @@ def _build(node: ast.expr, spec: str) -> object:
 
 
 def _named(options: list[tuple[str | None, object]], spec: str) -> dict[str, object]:
-    """The options by name: each once, and none unpacked by `**`."""
+    """The options by name; raises `ValueError` for one given twice, or unpacked by `**`."""
     names = [name for name, _ in options]
     for name in names:
         if name is None or names.count(name) > 1:
@@ -95,44 +92,16 @@ def _quotient(above: float, below: float, spec: str) -> float:
 
 
 def _construct(name: str, args: list[object], options: dict[str, object], spec: str) -> object:
-    """Calls the class of a name, or the `from_...` constructor that one of the options selects."""
+    """Call the class of a name."""
     if name not in _CLASSES:
         raise ValueError(f"{name!r} in spec {spec!r} is unknown; {_known()}")
-    make: Callable[..., object] = _CLASSES[name]
+    signature = inspect.signature(_CLASSES[name])
     try:
-        _require_options(_CLASSES[name], options)
-        for option in list(options):
-            if found := _CONSTRUCTORS.get((_CLASSES[name], option)):
-                make, parameter = found
-                options[parameter] = options.pop(option)
-        bound = inspect.signature(make).bind(*args, **options)
+        bound = signature.bind(*args, **options)
     except TypeError as error:
-        raise ValueError(f"{name} in spec {spec!r}: {error}; {_options(name)}") from None
-    return make(*bound.args, **bound.kwargs)
-
-
-def _require_options(cls: type, options: dict[str, object]) -> None:
-    """Raises `TypeError`, as a call would, for an option that a spec of the class does not have.
-
-    Those of its constructors are renamed to parameters, which are no options themselves.
-    """
-    known = {*inspect.signature(cls).parameters, *_selectors(cls)}
-    for option in options:
-        if option not in known:
-            raise TypeError(f"got an unexpected keyword argument {option!r}")
-
-
-def _selectors(cls: type) -> list[str]:
-    """The options that select another constructor of a class."""
-    return [option for owner, option in _CONSTRUCTORS if owner is cls]
-
-
-def _options(name: str) -> str:
-    """What a name takes, for an error message."""
-    cls = _CLASSES[name]
-    others = _selectors(cls)
-    instead = f", or {' or '.join(others)} instead of the first" if others else ""
-    return f"it takes ({', '.join(inspect.signature(cls).parameters)}){instead}"
+        takes = f"it takes ({', '.join(signature.parameters)})"
+        raise ValueError(f"{name} in spec {spec!r}: {error}; {takes}") from None
+    return _CLASSES[name](*bound.args, **bound.kwargs)
 
 
 def _known() -> str:
@@ -142,12 +111,12 @@ def _known() -> str:
 
 
 def as_specs(rules: Mapping[str, Rule | None]) -> dict[str, str]:
-    """Rules by name as text, for what compares or stores them."""
+    """name -> spec of the rules, to compare or store them."""
     return {name: str(rule) for name, rule in rules.items()}
 
 
 def as_rule(rule: Rule | str) -> Rule:
-    """A rule as it is, a spec parsed; anything else raises `TypeError`."""
+    """A rule unchanged, a spec parsed; anything else raises `TypeError`."""
     if isinstance(rule, str):
         return parse(rule)
     if not isinstance(rule, Rule):

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from polyak import _tensors as tensors
+from polyak._contract import (
+    CHECKED,
+    checked_fraction,
+    checked_readout,
+    checked_update,
+    require_copy,
+)
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
 from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
@@ -151,14 +158,22 @@ class Average:
 
     def advance(self, live: ModelTensors, elapsed: float) -> list[Move]:
         """Advances the clock; returns the slots that the rule now moves, in groups, and how far."""
-        self.tick = self.rule.tick(self.tick, elapsed)
+        fractions: Mapping[str, float]
+        if self.tick.n < CHECKED:
+            self.tick, fractions = checked_update(self.rule, self.tick, elapsed, self.slots)
+        else:
+            self.tick = self.rule.tick(self.tick, elapsed)
+            fractions = self.rule.fractions(self.tick)
         moves = []
-        for slot, fraction in self.rule.fractions(self.tick).items():
+        for slot, fraction in fractions.items():
             moves.append(self.move(live, slot, fraction))
         return moves
 
     def move(self, live: ModelTensors, slot: str, fraction: float) -> Move:
         """A slot's move with this average's rounding. The first one is a copy and allocates the slot."""
+        # NaN fails this comparison; numbers of other libraries are converted.
+        if not (type(fraction) is float and 0 <= fraction <= 1):
+            fraction = checked_fraction(self.rule, self.tick, slot, fraction)
         if slot not in self.slots:
             self._allocate(live, slot, fraction)
         residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
@@ -205,24 +220,31 @@ class Average:
         like = next(iter(self.slots.values()))
         chosen = range(len(like)) if wanted is None else wanted
         out = [torch.empty_like(like[i][where]) for i in chosen]
-        coefficients = self.rule.readout(self.tick), self.rule.convex_readout(self.tick)
-        weights = {i: live.averaged[i].local() for i in chosen} if LIVE in coefficients[0] else {}
+        convex = [is_statistic(live.averaged[i].name) for i in chosen]
+        coefficients = {each: self.readout(convex=each) for each in set(convex)}
+        weights = {}
+        if any(LIVE in each for each in coefficients.values()):
+            weights = {i: live.averaged[i].local() for i in chosen}
         # Only the wanted tensors are grouped here: a read of one must not walk through all of them.
         groups: dict[tuple[bool, *tuple[Kind, ...]], list[tuple[int, int]]] = {}
         for at, i in enumerate(chosen):
-            convex = is_statistic(live.averaged[i].name)
             kinds = (kind(out[at]), kind(weights[i])) if weights else (kind(out[at]),)
-            groups.setdefault((convex, *kinds), []).append((at, i))
-        for (convex, *_), group in groups.items():
+            groups.setdefault((convex[at], *kinds), []).append((at, i))
+        for (of_statistics, *_), group in groups.items():
             terms = [
                 (
                     [(weights if slot == LIVE else self.slots[slot])[i][where] for _, i in group],
                     coefficient,
                 )
-                for slot, coefficient in coefficients[convex].items()
+                for slot, coefficient in coefficients[of_statistics].items()
             ]
             tensors.combine_([out[at] for at, _ in group], terms)
         return out
+
+    def readout(self, *, convex: bool = False) -> dict[str, float]:
+        """The coefficients of the average, or those of running statistics, checked."""
+        readout = self.rule.convex_readout if convex else self.rule.readout
+        return checked_readout(self.rule, self.tick, readout(self.tick), self.slots, convex=convex)
 
     def extrapolates(self) -> bool:
         """Whether running statistics are read out with other coefficients than the weights."""
@@ -231,7 +253,7 @@ class Average:
 
     def lone_slot(self) -> list[Tensor] | None:
         """The slot that equals the average, if there is one."""
-        (slot, coefficient), *others = self.rule.readout(self.tick).items()
+        (slot, coefficient), *others = self.readout().items()
         return self.slots[slot] if not others and coefficient == 1 and slot != LIVE else None
 
     def specs(self, live: ModelTensors) -> dict[str, TensorSpec]:
@@ -279,11 +301,7 @@ class Average:
         return slots | {slot + COMPENSATION for slot in slots} if self._compensated else slots
 
     def _allocate(self, live: ModelTensors, slot: str, fraction: float) -> None:
-        if fraction != 1:
-            raise RuntimeError(
-                f"{self.rule} moves slot {slot!r} by {fraction} and it has no value yet: a rule's "
-                "first move of a slot is a copy, fraction 1"
-            )
+        require_copy(self.rule, self.tick, slot, fraction)
         dtypes = [spec.dtype for spec in self.specs(live).values()]
         self.slots[slot] = self._empty(live, dtypes)
         if self._compensated:

@@ -55,10 +55,9 @@ class Updating:
         nonfinite: Nonfinite,
         device: torch.device | None,
     ) -> None:
-        require_count("every", every, "calls per update")
         if nonfinite not in get_args(Nonfinite):
             raise ValueError(f'nonfinite is {nonfinite!r}, wanted "allow", "skip" or "error"')
-        self.every = every
+        self.every = require_count("every", every, "calls per update")
         self.skipped = 0
         self.copies: list[Tensor] = []
         self._live = live

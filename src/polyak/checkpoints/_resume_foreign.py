@@ -98,8 +98,7 @@ def _named(path: Path, tensors: list[Tensor], order: list[str]) -> Weights:
 def _clock(found: Checkpoint, count: int | None) -> Clock:
     """How far the file's average had come, by the file or as given."""
     if count is not None:
-        require_count("count", count, "updates made so far")
-        return Clock(count)
+        return Clock(require_count("count", count, "updates made so far"))
     if found.clock is None:
         raise ValueError(
             f"{found.path}: a {found.format} file does not hold how many updates its average had; "

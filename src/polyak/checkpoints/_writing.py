@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from polyak import _files as files
-from polyak._checks import is_integer, require
+from polyak._checks import require, require_count
 from polyak.checkpoints import _tensorfile as tensorfile
 from polyak.checkpoints._tensorfile import Form, Pieces
 
@@ -82,7 +82,7 @@ def _require_name(out: Path, shard_bytes: int | None) -> None:
         wanted = f"a name that ends in {_SUFFIX}, as it is such a file; or give shard_bytes"
         require(out.suffix == _SUFFIX, "out", str(out), wanted)
         return
-    require(is_integer(shard_bytes, 1), "shard_bytes", shard_bytes, "an integer >= 1")
+    require_count("shard_bytes", shard_bytes)
     wanted = f"a folder: with shard_bytes there are several {_SUFFIX} files"
     require(out.suffix != _SUFFIX, "out", str(out), wanted)
 

@@ -40,14 +40,14 @@ def explain(
         print_json({**about.as_dict(), "equivalents": calls})
     else:
         _print_table(about, calls)
-    _write_chart(about, every, out, json=json)
+    _write_chart(about, out, json=json)
 
 
-def _write_chart(about: Explanation, every: int, out: Path, *, json: bool) -> None:
+def _write_chart(about: Explanation, out: Path, *, json: bool) -> None:
     """Comes last: the table is printed even if altair is missing or the folder cannot be written."""
     from polyak import charts
 
-    charts.save(charts.rule_chart(about.rule, about.steps, every=every), out, "rule")
+    charts.save(charts.rule_chart(about), out, "rule")
     say(f"chart: {out}/rule.html (also .png, .svg)", err=json)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak._checks import is_integer, require, require_positive
+from polyak._checks import as_number, require, require_count, require_positive
 from polyak._engine.tracking import is_statistic
 from polyak._ranks.agreement import together
 from polyak.checkpoints._names import Renamed
@@ -103,8 +103,8 @@ class Synthesis:
         """Why it is not to be made under these limits; empty where it may be."""
         if max_amplification is None:
             max_amplification = 2 * MAX_ROUNDING / self.precision
-        require_positive("max_error", max_error)
-        require_positive("max_amplification", max_amplification)
+        max_error = require_positive("max_error", max_error)
+        max_amplification = require_positive("max_amplification", max_amplification)
         if self.relative_error <= max_error and self.amplification <= max_amplification:
             return ""
         return (
@@ -203,7 +203,7 @@ def synthesize(
     ...     averager.update()
     ...     _ = recorder.update()
     >>> print(synthesize(folder, "exponential(half_life=300)"))
-    exponential(0.9976921765270234) at 2000, of 42 stored averages in 21 files: relative error 0.0005, amplification 1.65
+    exponential(half_life=300) at 2000, of 42 stored averages in 21 files: relative error 0.0005, amplification 1.65
 
     Raises `ValueError` for an error or an amplification above the limits, saying both; for a time
     without snapshots and for snapshots of different runs.
@@ -245,6 +245,10 @@ class Run:
             raise ValueError(
                 "nothing to make an average of: give a folder of snapshots, or checkpoints"
             )
+        checkpoints = {
+            require_count("checkpoints time", time, "in steps"): path
+            for time, path in checkpoints.items()
+        }
         if missing := [str(path) for path in checkpoints.values() if not Path(path).exists()]:
             raise FileNotFoundError(f"no such checkpoints: {', '.join(missing)}")
         recorded = snapshots(folder) if folder is not None else []
@@ -263,7 +267,7 @@ class Run:
     def synthesis(self, rule: Rule | str, at: float | None) -> Synthesis:
         """The average that a rule would have had at a time, however well it can be made."""
         rule = as_rule(rule)
-        at = self.found[-1].time if at is None else at
+        at = self.found[-1].time if at is None else as_number(at)
         elapsed = self._elapsed_until(at)
         found = [each for each in self.found if each.column.updates <= len(elapsed)]
         first = self.found[0].time
@@ -326,8 +330,6 @@ def _slots(snapshot: Snapshot) -> Iterator[_Found]:
 
 def _grid(checkpoints: Mapping[int, Path | str]) -> list[float]:
     """Times of updates that meet those of all checkpoints, as fine as is worth while."""
-    for time in checkpoints:
-        require(is_integer(time, 1), "checkpoints time", time, "an integer >= 1, in steps")
     common, last = gcd(*checkpoints), max(checkpoints)
     parts = max(1, min(common, _FINEST * common // last))
     return [common / parts] * (last // common * parts)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
-from polyak._checks import is_number, require
+from polyak._checks import as_number, is_number, require
 from polyak.rules import Rule
 from polyak.specs import as_rule
-from polyak.theory._explaining import settled
-from polyak.theory._profiles import profile, require_steps
+from polyak.theory._long import Horizon, horizon, mean_age_at, profile_at
+from polyak.theory._measures import mean_age
+from polyak.theory._profiles import checked_steps, coefficients, profile
+
+_GROWING = 10_000
+_LEAST = 1e-3  # the least error that a long average is asked for: it takes 68 / error updates
 
 
 def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) -> int:
@@ -18,7 +25,7 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
     Wasserstein distance `sum_i |C_every[i] - C_1[i]|` of the cumulative profiles, as a share of the
     mean age. It is about every / (2 mean age), read out just after an update. `Exponential` and
     `Power` rescale by the elapsed time, so the half-life stays; `Window`, `Bema` and `ArticleEMA`
-    count updates. (A rule that extrapolates, `Bema`, has coefficients below 0; there
+    count updates. (A rule that extrapolates, `Bema`, has coefficients below 0. There
     `sum |c| age`, which never cancels, stands for the mean age.)
 
     >>> cadence("exponential(0.999)"), cadence("exponential(0.9999)")
@@ -29,24 +36,24 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
     White noise averages out less well by the same factor: an average of few updates has few terms.
     Weights of neighbouring steps differ little, so that is seldom seen (arXiv 2411.18704 finds no
     difference at every=16). `Window` counts updates, so any larger cadence changes it: the answer
-    is 1. `steps` is when the average is read; by default once the start is forgotten, or 10 000.
+    is 1. `steps` is when the average is read; by default once the start is forgotten, or 10 000
+    where the window grows with the run.
 
-    Raises `ValueError` unless 0 < error < 1 and 1 <= steps <= 10^8.
+    Raises `ValueError` unless 0 < error < 1 and 1 <= steps <= 10^8; and for an error below 0.001 of
+    an average that needs more than 2^18 steps, without `steps`.
     """
+    rule, error = as_rule(rule), as_number(error)
     holds = is_number(error) and 0 < error < 1
     require(holds, "error", error, "a share of the mean age in (0, 1)")
-    rule = as_rule(rule)
-    if steps is None:
-        steps = settled(rule, tolerance=1e-3, longest=2**18) or 10_000
-    require_steps(steps, every=1)
-    low, high = 1, 2
-    while high <= steps and displacement(rule, steps, every=high) <= error:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        within = middle <= steps and displacement(rule, steps, every=middle) <= error
-        low, high = (middle, high) if within else (low, middle)
-    return low
+    if steps is not None:
+        where = Horizon(checked_steps(steps, every=1)[0])
+    else:
+        where = horizon(rule, tolerance=1e-3) or Horizon(_GROWING)
+    if where.unit > 1:
+        return _of_long(rule, where, error)
+    return _largest(
+        lambda every: displacement(rule, where.steps, every=every) <= error, 1, where.steps
+    )
 
 
 def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
@@ -64,7 +71,7 @@ def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
     Infinite where the mean age is 0, for any `every` but 1. Raises `ValueError` unless
     1 <= every <= steps <= 10^8.
     """
-    require_steps(steps, every)
+    steps, every = checked_steps(steps, every)
     steps -= steps % every
     fine, coarse = profile(rule, steps), profile(rule, steps, every=every)
     moved = float(np.abs(np.cumsum(coarse - fine)).sum())
@@ -72,3 +79,33 @@ def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
     if age == 0:
         return 0.0 if every == 1 else float("inf")
     return moved / age
+
+
+def _of_long(rule: Rule, where: Horizon, error: float) -> int:
+    """The cadence of a long average: all weight moves to newer steps, so the mean ages tell."""
+    require(
+        error >= _LEAST, "error", error, f"{_LEAST} or more of so long an average; or pass steps"
+    )
+    ages = [
+        mean_age_at(profile_at(rule, Horizon(where.steps, unit), 1)[0], unit, 1)
+        for unit in (where.unit, 2 * where.unit)
+    ]
+    # The error of a stretch is of second order in its length: two lengths cancel it.
+    age = (4 * ages[0] - ages[1]) / 3
+
+    def within(every: int) -> bool:
+        updates = where.steps // every
+        return 1 - every * mean_age(coefficients(rule, [every] * updates)) / age <= error
+
+    return _largest(within, math.ceil(age * error), where.steps)
+
+
+def _largest(within: Callable[[int], bool], low: int, most: int) -> int:
+    """The largest number up to `most` within a limit; `low` is within it."""
+    high = 2 * low
+    while high <= most and within(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle <= most and within(middle) else (low, middle)
+    return low

@@ -1,4 +1,7 @@
-"""Curves: the points to draw of what a profile says, few enough for a page."""
+"""Curves: the points to draw of what a profile says, few enough for a page.
+
+Each function takes a profile `c`, and the number `unit` of steps that each coefficient stands for.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,22 @@ _SHOWN = 0.999  # of the weight: the rest of a long profile is a flat line
 
 
 class Curve(NamedTuple):
-    """The points of a line; at most 1002, with the highest and the lowest of every stretch."""
+    """The points of a line: at most 1002, with the highest and the lowest of every stretch."""
 
     x: list[float]
     y: list[float]
 
 
-def profile_curve(c: Array, *, every: int = 1) -> Curve:
+def profile_curve(c: Array, *, every: int = 1, unit: int = 1) -> Curve:
     """The coefficient by age, at the updates, as far back as nearly all of the weight.
 
     >>> from polyak.theory import profile
     >>> profile_curve(profile("exponential(0.5)", 4, every=2), every=2)
     Curve(x=[0.0, 2.0], y=[0.75, 0.25])
     """
+    if unit > 1:  # every stretch has updates, which share its coefficient
+        ages = np.arange(_oldest(c) + 1)
+        return _thinned(unit * ages, c[::-1][ages] * every / unit)
     sampled = (np.arange(len(c)) + 1) % every == 0
     sampled[-1] |= c[-1] != 0
     ages = np.flatnonzero(sampled[::-1])
@@ -41,15 +47,15 @@ def profile_curve(c: Array, *, every: int = 1) -> Curve:
     return _thinned(ages, c[::-1][ages])
 
 
-def step_curve(c: Array) -> Curve:
+def step_curve(c: Array, *, unit: int = 1) -> Curve:
     """The step response by the age of the jump, from age 0, as far back as `profile_curve`."""
     response = np.append(0.0, step_response(c))[: _oldest(c) + 2]
-    return _thinned(np.arange(len(response)), response)
+    return _thinned(unit * np.arange(len(response)), response)
 
 
-def learning_rate_curve(c: Array) -> Curve:
+def learning_rate_curve(c: Array, *, unit: int = 1) -> Curve:
     """The equivalent learning-rate multiplier by step, from step 1."""
-    return _thinned(np.arange(1, len(c) + 1), learning_rate_profile(c))
+    return _thinned(unit * np.arange(len(c)) + 1, learning_rate_profile(c))
 
 
 class GainCurve(NamedTuple):
@@ -61,12 +67,14 @@ class GainCurve(NamedTuple):
     cutoff: float | None
 
 
-def gain_curve(c: Array) -> GainCurve:
-    """The frequency response; the deepest 2 % (the nulls of a window) end at the bottom."""
+def gain_curve(c: Array, *, unit: int = 1) -> GainCurve:
+    """The frequency response up to pi / unit; the deepest 2 % (the nulls of a window) are cut off."""
     frequencies, gain, _ = frequency_response(c)
     lowest = max(float(np.quantile(gain, 0.02)), 1e-12)
     bottom, top = 10.0 ** math.floor(math.log10(lowest)), max(1.0, float(gain.max()))
-    return GainCurve(_thinned(frequencies, np.maximum(gain, bottom)), bottom, top, cutoff(c))
+    cut = cutoff(c)
+    curve = _thinned(frequencies / unit, np.maximum(gain, bottom))
+    return GainCurve(curve, bottom, top, None if cut is None else cut / unit)
 
 
 def _oldest(c: Array) -> int:
@@ -80,6 +88,6 @@ def _thinned(x: npt.NDArray[np.generic], y: Array) -> Curve:
     kept = np.arange(len(y))
     if len(y) > 2 * _BINS:
         bins = np.array_split(kept, _BINS)
-        extremes = [(each[np.argmin(y[each])], each[np.argmax(y[each])]) for each in bins]
+        extremes = [(part[np.argmin(y[part])], part[np.argmax(y[part])]) for part in bins]
         kept = np.unique(np.concatenate([kept[[0, -1]], np.ravel(extremes)]))
     return Curve([float(value) for value in x[kept]], y[kept].tolist())

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
+from polyak._checks import require_count
 from polyak.rules import Rule
 from polyak.specs import as_rule
-from polyak.theory._measures import (
-    cutoff,
-    effective_window,
-    half_life,
-    initial_weight,
-    mean_age,
-    noise_gain,
-    ramp_lag,
-    relative_std,
-)
-from polyak.theory._profiles import profile, require_steps
+from polyak.theory._long import Horizon, copies, horizon, mean_age_at, profile_at
+from polyak.theory._measures import cutoff, half_life, noise_gain, relative_std
+from polyak.theory._profiles import checked_steps
 
 _ROWS = (
     ("half_life", "half-life", "steps"),
@@ -29,7 +21,7 @@ _ROWS = (
     ("cutoff", "-3 dB cutoff", "rad/step"),
     ("ramp_lag", "lag on a ramp", "steps"),
 )
-_SHORTEST = 1000
+_GROWING = 10_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,8 @@ class Explanation:
     """What a rule averages after `steps` steps, updated every `every`: the measures of its profile.
 
     `cutoff` is None where the gain never falls to -3 dB, `relative_std` where there is no spread.
+    `unit` is the number of steps that one coefficient of the profile stands for, more than 1 for a
+    long average. `growing` says that no number of steps was found after which they stay the same.
 
     >>> print(explain("window(100)", 1000))
     window(100) after 1000 steps, updated every step
@@ -61,6 +55,8 @@ class Explanation:
     initial_weight: float
     cutoff: float | None
     ramp_lag: float
+    unit: int
+    growing: bool
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(name, value to six digits or "none", unit) of every measure, for a table."""
@@ -80,7 +76,8 @@ class Explanation:
     def title(self) -> str:
         """The rule, the steps and the cadence in one line."""
         cadence = "step" if self.every == 1 else f"{self.every} steps"
-        return f"{self.rule} after {self.steps} steps, updated every {cadence}"
+        grows = "; more steps change it" if self.growing else ""
+        return f"{self.rule} after {self.steps} steps, updated every {cadence}{grows}"
 
     def __str__(self) -> str:
         rows = [f"  {name:26}  {value:9}  {unit}" for name, value, unit in self.rows()]
@@ -91,51 +88,41 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
     """Every measure of a rule's profile after `steps` steps, updated every `every` steps.
 
     Without `steps`: enough of them for the start to be forgotten (some 17 mean ages), or 10 000 for
-    a rule whose window grows with the run.
+    a rule whose window grows with the run, which the result then says. A long average is measured
+    on a profile in stretches of steps, to a relative error of 1e-7.
 
     >>> round(explain("exponential(0.99)").half_life, 2), explain("uniform()").steps
     (68.97, 10000)
+    >>> round(explain("exponential(half_life=1e12)").half_life)
+    1000000000000
 
     Raises `ValueError` unless 1 <= every <= steps <= 10^8, and for a spec that does not parse.
     """
     rule = as_rule(rule)
-    require_steps(every if steps is None else steps, every)
     if steps is None:
-        steps = settled(rule, every=every, tolerance=1e-6, longest=2**18) or every * -(
-            -10_000 // every
-        )
-    c = profile(rule, steps, every=every)
+        every = checked_steps(require_count("every", every), every)[1]
+        found = horizon(rule, every=every)
+        where = found or Horizon(every * -(-_GROWING // every))
+    else:
+        found = where = Horizon(checked_steps(steps, every)[0])
+        every = require_count("every", every)
+    c, first = profile_at(rule, where, every)
+    age = mean_age_at(c, where.unit, every)
+    # The updates of a stretch share its coefficient, so that noise averages out further.
+    gain = noise_gain(c) * (every / where.unit if where.unit > 1 else 1)
+    cut = cutoff(c)
     return Explanation(
         rule=rule,
-        steps=int(steps),  # of numpy's integers JSON knows none
-        every=int(every),
-        half_life=half_life(c),
-        mean_age=mean_age(c),
-        effective_window=effective_window(c),
-        noise_gain=noise_gain(c),
+        steps=where.steps,
+        every=every,
+        half_life=half_life(c) * where.unit,
+        mean_age=age,
+        effective_window=1 / gain,
+        noise_gain=gain,
         relative_std=relative_std(c),
-        initial_weight=initial_weight(c, every=every),
-        cutoff=cutoff(c),
-        ramp_lag=ramp_lag(c),
+        initial_weight=first,
+        cutoff=None if cut is None else cut / where.unit,
+        ramp_lag=age,
+        unit=where.unit,
+        growing=found is None and not copies(rule, every=every),
     )
-
-
-def settled(rule: Rule, *, every: int = 1, tolerance: float, longest: int) -> int | None:
-    """Steps after which twice as many leave the mean age as it is; None where it grows with the run.
-
-    The relative change is below `tolerance`; `longest` bounds the search. A mean age of 0 does not
-    count: it is the live weights, which may be a burn-in (`Tail`).
-
-    >>> settled(as_rule("exponential(0.99)"), tolerance=1e-3, longest=8000)
-    1000
-    >>> settled(as_rule("uniform()"), tolerance=1e-3, longest=8000) is None
-    True
-    """
-    steps = every * -(-_SHORTEST // every)
-    age = mean_age(profile(rule, steps, every=every))
-    while steps < longest:
-        later = mean_age(profile(rule, 2 * steps, every=every))
-        if age > 0 and math.isclose(age, later, rel_tol=tolerance):
-            return steps
-        steps, age = 2 * steps, later
-    return None

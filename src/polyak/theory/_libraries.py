@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from polyak.decays import Constant, InversePower, Polynomial, Ratio, Schedule
-from polyak.rules import ArticleEMA, Exponential, Power, Rule, Tail, Uniform
+from polyak.rules import AVERAGE, ArticleEMA, Exponential, Power, Rule, Tail, Tick, Uniform
 from polyak.specs import as_rule
 
 # How to use a call so that it gives the rule's average, where that is not update for update.
@@ -53,7 +53,8 @@ def equivalents(rule: Rule | str) -> dict[str, str]:
     >>> equivalents("window(100)")
     {}
 
-    Floating-point parameters are meant: what these libraries do with buffers differs.
+    Floating-point parameters are meant: what these libraries do with buffers differs. A half-life
+    or span above some 10^10 is in no library: its decay has too few digits next to 1.
     """
     rule = as_rule(rule)
     calls = {name: arguments(rule) for name, arguments in _LIBRARIES.items()}
@@ -80,7 +81,7 @@ def _ramp(rule: Rule) -> _Ramp | None:
     match rule:
         case Uniform():
             return _Ramp(1.0, 1.0, 0.0, 1.0, 0)
-        case Exponential(decay=decay, debias=False):
+        case Exponential(decay=decay, debias=False) if _is_told_by_its_decay(rule):
             return _ramp_of(decay)
         case ArticleEMA(first_copy=False):
             bounds = (rule.min_value, rule.beta)
@@ -89,6 +90,14 @@ def _ramp(rule: Rule) -> _Ramp | None:
             ramp = _ramp(inner)
             return ramp and ramp._replace(start=math.floor(start))
     return None
+
+
+def _is_told_by_its_decay(rule: Exponential) -> bool:
+    """Whether the decay, which the libraries take, has enough digits for the rule's half-life."""
+    if isinstance(rule.decay, Schedule) or rule.decay == 0:
+        return True
+    twice = rule.fractions(Tick(2, 2.0, 1.0))[AVERAGE]
+    return math.isclose(1 - rule.decay, twice, rel_tol=1e-6)
 
 
 def _ramp_of(decay: float | Schedule) -> _Ramp | None:

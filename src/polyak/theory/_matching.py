@@ -8,22 +8,22 @@ from functools import cache
 
 from polyak.rules import Exponential, Power, Rule, Window
 from polyak.specs import as_rule
-from polyak.theory._explaining import settled
+from polyak.theory._long import SHORT, Horizon, horizon
 from polyak.theory._measures import mean_age, noise_gain
-from polyak.theory._profiles import Profile, profile
+from polyak.theory._profiles import Profile, checked_steps, coefficients, profile
 
-# A family is searched along the logarithm of a span; along it these measures are all but straight
-# lines in their logarithm, so that interpolation lands at once.
+# A family is searched along the logarithm of a span. Along it the logarithms of these measures are
+# nearly straight lines, so that interpolation lands at once.
 _FAMILIES: dict[type[Rule], Callable[[float], Rule]] = {
-    Exponential: lambda x: Exponential.from_span(math.exp(x)),
+    Exponential: lambda x: Exponential(span=math.exp(x)),
     Window: lambda x: Window(round(math.exp(x))),
     Power: lambda x: Power(math.expm1(x)),
 }
+# Both are measured on steps or on stretches of steps alike, but for a factor that all rules share.
 _MEASURES: dict[str, Callable[[Profile], float]] = {
     "mean_age": lambda c: mean_age(c) + 0.5,
     "noise_gain": noise_gain,
 }
-_LONGEST = 2**18
 _EQUAL = 1e-12
 
 
@@ -32,7 +32,7 @@ def match(
 ) -> Rule:
     """The member of a family that equals another average in one measure after `steps` steps.
 
-    Families: `Exponential` (its decay), `Window` (its size, the nearest integer), `Power` (its
+    Families: `Exponential` (its span), `Window` (its size, the nearest integer), `Power` (its
     gamma >= 0). Measures: "mean_age" (the same lag) and "noise_gain" (the same calm). Without
     `steps`: after so many that both have forgotten their start. Both are measured on profiles.
 
@@ -48,21 +48,30 @@ def match(
     """
     like = as_rule(like)
     _require_known(family, by)
-    steps = _steps_to_forget(family, like) if steps is None else steps
-    member, measure = _FAMILIES[family], _MEASURES[by]
-    wanted = measure(profile(like, steps))
+    if steps is None:
+        where = _far_enough(family, like)
+    else:
+        where = Horizon(checked_steps(steps, every=1)[0])
+    member, times = _FAMILIES[family], [float(where.unit)] * (where.steps // where.unit)
+    measure = _MEASURES[by]
+    wanted = measure(coefficients(like, times))
 
     @cache
     def gap(rule: Rule) -> float:
-        return math.log(measure(profile(rule, steps)) / wanted)
+        return math.log(measure(coefficients(rule, times)) / wanted)
 
-    longest = math.log(steps if family is Window else 1000 * steps)
-    ends = _bracket(lambda x: gap(member(x)), longest) if wanted > 0 else None
+    def gap_at(x: float) -> float:
+        whole = family is not Window or where.unit == 1
+        return gap(member(x)) if whole else _between(gap, x, where.unit)
+
+    longest = math.log(where.steps if family is Window else 1000 * where.steps)
+    ends = _bracket(gap_at, longest) if wanted > 0 else None
     if ends is None:
         hint = "take another family or measure"
-        raise ValueError(f"no {family.__name__} has the {by} of {like} after {steps} steps: {hint}")
-    found = _root(lambda x: gap(member(x)), *ends)
-    return min(map(member, found), key=lambda rule: abs(gap(rule)))
+        after = f"after {where.steps} steps"
+        raise ValueError(f"no {family.__name__} has the {by} of {like} {after}: {hint}")
+    found = min(_root(gap_at, *ends), key=lambda x: abs(gap_at(x)))
+    return member(found)
 
 
 def _require_known(family: type[Rule], by: str) -> None:
@@ -73,20 +82,30 @@ def _require_known(family: type[Rule], by: str) -> None:
         raise ValueError(f"by is {by!r}, wanted one of {', '.join(map(repr, _MEASURES))}")
 
 
-def _steps_to_forget(family: type[Rule], like: Rule) -> int:
-    """So many steps that neither average remembers its start: e^-40 of it is left in an EMA."""
-    steps = None if family is Power else settled(like, tolerance=1e-3, longest=_LONGEST)
-    if steps is None:
+def _far_enough(family: type[Rule], like: Rule) -> Horizon:
+    """So many steps that neither average remembers its start: e^-34 of it or less is left."""
+    where = None if family is Power else horizon(like, tolerance=1e-3)
+    if where is None:
         grows = "a power average" if family is Power else like
         raise ValueError(
-            f"the window of {grows} grows with the run: pass steps=, the number of steps after which"
-            " to compare"
+            f"no number of steps settles {grows}: its window grows with the run, or needs more than"
+            f" {SHORT:,} updates; pass steps=, the number of steps after which to compare"
         )
-    return max(steps, math.ceil(40 * mean_age(profile(like, steps))))
+    if where.unit > 1:
+        return where
+    return Horizon(max(where.steps, math.ceil(40 * mean_age(profile(like, where.steps)))))
+
+
+def _between(gap: Callable[[Rule], float], x: float, unit: int) -> float:
+    """The gap of a window of any size, between those of whole numbers of stretches."""
+    size = max(math.exp(x) / unit, 1.0)
+    low = int(size)
+    share = math.log(size / low) / math.log((low + 1) / low)
+    return (1 - share) * gap(Window(low)) + share * gap(Window(low + 1))
 
 
 def _bracket(gap: Callable[[float], float], longest: float) -> tuple[float, float] | None:
-    """The first ends, from 0 up, between which the gap changes its sign; None without such.
+    """The first two ends, from 0 up, between which the gap changes its sign; None if it never does.
 
     From 0 up, because a very long EMA is all start, and noisy again.
     """
@@ -99,9 +118,9 @@ def _bracket(gap: Callable[[float], float], longest: float) -> tuple[float, floa
 
 
 def _root(gap: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
-    """The ends of a bracket of the root closed to 1e-12, or twice a place where the gap is that.
+    """The ends of a bracket of the root, closed to 1e-12; or one place twice, where the gap is 1e-12.
 
-    Regula falsi; the end that stays counts for half (Illinois), so that neither stays for good.
+    Regula falsi. The end that stays counts for half (Illinois), so that neither stays for good.
     """
     gaps = {low: gap(low), high: gap(high)}
     for x, value in gaps.items():

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polyak._checks import is_number, require
-from polyak.theory._profiles import is_count
+from polyak._checks import as_number, is_integer, is_number, require
 
 Array = npt.NDArray[np.float64]
 _HALF_POWER = 0.5
@@ -109,7 +108,7 @@ def noise_gain(c: npt.ArrayLike, *, correlation: float = 0.0) -> float:
 
     Raises `ValueError` for a correlation outside (-1, 1).
     """
-    c = _checked(c)
+    c, correlation = _checked(c), as_number(correlation)
     holds = is_number(correlation) and -1 < correlation < 1
     require(holds, "correlation", correlation, "a number in (-1, 1)")
     if correlation == 0:
@@ -157,8 +156,8 @@ def initial_weight(c: npt.ArrayLike, *, every: int = 1) -> float:
 
     Raises `ValueError` for an `every` that is not a step of the profile.
     """
-    c = _checked(c)
-    holds = is_count(every) and every <= len(c)
+    c, every = _checked(c), as_number(every)
+    holds = is_integer(every, 1) and every <= len(c)
     require(holds, "every", every, f"an integer from 1 to the {len(c)} steps")
     return float(c[every - 1])
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from polyak._checks import require
-from polyak.theory._profiles import Profile, is_count
+from polyak._checks import require, require_count
+from polyak.theory._profiles import Profile
 
 _SHAPES: dict[str, Callable[[Profile], Profile]] = {
     "linear": lambda x: 1 - x,
@@ -46,9 +46,8 @@ def learning_rate_decay(shape: str, checkpoints: int) -> Profile:
     Source: WSM (arXiv 2507.17634); sqrt: Hägele et al. (arXiv 2405.18392).
     """
     require(shape in _SHAPES, "shape", shape, f"one of {', '.join(map(repr, _SHAPES))}")
-    holds = is_count(checkpoints) and checkpoints >= 2
-    require(holds, "checkpoints", checkpoints, "an integer >= 2: a decay is between checkpoints")
-    return _SHAPES[shape](np.arange(1, checkpoints) / checkpoints)
+    count = require_count("checkpoints", checkpoints, "a decay is between checkpoints", least=2)
+    return _SHAPES[shape](np.arange(1, count) / count)
 
 
 def wsm(multipliers: npt.ArrayLike) -> Profile:

@@ -1,20 +1,27 @@
 """Profiles: what an average averages, found by running its rule.
 
-A rule is fed one unit impulse per update; what comes out is the coefficient of every step's live
-weights in the average. No formula of any average stands here: a rule that `Averager` can train
+A rule is fed one unit impulse per update. What comes out is the coefficient of every step's live
+weights in the average. No formula of any average stands here: each rule that `Averager` can train
 with has a profile, and the two are the same numbers.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from polyak._checks import is_integer, require
+from polyak._checks import require, require_count
+from polyak._contract import (
+    CHECKED,
+    checked_fraction,
+    checked_readout,
+    checked_update,
+    require_copy,
+)
 from polyak.rules import LIVE, START, Rule, Tick
 from polyak.specs import as_rule
 
@@ -32,7 +39,7 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
 
     `average = sum_i profile[i] * live[i]`: shape (steps,), float64, index 0 is step 1; sums to 1.
     The rule is updated at steps `every`, 2 `every`, ... with elapsed time `every`, and read out
-    after step `steps`; the other steps have coefficient 0. A rule with a term in the live weights
+    after step `steps`. The other steps have coefficient 0. A rule with a term in the live weights
     (`Bema`) has it on the last step.
 
     >>> profile("exponential(0.5)", 4)
@@ -41,10 +48,11 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
     array([0.  , 0.25, 0.  , 0.75])
 
     The first update copies, so it carries the weight of the start: decay ** (updates - 1).
-    A million steps take about a second. Raises `ValueError` unless 1 <= every <= steps <= 10^8.
+    A million steps take about a second. Raises `ValueError` unless 1 <= every <= steps <= 10^8,
+    and for a rule that breaks its contract.
     """
     rule = as_rule(rule)
-    require_steps(steps, every)
+    steps, every = checked_steps(steps, every)
     updates = steps // every
     sampled, live = _impulse_response(rule, [float(every)] * updates)
     result = np.zeros(steps)
@@ -63,11 +71,27 @@ def coefficients(rule: Rule | str, elapsed: Sequence[float], *, convex: bool = F
     >>> coefficients("power(0)", [1, 1, 2])
     array([0.25, 0.25, 0.5 ])
 
-    Raises `ValueError` for no update, or for a time that is not finite and above 0.
+    Raises `ValueError` for no update, for a time that is not finite and above 0, and for a rule
+    that breaks its contract.
     """
     result, live = _impulse_response(as_rule(rule), checked_times(elapsed), convex=convex)
     result[-1] += live
     return result
+
+
+def stretches(rule: Rule, steps: int, *, unit: int, every: int) -> tuple[Profile, float]:
+    """The coefficients of stretches of `unit` steps each, and that of the first update alone.
+
+    The rule is updated once a stretch, and also at step `every`, its first update. For a rule that
+    rescales by the elapsed time, these are the sums of its profile over the stretches, so that a
+    profile of any length has few numbers. `unit` is a multiple of `every` and divides the steps.
+    """
+    if unit == every:
+        sums = coefficients(rule, [every] * (steps // every))
+        return sums, float(sums[0])
+    times = [every, unit - every, *[unit] * (steps // unit - 1)]
+    sums = coefficients(rule, times)
+    return np.append(sums[0] + sums[1], sums[2:]), float(sums[0])
 
 
 def checked_times(elapsed: Sequence[float]) -> list[float]:
@@ -83,10 +107,13 @@ def checked_times(elapsed: Sequence[float]) -> list[float]:
     return result
 
 
-def require_steps(steps: int, every: int) -> None:
-    """Raises `ValueError` unless an update happens within the steps, and they fit an array."""
+def checked_steps(steps: int, every: int) -> tuple[int, int]:
+    """Steps and cadence as ints; raises `ValueError` unless an update happens within the steps.
+
+    And unless a profile of so many steps fits an array.
+    """
+    every, steps = require_count("every", every), require_count("steps", steps)
     for name, value in (("every", every), ("steps", steps)):
-        require(is_count(value), name, value, "an integer >= 1")
         wanted = f"at most {LONGEST:,}: a profile holds a coefficient for every step"
         require(value <= LONGEST, name, value, wanted)
     if steps < every:
@@ -94,34 +121,37 @@ def require_steps(steps: int, every: int) -> None:
             f"steps is {steps} and every is {every}: no update has happened yet, so there is no"
             f" average; ask for {every} steps or more"
         )
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is an integer of at least 1, of Python or of numpy."""
-    return is_integer(int(value) if isinstance(value, np.integer) else value, 1)
+    return steps, every
 
 
 class Moves(NamedTuple):
-    """Of one slot: the updates that moved it, counted from 0, and its fraction at each; a copy is 1."""
+    """The moves of one slot: the updates, counted from 0, and the fraction at each; a copy is 1."""
 
     updates: npt.NDArray[np.int64]
     fractions: Profile
 
 
 def run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, Moves], Tick]:
-    """All that a rule does: the moves of each slot that has any, and the clock after the last."""
+    """Run a rule: the moves of each slot that moved, and the clock after the last update."""
     done: dict[str, tuple[array[int], array[float]]] = {}
     tick, next_tick, fractions_at = START, rule.tick, rule.fractions
+    fractions: Mapping[str, float]
     for update, time in enumerate(elapsed):
-        tick = next_tick(tick, time)
-        for slot, fraction in fractions_at(tick).items():
+        if update < CHECKED:
+            tick, fractions = checked_update(rule, tick, time, done)
+        else:
+            tick = next_tick(tick, time)
+            fractions = fractions_at(tick)
+        for slot, fraction in fractions.items():
+            if not (type(fraction) is float and 0 <= fraction <= 1):
+                fraction = checked_fraction(rule, tick, slot, fraction)
             if slot not in done:
-                _require_copy(rule, slot, fraction)
+                require_copy(rule, tick, slot, fraction)
                 done[slot] = array("q"), array("d")
-            updates, fractions = done[slot]
+            updates, moved = done[slot]
             updates.append(update)
-            fractions.append(fraction)
-    return {slot: Moves(*map(np.array, each)) for slot, each in done.items()}, tick
+            moved.append(fraction)
+    return {slot: Moves(*map(np.array, moves)) for slot, moves in done.items()}, tick
 
 
 def response(fractions: Profile) -> tuple[Profile, float]:
@@ -142,18 +172,12 @@ def _impulse_response(
     moves, tick = run(rule, elapsed)
     result, live = np.zeros(len(elapsed)), 0.0
     readout = rule.convex_readout(tick) if convex else rule.readout(tick)
-    for slot, coefficient in readout.items():
+    for slot, coefficient in checked_readout(rule, tick, readout, moves, convex=convex).items():
         if slot == LIVE:
             live = coefficient
+        elif len(moves[slot].updates) == 1:  # a copy; a long window has very many of them
+            result[moves[slot].updates[0]] += coefficient
         else:
             updates, fractions = moves[slot]
             result[updates] += coefficient * response(fractions)[0]
     return result, live
-
-
-def _require_copy(rule: Rule, slot: str, fraction: float) -> None:
-    if fraction != 1:
-        raise ValueError(
-            f"{rule} first moves slot {slot!r} by a fraction of {fraction}, wanted 1: a slot has no"
-            " value before its first copy"
-        )

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from polyak._checks import require
+from polyak._checks import as_number, is_integer, require
 from polyak.rules import LIVE, Rule
 from polyak.theory._profiles import (
     NOTHING,
@@ -22,7 +22,6 @@ from polyak.theory._profiles import (
     Profile,
     checked_times,
     coefficients,
-    is_count,
     response,
     run,
 )
@@ -104,6 +103,7 @@ def fit(
     increments: Sandler et al. (arXiv 2301.02312).
     """
     require(norm in get_args(Norm), "norm", norm, '"profile" or "increments"')
+    columns = [each._replace(updates=as_number(each.updates)) for each in columns]
     target = coefficients(rule, elapsed, convex=convex)
     _require_columns(columns, len(target))
     moves = _moves(columns, checked_times(elapsed))
@@ -132,7 +132,7 @@ def _require_columns(columns: Sequence[Column], updates: int) -> None:
         slots = (LIVE,) if rule is None else rule.slots
         owner = "the live weights" if rule is None else rule
         require(slot in slots, f"{where}.slot", slot, f"a slot of {owner}: {', '.join(slots)}")
-        holds = is_count(count) and count <= updates
+        holds = is_integer(count, 1) and count <= updates
         require(holds, f"{where}.updates", count, f"an integer from 1 to the {updates} of elapsed")
 
 

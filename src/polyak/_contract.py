@@ -1,0 +1,92 @@
+"""The contract of a rule, checked where a rule is run: in training and in theory.
+
+A rule of a user may be wrong in ways that no check of its options sees: a fraction outside [0, 1] or
+NaN, an unknown slot, a readout that does not sum to 1. Each error names the rule and the tick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from polyak._checks import as_number, is_number
+from polyak.rules import LIVE, RULES, Rule, Tail, Tick
+
+CHECKED = 3
+"""So many first updates check the whole contract; later updates check the fractions alone."""
+
+_SLACK = 1e-6  # of a sum of coefficients, for rounding
+
+
+def checked_fraction(rule: Rule, tick: Tick, slot: str, fraction: Any) -> float:
+    """A fraction in [0, 1] as a Python float; raises `ValueError` for anything else."""
+    number = as_number(fraction)
+    if not is_number(number) or not 0 <= number <= 1:
+        wanted = "wanted a fraction in [0, 1]"
+        raise _error(rule, tick, f"moves slot {slot!r} by {fraction!r}, {wanted}")
+    return float(number)
+
+
+def require_copy(rule: Rule, tick: Tick, slot: str, fraction: float) -> None:
+    """Raise `ValueError` unless the first move of a slot is a copy."""
+    if fraction != 1:
+        problem = f"first moves slot {slot!r} by {fraction!r}, wanted 1"
+        raise _error(rule, tick, f"{problem}: a slot has no value before its first copy")
+
+
+def checked_update(
+    rule: Rule, before: Tick, elapsed: float, held: Collection[str]
+) -> tuple[Tick, Mapping[str, float]]:
+    """The next tick of a rule and its fractions; `held` are the slots that were moved before.
+
+    Raises `ValueError` unless the clock counts one update more, the fractions are those of slots of
+    the rule, and both readouts are right (`checked_readout`).
+    """
+    tick: Any = rule.tick(before, elapsed)
+    if _is_ours(rule):
+        return tick, rule.fractions(tick)
+    if not isinstance(tick, Tick) or tick.n != before.n + 1:
+        raise _error(rule, tick, f"follows {before!r}, wanted a polyak.rules.Tick with n + 1")
+    fractions: Any = rule.fractions(tick)
+    if not isinstance(fractions, Mapping) or not set(fractions) <= set(rule.slots):
+        wanted = f"a mapping slot -> fraction, for slots of {', '.join(rule.slots)}"
+        raise _error(rule, tick, f"has the fractions {fractions!r}, wanted {wanted}")
+    moved = {*held, *fractions}
+    checked_readout(rule, tick, rule.readout(tick), moved)
+    checked_readout(rule, tick, rule.convex_readout(tick), moved, convex=True)
+    return tick, fractions
+
+
+def checked_readout(
+    rule: Rule, tick: Tick, readout: Any, held: Collection[str], *, convex: bool = False
+) -> dict[str, float]:
+    """Coefficients as Python floats: finite, of slots that are held or `live`, of sum 1.
+
+    Those of a convex readout are not below 0. Raises `ValueError` for anything else.
+    """
+    if _is_ours(rule):
+        return readout  # type: ignore[no-any-return]
+    problem = f"has the {'convex readout' if convex else 'readout'} {readout!r}, wanted"
+    known = {*held, LIVE}
+    if not isinstance(readout, Mapping) or not set(readout) <= known:
+        wanted = f"a mapping slot -> coefficient, for slots of {', '.join(sorted(known))}"
+        raise _error(rule, tick, f"{problem} {wanted}")
+    coefficients = {slot: as_number(c) for slot, c in readout.items()}
+    finite = all(map(is_number, coefficients.values()))
+    if not finite or abs(math.fsum(coefficients.values()) - 1) > _SLACK:
+        raise _error(rule, tick, f"{problem} finite numbers that sum to 1")
+    if convex and min(coefficients.values()) < 0:
+        raise _error(rule, tick, f"{problem} no coefficient below 0")
+    return coefficients
+
+
+def _is_ours(rule: Rule) -> bool:
+    """Whether a rule is of this library, where tests hold the contract."""
+    while isinstance(rule, Tail):
+        rule = rule.rule
+    return type(rule) in RULES
+
+
+def _error(rule: Rule, tick: Any, problem: str) -> ValueError:
+    return ValueError(f"{rule} at {tick!r} {problem}")
