@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._pickles import Aside
+from polyak.checkpoints._torch_files import load
+from polyak.checkpoints._torch_objects import StoredTensor
+
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
     torch.int64, torch.int32, torch.int16, torch.int8,
@@ -68,6 +73,24 @@ def save_folder(state: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is alone
         save(state, checkpoint_id=folder, no_dist=True)
+
+
+def load_torch(path: Path) -> Any:
+    """What a file of torch.save holds, all its tensors read."""
+    file = OpenFile(path)
+    with labelled(path, "a damaged file of torch.save"):
+        return all_read(load(file).value)
+
+
+def all_read(value: Any) -> Any:
+    """A structure whose stored tensors are tensors."""
+    if isinstance(value, StoredTensor):
+        return value.read()
+    if isinstance(value, dict) and not isinstance(value, Aside):
+        return {name: all_read(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(all_read, value))
+    return value
 
 
 class Calls:

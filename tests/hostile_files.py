@@ -28,10 +28,11 @@ from corrupting import (
     save_folder,
 )
 from polyak import checkpoints
-from polyak.checkpoints import _own_format as stored
+from polyak._lazy import spec_of
 from polyak.checkpoints import _save as native
 from polyak.checkpoints import _tensorfile as tensorfile
-from polyak.checkpoints._distributed import DistributedTensors
+from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._tensorfile import TensorFile
 from reading_hostile import Net
 
@@ -207,8 +208,8 @@ def varied(value: Any, replacements: list[Any]) -> Iterator[Any]:
 def lying_natives(folder: Path, chosen: random.Random, most: int) -> Iterator[Case]:
     """Our own files with a description that lies, under a digest that is right."""
     for kind, name in (("one", "polyak"), ("several", "several"), ("ema", "ema")):
-        file = TensorFile(folder.parent / "valid" / name)
-        described = json.loads(file.metadata[stored.KEY])
+        file = TensorFile(OpenFile(folder.parent / "valid" / name))
+        described = json.loads(file.metadata[tensorfile.KEY])
         held = dict(file)
         lies = list(varied(described, HOSTILE_VALUES + RULES))
         for number, lie in enumerate(chosen.sample(lies, min(most, len(lies)))):
@@ -224,7 +225,7 @@ def lying_natives(folder: Path, chosen: random.Random, most: int) -> Iterator[Ca
     for number, lost in enumerate(held):
         place = folder / f"native-lost-{number}"
         rest = {key: each for key, each in held.items() if key != lost}
-        write_native(place, rest, file.metadata[stored.KEY])
+        write_native(place, rest, file.metadata[tensorfile.KEY])
         yield Case(place, "lie", "ema")
     yield from _lying_folders(folder, chosen, most)
 
@@ -232,14 +233,14 @@ def lying_natives(folder: Path, chosen: random.Random, most: int) -> Iterator[Ca
 def _lying_folders(folder: Path, chosen: random.Random, most: int) -> Iterator[Case]:
     """Folders of ours with a description that lies, or that is no text."""
     held = dict(DistributedTensors(folder.parent / "valid" / "native"))
-    described = json.loads(bytes(held[stored.KEY].tolist()))
+    described = json.loads(bytes(held[tensorfile.KEY].tolist()))
     lies = chosen.sample(list(varied(described, HOSTILE_VALUES + RULES)), most)
     texts = [json.dumps(lie).encode() for lie in lies]
     tensors = [torch.tensor(list(text), dtype=torch.uint8) for text in [*texts, b"", b"\xff{"]]
     tensors += [torch.zeros(3), torch.zeros((2, 2), dtype=torch.uint8), torch.empty(0)]
     for number, tensor in enumerate(tensors):
         place = folder / f"native-folder-{number}"
-        save_folder({**held, stored.KEY: tensor}, place)
+        save_folder({**held, tensorfile.KEY: tensor}, place)
         yield Case(place, "lie", "one")
     for number, lost in enumerate(held):
         place = folder / f"native-folder-lost-{number}"
@@ -248,8 +249,8 @@ def _lying_folders(folder: Path, chosen: random.Random, most: int) -> Iterator[C
 
 
 def write_native(path: Path, held: Mapping[str, Tensor], text: str) -> None:
-    forms = {key: tensorfile.form(each) for key, each in held.items()}
-    tensorfile.write(path, forms, lambda key: [held[key]], {stored.KEY: text}, digest=True)
+    specs = {key: spec_of(each) for key, each in held.items()}
+    tensorfile.write(path, specs, lambda key: [held[key]], {tensorfile.KEY: text}, checksums=True)
 
 
 def lying_dictionaries(folder: Path, chosen: random.Random, most: int) -> Iterator[Case]:

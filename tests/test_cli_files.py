@@ -264,7 +264,7 @@ class TestExport:
         formats: dict[tuple[str, str], int] = {}
         for case in valid(tmp_path / "valid"):
             found = checkpoints.read(case.path, "positions")
-            named = next(iter(found.averages.values()), found.live or {})
+            named = list(next(iter(found.averages.values()), found.live or {}))
             (tmp_path / "names.txt").write_text("\n".join(f"name.{name}" for name in named))
             positions = ("--names", "names.txt") if set(named) <= set(map(str, range(99))) else ()
             for average in (*found.averages, *(["live"] if found.live is not None else [])):
@@ -408,7 +408,10 @@ class TestDiff:
 OUT = ("--out", "x.safetensors")
 ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "nothing.pt"), "No such file or directory: 'nothing.pt'"),
-    (("inspect", "judge.py"), "judge.py: no file of torch.save"),
+    (
+        ("inspect", "judge.py"),
+        "judge.py is neither a file of torch.save nor of safetensors: it looks like text",
+    ),
     (("inspect", "empty"), "empty: the file is empty"),
     (("inspect", "folder-of-nothing"), "folder-of-nothing holds no weights (nothing)"),
     (("average", "step-1.pt", *OUT, "--rule", "ema(1)"), "'ema' in spec 'ema(1)' is unknown"),

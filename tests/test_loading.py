@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
+import gc
 import io
 import json
 import os
@@ -34,19 +36,26 @@ from corrupting import (
     archive,
     claimed,
     flipped,
+    load_torch,
     of_bytes,
     pickled,
     resident_bytes,
     same,
 )
-from polyak.checkpoints._loading import IndexedTensors, load_pickle, release
-from polyak.checkpoints._mapped import place
-from polyak.checkpoints._tensorfile import form
-from polyak.checkpoints._torchtensors import Unread
+from polyak._lazy import spec_of
+from polyak.checkpoints import read
+from polyak.checkpoints._indexed import IndexedTensors
+from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._pickles import Aside, name_of
+from polyak.checkpoints._torch_files import StoredTensors, load
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = [True, False]  # the zip archive, and what came before it
 layouts = pytest.mark.parametrize("archived", LAYOUTS, ids=["archive", "pickles"])
+
+
+def index_of(path: Path) -> IndexedTensors:
+    return IndexedTensors(OpenFile(path))
 
 
 def save(value: object, path: Path, archived: bool = True, **options: Any) -> None:
@@ -106,7 +115,7 @@ def test_what_torch_saves_is_read(
 ) -> None:
     path = tmp_path / "it.pt"
     save(value, path, archived, pickle_protocol=protocol)
-    found = load_pickle(path)
+    found = load_torch(path)
     assert alike(found, value)
     if archived and protocol == 2:  # what torch's own careful reader knows in full
         with suppress(pickle.UnpicklingError):  # bytes that are empty, for one
@@ -147,7 +156,7 @@ def test_a_training_state_is_read_as_torch_reads_it(tmp_path: Path, archived: bo
     }
     path = tmp_path / "it.pt"
     save(state, path, archived)
-    found = load_pickle(path)
+    found = load_torch(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of typed storages in the old layout
         assert alike(found, torch.load(path, weights_only=True))
@@ -162,7 +171,7 @@ def test_counters_and_numpy_numbers_are_plain(tmp_path: Path) -> None:
     value |= {"step": numpy.int32(-3), "done": numpy.bool_(True), "half": numpy.float16(0.5)}
     save(value, path)
     wanted = {"counter": {"a": 2, "b": 1}, "best": 0.1, "step": -3, "done": True, "half": 0.5}
-    assert alike(load_pickle(path), wanted)
+    assert alike(load_torch(path), wanted)
 
 
 def test_objects_beside_weights_are_left_unread(tmp_path: Path) -> None:
@@ -171,10 +180,10 @@ def test_objects_beside_weights_are_left_unread(tmp_path: Path) -> None:
     save(
         {"args": options, "losses": numpy.ones(3), "w": torch.ones(2), "kind": numpy.ndarray}, path
     )
-    found = load_pickle(path)
+    found = load_torch(path)
     assert torch.equal(found["w"], torch.ones(2))
-    assert [type(found[name]) for name in ("args", "losses", "kind")] == [Unread] * 3
-    assert found["args"].name == "argparse.Namespace"
+    assert isinstance(found["args"], Aside) and isinstance(found["losses"], Aside)
+    assert load(OpenFile(path)).aside == {"argparse.Namespace": 1, "numpy.ndarray": 2}
 
 
 def test_views_of_any_layout(tmp_path: Path) -> None:
@@ -184,20 +193,10 @@ def test_views_of_any_layout(tmp_path: Path) -> None:
     value += [complexes.clone().conj().imag, torch.ones(1).expand(1000), torch.empty(0, 5)]
     path = tmp_path / "it.pt"
     save(value, path)
-    for got, wanted in zip(load_pickle(path), value, strict=True):
+    for got, wanted in zip(load_torch(path), value, strict=True):
         assert torch.equal(got, wanted)
         assert got.stride() == wanted.stride() or wanted.numel() == 0
         assert got.is_conj() == wanted.is_conj()
-
-
-def test_only_views_that_lie_as_they_read_have_a_place_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "it.pt"
-    plain = torch.randn(3, dtype=torch.complex64)
-    save([plain, plain.conj(), plain.clone().conj().imag.clone(), torch.zeros(2, 3).T], path)
-    found = load_pickle(path)
-    negative = torch._neg_view(found[2])
-    held = [place(tensor) is not None for tensor in (*found, negative, plain)]
-    assert held == [True, False, True, False, False, False]
 
 
 def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
@@ -226,7 +225,7 @@ def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
         trainer.fit(module, DataLoader(torch.randn(4, 3), batch_size=2))  # type: ignore[arg-type]
     path = tmp_path / "it.ckpt"
     trainer.save_checkpoint(path)
-    found = load_pickle(path)
+    found = load_torch(path)
     assert found["global_step"] == 2
     assert alike(found["state_dict"], dict(module.state_dict()))
     assert found["optimizer_states"][0]["state"][0]["step"] == 2
@@ -243,7 +242,7 @@ def test_pickles_of_python_2(tmp_path: Path) -> None:
     path.write_bytes(
         archive({"data.pkl": text, "data/0": torch.tensor([1.0, 2.0]).numpy().tobytes()})
     )
-    assert load_pickle(path)["w"].tolist() == [1.0, 2.0]
+    assert load_torch(path)["w"].tolist() == [1.0, 2.0]
 
 
 @layouts
@@ -252,13 +251,34 @@ def test_released_pages_leave_memory_and_come_back(tmp_path: Path, archived: boo
     path = tmp_path / "it.pt"
     save({"w": held}, path, archived)
     start = resident_bytes()
-    found = load_pickle(path)["w"]
+    tensors = StoredTensors(load(OpenFile(path)).value)  # type: ignore[arg-type]
+    found = tensors["w"]
     assert resident_bytes() - start < 8 << 20, "the file was read, but its pages are not kept"
     assert same(found, held)
     assert resident_bytes() - start > 60 << 20
-    release(found[1000:].view(torch.int32))
+    tensors.release("w")
     assert resident_bytes() - start < 8 << 20
     assert same(found, held)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@layouts
+def test_a_file_is_closed_when_nothing_refers_to_it(tmp_path: Path, archived: bool) -> None:
+    """At once, and not when garbage is collected."""
+    path = tmp_path / "it.pt"
+    save({"model": {"w": torch.ones(2)}, "n": Custom()}, path, archived)
+    before = open_files()
+    gc.disable()
+    try:
+        found = read(path)
+        assert open_files() == before + 1
+        del found
+        assert open_files() == before
+    finally:
+        gc.enable()
 
 
 def test_files_without_checksums(tmp_path: Path) -> None:
@@ -270,7 +290,7 @@ def test_files_without_checksums(tmp_path: Path) -> None:
         save({"w": torch.zeros(64)}, path)
     finally:
         torch.serialization.set_crc32_options(before)
-    assert load_pickle(path)["w"].eq(0).all()
+    assert load_torch(path)["w"].eq(0).all()
 
 
 SAVED = {"w": of_bytes(torch.bfloat16, (9, 3)), "step": 7, "b": [of_bytes(torch.int64, (5,), 1)]}
@@ -286,7 +306,7 @@ def test_a_flipped_bit_of_an_archive_is_refused_or_of_no_use(
     whole = path.read_bytes()
     path.write_bytes(flipped(whole, data.draw(st.integers(0, 8 * len(whole) - 1))))
     try:
-        found = load_pickle(path)
+        found = load_torch(path)
     except ValueError as error:
         assert str(path) in str(error)
     else:
@@ -303,8 +323,8 @@ def test_every_flipped_bit_of_content_is_refused(tmp_path: Path) -> None:
         start = whole.index(content)
         for at in range(start, start + len(content)):
             path.write_bytes(flipped(whole, 8 * at + at % 8))
-            with pytest.raises(ValueError, match="is damaged: its checksum is another"):
-                load_pickle(path)
+            with pytest.raises(ValueError, match="is damaged: its checksum is"):
+                load_torch(path)
 
 
 @layouts
@@ -315,7 +335,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, archived: bool) ->
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            load_pickle(path)
+            load_torch(path)
 
 
 class Subclass(Tensor):
@@ -341,28 +361,39 @@ def nested() -> Tensor:
 
 
 STRANGE: dict[str, tuple[Callable[[], object], str]] = {
-    "sparse": (lambda: torch.eye(2).to_sparse(), r"model\.1\.w is a sparse tensor, wanted a plain"),
-    "sparse rows": (sparse_rows, r"model\.1\.w is a sparse tensor"),
-    "quantized": (quantized, r"model\.1\.w is a quantized tensor"),
-    "nested": (nested, r"model\.1\.w is a nested tensor"),
-    "meta": (lambda: torch.zeros(2, device="meta"), r"model\.1\.w is a tensor without content"),
-    "a class": (lambda: torch.zeros(2).as_subclass(Subclass), r"it asks for .*Subclass"),
-    "a storage": (
-        lambda: torch.zeros(2).untyped_storage(),
-        r"model\.1\.w is a storage without its tensor",
-    ),
+    "sparse": (lambda: torch.eye(2).to_sparse(), "w is a sparse tensor"),
+    "sparse rows": (sparse_rows, "w is a sparse tensor"),
+    "quantized": (quantized, "w is a quantized tensor"),
+    "nested": (nested, "w is a nested tensor"),
+    "meta": (lambda: torch.zeros(2, device="meta"), "w is a tensor without content"),
+    "a class": (lambda: torch.zeros(2).as_subclass(Subclass), r"w is test_loading\.Subclass"),
+    "a module": (lambda: nn.Linear(1, 1), r"w is torch\.nn\.modules\.linear\.Linear"),
 }
 
 
+@pytest.mark.parametrize("beside", [{}, {"v": torch.ones(1)}], ids=["alone", "beside others"])
+@pytest.mark.parametrize("key", ["", "model"])
 @pytest.mark.parametrize(("make", "message"), STRANGE.values(), ids=STRANGE.keys())
-def test_tensors_that_are_not_plain_are_refused_by_their_place(
-    tmp_path: Path, make: Callable[[], object], message: str
+def test_weights_that_only_code_could_make_are_refused_by_name(
+    tmp_path: Path, make: Callable[[], object], message: str, key: str, beside: dict[str, Tensor]
 ) -> None:
     path = tmp_path / "it.pt"
-    save({"model": [0, {"w": make()}]}, path)
+    state = {"w": make(), **beside}
+    save({key: state, "step": 3} if key else state, path)
     with pytest.raises(ValueError, match=message) as caught:
-        load_pickle(path)
-    assert str(path) in str(caught.value)
+        read(path)
+    assert str(path) in str(caught.value) and "save the model's state_dict" in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [make for make, _ in STRANGE.values()], ids=STRANGE.keys())
+def test_tensors_beside_the_weights_may_be_of_any_kind(
+    tmp_path: Path, make: Callable[[], object]
+) -> None:
+    path = tmp_path / "it.pt"
+    save({"model": {"v": torch.ones(1)}, "other": [0, {"w": make()}]}, path)
+    found = read(path)
+    assert found.live is not None and torch.equal(found.live["v"], torch.ones(1))
+    assert sum(found.aside.values()) == 1
 
 
 class Custom:
@@ -370,49 +401,95 @@ class Custom:
 
 
 MARKER = "marker-of-code-that-ran"
-PAYLOADS: dict[str, bytes] = {
-    "os.system": pickled(Calls(os.system, f"touch {MARKER}")),
-    "eval": pickled(Calls(eval, f"open({MARKER!r}, 'w')"), protocol=4),
-    "exec, thrown away": b"\x80\x02cbuiltins\nexec\n(X\x06\0\0\0raise 1tR0}.",
-    "a class": pickled(Custom()),
-    "a name only": pickled(Custom),
-    "a module": pickled(nn.Linear(1, 1), protocol=2),
-    "an attribute of what is known": pickled({})[:2] + b"ctorch\nSize.__subclasses__\n.",
-    "numpy's generators": pickled(numpy.random.default_rng(0)),
-    "a submodule": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
-    "Python 2's modules": b"\x80\x02c__builtin__\neval\nX\x01\0\0\x001\x85R.",
+PAYLOADS: dict[str, tuple[bytes, str]] = {
+    "os.system": (pickled(Calls(os.system, f"touch {MARKER}")), "posix.system"),
+    "eval": (pickled(Calls(eval, f"open({MARKER!r}, 'w')"), protocol=4), "builtins.eval"),
+    "a class": (pickled(Custom()), "test_loading.Custom"),
+    "a name only": (pickled(Custom), "test_loading.Custom"),
+    "a module": (pickled(nn.Linear(1, 1), protocol=2), "torch.nn.modules.linear.Linear"),
+    "an attribute of what is known": (b"\x80\x02ctorch\nSize.__subclasses__\n.", "torch.Size.__subclasses__"),
+    "numpy's generators": (pickled(numpy.random.default_rng(0)), "numpy.random._pickle.__generator_ctor"),
+    "a submodule": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),
+    "Python 2's modules": (b"\x80\x02c__builtin__\neval\nX\x01\0\0\x001\x85R.", "builtins.eval"),
+    "a method, called": (pickled(Calls(getattr, Custom, "run")), "test_loading.Custom"),
+    "a new object with names": (b"\x80\x04cos\nsystem\n)}\x92.", "os.system"),
+    "state that is set": (b"\x80\x02cos\nsystem\n)\x81}X\x01\0\0\0aK\x01sb.", "os.system"),
+}  # fmt: skip
+
+
+def written(path: Path, payload: bytes, archived: bool) -> None:
+    """A file of torch.save whose value is this pickle's."""
+    if archived:
+        path.write_bytes(archive({"data.pkl": payload}))
+        return
+    save({}, path, archived=False)
+    whole = path.read_bytes()
+    place = whole.rindex(b"\x80\x02}q\0.")
+    path.write_bytes(whole[:place] + payload + whole[place + 6 :])
+
+
+@pytest.mark.parametrize(("payload", "name"), PAYLOADS.values(), ids=PAYLOADS.keys())
+@layouts
+def test_code_is_named_and_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload: bytes, name: str, archived: bool
+) -> None:
+    """It stands for an object of that name; as all that a file holds it is refused."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "it.pt"
+    written(path, payload, archived)
+    assert name_of(load_torch(path)) == name
+    assert load(OpenFile(path)).aside == {name: 1}
+    with pytest.raises(ValueError, match=re.escape(f"{path} holds a {name}, wanted a dictionary")):
+        read(path)
+    assert not (tmp_path / MARKER).exists()
+    path.write_bytes(payload)
+    with pytest.raises(ValueError, match=r"a pickle that torch\.save did not write|neither a file"):
+        read(path)
+
+
+@layouts
+def test_code_that_is_thrown_away_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archived: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = b"\x80\x02cos\nsystem\n(X\x1d\0\0\0touch marker-of-code-that-rantR0}."
+    written(tmp_path / "it.pt", program, archived)
+    assert load_torch(tmp_path / "it.pt") == {}
+    assert not (tmp_path / MARKER).exists()
+
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ"
+POISONS = {
+    "a class of ours": b"ccollections\nOrderedDict\n",
+    "a value of ours": b"ctorch\nfloat32\n",
+    "a class that is unknown": b"cos\nsystem\n",
+    "a storage's class": b"ctorch\nFloatStorage\n",
+    "a class of numpy": b"cnumpy\ndtype\n",
+    "a function of ours": b"ctorch._utils\n_rebuild_tensor_v2\n",
+    "a storage": STORAGE,
+    "a tensor": b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0K\x02\x85K\x01\x85\x89NtR",
+    "a set": b"\x8f",
+    "a size": b"ctorch\nSize\n(K\x02K\x03t\x85R",
+    "a device": b"ctorch\ndevice\nX\x03\0\0\0cpu\x85R",
+    "a list": b"]",
+    "a number": b"K\x07",
 }
 
 
-@pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS.keys())
-@layouts
-def test_code_is_named_and_never_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload: bytes, archived: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("target", POISONS.values(), ids=POISONS.keys())
+@pytest.mark.parametrize("slots", [False, True])
+def test_no_state_is_set_on_what_files_share(tmp_path: Path, target: bytes, slots: bool) -> None:
+    """BUILD sets attributes: of a class of ours it would change what later files mean."""
     path = tmp_path / "it.pt"
-    if archived:
-        path.write_bytes(archive({"data.pkl": payload}))
-    else:
-        save({}, path, archived=False)
-        whole = path.read_bytes()
-        place = whole.rindex(b"\x80\x02}q\0.")
-        path.write_bytes(whole[:place] + payload + whole[place + 6 :])
-    with pytest.raises(ValueError, match=r"it asks for .* polyak never runs code") as caught:
-        load_pickle(path)
-    assert str(path) in str(caught.value)
-    assert not (tmp_path / MARKER).exists()
-    with pytest.raises(ValueError, match=r"a pickle, but none|it asks for"):
-        path.write_bytes(payload)
-        load_pickle(path)
-
-
-def test_the_class_that_is_asked_for_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "it.pt"
-    save({"args": Custom()}, path)
-    with pytest.raises(ValueError, match=r"test_loading\.Custom") as caught:
-        load_pickle(path)
-    assert "\n" not in str(caught.value)
+    state = b"}X\x07\0\0\0__new__cos\nsystem\nsX\x07\0\0\0_offsetJ\0\0\0\x40s"
+    state = b"N" + state + b"\x86" if slots else state
+    program = b"\x80\x04" + target + state + b"b."
+    path.write_bytes(archive({"data.pkl": program, "data/0": bytes(8)}))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_torch(path)
+    save({"w": torch.ones(2), "d": OrderedDict(a=torch.float32), "n": numpy.float64(2)}, path)
+    found = load_torch(path)
+    assert found["d"] == {"a": torch.float32} and found["n"] == 2
 
 
 def laughs() -> object:
@@ -441,39 +518,69 @@ def copies(function: Any, argument: object) -> object:
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "a bytearray of 10^12": lambda: pickled(Calls(bytearray, 10**12)),
-    "a tensor of 10^12": lambda: pickled(Calls(torch.FloatTensor, 10**12)),
     "a storage of 10^12": lambda: pickled(Calls(torch.UntypedStorage, 10**12)),
     "repeated lists": lambda: pickled(laughs()),
     "a deep key": deep_key,
+    "a deep key of one": lambda: b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "a deep member": lambda: b"\x80\x04\x8f(" + b")" + b"2\x86" * 60 + b"\x90.",
+    "a deep frozen member": lambda: b"\x80\x04(" + b")" + b"2\x86" * 60 + b"\x91.",
+    "a deep member of a set that is called": lambda: b"\x80\x02cbuiltins\nset\n](" + b")" + b"2\x86" * 60 + b"e\x85R.",
+    "a deep key of pairs": lambda: b"\x80\x02ccollections\nOrderedDict\n](" + b")" + b"2\x86" * 60 + b"K\x01\x86e\x85R.",
     "a loop": lambda: pickled(loop()),
     "a deep list": lambda: b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
     "a deep tuple": lambda: b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
     "a deep call": lambda: b"\x80\x02" + b"ctorch\nSize\n" * 9999 + b")" + b"R\x85" * 9999 + b".",
     "bytes copied": lambda: pickled(copies(bytearray, b"x" * 1_000_000)),
     "dictionaries copied": lambda: pickled(copies(OrderedDict, dict.fromkeys(range(100_000)))),
+    "sets copied": lambda: pickled(copies(set, list(range(100_000)))),
+    "text encoded": lambda: pickled([Calls(codecs.encode, "x" * 1_000_000, "latin1")] * 1 + [Calls(codecs.encode, LONG, "latin1") for _ in range(3000)]),
+    "a far place in memory": lambda: b"\x80\x02Kr" + b"r\xff\xff\xff\x7f.",
+    "a far place in text": lambda: b"\x80\x02K\x01p4294967295\n.",
     "text of 2^60": lambda: b"\x80\x04\x8d" + (1 << 60).to_bytes(8, "little") + b"x.",
     "bytes of 2^60": lambda: b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b"x.",
+    "an array of 2^40": lambda: b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
     "a number of 2^30 bytes": lambda: b"\x80\x02\x8b" + (1 << 30).to_bytes(4, "little") + b"x.",
+    "names without end": lambda: b"\x80\x02" + b"".join(b"ca\n%d\n0" % i for i in range(200_000)) + b"N.",
     "marks": lambda: b"\x80\x02" + b"(" * 1_000_000 + b".",
     "no end": lambda: b"\x80\x02}",
     "nothing": lambda: b"",
-    "too much": lambda: b"\x80\x02}}.",
     "an empty stack": lambda: b"\x80\x020000.",
     "an unknown instruction": lambda: b"\x80\x02\x82\x01.",
+    "an instance of protocol 0": lambda: b"(ios\nsystem\n.",
+    "an object of protocol 1": lambda: b"\x80\x02(cos\nsystem\no.",
+}  # fmt: skip
+HARMLESS: dict[str, Callable[[], bytes]] = {
+    "a tensor of 10^12": lambda: pickled(Calls(torch.FloatTensor, 10**12)),
+    "a list of 10^12": lambda: pickled(Calls(list, 10**12)),
+    "a range of 10^12": lambda: pickled(Calls(range, 10**12)),
+    "a string of 10^12": lambda: pickled(Calls(str.__mul__, "x", 10**12)),
+    "a frame that is wrong": lambda: b"\x80\x04\x95" + (1 << 60).to_bytes(8, "little") + b"}.",
+    "something left on the stack": lambda: b"\x80\x02}}.",
+    "unhashed tuples": lambda: b"\x80\x02)" + b"2\x86" * 12 + b".",
 }
+LONG = "x" * 1_000_000
 
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
-def test_bombs_are_refused_without_their_memory_or_time(
+def test_bombs_are_refused_without_their_memory_or_work(
     tmp_path: Path, bomb: Callable[[], bytes]
 ) -> None:
     path = tmp_path / "it.pt"
     path.write_bytes(archive({"data.pkl": bomb()}))
-    start, began = resident_bytes(), time.monotonic()
+    start, began = resident_bytes(), time.process_time()
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_pickle(path)
+        load_torch(path)
     assert resident_bytes() - start < 300 << 20
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("program", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_is_not_made_takes_no_memory(tmp_path: Path, program: Callable[[], bytes]) -> None:
+    path = tmp_path / "it.pt"
+    path.write_bytes(archive({"data.pkl": program()}))
+    start = resident_bytes()
+    load_torch(path)
+    assert resident_bytes() - start < 50 << 20
 
 
 OPCODES = [
@@ -496,7 +603,7 @@ def test_any_program_means_something_or_is_refused(tmp_path: Path, program: byte
     path.unlink(missing_ok=True)
     path.write_bytes(archive({"data.pkl": b"\x80\x02" + program + b".", "data/0": TWELVE}))
     try:
-        load_pickle(path)
+        load_torch(path)
     except ValueError as error:
         assert str(error).startswith(f"{path}: ")
 
@@ -533,17 +640,17 @@ def test_a_tensor_lies_within_its_storage(
     path.write_bytes(claimed(*lie))
     start = resident_bytes()
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_pickle(path)
+        load_torch(path)
     assert resident_bytes() - start < 50 << 20
     path.write_bytes(claimed(torch.FloatStorage, 12, 0, (3, 4), (4, 1), TWELVE))
-    assert torch.equal(load_pickle(path)["w"], torch.arange(12.0).reshape(3, 4))
+    assert torch.equal(load_torch(path)["w"], torch.arange(12.0).reshape(3, 4))
 
 
 def test_weights_that_are_tied_many_times_are_no_bomb(tmp_path: Path) -> None:
     path = tmp_path / "it.pt"
     weight = torch.randn(1000, 1000)
     save({f"layers.{i}.weight": weight for i in range(48)}, path)
-    assert len(load_pickle(path)) == 48
+    assert len(load_torch(path)) == 48
 
 
 def script(path: Path) -> None:
@@ -556,19 +663,19 @@ def test_other_archives_are_refused_in_words(tmp_path: Path) -> None:
     path = tmp_path / "it.pt"
     script(path)
     with pytest.raises(ValueError, match="a TorchScript archive, which is code"):
-        load_pickle(path)
+        load_torch(path)
     cases: dict[bytes, str] = {
         archive({"a.txt": b"text"}): r"an archive without data\.pkl",
         archive({"data.pkl": pickled({}), "byteorder": b"big"}): "the other byte order",
         packed({"archive/data.pkl": pickled({})}): r"the record 'data\.pkl' is packed",
         twice(): r"two records are named 'data\.pkl'",
-        b"text": "no file of torch.save",
-        pickle.dumps(3, 2): "a pickle, but none of torch.save",
+        b"text": "it is not a file of torch.save",
+        pickle.dumps(3, 2): "a pickle that torch.save did not write",
     }
     for data, message in cases.items():
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
-            load_pickle(path)
+            load_torch(path)
 
 
 def packed(records: dict[str, bytes]) -> bytes:
@@ -592,11 +699,11 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(ValueError, match="pipe is a pipe or a device"):
-        load_pickle(pipe)
+        load_torch(pipe)
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
-        load_pickle(tmp_path)
+        load_torch(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing"):
-        load_pickle(tmp_path / "missing")
+        load_torch(tmp_path / "missing")
 
 
 @pytest.fixture
@@ -615,9 +722,9 @@ def sharded(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_tensors_of_several_files(sharded: Path, kind: str) -> None:
-    found = IndexedTensors(sharded / f"{kind}.index.json")
+    found = index_of(sharded / f"{kind}.index.json")
     wanted = {"a": torch.arange(3.0), "b": torch.ones(2).half(), "c": torch.zeros(1)}
-    assert found.forms == {name: form(tensor) for name, tensor in wanted.items()}
+    assert found.specs == {name: spec_of(tensor) for name, tensor in wanted.items()}
     assert alike(dict(found), wanted)
     assert found.metadata == {"total_size": 20}
     found.release("a")
@@ -628,7 +735,7 @@ def test_tensors_of_several_files(sharded: Path, kind: str) -> None:
 
 def test_a_file_is_opened_when_it_is_needed(sharded: Path) -> None:
     (sharded / "model-2.safetensors").write_bytes(b"no tensors")
-    found = IndexedTensors(sharded / "safetensors.index.json")
+    found = index_of(sharded / "safetensors.index.json")
     assert found["a"].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match=r"model-2\.safetensors"):
         found["c"]
@@ -645,7 +752,7 @@ def test_the_cache_of_the_hub_is_links(sharded: Path, tmp_path: Path) -> None:
     ):
         (sharded / file).rename(hub / "blobs" / str(number))
         (snapshot / file).symlink_to(Path("../../blobs") / str(number))
-    assert IndexedTensors(snapshot / "safetensors.index.json")["c"].tolist() == [0]
+    assert index_of(snapshot / "safetensors.index.json")["c"].tolist() == [0]
 
 
 def test_an_index_leads_to_its_own_folder_only(tmp_path: Path) -> None:
@@ -663,10 +770,10 @@ def test_an_index_leads_to_its_own_folder_only(tmp_path: Path) -> None:
     for name in names:
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(ValueError, match=r"index\.json: "):
-            IndexedTensors(index)
+            index_of(index)
     index.write_text(json.dumps({"weight_map": {"a": "missing.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"index\.json: the file missing\.safetensors is"):
-        IndexedTensors(index)
+        index_of(index)
 
 
 INDEXES = {
@@ -688,7 +795,7 @@ def test_damaged_indexes_are_refused(tmp_path: Path, text: str) -> None:
     index = tmp_path / "index.json"
     index.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"index\.json: "):
-        IndexedTensors(index)
+        index_of(index)
 
 
 def test_an_index_is_held_to_what_it_says(sharded: Path) -> None:
@@ -697,11 +804,11 @@ def test_an_index_is_held_to_what_it_says(sharded: Path) -> None:
     with pytest.raises(
         ValueError, match=r"it says that z is in model-1\.safetensors, which has no"
     ):
-        IndexedTensors(index)["z"]
+        index_of(index)["z"]
     torch.save([torch.zeros(1)], sharded / "model-1.bin")
     with pytest.raises(ValueError, match=r"model-1\.bin: wanted a dictionary name -> tensor"):
-        IndexedTensors(sharded / "bin.index.json")["a"]
+        index_of(sharded / "bin.index.json")["a"]
     os.truncate(index, 0)
     os.truncate(index, 100_000_001)
     with pytest.raises(ValueError, match="an index of more than 100000000 bytes"):
-        IndexedTensors(index)
+        index_of(index)

@@ -48,8 +48,10 @@ from polyak._engine.policies import Choose
 from polyak._engine.tracking import WRAPPERS, track
 from polyak.checkpoints import Clock, read
 from polyak.checkpoints._names import canonical_names
+from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._peers import FORMATS, recognise
-from polyak.checkpoints._peers.found import Found
+from polyak.checkpoints._peers.common import Found
+from polyak.checkpoints._torch_files import load
 from polyak.decays import InversePower, Ratio
 from polyak.rules import ArticleEMA, Exponential, Power, Rule, Tail, Uniform
 
@@ -441,7 +443,7 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"config\.json: decay is 'most', wanted a number"):
             read(tmp_path / "unet_ema")
         config.write_text(text[:-5])
-        with pytest.raises(ValueError, match=r"config\.json: no readable settings"):
+        with pytest.raises(ValueError, match=r"config\.json: the settings cannot be read"):
             read(tmp_path / "unet_ema")
 
     def test_a_model_of_diffusers_in_shards(self, tmp_path: Path) -> None:
@@ -480,7 +482,9 @@ class TestFolders:
 
     def test_a_folder_without_weights(self, tmp_path: Path) -> None:
         (tmp_path / "unet_ema").mkdir()
-        with pytest.raises(ValueError, match=r"holds no weights \(unet_ema\)"):
+        with pytest.raises(
+            ValueError, match=r"is a folder of folders \(unet_ema\) without weights"
+        ):
             read(tmp_path)
 
 
@@ -902,22 +906,27 @@ def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
 
 
 JUNK = [
-    ..., None, True, 0, -1, 10**400, 1.5, math.nan, math.inf, 1j, "text", b"", [], {}, {1: 2}, (1, 2),
+    None, True, 0, -1, 10**400, 1.5, math.nan, math.inf, 1j, "text", b"", [], {}, {1: 2}, (1, 2),
     torch.ones(()), torch.ones(3), torch.tensor(math.nan), torch.tensor(True), {"w": 3}, [[torch.ones(1)]],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("state", layouts(), ids=lambda state: "-".join(list(state)[:3]))
-def test_a_part_of_any_other_kind_is_an_error_that_names_the_file(state: dict[str, Any]) -> None:
-    path = Path("it.pt")
+def test_a_part_of_any_other_kind_is_an_error_that_names_the_file(
+    tmp_path: Path, state: dict[str, Any]
+) -> None:
+    torch.save({"state": state, "junk": JUNK}, tmp_path / "stored.pt")
+    stored: Any = load(OpenFile(tmp_path / "stored.pt")).value
+    state, path = stored["state"], Path("it.pt")
     whole = recognise(Found(path, "state-dict", state, "positions"))
     assert whole.averages and whole.format in FORMATS
-    for place, junk in product(places(state), JUNK):
+    for place, junk in product(places(state), [..., *stored["junk"]]):
         damaged = replaced(state, place, junk)
         try:
             found = recognise(Found(path, "state-dict", damaged, "positions"))
         except ValueError as error:
             assert str(error).startswith("it.pt: ")
         else:
-            for held in (found.live or {}, *found.averages.values()):
+            live = [] if found.live is None else [found.live]
+            for held in (*live, *found.averages.values()):
                 assert all(isinstance(tensor, Tensor) for tensor in held.values())

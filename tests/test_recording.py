@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import polyak
 from models import assert_same, everything, wander
 from polyak import Averager, Recorder, checkpoints, synthesize
+from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._tensorfile import TensorFile
 from polyak.snapshots import snapshots
@@ -206,7 +207,7 @@ def test_a_resumed_run_leaves_the_snapshots_of_an_undisturbed_one(tmp_path: Path
     assert [s.updates for s in whole] == [s.updates for s in cut] == [1, *range(10, 101, 10)]
     for a, b in zip(whole, cut, strict=True):
         assert a.elapsed() == b.elapsed()
-        held = [dict(TensorFile(each.path)) for each in (a, b)]
+        held = [dict(TensorFile(OpenFile(each.path))) for each in (a, b)]
         assert_same(*held)
 
 

@@ -16,7 +16,9 @@ import polyak
 from killing import kill
 from models import assert_same, everything, snapshot, wander
 from polyak import EMA, Averager, Exponential, checkpoints
+from polyak._lazy import spec_of
 from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._tensorfile import TensorFile
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
@@ -121,7 +123,7 @@ def test_a_file_is_plain_safetensors_and_tells_what_it_is(tmp_path: Path) -> Non
     held = load_file(path)
     average = averager.average()
     assert torch.equal(held["averages/average/average/body.weight"], average["body.weight"])
-    described = json.loads(TensorFile(path).metadata["polyak"])
+    described = json.loads(TensorFile(OpenFile(path)).metadata["polyak"])
     assert described["averages"]["average"]["rule"] == "exponential(0.9)"
     assert described["averages"]["average"]["tick"] == [5, 6.0, 1.5, None]
     assert described["model"]["embedding.weight"]["aliases"] == ["head.weight"]
@@ -151,12 +153,12 @@ def test_read_gives_the_articles_class(tmp_path: Path) -> None:
 
 def replaced(path: Path, **changes: Any) -> None:
     """The file with another description, and a digest that is right for it."""
-    file = TensorFile(path)
+    file = TensorFile(OpenFile(path))
     described = json.loads(file.metadata["polyak"]) | changes
     held = {name: file[name].clone() for name in file}
-    forms = {name: tensorfile.form(tensor) for name, tensor in held.items()}
+    specs = {name: spec_of(tensor) for name, tensor in held.items()}
     metadata = {"polyak": json.dumps(described)}
-    tensorfile.write(path, forms, lambda name: [held[name]], metadata, digest=True)
+    tensorfile.write(path, specs, lambda name: [held[name]], metadata, checksums=True)
 
 
 class Refusals:
@@ -244,7 +246,7 @@ class TestRefusals(Refusals):
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"format": 2}, "format is 2, wanted 1"),
+            ({"format": 1}, "format is 1, wanted 2"),
             ({"averages": []}, "averages is [], wanted a JSON dict"),
             ({"averages": {"average": {"rule": "uniform()"}}}, "wanted rule, tick and slots"),
             ({"calls": -1}, "calls is -1"),
@@ -267,7 +269,7 @@ class TestRefusals(Refusals):
         path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
         self.refused(path, averager, "damaged")
         with pytest.raises(ValueError, match="damaged"):
-            checkpoints.read(path)
+            checkpoints.read(path).verify()
 
     def test_an_ema_is_no_averager(self, tmp_path: Path) -> None:
         model = nn.Linear(2, 2)

@@ -24,9 +24,9 @@ from corrupting import same, save_folder
 from launching import said_by
 from patience import HANG
 from polyak import checkpoints
+from polyak._lazy import Held, LazyTensors, TensorSpec, Where, spec_of
 from polyak._ranks.shard_geometry import Box
-from polyak.checkpoints._parts import Chunked
-from polyak.checkpoints._tensorfile import form
+from polyak.checkpoints._dcp import chunks_part
 from polyak.offline import average, describe
 from polyak.offline._summation import Summand, Summation, Threads
 from sharding_ranks import RULES, Net
@@ -335,35 +335,47 @@ def halves(box: Box, dimension: int, parts: int) -> Iterator[Box]:
         yield Box(tuple(offsets), tuple(shape))
 
 
-def chunked(tensor: Tensor, boxes: list[Box], read: list[Box] | None = None) -> Chunked:
-    everything = Box((0,) * tensor.dim(), tuple(tensor.shape))
+class Chunked(LazyTensors):
+    """One tensor `w` in chunks, as a folder's; `chunks` are those that were read."""
 
-    def chunk(box: Box) -> Tensor:
-        if read is not None:
-            read.append(box)
-        return tensor[box.within(everything)].clone()
+    def __init__(self, tensor: Tensor, boxes: list[Box]) -> None:
+        self._specs = {"w": spec_of(tensor)}
+        self._tensor, self._boxes = tensor, boxes
+        self.chunks: list[Box] = []
 
-    return Chunked(form(tensor), boxes, chunk, lambda: None)
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        return chunks_part(self._specs[name], self._boxes, self._chunk, where)
+
+    def _chunk(self, box: Box) -> Tensor:
+        self.chunks.append(box)
+        everything = Box((0,) * self._tensor.dim(), tuple(self._tensor.shape))
+        return self._tensor[box.within(everything)].clone()
 
 
 @given(tilings(), st.data())
 def test_parts_are_those_of_the_whole(made: tuple[Tensor, list[Box]], data: st.DataObject) -> None:
     """And of the chunks only those are read that the part lies in."""
     tensor, boxes = made
-    read: list[Box] = []
-    held = chunked(tensor, boxes, read)
-    assert same(held.whole(), tensor) and held.numel() == tensor.numel()
-    read.clear()
+    held = Chunked(tensor, boxes)
+    assert same(held["w"], tensor)
+    held.chunks.clear()
     begins = [data.draw(st.integers(0, n)) for n in tensor.shape]
     ends = [data.draw(st.integers(b, n)) for b, n in zip(begins, tensor.shape, strict=True)]
     wanted = Box(tuple(begins), tuple(e - b for b, e in zip(begins, ends, strict=True)))
     slices = tuple(slice(*each) for each in zip(begins, ends, strict=True))
-    assert same(held.part(wanted), tensor[slices])
+    assert same(held.read("w", slices), tensor[slices])
+    read = held.chunks
     assert all(box.overlap(wanted).numel for box in read) and len(read) == len(set(read))
     if tensor.numel():
         start = data.draw(st.integers(0, tensor.numel() - 1))
         stop = data.draw(st.integers(start + 1, tensor.numel()))
-        assert same(held.elements(start, stop), tensor.reshape(-1)[start:stop])
+        out = torch.empty(stop - start, dtype=tensor.dtype)
+        held.elements("w").read_(out, start)
+        assert same(out, tensor.reshape(-1)[start:stop])
 
 
 @pytest.mark.parametrize("shape", [(700, 901), (3, 210_000), (630_000,)])
@@ -380,7 +392,7 @@ def test_sums_of_chunks_are_those_of_the_whole(shape: tuple[int, ...]) -> None:
     results = []
     for cut in (False, True):
         terms = [
-            Summand(chunked(t, boxes) if cut else t, s)
+            Summand((Chunked(t, boxes) if cut else Held({"w": t})).elements("w"), s)
             for t, s in zip(tensors, shares, strict=True)
         ]
         made = Summation(terms, torch.float64, torch.float32).pieces(threads)

@@ -1,12 +1,24 @@
-"""Tensors that are known before their content is read."""
+"""Tensors that are known before their content is read: their specs, and mappings that read on demand.
+
+`LazyTensors` is the one interface between a source of weights (a file, a folder, an averager, a
+combination of files) and everything that uses weights. `specs` tells names, shapes and dtypes without
+reading content. `read` gives a tensor or a part of it. `elements` gives a tensor piece by piece.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_UNDIVIDED = 1 << 15  # elements; torch divides operations on more among its threads
+Where = tuple[slice, ...]
+"""A part of a tensor: one slice for each dimension; `()` means all of it."""
 
 
 class TensorSpec(NamedTuple):
@@ -14,6 +26,11 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -27,3 +44,192 @@ class TensorSpec(NamedTuple):
 def spec_of(tensor: Tensor) -> TensorSpec:
     """The spec of a tensor."""
     return TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+
+class Elements(ABC):
+    """The elements of one tensor, row by row, for a reader that takes them piece by piece.
+
+    Pieces may be read in any order and by several threads. Call `done` once after the last piece.
+    """
+
+    spec: TensorSpec
+
+    @abstractmethod
+    def read_(self, out: Tensor, start: int) -> None:
+        """Fill the flat tensor `out`, of the same dtype, with the elements from `start` on."""
+
+    def done(self) -> None:  # noqa: B027  # most have nothing to free
+        """Free what reading has taken.
+
+        Raises `ValueError` if all elements were read and they are not what was written.
+        """
+
+    def piece_done(self) -> None:  # noqa: B027
+        """Free what reading the last pieces has taken, while others may still be read."""
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """name -> tensor, read or computed when asked for."""
+
+    @property
+    @abstractmethod
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """name -> shape and dtype, in order; no content is read for it."""
+
+    @abstractmethod
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """A tensor, or the part `where` of it."""
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor has taken; what was written to it is lost."""
+
+    def elements(self, name: str) -> Elements:
+        """The elements of a tensor for reading piece by piece."""
+        return _ByParts(self, name)
+
+    def identity(self, name: str) -> Hashable:  # noqa: ARG002
+        """Equal for two names of one tensor (tied weights); None if no other name shares it."""
+        return None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+class Held(LazyTensors):
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: spec_of(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        return self._tensors[name][where] if where else self._tensors[name]
+
+    def identity(self, name: str) -> Hashable:
+        tensor = self._tensors[name]
+        return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Renamed(LazyTensors):
+    """Tensors of one or several sources under other names: name -> (source, its name there)."""
+
+    def __init__(self, sources: Mapping[str, tuple[LazyTensors, str]]) -> None:
+        self._sources = sources
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        # One `specs` for each source: some sources compute all of theirs each time.
+        of_source = {id(source): source.specs for source, _ in self._sources.values()}
+        return {name: of_source[id(source)][key] for name, (source, key) in self._sources.items()}
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        source, key = self._sources[name]
+        return source.read(key, where)
+
+    def release(self, name: str) -> None:
+        source, key = self._sources[name]
+        source.release(key)
+
+    def elements(self, name: str) -> Elements:
+        source, key = self._sources[name]
+        return source.elements(key)
+
+    def identity(self, name: str) -> Hashable:
+        source, key = self._sources[name]
+        return source.identity(key)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, key = self._sources[name]
+        return source[key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def as_lazy(weights: Mapping[str, Tensor]) -> LazyTensors:
+    """Weights as `LazyTensors`: themselves, or a plain mapping of tensors in memory."""
+    return weights if isinstance(weights, LazyTensors) else Held(weights)
+
+
+def renamed(source: Mapping[str, Tensor], keys: Mapping[str, str]) -> Renamed:
+    """Some tensors of a mapping under other names: name -> key."""
+    lazy = as_lazy(source)
+    return Renamed({name: (lazy, key) for name, key in keys.items()})
+
+
+def joined(*sources: Mapping[str, Tensor]) -> Renamed:
+    """The tensors of several mappings in one; of one name the last mapping's tensor counts."""
+    return Renamed({name: (as_lazy(source), name) for source in sources for name in source})
+
+
+class _ByParts(Elements):
+    """Elements of a tensor that its source reads by parts (boxes of indices)."""
+
+    def __init__(self, tensors: LazyTensors, name: str) -> None:
+        self.spec = tensors.specs[name]
+        self._tensors = tensors
+        self._name = name
+
+    def read_(self, out: Tensor, start: int) -> None:
+        for view in out.split(_UNDIVIDED):
+            done = 0
+            for where in parts(self.spec.shape, start, start + len(view)):
+                part = self._tensors.read(self._name, where).reshape(-1)
+                view[done : done + len(part)].copy_(part)
+                done += len(part)
+            start += len(view)
+
+    def piece_done(self) -> None:
+        self._tensors.release(self._name)
+
+    done = piece_done
+
+
+def parts(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Where]:
+    """The boxes that the elements start .. stop - 1 fill, row by row, in order.
+
+    >>> list(parts((4, 3), 1, 7))
+    [(slice(0, 1, None), slice(1, 3, None)), (slice(1, 2, None), slice(0, 3, None)), (slice(2, 3, None), slice(0, 1, None))]
+    """
+    if not shape:
+        yield ()
+        return
+    row = prod(shape[1:])
+    whole_rows = tuple(slice(0, n) for n in shape[1:])
+    while start < stop:
+        first, skip = divmod(start, row)
+        if skip or stop - start < row:
+            end = min(stop - first * row, row)
+            for where in parts(shape[1:], skip, end):
+                yield slice(first, first + 1), *where
+            start = first * row + end
+        else:
+            yield slice(first, stop // row), *whole_rows
+            start = stop // row * row

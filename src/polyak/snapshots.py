@@ -8,7 +8,6 @@ the time that each update so far spans.
 from __future__ import annotations
 
 import math
-import re
 import secrets
 import shutil
 import weakref
@@ -30,6 +29,7 @@ from polyak.averager import Averager
 from polyak.checkpoints import _save as native
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._save import Packed
+from polyak.checkpoints._sniff import SNAPSHOT
 from polyak.checkpoints._tensorfile import narrowed
 from polyak.rules import Rule, Tick
 from polyak.specs import as_specs
@@ -301,7 +301,6 @@ def _runs(elapsed: Sequence[float]) -> dict[str, Tensor]:
 ELAPSED, UPDATES = "times/elapsed", "times/updates"
 """The keys of the times that updates span: so much time each, so many in a row."""
 
-_NAME = re.compile(r"snapshot-\d+(\.safetensors)?")
 _MOST = 10**7  # updates whose times a snapshot may tell
 
 
@@ -323,7 +322,7 @@ class Snapshot:
 
     def elapsed(self) -> list[float]:
         """The time that each update up to this one spans."""
-        return _elapsed(Stored.open(self.path, whole=False), self.updates)
+        return _elapsed(Stored.open(self.path), self.updates)
 
     @property
     def nbytes(self) -> int:
@@ -355,11 +354,11 @@ def snapshots(folder: Path | str) -> list[Snapshot]:
 def stored_in(folder: Path) -> list[Path]:
     """Where the snapshots of a folder are, files or folders, in the order of their names."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _NAME.fullmatch(path.name))
+    return sorted(path for path in found if SNAPSHOT.fullmatch(path.name))
 
 
 def _opened(path: Path) -> Snapshot:
-    stored = Stored.open(path, whole=False)
+    stored = Stored.open(path)
     if stored.value("kind") != "snapshot":
         raise stored.error(f"it holds an {stored.value('kind')!r}, wanted a snapshot")
     averages = stored.averages()
@@ -374,7 +373,7 @@ def _opened(path: Path) -> Snapshot:
         rules={name: each.rule for name, each in averages.items()},
         slots={name: each.slots for name, each in averages.items()},
         model=stored.model(),
-        dtypes=frozenset(f.dtype for key, f in stored.forms.items() if key.startswith("averages/")),
+        dtypes=frozenset(f.dtype for key, f in stored.specs.items() if key.startswith("averages/")),
     )
 
 

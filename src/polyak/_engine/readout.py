@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 from torch import Tensor
 
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
+from polyak._lazy import LazyTensors, TensorSpec, Where, spec_of
 from polyak._ranks.sharding import as_distributed
 
 
-class NamedTensors(Mapping[str, Tensor]):
-    """name -> tensor, read or computed when asked for; whether a name is there costs nothing."""
-
-    @property
-    @abstractmethod
-    def known(self) -> Mapping[str, object]:
-        """What is known by each name before its tensor is read, in order."""
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.known
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.known)
-
-    def __len__(self) -> int:
-        return len(self.known)
-
-
-class AverageWeights(NamedTensors):
+class AverageWeights(LazyTensors):
     """An average as it is now: name -> a fresh tensor, computed when it is read.
 
-    Tied tensors appear under all their names. Tensors are DTensors where the model's are. Raises
-    `RuntimeError` after the next update.
+    Tied tensors appear under all their names. `read` gives this rank's shard; `[name]` gives a DTensor
+    where the model has one. Raises `RuntimeError` after the next update.
     """
 
     def __init__(self, live: ModelTensors, average: Average, copies: Sequence[Tensor]) -> None:
@@ -49,9 +32,9 @@ class AverageWeights(NamedTensors):
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        return as_distributed(self.part(name), self._items[self._names[name]].held())
+        return as_distributed(self.read(name), self._items[self._names[name]].held())
 
-    def part(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
+    def read(self, name: str, where: Where = ()) -> Tensor:
         """This rank's shard of the tensor, or the slice `where` of it; nothing else is computed."""
         self._require_current(name)
         first = self._names[name]
@@ -59,10 +42,21 @@ class AverageWeights(NamedTensors):
             return self._copies[first][where].clone()
         return self._average.read(self._live, [self._places[first]], where)[0]
 
-    @property
-    def known(self) -> Mapping[str, str]:
-        """name -> the first name of the same tensor."""
-        return self._names
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """name -> shape and dtype of this rank's shard."""
+        specs = self._average.specs(self._live)
+        specs |= {name: spec_of(copy) for name, copy in self._copies.items()}
+        return {name: specs[first] for name, first in self._names.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def whole(self) -> dict[str, Tensor]:
         """The whole average in memory, by one pass over all tensors; tied names share one tensor."""

@@ -17,7 +17,7 @@ from polyak.checkpoints._convert import convert
 from polyak.checkpoints._export import export
 from polyak.checkpoints._folders import latest, saving
 from polyak.checkpoints._load import load
-from polyak.checkpoints._reading import read
+from polyak.checkpoints._read import read
 from polyak.checkpoints._save import save
 from polyak.checkpoints._save_async import Saving, save_distributed_async
 from polyak.checkpoints._save_distributed import load_distributed, save_distributed

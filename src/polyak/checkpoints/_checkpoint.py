@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from polyak._lazy import LazyTensors
 from polyak.rules import LIVE, START, Rule, Tick
 
 MOST_UPDATES = 10**8
 
-Weights = Mapping[str, Tensor]
-"""name -> tensor; it may be read from its file only when asked for."""
+Weights = LazyTensors
+"""name -> tensor, read from its file when asked for."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Clock:
 
     `unit` says what `count` counts: "updates" of the average; "calls" of its update function, of
     which the 1st, the (1 + every)-th, ... update; or "time", such as images seen. `ahead` are updates
-    that the library does not count: torch_ema's copy at construction, for one.
+    that the library does not count: torch_ema's copy at construction, for one. `every` is the number
+    of calls per update, or None if the file does not tell.
     """
 
     count: int
     unit: Literal["updates", "calls", "time"] = "updates"
     ahead: int = 0
+    every: int | None = None
 
     def elapsed(self, every: int) -> list[float]:
         """The time that each update so far spans, for updates at every `every`-th call.
@@ -74,9 +76,13 @@ class Checkpoint:
         clock: how far the averages had come, or None where the file does not tell.
         dtypes: of the live weights by name, each tied weight once, where the file tells them apart
             from its tensors.
+        ticks: the average's name -> the clock of its rule, in polyak's own files.
+        aside: name -> how many objects of that class lie beside the weights and were not read, since
+            only their own code could make them.
+        check: what `verify` calls.
 
     Names are those of the plain model: wrappers' prefixes are left out. Tensors are views of the
-    file where it allows, so read them before it changes.
+    file where it allows; a file that is replaced meanwhile is still read as it was.
     """
 
     path: Path
@@ -86,6 +92,9 @@ class Checkpoint:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     clock: Clock | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    ticks: Mapping[str, Tick] = field(default_factory=dict)
+    aside: Mapping[str, int] = field(default_factory=dict)
+    check: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
 
     def average(self, name: str | None = None) -> Weights:
         """The weights of an average; `name` is needed where there are several.
@@ -114,6 +123,15 @@ class Checkpoint:
             has = ", ".join(self.averages) or "none"
             raise ValueError(f"{self.path} has no live weights; its averages: {has}")
         return self.average(name)
+
+    def verify(self) -> None:
+        """Read the whole file or folder, and compare every part with the checksum that it has.
+
+        Polyak's own files, files of torch.save and folders of torch.distributed.checkpoint have
+        checksums. Plain safetensors and files of torch before 1.6 have none, so nothing is compared.
+        Raises `ValueError` naming the file and the damaged part.
+        """
+        self.check()
 
     @property
     def count(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from polyak._files import refuse_existing
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._export import Place, place
 from polyak.checkpoints._load import load
-from polyak.checkpoints._reading import read
+from polyak.checkpoints._read import read
 from polyak.checkpoints._save import save
 from polyak.rules import Rule
 from polyak.specs import as_rule
@@ -109,12 +108,14 @@ def _cadence(found: Checkpoint, every: int | None, count: int | None) -> int:
 
 
 def _weights(found: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of the model by name, live where the file has it; tied ones are one object."""
+    """Every tensor of the model by name, live if the file has it; tied ones are one object."""
     held: dict[str, Tensor] = {}
-    for weights in (found.live or {}, *found.averages.values()):
-        held |= {name: weights[name] for name in weights if name not in held}
-    places: dict[Place, Tensor] = {}
-    for name, tensor in held.items():
-        if tensor.numel():
-            held[name] = places.setdefault(place(tensor), tensor)
+    by_identity: dict[Hashable, Tensor] = {}
+    live = [] if found.live is None else [found.live]
+    for weights in (*live, *found.averages.values()):
+        for name in weights:
+            if name not in held:
+                tensor, identity = weights[name], weights.identity(name)
+                tied = tensor if identity is None else by_identity.setdefault(identity, tensor)
+                held[name] = tied
     return held

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polyak._checks import require
 from polyak._engine.tracking import Tracked
+from polyak._lazy import TensorSpec, joined, spec_of
 from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
 from polyak._tensors import dtype_name
@@ -20,7 +20,7 @@ from polyak.checkpoints import _sharded_export as slabs
 from polyak.checkpoints import _writing as writing
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
 from polyak.checkpoints._rank_checks import require_all_parts, require_one_model
-from polyak.checkpoints._tensorfile import Form, form, forms, narrowed
+from polyak.checkpoints._tensorfile import narrowed
 from polyak.rules import LIVE
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def export(
     else:
         got = type(source).__name__
         raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")
-    wanted = {each: Form(_as(dtype, held.dtype), held.shape) for each, held in model.items()}
+    wanted = {each: TensorSpec(held.shape, _as(dtype, held.dtype)) for each, held in model.items()}
     writing.write(
         path,
         wanted,
@@ -122,12 +122,10 @@ def export(
 
 def _of_averager(
     averager: Averager, name: str | None, tracked: list[Tracked]
-) -> tuple[dict[str, Form], Weights]:
-    """The forms of all that the model saves, tied weights once; the average, or what is live."""
+) -> tuple[dict[str, TensorSpec], Weights]:
+    """The specs of all that the model saves, tied weights once; the average, or what is live."""
     live = {item.name: item.held() for item in tracked}
-    return {n: form(tensor) for n, tensor in live.items()}, ChainMap(
-        cast(Any, averager.weights(name)), live
-    )
+    return {n: spec_of(tensor) for n, tensor in live.items()}, joined(live, averager.weights(name))
 
 
 class _Parts:
@@ -142,7 +140,7 @@ class _Parts:
     ) -> None:
         held = {item.name: item.held() for item in tracked}
         self.spreads = {
-            n: slabs.Spread(Form(_as(dtype, tensor.dtype), tuple(tensor.shape)), tensor)
+            n: slabs.Spread(TensorSpec(tuple(tensor.shape), _as(dtype, tensor.dtype)), tensor)
             for n, tensor in held.items()
         }
         self._weights = averager.weights(name)
@@ -151,45 +149,34 @@ class _Parts:
     def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """What is somewhere in this rank's part of a tensor."""
         if name in self._weights:
-            return self._weights.part(name, where)
+            return self._weights.read(name, where)
         return local(self._held[name]).detach()[where]
 
 
-def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Form], Weights]:
-    """The forms of an average's tensors in the dtypes of the live ones, tied weights once."""
+def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, TensorSpec], Weights]:
+    """The specs of an average's tensors in the dtypes of the live ones, tied weights once."""
     weights = found.weights(name) if name == LIVE else found.average(name)
-    live = {n: each.dtype for n, each in forms(found.live or {}).items()}
+    live = {
+        n: each.dtype for n, each in (found.live.specs if found.live is not None else {}).items()
+    }
     dtypes = found.dtypes or live
     held = distinct(found, weights)
-    return {n: Form(dtypes.get(n, each.dtype), each.shape) for n, each in held.items()}, weights
+    return {
+        n: TensorSpec(each.shape, dtypes.get(n, each.dtype)) for n, each in held.items()
+    }, weights
 
 
 def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     return wanted if wanted is not None and dtype.is_floating_point else dtype
 
 
-Place = tuple[int, torch.Size, tuple[int, ...]]
-
-
-def place(tensor: Tensor) -> Place:
-    """Where a tensor's content lies, which tied ones share; it holds while the tensor does."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def distinct(found: Checkpoint, weights: Weights) -> dict[str, Form]:
-    """The form of each of a checkpoint's tensors, of tied ones under their first name."""
-    known = forms(weights)
+def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
+    """The spec of each of a checkpoint's tensors, of tied ones under their first name."""
+    specs = weights.specs
     if found.dtypes:
-        return {name: known[name] for name in known if name in found.dtypes}
-    if not known or not _holds(weights, known):
-        return dict(known)
-    kept: dict[Place | str, str] = {}
-    for name, each in known.items():
-        kept.setdefault(place(weights[name]) if each.nbytes else name, name)
-    return {name: known[name] for name in kept.values()}
-
-
-def _holds(weights: Weights, known: Mapping[str, Form]) -> bool:
-    """Whether the tensors stay where they are; those made when asked for share their addresses."""
-    small = min(known, key=lambda name: known[name].nbytes)
-    return weights[small] is weights[small]
+        return {name: specs[name] for name in specs if name in found.dtypes}
+    kept: dict[Hashable, str] = {}
+    for name in specs:
+        identity = weights.identity(name)
+        kept.setdefault(name if identity is None else identity, name)
+    return {name: specs[name] for name in kept.values()}

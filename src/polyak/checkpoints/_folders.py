@@ -18,7 +18,7 @@ from polyak._files import naming
 from polyak._files import writing_folder as saving
 from polyak._ranks.agreement import agree, alone, chosen, raise_failures, rank_of, together
 from polyak._ranks.sharding import is_distributed
-from polyak.checkpoints._metadata import METADATA
+from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._rank_checks import require_all_parts, require_stored_rightly
 
 if TYPE_CHECKING:

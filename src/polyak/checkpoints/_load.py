@@ -6,21 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from polyak._checks import difference, report
 from polyak._engine.slots import tick_data
+from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
 from polyak.averager import Averager
-from polyak.checkpoints import _save as native
+from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import ticked
-from polyak.checkpoints._distributed import DistributedTensors
-from polyak.checkpoints._loading import load_pickle, naming
+from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._local_parts import local_parts
+from polyak.checkpoints._open_file import labelled
 from polyak.checkpoints._own_format import Stored
-from polyak.checkpoints._parts import Chunked, cut_all
+from polyak.checkpoints._peers.common import is_state
+from polyak.checkpoints._peers.common import state as state_of
+from polyak.checkpoints._read import content
 from polyak.checkpoints._resume_foreign import foreign_state, require_rules
+from polyak.checkpoints._sniff import Source, sniff
 from polyak.ema import EMA
 from polyak.rules import START, Rule, Tick
 
@@ -54,7 +56,7 @@ def load(
     """
     path = Path(path)
     if isinstance(averager, EMA):
-        _load_module(path, Stored.find(path), averager)
+        _load_module(sniff(path), averager)
     else:
         state = prepared(path, averager, names=names, count=count, change_rule=change_rule)
         adopt(path, averager, state)
@@ -69,13 +71,14 @@ def prepared(
     change_rule: bool = False,
 ) -> dict[str, Any]:
     """What `adopt` takes: the state in a file, with all that this rank needs of it; raises as `load`."""
-    place = DistributedTensors.at(path)
-    stored = Stored.find(path) if place is None else Stored.part(*place)
-    if stored is not None:
+    source = sniff(path)
+    if (stored := own.of_source(source)) is not None:
         return fitted(stored, averager, change_rule)
-    if place is not None and (found := find_state(*place)) is not None:
-        return _placed(path, found, averager)
-    return foreign_state(path, averager, names=names, count=count, change_rule=change_rule)
+    if isinstance(source.opened, DistributedTensors):
+        found = find_state(source.opened, source.key)
+        if found is not None:
+            return _placed(path, found, averager)
+    return foreign_state(source, averager, names=names, count=count, change_rule=change_rule)
 
 
 def fitted(stored: Stored, averager: Averager, change_rule: bool = False) -> dict[str, Any]:
@@ -88,8 +91,9 @@ def _placed(path: Path, state: dict[str, Any], averager: Averager) -> dict[str, 
     held = {item.name: item.held() for item in averager.tracked}
     for average, each in state["averages"].items():
         for slot, tensors in each["slots"].items():
-            each["slots"][slot] = cut_all(path, f"average {average!r}, slot {slot}", tensors, held)
-    state["copies"] = cut_all(path, "copies", state["copies"], held)
+            label = f"average {average!r}, slot {slot}"
+            each["slots"][slot] = local_parts(path, label, tensors, held)
+    state["copies"] = local_parts(path, "copies", state["copies"], held)
     return state
 
 
@@ -113,13 +117,14 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _load_module(path: Path, stored: Stored | None, ema: EMA) -> None:
+def _load_module(source: Source, ema: EMA) -> None:
     """The article's class goes on: all names, shapes and dtypes are compared before it changes."""
-    held = load_pickle(path) if stored is None else stored.under("ema/")
-    wanted = {name: _form(tensor) for name, tensor in ema.state_dict().items()}
-    got = {name: _form(tensor) for name, tensor in held.items()} if _is_state(held) else {}
+    path, stored = source.path, own.of_source(source)
+    held = _module_state(source) if stored is None else stored.under("ema/")
+    wanted = {name: spec_of(tensor) for name, tensor in ema.state_dict().items()}
+    got = dict(held.specs)
     for counter in {"initted", "step"} & got.keys():  # ema-pytorch's are scalars, of other dtypes
-        if held[counter].numel() == 1 and not held[counter].is_complex():
+        if got[counter].numel == 1 and not got[counter].dtype.is_complex:
             got[counter] = wanted[counter]
     if lines := difference(wanted, got):
         raise ValueError(report(f"{path}: not the state of this EMA", lines))
@@ -129,15 +134,15 @@ def _load_module(path: Path, stored: Stored | None, ema: EMA) -> None:
     if stored is not None and (every := stored.value("every")) != ema.update_every:
         mine = f"this one {ema.update_every}"
         raise ValueError(f"{path}: the EMA saved has update_every={every!r}, {mine}; make it so")
-    ema.load_state_dict(held)
+    with labelled(path, "a damaged file"):
+        ema.load_state_dict(held)
 
 
-def _is_state(held: object) -> bool:
-    return isinstance(held, Mapping) and all(isinstance(t, Tensor) for t in held.values())
-
-
-def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(tensor.shape), tensor.dtype
+def _module_state(source: Source) -> LazyTensors:
+    """A state dict that is all that a file holds; nothing if it holds something else."""
+    top = content(source).top
+    with labelled(source.path, "a damaged file"):
+        return state_of(top) if is_state(top) else as_lazy({})
 
 
 def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
     held, mine = stored.averages(), averager.rules
     theirs = {name: each.rule for name, each in held.items()}
     require_rules(stored.path, mine, theirs, change_rule)
-    state = native.state(stored)
+    state = own.state(stored)
     for name, rule in mine.items():
         if theirs[name] != rule:
             tick = tick_data(_tick_under(rule, held[name].tick))
@@ -171,8 +176,7 @@ def _tick_under(rule: Rule, was: Tick) -> Tick:
 def find_state(folder: DistributedTensors, key: str | None) -> dict[str, Any] | None:
     """The state that `averager.state_dict()` gave, in a folder or under a key of it, if there is one.
 
-    Its tensors are those of `DistributedTensors.unread`. Raises `ValueError` for a folder with
-    several.
+    Its tensors are not read yet. Raises `ValueError` for a folder with several states.
     """
     path = folder.path if key is None else folder.path / key
     roots = [root for root in _roots(folder) if key is None or root == (key,)]
@@ -182,7 +186,7 @@ def find_state(folder: DistributedTensors, key: str | None) -> dict[str, Any] | 
             f"{path} has the states of several averagers, {', '.join(keys)}: give one, as "
             f"{path / keys[-1]}"
         )
-    with naming(str(path), "a damaged state"):
+    with labelled(path, "a damaged state"):
         return _state(folder, roots[0]) if roots else None
 
 
@@ -202,9 +206,21 @@ def _state(folder: DistributedTensors, root: tuple[str, ...]) -> dict[str, Any]:
             place, (*outer, last) = state, keys[len(root) :]
             for key in outer:
                 place = place.setdefault(key, {})
-            place[last] = folder.unread(name) if name in folder.forms else folder.objects[name]
-    slots = [each.setdefault("slots", {}) for each in state["averages"].values()]
-    for tensors in (state["copies"], *(held for each in slots for held in each.values())):
-        if not all(isinstance(tensor, Tensor | Chunked) for tensor in tensors.values()):
-            raise ValueError("it has something else among its tensors")
+            place[last] = _Tensor(name) if name in folder else folder.objects[name]
+    state["copies"] = _tensors(folder, state["copies"])
+    for average in state["averages"].values():
+        slots = average.setdefault("slots", {})
+        average["slots"] = {slot: _tensors(folder, held) for slot, held in slots.items()}
     return state
+
+
+class _Tensor(NamedTuple):
+    """A tensor of a state, by its name in the folder."""
+
+    name: str
+
+
+def _tensors(folder: DistributedTensors, held: Mapping[str, Any]) -> LazyTensors:
+    if not all(isinstance(value, _Tensor) for value in held.values()):
+        raise ValueError("it has something else among its tensors")
+    return renamed(folder, {name: value.name for name, value in held.items()})

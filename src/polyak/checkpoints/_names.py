@@ -7,50 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from polyak._engine.readout import NamedTensors
 from polyak._engine.tracking import WRAPPERS
-from polyak.checkpoints._mapped import release
-from polyak.checkpoints._parts import Chunked, unread
-from polyak.checkpoints._tensorfile import Form, form
+from polyak._lazy import Renamed, renamed
 
 Names = Sequence[str] | Literal["positions"] | None
 """The names, in order, of tensors that a file has without names; "positions" calls them "0", "1", ..."""
 
 _PARALLEL = "module."
-
-
-class Renamed(NamedTensors):
-    """Some tensors of a mapping under other names: name -> key; each is read when asked for."""
-
-    def __init__(self, held: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-        self._held = held
-        self._keys = keys
-
-    @property
-    def forms(self) -> dict[str, Form]:
-        """The tensors' dtypes and shapes, without their content where the file tells them."""
-        known = getattr(self._held, "forms", None)
-        if known is None:
-            return {name: form(self._held[key]) for name, key in self._keys.items()}
-        return {name: known[key] for name, key in self._keys.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._held[self._keys[name]]
-
-    def unread(self, name: str) -> Tensor | Chunked:
-        """A tensor before its chunks are put together, where it lies in chunks."""
-        return unread(self._held, self._keys[name])
-
-    @property
-    def known(self) -> Mapping[str, object]:
-        return self._keys
-
-    def release(self, name: str) -> None:
-        """Gives back the pages that only this tensor has on them. What was written to is lost."""
-        if hasattr(self._held, "release"):
-            self._held.release(self._keys[name])
-        else:
-            release(self[name])
 
 
 def canonical_names(keys: Iterable[str]) -> dict[str, str]:
@@ -80,17 +43,17 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
 
 def canonical(held: Mapping[str, Tensor]) -> Renamed:
     """The tensors of a state dict by the plain model's names."""
-    return Renamed(held, canonical_names(held))
+    return renamed(held, canonical_names(held))
 
 
 def under(held: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """The tensors whose keys begin so, by the plain model's names for the rest of the key."""
+    """The tensors whose keys begin with the prefix, by the plain model's names for the rest."""
     rests = (key.removeprefix(prefix) for key in held if key.startswith(prefix))
-    return Renamed(held, {name: prefix + rest for name, rest in canonical_names(rests).items()})
+    return renamed(held, {name: prefix + rest for name, rest in canonical_names(rests).items()})
 
 
-def named(tensors: Sequence[Tensor], names: Names) -> Renamed:
-    """Tensors in their order, by the names given. Raises `ValueError` where those do not fit."""
+def named(tensors: Mapping[str, Tensor], names: Names) -> Renamed:
+    """Tensors in their order, by the names given. Raises `ValueError` if the names do not fit."""
     if names is None:
         raise ValueError(
             f"it has {len(tensors)} tensors in the order of a model's parameters, without names: give "
@@ -99,12 +62,13 @@ def named(tensors: Sequence[Tensor], names: Names) -> Renamed:
     order = [str(i) for i in range(len(tensors))] if names == "positions" else _listed(names)
     if len(order) != len(tensors):
         raise ValueError(
-            f"{len(order)} names were given for {len(tensors)} tensors: give those of the parameters "
-            "that were averaged, in the model's order"
+            f"{len(order)} names were given for {len(tensors)} tensors: give the names of the "
+            "parameters that were averaged, in the model's order"
         )
     if len(set(order)) < len(order):
         raise ValueError("a name is given twice in names")
-    return canonical(dict(zip(order, tensors, strict=True)))
+    keys = dict(zip(order, tensors, strict=True))
+    return renamed(tensors, {name: keys[key] for name, key in canonical_names(order).items()})
 
 
 def _listed(names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Stored: what `polyak.save` wrote, read: its description checked, averages by their rules.
+"""Files and folders that `polyak.save` wrote, read: the description checked, averages by their rules.
 
 The layout is in `polyak.checkpoints._save`, which writes it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +15,19 @@ import torch
 from torch import Tensor
 
 from polyak import _tensors as tensors
-from polyak._engine.readout import NamedTensors
-from polyak._engine.states import as_tick
+from polyak._engine.slots import tick_data
+from polyak._engine.states import STATE_FORMAT, as_tick
 from polyak._engine.tracking import is_statistic
-from polyak.checkpoints._checkpoint import MOST_UPDATES
-from polyak.checkpoints._distributed import DistributedTensors
-from polyak.checkpoints._names import Renamed
-from polyak.checkpoints._parts import Chunked, unread
-from polyak.checkpoints._tensorfile import Form, TensorFile, is_safetensors
-from polyak.rules import LIVE, START, Rule, Tail, Tick, Window
+from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where, renamed
+from polyak.checkpoints._checkpoint import MOST_UPDATES, Checkpoint, Clock
+from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._sniff import Source, sniff
+from polyak.checkpoints._tensorfile import KEY, TensorFile
+from polyak.rules import AVERAGE, LIVE, START, Rule, Tail, Tick, Window
 from polyak.specs import parse
 
-KEY = "polyak"
 _PARTS = {"averages", "copies", "live", "times"}
-FORMAT = 1
+FORMAT = 2
 SAVE = "save"  # the mark of one save, which every rank's file of a folder has
 PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as pairs of float64
 
@@ -40,126 +40,66 @@ class StoredAverage(NamedTuple):
     slots: list[str]
 
 
-class Stored(NamedTensors):
+class Stored(LazyTensors):
     """What `polyak.save` wrote, its description checked: tensors by key, values by name.
 
     Raises `ValueError` naming the file for a damaged one, or one of another format.
     """
 
-    def __init__(self, path: Path, tensors: TensorFile | Renamed, text: str) -> None:
+    def __init__(self, path: Path, tensors: LazyTensors, text: str) -> None:
         self.path = path
         self._tensors = tensors
         try:
             described = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise self.error(f"the header does not read ({error})") from None
+            raise self.error(f"the header cannot be read ({error})") from None
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             got = described.get("format") if isinstance(described, dict) else described
-            raise self.error(f"format is {got!r}, wanted {FORMAT}")
+            raise self.error(f"format is {got!r:.100}, wanted {FORMAT}")
         self._described = described
         self._pairs = frozenset(map(str, self.mapping(PAIRS, list)))
-        self.forms = {key: self._form(key, each) for key, each in tensors.forms.items()}
+        self._specs = {key: self._spec_at(key, spec) for key, spec in tensors.specs.items()}
 
     @classmethod
-    def open(cls, path: Path, *, whole: bool = True) -> Stored:
-        """What was saved at a path: `find`, where it must be there."""
-        found = cls.find(path, whole=whole)
-        if found is None:
+    def open(cls, path: Path) -> Stored:
+        """What `polyak.save` wrote at a path; raises `ValueError` for anything else."""
+        stored = of_source(sniff(path))
+        if stored is None:
             raise ValueError(f"{path} was not written by polyak.save")
-        return found
-
-    @classmethod
-    def find(cls, path: Path, *, whole: bool = True) -> Stored | None:
-        """What was saved at a path: a file, a folder, or one averager of a folder by its key.
-
-        Of a file the digest is compared, for which all is read, unless `whole` is False; of a
-        folder each part has a checksum, which is compared when the part is read. None for what was
-        not written by us.
-
-        Raises `ValueError` for a folder with several averagers.
-        """
-        if (place := DistributedTensors.at(path)) is not None:
-            return cls.part(*place)
-        if not path.is_file() or not is_safetensors(path):
-            return None
-        file = TensorFile(path)
-        if KEY not in file.metadata:
-            return None
-        stored = cls(path, file, file.metadata[KEY])
-        if whole:
-            file.require_digest()
         return stored
 
-    @classmethod
-    def part(cls, folder: DistributedTensors, key: str | None) -> Stored | None:
-        """The averager of a folder under a key, or its only one; None where there is none."""
-        return cls.only(folder) if key is None else cls.within(folder).get(key)
-
-    @classmethod
-    def within(cls, folder: DistributedTensors) -> dict[str, Stored]:
-        """The averagers of a folder by their keys; one that was saved alone has the empty key."""
-        found = {}
-        for part, held in folder.parts().items():
-            begins = {name.split("/")[0] for name in held}
-            if KEY in held and held.forms[KEY].dtype == torch.uint8 and begins <= {KEY, *_PARTS}:
-                keys, text = _others(held), _text(held, KEY)
-                stored = cls(_place(folder.path, part), Renamed(held, keys), text)
-                stored.require_one_save(held)
-                found[part] = stored
-        return found
-
-    @classmethod
-    def only(cls, folder: DistributedTensors) -> Stored | None:
-        """The averager of a folder, if it has any; raises `ValueError` for several."""
-        found = cls.within(folder)
-        if len(found) > 1:
-            one, has = folder.path / next(iter(found)), ", ".join(found)
-            raise ValueError(f"{folder.path} has the averagers {has}: give one, as {one}")
-        return next(iter(found.values()), None)
-
-    def require_one_save(self, held: Renamed) -> None:
-        """Raises `ValueError` for a folder with a rank's file of another save."""
-        for name in held:
-            if name.startswith(f"{KEY}/") and _text(held, name) != self.value(SAVE):
-                raise self.error(
-                    f"rank {name.partition('/')[2]}'s file is of another save than the others: the "
-                    "folder was put together of two, so load another one"
-                )
-
     @property
-    def known(self) -> Mapping[str, object]:
-        return self.forms
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._specs
 
-    def __getitem__(self, key: str) -> Tensor:
-        dtype = self.form(key).dtype
-        tensor = self._tensors[key]
+    def read(self, key: str, where: Where = ()) -> Tensor:
+        dtype = self.spec(key).dtype
         if key not in self._pairs:
-            return tensor
+            return self._tensors.read(key, where)
         if dtype != torch.complex128:
-            raise self.error(f"{key} is no tensor of pairs of float64")
+            raise self.error(f"{key} is not a tensor of pairs of float64")
+        tensor = self._tensors.read(key, where)
         if tensor.data_ptr() % 16:  # torch's kernels for complex128 fault on it
             tensor = tensor.clone()
-        return torch.view_as_complex(tensor)
+        return torch.view_as_complex(tensor.contiguous())
 
-    def form(self, key: str) -> Form:
-        """The form of a tensor that must be there."""
-        if key not in self.forms:
+    def elements(self, key: str) -> Elements:
+        self.spec(key)
+        return super().elements(key) if key in self._pairs else self._tensors.elements(key)
+
+    def spec(self, key: str) -> TensorSpec:
+        """The spec of a tensor that must be there."""
+        if key not in self._specs:
             raise self.error(f"the tensor {key!r} is missing")
-        return self.forms[key]
-
-    def unread(self, key: str) -> Tensor | Chunked:
-        """A tensor before its chunks are put together, where it lies in chunks."""
-        self.form(key)
-        return self[key] if key in self._pairs else unread(self._tensors, key)
+        return self._specs[key]
 
     def release(self, key: str) -> None:
-        """Gives the pages of a tensor back."""
         self._tensors.release(key)
 
     def under(self, prefix: str) -> Renamed:
         """The tensors whose keys begin so, by the rest of the key."""
         keys = [key for key in self if key.startswith(prefix)]
-        return Renamed(self, {key.removeprefix(prefix): key for key in keys})
+        return renamed(self, {key.removeprefix(prefix): key for key in keys})
 
     def error(self, problem: str) -> ValueError:
         return ValueError(f"{self.path}: {problem}")
@@ -201,11 +141,11 @@ class Stored(NamedTensors):
         self.model()
         return {name: self._average(name, each) for name, each in self.mapping("averages").items()}
 
-    def _form(self, key: str, stored: Form) -> Form:
-        """The form of a tensor; that of a complex one, where it is stored as pairs."""
+    def _spec_at(self, key: str, stored: TensorSpec) -> TensorSpec:
+        """The spec of a tensor; that of a complex one, where it is stored as pairs."""
         pair = stored.dtype == torch.float64 and stored.shape[-1:] == (2,)
         if key in self._pairs and pair:
-            return Form(torch.complex128, stored.shape[:-1])
+            return TensorSpec(stored.shape[:-1], torch.complex128)
         return stored
 
     def _average(self, name: str, held: Any) -> StoredAverage:
@@ -221,19 +161,55 @@ class Stored(NamedTensors):
         return StoredAverage(rule, tick, held["slots"])
 
 
-def _place(folder: Path, part: str) -> Path:
-    """What `find` takes for a part; a part's name may be anything."""
-    return Path(f"{folder}/{part}") if part else folder
+def of_source(source: Source) -> Stored | None:
+    """What `polyak.save` wrote at a path, if it did: a file, a folder, or one averager of a folder.
+
+    Raises `ValueError` for a folder with several averagers.
+    """
+    if isinstance(source.opened, DistributedTensors):
+        found = within(source.opened)
+        return _only(source.opened.path, found) if source.key is None else found.get(source.key)
+    if source.kind != "polyak" or not isinstance(source.opened, TensorFile):
+        return None
+    file = source.opened
+    file.use_checksums()
+    return Stored(source.path, file, file.metadata[KEY])
 
 
-def _others(held: Renamed) -> dict[str, str]:
-    """All names but those of the description and of the marks of its save."""
-    return {name: name for name in held if name.split("/")[0] != KEY}
+def within(folder: DistributedTensors) -> dict[str, Stored]:
+    """The averagers of a folder by their keys; one that was saved alone has the empty key."""
+    found = {}
+    for part, held in folder.parts().items():
+        begins = {name.split("/")[0] for name in held}
+        if KEY in held and held.specs[KEY].dtype == torch.uint8 and begins <= {KEY, *_PARTS}:
+            path = Path(f"{folder.path}/{part}") if part else folder.path  # a key may be anything
+            others = {name: name for name in held if name.split("/")[0] != KEY}
+            stored = Stored(path, renamed(held, others), _text(held, KEY))
+            _require_one_save(stored, held)
+            found[part] = stored
+    return found
+
+
+def _only(folder: Path, found: Mapping[str, Stored]) -> Stored | None:
+    if len(found) > 1:
+        one, has = folder / next(iter(found)), ", ".join(found)
+        raise ValueError(f"{folder} has the averagers {has}: give one, as {one}")
+    return next(iter(found.values()), None)
+
+
+def _require_one_save(stored: Stored, held: Renamed) -> None:
+    """Raises `ValueError` for a folder with a rank's file of another save."""
+    for name in held:
+        if name.startswith(f"{KEY}/") and _text(held, name) != stored.value(SAVE):
+            raise stored.error(
+                f"the file of rank {name.partition('/')[2]} belongs to another save than the others: "
+                "the folder was put together from two saves, so load another one"
+            )
 
 
 def _text(held: Renamed, name: str) -> str:
     """The text that lies in a tensor of bytes; none in any other."""
-    if held.forms[name].dtype != torch.uint8:
+    if held.specs[name].dtype != torch.uint8:
         return ""
     return held[name].numpy().tobytes().decode(errors="replace")
 
@@ -249,7 +225,7 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-class ReadOut(NamedTensors):
+class ReadOut(LazyTensors):
     """An average of a file of ours, read out tensor by tensor: `sum of coefficient * slot`.
 
     Running statistics have the rule's convex coefficients, as in the averager.
@@ -269,32 +245,25 @@ class ReadOut(NamedTensors):
         self._names = {n: first for first, each in model.items() for n in (first, *each["aliases"])}
         self._copied = {first for first, each in model.items() if each["policy"] == "copy"}
 
-    @property
-    def known(self) -> Mapping[str, str]:
-        """name -> the first name of the same tensor."""
-        return self._names
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: self._spec_at(name) for name in self._names}
 
-    @property
-    def forms(self) -> dict[str, Form]:
-        """The tensors' dtypes and shapes, without their content."""
-        return {name: self._form(name) for name in self}
-
-    def __getitem__(self, name: str) -> Tensor:
-        held = self.unread(name)
-        return held.whole() if isinstance(held, Chunked) else held
-
-    def unread(self, name: str) -> Tensor | Chunked:
-        """A tensor before its chunks are put together, where it is a slot as it lies."""
+    def read(self, name: str, where: Where = ()) -> Tensor:
         terms = self._terms(name)
-        dtype, shape = self._form(name)
         if [c for _, c in terms] == [1.0]:
-            return self._stored.unread(terms[0][0])
-        out = torch.empty(shape, dtype=dtype)
-        tensors.combine_([out], [([self._stored[key]], c) for key, c in terms])
+            return self._stored.read(terms[0][0], where)
+        held = [(self._stored.read(key, where), c) for key, c in terms]
+        out = torch.empty(held[0][0].shape, dtype=self.specs[name].dtype)
+        tensors.combine_([out], [([tensor], c) for tensor, c in held])
         return out
 
+    def elements(self, name: str) -> Elements:
+        terms = self._terms(name)
+        alone = [c for _, c in terms] == [1.0]
+        return self._stored.elements(terms[0][0]) if alone else super().elements(name)
+
     def release(self, name: str) -> None:
-        """Gives the pages of a tensor's slots back."""
         for key, _ in self._terms(name):
             self._stored.release(key)
 
@@ -306,10 +275,49 @@ class ReadOut(NamedTensors):
         keys = self._convex if is_statistic(first) else self._keys
         return [(prefix + first, coefficient) for prefix, coefficient in keys]
 
-    def _form(self, name: str) -> Form:
+    def _spec_at(self, name: str) -> TensorSpec:
         """The shape of the slots, and the widest of their dtypes."""
-        held = [self._stored.form(key) for key, _ in self._terms(name)]
-        widest = max(held, key=lambda form: form.dtype.itemsize)
-        if any(form.shape != widest.shape for form in held):
+        held = [self._stored.spec(key) for key, _ in self._terms(name)]
+        widest = max(held, key=lambda spec: spec.dtype.itemsize)
+        if any(spec.shape != widest.shape for spec in held):
             raise self._stored.error(f"{name}: the slots have different shapes")
         return widest
+
+
+def state(stored: Stored) -> dict[str, Any]:
+    """The state that an averager's `load_state_dict` takes, its tensors not read yet."""
+    averages: dict[str, dict[str, Any]] = {}
+    for name, held in stored.averages().items():
+        slots = {slot: stored.under(f"averages/{name}/{slot}/") for slot in held.slots}
+        averages[name] = {"rule": str(held.rule), "tick": tick_data(held.tick), "slots": slots}
+    numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped")}
+    numbers |= {name: stored.value(name) for name in ("run", "mixed") if stored.has(name)}
+    copies = stored.under("copies/")
+    return {"format": STATE_FORMAT, **numbers, "copies": copies, "averages": averages}
+
+
+def checkpoint(stored: Stored) -> Checkpoint:
+    """What a file of ours holds, as any checkpoint: averages read out by their rules."""
+    if stored.value("kind") == "ema":
+        return _ema_checkpoint(stored)
+    held, model = stored.averages(), stored.model()
+    return Checkpoint(
+        path=stored.path,
+        format="polyak",
+        live=stored.under("live/") or None,
+        averages={name: ReadOut(stored, name, each) for name, each in held.items() if each.tick.n},
+        rules={name: each.rule for name, each in held.items()},
+        clock=Clock(max((each.tick.n for each in held.values()), default=0)),
+        dtypes={name: getattr(torch, each["dtype"]) for name, each in model.items()},
+        ticks={name: each.tick for name, each in held.items()},
+    )
+
+
+def _ema_checkpoint(stored: Stored) -> Checkpoint:
+    step = stored.read("ema/step")
+    if step.numel() != 1 or int(step) < 0:
+        raise stored.error(f"step is {step}, wanted one integer >= 0")
+    rules, every = {AVERAGE: stored.rule(stored.value("rule"))}, stored.value("every")
+    clock = Clock(int(step), "calls", every=every if type(every) is int and every > 0 else None)
+    average, live = stored.under("ema/ema_model."), stored.under("ema/online_model.")
+    return Checkpoint(stored.path, "polyak", live or None, {AVERAGE: average}, rules, clock)

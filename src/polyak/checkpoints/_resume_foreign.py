@@ -14,19 +14,20 @@ from polyak._checks import difference, report, require_count
 from polyak._engine.slots import COMPENSATION, tick_data
 from polyak._engine.states import STATE_FORMAT
 from polyak._engine.tracking import Tracked
-from polyak._lazy import TensorSpec
+from polyak._lazy import Held, LazyTensors, Renamed, TensorSpec
 from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
+from polyak.checkpoints._local_parts import local_parts
 from polyak.checkpoints._names import named
-from polyak.checkpoints._parts import Chunked, cut_all, unread
-from polyak.checkpoints._reading import read
+from polyak.checkpoints._read import read_source
+from polyak.checkpoints._sniff import Source
 from polyak.rules import AVERAGE, Power, Rule
 from polyak.specs import as_specs
 
 
 def foreign_state(
-    path: Path,
+    source: Source,
     averager: Averager,
     *,
     names: Sequence[str] | None,
@@ -34,7 +35,7 @@ def foreign_state(
     change_rule: bool,
 ) -> dict[str, Any]:
     """What another library wrote as a state of this averager; raises as `load`."""
-    found = _read(path, averager, names)
+    found = _read(source, averager, names)
     rules = averager.rules
     told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
     require_rules(found.path, rules, told, change_rule)
@@ -73,9 +74,9 @@ def require_rules(
         raise ValueError(report(title, lines))
 
 
-def _read(path: Path, averager: Averager, names: Sequence[str] | None) -> Checkpoint:
+def _read(source: Source, averager: Averager, names: Sequence[str] | None) -> Checkpoint:
     """What another library wrote; tensors without names are those of the model's parameters."""
-    found = read(path, names or "positions")
+    found = read_source(source, names or "positions")
     parameters = [item for item in averager.tracked if item.kind != "buffer"]
     trainable = [item.name for item in parameters if item.local().requires_grad]
     averages = {}
@@ -83,12 +84,12 @@ def _read(path: Path, averager: Averager, names: Sequence[str] | None) -> Checkp
         if names is None and list(weights) == [str(i) for i in range(len(weights))]:
             every = [item.name for item in parameters]
             order = trainable if len(weights) == len(trainable) else every
-            weights = _named(path, list(weights.values()), order)
+            weights = _named(source.path, weights, order)
         averages[name] = weights
     return replace(found, averages=averages)
 
 
-def _named(path: Path, tensors: list[Tensor], order: list[str]) -> Weights:
+def _named(path: Path, tensors: Weights, order: list[str]) -> Weights:
     try:
         return named(tensors, order)
     except ValueError as error:
@@ -126,27 +127,29 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
 
     Of what is sharded it is this rank's part.
     """
-    held, live = found.averages[name], found.live or {}
+    held, live = found.averages[name], found.live
     known = {item.name for item in tracked} | {n for item in tracked for n in item.aliases}
     extra = [each for each in held if each not in known]
-    complete: dict[str, Tensor | Chunked] = {}
+    mine = Held({item.name: item.held() for item in tracked})
+    complete: dict[str, tuple[LazyTensors, str]] = {}
     missing = []
     tracked = [item for item in tracked if item.policy != "skip"]
     for item in tracked:
         given = [n for n in (item.name, *item.aliases) if n in held]
         if given:
-            complete[item.name] = unread(held, given[0])
-        elif item.name in live and not _learns(item):
-            complete[item.name] = unread(live, item.name)
+            complete[item.name] = (held, given[0])
+        elif live is not None and item.name in live and not _learns(item):
+            complete[item.name] = (live, item.name)
         elif not _learns(item):
-            complete[item.name] = item.held()
+            complete[item.name] = (mine, item.name)
         else:
             missing.append(item.name)
     if missing or extra:
         wanted = dict.fromkeys(item.name for item in tracked)
         got = dict.fromkeys([*complete, *extra])
         raise ValueError(report(f"{found.path}: other tensors", difference(wanted, got)))
-    return cut_all(found.path, name, complete, {item.name: item.held() for item in tracked})
+    shards = {item.name: item.held() for item in tracked}
+    return local_parts(found.path, name, Renamed(complete), shards)
 
 
 def _learns(item: Tracked) -> bool:

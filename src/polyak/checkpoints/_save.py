@@ -20,20 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyak._engine.slots import named, tick_data
-from polyak._engine.states import STATE_FORMAT, as_tick
+from polyak._engine.slots import named
+from polyak._engine.states import as_tick
 from polyak._engine.tracking import Tracked
+from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, rank_of, together
 from polyak._ranks.sharding import require_whole
 from polyak._tensors import dtype_name
 from polyak.averager import Averager
 from polyak.checkpoints import _tensorfile as tensorfile
-from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._folders import save_folder
-from polyak.checkpoints._own_format import FORMAT, KEY, PAIRS, SAVE, ReadOut, Stored
-from polyak.checkpoints._parts import Chunked
+from polyak.checkpoints._own_format import FORMAT, PAIRS, SAVE
 from polyak.checkpoints._rank_checks import require_one_model
-from polyak.checkpoints._tensorfile import Form, narrowed
+from polyak.checkpoints._tensorfile import KEY, narrowed
 from polyak.ema import EMA
 from polyak.rules import LIVE
 from polyak.specs import parse
@@ -65,7 +64,8 @@ def save(
     >>> averager = Averager({"w": torch.zeros(2)}, "exponential(0.9)")
     >>> averager.update()
     >>> save(place, averager)
-    >>> tensorfile.TensorFile(place)["averages/average/average/w"]
+    >>> from safetensors.torch import load_file
+    >>> load_file(place)["averages/average/average/w"]
     tensor([0., 0.])
 
     Raises `RuntimeError` inside `applied()`, `TypeError` for another object or a dtype that
@@ -149,10 +149,10 @@ def write(
     )
     tensorfile.write(
         path,
-        {key: Form(dtypes[key], tuple(tensor.shape)) for key, tensor in plain.items()},
+        {key: TensorSpec(tuple(tensor.shape), dtypes[key]) for key, tensor in plain.items()},
         lambda key: [narrowed(key, plain[key], dtypes[key])],
         {KEY: json.dumps({"format": FORMAT, PAIRS: pairs, **described})},
-        digest=True,
+        checksums=True,
         overwrite=overwrite,
     )
 
@@ -233,52 +233,3 @@ def _described(item: Tracked) -> dict[str, Any]:
         "policy": item.policy,
         "aliases": list(item.aliases),
     }
-
-
-def state(stored: Stored) -> dict[str, Any]:
-    """The state that an averager's `load_state_dict` takes, once its tensors are put together."""
-    averages: dict[str, dict[str, Any]] = {}
-    for name, held in stored.averages().items():
-        slots = {slot: _unread(stored, f"averages/{name}/{slot}/") for slot in held.slots}
-        averages[name] = {"rule": str(held.rule), "tick": tick_data(held.tick), "slots": slots}
-    numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped")}
-    numbers |= {name: stored.value(name) for name in ("run", "mixed") if stored.has(name)}
-    copies = _unread(stored, "copies/")
-    return {"format": STATE_FORMAT, **numbers, "copies": copies, "averages": averages}
-
-
-def _unread(stored: Stored, prefix: str) -> dict[str, Tensor | Chunked]:
-    """The tensors whose keys begin so, those in chunks not put together."""
-    held = stored.under(prefix)
-    return {name: held.unread(name) for name in held}
-
-
-def checkpoint(stored: Stored) -> Checkpoint:
-    """What a file of ours holds, as any checkpoint: averages read out by their rules."""
-    if stored.value("kind") == "ema":
-        return _ema_checkpoint(stored)
-    held, model = stored.averages(), stored.model()
-    return Checkpoint(
-        path=stored.path,
-        format="polyak",
-        live=stored.under("live/") or None,
-        averages={name: ReadOut(stored, name, each) for name, each in held.items() if each.tick.n},
-        rules={name: each.rule for name, each in held.items()},
-        clock=Clock(max((each.tick.n for each in held.values()), default=0)),
-        dtypes={name: getattr(torch, each["dtype"]) for name, each in model.items()},
-    )
-
-
-def _ema_checkpoint(stored: Stored) -> Checkpoint:
-    held = stored.under("ema/")
-    parts = {
-        part: {k.removeprefix(part): t for k, t in held.items() if k.startswith(part)}
-        for part in ("ema_model.", "online_model.")
-    }
-    step = stored["ema/step"]
-    if step.numel() != 1 or int(step) < 0:
-        raise stored.error(f"step is {step}, wanted one integer >= 0")
-    average = {"average": parts["ema_model."]}
-    rules = {"average": stored.rule(stored.value("rule"))}
-    clock = Clock(int(step), "calls")
-    return Checkpoint(stored.path, "polyak", parts["online_model."] or None, average, rules, clock)

@@ -16,10 +16,10 @@ from polyak._checks import difference, report, require
 from polyak._ranks.agreement import together
 from polyak.averager import Averager
 from polyak.checkpoints import _save as native
-from polyak.checkpoints._distributed import DistributedTensors
+from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._folders import load_folder, save_folder
 from polyak.checkpoints._load import adopt, fitted, require_fit
-from polyak.checkpoints._own_format import Stored
+from polyak.checkpoints._own_format import Stored, within
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,7 +96,7 @@ def load_distributed(
         for key, held in others.items():
             _require_names(call, key, held)
         _require_fit(folder, others)
-        saved = Stored.within(folder)
+        saved = within(folder)
         _require_averagers(path, saved, averagers)
         states = {key: fitted(saved[key], each) for key, each in averagers.items()}
         for key, averager in averagers.items():
@@ -183,7 +183,7 @@ def _require_fit(folder: DistributedTensors, held: Mapping[str, Any]) -> None:
     planner.set_up_planner(dict(held))
     wanted = {name: _described(each) for name, each in planner.state_dict.items()}
     got = dict.fromkeys(folder.objects, _described(None))
-    got |= {name: f"{form.dtype} {form.shape}" for name, form in folder.forms.items()}
+    got |= {name: f"{spec.dtype} {spec.shape}" for name, spec in folder.specs.items()}
     keys = set(map(str, held))
     asked = {name: each for name, each in got.items() if str(folder.paths[name][0]) in keys}
     if lines := difference(wanted, asked):

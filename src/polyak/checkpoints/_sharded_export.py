@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, first, gathered, is_first, together
 from polyak._ranks.shard_geometry import (
     Box,
@@ -33,7 +34,7 @@ from polyak._ranks.shard_geometry import (
 )
 from polyak._ranks.sharding import is_distributed, local
 from polyak.checkpoints._shared_files import Begun, SharedFile, begin
-from polyak.checkpoints._tensorfile import Form, Layout, as_bytes, content, layout, narrowed
+from polyak.checkpoints._tensorfile import Layout, as_bytes, content, layout, narrowed
 from polyak.checkpoints._writing import METADATA, arranged, totalled
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ _NOTHING = Box((0,), (0,))
 class Spread(NamedTuple):
     """A tensor's form in the file, and the tensor in the model: a DTensor, or whole on every rank."""
 
-    form: Form
+    form: TensorSpec
     held: Tensor
 
 
@@ -76,15 +77,15 @@ def write(
     """Write tensors that are spread over ranks, as `write` of `_writing` does those of one process.
 
     Collective: all ranks of the group call it with the same arguments. Only the first calls `progress`.
-    `told` is a text that must be equal on all ranks, as the tensors' forms and layouts must be.
+    `told` is a text that must be equal on all ranks, as the tensors' specs and layouts must be.
 
     Raises on all ranks: what that `write` raises, and `ValueError` if ranks disagree; then everything is
     as it was before.
     """
     out = Path(out)
     with together(_CALL, group):
-        forms = {name: each.form for name, each in spreads.items()}
-        within = arranged(out, forms, shard_bytes)
+        specs = {name: each.form for name, each in spreads.items()}
+        within = arranged(out, specs, shard_bytes)
         layouts = [layout(held, METADATA) for held in within.values()]
         shares = {name: _share(name, each, group) for name, each in spreads.items()}
     agree(
@@ -94,7 +95,7 @@ def write(
         group,
         "export the same average from all ranks that share it (`group=`)",
     )
-    total = sum(form.nbytes for form in forms.values())
+    total = sum(form.nbytes for form in specs.values())
     add = totalled(progress if is_first(group) else None, total)
     with ExitStack() as stack:
         begun = chosen(
@@ -218,7 +219,7 @@ class _Sent:
     messages; only then does it raise.
     """
 
-    form: Form
+    form: TensorSpec
     held: DTensor
     share: Box
     piece: Callable[[Box], Tensor]

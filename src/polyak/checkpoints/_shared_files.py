@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyak import _files as files
-from polyak.checkpoints._tensorfile import Form, Layout
+from polyak._lazy import TensorSpec
+from polyak.checkpoints._tensorfile import Layout
 from polyak.checkpoints._writing import INDEX, index
 
 
@@ -23,7 +24,7 @@ class Begun(NamedTuple):
 def begin(
     stack: ExitStack,
     out: Path,
-    within: Mapping[str, Mapping[str, Form]],
+    within: Mapping[str, Mapping[str, TensorSpec]],
     layouts: list[Layout],
     shard_bytes: int | None,
     overwrite: bool,

@@ -2,30 +2,32 @@
 
 The layout is that of the safetensors library, which checks every header that is read here: eight
 bytes of length, a header in JSON, the tensors' bytes without gaps. A file that polyak writes for itself
-has a digest in its header: SHA-256 of the whole file, with zeros where the digest stands.
+has checksums in its header: CRC-32 of each tensor in the file's order, and SHA-256 of the header
+itself, with zeros where that digest stands.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak import _files as files
-from polyak._engine.readout import NamedTensors
+from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
 from polyak._tensors import refuse_wrapper
-from polyak.checkpoints._mapped import Mapped, head, release
+from polyak.checkpoints._open_file import FileSpan, OpenFile
 
-DIGEST = "digest"
-_NO_DIGEST = "0" * 64
-_READ_BYTES = 1 << 22
+KEY = "polyak"  # the entry of a header that only files of ours have
+_DIGEST, _NO_DIGEST = "digest", "0" * 64
+_CHECKSUMS = "checksums"
 
 _CODES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -37,28 +39,6 @@ _CODES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
-
-
-class Form(NamedTuple):
-    """What of a tensor is known before its content: its dtype and its shape."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * prod(self.shape)
-
-
-def form(tensor: Tensor) -> Form:
-    """The form of a tensor."""
-    return Form(tensor.dtype, tuple(tensor.shape))
-
-
-def forms(weights: Mapping[str, Tensor]) -> Mapping[str, Form]:
-    """The form of each tensor; content is read only where nothing else tells it."""
-    known: Mapping[str, Form] | None = getattr(weights, "forms", None)
-    return {name: form(weights[name]) for name in weights} if known is None else known
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +57,7 @@ def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 Pieces = Callable[[str], Iterable[Tensor]]
 
 
-class TensorFile(NamedTensors):
+class TensorFile(LazyTensors):
     """A safetensors file as a mapping name -> tensor: views of the mapped file, in file order.
 
     What is written to a view stays in memory: the file does not change. `release` gives the pages
@@ -86,82 +66,90 @@ class TensorFile(NamedTensors):
     Raises `ValueError` naming the file where it is no safetensors file, or a damaged one.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._mapped = Mapped(self.path)
+    def __init__(self, file: OpenFile) -> None:
+        self.path = file.path
+        self._file = file
         try:
-            # As "np" it only reads the header; as "pt" it would reserve memory for the whole file.
-            with safe_open(self.path, framework="np") as opened:
+            # By its handle: under its path there may be another file by now. As "np" only the
+            # header is read; as "pt" memory for the whole file would be reserved.
+            with safe_open(f"/dev/fd/{self._file.handle}", framework="np") as opened:
                 self.metadata: dict[str, str] = opened.metadata() or {}
-                self.forms = {name: _form_of(opened, name) for name in opened.offset_keys()}
+                self._specs = {name: _spec_of(opened, name) for name in opened.offset_keys()}
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{self.path}: no readable safetensors file ({error})") from None
-        self._starts: dict[str, int] = {}
-        place = self._content = 8 + int.from_bytes(self._mapped.memory[:8], "little")
-        for name, each in self.forms.items():
-            self._starts[name] = place
-            place += each.nbytes
-
-    def __getitem__(self, name: str) -> Tensor:
-        dtype, shape = self.forms[name]
-        return self._mapped.tensor(dtype, shape, self._starts[name])
+        self._spans: dict[str, FileSpan] = {}
+        place = self._content = 8 + int.from_bytes(self._file.read(0, 8), "little")
+        for name, spec in self._specs.items():
+            self._spans[name] = FileSpan(self._file, f"tensor {name!r}", place, spec.nbytes)
+            place += spec.nbytes
 
     @property
-    def known(self) -> Mapping[str, object]:
-        return self.forms
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        return self._spans[name].tensor(self._specs[name])[where]
 
     def release(self, name: str) -> None:
-        """Gives back the pages that only this tensor has on them. What was written to is lost."""
-        release(self[name])
+        self._spans[name].release()
 
-    def require_digest(self) -> None:
-        """Reads the whole file; raises `ValueError` unless it is what its digest says."""
-        wanted = self.metadata.get(DIGEST, "")
-        with self.path.open("rb") as file:
-            header = file.read(self._content)
-            digest = hashlib.sha256(header.replace(_key(wanted), _key(_NO_DIGEST)))
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
-        if digest.hexdigest() != wanted:
+    def elements(self, name: str) -> Elements:
+        return self._spans[name].elements(self._specs[name])
+
+    def verify(self) -> None:
+        """Compare every tensor with its checksum, if the file is one of ours."""
+        for span in self._spans.values():
+            span.require_whole()
+
+    def use_checksums(self) -> None:
+        """Compare the header with its digest, and each tensor, when first read, with its checksum.
+
+        Raises `ValueError` for a header that is not what was written.
+        """
+        wanted, sums = self.metadata.get(_DIGEST, ""), self.metadata.get(_CHECKSUMS, "")
+        header = self._file.read(0, self._content)
+        digest = sha256(header.replace(_key(wanted), _key(_NO_DIGEST))).hexdigest()
+        filled = [span for span in self._spans.values() if span.nbytes]
+        if digest != wanted or not re.fullmatch(f"([0-9a-f]{{8}}){{{len(filled)}}}", sums):
             raise ValueError(
-                f"{self.path}: the content is not what was written (its digest is "
-                f"{digest.hexdigest()[:12]}..., the header says {wanted[:12]!r}...): the file is "
-                "damaged, so use another"
+                f"{self.path}: the header is not what was written (its digest is {digest[:12]}..., "
+                f"the header says {wanted[:12]!r}...): the file is damaged, so use another"
             )
+        for place, span in enumerate(filled):
+            span.checksum = int(sums[8 * place : 8 * place + 8], 16)
 
 
-def is_safetensors(path: Path) -> bool:
+def is_safetensors(file: OpenFile) -> bool:
     """Whether a file begins as a safetensors file does."""
-    first = head(path, 9)
+    first = file.read(0, 9)
     return len(first) == 9 and first[8:] == b"{" and int.from_bytes(first[:8], "little") < 10**8
 
 
 def write(
     path: Path | str,
-    forms: Mapping[str, Form],
+    specs: Mapping[str, TensorSpec],
     pieces: Pieces,
     metadata: Mapping[str, str],
     *,
-    digest: bool = False,
+    checksums: bool = False,
     overwrite: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Writes a safetensors file, complete or not at all (`polyak._files`).
 
     `pieces(name)` gives a tensor's content in pieces, in order; no more than one is held. `progress`
-    is told the bytes of each. With `digest` the header gets one. Raises `TypeError` for a dtype that
-    safetensors does not have, `ValueError` for pieces that do not fill their tensor.
+    is told the bytes of each. With `checksums` the header gets checksums. Raises `TypeError` for a
+    dtype that safetensors does not have, `ValueError` for pieces that do not fill their tensor.
     """
-    ordered = _ordered(forms)
-    header = _header(ordered, {**metadata, DIGEST: _NO_DIGEST} if digest else metadata)
+    ordered = _ordered(specs)
+    sums = dict.fromkeys(ordered, 0)
     with files.writing(path, overwrite=overwrite) as file:
-        running = hashlib.sha256(header) if digest else None
-        file.write(header)
-        for name, each in ordered.items():
-            _write_tensor(file, name, each, pieces(name), running, progress)
-        if running is not None:
-            file.seek(header.index(_key(_NO_DIGEST)))
-            file.write(_key(running.hexdigest()))
+        file.write(_header(ordered, metadata, sums if checksums else None))
+        for name, spec in ordered.items():
+            sums[name] = _write_tensor(file, name, spec, pieces(name), progress)
+        if checksums:  # of the same length as what stands there
+            file.seek(0)
+            file.write(_header(ordered, metadata, sums))
 
 
 class Layout(NamedTuple):
@@ -172,12 +160,12 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-def layout(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> Layout:
+def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> Layout:
     """The layout of the file that `write` writes, its tensors in the file's order.
 
     Raises `TypeError` for a dtype that safetensors does not have.
     """
-    ordered = _ordered(forms)
+    ordered = _ordered(specs)
     header = _header(ordered, metadata)
     starts, place = {}, len(header)
     for name, each in ordered.items():
@@ -197,57 +185,70 @@ def content(tensor: Tensor) -> memoryview:
     return as_bytes(tensor.cpu()).numpy().data
 
 
-def _ordered(forms: Mapping[str, Form]) -> dict[str, Form]:
+def _ordered(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """In the order of the file: what is wider comes first, so that all is aligned."""
-    return dict(sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize))
+    return dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def _write_tensor(
     file: BinaryIO,
     name: str,
-    wanted: Form,
+    wanted: TensorSpec,
     pieces: Iterable[Tensor],
-    running: hashlib._Hash | None,
     progress: Callable[[int], object] | None,
-) -> None:
-    written = 0
+) -> int:
+    """Writes a tensor's content; returns its checksum."""
+    written = checksum = 0
     for piece in pieces:
         if piece.dtype != wanted.dtype:
             raise ValueError(f"{name}: a piece is {piece.dtype}, wanted {wanted.dtype}")
         held = content(piece)
         file.write(held)
-        if running is not None:
-            running.update(held)
+        checksum = crc32(held, checksum)
         written += held.nbytes
         if progress is not None:
             progress(held.nbytes)
     if written != wanted.nbytes:
         raise ValueError(f"{name}: {written} bytes were given, wanted {wanted.nbytes}")
+    return checksum
 
 
-def _header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+def _header(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    sums: Mapping[str, int] | None = None,
+) -> bytes:
+    """The header of a file; with `sums` it has these checksums, and a digest of itself."""
+    told = dict(metadata)
+    if sums is not None:
+        # An empty tensor begins where the next one does, so a reader may find them in either order.
+        filled = (sums[name] for name, spec in specs.items() if spec.nbytes)
+        told |= {_CHECKSUMS: "".join(f"{crc:08x}" for crc in filled), _DIGEST: _NO_DIGEST}
+    entries: dict[str, object] = {"__metadata__": told}
     place = 0
-    for name, each in forms.items():
-        if each.dtype not in _CODE_OF:
-            raise TypeError(f"{name} is {each.dtype}, which a safetensors file cannot hold")
+    for name, spec in specs.items():
+        if spec.dtype not in _CODE_OF:
+            raise TypeError(f"{name} is {spec.dtype}, which a safetensors file cannot hold")
         if name == "__metadata__":
             raise ValueError("a tensor is named __metadata__, which safetensors files reserve")
         entries[name] = {
-            "dtype": _CODE_OF[each.dtype],
-            "shape": list(each.shape),
-            "data_offsets": [place, place + each.nbytes],
+            "dtype": _CODE_OF[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [place, place + spec.nbytes],
         }
-        place += each.nbytes
+        place += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    if sums is None:
+        return header
+    return header.replace(_key(_NO_DIGEST), _key(sha256(header).hexdigest()), 1)
 
 
-def _form_of(opened: safe_open, name: str) -> Form:
+def _spec_of(opened: safe_open, name: str) -> TensorSpec:
     view = opened.get_slice(name)
-    return Form(_CODES[view.get_dtype()], tuple(view.get_shape()))
+    return TensorSpec(tuple(view.get_shape()), _CODES[view.get_dtype()])
 
 
 def _key(digest: str) -> bytes:
-    return f'"{DIGEST}":"{digest}"'.encode()
+    return f'"{_DIGEST}":"{digest}"'.encode()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from polyak import _files as files
 from polyak._checks import require, require_count
+from polyak._lazy import TensorSpec
 from polyak.checkpoints import _tensorfile as tensorfile
-from polyak.checkpoints._tensorfile import Form, Pieces
+from polyak.checkpoints._tensorfile import Pieces
 
 _SUFFIX = ".safetensors"
 METADATA = {"format": "pt"}  # transformers takes no file without it
@@ -18,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 def write(
     out: Path | str,
-    forms: Mapping[str, Form],
+    specs: Mapping[str, TensorSpec],
     pieces: Pieces,
     *,
     shard_bytes: int | None = None,
@@ -35,10 +36,10 @@ def write(
     for what exists, unless `overwrite`; `TypeError` for a dtype that safetensors does not have.
     """
     out = Path(out)
-    within = arranged(out, forms, shard_bytes)
-    told = totalled(progress, sum(form.nbytes for form in forms.values()))
+    within = arranged(out, specs, shard_bytes)
+    told = totalled(progress, sum(form.nbytes for form in specs.values()))
     if shard_bytes is None:
-        tensorfile.write(out, forms, pieces, METADATA, overwrite=overwrite, progress=told)
+        tensorfile.write(out, specs, pieces, METADATA, overwrite=overwrite, progress=told)
         return
     with files.writing_folder(out, overwrite=overwrite) as folder:
         for file, held in within.items():
@@ -47,17 +48,17 @@ def write(
 
 
 def arranged(
-    out: Path, forms: Mapping[str, Form], shard_bytes: int | None
-) -> dict[str, dict[str, Form]]:
-    """Which tensors which file holds: its name -> their forms. Raises as `write` does for `out`."""
+    out: Path, specs: Mapping[str, TensorSpec], shard_bytes: int | None
+) -> dict[str, dict[str, TensorSpec]]:
+    """Which tensors which file holds: its name -> their specs. Raises as `write` does for `out`."""
     _require_name(out, shard_bytes)
-    return {out.name: dict(forms)} if shard_bytes is None else _shards(forms, shard_bytes)
+    return {out.name: dict(specs)} if shard_bytes is None else _shards(specs, shard_bytes)
 
 
-def index(within: Mapping[str, Mapping[str, Form]]) -> str:
+def index(within: Mapping[str, Mapping[str, TensorSpec]]) -> str:
     """What the index of a folder of files says."""
     held = {"total_size": sum(form.nbytes for file in within.values() for form in file.values())}
-    files_of = {name: file for file, forms in within.items() for name in forms}
+    files_of = {name: file for file, specs in within.items() for name in specs}
     return json.dumps({"metadata": held, "weight_map": files_of}, indent=2) + "\n"
 
 
@@ -87,11 +88,11 @@ def _require_name(out: Path, shard_bytes: int | None) -> None:
     require(out.suffix != _SUFFIX, "out", str(out), wanted)
 
 
-def _shards(forms: Mapping[str, Form], most: int) -> dict[str, dict[str, Form]]:
+def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, dict[str, TensorSpec]]:
     """File -> its tensors, in their order."""
-    shards: list[dict[str, Form]] = []
+    shards: list[dict[str, TensorSpec]] = []
     room = 0
-    for name, form in forms.items():
+    for name, form in specs.items():
         if form.nbytes > room or not shards:
             shards.append({})
             room = most

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from polyak._checks import require
-from polyak.checkpoints._reading import read
+from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination, Source
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile, coefficients

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from polyak import norms
 from polyak._checks import difference, report, require
-from polyak._engine.readout import NamedTensors
 from polyak._engine.tracking import is_statistic
+from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import agree, chosen, together
-from polyak.checkpoints import _mapped as mapped
 from polyak.checkpoints._checkpoint import Weights
-from polyak.checkpoints._parts import Chunked, unread
 from polyak.checkpoints._shared_files import Begun, SharedFile, begin
-from polyak.checkpoints._tensorfile import Form, Layout, content, forms, layout
+from polyak.checkpoints._tensorfile import Layout, content, layout
 from polyak.checkpoints._writing import METADATA, arranged, write
 from polyak.offline._summation import Summand, Summation, Threads
 
@@ -44,7 +42,7 @@ class Source(NamedTuple):
     weights: Weights
 
 
-class Combination(NamedTensors):
+class Combination(LazyTensors):
     """`sum of coefficient * weights` over files of one model; each tensor is computed when asked for.
 
     `mean["head.weight"]` computes a tensor, `model.load_state_dict(mean)` all of them; `write` puts
@@ -63,7 +61,7 @@ class Combination(NamedTensors):
     Attributes:
         coefficients: one for each file; float64, shape (files,), sum 1.
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
-        forms: name -> dtype and shape of the result.
+        specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
         norms: the norms whose running statistics were combined. The combined weights have other
             statistics: estimate them again (`polyak.recalibrate`).
@@ -86,17 +84,17 @@ class Combination(NamedTensors):
         self.coefficients = _checked(coefficients, len(sources))
         of_statistics = _convex(self.coefficients) if statistics is None else statistics
         self.statistics = _checked(of_statistics, len(sources))
-        of_files = [forms(source.weights) for source in sources]
+        of_files = [source.weights.specs for source in sources]
         _require_alike(sources, of_files)
         last = of_files[-1]
         self.copied = [n for n, form in last.items() if n in copy or not _has_mean(form.dtype)]
         self.norms = norms.statistics(last)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
-        self.forms = {
-            n: Form(_as(given.get(n), form.dtype), form.shape) for n, form in last.items()
+        self._specs = {
+            n: TensorSpec(form.shape, _as(given.get(n), form.dtype)) for n, form in last.items()
         }
         self._sums = {
-            n: _sum_dtype([accumulate, self.forms[n].dtype, *(f[n].dtype for f in of_files)])
+            n: _sum_dtype([accumulate, self._specs[n].dtype, *(f[n].dtype for f in of_files)])
             for n in last
         }
         self._terms_told = {
@@ -111,37 +109,35 @@ class Combination(NamedTensors):
         )
         self._threads = Threads()
 
-    def __getitem__(self, name: str) -> Tensor:
-        dtype, shape = self.forms[name]
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """name -> shape and dtype of the result."""
+        return self._specs
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        shape, dtype = self._specs[name]
         out = torch.empty(shape, dtype=dtype)
         flat, done = out.view(-1), 0
         for piece in self.pieces(name):
             flat[done : done + len(piece)] = piece
             done += len(piece)
-        return out
-
-    @property
-    def known(self) -> Mapping[str, object]:
-        return self.forms
+        return out[where] if where else out
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The elements of a tensor, row by row; a piece stays valid until the next is asked for.
 
         Raises `ValueError` for a result that its dtype cannot hold.
         """
-        dtype = self.forms[name].dtype
+        dtype = self.specs[name].dtype
         averaged = name not in self.copied
         of_kind = self._convex if is_statistic(name) else self._terms
         terms = of_kind if averaged else [(self._last, 1.0)]
-        summands = [Summand(unread(weights, name), share) for weights, share in terms]
+        summands = [Summand(weights.elements(name), share) for weights, share in terms]
         summation = Summation(summands, self._sums[name] if averaged else dtype, dtype)
         try:
             yield from summation.pieces(self._threads)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        for (weights, _), summand in zip(terms, summands, strict=True):
-            if isinstance(summand.tensor, Chunked) or mapped.place(summand.tensor) is None:
-                _release(weights, name)
 
     def write(
         self,
@@ -161,7 +157,7 @@ class Combination(NamedTensors):
         if group is None:
             write(
                 out,
-                self.forms,
+                self.specs,
                 self.pieces,
                 shard_bytes=shard_bytes,
                 overwrite=overwrite,
@@ -178,9 +174,9 @@ class Combination(NamedTensors):
         The ranks wait for each other only at the beginning and at the end.
         """
         with together(_CALL, group):
-            within = arranged(out, self.forms, shard_bytes)
+            within = arranged(out, self.specs, shard_bytes)
             layouts = [layout(of_file, METADATA) for of_file in within.values()]
-        described = {name: f"{form.shape} {form.dtype}" for name, form in self.forms.items()}
+        described = {name: f"{form.shape} {form.dtype}" for name, form in self.specs.items()}
         options = {**self._terms_told, "shard_bytes": shard_bytes, **described}
         agree(_CALL, options, group, "give all ranks the same files and options")
         with ExitStack() as stack:
@@ -188,7 +184,7 @@ class Combination(NamedTensors):
                 _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
             )
             with together(_CALL, group):
-                own = _divided(self.forms, dist.get_world_size(group))[dist.get_rank(group)]
+                own = _divided(self.specs, dist.get_world_size(group))[dist.get_rank(group)]
                 for file, of_file in zip(files, layouts, strict=True):
                     self._fill(file, of_file, [name for name in of_file.starts if name in own])
             with together(_CALL, group):
@@ -206,27 +202,20 @@ class Combination(NamedTensors):
             file.sync()
 
 
-def _divided(forms: Mapping[str, Form], ranks: int) -> list[set[str]]:
+def _divided(specs: Mapping[str, TensorSpec], ranks: int) -> list[set[str]]:
     """The tensors of each rank: the largest first, each to the rank with the fewest bytes.
 
-    >>> forms = {name: Form(torch.int8, (size,)) for name, size in (("a", 1), ("b", 3), ("c", 3))}
-    >>> [sorted(names) for names in _divided(forms, 2)]
+    >>> specs = {name: TensorSpec((size,), torch.int8) for name, size in (("a", 1), ("b", 3), ("c", 3))}
+    >>> [sorted(names) for names in _divided(specs, 2)]
     [['a', 'b'], ['c']]
     """
     names: list[set[str]] = [set() for _ in range(ranks)]
     nbytes = [0] * ranks
-    for name in sorted(forms, key=lambda name: -forms[name].nbytes):
+    for name in sorted(specs, key=lambda name: -specs[name].nbytes):
         least = nbytes.index(min(nbytes))
         names[least].add(name)
-        nbytes[least] += forms[name].nbytes
+        nbytes[least] += specs[name].nbytes
     return names
-
-
-def _release(weights: Weights, name: str) -> None:
-    """Gives the memory back that mapped files have taken for a tensor that is not one's as it lies."""
-    release: Callable[[str], object] | None = getattr(weights, "release", None)
-    if release is not None:
-        release(name)
 
 
 def _shares(coefficients: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
@@ -263,7 +252,7 @@ def _convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return coefficients if (coefficients >= 0).all() else clipped / clipped.sum()
 
 
-def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, Form]]) -> None:
+def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, TensorSpec]]) -> None:
     """Raises `ValueError` with the names, shapes and kinds of numbers in which a file differs."""
     wanted = {name: _described(form) for name, form in of_files[0].items()}
     for source, of_file in zip(sources, of_files, strict=True):
@@ -274,7 +263,7 @@ def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, Fo
     require(bool(wanted), f"{sources[0].label}", "without a tensor", "weights to combine")
 
 
-def _described(form: Form) -> str:
+def _described(form: TensorSpec) -> str:
     return f"{_kind(form.dtype)} {form.shape}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from polyak._engine.tracking import averageable
+from polyak._lazy import Elements, TensorSpec, as_lazy
 from polyak._tensors import dtype_name
-from polyak.checkpoints import _mapped as mapped
 from polyak.checkpoints._checkpoint import Weights
-from polyak.checkpoints._tensorfile import Form, forms
-from polyak.offline._summation import elements
 
 PIECE = 3 << 13
 """So many elements are compared at a time: from 2^15 on torch's threads wait for each other."""
@@ -75,7 +73,10 @@ class Comparison:
 
 
 def compare(
-    a: Weights, b: Weights, *, progress: Callable[[int, int], object] | None = None
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Comparison:
     """How two sets of weights differ: in names, dtypes, shapes and numbers.
 
@@ -87,7 +88,8 @@ def compare(
     >>> found.relative, found.equal, [each.name for each in found.different]
     (0.1, False, ['w'])
     """
-    of_a, of_b = forms(a), forms(b)
+    a, b = as_lazy(a), as_lazy(b)
+    of_a, of_b = a.specs, b.specs
     shared = [name for name in of_a if name in of_b]
     total, done = sum(of_a[name].nbytes for name in shared), 0
     found, sums = [], _Sums()
@@ -129,23 +131,26 @@ class _Sums:
 
 
 def _difference(
-    name: str, a: Weights, b: Weights, of_a: Form, of_b: Form
+    name: str, a: Weights, b: Weights, of_a: TensorSpec, of_b: TensorSpec
 ) -> tuple[Difference, _Sums]:
     dtypes = (dtype_name(of_a.dtype), dtype_name(of_b.dtype))
     shapes = (of_a.shape, of_b.shape)
     if of_a.shape != of_b.shape:
         return Difference(name, dtypes, shapes), _Sums()
-    first, second = a[name], b[name]
+    first, second = a.elements(name), b.elements(name)
     sums = sum(map(_sums, _pieces(first), _pieces(second)), _Sums())
-    mapped.release(first)
-    mapped.release(second)
+    first.done()
+    second.done()
     found = (sums.relative, sums.largest, sums.elements)
     return Difference(name, dtypes, shapes, *found), sums
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    for start in range(0, tensor.numel(), PIECE):
-        yield elements(tensor, start, min(start + PIECE, tensor.numel()))
+def _pieces(elements: Elements) -> Iterator[Tensor]:
+    for start in range(0, elements.spec.numel, PIECE):
+        piece = torch.empty(min(PIECE, elements.spec.numel - start), dtype=elements.spec.dtype)
+        elements.read_(piece, start)
+        elements.piece_done()
+        yield piece
 
 
 def _sums(a: Tensor, b: Tensor) -> _Sums:
@@ -177,9 +182,9 @@ def _wide(piece: Tensor) -> Tensor:
     return piece.to(torch.complex128 if piece.dtype.is_complex else torch.float64)
 
 
-def _counts(form: Form) -> bool:
+def _counts(spec: TensorSpec) -> bool:
     """Whether a tensor belongs to the whole: counters of steps would outweigh all weights."""
-    return averageable(torch.empty(0, dtype=form.dtype))
+    return averageable(torch.empty(0, dtype=spec.dtype))
 
 
 def _order(each: Difference) -> float:

@@ -10,15 +10,16 @@ from typing import Any
 
 from polyak import norms
 from polyak._engine.tracking import is_statistic
+from polyak._lazy import TensorSpec
 from polyak._tensors import dtype_name
-from polyak.checkpoints import _save as native
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._export import distinct
 from polyak.checkpoints._own_format import Stored
-from polyak.checkpoints._reading import read
-from polyak.checkpoints._tensorfile import Form
+from polyak.checkpoints._own_format import checkpoint as checkpoint_of
+from polyak.checkpoints._read import read_source
+from polyak.checkpoints._sniff import sniff
 from polyak.rules import Rule
-from polyak.snapshots import Snapshot, snapshots, stored_in
+from polyak.snapshots import Snapshot, snapshots
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients
 
@@ -81,7 +82,8 @@ class Description:
     """What a file or folder holds.
 
     `count` and `unit` are the file's clock (`checkpoints.Clock`); `norms` those with running
-    statistics, which averaged weights need estimated anew; `tensors` the largest first.
+    statistics, which averaged weights need estimated anew; `tensors` the largest first; `aside` how
+    many objects of each class were not read, since only their own code could make them.
     """
 
     path: str
@@ -92,6 +94,7 @@ class Description:
     averages: dict[str, DescribedAverage]
     norms: tuple[str, ...]
     tensors: tuple[DescribedTensor, ...]
+    aside: dict[str, int]
     recorded: Recorded | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,17 +122,17 @@ def describe(path: Path | str) -> Description:
 
     Raises what `checkpoints.read` and `recording.snapshots` raise.
     """
-    path = Path(path)
-    if stored_in(path):
-        return _of_run(path)
-    found = read(path, "positions")
-    return _described(found, path, _times(found))
+    source = sniff(path)
+    if source.kind == "snapshots":
+        return _of_run(source.path)
+    found = read_source(source, "positions")
+    return _described(found, source.path, _times(found))
 
 
 def _of_run(folder: Path) -> Description:
     found = snapshots(folder)
     last = found[-1]
-    checkpoint = native.checkpoint(Stored.open(last.path, whole=False))
+    checkpoint = checkpoint_of(Stored.open(last.path))
     times = dict.fromkeys(last.rules, last.elapsed())
     return _described(checkpoint, folder, times, _recorded(found))
 
@@ -149,8 +152,8 @@ def _described(
         name: _average(distinct(found, weights), found.rules.get(name), times.get(name))
         for name, weights in found.averages.items()
     }
-    first = found.live if found.live is not None else next(iter(found.averages.values()), {})
-    shown = distinct(found, first)
+    first = found.live if found.live is not None else next(iter(found.averages.values()), None)
+    shown = {} if first is None else distinct(found, first)
     return Description(
         path=str(path),
         format="snapshots" if recorded else found.format,
@@ -160,11 +163,12 @@ def _described(
         averages=averages,
         norms=tuple(norms.statistics(shown)),
         tensors=tuple(sorted(map(_tensor, shown, shown.values()), key=lambda each: -each.bytes)),
+        aside=dict(found.aside),
         recorded=recorded,
     )
 
 
-def _weighed(tensors: Mapping[str, Form]) -> Weighed:
+def _weighed(tensors: Mapping[str, TensorSpec]) -> Weighed:
     sizes = {name: each.nbytes // each.dtype.itemsize for name, each in tensors.items()}
     parameters = sum(size for name, size in sizes.items() if _is_parameter(name, tensors[name]))
     dtypes = Counter(dtype_name(each.dtype) for each in tensors.values())
@@ -172,13 +176,13 @@ def _weighed(tensors: Mapping[str, Form]) -> Weighed:
     return Weighed(len(tensors), parameters, whole, dict(dtypes))
 
 
-def _is_parameter(name: str, form: Form) -> bool:
-    numeric = form.dtype.is_floating_point or form.dtype.is_complex
+def _is_parameter(name: str, spec: TensorSpec) -> bool:
+    numeric = spec.dtype.is_floating_point or spec.dtype.is_complex
     return numeric and not is_statistic(name)
 
 
 def _average(
-    tensors: Mapping[str, Form], rule: Rule | None, times: list[float] | None
+    tensors: Mapping[str, TensorSpec], rule: Rule | None, times: list[float] | None
 ) -> DescribedAverage:
     weighed = _weighed(tensors)
     if rule is None or not times:
@@ -187,28 +191,19 @@ def _average(
     return DescribedAverage(weighed, str(rule), half_life(profile) * unit, mean_age(profile) * unit)
 
 
-def _tensor(name: str, form: Form) -> DescribedTensor:
-    return DescribedTensor(name, dtype_name(form.dtype), form.shape, form.nbytes)
+def _tensor(name: str, spec: TensorSpec) -> DescribedTensor:
+    return DescribedTensor(name, dtype_name(spec.dtype), spec.shape, spec.nbytes)
 
 
 def _times(found: Checkpoint) -> dict[str, list[float]]:
     """The time that each update of each average spanned, as far as the file tells."""
+    if found.ticks:
+        ticks = {name: tick for name, tick in found.ticks.items() if 0 < tick.n <= _LONGEST}
+        return {name: [tick.t / tick.n] * tick.n for name, tick in ticks.items()}
     if found.clock is None:
         return {}
-    if found.format == "polyak":
-        return _own_times(Stored.open(found.path, whole=False), found)
-    count = found.clock.count
+    count, every = found.clock.count, found.clock.every or 1
     if found.clock.unit == "time":
         return dict.fromkeys(found.averages, [count / _EVENLY] * _EVENLY if count else [])
-    return dict.fromkeys(found.averages, found.clock.elapsed(1)) if count <= _LONGEST else {}
-
-
-def _own_times(stored: Stored, found: Checkpoint) -> dict[str, list[float]]:
-    """The updates of a file of ours, spread evenly over its time."""
-    if stored.value("kind") == "ema":
-        times = found.clock.elapsed(stored.value("every")) if found.clock else []
-        return dict.fromkeys(found.averages, times if len(times) <= _LONGEST else [])
-    ticks = {name: each.tick for name, each in stored.averages().items()}
-    return {
-        name: [tick.t / tick.n] * tick.n for name, tick in ticks.items() if 0 < tick.n <= _LONGEST
-    }
+    few = count // every <= _LONGEST
+    return dict.fromkeys(found.averages, found.clock.elapsed(every)) if few else {}

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.checkpoints import _mapped as mapped
-from polyak.checkpoints._parts import Chunked
+from polyak._lazy import Elements
 
 PIECE_BYTES = 1 << 20
 """As much of a sum is made while one file after the other is read."""
@@ -31,7 +30,7 @@ _MOST_THREADS = 8  # they share Python's lock and the memory's bandwidth
 class Summand(NamedTuple):
     """A tensor and its share: `sum <- sum + share (tensor - sum)`; the first share is 1."""
 
-    tensor: Tensor | Chunked
+    elements: Elements
     share: float
 
 
@@ -49,17 +48,21 @@ class Summation:
     def __init__(
         self, summands: Sequence[Summand], dtype: torch.dtype, result: torch.dtype
     ) -> None:
-        self._summands = [(_Reader(summand.tensor), summand.share) for summand in summands]
-        self._others = [reader for reader, _ in self._summands if not reader.from_file]
-        self._size = summands[0].tensor.numel()
+        self._summands = summands
+        self._size = summands[0].elements.spec.numel
         self._dtypes = dtype, result
 
     def pieces(self, threads: Threads) -> Iterator[Tensor]:
         """The elements of the sum, row by row; each piece holds until the next is asked for.
 
         Each thread makes a piece, and has another one ahead. Raises `ValueError` for a sum that the
-        dtype of the result cannot hold.
+        dtype of the result cannot hold, and at the end for a tensor that is damaged in its file.
         """
+        yield from self._pieces(threads)
+        for elements, _ in self._summands:
+            elements.done()
+
+    def _pieces(self, threads: Threads) -> Iterator[Tensor]:
         each = self._length(threads.count)
         if self._size <= each:
             yield from self._alone()
@@ -92,12 +95,14 @@ class Summation:
         return -(-self._size // (rounds * threads) // _UNDIVIDED) * _UNDIVIDED or _UNDIVIDED
 
     def _place(self, length: int) -> _Workspace:
-        return _Workspace(length, *self._dtypes, {reader.dtype for reader, _ in self._summands})
+        return _Workspace(
+            length, *self._dtypes, {elements.spec.dtype for elements, _ in self._summands}
+        )
 
     def _done(self, ahead: deque[Future[Tensor]]) -> Tensor:
         piece = ahead.popleft().result()
-        for reader in self._others:
-            reader.release()
+        for elements, _ in self._summands:
+            elements.piece_done()
         return piece
 
 
@@ -107,7 +112,6 @@ class _Buffer:
     def __init__(self, length: int, dtype: torch.dtype) -> None:
         self.tensor = torch.empty(length, dtype=dtype)
         self.views = self.tensor.split(_UNDIVIDED)
-        self.bytes = self.tensor.view(torch.uint8).numpy().data
 
 
 class _Workspace:
@@ -120,86 +124,41 @@ class _Workspace:
         self._read = {each: _Buffer(length, each) for each in {dtype, *dtypes}}
         self._result = self._sum if result == dtype else _Buffer(length, result)
 
-    def sum_(self, summands: Sequence[tuple[_Reader, float]], start: int) -> Tensor:
+    def sum_(self, summands: Sequence[Summand], start: int) -> Tensor:
         """Makes the piece from element `start` on: `sum <- sum + share (summand - sum)`, summand by summand."""
         total, read = self._sum, self._read[self._sum.tensor.dtype]
-        for reader, share in summands:
+        for elements, share in summands:
             if share == 1:
-                self._read_(reader, start, total)
+                self._read_(elements, start, total)
             else:
-                self._read_(reader, start, read)
+                self._read_(elements, start, read)
                 torch._foreach_lerp_(total.views, read.views, share)
         if len(summands) > 1 and not _surely_finite(total.tensor):
-            self._keep_infinities_([reader for reader, _ in summands], start)
+            self._keep_infinities_([elements for elements, _ in summands], start)
         if self._result is not total:
             _require_room(total.tensor, self._result.tensor.dtype)
             torch._foreach_copy_(self._result.views, total.views)
         return self._result.tensor
 
-    def _read_(self, reader: _Reader, start: int, into: _Buffer) -> None:
+    def _read_(self, elements: Elements, start: int, into: _Buffer) -> None:
         """Reads a piece of a summand, by way of a buffer of its own dtype where that is another."""
-        if reader.dtype == into.tensor.dtype:
-            reader.read_(into, start)
+        dtype = elements.spec.dtype
+        if dtype == into.tensor.dtype:
+            elements.read_(into.tensor, start)
         else:
-            reader.read_(self._read[reader.dtype], start)
-            torch._foreach_copy_(into.views, self._read[reader.dtype].views)
+            elements.read_(self._read[dtype].tensor, start)
+            torch._foreach_copy_(into.views, self._read[dtype].views)
 
-    def _keep_infinities_(self, readers: Sequence[_Reader], start: int) -> None:
+    def _keep_infinities_(self, summands: Sequence[Elements], start: int) -> None:
         """Infinities that all summands share stay, as in a mask; lerps make NaN of them."""
         read = self._read[self._sum.tensor.dtype]
-        self._read_(readers[0], start, read)
+        self._read_(summands[0], start, read)
         first = read.tensor.clone()
         shared = first.isinf()
-        for reader in readers[1:]:
-            self._read_(reader, start, read)
+        for elements in summands[1:]:
+            self._read_(elements, start, read)
             shared &= read.tensor == first
         self._sum.tensor[shared] = first[shared]
-
-
-class _Reader:
-    """Parts of a tensor: read from its file where it lies there row by row, else copied."""
-
-    def __init__(self, tensor: Tensor | Chunked) -> None:
-        self.dtype = tensor.dtype
-        self._tensor = tensor
-        self._file = mapped.place(tensor) if isinstance(tensor, Tensor) else None
-        self.from_file = self._file is not None
-
-    def read_(self, into: _Buffer, start: int) -> None:
-        """Fills a buffer with the elements from `start` on."""
-        if self._file is not None:
-            self._file.read(into.bytes, start * self.dtype.itemsize)
-            return
-        for view in into.views:
-            view.copy_(elements(self._tensor, start, start + len(view)))
-            start += len(view)
-
-    def release(self) -> None:
-        """Gives the memory back that copying from a mapped file has taken."""
-        if isinstance(self._tensor, Tensor):
-            mapped.release(self._tensor)
-        else:
-            self._tensor.release()
-
-
-def elements(tensor: Tensor | Chunked, start: int, stop: int) -> Tensor:
-    """The elements start .. stop - 1 of a tensor, row by row; copied only where they lie otherwise.
-
-    >>> elements(torch.arange(6).view(2, 3).T, 1, 4)
-    tensor([3, 1, 4])
-    """
-    if not isinstance(tensor, Tensor):
-        return tensor.elements(start, stop)
-    if tensor.is_contiguous():
-        return tensor.view(-1)[start:stop]
-    row = tensor[0].numel()
-    first, last = start // row, (stop - 1) // row
-    if first == last:
-        return elements(tensor[first], start - first * row, stop - first * row)
-    if row <= stop - start:
-        return tensor[first : last + 1].reshape(-1)[start - first * row : stop - first * row]
-    middle = last * row
-    return torch.cat([elements(tensor, start, middle), elements(tensor, middle, stop)])
 
 
 def _surely_finite(tensor: Tensor) -> bool:

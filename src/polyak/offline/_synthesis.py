@@ -16,8 +16,8 @@ from torch import Tensor
 
 from polyak._checks import as_number, require, require_count, require_positive
 from polyak._engine.tracking import is_statistic
+from polyak._lazy import Renamed, renamed
 from polyak._ranks.agreement import together
-from polyak.checkpoints._names import Renamed
 from polyak.checkpoints._own_format import Stored
 from polyak.offline._average import opened
 from polyak.offline._combination import Combination, Source
@@ -230,7 +230,7 @@ class _Found(NamedTuple):
 class Run:
     """All that was stored of a run, in the order of time, and the times that its updates span.
 
-    Its files are opened, and compared with their digests, once for all that is made of them.
+    Its files are opened once for all that is made of them.
     """
 
     found: list[_Found]
@@ -294,7 +294,7 @@ class Run:
         )
 
     def snapshot(self, path: Path) -> Stored:
-        """A snapshot, whole; raises `ValueError` for a damaged one."""
+        """A snapshot, opened; raises `ValueError` for a damaged header."""
         if path not in self.opened:
             self.opened[path] = Stored.open(path)
         return self.opened[path]
@@ -351,4 +351,4 @@ def _slot(stored: Stored, prefix: str, model: Mapping[str, Any]) -> Renamed:
         name: f"copies/{name}" if each["policy"] == "copy" else prefix + name
         for name, each in model.items()
     }
-    return Renamed(stored, keys)
+    return renamed(stored, keys)

@@ -7,18 +7,25 @@ the file is not of its layout.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from polyak._checks import difference, report
+from polyak._lazy import as_lazy
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._peers.found import Found
-from polyak.checkpoints._peers.lightning import lightning
-from polyak.checkpoints._peers.modules import module_state, plain_state
-from polyak.checkpoints._peers.nested import AVERAGE_KEYS, LIVE_KEYS, nested, torchtitan
-from polyak.checkpoints._peers.positional import diffusers, torch_ema
-from polyak.checkpoints._peers.trainers import composer, edm2, mmengine, timm
+from polyak.checkpoints._peers.common import NO_CODE, Found, holds_tensors, kind_of
+from polyak.checkpoints._peers.libraries import diffusers, module_state, plain_state, torch_ema
+from polyak.checkpoints._peers.trainers import (
+    AVERAGE_KEYS,
+    LIVE_KEYS,
+    composer,
+    edm2,
+    lightning,
+    mmengine,
+    nested,
+    timm,
+    torchtitan,
+)
 
 _LAYOUTS = (
     lightning, composer, mmengine, edm2, timm, torchtitan, torch_ema, diffusers, module_state,
@@ -53,32 +60,32 @@ def recognise(found: Found) -> Checkpoint:
         what = f"{error!r:.200}"
         raise ValueError(f"{found.path}: a part of its layout is missing ({what})") from None
     if reading is None:
-        raise ValueError(
-            f"{found.path}: no layout that polyak knows. It holds {_described(found.top)}; known are "
-            f"{', '.join(FORMATS)}, and state dicts under "
-            f"{', '.join(filter(None, LIVE_KEYS + AVERAGE_KEYS))}"
-        )
-    return reading
+        raise ValueError(f"{found.path}: {_unknown(found.top)}")
+    return replace(reading, aside=dict(found.aside))
 
 
 def _require_shapes(reading: Checkpoint) -> None:
     """Raises `ValueError` where names that were given put an average in another shape than the live."""
-    live = reading.live or {}
+    live = as_lazy(reading.live or {}).specs
     for average in reading.averages.values():
-        got = {name: tuple(average[name].shape) for name in average if name in live}
-        wanted = {name: tuple(live[name].shape) for name in got}
+        got = {n: spec.shape for n, spec in as_lazy(average).specs.items() if n in live}
+        wanted = {name: live[name].shape for name in got}
         if lines := difference(wanted, got):
             raise ValueError(report("names are not in the order of the averaged tensors", lines))
 
 
+def _unknown(top: Mapping[str, Any]) -> str:
+    """What to say of a file of no layout."""
+    if modules := {key: part for key, part in top.items() if holds_tensors(part)}:
+        key, part = next(iter(modules.items()))
+        return f"{key!r} is a whole pickled {part.name}: {NO_CODE}"
+    return (
+        f"no layout that polyak knows. It holds {_described(top)}; known are {', '.join(FORMATS)}, "
+        f"and state dicts under {', '.join(filter(None, LIVE_KEYS + AVERAGE_KEYS))}"
+    )
+
+
 def _described(top: Mapping[str, Any], most: int = 12) -> str:
-    parts = [f"{key!r:.40} ({_kind(value)})" for key, value in list(top.items())[:most]]
+    parts = [f"{key!r:.40} ({kind_of(value)})" for key, value in list(top.items())[:most]]
     more = f" and {len(top) - most} more" if len(top) > most else ""
     return (", ".join(parts) or "nothing") + more
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"tensor {tuple(value.shape)}"
-    sized = f" of {len(value)}" if isinstance(value, (Mapping, list, tuple)) else ""
-    return f"{type(value).__name__}{sized}"

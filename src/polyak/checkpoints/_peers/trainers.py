@@ -1,11 +1,34 @@
-"""Checkpoints of training frameworks: which part is the average, and which the live weights."""
+"""Checkpoints of trainers and training scripts: which part is the average, and which the live weights."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from polyak._lazy import LazyTensors, joined, renamed
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
-from polyak.checkpoints._names import under
-from polyak.checkpoints._peers.found import Found, count, flag, is_state, number, part, weights
-from polyak.rules import AVERAGE, Power, Rule
+from polyak.checkpoints._names import named, under
+from polyak.checkpoints._peers.common import (
+    Found,
+    count,
+    flag,
+    is_state,
+    number,
+    part,
+    state,
+    tensors,
+    weights,
+)
+from polyak.checkpoints._peers.libraries import diffusers, module_state, torch_ema
+from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._torch_objects import StoredTensor
+from polyak.rules import AVERAGE, Exponential, Power, Rule
+
+LIVE_KEYS = ("", "state_dict", "model", "model_state_dict", "net", "weights", "module", "params")
+AVERAGE_KEYS = ("ema", "ema_state_dict", "ema_model", "ema_model_state_dict", "params_ema")
+_TORCHTITAN = re.compile(r"(?:.*\.)?state\.(.+)\.ema_params")
 
 
 def timm(found: Found) -> Checkpoint | None:
@@ -24,16 +47,16 @@ def composer(found: Found) -> Checkpoint | None:
     While it saves, the model has the average and the algorithm the live weights; where it does not
     (ema_weights_active is false) they lie the other way. Frozen parameters are the model's alone.
     """
-    state = part(found.top, "state")
-    if "algorithms" not in state or not is_state(state.get("model")):
+    top = part(found.top, "state")
+    if "algorithms" not in top or not is_state(top.get("model")):
         return None
-    model = weights(state["model"])
-    algorithm = part(dict(state["algorithms"]), "EMA")
+    model = weights(top["model"])
+    algorithm = part(dict(top["algorithms"]), "EMA")
     if not algorithm or not flag("ema_started", algorithm.get("ema_started")):
         return Checkpoint(found.path, "composer", model, {})
     held = algorithm["ema_model"]
     kept = {**part(held, "named_parameters_dict"), **part(held, "named_buffers_dict")}
-    other: Weights = {**model, **weights(kept)}
+    other = joined(model, weights(kept))
     active = flag("ema_weights_active", algorithm.get("ema_weights_active"))
     live, average = (other, model) if active else (model, other)
     return Checkpoint(found.path, "composer", live, {AVERAGE: average})
@@ -44,7 +67,7 @@ def mmengine(found: Found) -> Checkpoint | None:
     held = part(found.top, "ema_state_dict")
     if "steps" not in held or not is_state(found.top.get("state_dict")):
         return None
-    live, average = under(held, "module."), weights(found.top["state_dict"])
+    live, average = under(state(held), "module."), weights(found.top["state_dict"])
     clock = Clock(count("steps", held["steps"]), "calls")
     return Checkpoint(found.path, "mmengine", live, {AVERAGE: average}, {}, clock)
 
@@ -66,3 +89,138 @@ def edm2(found: Found) -> Checkpoint | None:
     averages = dict(zip(names, map(weights, held["emas"]), strict=True))
     rules: dict[str, Rule] = dict(zip(names, map(Power.from_relative_std, stds), strict=True))
     return Checkpoint(found.path, "edm2", live, averages, rules, clock)
+
+
+def lightning(found: Found) -> Checkpoint | None:
+    """A Lightning checkpoint, whichever callback made the average."""
+    if not {"pytorch-lightning_version", "state_dict"} <= set(found.top):
+        return None
+    readings = (reading(found) for reading in (_weight_averaging, _nemo, _stochastic, _plain))
+    return next(reading for reading in readings if reading is not None)
+
+
+def _plain(found: Found) -> Checkpoint:
+    return Checkpoint(found.path, "lightning", weights(found.top["state_dict"]), {})
+
+
+def _weight_averaging(found: Found) -> Checkpoint | None:
+    """`WeightAveraging`, `EMAWeightAveraging`: the average under state_dict, with averaging_state.
+
+    Of two such callbacks the second saves the first one's average as its live weights, which are
+    then in no file.
+    """
+    top = found.top
+    if not {"averaging_state", "current_model_state"} <= set(top):
+        return None
+    callbacks = [one for one in part(top, "callbacks").values() if _is_averaging(one)]
+    live = weights(top["current_model_state"]) if len(callbacks) < 2 else None
+    clock = Clock(count("n_averaged", top["averaging_state"].get("n_averaged")))
+    average = weights(top["state_dict"])
+    return Checkpoint(found.path, "lightning", live, {AVERAGE: average}, {}, clock)
+
+
+def _is_averaging(callback: object) -> bool:
+    return isinstance(callback, Mapping) and set(callback) == {"latest_update_step"}
+
+
+def _stochastic(found: Found) -> Checkpoint | None:
+    """`StochasticWeightAveraging`: the average lies in the callback's state."""
+    for one in part(found.top, "callbacks").values():
+        if isinstance(one, Mapping) and is_state(one.get("average_model_state")):
+            averages = {AVERAGE: weights(one["average_model_state"])}
+            clock = Clock(count("n_averaged", one.get("n_averaged")))
+            live = weights(found.top["state_dict"])
+            return Checkpoint(found.path, "lightning", live, averages, {}, clock)
+    return None
+
+
+def _nemo(found: Found) -> Checkpoint | None:
+    """NeMo's `EMA`: in each optimizer's state the averages of its parameters, in its order.
+
+    In the twin that is named `-EMA` they are the model's own weights: the live ones are elsewhere.
+    `decay` is that of one update, every `every_n_steps` steps, so the rule's, of one step, is its root.
+    """
+    optimizers = found.top.get("optimizer_states")
+    states = optimizers if isinstance(optimizers, list) else []
+    held = [one for one in states if isinstance(one, Mapping) and "ema" in one]
+    if not held:
+        return None
+    averaged = [tensor for one in held for tensor in tensors("ema", one["ema"]).values()]
+    live, path = weights(found.top["state_dict"]), found.path
+    clock, rules = _nemo_clock(held[0]), _nemo_rules(held)
+    if _are_within(averaged, live):
+        return Checkpoint(path, "nemo", None, {AVERAGE: live}, rules, clock)
+    by_position = StoredTensors({str(place): tensor for place, tensor in enumerate(averaged)})
+    averages = {AVERAGE: named(by_position, found.names)}
+    return Checkpoint(path, "nemo", live, averages, rules, clock)
+
+
+def _nemo_clock(held: Mapping[str, Any]) -> Clock:
+    return Clock(count("current_step", held.get("current_step")), "calls")
+
+
+def _nemo_rules(held: Sequence[Mapping[str, Any]]) -> dict[str, Rule]:
+    """The rule, where all optimizers have one and the same."""
+    decays = {number("decay", one.get("decay")) for one in held}
+    cadences = {count("every_n_steps", one.get("every_n_steps")) for one in held}
+    (decay, *others), (every, *differ) = decays, cadences
+    if others or differ or decay == 1 or every == 0:
+        return {}
+    return {AVERAGE: Exponential(decay ** (1 / every))}
+
+
+def _are_within(averaged: Sequence[StoredTensor], live: LazyTensors) -> bool:
+    """Whether tensors are those of a state dict: a file holds what is shared once."""
+    places = {live.identity(name) for name in live}
+    return all(tensor.identity in places for tensor in averaged)
+
+
+def nested(found: Found) -> Checkpoint | None:
+    """A dictionary with live weights, an average, or both, each under one of the usual keys.
+
+    An average that tells its own layout, such as the state of a `torch_ema`, may lie under any key.
+    """
+    live = _first(found, LIVE_KEYS)
+    inner = _inner(found)
+    if inner is not None:
+        return replace(inner, live=inner.live or live)
+    average = _first(found, AVERAGE_KEYS)
+    if live is None and average is None:
+        return None
+    return Checkpoint(found.path, found.plain, live, {} if average is None else {AVERAGE: average})
+
+
+def torchtitan(found: Found) -> Checkpoint | None:
+    """torchtitan's folders: the averages are an optimizer's state, `state.<name>.ema_params`."""
+    parts = found.top.values() if isinstance(found.top, dict) else [found.top]
+    for held in parts:
+        if isinstance(held, dict) or not isinstance(held, Mapping):
+            continue
+        keys = {match[1]: key for key in held if (match := _TORCHTITAN.fullmatch(key))}
+        if keys:
+            averages = {AVERAGE: weights(renamed(held, keys))}
+            return Checkpoint(found.path, "torchtitan", _first(found, LIVE_KEYS), averages)
+    return None
+
+
+def _first(found: Found, keys: Sequence[str]) -> Weights | None:
+    """The state dict under the first of some keys that has one."""
+    states = (found.top[key] for key in keys if is_state(found.top.get(key)))
+    return next(map(weights, states), None)
+
+
+def _inner(found: Found) -> Checkpoint | None:
+    """The one part that is an average's state by its own keys."""
+    parts = {key: held for key, held in found.top.items() if isinstance(held, Mapping)}
+    read = {key: _of_average(replace(found, top=held)) for key, held in parts.items()}
+    readings = {key: reading for key, reading in read.items() if reading is not None}
+    if len(readings) > 1:
+        raise ValueError(
+            f"{', '.join(map(repr, readings))} are each an average with its clock: save the one that "
+            "is wanted into a file of its own"
+        )
+    return next(iter(readings.values()), None)
+
+
+def _of_average(found: Found) -> Checkpoint | None:
+    return torch_ema(found) or diffusers(found) or module_state(found)

@@ -1,0 +1,251 @@
+"""Folders of torch.distributed.checkpoint, read in one process without a process group.
+
+A folder holds what each rank wrote, as files of torch.save one behind the other, and a pickle
+`.metadata` that says which chunk of which tensor lies where (`_dcp_metadata`). The metadata are
+believed only where they fit the files: chunks must tile their tensors, without overlap or gap.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where
+from polyak._ranks.shard_geometry import Box, whole
+from polyak.checkpoints._dcp_metadata import METADATA, ChunkKey, ChunkPlace, described
+from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open_folder import OpenFiles
+from polyak.checkpoints._torch_files import load
+from polyak.checkpoints._torch_objects import StoredTensor
+
+_DIMENSIONS = 8  # of a tensor in chunks: comparing corners takes 2^dimensions steps a chunk
+
+
+class DistributedTensors(LazyTensors):
+    """The tensors of a folder of torch.distributed.checkpoint: flat name -> tensor, whole.
+
+    A tensor is put together when it is asked for; one that a single rank wrote is a view of its
+    file. `objects` are the entries that are not tensors, such as a count of steps, read when asked
+    for. `paths` tells for each flat name the keys that it was made from, outermost first, for objects
+    as well.
+
+    Raises `ValueError` labelled the folder for metadata that do not fit the files, and later labelled the
+    file for a damaged chunk; `FileNotFoundError` for missing files.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder)
+        metadata = self.path / METADATA
+        if not metadata.exists():
+            raise FileNotFoundError(
+                f"{metadata} is missing: the folder's save was not finished, or it is not a folder "
+                "of torch.distributed.checkpoint"
+            )
+        with labelled(self.path, "damaged metadata"):
+            file = OpenFile(metadata)
+            told = described(file.read(0, file.size))
+            self._specs, self._places, self.paths = told.specs, told.places, told.paths
+            self._chunks = {n: _filled(n, told.specs[n].shape, c) for n, c in told.chunks.items()}
+            self._files = OpenFiles(self.path, dict.fromkeys(p.file for p in told.places.values()))
+            self._require_places(told.objects)
+        self.objects: Mapping[str, Any] = _Objects(told.objects, self._object)
+        self._opened: dict[ChunkKey, StoredTensor] = {}
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """A tensor or a part of it; only those chunks are read that it lies in."""
+        chunks = self._chunks[name]
+        read = lambda chunk: self._chunk(name, chunk).read()  # noqa: E731
+        part = chunks_part(self._specs[name], chunks, read, where)
+        if len(chunks) > 1 and not where:  # it was copied
+            self.release(name)
+        return part
+
+    def elements(self, name: str) -> Elements:
+        chunks = self._chunks[name]
+        alone = self._chunk(name, chunks[0]).elements() if len(chunks) == 1 else None
+        return alone or super().elements(name)
+
+    def release(self, name: str) -> None:
+        for chunk in self._chunks[name]:
+            if (name, *chunk.offsets) in self._opened:
+                self._opened[name, *chunk.offsets].release()
+
+    def verify(self) -> None:
+        """Compare every entry with its checksum; raises `ValueError` labelled the damaged one."""
+        for (name, *_), (file, start, length) in self._places.items():
+            with labelled(f"{self.path / file}: {name}", "a damaged file of torch.save"):
+                for record in load(self._files[file], start, length, f"{name}: ").records:
+                    record.require_whole()
+
+    def parts(self) -> dict[str, Renamed]:
+        """The tensors of each part of what was saved; those at its top lie under the empty key."""
+        keys: dict[str, dict[str, tuple[LazyTensors, str]]] = {}
+        for key in self:
+            first, *rest = map(str, self.paths[key])
+            part, name = (first, ".".join(rest)) if rest else ("", first)
+            keys.setdefault(part, {})[name] = (self, key)
+        return {part: Renamed(within) for part, within in keys.items()}
+
+    def _chunk(self, name: str, chunk: Box) -> StoredTensor:
+        """A chunk, whose part of its file is opened when it is first asked for."""
+        key = (name, *chunk.offsets)
+        if key not in self._opened:
+            place, wanted = self._places[key], TensorSpec(chunk.shape, self._specs[name].dtype)
+            stored = self._load(name, place)
+            if not isinstance(stored, StoredTensor) or stored.spec != wanted:
+                got = stored.spec if isinstance(stored, StoredTensor) else type(stored).__name__
+                raise ValueError(
+                    f"{self.path / place.file}: {name} has a chunk of another kind: {got}, wanted {wanted}"
+                )
+            self._opened[key] = stored
+        return self._opened[key]
+
+    def _object(self, name: str) -> Any:
+        return self._load(name, self._places[(name,)])
+
+    def _load(self, name: str, place: ChunkPlace) -> Any:
+        with labelled(f"{self.path / place.file}: {name}", "a damaged file of torch.save"):
+            return load(self._files[place.file], place.start, place.length, f"{name}: ").value
+
+    def _require_places(self, objects: Iterable[str]) -> None:
+        """Every entry lies in a file of this folder, and no two lie over each other."""
+        for name in objects:
+            if (name,) not in self._places:
+                raise ValueError(f"{name}: nothing says where it lies")
+        for name, chunks in self._chunks.items():
+            itemsize = self._specs[name].dtype.itemsize
+            for chunk in chunks:
+                place = self._places.get((name, *chunk.offsets))
+                if place is None:
+                    raise ValueError(f"{name}: nothing says where it lies")
+                if place.length < chunk.numel * itemsize:
+                    nbytes = chunk.numel * itemsize
+                    raise ValueError(f"{name}: a chunk of {nbytes} bytes lies in fewer")
+        by_file: dict[str, list[tuple[int, int]]] = {}
+        for file, start, length in self._places.values():
+            by_file.setdefault(file, []).append((start, length))
+        for file, places in by_file.items():
+            _require_apart(file, sorted(places), self._files.sizes[file])
+
+
+class _Objects(Mapping[str, Any]):
+    """Entries that are read when asked for."""
+
+    def __init__(self, names: list[str], read: Callable[[str], Any]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def chunks_part(
+    spec: TensorSpec, chunks: Iterable[Box], read: Callable[[Box], Tensor], where: Where
+) -> Tensor:
+    """A part of a tensor in chunks; `read(chunk)` gives one. It is a view if it lies in one chunk."""
+    wanted = _box(spec.shape, where)
+    overlaps = ((chunk, chunk.overlap(wanted)) for chunk in chunks)
+    met = [(chunk, common) for chunk, common in overlaps if 0 not in common.shape]
+    if len(met) == 1:
+        return read(met[0][0])[wanted.within(met[0][0])]
+    out = torch.empty(wanted.shape, dtype=spec.dtype)
+    for chunk, common in met:
+        out[common.within(wanted)].copy_(read(chunk)[common.within(chunk)])
+    return out
+
+
+def _box(shape: tuple[int, ...], where: Where) -> Box:
+    """The box that is a part of a tensor."""
+    if not where:
+        return whole(shape)
+    ranges = [part.indices(size) for part, size in zip(where, shape, strict=True)]
+    starts = tuple(start for start, _, _ in ranges)
+    return Box(starts, tuple(max(stop - start, 0) for start, stop, _ in ranges))
+
+
+def _require_apart(file: str, places: list[tuple[int, int]], size: int) -> None:
+    """Entries lie within the file, one behind the other."""
+    for start, length in places:
+        if start + length > size:
+            raise ValueError(
+                f"{file} has {size} bytes, an entry of {length} bytes at {start} lies outside: the file "
+                "is cut short"
+            )
+    for (start, length), (following, _) in pairwise(places):
+        if start + length > following:
+            raise ValueError(f"{file}: entries lie over each other, at {start} and {following}")
+
+
+def _filled(name: str, shape: tuple[int, ...], chunks: list[Box]) -> list[Box]:
+    """The chunks that hold something; together they are the tensor exactly."""
+    filled = [chunk for chunk in chunks if 0 not in chunk.shape]
+    if not filled and 0 in shape:
+        return []
+    everything = whole(shape)
+    if filled != [everything] and not _tiles(everything, filled):
+        raise ValueError(
+            f"{name}: {len(filled)} chunks do not tile the shape {shape}: there is an overlap "
+            "or a gap, so a rank's part is missing"
+        )
+    return filled
+
+
+def _tiles(outer: Box, chunks: list[Box]) -> bool:
+    """Whether boxes fill a box exactly.
+
+    Mostly they are slices along one dimension, which is checked in one pass. Otherwise their corners,
+    with alternating signs, must cancel to those of the whole: a sum of boxes is known by the mixed
+    differences at its corners.
+    """
+    dimensions = len(outer.shape)
+    if dimensions > _DIMENSIONS or any(len(chunk.shape) != dimensions for chunk in chunks):
+        return False
+    for along in range(dimensions):
+        if all(_is_slice(chunk, outer, along) for chunk in chunks):
+            return _follow(outer, chunks, along)
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, chunk in [(-1, outer), *((1, chunk) for chunk in chunks)]:
+        for picked in product((0, 1), repeat=dimensions):
+            corner = tuple(o + n * p for o, n, p in zip(*chunk, picked, strict=True))
+            corners[corner] += sign * (-1) ** sum(picked)
+    return not any(corners.values())
+
+
+def _is_slice(chunk: Box, outer: Box, along: int) -> bool:
+    """Whether a box is as large as the whole in all dimensions but one."""
+    offsets, shape = chunk
+    after = along + 1
+    return (
+        shape[:along] == outer.shape[:along]
+        and shape[after:] == outer.shape[after:]
+        and offsets[:along] == outer.offsets[:along]
+        and offsets[after:] == outer.offsets[after:]
+    )
+
+
+def _follow(outer: Box, slices: list[Box], along: int) -> bool:
+    """Whether slices along a dimension follow each other from the beginning to the end."""
+    place = outer.offsets[along]
+    for start, size in sorted((offsets[along], shape[along]) for offsets, shape in slices):
+        if start != place:
+            return False
+        place += size
+    return place == outer.offsets[along] + outer.shape[along]

@@ -1,0 +1,119 @@
+"""Tensors spread over several files by an index, `model.safetensors.index.json` and the like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
+from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open_folder import OpenFiles
+from polyak.checkpoints._tensorfile import TensorFile, is_safetensors
+from polyak.checkpoints._torch_files import StoredTensors, load, verify
+from polyak.checkpoints._torch_objects import StoredTensor
+
+_INDEX_BYTES = 100_000_000  # the safetensors library's own limit for a header
+
+
+class IndexedTensors(LazyTensors):
+    """The tensors of several files by an index.
+
+    The index maps a tensor's name to the file beside it that holds it: safetensors, or a dictionary
+    of torch.save. A file's header is read when the first of its tensors is asked for. Tensors that a
+    file holds and the index does not list are left out, as other readers of such folders do.
+
+    Raises `ValueError` labelled the index for one that is damaged, or leads to files elsewhere; later
+    for a file that lacks a tensor; `FileNotFoundError` for a missing file.
+    """
+
+    def __init__(self, index: OpenFile) -> None:
+        self.path = index.path
+        content = _index(index)
+        metadata = content.get("metadata")
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+        self._files: dict[str, str] = content["weight_map"]
+        with labelled(self.path, "a damaged index"):
+            self._opened = OpenFiles(self.path.parent, sorted(set(self._files.values())))
+        self._held: dict[str, LazyTensors] = {}
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: self._holder(name).specs[name] for name in self}
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        return self._holder(name).read(name, where)
+
+    def release(self, name: str) -> None:
+        self._holder(name).release(name)
+
+    def elements(self, name: str) -> Elements:
+        return self._holder(name).elements(name)
+
+    def identity(self, name: str) -> Hashable:
+        return self._holder(name).identity(name)
+
+    def verify(self) -> None:
+        """Compare all files with their checksums, if they have any."""
+        for name in set(self._files.values()):
+            if not is_safetensors(file := self._opened[name]):
+                verify(file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _holder(self, name: str) -> LazyTensors:
+        """The tensors of the file that has this one."""
+        file = self._files[name]
+        if file not in self._held:
+            self._held[file] = _tensors(self._opened[file])
+        if name not in self._held[file]:
+            raise ValueError(
+                f"{self.path}: it says that {name} is in {file}, which has no such tensor"
+            )
+        return self._held[file]
+
+
+def _tensors(file: OpenFile) -> LazyTensors:
+    """A file's tensors by name, whichever layout it has."""
+    if is_safetensors(file):
+        return TensorFile(file)
+    with labelled(file.path, "a damaged file of torch.save"):
+        held = load(file).value
+        if not isinstance(held, dict):
+            raise ValueError("wanted a dictionary name -> tensor")
+        if not all(isinstance(tensor, StoredTensor) for tensor in held.values()):
+            raise ValueError("wanted a dictionary name -> tensor")
+    return StoredTensors(held)
+
+
+def _index(file: OpenFile) -> dict[str, Any]:
+    """The index as data, its file names as strings."""
+    if file.size > _INDEX_BYTES:
+        raise ValueError(f"{file.path}: an index of more than {_INDEX_BYTES} bytes")
+    try:
+        content = json.loads(file.read(0, file.size), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.path}: the index cannot be read ({str(error)[:200]})") from None
+    content = content if isinstance(content, dict) else {}
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f'{file.path}: not an index: wanted {{"weight_map": {{name: file}}}}')
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys are all different."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return content

@@ -1,0 +1,265 @@
+"""Open files: one handle from the first byte to the last, tensors as views of the mapped file.
+
+A file that is replaced while it is read (as every save here does) stays what it was: the handle and
+the mapping belong to the old content. A file that is changed in place is noticed at the next read.
+
+A mapping is private: what is written to a tensor stays in this process, and the file does not change.
+It reserves no memory, so a file may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from math import prod
+from pathlib import Path
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from polyak._lazy import Elements, TensorSpec
+
+_MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0  # mmap has no name for it yet
+_PIECE = 1 << 20
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, bits reversed
+
+
+class OpenFile:
+    """A regular file, opened once and closed when nothing refers to it.
+
+    Raises `ValueError` for an empty file, and for a pipe or a device, which might never end; `OSError`
+    if it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = _handle(path)
+        finalize(self, os.close, self.handle)
+        self._state = self._now()
+        self.size = self._state[0]
+        if self.size == 0:
+            raise ValueError(f"{path}: the file is empty")
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes from `start` on: fewer than `length` only where the file ends."""
+        self.require_unchanged()
+        if not 0 <= start <= self.size:
+            raise ValueError(f"{self.path}: byte {start} is asked for, and it has {self.size}")
+        return os.pread(self.handle, min(length, self.size - start), start)
+
+    def read_into(self, content: memoryview, start: int) -> None:
+        """Fill `content` with the bytes from `start` on; raises `ValueError` if the file ends there.
+
+        This is faster than copying from mapped memory, and leaves no pages in this process.
+        """
+        while content:
+            count = os.preadv(self.handle, [content], start)
+            if count == 0:
+                self.require_unchanged()
+                raise ValueError(f"{self.path}: the file ends before byte {start + len(content)}")
+            content, start = content[count:], start + count
+
+    def require_unchanged(self) -> None:
+        """Raises `ValueError` if the file was changed in place since it was opened."""
+        now = self._now()
+        if now != self._state:
+            raise ValueError(
+                f"{self.path}: the file was changed in place while it was read (it had "
+                f"{self._state[0]} bytes, now it has {now[0]}): read it again when nothing writes to it"
+            )
+
+    def tensor(self, spec: TensorSpec, start: int) -> Tensor:
+        """The tensor that lies in the file from `start` on, row by row: a view where it can be one."""
+        self.require_unchanged()  # a page beyond the end of a file that was cut short is a SIGBUS
+        shape, dtype = spec
+        count = prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        if dtype.itemsize == 16 and start % 16:  # torch's kernels fault if it does not begin at 16
+            flat = torch.frombuffer(self.memory, dtype=torch.uint8, count=16 * count, offset=start)
+            return flat.clone().view(dtype).view(shape)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give back the pages that lie wholly within this part of the file."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and "memory" in self.__dict__:
+            self.memory.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def checksum(self, start: int, length: int) -> int:
+        """The CRC-32 of a part, read from the file whatever was written to the mapping."""
+        crc, buffer = 0, memoryview(bytearray(min(_PIECE, length)))
+        for place in range(start, start + length, _PIECE):
+            piece = buffer[: start + length - place]
+            self.read_into(piece, place)
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+    @cached_property
+    def memory(self) -> mmap.mmap:
+        """All of the file as memory; a page is read when it is touched."""
+        flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            return mmap.mmap(self.handle, self.size, flags=flags, prot=access)
+        except OSError as error:
+            text = f"{error.strerror} when mapping the file"
+            raise OSError(error.errno, text, str(self.path)) from None
+
+    def _now(self) -> tuple[int, int]:
+        """Size and time of the last write. (Replacing a file changes neither, but its ctime.)"""
+        status = os.fstat(self.handle)
+        return status.st_size, status.st_mtime_ns
+
+
+class FileSpan:
+    """A part of an open file; it is compared with its checksum when it is first read."""
+
+    def __init__(
+        self,
+        file: OpenFile,
+        label: str,
+        start: int | Callable[[], int],
+        nbytes: int,
+        checksum: int | None = None,
+    ) -> None:
+        self.file = file
+        self.label = label
+        self.nbytes = nbytes
+        self.checksum = checksum
+        self._start = start
+
+    @cached_property
+    def start(self) -> int:
+        """Where the span begins; a function that was given is asked once, when this is needed."""
+        return self._start() if callable(self._start) else self._start
+
+    def content(self) -> bytes:
+        """All of it, for small spans."""
+        self.require_whole()
+        return self.file.read(self.start, self.nbytes)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        """The tensor that begins with the span."""
+        self.require_whole()
+        return self.file.tensor(spec, self.start)
+
+    def elements(self, spec: TensorSpec) -> Elements:
+        """The elements of the tensor that fills the span."""
+        return _SpanElements(self, spec)
+
+    def release(self) -> None:
+        """Give back the span's pages."""
+        self.file.release(self.start, self.start + self.nbytes)
+
+    def require_whole(self) -> None:
+        """Raises `ValueError` if the checksum of the content is not the one that was written."""
+        if self.checksum is not None:
+            self.require(self.file.checksum(self.start, self.nbytes))
+
+    def require(self, crc: int) -> None:
+        """Raises `ValueError` unless this is the checksum that was written."""
+        if self.checksum not in (None, crc):
+            self.file.require_unchanged()
+            raise ValueError(
+                f"{self.file.path}: {self.label} is damaged: its checksum is {crc:08x}, wanted "
+                f"{self.checksum:08x}; use another copy of the file"
+            )
+        self.checksum = None  # once is enough
+
+
+class _SpanElements(Elements):
+    """Elements that lie in a file row by row; the checksum is made of the pieces as they are read."""
+
+    def __init__(self, span: FileSpan, spec: TensorSpec) -> None:
+        self.spec = spec
+        self._span = span
+        self._sums: dict[int, tuple[int, int]] = {}
+
+    def read_(self, out: Tensor, start: int) -> None:
+        content = out.view(torch.uint8).numpy().data
+        skip = start * self.spec.dtype.itemsize
+        self._span.file.read_into(content, self._span.start + skip)
+        if self._span.checksum is not None:
+            self._sums[skip] = (zlib.crc32(content), len(content))
+
+    def done(self) -> None:
+        self._span.file.require_unchanged()
+        pieces = [self._sums[start] for start in sorted(self._sums)]
+        if sum(length for _, length in pieces) == self._span.nbytes and pieces:
+            self._span.require(joined_checksum(pieces))
+
+
+def joined_checksum(pieces: Iterable[tuple[int, int]]) -> int:
+    """The CRC-32 of pieces one behind the other, from (CRC-32, length) of each.
+
+    `crc(a + b) = crc(a) x^(8 len(b)) + crc(b)` over the polynomials of CRC-32.
+
+    >>> a, b = b"some ", b"bytes"
+    >>> joined_checksum([(zlib.crc32(a), 5), (zlib.crc32(b), 5)]) == zlib.crc32(a + b)
+    True
+    """
+    joined = 0
+    for crc, length in pieces:
+        joined = _times(_shift(length), joined) ^ crc
+    return joined
+
+
+@lru_cache(maxsize=64)
+def _shift(length: int) -> int:
+    """x^(8 length) modulo the polynomial; the highest bit is the coefficient of 1."""
+    power, result = 1 << 23, 1 << 31
+    while length:
+        if length & 1:
+            result = _times(power, result)
+        power, length = _times(power, power), length >> 1
+    return result
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+def _handle(path: Path) -> int:
+    """An open file's handle; never waits for a pipe or a device."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, wanted a file")
+    raise ValueError(f"{path} is a pipe or a device, wanted a file")
+
+
+@contextmanager
+def labelled(label: Path | str, damaged: str) -> Iterator[None]:
+    """Errors within the block begin with the label.
+
+    An error that is neither a `ValueError` nor an `OSError` becomes a `ValueError` that says what is
+    damaged: a file may be damaged in more ways than can be listed.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{label}: {error}") from None
+    except OSError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(f"{label}: ") else f"{label}: {text}") from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{label}: {damaged} ({what})") from None

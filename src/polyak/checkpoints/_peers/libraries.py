@@ -1,0 +1,162 @@
+"""Libraries that average: ema-pytorch, torch's AveragedModel, torch_ema, diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from polyak._lazy import LazyTensors
+from polyak.checkpoints._checkpoint import Checkpoint, Clock
+from polyak.checkpoints._names import named, under
+from polyak.checkpoints._peers.common import (
+    Found,
+    count,
+    flag,
+    is_state,
+    number,
+    state,
+    tensors,
+    weights,
+)
+from polyak.checkpoints._sniff import POST_HOC
+from polyak.checkpoints._torch_files import StoredTensors
+from polyak.decays import InversePower, Ratio
+from polyak.rules import AVERAGE, Exponential, Rule, Tail
+
+_EMA, _ONLINE = "ema_model.", "online_model."
+_MEMBER = re.compile(r"ema_models\.(\d+)\.")
+_FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is not a copy
+
+
+def module_state(found: Found) -> Checkpoint | None:
+    """The state dict of a module that averages, whatever file it lies in."""
+    if not is_state(found.top):
+        return None
+    held = state(found.top)
+    readings = (reading(found.path, held) for reading in _READINGS)
+    return next((reading for reading in readings if reading is not None), None)
+
+
+def plain_state(found: Found) -> Checkpoint | None:
+    """A state dict alone: live weights, since nothing says otherwise."""
+    if not is_state(found.top):
+        return None
+    return Checkpoint(found.path, found.plain, weights(found.top), {})
+
+
+def ema_pytorch(path: Path, held: LazyTensors) -> Checkpoint | None:
+    """ema-pytorch's `EMA`, and polyak's: initted, step, ema_model.*, perhaps online_model.*
+
+    `KarrasEMA` saves the same keys. Its clock runs one update ahead: for it, and update_every=1, the
+    clock is `Clock(count, "updates", ahead=1)`.
+    """
+    if not _is_ema(held) or _is_snapshot(held):
+        return None
+    live = under(held, _ONLINE)
+    clock = Clock(count("step", held["step"]), "calls")
+    return Checkpoint(path, "ema-pytorch", live or None, {AVERAGE: under(held, _EMA)}, {}, clock)
+
+
+def snapshot(path: Path, held: LazyTensors) -> Checkpoint | None:
+    """A snapshot of ema-pytorch's `PostHocEMA`: a `KarrasEMA` whose counters are cast as its weights.
+
+    The step is taken from the file's name, `<index>.<step>.pt`: float16 rounds it beyond 2048.
+    """
+    if not _is_ema(held) or not _is_snapshot(held):
+        return None
+    name = POST_HOC.fullmatch(path.name)
+    clock = Clock(int(name[2]), "updates", ahead=1) if name else None
+    return Checkpoint(path, "post-hoc-ema", None, {AVERAGE: under(held, _EMA)}, {}, clock)
+
+
+def post_hoc(path: Path, held: LazyTensors) -> Checkpoint | None:
+    """The state dict of a `PostHocEMA`: ema_models.<i>. and a `KarrasEMA`. Averages are named "i"."""
+    indices = {match[1] for key in held if (match := _MEMBER.match(key))}
+    if not indices:
+        return None
+    members = sorted(indices, key=int)
+    steps = {count(key, held[key]) for key in (f"ema_models.{i}.step" for i in members)}
+    averages = {i: under(held, f"ema_models.{i}.{_EMA}") for i in members}
+    clock = Clock(steps.pop(), "updates", ahead=1) if len(steps) == 1 else None
+    return Checkpoint(path, "post-hoc-ema", None, averages, {}, clock)
+
+
+def averaged_model(path: Path, held: LazyTensors) -> Checkpoint | None:
+    """`torch.optim.swa_utils.AveragedModel`: n_averaged, module.*; EMA or SWA, it does not say."""
+    if "n_averaged" not in held:
+        return None
+    averages = {AVERAGE: under(held, "module.")}
+    clock = Clock(count("n_averaged", held["n_averaged"]))
+    return Checkpoint(path, "averaged-model", None, averages, {}, clock)
+
+
+def torch_ema(found: Found) -> Checkpoint | None:
+    """torch_ema's `ExponentialMovingAverage`: decay, num_updates, shadow_params, collected_params.
+
+    The weights at construction are its first update, which it does not count. The collected
+    parameters are live weights of some earlier time, so they are left out.
+    """
+    top = found.top
+    if not {"decay", "num_updates", "shadow_params"} <= set(top):
+        return None
+    average = _unnamed(found, "shadow_params")
+    clock, decay = None, number("decay", top.get("decay"))
+    if top["num_updates"] is not None:
+        clock = Clock(count("num_updates", top.get("num_updates")), ahead=1)
+    rules = {} if decay == 1 else {AVERAGE: Exponential(Ratio(decay) if clock else decay)}
+    return Checkpoint(found.path, "torch-ema", None, {AVERAGE: average}, rules, clock)
+
+
+def diffusers(found: Found) -> Checkpoint | None:
+    """diffusers' `EMAModel`: the settings (`diffusers_rules`), optimization_step, shadow_params."""
+    top = found.top
+    if not {"optimization_step", "decay", "shadow_params"} <= set(top):
+        return None
+    averages = {AVERAGE: _unnamed(found, "shadow_params")}
+    clock = Clock(count("optimization_step", top.get("optimization_step")))
+    return Checkpoint(found.path, "diffusers", None, averages, diffusers_rules(top), clock)
+
+
+def diffusers_rules(settings: Mapping[str, Any]) -> dict[str, Rule]:
+    """The rule of an `EMAModel`, if one of ours is exactly it.
+
+    Step t copies while s = t - update_after_step - 1 <= 0; then the decay is (1 + s) / (10 + s), or
+    1 - (1 + s / inv_gamma) ** -power with use_ema_warmup, at most `decay`, at least `min_decay`.
+    """
+    low = number("min_decay", settings.get("min_decay"))
+    high = max(number("decay", settings.get("decay")), low)
+    start = count("update_after_step", settings.get("update_after_step"))
+    if flag("use_ema_warmup", settings.get("use_ema_warmup")):
+        shape = (
+            number("inv_gamma", settings.get("inv_gamma")),
+            number("power", settings.get("power")),
+        )
+        rule = Exponential(InversePower(*shape, min_decay=low, max_decay=high))
+    elif low == high < 1:
+        rule = Exponential(high)
+    elif low <= _FIRST_RATIO and high < 1:
+        rule = Exponential(Ratio(high))
+    else:
+        return {}
+    return {AVERAGE: Tail(rule, start) if start else rule}
+
+
+def _unnamed(found: Found, key: str) -> LazyTensors:
+    """The tensors of a list, by the names that were given."""
+    return named(StoredTensors(tensors(key, found.top[key])), found.names)
+
+
+def _is_ema(held: LazyTensors) -> bool:
+    return {"initted", "step"} <= set(held) and any(key.startswith(_EMA) for key in held)
+
+
+def _is_snapshot(held: LazyTensors) -> bool:
+    """Whether the flag was cast to the weights' dtype; the article's class has one of shape (1,)."""
+    shape, dtype = held.specs["initted"]
+    return dtype.is_floating_point and shape == ()
+
+
+_Reading = Callable[[Path, LazyTensors], Checkpoint | None]
+_READINGS: tuple[_Reading, ...] = (post_hoc, snapshot, ema_pytorch, averaged_model)

@@ -1,0 +1,147 @@
+"""Reading: a file or a folder of checkpoints, whoever wrote it, as one `Checkpoint`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polyak._lazy import LazyTensors
+from polyak.checkpoints import _own_format as own
+from polyak.checkpoints._checkpoint import Checkpoint, Clock
+from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._names import Names, canonical
+from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._peers import recognise
+from polyak.checkpoints._peers.common import Found, count, type_of
+from polyak.checkpoints._peers.libraries import diffusers_rules
+from polyak.checkpoints._sniff import POST_HOC, Source, sniff
+from polyak.checkpoints._torch_files import load
+from polyak.rules import AVERAGE
+
+_MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)
+_SETTINGS_BYTES = 1_000_000
+
+
+def read(path: Path | str, names: Names = None) -> Checkpoint:
+    """What a checkpoint holds: live weights, averages, their rules and clock; nothing in it is run.
+
+    It reads polyak's own files; state dicts of torch.save and safetensors, in one file or several
+    with an index, alone or under the usual keys; folders of torch.distributed.checkpoint; and what
+    ema-pytorch, torch_ema, torch's `AveragedModel`, diffusers, Lightning, NeMo, timm, Composer,
+    MMEngine, EDM2 and torchtitan write. `format` says which it was.
+
+    Only headers are read. A tensor is read, and compared with the checksum that its file has for it,
+    when it is asked for; `Checkpoint.verify` does that for all.
+
+    `names` are the names of tensors that a file has in order only (torch_ema, diffusers, NeMo), such as
+    `[n for n, p in model.named_parameters() if p.requires_grad]`; with "positions" they are called
+    "0", "1", ... Files with names go by their own.
+
+    >>> import tempfile, torch
+    >>> place = Path(tempfile.mkdtemp()) / "average.pt"
+    >>> model = torch.nn.Linear(2, 1)
+    >>> torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), place)
+    >>> found = read(place)
+    >>> found.format, found.clock.count, list(found.averages["average"])
+    ('averaged-model', 0, ['weight', 'bias'])
+
+    Raises `ValueError` labelled the file: for a layout that is not known, with what the file holds; for
+    one that needs names; for a damaged file; for weights that only code in the file could make.
+    `FileNotFoundError` if there is nothing.
+    """
+    return read_source(sniff(path), names)
+
+
+def read_source(source: Source, names: Names = None) -> Checkpoint:
+    """What was found at a path, as a checkpoint; raises as `read`."""
+    found = _read(source, names)
+    return found if source.opened is None else replace(found, check=source.verify)
+
+
+def _read(source: Source, names: Names) -> Checkpoint:
+    path, opened = source.path, source.opened
+    if source.kind == "snapshots":
+        raise ValueError(
+            f"{path} is a folder of polyak.Recorder's snapshots: read one of them, or make any average "
+            "of them with polyak.synthesize"
+        )
+    if source.kind == "post-hoc":
+        return _post_hoc(path)
+    if (stored := own.of_source(source)) is not None:
+        found = own.checkpoint(stored)
+        return replace(found, live=_live_beside(source, found)) if source.kind == "dcp" else found
+    if source.key is not None:
+        raise FileNotFoundError(f"{path}: the folder {path.parent} has no averager {source.key!r}")
+    found = recognise(content(source, names))
+    if path.is_dir() and not isinstance(opened, DistributedTensors):
+        settings = _settings(path / "config.json")
+        return _diffusers(found, settings) if "optimization_step" in settings else found
+    return found
+
+
+def content(source: Source, names: Names = None) -> Found:
+    """What a file or folder holds at its top."""
+    path, opened = source.path, source.opened
+    if isinstance(opened, DistributedTensors):
+        parts = opened.parts()
+        return Found(path, "dcp", parts[""] if list(parts) == [""] else parts, names)
+    if isinstance(opened, LazyTensors):
+        plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
+        return Found(path, plain, opened, names)
+    assert isinstance(opened, OpenFile)
+    with labelled(opened.path, "a damaged file of torch.save"):
+        held, aside, _ = load(opened)
+    if not isinstance(held, Mapping) or (type_of(held) in aside and not held):
+        raise ValueError(
+            f"{path} holds a {type_of(held)}, wanted a dictionary: load it in the project that wrote it, "
+            "and save the model's state_dict"
+        )
+    return Found(path, "state-dict", held, names, aside)
+
+
+def _live_beside(source: Source, found: Checkpoint) -> LazyTensors | None:
+    """The live weights of an averager in a folder: its own, or the model that was saved beside it."""
+    assert isinstance(source.opened, DistributedTensors)
+    parts = source.opened.parts() if found.live is None and source.key is None else {}
+    return canonical(parts[_MODEL]) if _MODEL in parts else found.live
+
+
+def _post_hoc(path: Path) -> Checkpoint:
+    """The snapshots of an ema-pytorch `PostHocEMA`: averages "<index>.<step>", in that order."""
+    files = [file for file in path.iterdir() if POST_HOC.fullmatch(file.name)]
+    places = {tuple(map(int, file.stem.split("."))): file for file in files}
+    found = {f"{i}.{step}": read(places[i, step]) for i, step in sorted(places)}
+    averages = {name: snapshot.averages[AVERAGE] for name, snapshot in found.items()}
+    steps = {step for _, step in places}
+    clock = Clock(steps.pop(), "updates", ahead=1) if len(steps) == 1 else None
+
+    def check() -> None:
+        for snapshot in found.values():
+            snapshot.verify()
+
+    return Checkpoint(path, "post-hoc-ema", None, averages, {}, clock, check=check)
+
+
+def _settings(config: Path) -> dict[str, Any]:
+    if not config.exists():
+        return {}
+    try:
+        file = OpenFile(config)
+        settings = json.loads(file.read(0, _SETTINGS_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config}: the settings cannot be read ({str(error)[:200]})") from None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _diffusers(found: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
+    """What `EMAModel.save_pretrained` writes: a model's folder, whose weights are the average."""
+    try:
+        clock = Clock(count("optimization_step", settings["optimization_step"]))
+        rules = diffusers_rules(settings)
+    except ValueError as error:
+        raise ValueError(f"{found.path / 'config.json'}: {error}") from None
+    average = found.live if found.live is not None else next(iter(found.averages.values()))
+    return Checkpoint(found.path, "diffusers", None, {AVERAGE: average}, rules, clock)

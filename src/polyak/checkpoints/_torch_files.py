@@ -1,0 +1,237 @@
+"""Files of torch.save, in both of its layouts: a pickle, and storages that it refers to.
+
+A file is a zip archive, whose record `data.pkl` is the pickle and whose records `data/<key>` are the
+storages, not packed. Before torch 1.6 it was five pickles with the storages behind them.
+
+Only the pickle and the archive's directory are read. A tensor is a `StoredTensor`: its storage is
+found, and compared with its checksum, when the tensor is first read.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Hashable, Mapping
+from functools import cached_property, partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
+from polyak.checkpoints import _pickles as pickles
+from polyak.checkpoints._open_file import FileSpan, OpenFile, labelled
+from polyak.checkpoints._torch_objects import Objects, Storage, StoredTensor
+
+_ARCHIVE = b"PK\3\4"
+_PICKLE = b"\x80"
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_WINDOW = 1 << 18  # the pickles before the storages are mostly shorter
+_OTHER_ORDER = "saved on a machine of the other byte order: save it again on this kind of machine"
+
+
+class Loaded(NamedTuple):
+    """What a file of torch.save holds, by name how many objects were set aside, and its records."""
+
+    value: object
+    aside: dict[str, int]
+    records: list[FileSpan]
+
+
+def is_torch(first: bytes) -> bool:
+    """Whether a file that begins so may be one of torch.save."""
+    return first[:4] == _ARCHIVE or first[:1] == _PICKLE
+
+
+def load(file: OpenFile, start: int = 0, length: int | None = None, label: str = "") -> Loaded:
+    """What was saved into a file, or into this part of it; its tensors are not read.
+
+    Errors of a tensor that is read later have the label behind the file's name.
+
+    Raises `ValueError` saying what is wrong and what to do, or any other exception for a file that
+    is too damaged to tell.
+    """
+    region = _Region(file, start, file.size - start if length is None else length, label)
+    first = region.read(4)
+    if not is_torch(first):
+        raise ValueError("it is not a file of torch.save")
+    region.seek(0)
+    return _load_archive(region) if first == _ARCHIVE else _load_pickles(region)
+
+
+def verify(file: OpenFile) -> None:
+    """Compare every record with its checksum; raises `ValueError` labelled the damaged one."""
+    with labelled(file.path, "a damaged file of torch.save"):
+        for record in load(file).records:
+            record.require_whole()
+
+
+class StoredTensors(LazyTensors):
+    """Tensors of a file of torch.save by name."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: tensor.spec for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        return self._tensors[name].read()[where]
+
+    def release(self, name: str) -> None:
+        self._tensors[name].release()
+
+    def elements(self, name: str) -> Elements:
+        return self._tensors[name].elements() or super().elements(name)
+
+    def identity(self, name: str) -> Hashable:
+        return self._tensors[name].identity
+
+
+class _Region(io.RawIOBase):
+    """A part of an open file, to read as a file."""
+
+    def __init__(self, file: OpenFile, start: int, length: int, label: str) -> None:
+        self.file, self.start, self.length, self.label = file, start, length, label
+        self._place = 0
+
+    def read(self, size: int = -1) -> bytes:
+        rest = max(self.length - self._place, 0)
+        content = self.file.read(self.start + self._place, min(size, rest) if size >= 0 else rest)
+        self._place += len(content)
+        return content
+
+    def at(self, start: int, size: int) -> bytes:
+        """The bytes from a place in the region on."""
+        return self.file.read(self.start + start, max(min(size, self.length - start), 0))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        place = offset + (0, self._place, self.length)[whence]
+        if place < 0:
+            raise ValueError("a place before the beginning")
+        self._place = min(place, self.length)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
+def _load_archive(region: _Region) -> Loaded:
+    records = _records(region)
+    if "byteorder" in records and records["byteorder"].content() != b"little":
+        raise ValueError(_OTHER_ORDER)
+    if "data.pkl" not in records:
+        raise ValueError("an archive without data.pkl: torch.save did not write it")
+    data = records["data.pkl"].content()
+    objects = Objects(len(data), region.length)
+    value = pickles.load(data, objects.known(), objects.storage)
+    for storage in objects.storages.values():
+        record = records.get(f"data/{storage.key}")
+        if record is None or record.nbytes != storage.nbytes:
+            has = "is missing" if record is None else f"has {record.nbytes}"
+            raise ValueError(f"storage {storage.key[:100]!r} of {storage.nbytes} bytes {has}")
+        storage.span = record
+    return Loaded(value, pickles.survey(value, len(data)), list(records.values()))
+
+
+def _records(region: _Region) -> dict[str, FileSpan]:
+    """The archive's records by name; where each begins is read when it is needed."""
+    with zipfile.ZipFile(region) as archive:
+        entries = archive.infolist()
+    if any(entry.orig_filename.endswith("/constants.pkl") for entry in entries):
+        raise ValueError("a TorchScript archive, which is code: save the module's state_dict")
+    summed = any(entry.CRC for entry in entries)  # torch can be told to leave the checksums out
+    records: dict[str, FileSpan] = {}
+    for entry in entries:
+        name = entry.orig_filename.partition("/")[2]
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise ValueError(f"the record {name[:100]!r} is packed, which torch.save never does")
+        if name in records:
+            raise ValueError(f"two records are named {name[:100]!r}")
+        label = f"{region.label}the record {name[:100]!r}"
+        begin = partial(_begin, region, entry)
+        checksum = entry.CRC if summed else None
+        records[name] = FileSpan(region.file, label, begin, entry.file_size, checksum)
+    return records
+
+
+def _begin(region: _Region, entry: zipfile.ZipInfo) -> int:
+    """Where a record's content begins; its own header must agree with the archive's directory."""
+    header = region.at(entry.header_offset, 30)
+    if len(header) < 30 or header[:4] != _ARCHIVE:
+        raise ValueError(f"{region.file.path}: the archive's directory points at no record")
+    name_length, extra_length = struct.unpack("<HH", header[26:])
+    name = region.at(entry.header_offset + 30, name_length)
+    start = entry.header_offset + 30 + name_length + extra_length
+    if name != entry.orig_filename.encode() or start + entry.file_size > region.length:
+        record = f"the record {entry.orig_filename[:100]!r}"
+        raise ValueError(f"{region.file.path}: {record} is not where it should be")
+    return int(region.start + start)
+
+
+def _load_pickles(region: _Region) -> Loaded:
+    """The layout before torch 1.6: magic number, version, system, value, keys; then the storages."""
+    magic, _ = _next_pickle(region)
+    if magic != _MAGIC:
+        raise ValueError("a pickle that torch.save did not write: save it with torch.save")
+    version, _ = _next_pickle(region)
+    if version != _VERSION:
+        raise ValueError("a file of torch.save in an unknown version")
+    system, _ = _next_pickle(region)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError(_OTHER_ORDER)
+    value, objects = _next_pickle(region)
+    aside = pickles.survey(value, objects.size)
+    keys, _ = _next_pickle(region)
+    _place_storages(region, keys, dict(objects.storages))
+    return Loaded(value, aside, [])
+
+
+def _next_pickle(region: _Region) -> tuple[object, Objects]:
+    """The value of the pickle that comes next; no more is read than some windows."""
+    start, window = region.tell(), _WINDOW
+    while True:
+        region.seek(start)
+        data = region.read(window)
+        objects = Objects(len(data), region.length)
+        try:
+            value, end = pickles.load_first(data, objects.known(), objects.storage)
+        except EOFError as error:
+            if len(data) < window:
+                raise ValueError(str(error)) from None
+            window *= 4
+        else:
+            region.seek(start + end)
+            return value, objects
+
+
+def _place_storages(region: _Region, keys: object, storages: dict[str, Storage]) -> None:
+    """Tell each storage where it lies: they follow each other, each behind its number of elements."""
+    place = region.tell()
+    for name in keys if isinstance(keys, list) else []:
+        storage = storages.pop(name)
+        label = f"storage {name[:100]!r}"
+        count = storage.nbytes // storage.itemsize
+        begin = partial(_begin_counted, region, place, count, label)
+        storage.span = FileSpan(region.file, label, begin, storage.nbytes)
+        place += 8 + storage.nbytes
+        if place > region.length:
+            raise ValueError(f"{label} of {storage.nbytes} bytes is cut short")
+    if storages:
+        raise ValueError(f"storage {next(iter(storages))[:100]!r} is missing")
+
+
+def _begin_counted(region: _Region, start: int, wanted: int, label: str) -> int:
+    """Where a storage begins: behind the number of its elements."""
+    count = int.from_bytes(region.at(start, 8), "little")
+    if count != wanted:
+        raise ValueError(f"{region.file.path}: {label} has {count} elements, wanted {wanted}")
+    return region.start + start + 8

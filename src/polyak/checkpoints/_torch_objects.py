@@ -1,0 +1,361 @@
+"""What the names in a pickle of torch.save mean: tensors on storages, and plain values.
+
+The tables at the end are all that is known. A tensor's claim is checked when the pickle is read: it
+must lie within its storage. All tensors together may not claim far more than the file holds, which
+tensors of stride 0 could.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Hashable, Mapping
+from math import prod
+from reprlib import repr as repr_of  # a short text of any value, however deep
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak._lazy import Elements, TensorSpec
+from polyak.checkpoints._open_file import FileSpan
+from polyak.checkpoints._pickles import (
+    Aside,
+    Dictionary,
+    Inert,
+    Maker,
+    Persistent,
+    Sealed,
+    aside,
+    key,
+)
+
+_LEAST_ROOM = 1 << 20
+_LEAST_VALUES = 1_000_000
+_REPEATS = 64  # tied weights are claimed once for every name they have
+_MOST = 1 << 60
+_DIMENSIONS = 64
+
+
+class Storage(Inert):
+    """A storage as a pickle describes it, and where it lies once that is known."""
+
+    __slots__ = ("dtype", "key", "nbytes", "span")
+
+    def __init__(self, key: str, nbytes: int, dtype: torch.dtype) -> None:
+        self.key = key
+        self.nbytes = nbytes
+        self.dtype = dtype
+        self.span: FileSpan
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+class StoredTensor(Inert):
+    """A tensor of a file of torch.save, before it is read."""
+
+    __slots__ = ("_flags", "_offset", "_storage", "_stride", "spec")
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        storage: Storage,
+        offset: int,
+        stride: tuple[int, ...],
+        flags: dict[str, bool],
+    ) -> None:
+        self.spec = spec
+        self._storage = storage
+        self._offset = offset
+        self._stride = stride
+        self._flags = flags
+
+    def read(self) -> Tensor:
+        """The tensor, a view of the file; its storage is compared with its checksum first."""
+        shape, dtype = self.spec
+        if self.spec.numel == 0:
+            return torch.empty(shape, dtype=dtype)
+        holds = TensorSpec((self._storage.nbytes // dtype.itemsize,), dtype)
+        flat = self._storage.span.tensor(holds)
+        tensor = flat.as_strided(shape, self._stride, self._offset)
+        tensor = tensor.conj() if self._flags.get("conj") else tensor
+        return torch._neg_view(tensor) if self._flags.get("neg") else tensor
+
+    def release(self) -> None:
+        """Give back the pages of the storage."""
+        if self.spec.numel:
+            self._storage.span.release()
+
+    def elements(self) -> Elements | None:
+        """The elements, if the tensor fills its storage row by row."""
+        fills = self._offset == 0 and self.spec.nbytes == self._storage.nbytes > 0
+        if not fills or any(self._flags.values()) or not self._is_contiguous():
+            return None
+        return self._storage.span.elements(self.spec)
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for tensors that are the same part of the same storage."""
+        place = (id(self._storage), self._offset, self.spec, self._stride)
+        return place if self.spec.numel else None
+
+    def _is_contiguous(self) -> bool:
+        count = 1
+        for size, stride in zip(reversed(self.spec.shape), reversed(self._stride), strict=True):
+            if size != 1 and stride != count:
+                return False
+            count *= size
+        return True
+
+
+class Objects:
+    """Makes the objects of one pickle of so many bytes; `room` bytes hold all storages."""
+
+    def __init__(self, size: int, room: int) -> None:
+        self.size = size
+        self._values = _LEAST_VALUES + 8 * size
+        self._room = _LEAST_ROOM + _REPEATS * room
+        self.storages: dict[str, Storage] = {}
+
+    def known(self) -> dict[str, object]:
+        """What each name means. It is not kept here: a cycle would hold the file until collected."""
+        rebuilt = _makers(self._tensor_makers())
+        of_kind = {_REBUILD_OF_KIND: self._tensor_of_kind(frozenset(rebuilt.values()))}
+        return {**KNOWN, **rebuilt, **_makers(self._makers()), **_makers(of_kind)}
+
+    def storage(self, persistent: Persistent) -> object:
+        """The storage that a pickle means."""
+        match persistent.identity:
+            case ("storage", kind, str(name), str(), int(count), *views):
+                if isinstance(kind, type) and issubclass(kind, Aside):
+                    return kind()
+                dtype = getattr(kind, "storage_dtype", None)
+                if dtype is not None and not any(views) and 0 <= count < _MOST:
+                    storage = Storage(name, count * dtype.itemsize, dtype)
+                    known = self.storages.setdefault(name, storage)
+                    if known.nbytes == storage.nbytes and known.dtype == dtype:
+                        return known
+        raise ValueError("a storage is described as torch.save never does")
+
+    def _tensor_makers(self) -> dict[str, Callable[..., object]]:
+        return {
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor_v3": self._tensor_of_dtype,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter_with_state": _parameter,
+        }
+
+    def _makers(self) -> dict[str, Callable[..., object]]:
+        return {
+            "collections.OrderedDict": self._dictionary,
+            "collections.Counter": self._dictionary,
+            "collections.defaultdict": lambda _=None, *start: self._dictionary(*start),
+            "builtins.set": lambda items=(): set(map(key, self._limited(items))),
+            "builtins.frozenset": lambda items=(): frozenset(map(key, self._limited(items))),
+            "builtins.bytearray": lambda content=b"", *_: bytearray(self._limited(content, bytes)),
+            "_codecs.encode": self._encoded,
+            "torch.Size": self._size,
+        }
+
+    def _limited(self, items: Any, *kinds: type) -> Any:
+        """Items that are copied; all copies together may not be far larger than the pickle."""
+        if not isinstance(items, kinds or (list, tuple)):
+            raise ValueError(f"the pickle makes an object of a {type(items).__name__}")
+        limited: Any = items
+        self._values -= len(limited)
+        if self._values < 0:
+            raise ValueError("the same parts are repeated over and over")
+        return limited
+
+    def _dictionary(self, start: Any = ()) -> Dictionary:
+        """From nothing, from pairs (Python 2) or from a dictionary; then items are set."""
+        made = Dictionary()
+        for pair in self._limited(list(start.items()) if isinstance(start, dict) else start):
+            name, value = pair
+            made[name] = value
+        return made
+
+    def _encoded(self, text: Any, encoding: object) -> bytes:
+        """(text, "latin1"), as protocol 2 writes bytes."""
+        if encoding != "latin1":
+            raise ValueError(f"bytes in the encoding {repr_of(encoding)}")
+        return bytes(self._limited(text, str).encode("latin1"))
+
+    def _size(self, numbers: Any) -> torch.Size:
+        if not all(type(n) is int and 0 <= n < _MOST for n in self._limited(numbers)):
+            raise ValueError(f"a size that is not made of integers: {repr_of(numbers)}")
+        return torch.Size(numbers)
+
+    def _tensor(
+        self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: Any = None
+    ) -> object:
+        """rest: [requires_grad, hooks[, flags]]"""
+        if isinstance(storage, Aside):
+            return aside("a tensor of an unknown kind", tensor=True)(storage)
+        flags = rest[2] if len(rest) > 2 else {}
+        flags = {} if flags is None else flags
+        if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
+            raise ValueError("a tensor that is described as torch.save never does")
+        if not isinstance(flags, dict) or set(flags) - {"conj", "neg"}:
+            raise ValueError(f"a tensor with the flags {repr_of(flags)}")
+        dtype = dtype or storage.dtype
+        holds = storage.nbytes // dtype.itemsize
+        if not _within(holds, offset, shape, stride):
+            raise ValueError(
+                f"a tensor of shape {repr_of(shape)} with stride {repr_of(stride)} from {repr_of(offset)} on "
+                f"lies outside its storage of {holds} elements"
+            )
+        spec = TensorSpec(tuple(shape), dtype)
+        self._room -= spec.nbytes
+        if self._room < 0:
+            raise ValueError("the tensors claim far more than the file holds")
+        return StoredTensor(spec, storage, offset, stride, dict(flags))
+
+    def _tensor_of_dtype(self, *arguments: Any) -> object:
+        """(storage, offset, shape, stride, requires_grad, hooks, dtype[, flags])"""
+        *first, dtype = arguments[:7]
+        return self._tensor(*first, *arguments[7:], dtype=dtype)
+
+    def _tensor_of_kind(self, makers: frozenset[Maker]) -> Callable[..., object]:
+        """(function, type, arguments, state); a tensor's attributes are left out."""
+
+        def make(function: Any, kind: Any, arguments: Any, *_: object) -> object:
+            if isinstance(kind, type) and issubclass(kind, Aside):
+                return kind(function, arguments)
+            if kind not in _TENSORS.values() or function not in makers:
+                return aside("a tensor of an unknown kind", tensor=True)(function, arguments)
+            return function(*arguments)
+
+        return make
+
+
+def _makers(functions: Mapping[str, Callable[..., object]]) -> dict[str, Maker]:
+    return {name: Maker(name, function) for name, function in functions.items()}
+
+
+def _within(holds: int, offset: Any, shape: Any, stride: Any) -> bool:
+    """Whether a tensor of this layout lies within so many elements."""
+    if type(shape) not in (tuple, torch.Size) or type(stride) is not tuple:
+        return False
+    numbers = (offset, *shape, *stride)
+    if len(shape) != len(stride) or len(shape) > _DIMENSIONS:
+        return False
+    if not all(type(n) is int and 0 <= n < _MOST for n in numbers):
+        return False
+    if 0 in shape:
+        return bool(prod(n for n in shape if n) < _MOST)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    return bool(last < holds)
+
+
+def _parameter(data: Any, *_: object) -> object:
+    """(data, requires_grad, hooks[, state]): a parameter's content, without the rest."""
+    if not isinstance(data, (StoredTensor, Aside)):
+        raise ValueError("a parameter without a tensor")
+    return data
+
+
+def _empty_bytes(*arguments: object) -> bytes:
+    """bytes(), as protocol 2 writes them when there are none."""
+    if arguments:
+        raise ValueError("bytes that are made by a call")
+    return b""
+
+
+def _object_of(kind: Any, *arguments: Any) -> object:
+    """Helpers that make an object of the class that is their first argument."""
+    is_aside = isinstance(kind, type) and issubclass(kind, Aside)
+    return (kind if is_aside else aside("an object"))(*arguments)
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    return complex(float(real), float(imaginary))
+
+
+def _layout(name: object) -> object:
+    return torch.strided if name == "torch.strided" else aside("torch.layout")(name)
+
+
+class _NumpyDtype(metaclass=Sealed):
+    """(code, False, True), then a state whose second part is the byte order."""
+
+    __slots__ = ("format",)
+
+    def __init__(self, code: Any, *_: object) -> None:
+        self.format = _NUMPY.get(code) if isinstance(code, str) else None
+
+    def __setstate__(self, state: Any) -> None:
+        self.format = self.format if state[1] in ("<", "|") else None
+
+
+def _numpy_scalar(dtype: Any, content: Any = None) -> object:
+    """(dtype, bytes): a plain number."""
+    if not isinstance(dtype, _NumpyDtype) or dtype.format is None or type(content) is not bytes:
+        return aside("numpy.generic")(dtype, content)
+    return struct.unpack(f"<{dtype.format}", content)[0]
+
+
+_NUMPY = {
+    "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+    "f2": "e", "f4": "f", "f8": "d",
+}  # fmt: skip
+DTYPES: dict[str, object] = {
+    str(dtype): dtype
+    for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.complex128, torch.complex64, torch.complex32,
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu, torch.float4_e2m1fn_x2,
+    )
+}  # fmt: skip
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool,
+    "torch.ComplexDoubleStorage": torch.complex128, "torch.ComplexFloatStorage": torch.complex64,
+    "torch.storage.UntypedStorage": torch.uint8,
+}  # fmt: skip
+
+
+def _named(name: str, **attributes: object) -> type:
+    """A class that a pickle can name, but of which it can make nothing."""
+    return Sealed(name.rpartition(".")[2], (), {"__slots__": (), "name": name, **attributes})
+
+
+_TENSORS = {name: _named(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
+_STRANGE = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without content",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor of another class",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
+}
+_REBUILD_OF_KIND = "torch._tensor._rebuild_from_type_v2"
+_OF_A_CLASS = (
+    "builtins.getattr", "copyreg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+)  # fmt: skip
+KNOWN: dict[str, object] = {
+    **DTYPES,
+    **_TENSORS,
+    **{name: _named(name, storage_dtype=dtype) for name, dtype in _STORAGES.items()},
+    **{name: aside(what, tensor=True) for name, what in _STRANGE.items()},
+    "numpy.dtype": _NumpyDtype,
+    **_makers(dict.fromkeys(_OF_A_CLASS, _object_of)),
+    **_makers({
+        "builtins.bytes": _empty_bytes,
+        "builtins.complex": _complex,
+        "torch.device": torch.device,
+        "torch.serialization._get_layout": _layout,
+        "numpy.core.multiarray.scalar": _numpy_scalar,
+        "numpy._core.multiarray.scalar": _numpy_scalar,
+    }),
+}  # fmt: skip
