@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def done(*arguments: object) -> str:
 def data(*arguments: object) -> Any:
     """The JSON of a command: all of its standard output."""
     return json.loads(done(*arguments, "--json"))
+
+
+def weight_bytes(file: str) -> bytes:
+    """The bytes of a tensor, to find its place in a file."""
+    checkpoint = checkpoints.read(file)
+    weights = next(iter(checkpoint.averages.values()))
+    return weights["0.weight"].numpy().tobytes()
 
 
 def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
@@ -88,6 +96,36 @@ class TestInspect:
         polyak.save("tied.safetensors", averager)
         assert data("inspect", "tied.pt")["live"]["parameters"] == 9
         assert data("inspect", "tied.safetensors")["averages"]["average"]["weights"]["tensors"] == 1
+
+    def test_objects_that_are_set_aside_are_counted(self) -> None:
+        objects = {"path": Path("a"), "others": [Path("b"), Fraction(1, 2)]}
+        torch.save({"state_dict": model().state_dict(), "hparams": objects}, "aside.pt")
+        printed = done("inspect", "aside.pt")
+        assert "\nset aside: pathlib.PosixPath x2, fractions.Fraction x1\n" in printed
+        told = {"pathlib.PosixPath": 2, "fractions.Fraction": 1}
+        assert data("inspect", "aside.pt")["aside"] == told
+        assert "set aside" not in done("inspect", "step-1.pt")
+        many = [type(f"Class{i}", (), {"__module__": __name__}) for i in range(20)]
+        for each in many:
+            globals()[each.__name__] = each
+        torch.save({"model": model().state_dict(), "x": [each() for each in many]}, "many.pt")
+        assert "Class9 x1 and 10 more\n" in done("inspect", "many.pt")
+
+    def test_damage_is_found_by_verify(self) -> None:
+        """Only headers are read without it."""
+        sources = {"average.safetensors": "average.safetensors", "ema.pt": "ema.pt"}
+        snapshot = sorted(Path("snapshots").iterdir())[3]
+        sources["snapshots"] = str(snapshot)
+        for path, file in sources.items():
+            assert done("inspect", path, "--verify").endswith("verified: no damage found\n")
+            assert data("inspect", path, "--verify")["verified"]
+            content = Path(file).read_bytes()
+            place = content.rindex(weight_bytes(file))
+            Path(file).write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+            assert not data("inspect", path)["verified"]
+            found = run("inspect", path, "--verify")
+            assert (found.exit_code, found.stdout) == (2, "")
+            assert found.stderr.startswith(f"polyak: {file}: ") and found.stderr.count("\n") == 1
 
     def test_for_people(self) -> None:
         printed = run("inspect", "both.safetensors")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polyak.offline._description import DescribedAverage, Weighed
 
 _LARGEST = 5
+_MOST = 10
 
 
 def inspect(
@@ -22,9 +23,8 @@ def inspect(
         Path,
         typer.Argument(metavar="PATH", help="A checkpoint, or a folder of snapshots."),
     ],
-    tensors: Annotated[
-        bool, typer.Option("--tensors", help="List all tensors, not only the largest.")
-    ] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare all checksums.")] = False,
     json: Json = False,
 ) -> None:
     """List what a checkpoint holds: weights, averages, rules.
@@ -39,13 +39,16 @@ def inspect(
     """
     from polyak import offline
 
-    description = offline.describe(path)
+    description = offline.describe(path, verify=verify)
     if json:
         print_json(description.as_dict())
         return
     say(_headline(description))
     _print_weights(description)
     _print_tensors(description, all=tensors)
+    _print_aside(description)
+    if description.verified:
+        say("verified: no damage found")
     note_norms(description.norms)
 
 
@@ -98,3 +101,11 @@ def _print_tensors(description: Description, *, all: bool) -> None:
         for t in shown
     ]
     print_table(("name", "shape", "dtype", "size"), rows)
+
+
+def _print_aside(description: Description) -> None:
+    """The objects beside the weights that were not read, since reading them would run code."""
+    names = [f"{name} x{count}" for name, count in description.aside.items()]
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    if names:
+        say(f"set aside: {', '.join(names[:_MOST])}{more}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._export import distinct
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._own_format import checkpoint as checkpoint_of
-from polyak.checkpoints._read import read_source
+from polyak.checkpoints._read import read, read_source
 from polyak.checkpoints._sniff import sniff
 from polyak.rules import Rule
 from polyak.snapshots import Snapshot, snapshots
@@ -81,9 +81,10 @@ class Recorded:
 class Description:
     """What a file or folder holds.
 
-    `count` and `unit` are the file's clock (`checkpoints.Clock`); `norms` those with running
-    statistics, which averaged weights need estimated anew; `tensors` the largest first; `aside` how
-    many objects of each class were not read, since only their own code could make them.
+    `count` and `unit` are the file's clock (`checkpoints.Clock`). `norms` are the norms with running
+    statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` tells
+    how many objects of each class were not read, because only their own code could make them.
+    `verified` is True if everything was compared with its checksums.
     """
 
     path: str
@@ -96,16 +97,19 @@ class Description:
     tensors: tuple[DescribedTensor, ...]
     aside: dict[str, int]
     recorded: Recorded | None = None
+    verified: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain data, for JSON."""
         return asdict(self)
 
 
-def describe(path: Path | str) -> Description:
-    """What a file or folder that `checkpoints.read` reads holds, or a folder of snapshots.
+def describe(path: Path | str, *, verify: bool = False) -> Description:
+    """What a checkpoint holds, or a folder of snapshots; only headers are read.
 
-    Tensors without names are called by their positions. A snapshot's averages are those of the last.
+    Tensors without names are named by their positions. For a folder of snapshots, averages are those of
+    the last snapshot. With `verify`, everything is read and compared with its checksums
+    (`Checkpoint.verify`).
 
     >>> import tempfile, torch
     >>> from polyak import Averager, save
@@ -120,21 +124,25 @@ def describe(path: Path | str) -> Description:
     >>> found.averages["average"].rule, found.averages["average"].mean_age
     ('window(2)', 0.5)
 
-    Raises what `checkpoints.read` and `recording.snapshots` raise.
+    Raises what `checkpoints.read` and `snapshots` raise, and `ValueError` for damage that `verify` finds.
     """
     source = sniff(path)
     if source.kind == "snapshots":
-        return _of_run(source.path)
+        return _of_run(source.path, verify)
     found = read_source(source, "positions")
-    return _described(found, source.path, _times(found))
+    if verify:
+        found.verify()
+    return replace(_described(found, source.path, _times(found)), verified=verify)
 
 
-def _of_run(folder: Path) -> Description:
+def _of_run(folder: Path, verify: bool) -> Description:
     found = snapshots(folder)
+    for snapshot in found if verify else []:
+        read(snapshot.path).verify()
     last = found[-1]
     checkpoint = checkpoint_of(Stored.open(last.path))
     times = dict.fromkeys(last.rules, last.elapsed())
-    return _described(checkpoint, folder, times, _recorded(found))
+    return replace(_described(checkpoint, folder, times, _recorded(found)), verified=verify)
 
 
 def _recorded(found: list[Snapshot]) -> Recorded:
