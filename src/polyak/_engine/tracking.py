@@ -8,7 +8,7 @@ module at every use, so that replaced parameters are followed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,17 @@ class Entry(NamedTuple):
 
     def holder(self) -> Mapping[str, Tensor | None]:
         """The dictionary that holds the tensor now; a module's may have been replaced."""
-        if self.table is None:
-            return cast(Mapping[str, Tensor], self.owner)
-        return cast(Mapping[str, "Tensor | None"], getattr(self.owner, self.table))
+        owner: Any = self.owner  # a cast would be a call, for every tensor and every look
+        holder: Mapping[str, Tensor | None] = (
+            owner if self.table is None else getattr(owner, self.table)
+        )
+        return holder
 
     def found(self) -> Tensor:
         """The tensor that has this name now."""
-        return cast(Tensor, self.holder()[self.leaf])
+        owner: Any = self.owner
+        tensor: Tensor = (owner if self.table is None else getattr(owner, self.table))[self.leaf]
+        return tensor
 
 
 class Tracked(NamedTuple):
