@@ -34,7 +34,10 @@ LIMIT_COUNT, LIMIT_SECONDS = 20_000, 1.0
 
 @dataclass
 class Case:
-    """A model of `count` tensors, its averager after two updates, and files of both in a folder."""
+    """A model of `count` tensors, two averagers after two updates, and files of both in a folder.
+
+    The second average is read out as three terms, and the live weights are one of them.
+    """
 
     count: int
     folder: Path
@@ -44,16 +47,17 @@ class Case:
         self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(self.count // 2)))
         self.norms = nn.Sequential(*(nn.BatchNorm1d(WIDTH) for _ in range(self.count // 5)))
         self.averager = self.make()
-        for _ in range(2):
-            self.averager.update()
+        self.bema = Averager(self.model, "bema()")
+        for averager in (self.averager, self.bema) * 2:
+            averager.update()
         polyak.save(self.path("saved"), self.averager)
-        checkpoints.export(self.path("exported"), self.averager, "ema")
+        checkpoints.export(self.path("exported"), self.averager)
         torch.save(self.model.state_dict(), self.folder / "live.pt")
         self.state = self.averager.state_dict()
 
     def make(self) -> Averager:
-        """Two averages; the second is read out as three terms, and the live weights are one."""
-        return Averager(self.model, {"ema": "exponential(0.9)", "bema": "bema()"})
+        """An averager of the model."""
+        return Averager(self.model, "exponential(0.9)")
 
     def path(self, name: str) -> Path:
         """A safetensors file in the folder."""
@@ -61,7 +65,7 @@ class Case:
 
     def applied(self) -> None:
         """Into the block and out of it."""
-        with self.averager.applied("ema"):
+        with self.averager.applied():
             pass
 
     def replaced(self) -> None:
@@ -86,18 +90,18 @@ CALLS: dict[str, Callable[[Case], object]] = {
     "update()": lambda case: case.averager.update(),
     "update(), weights replaced": Case.replaced,
     "tracked": lambda case: case.averager.tracked,
-    "average()": lambda case: case.averager.average("ema"),
-    "average() of three terms": lambda case: case.averager.average("bema"),
-    "weights(), each read": lambda case: dict(case.averager.weights("bema")),
+    "average()": lambda case: case.averager.average(),
+    "average() of three terms": lambda case: case.bema.average(),
+    "weights(), each read": lambda case: dict(case.bema.weights()),
     "applied(), in and out": Case.applied,
-    "copy_to()": lambda case: case.averager.copy_to(case.model, "ema"),
+    "copy_to()": lambda case: case.averager.copy_to(case.model),
     "summary(), printed": lambda case: str(case.averager.summary()),
     "state_dict()": lambda case: case.averager.state_dict(),
     "load_state_dict()": lambda case: case.averager.load_state_dict(case.state),
     "save()": lambda case: polyak.save(case.path("again"), case.averager),
     "load()": lambda case: polyak.load(case.path("saved"), case.averager),
     "checkpoints.export()": lambda case: checkpoints.export(
-        case.path("anew"), case.averager, "ema", overwrite=True
+        case.path("anew"), case.averager, overwrite=True
     ),
     "checkpoints.read(safetensors)": lambda case: dict(
         checkpoints.read(case.path("exported")).weights()
