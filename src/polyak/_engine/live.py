@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from polyak._checks import difference, report
+from polyak._engine.inventory import Inventory
 from polyak._engine.tracking import Choice, Entry, Found, Policy, Source, Table, Tracked, track
 from polyak._ranks.sharding import Shape, Shards, is_distributed, reshard
 from polyak._tensors import Groups, Kind, Stages, kind
@@ -42,6 +43,7 @@ class ModelTensors:
         self._options = (choice, mesh)
         self.generation = 0
         self._forms: dict[str, tuple[Shape, Policy]] = {} if like is None else like._forms
+        self.reshard()
         found = self._look()
         if like is None:
             _require_averaged(found.tracked)
@@ -61,6 +63,7 @@ class ModelTensors:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        self._inventory = Inventory([])  # of nothing, so that the copy is looked at
         self.check("copy")
 
     def groups(self) -> Groups:
@@ -109,6 +112,9 @@ class ModelTensors:
 
     def check(self, call: str) -> None:
         """Looks all tensors up anew; raises `RuntimeError` if names, ties, shapes or policies differ."""
+        self.reshard()
+        if self._inventory.holds():
+            return
         try:
             found = self._look()
         except ValueError as error:
@@ -129,7 +135,6 @@ class ModelTensors:
         return [item for item in self.tracked if item.policy != "skip"]
 
     def _look(self) -> Found:
-        self.reshard()
         tracked, modules = track(self._model, *self._options)
         return Found([_by_known_name(item, self._forms) for item in tracked], modules)
 
@@ -144,6 +149,7 @@ class ModelTensors:
         self.averaged = [item for item in self.tracked if item.policy == "average"]
         self.copied = [item for item in self.tracked if item.policy == "copy"]
         self._watch(found.modules)
+        self._inventory = Inventory(found.modules)
         whole = [item.found() for item in self.averaged]
         divided = [item.found() for item in self.averaged if item.mesh is not None]
         spread = bool(divided) or any(map(is_distributed, whole))
