@@ -72,7 +72,7 @@ def test_what_ranks_save_is_read_whole(tmp_path: Path, world: int) -> None:
         for name in found:
             found.release(name)
         assert all(same(found[name], tensors[name]) for name in found)
-    chunks = [len(each) for each in found._chunks.values()]
+    chunks = [len(each) for each in found.chunks.values()]
     assert max(chunks) == world
 
 

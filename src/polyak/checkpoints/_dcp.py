@@ -21,6 +21,7 @@ from polyak._ranks.shard_geometry import Box, whole
 from polyak.checkpoints._dcp_metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._open_folder import OpenFiles
+from polyak.checkpoints._pickles import no_collection
 from polyak.checkpoints._torch_files import load
 from polyak.checkpoints._torch_objects import StoredTensor
 
@@ -32,7 +33,7 @@ class DistributedTensors(LazyTensors):
 
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
     file. `objects` are the entries that are not tensors, such as a count of steps, read when asked
-    for. `paths` tells for each flat name the keys that it was made from, outermost first, for objects
+    for. `chunks` are where a tensor's parts begin and their shapes. `paths` tells for each flat name the keys that it was made from, outermost first, for objects
     as well.
 
     Raises `ValueError` labelled the folder for metadata that do not fit the files, and later labelled the
@@ -47,11 +48,11 @@ class DistributedTensors(LazyTensors):
                 f"{metadata} is missing: the folder's save was not finished, or it is not a folder "
                 "of torch.distributed.checkpoint"
             )
-        with labelled(self.path, "damaged metadata"):
+        with labelled(self.path, "damaged metadata"), no_collection():
             file = OpenFile(metadata)
             told = described(file.read(0, file.size))
             self._specs, self._places, self.paths = told.specs, told.places, told.paths
-            self._chunks = {n: _filled(n, told.specs[n].shape, c) for n, c in told.chunks.items()}
+            self.chunks = {n: _filled(n, told.specs[n].shape, c) for n, c in told.chunks.items()}
             self._files = OpenFiles(self.path, dict.fromkeys(p.file for p in told.places.values()))
             self._require_places(told.objects)
         self.objects: Mapping[str, Any] = _Objects(told.objects, self._object)
@@ -63,7 +64,7 @@ class DistributedTensors(LazyTensors):
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A tensor or a part of it; only those chunks are read that it lies in."""
-        chunks = self._chunks[name]
+        chunks = self.chunks[name]
         read = lambda chunk: self._chunk(name, chunk).read()  # noqa: E731
         part = chunks_part(self._specs[name], chunks, read, where)
         if len(chunks) > 1 and not where:  # it was copied
@@ -71,12 +72,12 @@ class DistributedTensors(LazyTensors):
         return part
 
     def elements(self, name: str) -> Elements:
-        chunks = self._chunks[name]
+        chunks = self.chunks[name]
         alone = self._chunk(name, chunks[0]).elements() if len(chunks) == 1 else None
         return alone or super().elements(name)
 
     def release(self, name: str) -> None:
-        for chunk in self._chunks[name]:
+        for chunk in self.chunks[name]:
             if (name, *chunk.offsets) in self._opened:
                 self._opened[name, *chunk.offsets].release()
 
@@ -110,6 +111,11 @@ class DistributedTensors(LazyTensors):
             self._opened[key] = stored
         return self._opened[key]
 
+    def object_bytes(self, name: str) -> bytes:
+        """The bytes of an entry that is not a tensor: a file of torch.save."""
+        file, start, length = self._places[(name,)]
+        return self._files[file].read(start, length)
+
     def _object(self, name: str) -> Any:
         return self._load(name, self._places[(name,)])
 
@@ -122,7 +128,7 @@ class DistributedTensors(LazyTensors):
         for name in objects:
             if (name,) not in self._places:
                 raise ValueError(f"{name}: nothing says where it lies")
-        for name, chunks in self._chunks.items():
+        for name, chunks in self.chunks.items():
             itemsize = self._specs[name].dtype.itemsize
             for chunk in chunks:
                 place = self._places.get((name, *chunk.offsets))

@@ -18,6 +18,7 @@ from polyak._files import naming
 from polyak._files import writing_folder as saving
 from polyak._ranks.agreement import agree, alone, chosen, raise_failures, rank_of, together
 from polyak._ranks.sharding import is_distributed
+from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._rank_checks import require_all_parts, require_stored_rightly
 
@@ -97,19 +98,20 @@ def save_folder(
 
 
 def load_folder(
-    call: str, path: Path | str, content: dict[str, Any], *, group: ProcessGroup | None
+    call: str, folder: DistributedTensors, content: dict[str, Any], *, group: ProcessGroup | None
 ) -> None:
     """Read a folder into the tensors of `content`, and its objects into their places.
 
     Objects are unpickled, which runs the code in them.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
+
+    from polyak.checkpoints._dcp_reader import FolderReader
 
     with _plain_errors(call, group):
         load(
             content,
-            storage_reader=FileSystemReader(path),
+            storage_reader=FolderReader(folder),
             process_group=group,
             no_dist=alone(group),
         )

@@ -133,7 +133,7 @@ def load_first(
     Raises `EOFError` if the data ends before the pickle does.
     """
     program, end = _program(data)
-    with _no_collection():
+    with no_collection():
         try:
             return _Unpickler(program, known, elsewhere).load(), end
         except (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
@@ -227,7 +227,7 @@ def _set(target: Any, items: Any) -> object:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection: it would look at a growing pile of objects again and again."""
     enabled = gc.isenabled()
     gc.disable()

@@ -102,7 +102,7 @@ def load_distributed(
         for key, averager in averagers.items():
             require_fit(path / key, averager, states[key])
     if others:
-        load_folder(call, path, others, group=group)
+        load_folder(call, folder, others, group=group)
     with together(call, group):
         for key, averager in averagers.items():
             adopt(path / key, averager, states[key])
