@@ -423,6 +423,27 @@ def waits_at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.parametrize("way", ["a file", "a link to nothing"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_in_the_way_is_named(tmp_path: Path, name: str, way: str) -> None:
+    place = tmp_path / "way"
+    place.touch() if way == "a file" else place.symlink_to("nothing")
+    with pytest.raises(NotADirectoryError, match=r"way"):
+        WRITERS[name].write(place / f"it{WRITERS[name].suffix}", 8)
+
+
+@pytest.mark.parametrize("here", [".", "..", "a/.."])
+def test_the_folder_one_is_in_may_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str
+) -> None:
+    place = tmp_path / "run"
+    (place / "a").mkdir(parents=True)
+    monkeypatch.chdir(place if here != ".." else place / "a")
+    with checkpoints.saving(here, overwrite=True) as folder:
+        (folder / "it").write_text("it")
+    assert content(place) == {"it": b"it"} and list(tmp_path.iterdir()) == [place]
+
+
 def test_a_folder_may_hold_links_and_files_that_cannot_be_read(tmp_path: Path) -> None:
     with waits_at_most(60), checkpoints.saving(tmp_path / "step-1") as folder:
         (folder / "best").symlink_to("nothing yet")

@@ -121,14 +121,15 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
 def making_folder(path: Path) -> Iterator[None]:
     """Make a folder and its parents; if the block raises, those that it made go again, if empty.
 
-    Raises `NotADirectoryError` if there is a file in the way.
+    Raises `NotADirectoryError` if a file, or a link to nothing, is in the way.
     """
     made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            message = f"{path} is a file, wanted a folder; choose another place"
+            kind = "a file" if path.exists() else "a link to nothing"
+            message = f"{path} is {kind}, wanted a folder; choose another place"
             raise NotADirectoryError(message) from None
         yield
     except BaseException:
@@ -183,15 +184,19 @@ def locked(handle: int, *, wait: bool = False) -> bool:
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     """Where a path leads through symbolic links, and what is there; None if there is nothing."""
+    leads = path.is_symlink() or path.name in (
+        "",
+        "..",
+    )  # "." and ".." have no name beside which to write
     try:
         there = path.stat()
     except FileNotFoundError:
-        return Path(os.path.realpath(path)) if path.is_symlink() else path, None
+        return Path(os.path.realpath(path)) if leads else path, None
     if kind := _SPECIAL.get(stat.S_IFMT(there.st_mode)):
         raise OSError(
             f"{path} is {kind}, and only a file or a folder is replaced; give another path"
         )
-    if not path.is_symlink():
+    if not leads:
         return path, there
     place = Path(os.path.realpath(path))
     return place, place.stat()  # an open file that was removed has a link in /proc, and no place
