@@ -238,7 +238,7 @@ def test_another_averager_does_not_go_on_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the averager is of the run None"):
         Recorder(late, tmp_path, every=10, resume=True)
     late.run = snapshots(tmp_path)[0].run
-    with pytest.raises(ValueError, match=r"come to time 4.0 at update 4, the averager to 10"):
+    with pytest.raises(ValueError, match=r"was at time 4.0 at update 4, and the averager is at 10"):
         Recorder(late, tmp_path, every=10, resume=True)
     larger = Averager(nn.Linear(4, 2), STORED)
     with pytest.raises(ValueError, match="another averager"):
@@ -397,5 +397,5 @@ def test_an_average_of_two_rules_is_not_recorded(tmp_path: Path) -> None:
     later = Averager(weights, {**STORED, "0.05": "uniform()"})
     polyak.load(tmp_path / "again", later)
     for mixed in (other, later):
-        with pytest.raises(ValueError, match="went on by another rule"):
+        with pytest.raises(ValueError, match="went on with another rule"):
             Recorder(mixed, tmp_path / "b", every=10)

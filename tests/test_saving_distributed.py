@@ -207,7 +207,7 @@ def test_several_states_are_asked_for(tmp_path: Path) -> None:
     fresh = polyak.Averager({"w": torch.zeros(2)}, "exponential(0.9)")
     save_folder({"a": made.state_dict(), "b": made.state_dict()}, tmp_path / "two")
     with pytest.raises(
-        ValueError, match=r"states of several averagers, a, b: give one, as .*two/b"
+        ValueError, match=r"states of several averagers, a, b: give the path of one, .*two/b"
     ):
         polyak.load(tmp_path / "two", fresh)
     polyak.load(tmp_path / "two" / "b", fresh)

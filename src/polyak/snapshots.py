@@ -1,8 +1,8 @@
-"""Recording: snapshots of averages while a model trains, from which any other average is made after.
+"""Snapshots of averages while a model trains, from which any other average can be made afterwards.
 
-A snapshot is a file of ours (`polyak.checkpoints._save`), or a folder where the average is sharded,
-with the slots of every average, and with what synthesis needs beside them: the run it belongs to and
-the time that each update so far spans.
+A snapshot is a file of ours, or a folder if the average is sharded (`polyak.checkpoints._save`). It has
+the slots of every average and what synthesis needs besides: the run that it belongs to, and the time
+that each update so far spans.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import shutil
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +26,10 @@ from polyak._ranks.agreement import agree, chosen
 from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
 from polyak.checkpoints import _save as native
-from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._save import Packed
-from polyak.checkpoints._sniff import SNAPSHOT
+from polyak.checkpoints._snapshots import ELAPSED, UPDATES, Snapshot, snapshots, stored_in
 from polyak.checkpoints._tensorfile import narrowed
-from polyak.rules import Rule, Tick
+from polyak.rules import Tick
 from polyak.specs import as_specs
 
 if TYPE_CHECKING:
@@ -46,14 +44,14 @@ _T = TypeVar("_T")
 
 
 class _Kept(NamedTuple):
-    """A snapshot of the run: of which time, and where."""
+    """A snapshot of this run: the time when it was taken, and its path."""
 
     time: float
     path: Path
 
 
 class Recorder:
-    """Stores snapshots of an averager's slots in a folder: of the first update, then every so much time.
+    """Stores snapshots of an averager's slots in a folder: at the first update, then at every `every`.
 
         recorder = Recorder(averager, "run/snapshots", every=1000)
         for batch in batches:
@@ -61,31 +59,29 @@ class Recorder:
             averager.update()
             recorder.update()
 
-    Some dozens of snapshots of two averages, such as `Power.from_relative_std` of 0.05 and 0.10,
-    give any average of the run to a fraction of a percent (`polyak.synthesize` tells how exactly).
+    A few dozen snapshots of two averages, such as `Power.from_relative_std` of 0.05 and 0.10, give any
+    average of the run to a fraction of a percent (`polyak.synthesize` tells the error).
 
     Args:
-        averager: whose slots are stored. Its updates are followed from now on: call `update` after
-            each, so that the time that each spans is known; where calls are left out, it is taken
-            to be spread evenly.
-        folder: for the snapshots of this run alone.
-        every: time between snapshots, in the rule's unit: steps, samples, tokens.
-        dtype: of what is stored: float32, bfloat16 or float16; by default that of the slots. The
-            error of rounding to it grows with the synthesis's amplification.
-        resume: goes on in the folder of this averager's run, after its state was loaded; states
-            carry the run that their recorder gave them.
+        averager: the averager whose slots are stored. Call `update` after each of its updates, so that
+            the time that each update spans is known. For calls that were left out, the time is taken to
+            be spread evenly.
+        folder: a folder for the snapshots of this run only. One recorder at a time has it.
+        every: time between snapshots, in the unit of the rule: steps, samples, tokens.
+        dtype: of the stored slots: float32, bfloat16 or float16; by default that of the slots. The
+            amplification of a synthesis multiplies the error of rounding to it.
+        resume: go on in the folder of this averager's run, after you loaded its state. A state carries
+            the run that its recorder gave it. Snapshots of updates that will be made again are renamed
+            to `*.stale`.
+        group: the ranks that make the recorder of a sharded averager; by default all ranks.
 
-        group: of the ranks that make the recorder of a sharded averager; by default all.
+    For a sharded averager every rank of the group makes the recorder and calls it at the same places. A
+    snapshot is then a folder in which each rank writes its parts. Synthesis reads it in one process, or
+    on any number of ranks.
 
-    Snapshots of updates that are made once more, after an earlier state was loaded, are set aside as
-    `*.stale`.
-
-    Of a sharded averager every rank of the group makes the recorder, and calls it at the same
-    places: a snapshot is then a folder to which each writes its own parts, and synthesis reads
-    it in one process, or on other ranks.
-
-    Raises `ValueError` for a folder with snapshots of another run or without `resume`, or where
-    another process records, for bad arguments; `TypeError` for another object than an averager.
+    Raises `ValueError` for bad arguments, for a folder that another recorder has, that has snapshots of
+    another run, or that has snapshots while `resume` is False; `TypeError` for an object that is not an
+    averager.
     """
 
     def __init__(
@@ -114,8 +110,8 @@ class Recorder:
         self._closed = False
         if averager.mixed:
             raise ValueError(
-                "Recorder: the averager went on by another rule than its slots were made with "
-                "(change_rule=True), so what they average is not known; begin a new average"
+                "Recorder: the averager went on with another rule (change_rule=True), so its slots come "
+                "from two rules, and what they average is not known; start a new average"
             )
         if averager.sharded:
             agree("Recorder", {"folder": str(folder)}, group, "give one, or each group its own")
@@ -143,19 +139,20 @@ class Recorder:
         )
 
     def update(self) -> Path | None:
-        """Follows the averager's clock, and stores a snapshot when one is due; its path if so.
+        """Call this after each update of the averager: stores a snapshot if one is due, and returns its path.
 
-        Raises `OSError` where it cannot be written: what was stored before stays as it is.
+        Raises as `record` does.
         """
         tick = self._averager.clock
         self._follow(tick)
         return self.record() if tick.n and self._due(tick.t) else None
 
     def record(self) -> Path:
-        """Stores a snapshot of now, and gives its path.
+        """Store a snapshot now, and return its path.
 
-        Raises `RuntimeError` before the first update and inside `applied()`; `ValueError` for a
-        weight that the snapshots' dtype cannot hold.
+        Raises `RuntimeError` before the first update, inside `applied()` and after `close`; `ValueError`
+        for a weight that the snapshots' dtype cannot hold, and if another recorder has taken over the
+        folder; `OSError` if it cannot be written. Earlier snapshots stay as they are.
         """
         if self._closed:
             raise RuntimeError("Recorder: it is closed; make another one with resume=True")
@@ -181,7 +178,7 @@ class Recorder:
         return described, kept | _runs(self._elapsed)
 
     def _packed_narrow(self, averager: Averager) -> Packed:
-        """The same, rounded to the snapshots' dtype."""
+        """The same, with averages rounded to the snapshots' dtype."""
         described, stored = self._packed(averager)
         for key, tensor in stored.items():
             if self._dtype and key.startswith("averages/") and tensor.is_floating_point():
@@ -190,15 +187,17 @@ class Recorder:
         return described, stored
 
     def _due(self, time: float) -> bool:
-        """At the first update, whose weights an average may keep for long, and at each `every`."""
+        """Whether a snapshot is due: at the first update, since an average may keep it for long, and at each `every`."""
         last = next(reversed(self._stored.values()), None)
         return last is None or math.floor(time / self.every) > math.floor(last.time / self.every)
 
     def _follow(self, tick: Tick) -> None:
-        """Notes the time of updates made since, and forgets one that was taken back (`nonfinite`)."""
+        """Note the time that each update since the last call spans."""
         if tick.n == len(self._elapsed) and tick.t == self._time:
             return
-        if tick.n <= len(self._elapsed):
+        if tick.n <= len(
+            self._elapsed
+        ):  # an update was taken back (`nonfinite`), or a state loaded
             del self._elapsed[max(tick.n - 1, 0) :]
             self._set_aside(tick.n)
         missed = tick.n - 1 - len(self._elapsed)
@@ -210,26 +209,26 @@ class Recorder:
         self._time = tick.t
 
     def _set_aside(self, first: int) -> None:
-        """Snapshots of this update and of later ones are stale: the updates are made once more."""
+        """Rename the snapshots of this update and later ones: these updates will be made again."""
         stale = [self._stored.pop(each).path for each in list(self._stored) if each >= first]
         if stale:
             self._by_first(lambda: list(map(_put_aside, stale)))
 
     def _by_first(self, choose: Callable[[], _T]) -> _T:
-        """What one process does in the folder, and tells the others where the average is sharded."""
+        """Work in the folder by one process, which tells the other ranks of a sharded average."""
         return chosen("Recorder", choose, self._group) if self._averager.sharded else choose()
 
     def _begun(self) -> tuple[str, list[float], dict[int, _Kept]]:
-        self._take_folder()  # before the look into it: another recorder may still be writing
+        self._take_folder()  # before looking into it: another recorder may still be writing
         if found := stored_in(self.folder):
             raise ValueError(
-                f"{self.folder} has {len(found)} snapshots, the first {found[0].name}: give an "
-                "empty folder, or resume=True to go on with their run from a loaded state"
+                f"{self.folder} has {len(found)} snapshots, the first {found[0].name}: give an empty "
+                "folder, or load the state of their run and pass resume=True"
             )
         return secrets.token_hex(8), [], {}
 
     def _take_folder(self) -> None:
-        """Hold the folder: for the first time, or anew if it was removed, or this process was forked.
+        """Hold the folder; again if it was removed since, or if this process was forked.
 
         Raises `ValueError` if another recorder has it.
         """
@@ -257,9 +256,9 @@ class Recorder:
         _require_same(found[-1], self._averager)
         if self._averager.run != found[0].run:
             raise ValueError(
-                f"{self.folder} has snapshots of the run {found[0].run}, and the averager is of the "
-                f"run {self._averager.run}: load a state that was saved while their recorder was "
-                "there, or give an empty folder"
+                f"{self.folder} has snapshots of the run {found[0].run}, and the averager is of the run "
+                f"{self._averager.run}: load a state that was saved after their recorder was made, or "
+                "give an empty folder"
             )
         kept = {snapshot.updates: _Kept(snapshot.time, snapshot.path) for snapshot in found}
         return found[0].run, self._times(found, self._averager.clock), kept
@@ -269,15 +268,14 @@ class Recorder:
         time = math.fsum(times)
         if len(times) == tick.n and not math.isclose(time, tick.t, rel_tol=1e-9):
             raise ValueError(
-                f"{self.folder}: its run had come to time {time} at update {tick.n}, the "
-                f"averager to {tick.t}: it does not go on from there. Load this run's own state, "
-                "or give an empty folder"
+                f"{self.folder}: its run was at time {time} at update {tick.n}, and the averager is at "
+                f"{tick.t}, so it is not the same run. Load a state of this run, or give an empty folder"
             )
         return times
 
 
 def _put_aside(path: Path) -> None:
-    """Renames a snapshot that is stale; an older one of that name goes."""
+    """Rename a stale snapshot; an older one of that name is removed."""
     aside = path.with_suffix(".stale")
     shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
     path.rename(aside)
@@ -292,109 +290,7 @@ def _require_same(snapshot: Snapshot, averager: Averager) -> None:
 
 
 def _runs(elapsed: Sequence[float]) -> dict[str, Tensor]:
-    """The times of updates as tensors: how many in a row span how much time."""
+    """The times of updates as two tensors: so much time each, so many updates in a row."""
     times = torch.tensor(elapsed, dtype=torch.float64)
     spans, counts = torch.unique_consecutive(times, return_counts=True)
     return {ELAPSED: spans, UPDATES: counts}
-
-
-ELAPSED, UPDATES = "times/elapsed", "times/updates"
-"""The keys of the times that updates span: so much time each, so many in a row."""
-
-_MOST = 10**7  # updates whose times a snapshot may tell
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A stored snapshot: its run, when it was taken, its averages' rules and the slots they have.
-
-    `dtypes` are those in which the slots are stored.
-    """
-
-    path: Path
-    run: str
-    updates: int
-    time: float
-    rules: dict[str, Rule]
-    slots: dict[str, list[str]]
-    model: dict[str, Any]
-    dtypes: frozenset[torch.dtype]
-
-    def elapsed(self) -> list[float]:
-        """The time that each update up to this one spans."""
-        return _elapsed(Stored.open(self.path), self.updates)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its file, or of all in its folder."""
-        files = self.path.iterdir() if self.path.is_dir() else [self.path]
-        return sum(file.stat().st_size for file in files)
-
-
-def snapshots(folder: Path | str) -> list[Snapshot]:
-    """The snapshots of a folder in the order of time; only their headers are read.
-
-    Raises `ValueError` naming the files for a folder without snapshots, for damaged ones, and for
-    snapshots of different runs, rules or models; `FileNotFoundError` without the folder.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of snapshots")
-    found = sorted(map(_opened, stored_in(folder)), key=lambda each: each.updates)
-    if not found:
-        raise ValueError(f"{folder}: no snapshots (snapshot-*); polyak.Recorder writes them")
-    last = found[-1]
-    for snapshot in found:
-        if lines := _foreign(last, snapshot):
-            title = f"{snapshot.path} and {last.path.name} do not belong together: keep one run's"
-            raise ValueError(report(title, lines))
-    return found
-
-
-def stored_in(folder: Path) -> list[Path]:
-    """Where the snapshots of a folder are, files or folders, in the order of their names."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if SNAPSHOT.fullmatch(path.name))
-
-
-def _opened(path: Path) -> Snapshot:
-    stored = Stored.open(path)
-    if stored.value("kind") != "snapshot":
-        raise stored.error(f"it holds an {stored.value('kind')!r}, wanted a snapshot")
-    averages = stored.averages()
-    ticks = [each.tick for each in averages.values()]
-    if not ticks or any(tick[:2] != ticks[0][:2] or tick.n == 0 for tick in ticks):
-        raise stored.error("its averages have different clocks, or none")
-    return Snapshot(
-        path=path,
-        run=str(stored.value("run")),
-        updates=ticks[0].n,
-        time=ticks[0].t,
-        rules={name: each.rule for name, each in averages.items()},
-        slots={name: each.slots for name, each in averages.items()},
-        model=stored.model(),
-        dtypes=frozenset(f.dtype for key, f in stored.specs.items() if key.startswith("averages/")),
-    )
-
-
-def _foreign(a: Snapshot, b: Snapshot) -> list[str]:
-    """How two snapshots differ in what those of one run share; no lines if they do not."""
-    if a.run != b.run:
-        return [f"run {b.run}, wanted {a.run}"]
-    return [*difference(as_specs(a.rules), as_specs(b.rules)), *difference(a.model, b.model)]
-
-
-def _elapsed(stored: Stored, updates: int) -> list[float]:
-    spans, counts = stored[ELAPSED], stored[UPDATES]
-    plain = spans.dtype == torch.float64 and counts.dtype == torch.int64
-    if not plain or spans.dim() != 1 or spans.shape != counts.shape:
-        raise stored.error("the times of its updates do not read")
-    if (
-        updates > _MOST
-        or int(counts.sum()) != updates
-        or not (counts > 0).all()
-        or not (spans > 0).all()
-    ):
-        raise stored.error(f"the times of its updates are not those of {updates} updates")
-    times: list[float] = torch.repeat_interleave(spans, counts).tolist()
-    return times

@@ -13,8 +13,7 @@ Nothing here runs code from a file: pickles are read as data, and whatever asks 
 from __future__ import annotations
 
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
-from polyak.checkpoints._convert import convert
-from polyak.checkpoints._export import export
+from polyak.checkpoints._export import convert, export
 from polyak.checkpoints._folders import latest, saving
 from polyak.checkpoints._load import load
 from polyak.checkpoints._read import read

@@ -1,8 +1,8 @@
-"""Exporting: an average as plain safetensors, under the names and in the dtypes of its model."""
+"""Export and convert: an average as plain safetensors, and another library's file as one of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +11,22 @@ from torch import Tensor
 
 from polyak._checks import require
 from polyak._engine.tracking import Tracked
+from polyak._files import refuse_existing
 from polyak._lazy import TensorSpec, joined, spec_of
 from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
 from polyak._tensors import dtype_name
 from polyak.averager import SLOT_DTYPES, Averager
-from polyak.checkpoints import _sharded_export as slabs
-from polyak.checkpoints import _writing as writing
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
+from polyak.checkpoints._load import load
 from polyak.checkpoints._rank_checks import require_all_parts, require_one_model
+from polyak.checkpoints._read import read
+from polyak.checkpoints._save import save
+from polyak.checkpoints._sharded_export import Spread, write_together
 from polyak.checkpoints._tensorfile import narrowed
-from polyak.rules import LIVE
+from polyak.checkpoints._weight_files import write
+from polyak.rules import LIVE, Rule
+from polyak.specs import as_rule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,21 +43,23 @@ def export(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes an average as plain safetensors: the model's own names and dtypes, tied weights once.
+    """Write an average as plain safetensors, with the model's own names and dtypes, tied weights once.
 
-    `safetensors.torch.load_model` loads it; so do `from_pretrained` of transformers and diffusers
-    from a folder with the model's config, under the names that they look for: `model.safetensors`,
-    `diffusion_pytorch_model.safetensors`. What is not averaged comes from the model as it is now;
-    buffers that their module does not save are left out.
+    `safetensors.torch.load_model` loads the file. `from_pretrained` of transformers and diffusers loads
+    a folder with the model's config and the file, under the name that they look for:
+    `model.safetensors`, `diffusion_pytorch_model.safetensors`. What is not averaged is written as the
+    model has it now; buffers that their module does not save are left out. One tensor is in memory at
+    a time.
 
     Args:
-        source: an averager, or what `checkpoints.read` found in a file: there the dtypes are those of
-            the live weights in the file, where it tells.
-        name: of the average, where there are several; "live" for the live weights of a checkpoint.
-        dtype: of floating-point tensors, if not the model's.
-        shard_bytes: `path` is then a folder of files of at most so many bytes, with an index.
-        group: of the ranks that export a sharded average; by default all.
-        progress: is told how many bytes are written, and of how many.
+        source: an averager, or what `checkpoints.read` found in a file. The dtypes of a file's average
+            are those of its live weights, if the file tells them.
+        name: of the average, if there are several; "live" for the live weights of a checkpoint.
+        dtype: of floating-point tensors, instead of the model's.
+        shard_bytes: `path` becomes a folder of files with at most this many bytes, and an index.
+        group: the ranks that export a sharded average; by default all ranks.
+        overwrite: whether to replace what exists at the path.
+        progress: called with the bytes written so far and the bytes in all.
 
     >>> import tempfile
     >>> from safetensors.torch import load_model
@@ -66,35 +73,27 @@ def export(
     >>> torch.equal(other.weight, model.weight)
     True
 
-    One tensor is held at a time.
+    For a sharded model it is collective: every rank of the group calls it. The result is the file that
+    one process would write, but no rank holds more than a few pieces of 32 MiB beside its weights. If
+    all ranks see the path, each writes its own parts, except parts that are scattered over the file
+    (columns of a matrix): these go through the first rank. If a rank does not see the path, all parts go
+    through the first rank. Only the first rank calls `progress`.
 
-    Of a sharded model it is collective: every rank of the group calls it, and what comes is the
-    same file as from one process, while no rank holds more than some pieces of 32 MiB beside
-    its weights. Where all ranks see the path, each writes its own parts, but for those
-    that would be scattered over the file (columns of a matrix); these pass through the first
-    rank, and so does everything where a rank does not see the path. `progress` is the first
-    rank's.
-
-    Raises `RuntimeError` before the first update and inside `applied()`, `FileExistsError` for a
-    path that exists, unless `overwrite`; `ValueError` for a value that the dtype cannot hold, and
-    where ranks would write different tensors. What fails on one rank fails on all, and leaves all
-    as it was.
+    Raises `RuntimeError` before the first update and inside `applied()`; `FileExistsError` if the path
+    exists, unless `overwrite`; `OSError` if it cannot be written; `ValueError` for a value that the
+    dtype cannot hold, and if ranks would write different tensors. An error on one rank is raised on all,
+    and leaves everything as it was.
     """
     wanted_dtypes = ", ".join(map(dtype_name, SLOT_DTYPES))
     require(dtype in (None, *SLOT_DTYPES), "export: dtype", dtype, f"one of {wanted_dtypes}")
     if isinstance(source, Averager):
         tracked = [item for item in source.tracked if item.persistent]
-        if any(is_distributed(item.held()) for item in tracked):
-            with together("export", group):
-                for item in tracked:
-                    if is_distributed(held := item.held()):
-                        require_all_parts("export", item.name, held, group)
-                source.check_replicas()  # by the ranks of its mesh, which may be some of all
-                parts = _Parts(source, name, tracked, dtype)
-            require_one_model("export", {item.name: item for item in tracked}, group)
-            slabs.write(
+        held = {item.name: item.held() for item in tracked}
+        if any(map(is_distributed, held.values())):
+            spreads, parts = _spread(source, name, tracked, held, dtype, group)
+            write_together(
                 path,
-                parts.spreads,
+                spreads,
                 parts.read,
                 told=f"average {name!r} at {source.clock}",
                 group=group,
@@ -103,71 +102,58 @@ def export(
                 progress=progress,
             )
             return
-        model, weights = _of_averager(source, name, tracked)
+        model = {n: spec_of(tensor) for n, tensor in held.items()}
+        weights: Weights = joined(held, source.weights(name))
     elif isinstance(source, Checkpoint):
         model, weights = _of_checkpoint(source, name)
     else:
         got = type(source).__name__
         raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")
-    wanted = {each: TensorSpec(held.shape, _as(dtype, held.dtype)) for each, held in model.items()}
-    writing.write(
+    specs = {n: _in_dtype(spec, dtype) for n, spec in model.items()}
+    write(
         path,
-        wanted,
-        lambda each: [narrowed(each, weights[each].detach(), wanted[each].dtype)],
+        specs,
+        lambda n: [narrowed(n, weights[n].detach(), specs[n].dtype)],
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         progress=progress,
     )
 
 
-def _of_averager(
-    averager: Averager, name: str | None, tracked: list[Tracked]
-) -> tuple[dict[str, TensorSpec], Weights]:
-    """The specs of all that the model saves, tied weights once; the average, or what is live."""
-    live = {item.name: item.held() for item in tracked}
-    return {n: spec_of(tensor) for n, tensor in live.items()}, joined(live, averager.weights(name))
-
-
-class _Parts:
-    """This rank's parts of all that the model saves, those of the average computed when read."""
-
-    def __init__(
-        self,
-        averager: Averager,
-        name: str | None,
-        tracked: list[Tracked],
-        dtype: torch.dtype | None,
-    ) -> None:
-        held = {item.name: item.held() for item in tracked}
-        self.spreads = {
-            n: slabs.Spread(TensorSpec(tuple(tensor.shape), _as(dtype, tensor.dtype)), tensor)
-            for n, tensor in held.items()
-        }
-        self._weights = averager.weights(name)
-        self._held = held
-
-    def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
-        """What is somewhere in this rank's part of a tensor."""
-        if name in self._weights:
-            return self._weights.read(name, where)
-        return local(self._held[name]).detach()[where]
+def _spread(
+    averager: Averager,
+    name: str | None,
+    tracked: list[Tracked],
+    held: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    group: ProcessGroup | None,
+) -> tuple[dict[str, Spread], Weights]:
+    """How the model's tensors lie on the ranks, and this rank's parts of them. Collective."""
+    with together("export", group):
+        for n, tensor in held.items():
+            if is_distributed(tensor):
+                require_all_parts("export", n, tensor, group)
+        averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
+        own = {n: local(tensor).detach() for n, tensor in held.items()}
+        parts = joined(own, averager.weights(name))
+    require_one_model("export", {item.name: item for item in tracked}, group)
+    spreads = {n: Spread(_in_dtype(spec_of(t), dtype), t) for n, t in held.items()}
+    return spreads, parts
 
 
 def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, TensorSpec], Weights]:
     """The specs of an average's tensors in the dtypes of the live ones, tied weights once."""
     weights = found.weights(name) if name == LIVE else found.average(name)
-    live = {
-        n: each.dtype for n, each in (found.live.specs if found.live is not None else {}).items()
-    }
-    dtypes = found.dtypes or live
-    held = distinct(found, weights)
-    return {
-        n: TensorSpec(each.shape, dtypes.get(n, each.dtype)) for n, each in held.items()
-    }, weights
+    live = found.live.specs if found.live is not None else {}
+    dtypes = found.dtypes or {n: spec.dtype for n, spec in live.items()}
+    specs = distinct(found, weights).items()
+    return {n: TensorSpec(spec.shape, dtypes.get(n, spec.dtype)) for n, spec in specs}, weights
 
 
-def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    return wanted if wanted is not None and dtype.is_floating_point else dtype
+def _in_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    """The spec with another floating-point dtype, if one is given."""
+    change = dtype is not None and spec.dtype.is_floating_point
+    return TensorSpec(spec.shape, dtype) if change and dtype is not None else spec
 
 
 def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
@@ -180,3 +166,106 @@ def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
         identity = weights.identity(name)
         kept.setdefault(name if identity is None else identity, name)
     return {name: specs[name] for name in kept.values()}
+
+
+def convert(
+    path: Path | str,
+    out: Path | str,
+    rule: Rule | str | Mapping[str, Rule | str] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+    every: int | None = None,
+    copied: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Convert another library's file into one of ours, from which `load` goes on; returns what was read.
+
+    The result is what `load` of that file and `save` would give, without the model: all tensors of
+    floating-point and complex dtypes are averaged, integers are copied. An `Averager` copies a model's
+    other buffers too, except running statistics: name these buffers in `copied`.
+
+    Args:
+        rule: of each average by name, or of the only one, if the file does not tell it.
+        names: of tensors without names, in their order.
+        count: the number of updates so far, if the file does not tell it.
+        every: calls of the library's update function per update, for a file that counts calls.
+        copied: patterns of the names of buffers to copy.
+        overwrite: whether to replace what exists at `out`.
+
+    The averages are held in memory. Raises `ValueError` for a file without averages, for one of ours, and
+    if its rule, count or cadence is unknown or given twice; `FileExistsError` if `out` exists, unless
+    `overwrite`; and what `read`, `load` and `save` raise.
+    """
+    refuse_existing(out, overwrite)
+    found = read(path, names)
+    if found.format == "polyak":
+        raise ValueError(f"{found.path} is polyak's own file already: polyak.load reads it")
+    if not found.averages:
+        raise ValueError(f"{found.path}: {found.format}, live weights and no average")
+    averager = Averager(
+        _held(found),
+        _rules(found, rule),
+        every=_cadence(found, every, count),
+        buffers=dict.fromkeys(copied, "copy") if copied else "auto",
+    )
+    load(path, averager, names=names, count=count)
+    save(out, averager, overwrite=overwrite)
+    return found
+
+
+def _rules(
+    found: Checkpoint, given: Rule | str | Mapping[str, Rule | str] | None
+) -> dict[str, Rule]:
+    """The rule of each average, from the file or as given."""
+    named = given if isinstance(given, Mapping) else _alone(found, given)
+    rules = {name: as_rule(rule) for name, rule in named.items()}
+    lines = [f"{name}: {found.rules[name]}" for name in rules if name in found.rules]
+    if lines:
+        raise ValueError(f"{found.path} tells its own rule, so give none; {', '.join(lines)}")
+    rules = {**found.rules, **rules}
+    has = ", ".join(found.averages)
+    if unknown := [name for name in rules if name not in found.averages]:
+        raise ValueError(f"{found.path} has no average {', '.join(unknown)}; it has {has}")
+    if missing := [name for name in found.averages if name not in rules]:
+        raise ValueError(
+            f"{found.path}: the format {found.format} does not tell the rule of {', '.join(missing)}; "
+            "give it, as it was in training (polyak.theory.equivalents names the libraries' calls)"
+        )
+    return {name: rules[name] for name in found.averages}
+
+
+def _alone(found: Checkpoint, given: Rule | str | None) -> dict[str, Rule | str]:
+    if given is None:
+        return {}
+    if len(found.averages) > 1:
+        has = ", ".join(found.averages)
+        raise ValueError(f"{found.path} has the averages {has}: give the rule of each by its name")
+    return dict.fromkeys(found.averages, given)
+
+
+def _cadence(found: Checkpoint, every: int | None, count: int | None) -> int:
+    """The calls per update, which a file that counts calls may not tell."""
+    clock = found.clock
+    if every is None and clock is not None and clock.every is not None:
+        return clock.every
+    if every is None and count is None and clock is not None and clock.unit == "calls":
+        raise ValueError(
+            f"{found.path}: the format {found.format} counts update() calls, not updates. Pass every=N "
+            "(ema-pytorch: update_every), 1 if each call made an update"
+        )
+    return 1 if every is None else every
+
+
+def _held(found: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of the model by name, the live one if the file has it; tied names share an object."""
+    held: dict[str, Tensor] = {}
+    by_identity: dict[Hashable, Tensor] = {}
+    live = [] if found.live is None else [found.live]
+    for weights in (*live, *found.averages.values()):
+        for name in weights:
+            if name not in held:
+                tensor, identity = weights[name], weights.identity(name)
+                tied = tensor if identity is None else by_identity.setdefault(identity, tensor)
+                held[name] = tied
+    return held

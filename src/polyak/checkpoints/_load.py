@@ -1,4 +1,4 @@
-"""Resuming: an averager goes on from a file, our own or another library's."""
+"""Load: an averager goes on from a file of ours, or of another library."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def load(
     count: int | None = None,
     change_rule: bool = False,
 ) -> None:
-    """Makes an averager go on where a file's average was: after `save`, bit for bit.
+    """Make an averager go on from a file: after `save` bit for bit, as if it had not been interrupted.
 
-    A file of another library (`read` lists them) goes on along that library's own path, where the
-    averager's rule and `every` are what the library had: `polyak.theory.equivalents` names them.
-    What a file does not hold must be given: `count`, the updates made so far; `names`, the order of
-    tensors without names (by default that of the model's parameters). Buffers and frozen parameters
-    that the library does not average are taken from the file's live weights, or from the model.
+    From a file of another library (`read` lists them) it goes on as that library would, if the averager
+    has the rule and `every` that the library had: `polyak.theory.equivalents` names them. Give what the
+    file does not tell: `count`, the number of updates so far; `names`, the order of tensors without
+    names (by default that of the model's parameters). Buffers and frozen parameters that the library
+    does not average are taken from the file's live weights, or else from the model.
 
-    `change_rule` goes on with the averager's own rule and `every`, from the file's slots and clock;
-    no `Recorder` takes such an average, whose slots are of two rules. Nothing is changed unless
-    everything fits.
+    With `change_rule` it goes on with the averager's own rule and `every`, from the file's slots and
+    clock. A `Recorder` does not take such an average, since its slots come from two rules. Nothing is
+    changed unless everything fits.
 
-    A sharded averager, on any number of ranks, takes its own parts from any of these files, whoever
-    saved it and on however many; no rank asks another. Of a folder with several averagers
-    (`save_distributed`) `path` names one, as `folder / "average"`.
+    A sharded averager, on any number of ranks, takes its parts from any of these files, no matter how
+    many ranks saved it, and without communication. If a folder has several averagers
+    (`save_distributed`), `path` names one: `folder / "average"`.
 
-    Raises `ValueError` that lists what differs: averages, rules, names, shapes, dtypes; for a file
-    that is damaged or lacks what is needed. `RuntimeError` inside `applied()`.
+    Raises `ValueError` if something does not fit, with a list of averages, rules, names, shapes or dtypes
+    that differ, and if the file is damaged or lacks what is needed; `RuntimeError` inside `applied()`.
     """
     path = Path(path)
     if isinstance(averager, EMA):
@@ -70,7 +70,7 @@ def prepared(
     count: int | None = None,
     change_rule: bool = False,
 ) -> dict[str, Any]:
-    """What `adopt` takes: the state in a file, with all that this rank needs of it; raises as `load`."""
+    """The state in a file, with this rank's parts of its tensors, for `adopt`; raises as `load`."""
     source = sniff(path)
     if (stored := own.of_source(source)) is not None:
         return fitted(stored, averager, change_rule)
@@ -82,12 +82,12 @@ def prepared(
 
 
 def fitted(stored: Stored, averager: Averager, change_rule: bool = False) -> dict[str, Any]:
-    """What `adopt` takes, of what `polyak.save` wrote."""
+    """The state in a file of ours, for `adopt`."""
     return _placed(stored.path, _own_state(stored, averager, change_rule), averager)
 
 
 def _placed(path: Path, state: dict[str, Any], averager: Averager) -> dict[str, Any]:
-    """A state whose tensors are put together, as far as they lie on this rank."""
+    """A state with this rank's parts of its tensors."""
     held = {item.name: item.held() for item in averager.tracked}
     for average, each in state["averages"].items():
         for slot, tensors in each["slots"].items():
@@ -98,13 +98,13 @@ def _placed(path: Path, state: dict[str, Any], averager: Averager) -> dict[str, 
 
 
 def adopt(path: Path, averager: Averager, state: dict[str, Any]) -> None:
-    """Makes an averager go on from a state; raises `ValueError` that names the file."""
+    """Make an averager go on from a state; a `ValueError` names the file."""
     with _naming(path):
         averager.load_state_dict(state)
 
 
 def require_fit(path: Path, averager: Averager, state: dict[str, Any]) -> None:
-    """Raises what `adopt` would raise, and changes nothing."""
+    """Raise what `adopt` would raise, and change nothing."""
     with _naming(path):
         averager.check_state(state)
 
@@ -118,37 +118,38 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_module(source: Source, ema: EMA) -> None:
-    """The article's class goes on: all names, shapes and dtypes are compared before it changes."""
+    """Load the state of the article's class, after all names, shapes and dtypes are compared."""
     path, stored = source.path, own.of_source(source)
     held = _module_state(source) if stored is None else stored.under("ema/")
     wanted = {name: spec_of(tensor) for name, tensor in ema.state_dict().items()}
     got = dict(held.specs)
-    for counter in {"initted", "step"} & got.keys():  # ema-pytorch's are scalars, of other dtypes
+    for counter in {"initted", "step"} & got.keys():  # in ema-pytorch they have other dtypes
         if got[counter].numel == 1 and not got[counter].dtype.is_complex:
             got[counter] = wanted[counter]
     if lines := difference(wanted, got):
         raise ValueError(report(f"{path}: not the state of this EMA", lines))
     if stored is not None and (rule := stored.value("rule")) != str(ema.rule):
         mine = f"this one {ema.rule}"
-        raise ValueError(f"{path}: the EMA saved has the rule {rule}, {mine}; make it so")
+        raise ValueError(f"{path}: the saved EMA has the rule {rule}, {mine}; make it the same")
     if stored is not None and (every := stored.value("every")) != ema.update_every:
         mine = f"this one {ema.update_every}"
-        raise ValueError(f"{path}: the EMA saved has update_every={every!r}, {mine}; make it so")
+        problem = f"the saved EMA has update_every={every!r}, {mine}; make it the same"
+        raise ValueError(f"{path}: {problem}")
     with labelled(path, "a damaged file"):
         ema.load_state_dict(held)
 
 
 def _module_state(source: Source) -> LazyTensors:
-    """A state dict that is all that a file holds; nothing if it holds something else."""
+    """The state dict in a file that holds nothing else; empty for any other file."""
     top = content(source).top
     with labelled(source.path, "a damaged file"):
         return state_of(top) if is_state(top) else as_lazy({})
 
 
 def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[str, Any]:
-    """A state of ours, under the averager's rules where they are to change."""
+    """The state in a file of ours, with the averager's rules if they may change."""
     if stored.value("kind") == "ema":
-        raise stored.error("it holds a polyak.EMA: load it into one")
+        raise stored.error("it holds a polyak.EMA: load it into a polyak.EMA")
     held, mine = stored.averages(), averager.rules
     theirs = {name: each.rule for name, each in held.items()}
     require_rules(stored.path, mine, theirs, change_rule)
@@ -160,45 +161,46 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
             state["mixed"] = True
     if (every := stored.value("every")) != averager.every and not change_rule:
         raise stored.error(
-            f"saved with every={every!r}, this averager has every={averager.every}; make it so, or "
-            "change_rule=True goes on by its own"
+            f"saved with every={every!r}, this averager has every={averager.every}: make them equal, or "
+            "pass change_rule=True to go on with this averager's"
         )
     return state
 
 
 def _tick_under(rule: Rule, was: Tick) -> Tick:
-    """The clock of an average that goes on by another rule: as many updates in the same time."""
+    """The clock of an average under another rule: the same number of updates in the same time."""
     nested = was.n and rule.tick(START, 1.0).inner is not None
     inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
     return was._replace(inner=inner)
 
 
 def find_state(folder: DistributedTensors, key: str | None) -> dict[str, Any] | None:
-    """The state that `averager.state_dict()` gave, in a folder or under a key of it, if there is one.
+    """Find what `averager.state_dict()` gave, saved by torch.distributed.checkpoint itself.
 
-    Its tensors are not read yet. Raises `ValueError` for a folder with several states.
+    It is the whole folder, or lies under a key. Its tensors are not read yet. None if there is no such
+    state; raises `ValueError` if there are several.
     """
     path = folder.path if key is None else folder.path / key
     roots = [root for root in _roots(folder) if key is None or root == (key,)]
     if len(roots) > 1:
         keys = [key for root in roots for key in root]
         raise ValueError(
-            f"{path} has the states of several averagers, {', '.join(keys)}: give one, as "
-            f"{path / keys[-1]}"
+            f"{path} has the states of several averagers, {', '.join(keys)}: give the path of one, "
+            f"such as {path / keys[-1]}"
         )
     with labelled(path, "a damaged state"):
         return _state(folder, roots[0]) if roots else None
 
 
 def _roots(folder: DistributedTensors) -> list[tuple[str, ...]]:
-    """Where states begin: at the top, or under a key."""
+    """The keys under which states lie; the empty one for a state that is the whole folder."""
     paths = {tuple(map(str, path)) for path in folder.paths.values()}
     begins = {path[: path.index("averages")] for path in paths if "averages" in path}
     return sorted(root for root in begins if len(root) < 2 and (*root, "format") in paths)
 
 
 def _state(folder: DistributedTensors, root: tuple[str, ...]) -> dict[str, Any]:
-    """What lies under a root, as it was before it was flattened; empty mappings are not stored."""
+    """The state under a root, nested again; empty mappings were not stored."""
     state: dict[str, Any] = {"copies": {}, "averages": {}}
     for name, path in folder.paths.items():
         keys = tuple(map(str, path))
@@ -222,5 +224,5 @@ class _Tensor(NamedTuple):
 
 def _tensors(folder: DistributedTensors, held: Mapping[str, Any]) -> LazyTensors:
     if not all(isinstance(value, _Tensor) for value in held.values()):
-        raise ValueError("it has something else among its tensors")
+        raise ValueError("it has an object among its tensors")
     return renamed(folder, {name: value.name for name, value in held.items()})

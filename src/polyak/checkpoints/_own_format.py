@@ -33,7 +33,7 @@ PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as 
 
 
 class StoredAverage(NamedTuple):
-    """What a file says of an average: its rule, its clock, the slots that it stored."""
+    """What a file tells about an average: its rule, its clock, the names of its slots."""
 
     rule: Rule
     tick: Tick
@@ -41,9 +41,9 @@ class StoredAverage(NamedTuple):
 
 
 class Stored(LazyTensors):
-    """What `polyak.save` wrote, its description checked: tensors by key, values by name.
+    """What `polyak.save` wrote: tensors by key, and the values of the description, which is checked.
 
-    Raises `ValueError` naming the file for a damaged one, or one of another format.
+    Raises `ValueError` that names the file if it is damaged, or has another format.
     """
 
     def __init__(self, path: Path, tensors: LazyTensors, text: str) -> None:
@@ -97,7 +97,7 @@ class Stored(LazyTensors):
         self._tensors.release(key)
 
     def under(self, prefix: str) -> Renamed:
-        """The tensors whose keys begin so, by the rest of the key."""
+        """The tensors whose keys begin with a prefix, by the rest of the key."""
         keys = [key for key in self if key.startswith(prefix)]
         return renamed(self, {key.removeprefix(prefix): key for key in keys})
 
@@ -105,7 +105,7 @@ class Stored(LazyTensors):
         return ValueError(f"{self.path}: {problem}")
 
     def value(self, name: str) -> Any:
-        """What the description says of a name."""
+        """A value of the description, which must be there."""
         if name not in self._described:
             raise self.error(f"the header lacks {name!r}")
         return self._described[name]
@@ -120,9 +120,9 @@ class Stored(LazyTensors):
         return value
 
     def rule(self, spec: object) -> Rule:
-        """The rule that a text of the description means."""
+        """The rule that a spec in the description means."""
         try:
-            return parse(spec)  # type: ignore[arg-type]  # which is what it tells
+            return parse(spec)  # type: ignore[arg-type]  # it raises TypeError for another type
         except (ValueError, TypeError) as error:
             raise self.error(str(error)) from None
 
@@ -137,12 +137,12 @@ class Stored(LazyTensors):
         return model
 
     def averages(self) -> dict[str, StoredAverage]:
-        """Every average by name, checked, as is the model that they are of."""
+        """Every average by name, checked; the model's description is checked too."""
         self.model()
         return {name: self._average(name, each) for name, each in self.mapping("averages").items()}
 
     def _spec_at(self, key: str, stored: TensorSpec) -> TensorSpec:
-        """The spec of a tensor; that of a complex one, where it is stored as pairs."""
+        """The spec of a tensor; for pairs of float64, that of the complex tensor."""
         pair = stored.dtype == torch.float64 and stored.shape[-1:] == (2,)
         if key in self._pairs and pair:
             return TensorSpec(stored.shape[:-1], torch.complex128)
@@ -162,7 +162,7 @@ class Stored(LazyTensors):
 
 
 def of_source(source: Source) -> Stored | None:
-    """What `polyak.save` wrote at a path, if it did: a file, a folder, or one averager of a folder.
+    """What `polyak.save` wrote at a path: a file, a folder, or one averager of a folder; None otherwise.
 
     Raises `ValueError` for a folder with several averagers.
     """
@@ -177,7 +177,7 @@ def of_source(source: Source) -> Stored | None:
 
 
 def within(folder: DistributedTensors) -> dict[str, Stored]:
-    """The averagers of a folder by their keys; one that was saved alone has the empty key."""
+    """The averagers of a folder by their keys; an averager that was saved alone has the key ""."""
     found = {}
     for part, held in folder.parts().items():
         begins = {name.split("/")[0] for name in held}
@@ -198,7 +198,7 @@ def _only(folder: Path, found: Mapping[str, Stored]) -> Stored | None:
 
 
 def _require_one_save(stored: Stored, held: Renamed) -> None:
-    """Raises `ValueError` for a folder with a rank's file of another save."""
+    """Raise `ValueError` if the folder has a rank's file from another save."""
     for name in held:
         if name.startswith(f"{KEY}/") and _text(held, name) != stored.value(SAVE):
             raise stored.error(
@@ -208,14 +208,14 @@ def _require_one_save(stored: Stored, held: Renamed) -> None:
 
 
 def _text(held: Renamed, name: str) -> str:
-    """The text that lies in a tensor of bytes; none in any other."""
+    """The text in a tensor of bytes; empty for any other tensor."""
     if held.specs[name].dtype != torch.uint8:
         return ""
     return held[name].numpy().tobytes().decode(errors="replace")
 
 
 def _filled(rule: Rule, tick: Tick) -> int:
-    """The slots that a window has filled, without naming them all: a file may claim any size."""
+    """How many slots a window has filled. They are not listed: a damaged file may claim any size."""
     while isinstance(rule, Tail):
         rule, tick = rule.rule, tick.inner or START
     return min(tick.n, rule.size) if isinstance(rule, Window) else 0
@@ -226,7 +226,7 @@ def _are_names(value: object) -> bool:
 
 
 class ReadOut(LazyTensors):
-    """An average of a file of ours, read out tensor by tensor: `sum of coefficient * slot`.
+    """An average of a file of ours, computed tensor by tensor: `sum of coefficient * slot`.
 
     Running statistics have the rule's convex coefficients, as in the averager.
     """
@@ -268,7 +268,7 @@ class ReadOut(LazyTensors):
             self._stored.release(key)
 
     def _terms(self, name: str) -> list[tuple[str, float]]:
-        """The key and the coefficient of each tensor that is summed."""
+        """The key and the coefficient of each tensor in the sum."""
         first = self._names[name]
         if first in self._copied:
             return [(f"copies/{first}", 1.0)]
@@ -285,7 +285,7 @@ class ReadOut(LazyTensors):
 
 
 def state(stored: Stored) -> dict[str, Any]:
-    """The state that an averager's `load_state_dict` takes, its tensors not read yet."""
+    """The state for an averager's `load_state_dict`; its tensors are not read yet."""
     averages: dict[str, dict[str, Any]] = {}
     for name, held in stored.averages().items():
         slots = {slot: stored.under(f"averages/{name}/{slot}/") for slot in held.slots}
@@ -297,7 +297,7 @@ def state(stored: Stored) -> dict[str, Any]:
 
 
 def checkpoint(stored: Stored) -> Checkpoint:
-    """What a file of ours holds, as any checkpoint: averages read out by their rules."""
+    """A file of ours as a `Checkpoint`: averages are read out by their rules."""
     if stored.value("kind") == "ema":
         return _ema_checkpoint(stored)
     held, model = stored.averages(), stored.model()

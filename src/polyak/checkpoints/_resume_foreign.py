@@ -34,7 +34,7 @@ def foreign_state(
     count: int | None,
     change_rule: bool,
 ) -> dict[str, Any]:
-    """What another library wrote as a state of this averager; raises as `load`."""
+    """The state for this averager from a file of another library; raises as `load`."""
     found = _read(source, averager, names)
     rules = averager.rules
     told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
@@ -65,17 +65,17 @@ def foreign_state(
 def require_rules(
     path: Path, wanted: Mapping[str, Rule], got: Mapping[str, Rule | None], change_rule: bool
 ) -> None:
-    """Raises `ValueError` for averages that are missing or extra, and for rules that differ."""
+    """Raise `ValueError` for missing or extra averages, and for different rules unless `change_rule`."""
     lines = difference(dict.fromkeys(wanted), dict.fromkeys(got))
     if lines:
         raise ValueError(report(f"{path}: other averages than this averager's", lines))
     if lines := [] if change_rule else difference(as_specs(wanted), as_specs(got)):
-        title = f"{path}: other rules than this averager's; change_rule=True goes on by its own"
+        title = f"{path}: other rules than this averager's; change_rule=True goes on with its own"
         raise ValueError(report(title, lines))
 
 
 def _read(source: Source, averager: Averager, names: Sequence[str] | None) -> Checkpoint:
-    """What another library wrote; tensors without names are those of the model's parameters."""
+    """Read the file; tensors without names get those of the model's parameters, in order."""
     found = read_source(source, names or "positions")
     parameters = [item for item in averager.tracked if item.kind != "buffer"]
     trainable = [item.name for item in parameters if item.local().requires_grad]
@@ -97,12 +97,12 @@ def _named(path: Path, tensors: Weights, order: list[str]) -> Weights:
 
 
 def _clock(found: Checkpoint, count: int | None) -> Clock:
-    """How far the file's average had come, by the file or as given."""
+    """The clock of the file's average, from the file or from the count given."""
     if count is not None:
         return Clock(require_count("count", count, "updates made so far"))
     if found.clock is None:
         raise ValueError(
-            f"{found.path}: a {found.format} file does not hold how many updates its average had; "
+            f"{found.path}: a {found.format} file does not tell how many updates its average had; "
             "give count="
         )
     return found.clock
@@ -116,16 +116,16 @@ def _tick(found: Checkpoint, clock: Clock, rule: Rule, every: int) -> Any:
 
 
 def _clock_under(found: Checkpoint, clock: Clock, rule: Rule) -> Clock:
-    """The clock as a rule of ours counts it: KarrasEMA, stored as EMA is, runs one update ahead."""
+    """The clock as our rule counts it. ema-pytorch's KarrasEMA, stored like its EMA, is one update ahead."""
     if found.format == "ema-pytorch" and isinstance(rule, Power):
         return Clock(clock.count, "updates", ahead=1)
     return clock
 
 
 def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str, Tensor]:
-    """The average of a file, and for what its library does not average the live weights.
+    """The average of a file, completed by live weights for what the library does not average.
 
-    Of what is sharded it is this rank's part.
+    Sharded tensors are this rank's parts.
     """
     held, live = found.averages[name], found.live
     known = {item.name for item in tracked} | {n for item in tracked for n in item.aliases}
@@ -159,12 +159,12 @@ def _learns(item: Tracked) -> bool:
 def _slots(
     found: Checkpoint, weights: Mapping[str, Tensor], specs: Mapping[str, Mapping[str, TensorSpec]]
 ) -> dict[str, dict[str, Tensor]]:
-    """The slots of an average from its weights: only a rule of one slot has its average there."""
+    """The slots of an average from its weights; only for a rule whose one slot is the average."""
     plain = [slot for slot in specs if not slot.endswith(COMPENSATION)]
     if plain != [AVERAGE]:
         raise ValueError(
-            f"{found.path}: a file of another library holds an average, and this averager's rule "
-            f"needs the slots {', '.join(plain)}"
+            f"{found.path}: the file of another library holds the average alone, and this averager's "
+            f"rule needs the slots {', '.join(plain)}"
         )
     slots = {
         AVERAGE: {n: _widened(found, n, weights[n], s.dtype) for n, s in specs[AVERAGE].items()}
@@ -175,7 +175,7 @@ def _slots(
 
 
 def _widened(found: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a slot's dtype, which must hold its values."""
+    """A tensor in a slot's dtype, which must be able to hold its values."""
     if not _holds(dtype, tensor.dtype):
         raise ValueError(
             f"{found.path}: {name} is {tensor.dtype}, and the averager's slots are {dtype}, which "
@@ -189,8 +189,8 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype has all values of another."""
+    """Whether a dtype can hold all values of another."""
     try:
         return torch.promote_types(other, dtype) == dtype
-    except RuntimeError:  # it has no rule for 8-bit floating-point numbers
+    except RuntimeError:  # torch does not promote 8-bit floating-point dtypes
         return False

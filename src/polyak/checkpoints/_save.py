@@ -1,12 +1,14 @@
-"""Our own files: a state in safetensors, with names, rules, clocks and a digest; no pickle anywhere.
+"""Save: the state of an averager in a file of our own, with names, rules, clocks and checksums.
 
-The header's metadata holds, beside the digest (`tensorfile`), one entry `polyak`: the state's numbers,
-rules and names as JSON. The tensors lie under `averages/<average>/<slot>/<name>`, `copies/<name>`,
-and `live/<name>` where a rule's readout has a term in the live weights.
+The format is safetensors; nothing is pickled. The header's metadata has, beside the checksums
+(`_tensorfile`), one entry `polyak`: the description, which is the state's numbers, rules and names as
+JSON. The keys of the tensors are `averages/<average>/<slot>/<name>`, `copies/<name>`, and `live/<name>`
+if a rule's readout has a term in the live weights.
 
-Of a sharded averager it is a folder of torch.distributed.checkpoint with the same keys, and the JSON
-is one tensor more, of bytes, under the key `polyak`. A mark of the save is in the JSON, and each rank
-writes it under `polyak/<rank>`: a rank's file of another save is told by it.
+A sharded averager is stored as a folder of torch.distributed.checkpoint with the same keys. Its
+description is one more tensor, of bytes, under the key `polyak`. The description has a random mark of the
+save, and each rank writes the mark under `polyak/<rank>`, so that a rank's file from another save is
+noticed.
 """
 
 from __future__ import annotations
@@ -48,16 +50,17 @@ def save(
     group: ProcessGroup | None = None,
     overwrite: bool = True,
 ) -> None:
-    """Writes all that an averager (or the article's `EMA`) needs to go on exactly: slots, clock, rule.
+    """Write the state of an averager, or of the article's `EMA`, from which `load` goes on bit for bit.
 
-    The file appears when it is complete and on the disk; a process killed on the way leaves the
-    file that was there before. Live weights, optimizer and data order are yours to save, in one
-    folder with this file (`saving`) so that they agree.
+    The file appears when it is complete and on the disk. A process that is killed before that leaves the
+    file that was there. Missing folders are made; through a symbolic link its target is written. Save
+    the model, the optimizer and the position in the data yourself, in one folder with this file
+    (`saving`), so that they belong to the same step.
 
-    Of a sharded averager it is collective: every rank of the group (by default all) calls it, each
-    writes its own parts, and `path` becomes a folder of torch.distributed.checkpoint. What all
-    ranks have (buffers, which may differ between them) is the lowest rank's. (`save_distributed`
-    saves the rest of the training with it.)
+    For a sharded averager it is collective: every rank of the group (by default all ranks) calls it, each
+    writes its parts, and `path` becomes a folder of torch.distributed.checkpoint. Of what all ranks have
+    (buffers, which may differ between ranks) the lowest rank's is saved. `save_distributed` saves the
+    rest of the training as well.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"
@@ -68,9 +71,10 @@ def save(
     >>> load_file(place)["averages/average/average/w"]
     tensor([0., 0.])
 
-    Raises `RuntimeError` inside `applied()`, `TypeError` for another object or a dtype that
-    safetensors lacks, `OSError` where it cannot be written; `ValueError` where ranks are not at the
-    same update or have other tensors. What fails on one rank fails on all.
+    Raises `RuntimeError` inside `applied()`; `TypeError` for another object, or a dtype that safetensors
+    does not have; `FileExistsError` if the path exists and `overwrite` is False; `OSError` if it cannot
+    be written, or is a device, a pipe or a socket; `ValueError` if the ranks are at different updates or
+    have different tensors. An error on one rank is raised on all.
     """
     if isinstance(averager, Averager) and averager.sharded:
         save_parts("save", path, averager, packed, group=group, overwrite=overwrite)
@@ -80,9 +84,10 @@ def save(
 
 
 Packed = tuple[dict[str, Any], dict[str, Tensor]]
-"""The description and the tensors by key of what is saved."""
+"""What is saved: the description, and the tensors by key."""
 
 Pack = Callable[[Averager], Packed]
+"""Makes what is saved of an averager, on each rank."""
 
 
 def save_parts(
@@ -94,7 +99,7 @@ def save_parts(
     group: ProcessGroup | None,
     overwrite: bool = True,
 ) -> None:
-    """Writes a folder of what each rank of the group packs of its averager."""
+    """Write a folder with what each rank of the group packs of its averager. Collective."""
     content = encoded(call, {"": averager}, pack, group)[""]
     save_folder(call, path, content, group=group, overwrite=overwrite)
 
@@ -102,14 +107,14 @@ def save_parts(
 def encoded(
     call: str, averagers: Mapping[str, Averager], pack: Pack, group: ProcessGroup | None
 ) -> dict[str, dict[str, Tensor]]:
-    """What is saved of each averager, as tensors alone; its description is one of them.
+    """What is saved of each averager, as tensors only: its description is one of them.
 
-    Collective: raises on all ranks what packing raises on one, and `ValueError` where their
+    Collective. Raises on all ranks what packing raises on one, and `ValueError` if the ranks'
     descriptions differ.
     """
     for averager in averagers.values():
         with together(call, group):
-            averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
+            averager.check_replicas()  # only the ranks of its mesh compare; that may be some of the group
     with together(call, group):
         tracked = {f"{key} {i.name}".strip(): i for key, a in averagers.items() for i in a.tracked}
     require_one_model(call, tracked, group)
@@ -136,11 +141,12 @@ def write(
     overwrite: bool = True,
     narrow: torch.dtype | None = None,
 ) -> None:
-    """Writes a file of ours: its description as JSON, its tensors by key.
+    """Write a file of ours from a description and tensors by key.
 
-    `narrow` is the dtype of averages' real tensors in the file, if not their own; raises
-    `ValueError` for a value that it cannot hold.
+    `narrow` is another dtype for the averages' real tensors. Raises `ValueError` for a value that it
+    cannot hold.
     """
+    # safetensors has no complex128, so these tensors are stored as pairs of float64.
     pairs = [key for key, tensor in stored.items() if tensor.dtype == torch.complex128]
     plain = {**stored, **{key: torch.view_as_real(stored[key].resolve_conj()) for key in pairs}}
     cast = [k for k, t in plain.items() if k.startswith("averages/") and t.is_floating_point()]
@@ -169,7 +175,7 @@ def _packed(averager: Averager | EMA) -> Packed:
 
 
 def packed(averager: Averager, kind: str = "averager") -> Packed:
-    """What is saved of an averager: its state, and what its model is like."""
+    """What is saved of an averager: its state, and a description of its model."""
     state, tracked = averager.state_dict(), averager.tracked
     averages = state.pop("averages")
     stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
@@ -198,7 +204,7 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
 
 
 def _told(described: Mapping[str, Any]) -> dict[str, str]:
-    """A description entry by entry, as ranks compare it: equal only for equal ones."""
+    """A description as texts by name, for ranks to compare; equal texts mean equal descriptions."""
     entries = {f" {name}": each for name, each in described.items()}
     averages, model = entries.pop(" averages"), entries.pop(" model")
     for name, each in averages.items():
@@ -217,7 +223,7 @@ def _bytes(text: str) -> Tensor:
 
 
 def described_model(tracked: Sequence[Tracked]) -> dict[str, Any]:
-    """What the averaged model is like: shape, dtype, policy, other names, of all that is stored."""
+    """name -> shape, dtype, policy and other names of every tensor that is stored."""
     return {item.name: _described(item) for item in tracked if item.policy != "skip"}
 
 

@@ -33,9 +33,8 @@ from polyak._ranks.shard_geometry import (
     windows,
 )
 from polyak._ranks.sharding import is_distributed, local
-from polyak.checkpoints._shared_files import Begun, SharedFile, begin
 from polyak.checkpoints._tensorfile import Layout, as_bytes, content, layout, narrowed
-from polyak.checkpoints._writing import METADATA, arranged, totalled
+from polyak.checkpoints._weight_files import METADATA, Begun, SharedFile, arranged, begin, totalled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +62,7 @@ Read = Callable[[str, tuple[slice, ...]], Tensor]
 """(name, where in this rank's part of the tensor) -> the content there."""
 
 
-def write(
+def write_together(
     out: Path | str,
     spreads: Mapping[str, Spread],
     read: Read,
@@ -74,7 +73,7 @@ def write(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Write tensors that are spread over ranks, as `write` of `_writing` does those of one process.
+    """Write tensors that are spread over ranks, as `write` of `_weight_files` does those of one process.
 
     Collective: all ranks of the group call it with the same arguments. Only the first calls `progress`.
     `told` is a text that must be equal on all ranks, as the tensors' specs and layouts must be.

@@ -1,4 +1,4 @@
-"""Safetensors files: mapped for reading, without a copy; written in pieces, without a whole tensor.
+"""Safetensors files: mapped for reading, without a copy; written in pieces, never a whole tensor.
 
 The layout is that of the safetensors library, which checks every header that is read here: eight
 bytes of length, a header in JSON, the tensors' bytes without gaps. A file that polyak writes for itself
@@ -135,11 +135,13 @@ def write(
     overwrite: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Writes a safetensors file, complete or not at all (`polyak._files`).
+    """Write a safetensors file that appears complete, or not at all (`polyak._files`).
 
-    `pieces(name)` gives a tensor's content in pieces, in order; no more than one is held. `progress`
-    is told the bytes of each. With `checksums` the header gets checksums. Raises `TypeError` for a
-    dtype that safetensors does not have, `ValueError` for pieces that do not fill their tensor.
+    `pieces(name)` gives a tensor's content in pieces, in order; one piece is in memory at a time.
+    `progress` is called with the bytes of each piece. With `checksums` the header has checksums.
+
+    Raises `TypeError` for a dtype that safetensors does not have; `ValueError` for pieces that do not
+    fill their tensor.
     """
     ordered = _ordered(specs)
     sums = dict.fromkeys(ordered, 0)
@@ -147,13 +149,13 @@ def write(
         file.write(_header(ordered, metadata, sums if checksums else None))
         for name, spec in ordered.items():
             sums[name] = _write_tensor(file, name, spec, pieces(name), progress)
-        if checksums:  # of the same length as what stands there
+        if checksums:  # now they are known; the header's length does not depend on them
             file.seek(0)
             file.write(_header(ordered, metadata, sums))
 
 
 class Layout(NamedTuple):
-    """How a safetensors file is laid out: its header, where each tensor begins, its size."""
+    """The layout of a safetensors file: its header, where each tensor begins, its size in bytes."""
 
     header: bytes
     starts: dict[str, int]
@@ -175,18 +177,18 @@ def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> Layo
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The content of a tensor, row by row, as uint8; without a copy where it lies so."""
+    """The content of a tensor, row by row, as uint8; without a copy if it lies so in memory."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8)
 
 
 def content(tensor: Tensor) -> memoryview:
-    """The content of a tensor in memory, row by row; without a copy where it lies so on the CPU."""
+    """The content of a tensor, row by row, in the memory of the CPU; without a copy if it lies so there."""
     return as_bytes(tensor.cpu()).numpy().data
 
 
 def _ordered(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """In the order of the file: what is wider comes first, so that all is aligned."""
+    """In the order of the file: wider dtypes first, so that every tensor is aligned."""
     return dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
@@ -197,7 +199,7 @@ def _write_tensor(
     pieces: Iterable[Tensor],
     progress: Callable[[int], object] | None,
 ) -> int:
-    """Writes a tensor's content; returns its checksum."""
+    """Write a tensor's content; returns its checksum."""
     written = checksum = 0
     for piece in pieces:
         if piece.dtype != wanted.dtype:

@@ -23,9 +23,8 @@ from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import agree, chosen, together
 from polyak.checkpoints._checkpoint import Weights
-from polyak.checkpoints._shared_files import Begun, SharedFile, begin
 from polyak.checkpoints._tensorfile import Layout, content, layout
-from polyak.checkpoints._writing import METADATA, arranged, write
+from polyak.checkpoints._weight_files import METADATA, Begun, SharedFile, arranged, begin, write
 from polyak.offline._summation import Summand, Summation, Threads
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from polyak.checkpoints._export import distinct
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._own_format import checkpoint as checkpoint_of
 from polyak.checkpoints._read import read, read_source
+from polyak.checkpoints._snapshots import Snapshot, snapshots
 from polyak.checkpoints._sniff import sniff
 from polyak.rules import Rule
-from polyak.snapshots import Snapshot, snapshots
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients
 

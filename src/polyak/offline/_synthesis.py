@@ -19,10 +19,10 @@ from polyak._engine.tracking import is_statistic
 from polyak._lazy import Renamed, renamed
 from polyak._ranks.agreement import together
 from polyak.checkpoints._own_format import Stored
+from polyak.checkpoints._snapshots import Snapshot, snapshots
 from polyak.offline._average import opened
 from polyak.offline._combination import Combination, Source
 from polyak.rules import LIVE, Rule
-from polyak.snapshots import Snapshot, snapshots
 from polyak.specs import as_rule
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import Profile, coefficients

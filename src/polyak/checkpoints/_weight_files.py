@@ -1,0 +1,170 @@
+"""Files of weights, laid out as Hugging Face does: one safetensors file, or a folder of them with an index.
+
+One process writes them (`write`), or the first rank begins them and all ranks fill them (`begin`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from polyak import _files as files
+from polyak._checks import is_integer, require
+from polyak._lazy import TensorSpec
+from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints._tensorfile import Layout, Pieces
+
+_SUFFIX = ".safetensors"
+METADATA = {"format": "pt"}  # transformers takes no file without it
+_INDEX = "model.safetensors.index.json"
+
+
+def write(
+    out: Path | str,
+    specs: Mapping[str, TensorSpec],
+    pieces: Pieces,
+    *,
+    shard_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Write weights, complete or not at all: a file, or with `shard_bytes` a folder of files.
+
+    The folder has `model-00001-of-0000N.safetensors` and so on, each with at most `shard_bytes` bytes
+    of tensors (a larger tensor has a file of its own), and their index. `pieces(name)` gives a tensor's
+    content; `progress` is called with the bytes written so far and the bytes in all.
+
+    Raises `ValueError` if a file is not named `*.safetensors`, or a folder is; `FileExistsError` if the
+    path exists, unless `overwrite`; `TypeError` for a dtype that safetensors does not have; `OSError` if
+    it cannot be written.
+    """
+    out = Path(out)
+    within = arranged(out, specs, shard_bytes)
+    add = totalled(progress, sum(spec.nbytes for spec in specs.values()))
+    if shard_bytes is None:
+        tensorfile.write(out, specs, pieces, METADATA, overwrite=overwrite, progress=add)
+        return
+    with files.writing_folder(out, overwrite=overwrite) as folder:
+        for file, of_file in within.items():
+            tensorfile.write(folder / file, of_file, pieces, METADATA, progress=add)
+        (folder / _INDEX).write_text(_index(within))
+
+
+def arranged(
+    out: Path, specs: Mapping[str, TensorSpec], shard_bytes: int | None
+) -> dict[str, dict[str, TensorSpec]]:
+    """The name of each file -> the specs of its tensors. Raises `ValueError` as `write` does for `out`."""
+    _require_name(out, shard_bytes)
+    return {out.name: dict(specs)} if shard_bytes is None else _shards(specs, shard_bytes)
+
+
+def totalled(
+    progress: Callable[[int, int], object] | None, total: int
+) -> Callable[[int], object] | None:
+    """A function that takes the bytes of each piece and calls `progress` with the sum so far."""
+    if progress is None:
+        return None
+    done = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return add
+
+
+class Begun(NamedTuple):
+    """A hidden file that ranks fill, and the path that it will have."""
+
+    path: str
+    name: str
+
+
+def begin(
+    stack: ExitStack,
+    out: Path,
+    within: Mapping[str, Mapping[str, TensorSpec]],
+    layouts: list[Layout],
+    shard_bytes: int | None,
+    overwrite: bool,
+) -> list[Begun]:
+    """Make hidden files with their headers and sizes. They appear, filled, when the stack is closed."""
+    out = out.absolute()  # other ranks may have another working folder
+    if shard_bytes is None:
+        file = stack.enter_context(files.writing(out, overwrite=overwrite))
+        begun = [Begun(file.name, str(out))]
+    else:
+        folder = stack.enter_context(files.writing_folder(out, overwrite=overwrite))
+        begun = [Begun(str(folder / name), str(out / name)) for name in within]
+        (folder / _INDEX).write_text(_index(within))
+    for each, of_file in zip(begun, layouts, strict=True):
+        with files.naming(Path(each.name), each.path):
+            Path(each.path).write_bytes(of_file.header)
+            os.truncate(each.path, of_file.nbytes)
+    return begun
+
+
+class SharedFile:
+    """A hidden file that is written at places; errors name the path that it will have."""
+
+    def __init__(self, begun: Begun) -> None:
+        self._begun = begun
+
+    def __enter__(self) -> SharedFile:
+        with self._naming():
+            self._handle = os.open(self._begun.path, os.O_WRONLY | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    def write(self, data: memoryview, place: int) -> None:
+        """Write all of the data at a place."""
+        with self._naming():
+            while data:
+                count = os.pwrite(self._handle, data, place)
+                data, place = data[count:], place + count
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        with self._naming():
+            os.fsync(self._handle)
+
+    def _naming(self) -> AbstractContextManager[None]:
+        return files.naming(Path(self._begun.name), self._begun.path)
+
+
+def _index(within: Mapping[str, Mapping[str, TensorSpec]]) -> str:
+    """The content of the index of a folder."""
+    total = sum(spec.nbytes for of_file in within.values() for spec in of_file.values())
+    file_of = {name: file for file, of_file in within.items() for name in of_file}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": file_of}, indent=2) + "\n"
+
+
+def _require_name(out: Path, shard_bytes: int | None) -> None:
+    if shard_bytes is None:
+        wanted = f"a name that ends in {_SUFFIX}, or shard_bytes for a folder of files"
+        require(out.suffix == _SUFFIX, "out", str(out), wanted)
+        return
+    require(is_integer(shard_bytes, 1), "shard_bytes", shard_bytes, "an integer >= 1")
+    wanted = f"a folder: with shard_bytes there are several {_SUFFIX} files"
+    require(out.suffix != _SUFFIX, "out", str(out), wanted)
+
+
+def _shards(specs: Mapping[str, TensorSpec], most: int) -> dict[str, dict[str, TensorSpec]]:
+    """File -> its tensors, in their order."""
+    shards: list[dict[str, TensorSpec]] = []
+    room = 0
+    for name, spec in specs.items():
+        if spec.nbytes > room or not shards:
+            shards.append({})
+            room = most
+        shards[-1][name] = spec
+        room -= spec.nbytes
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": each for i, each in enumerate(shards, 1)}
