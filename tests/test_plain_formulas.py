@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyak import Averager
+from polyak import EMA, Averager
 from polyak.decays import SCHEDULES
 from polyak.rules import RULES
 from polyak.theory import coefficients
@@ -267,3 +267,37 @@ def test_bemas_clock_begins_at_its_anchor() -> None:
         averager.update(400)
         found.append(averager.average()["w"].item())
     assert found == pytest.approx([0.350, 0.642, 0.926, 1.209, 1.493], abs=5e-4)
+
+
+# The article's class, written out: what is averaged, copied and ignored at every call.
+
+
+@pytest.mark.parametrize("update_every", [1, 2, 3])
+@pytest.mark.parametrize("update_after_step", [0, 2, 5])
+def test_the_articles_class_is_its_plain_form(update_after_step: int, update_every: int) -> None:
+    """Calls up to `update_after_step` + 1 copy everything, and so does the first averaging call."""
+    model = torch.nn.Linear(1, 1).double()
+    model.register_buffer("noted", torch.zeros(1, dtype=torch.float64))
+    ema = EMA(
+        model,
+        beta=0.9,
+        update_after_step=update_after_step,
+        update_every=update_every,
+        ignore_names={"bias"},
+        param_or_buffer_names_no_ema={"noted"},
+    )
+    held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averaging = False
+    for n in range(1, 15):
+        live = {name: torch.full_like(t, n + 10.0 * len(name)) for name, t in held.items()}
+        model.load_state_dict(live)
+        ema.update()
+        if (n - 1) % update_every == 0:
+            if n - 1 <= update_after_step or not averaging:
+                held, averaging = dict(live), n - 1 > update_after_step
+            e = n - update_after_step - 1
+            decay = min(max(1 - (1 + e) ** (-2 / 3), 0.0), 0.9) if e > 0 else 0.0
+            held["weight"] = decay * held["weight"] + (1 - decay) * live["weight"]
+            held["noted"] = live["noted"]
+        for name, tensor in ema.ema_model.state_dict().items():
+            np.testing.assert_allclose(tensor, held[name], rtol=1e-12, err_msg=f"{name}, call {n}")
