@@ -199,6 +199,6 @@ class TestChart:
             Sweep((point(0, 1.0), point(10, 2.0), point(20, None)), "lower")
         ).to_dict()
         assert chart["title"]["subtitle"] == [
-            "Grey crosses: 1 that cannot be made exactly enough.",
-            "1 without a half-life left out.",
+            "Grey crosses: 1 averages that cannot be made exactly enough.",
+            "Left out: 1 averages without a half-life.",
         ]

@@ -1,4 +1,4 @@
-"""Charts: one altair definition, written as PNG, SVG and a self-contained HTML page."""
+"""Charts: one altair definition each, written as PNG, SVG and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from polyak.theory._long import Horizon, profile_at
 if TYPE_CHECKING:
     from polyak.offline._selection import Point, Sweep
 
+__all__ = ["rule_chart", "save", "sweep_chart"]
+
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
 _WIDTH, _HEIGHT = 420, 240
@@ -38,7 +40,7 @@ _NUMBER = (
 
 
 def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> None:
-    """Writes `folder/name.png` (at twice the resolution), `.svg` and `.html` (opens offline)."""
+    """Write `folder/name.png` (at twice the resolution), `.svg` and `.html` (which opens offline)."""
     options: dict[str, dict[str, Any]] = {
         "png": {"scale_factor": 2},
         "svg": {},
@@ -88,10 +90,10 @@ def rule_chart(
 
 
 def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
-    """The quality of a sweep's averages against their half-life, a line for each kind of rule.
+    """The quality of a sweep's averages over their half-life, with a line for each kind of rule.
 
-    The best is marked and named. Averages that were refused are marks on the axis. One without a
-    half-life (its last update carries the half) has no place on a logarithmic axis; a line says so.
+    The best average is marked and named; refused averages are marks on the axis. The logarithmic axis
+    has no place for a half-life of 0 (the last update carries the half), so the subtitle counts those.
     """
     placed = [point for point in sweep.points if point.half_life > 0]
     lives = [point.half_life for point in placed] or [1.0]
@@ -116,7 +118,7 @@ def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
 
 
 def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """A line and its points for each kind of rule; a legend where there are several."""
+    """A line and its points for each kind of rule, and a legend if there are several."""
     rows = [
         {"x": p.half_life, "y": p.quality, "kind": _kind(p), "rule": p.rule}
         for p in points
@@ -132,7 +134,7 @@ def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
 
 
 def _refused(points: Sequence[Point], x: alt.X) -> list[alt.Chart]:
-    """A cross on the axis for each average that was not made."""
+    """A cross on the axis for each refused average."""
     rows = [{"x": p.half_life, "rule": p.rule} for p in points if p.quality is None]
     mark: dict[str, Any] = {"shape": "cross", "angle": 45, "size": 60, "color": _GREY}
     base = _chart(rows).mark_point(filled=True, opacity=1, clip=False, **mark)
@@ -140,7 +142,7 @@ def _refused(points: Sequence[Point], x: alt.X) -> list[alt.Chart]:
 
 
 def _best(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[alt.Chart]:
-    """A ring around the best point, and its name where no line is: beyond it, towards the middle."""
+    """A ring around the best point, and its name: on the side that lines leave free, towards the middle."""
     point = sweep.best
     share = math.log(point.half_life / ends[0]) / math.log(ends[1] / ends[0])
     label = f"{_kind(point)}, half-life {point.half_life:.4g}: {point.quality:.5g}"
@@ -156,22 +158,24 @@ def _best(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[a
 
 
 def _subtitle(sweep: Sweep) -> list[str]:
-    """What the marks on the axis are, and what has no place in the chart."""
+    """What the marks on the axis mean, and how many averages the chart leaves out."""
     refused = sum(point.quality is None for point in sweep.points)
     without = sum(point.half_life <= 0 for point in sweep.points)
-    lines = [f"Grey crosses: {refused} that cannot be made exactly enough."] if refused else []
-    return lines + ([f"{without} without a half-life left out."] if without else [])
+    lines = (
+        [f"Grey crosses: {refused} averages that cannot be made exactly enough."] if refused else []
+    )
+    return lines + ([f"Left out: {without} averages without a half-life."] if without else [])
 
 
 def _around(values: Sequence[float]) -> alt.Scale:
-    """The values and some room; of a lone one a tenth of it."""
+    """The range of the values with some room around it; a tenth of the value if it is alone."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     room = (high - low) / 6 or abs(low) / 10 or 1.0
     return alt.Scale(nice=False, zero=False, domainMin=low - room, domainMax=high + room)
 
 
 def _few_decades(limits: tuple[float, float], title: str) -> alt.Axis:
-    """Lines at 1, 2 and 5 of each power of ten; where those are many, at powers of ten alone."""
+    """Lines at 1, 2 and 5 of each power of ten; over many decades only at powers of ten."""
     low, high = (math.floor(math.log10(limit)) for limit in limits)
     steps = (1, 2, 5) if high - low <= 4 else (1,)
     lines = [step * 10.0**power for power in range(low, high + 1) for step in steps]
@@ -200,7 +204,7 @@ def _frequency_panel(gain: GainCurve) -> alt.LayerChart:
 
 
 def _half_power_mark(cutoff: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """The -3 dB point and its label, on the side where the curve is not, with a white halo."""
+    """The -3 dB point and its label, on the side without the curve, with a white halo."""
     label = f"-3 dB at {cutoff:.3g} rad/step"
     point = _chart([{"x": cutoff, "y": 0.5**0.5, "label": label}]).encode(x=x, y=y)
     text = point.encode(text="label:N")
@@ -225,7 +229,7 @@ def _decades(limits: tuple[float, float], title: str) -> alt.Axis:
 
 
 def _line(curve: Curve, title: str, x: alt.X, y: alt.Y) -> alt.Chart:
-    rows = [{"x": each, "y": value} for each, value in zip(*curve, strict=True)]
+    rows = [{"x": place, "y": value} for place, value in zip(*curve, strict=True)]
     chart: alt.Chart = (
         _chart(rows)
         .mark_line(color=_BLUE)

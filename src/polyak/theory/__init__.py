@@ -1,7 +1,7 @@
 """Theory: what an average averages, computed by the code that averages.
 
 The *profile* of a rule is the coefficient of each step's live weights in the average. Half-life,
-mean age, noise gain, cutoff, the equivalent learning-rate schedule are functions of that one array.
+mean age, noise gain, cutoff and the equivalent learning-rate schedule are functions of that array.
 
 >>> from polyak.rules import Exponential, Window
 >>> c = profile("exponential(0.99)", 2000)
@@ -12,7 +12,7 @@ Window(size=199)
 >>> equivalents("uniform()")["torch.optim.swa_utils.AveragedModel"]
 'torch.optim.swa_utils.AveragedModel(model)'
 
-The units are steps, and radians per step for frequencies. Nothing here loads torch.
+Units are steps, and radians per step for frequencies. This package does not load torch.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ class Explanation:
 
     >>> print(explain("window(100)", 1000))
     window(100) after 1000 steps, updated every step
-      half-life                   50         steps
-      mean age                    49.5       steps
-      effective window            100        steps
-      noise gain                  0.01       of the variance of white noise
-      relative std                0.0288661  of the steps so far
-      weight of the first update  0          of 1
-      -3 dB cutoff                0.0278323  rad/step
-      lag on a ramp               49.5       steps
+      half-life                   50           steps
+      mean age                    49.5         steps
+      effective window            100          steps
+      noise gain                  0.01         of the variance of white noise
+      relative std                0.0288661    of the steps so far
+      weight of the first update  0            of 1
+      -3 dB cutoff                0.0278323    rad/step
+      lag on a ramp               49.5         steps
     """
 
     rule: Rule
@@ -80,7 +80,7 @@ class Explanation:
         return f"{self.rule} after {self.steps} steps, updated every {cadence}{grows}"
 
     def __str__(self) -> str:
-        rows = [f"  {name:26}  {value:9}  {unit}" for name, value, unit in self.rows()]
+        rows = [f"  {name:26}  {value:11}  {unit}" for name, value, unit in self.rows()]
         return "\n".join([self.title(), *rows])
 
 

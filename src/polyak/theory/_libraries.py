@@ -1,12 +1,12 @@
 """Equivalents: the constructor call that gives the same average in other libraries.
 
 The same decay means different averages in different libraries: they differ in the warm-up, in what
-the first update does and in what they start from. Each function below holds one library's update
+the first update does and in what they start from. Each function below states one library's update
 rule, read from its source, and says when a rule of ours is one of its settings.
 
 Versions: torch 2.13, ema-pytorch 0.8.3, torch-ema 0.3, diffusers 0.42.1, timm 1.0.31, lightning
-2.6.6, edm2 4bf8162. The tests run the first four against `theory.profile`; timm, lightning and edm2
-are not run: their formulas below were only read.
+2.6.6, edm2 4bf8162. The tests run the first four against `theory.profile`. They do not run timm,
+lightning and edm2, whose formulas were only read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polyak.decays import Constant, InversePower, Polynomial, Ratio, Schedule
 from polyak.rules import AVERAGE, ArticleEMA, Exponential, Power, Rule, Tail, Tick, Uniform
 from polyak.specs import as_rule
 
-# How to use a call so that it gives the rule's average, where that is not update for update.
+# How to use a call, for libraries where it does not match ours update by update.
 CONVENTIONS = {
     "torch_ema.ExponentialMovingAverage": "construct it where the rule makes its first update",
     "timm.utils.ModelEmaV3": "update(model, step=n), n = 1, 2, ...",
@@ -28,19 +28,20 @@ CONVENTIONS = {
 
 
 def equivalents(rule: Rule | str) -> dict[str, str]:
-    """The call, by library, whose average is this rule's at every update; others are left out.
+    """library -> the call whose average equals this rule's at every update.
 
-    Each value is Python source, with the library's package imported and `model` in scope, for a rule
-    updated after every step (`every=1`). It starts with its key. Call the result's update (`update`,
-    `update_parameters`, `step`) where ours is called, with the exceptions in `CONVENTIONS`:
+    Libraries without such a call are left out. Each value is Python source that starts with its key,
+    for a rule updated after every step (`every=1`); it needs the library's package imported and
+    `model` in scope. Call the result's update (`update`, `update_parameters`, `step`) where ours is
+    called, with the exceptions in `CONVENTIONS`:
 
     - `torch_ema` counts the weights at construction as the first update: construct it where the
       rule makes its first, and update it from the second on.
     - `timm` takes the number of the update: `ema.update(model, step=n)`, n from 1. Without `step` it
       ignores its warm-up and counts from construction.
 
-    ema_pytorch's `KarrasEMA` is no `Power`: its clock runs one update ahead, so that the first
-    weights count twice, and it takes no account of `update_every`.
+    ema_pytorch's `KarrasEMA` differs from `Power`: its clock runs one update ahead, so the first
+    weights count twice, and it ignores `update_every`.
 
     >>> for call in equivalents("exponential(0.99)").values():
     ...     print(call)
@@ -53,8 +54,8 @@ def equivalents(rule: Rule | str) -> dict[str, str]:
     >>> equivalents("window(100)")
     {}
 
-    Floating-point parameters are meant: what these libraries do with buffers differs. A half-life
-    or span above some 10^10 is in no library: its decay has too few digits next to 1.
+    This holds for floating-point parameters; the libraries treat buffers differently. No library
+    has a half-life or span above about 10^10: the decay has too few digits next to 1.
     """
     rule = as_rule(rule)
     calls = {name: arguments(rule) for name, arguments in _LIBRARIES.items()}
@@ -62,8 +63,11 @@ def equivalents(rule: Rule | str) -> dict[str, str]:
 
 
 class _Ramp(NamedTuple):
-    """Copies up to update `start` + 1; then, with e = t - start - 1, the decay of update t is
-    1 - (1 + e / inv_gamma) ** -power, clamped to [low, high]."""
+    """Copies up to update `start` + 1, then a ramp of decays.
+
+    With e = t - start - 1 the decay of update t is 1 - (1 + e / inv_gamma) ** -power, clamped to
+    [low, high].
+    """
 
     inv_gamma: float
     power: float
@@ -77,7 +81,7 @@ class _Ramp(NamedTuple):
 
 
 def _ramp(rule: Rule) -> _Ramp | None:
-    """The rule as a ramp, where it is one."""
+    """The rule as a ramp, or None."""
     match rule:
         case Uniform():
             return _Ramp(1.0, 1.0, 0.0, 1.0, 0)
@@ -113,13 +117,13 @@ def _ramp_of(decay: float | Schedule) -> _Ramp | None:
 
 
 def _constant(rule: Rule) -> float | None:
-    """The decay of an EMA without warm-up or start."""
+    """The decay of an EMA without warm-up or start, or None."""
     ramp = _ramp(rule)
     return ramp.low if ramp and ramp.constant and ramp.start == 0 else None
 
 
 def _ratio(rule: Rule) -> tuple[float, int] | None:
-    """(the largest decay, the start) of an EMA with the warm-up (1 + n) / (10 + n)."""
+    """(largest decay, start) of an EMA with the warm-up (1 + n) / (10 + n), or None."""
     match rule:
         case Exponential(decay=Ratio(max_decay=most)):
             return most, 0
@@ -131,8 +135,8 @@ def _ratio(rule: Rule) -> tuple[float, int] | None:
 def _ema_pytorch(rule: Rule) -> str | None:
     """Call 1 copies, as does call t while t - 1 <= update_after_step; then the ramp's decay.
 
-    It is computed in torch's default dtype: float32 rounds it at the 8th digit. `beta=1` freezes
-    the average, so the largest decay below 1 stands for it.
+    ema-pytorch computes it in torch's default dtype: float32 rounds it at the 8th digit. `beta=1`
+    freezes the average there, so the largest decay below 1 stands for it.
     """
     ramp = _ramp(rule)
     if ramp is None:
@@ -206,7 +210,7 @@ def _lightning_mean(rule: Rule) -> str | None:
 def _edm2(rule: Rule) -> str | None:
     """decay (1 - dt / t) ** (gamma + 1), t the images after the batch: 0 at the first update.
 
-    It takes the relative std, which a gamma below -0.38 shares with one above.
+    It takes the relative std. A gamma below -0.38 has the same relative std as one above.
     """
     if not isinstance(rule, Power) or rule.gamma < -0.38:
         return None

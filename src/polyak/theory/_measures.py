@@ -2,7 +2,7 @@
 
 Each function takes a profile `c`: the coefficient of each step's live weights in the average,
 oldest step first, summing to 1, as `profile` returns it. The age of the newest step is 0.
-All raise `ValueError` for an array that is not one-dimensional, finite and of sum 1.
+All raise `ValueError` unless the array is one-dimensional, finite and sums to 1.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def step_response(c: npt.ArrayLike) -> Array:
 def half_life(c: npt.ArrayLike) -> float:
     """The smallest age a, in steps, such that the steps younger than a carry half of the average.
 
-    S(a) = sum of c over ages < a; S is known at the sampled steps, and between two of them the rest
-    1 - S is taken to fall geometrically, as an EMA's does. So an EMA has ln 2 / -ln decay exactly, at
-    every cadence, and a mean of n steps has n / 2 for even n. Where one step carries the half (the
-    first one of a short EMA, a plain copy), the half-life is that step's age.
+    S(a) = sum of c over ages < a. S is known at the sampled steps. Between two of them the rest 1 - S
+    is taken to fall geometrically, as an EMA's does. So an EMA has exactly ln 2 / -ln decay, at every
+    cadence, and a mean of n steps has n / 2 for even n. If one step carries the half (the first step
+    of a short EMA, a plain copy), the half-life is the age of that step.
 
     >>> half_life([0.25, 0.25, 0.25, 0.25]), half_life([0.0, 0.0, 1.0])
     (2.0, 0.0)
@@ -73,10 +73,10 @@ def half_life(c: npt.ArrayLike) -> float:
 
 
 def mean_age(c: npt.ArrayLike) -> float:
-    """The mean age of what is averaged, in steps: sum of c * age.
+    """The mean age of the averaged weights, in steps: sum of c * age.
 
     decay / (1 - decay) for a long EMA, (n - 1) / 2 for a mean of n. It is the delay of slow signals
-    (the group delay at frequency 0). A rule that extrapolates (`Bema`) has a negative one.
+    (the group delay at frequency 0). For a rule that extrapolates (`Bema`) it is negative.
 
     >>> mean_age([0.25, 0.25, 0.25, 0.25])
     1.5
@@ -88,7 +88,7 @@ def mean_age(c: npt.ArrayLike) -> float:
 def ramp_lag(c: npt.ArrayLike) -> float:
     """How far the average is behind live weights that move at a constant speed, in steps.
 
-    live_i = i gives live - average = sum of c * age: the lag is the mean age, whatever the rule.
+    live_i = i gives live - average = sum of c * age: for each rule the lag is the mean age.
 
     >>> ramp_lag([0.25, 0.25, 0.25, 0.25])
     1.5
@@ -120,7 +120,7 @@ def noise_gain(c: npt.ArrayLike, *, correlation: float = 0.0) -> float:
 
 
 def effective_window(c: npt.ArrayLike) -> float:
-    """The number of steps whose plain mean is as calm: 1 / sum of c^2.
+    """The number of steps whose plain mean has the same noise gain: 1 / sum of c^2.
 
     (1 + decay) / (1 - decay) for a long EMA, which is its span; n for a mean of n.
 
@@ -131,11 +131,11 @@ def effective_window(c: npt.ArrayLike) -> float:
 
 
 def relative_std(c: npt.ArrayLike) -> float | None:
-    """The standard deviation of the position of what is averaged, as a share of all steps.
+    """The standard deviation of the position of the averaged weights, as a share of all steps.
 
     sqrt(sum of c * (i - mean)^2) / steps, i the step. For `Power(gamma)` it tends to
-    sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)). None where negative coefficients (`Bema`) make
-    the sum negative: then there is no such spread.
+    sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)). It is None if negative coefficients (`Bema`)
+    make the sum negative.
 
     >>> round(relative_std([0.25, 0.25, 0.25, 0.25]), 4)
     0.2795
@@ -165,21 +165,21 @@ def initial_weight(c: npt.ArrayLike, *, every: int = 1) -> float:
 def learning_rate_profile(c: npt.ArrayLike) -> Array:
     """The multiplier of each step's change that makes training end at the average.
 
-    W_i = sum_{j >= i} c_j. With x_0 the weights before step 1 and u_i = x_{i-1} - x_i, the change
-    of step i, the identity `average = x_0 - sum_i W_i u_i` is exact. So on the trajectory as it was,
-    the average is the end of a run whose learning rate was multiplied by W_i: an EMA is a decay to 0
-    by 1 - decay^(age + 1), a uniform mean a linear decay. Shape (steps,); W_1 = 1.
+    W_i = sum_{j >= i} c_j. With x_0 the weights before step 1 and u_i = x_{i-1} - x_i the change of
+    step i, `average = x_0 - sum_i W_i u_i` holds exactly. So on the same trajectory, the average is
+    where a run with its learning rate multiplied by W_i would end: an EMA is a decay to 0 by
+    1 - decay^(age + 1), a uniform mean a linear decay. Shape (steps,); W_1 = 1.
 
     >>> learning_rate_profile([0.25, 0.25, 0.25, 0.25])
     array([1.  , 0.75, 0.5 , 0.25])
 
     Source: Sandler et al. (arXiv 2301.02312); WSM (arXiv 2507.17634, theorem 3.1).
     """
-    return step_response(c)[::-1].copy()  # a view that runs backwards is no torch tensor
+    return step_response(c)[::-1].copy()  # torch takes no view that runs backwards
 
 
 class FrequencyResponse(NamedTuple):
-    """Frequencies in radians per step, magnitudes (1 passes), phases in radians in (-pi, pi]."""
+    """Frequencies in radians per step, magnitudes (1 passes all), phases in radians in (-pi, pi]."""
 
     frequencies: Array
     magnitude: Array
@@ -203,7 +203,7 @@ def frequency_response(
     c = _checked(c)
     if frequencies is None:
         frequencies = np.geomspace(1 / len(c), math.pi, 400)
-    w = np.array(frequencies, dtype=np.float64, order="C")  # the result's own
+    w = np.array(frequencies, dtype=np.float64, order="C")  # a copy: the result owns its arrays
     if w.ndim != 1 or not np.isfinite(w).all():
         wanted = "a one-dimensional array of finite radians per step"
         raise ValueError(f"frequencies is {frequencies!r}, wanted {wanted}")
@@ -242,7 +242,7 @@ def _half_power(c: Array, above: float, below: float) -> float:
 
 
 def _spectrum(c: Array, w: Array) -> npt.NDArray[np.complex128]:
-    """H(w). Ages as block * row + column: 2 sqrt(steps) exponentials a frequency, and a product."""
+    """H(w). With ages as block * row + column, a frequency takes only 2 sqrt(steps) exponentials."""
     block = math.isqrt(len(c) - 1) + 1
     by_age = np.zeros(block * block)
     by_age[: len(c)] = c[::-1]

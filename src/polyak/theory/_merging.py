@@ -5,8 +5,8 @@ between them. A decay would have multiplied the learning rate of interval i, fro
 to i, by w_i. Each function returns float64 coefficients of shape (k + 1,) that sum to 1, the
 oldest checkpoint first.
 
-The plain mean is `Uniform`, an EMA over checkpoints `Exponential`, weights that grow as i^p
-`Exponential(Polynomial(p))`: `coefficients(rule, [1] * checkpoints)` gives any rule's.
+The plain mean is `Uniform`, an EMA over checkpoints is `Exponential`, weights that grow as i^p are
+`Exponential(Polynomial(p))`. `coefficients(rule, [1] * checkpoints)` gives their coefficients.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def learning_rate_decay(shape: str, checkpoints: int) -> Profile:
     >>> wsm(learning_rate_decay("linear", 4))        # a linear decay is the plain mean
     array([0.25, 0.25, 0.25, 0.25])
 
-    Every checkpoint has a coefficient above 0. With k intervals, f(i / k) would give the last
-    checkpoint none, and f((i - 1) / k) the first: both are the coefficients from here, for one
-    checkpoint less.
+    Every checkpoint has a coefficient above 0. With k intervals, f(i / k) would give 0 to the last
+    checkpoint, and f((i - 1) / k) to the first. The other coefficients would be those from here for
+    one checkpoint less.
 
     Raises `ValueError` for another shape, or unless `checkpoints` is an integer >= 2.
     Source: WSM (arXiv 2507.17634); sqrt: Hägele et al. (arXiv 2405.18392).
@@ -53,8 +53,8 @@ def learning_rate_decay(shape: str, checkpoints: int) -> Profile:
 def wsm(multipliers: npt.ArrayLike) -> Profile:
     """Warmup-stable-merge: c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k.
 
-    The merge is exactly `theta_0 - sum_i w_i u_i`, u_i = theta_(i-1) - theta_i being the change of
-    interval i as it was: the end of the decayed run, as far as its gradients had been the same.
+    The merge is exactly `theta_0 - sum_i w_i u_i`, with u_i = theta_(i-1) - theta_i the change of
+    interval i: the end of the decayed run, if its gradients were the same.
     `learning_rate_profile(c)[1:]` gives the multipliers back.
 
     >>> wsm([1.0, 0.5, 0.25])
@@ -78,10 +78,10 @@ def qam(multipliers: npt.ArrayLike) -> Profile:
     """Quadratic-accurate merging: the coefficients of t^0 .. t^k in prod_i (1 - w_i + w_i t).
 
     A step of gradient descent on a quadratic multiplies the distance from the minimum by
-    M = I - lr H; with the learning rate w_i lr it would have by (1 - w_i) I + w_i M. So where an
-    interval is one step, the merge is exactly the end of the decayed run, on any quadratic: unlike
-    `wsm`, it takes account of the other gradients which that run meets. The mean index of the
-    checkpoints is that of `wsm`, the sum of w. The multipliers may come in any order.
+    M = I - lr H; a step with the learning rate w_i lr multiplies it by (1 - w_i) I + w_i M. So if an
+    interval is one step, the merge is exactly the end of the decayed run, on any quadratic. Unlike
+    `wsm`, it accounts for the other gradients of that run. The mean index of the checkpoints is the
+    sum of w, as with `wsm`. The order of the multipliers does not matter.
 
     >>> qam([0.5, 0.5])
     array([0.25, 0.5 , 0.25])

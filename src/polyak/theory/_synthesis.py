@@ -1,8 +1,8 @@
-"""Synthesis: an average made from others that were stored, by least squares on profiles.
+"""Synthesis: an average made from stored averages, by least squares on profiles.
 
-The profile of every stored tensor is a column, the profile wanted is the target. Both come from
-running the rules, so any rule can be made from what any rules left, and the error is known before
-a tensor is read.
+The profile of each stored tensor is a column, the wanted profile is the target. Both come from
+running the rules, so stored averages of any rules can give any other rule's average, and the error
+is known before a tensor is read.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from polyak.theory._profiles import (
 
 Norm = Literal["profile", "increments"]
 
-# Updates that are held at once as a dense block, one column for every stored slot.
+# Updates in memory at once, as a dense block with one column for every stored slot.
 _BLOCK = 2**14
-# Of the columns' norm: what differs by less counts as stored twice.
+# Columns that differ by less than this share of their norm count as stored twice.
 _SAME = 1e-10
 
 
 class Column(NamedTuple):
-    """A stored tensor: what a slot of a rule held after so many updates, counted from 1.
+    """A stored tensor: a slot of a rule after a number of updates, counted from 1.
 
     `rule` is None for the slot "live": the live weights at that update, a plain checkpoint.
     """
@@ -47,13 +47,13 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The combination of stored tensors that comes closest to the average wanted.
+    """The combination of stored tensors that comes closest to the wanted average.
 
-    `coefficients`, one for each column, sum to 1. `relative_error` is 0 for the average itself; by
-    the norm "profile" it is |columns @ coefficients - target| / |target|, in L2 over updates; by the
-    norm "increments" the same of tail sums, as a share of the target's distance from the last live
-    weights. `amplification`, the sum of |coefficients|, bounds the growth of the rounding errors
-    of the stored tensors; it is 1 where no coefficient is negative.
+    `coefficients`, one for each column, sum to 1. `relative_error` is 0 if the average is exact. By
+    the norm "profile" it is |columns @ coefficients - target| / |target|, in L2 over updates. By the
+    norm "increments" it is the same for tail sums, as a share of the target's distance from the last
+    live weights. `amplification`, the sum of |coefficients|, bounds the growth of the rounding errors
+    of the stored tensors. It is 1 if no coefficient is negative.
     """
 
     coefficients: Profile
@@ -69,22 +69,23 @@ def fit(
     norm: Norm = "profile",
     convex: bool = False,
 ) -> Fit:
-    """The coefficients of stored tensors, of sum 1, that give an average nearest to a rule's.
+    """The coefficients of stored tensors, with sum 1, whose combination is nearest to a rule's average.
 
-    They minimise `|sum_k c_k profile_k - target|` over the updates; the target is
-    `coefficients(rule, elapsed)`, and a column's profile that of its slot at its time. Of several
-    solutions it is the one with the smallest sum of squares: a tensor stored twice counts half each
-    time. `elapsed[i]` is the time that update i spans, for all updates up to the moment wanted; the
-    stored rules were updated at the same times.
+    They minimise `|sum_k c_k profile_k - target|` over the updates. The target is
+    `coefficients(rule, elapsed)`; the profile of a column is that of its slot at its time. If several
+    solutions exist, it is the one with the smallest sum of squares, so a tensor stored twice counts
+    half each time. `elapsed[i]` is the time that update i spans, for all updates up to the wanted
+    moment. The stored rules were updated at the same times.
 
-    The norm "profile" takes the live weights of neighbouring updates for unrelated. So a
-    synthesised average differs from the one wanted by at most
-    `relative_error * |target| * |live - centre|`, the last the L2 norm of the live weights'
-    distances from any one centre; and a plain checkpoint, one update, stands for none of its
-    neighbours. The norm "increments" takes the steps between updates for unrelated: an average is
-    `x_0 + sum_i W_i (x_i - x_{i-1})`, W_i the tail sums of its profile, and they minimise the
-    difference in W. On a random walk `relative_error` is then that of the synthesised average, as a
-    share of the target's distance from the last live weights, |1 - W|.
+    The norm "profile" assumes that the live weights of neighbouring updates are unrelated. So a
+    synthesised average differs from the wanted one by at most
+    `relative_error * |target| * |live - centre|`, where the last factor is the L2 norm of the
+    distances of the live weights from any one centre. A plain checkpoint is one update and does not
+    stand for its neighbours. The norm "increments" assumes that the steps between updates are
+    unrelated: an average is `x_0 + sum_i W_i (x_i - x_{i-1})`, W_i the tail sums of its profile, and
+    the coefficients minimise the difference in W. On a random walk, `relative_error` is then the
+    error of the synthesised average, as a share of the target's distance from the last live weights,
+    |1 - W|.
 
     With `convex` no coefficient is below 0, and the target is `coefficients(rule, elapsed,
     convex=True)`: the nearest average for running statistics, which must not be extrapolated.
@@ -96,9 +97,9 @@ def fit(
     >>> made.coefficients.shape, round(made.relative_error, 5), round(made.amplification, 2)
     ((80,), 0.00026, 1.23)
 
-    A million updates take about a second for each rule. Raises `ValueError` without a column, for
-    one that is not a slot of its rule, has no value yet or lies beyond the updates, for another
-    norm, and for `elapsed` as `coefficients` does.
+    A million updates take about a second for each rule. Raises `ValueError` without columns; for a
+    column that is not a slot of its rule, that has no value yet or lies beyond the updates; for
+    another norm; and for `elapsed` as `coefficients` does.
     Source: EDM2 (arXiv 2312.02696, section 3.2), there for power functions in continuous time; the
     increments: Sandler et al. (arXiv 2301.02312).
     """
@@ -112,7 +113,7 @@ def fit(
     found = (_solved_convex if convex else _solved)(triangle[:, :-1], triangle[:, -1])
     missed = float(np.linalg.norm(triangle @ np.append(found, -1.0)))
     whole = float(np.linalg.norm(1 - _tails(target) if summed else target))
-    # The live weights themselves are at no distance: their error is in steps.
+    # The live weights themselves have distance 0: their error is in steps.
     return Fit(found, missed / (whole or 1.0), float(np.abs(found).sum()))
 
 
@@ -140,7 +141,7 @@ _Slot = tuple[Rule | None, str]
 
 
 def _moves(columns: Sequence[Column], elapsed: list[float]) -> dict[_Slot, Moves]:
-    """The moves of every stored slot; each rule is run once. The live weights copy when stored."""
+    """The moves of every stored slot. Each rule runs once. A plain checkpoint is a copy at its update."""
     copied = np.array(sorted({each.updates - 1 for each in columns if each.rule is None}), np.int64)
     moves: dict[_Slot, Moves] = {(None, LIVE): Moves(copied, np.ones(len(copied)))}
     for stored in dict.fromkeys(column.rule for column in columns if column.rule is not None):
@@ -156,12 +157,12 @@ def _moves(columns: Sequence[Column], elapsed: list[float]) -> dict[_Slot, Moves
 def _rows(
     columns: Sequence[Column], moves: dict[_Slot, Moves], target: Profile, *, summed: bool
 ) -> Iterator[Profile]:
-    """Few rows for every stretch of updates, with the lengths and angles of [columns, target].
+    """A few rows for each stretch of updates, with the lengths and angles of [columns, target].
 
-    No tensor is stored within a stretch. So a column is there the multiple of one vector, which it
-    shares with all columns of its slot: what the slot's moves leave at the end of the stretch. The
-    multiple is what later moves keep of that. Only slots and target need a QR decomposition. With
-    `summed` the columns are tail sums: the vector's own, and as a constant all that lies after.
+    No tensor is stored within a stretch. So all columns of a slot are multiples of one vector there:
+    what the slot's moves leave at the end of the stretch. The multiple is the share that later moves
+    keep. Therefore only slots and target need a QR decomposition. With `summed` the columns are tail
+    sums: those of the vector, plus a constant for the later updates.
     """
     stored = np.array([column.updates for column in columns])
     order = {slot: index for index, slot in enumerate(moves)}
@@ -185,16 +186,16 @@ def _rows(
 
 
 def _stretches(stored: npt.NDArray[np.int64], updates: int) -> list[tuple[int, int]]:
-    """The updates in stretches [start, end) of a block at most, cut where a tensor was stored.
+    """Stretches [start, end) of updates, the last one first, of at most a block.
 
-    The last comes first.
+    They are cut where a tensor was stored.
     """
     cuts = np.unique([*range(0, updates, _BLOCK), *stored, updates])[::-1].tolist()
     return list(zip(cuts[1:], cuts[:-1], strict=True))
 
 
 def _left(moves: Moves, start: int, end: int) -> tuple[Profile, float]:
-    """What a slot holds of the updates of a stretch at its end, and how much of its old value."""
+    """What a slot holds of a stretch's updates at its end, and the share of its old value."""
     within = slice(*np.searchsorted(moves.updates, (start, end)))
     left = np.zeros(end - start)
     left[moves.updates[within] - start], old = response(moves.fractions[within])
@@ -202,7 +203,7 @@ def _left(moves: Moves, start: int, end: int) -> tuple[Profile, float]:
 
 
 def _reduced(blocks: Iterator[Profile]) -> Profile:
-    """The triangle of blocks of rows below each other, of which a few are held at a time."""
+    """The triangle of stacked blocks of rows; only a few blocks are in memory at a time."""
     held: list[Profile] = []
     for block in blocks:
         held.append(block)
@@ -212,12 +213,12 @@ def _reduced(blocks: Iterator[Profile]) -> Profile:
 
 
 def _triangle(rows: Profile) -> Profile:
-    """R of the QR decomposition: as few rows, with the same lengths and angles of the columns."""
+    """R of the QR decomposition: few rows, with the same lengths and angles of the columns."""
     return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 def _solved(a: Profile, b: Profile) -> Profile:
-    """The x of sum 1 with the least |a x - b|, and of several the shortest.
+    """The x with sum 1 and the least |a x - b|; if there are several, the shortest.
 
     x = 1 / K + Z y, the columns of Z orthonormal and of sum 0: |x|^2 = 1 / K + |y|^2.
     """
@@ -233,10 +234,10 @@ def _solved(a: Profile, b: Profile) -> Profile:
 
 
 def _solved_convex(a: Profile, b: Profile) -> Profile:
-    """The x >= 0 of sum 1 with the least |a x - b|: an active set, as Lawson and Hanson's NNLS.
+    """The x >= 0 with sum 1 and the least |a x - b|, by an active set, as Lawson and Hanson's NNLS.
 
-    At the solution the slope is the same for all columns in use, and no other column has a lower
-    one. So the column with the lowest slope comes into use, until there is none.
+    At the solution all columns in use have the same slope, and no other column has a lower one. So
+    the column with the lowest slope is taken into use, until no slope is lower.
     """
     x = np.zeros(a.shape[1])
     x[np.argmin(((a - b[:, None]) ** 2).sum(axis=0))] = 1.0
@@ -251,7 +252,7 @@ def _solved_convex(a: Profile, b: Profile) -> Profile:
 
 
 def _descended(a: Profile, b: Profile, x: Profile, new: int) -> Profile:
-    """The best x on the columns in use and a new one; those that would go below 0 go out of use."""
+    """The best x on the columns in use and a new one. Columns that would go below 0 are dropped."""
     used = x > 0
     used[new] = True
     while True:
@@ -262,6 +263,6 @@ def _descended(a: Profile, b: Profile, x: Profile, new: int) -> Profile:
             return best
         step = (x[falling] / (x[falling] - best[falling])).min()
         x = x + step * (best - x)
-        # The column that stops the step is 0 but for rounding.
+        # Rounding may leave a little of the column that ended the step.
         used &= ~(falling & (x <= _SAME))
         x = np.where(used, x, 0.0)
