@@ -145,6 +145,7 @@ def _estimate(
 ) -> None:
     """Run the model on numbered batches, so that every norm has the mean of its statistics."""
     with _training(model, norms) as called:
+        # A mark, by which a norm is found that does not update its statistics.
         for norm in norms:
             norm.write(dict.fromkeys(norm.buffers, torch.tensor(_UNMOVED)))
         for number, batch in batches:
@@ -237,6 +238,7 @@ class _Norm:
 
     def pool(self, group: ProcessGroup) -> None:
         """Combine the calls of all ranks: `mean = sum of calls * mean / sum of calls`."""
+        # In float64, since the sum over ranks would round float32 means in an order of its own.
         sums = [self.calls * mean.double() for mean in self._means]
         calls = sums[0].new_tensor(self.calls)
         for each in (*sums, calls):
@@ -293,6 +295,7 @@ def _training(model: nn.Module, norms: list[_Norm]) -> Iterator[list[_Norm]]:
         for norm in norms:
             norm.module.training, norm.module.momentum = True, 1.0
             handles.append(norm.module.register_forward_hook(partial(norm.take, called)))
+        # A compiled graph has the modes and momenta of its tracing in it.
         with torch.compiler.set_stance("force_eager"):
             yield called
     finally:

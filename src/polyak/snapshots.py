@@ -120,7 +120,7 @@ class Recorder:
             self.run, times, self._stored = self._by_first(begin)  # snapshots by updates, in order
             self._elapsed, self._time = array("d", times), math.fsum(times)
             self._set_aside(averager.clock.n + 1)
-            averager.run = self.run
+            averager.run = self.run  # its state carries it, so that a resumed run is recognized
             self._follow(averager.clock)
         except BaseException:
             self.close()
@@ -174,6 +174,7 @@ class Recorder:
     def _packed(self, averager: Averager) -> Packed:
         described, stored = native.packed(averager, "snapshot")
         described["run"] = self.run
+        # What compensated summation carries over is needed to resume an average, not to combine it.
         kept = {key: t for key, t in stored.items() if COMPENSATION not in key.split("/")[2:3]}
         return described, kept | _runs(self._elapsed)
 
@@ -201,7 +202,7 @@ class Recorder:
             del self._elapsed[max(tick.n - 1, 0) :]
             self._set_aside(tick.n)
         missed = tick.n - 1 - len(self._elapsed)
-        if missed > 0:
+        if missed > 0:  # updates without a call of ours
             between = tick.t - tick.elapsed - math.fsum(self._elapsed)
             self._elapsed.extend([between / missed] * missed)
         if tick.n:

@@ -58,6 +58,7 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     except BaseException as raised:
         error = raised
     problem = None if error is None else f"{type(error).__name__}: {error}"
+    # A rank that failed takes part in this exchange like the others, so that none waits for it.
     try:
         said = gathered(_Said(call, problem, agreement.told), group)
     except RuntimeError as lost:

@@ -101,6 +101,7 @@ def one_mesh(shard: DeviceMesh | ProcessGroup, device: torch.device) -> DeviceMe
 def rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's rows of a tensor that every rank of a mesh has whole: a view, cut as `Shard(0)` is."""
     length = rows_of_a_rank(whole, mesh)
+    # Ranks beyond the last row have an empty part, which begins at the end.
     start = min(mesh.get_local_rank() * length, whole.shape[0])
     return whole.detach().narrow(0, start, min(length, whole.shape[0] - start))
 
@@ -114,6 +115,8 @@ def spread(whole: Tensor, mesh: DeviceMesh) -> Tensor:
     """A tensor that every rank of a mesh has whole, as a DTensor whose parts are its `rows`."""
     from torch.distributed.tensor import DTensor, Shard
 
+    # Shape and stride are given: from uneven parts they would be guessed wrong, and to ask the other
+    # ranks (run_check) would make this collective.
     return DTensor.from_local(
         rows(whole, mesh),
         mesh,
@@ -174,6 +177,8 @@ def reshard(model: object) -> None:
     if (fsdp := sys.modules.get("torch.distributed.fsdp")) is None:
         return
     groups = fsdp_groups()
+    # A parameter is found by the modules that have it, since the root's group has parameters of modules
+    # within; a mapping has the parameters themselves, which are their shards.
     if isinstance(model, nn.Module):
         modules = list(model.modules())
         if not groups and any(isinstance(module, fsdp.FSDPModule) for module in modules):
@@ -226,6 +231,8 @@ class Shards:
 
     def unmoved(self) -> bool:
         """Whether all parts still are the same objects, or at the same place."""
+        # A shard that was replaced is another object. Rows are views of a whole tensor, which may stay the
+        # same object with other memory: they are stale then.
         return (
             all(map(operator.is_, local_parts(self._sharded), self._parts))
             and [tensor.data_ptr() for tensor in self._divided] == self._places

@@ -91,6 +91,8 @@ def save_folder(
         save(
             dict(content),
             storage_writer=_writer(Path(path), folder),
+            # Otherwise torch spreads what several ranks have over them, and buffers that differ between
+            # ranks would come from several.
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=group,
             no_dist=alone(group),
@@ -125,7 +127,7 @@ def _shared_folder(
 
     An error of the block must be raised on all ranks: the first rank removes the folder then.
     """
-    with ExitStack() as first:
+    with ExitStack() as first:  # on the other ranks it stays empty
 
         def begin() -> Path:
             writing = saving(path, overwrite=overwrite)
@@ -139,7 +141,7 @@ def _shared_folder(
                     "must share the file system on which they save"
                 )
         yield folder
-        chosen(call, first.close, group)
+        chosen(call, first.close, group)  # all are done: the first rank renames the folder
 
 
 def _writer(path: Path, folder: Path) -> FileSystemWriter:

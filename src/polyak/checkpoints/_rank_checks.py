@@ -39,11 +39,12 @@ def require_one_model(
         items = {n: i for n, i in tracked.items() if i.policy == "average" and i.kind != "buffer"}
         where = digest([(name, _where(name, item.held())) for name, item in items.items()])
         samples = {name: int(sample(local(item.held()))) for name, item in items.items()}
+    # By the parts that a rank has: ranks with other parts have nothing that could be taken for a copy.
     first: dict[str, tuple[int, str]] = {}
     for rank, (parts, content) in enumerate(gathered((where, digest(samples)), group)):
         other, wanted = first.setdefault(parts, (rank, content))
         if content != wanted:
-            theirs = gathered(samples, group)
+            theirs = gathered(samples, group)  # on all ranks, as all have found the same
             names = [n for n in theirs[rank] if theirs[rank][n] != theirs[other].get(n)]
             raise ValueError(
                 f"{call}: ranks {other} and {rank} have the same part of {', '.join(names[:8])}, but "
@@ -70,6 +71,7 @@ def require_stored_rightly(call: str, name: str, tensor: DTensor) -> None:
     """
     wanted = box_of(name, tensor)
     told = stored_chunks(tensor)
+    # A rank without elements may tell no chunk, or an empty one anywhere.
     if told != [wanted] and (wanted.numel or any(0 not in shape for _, shape in told)):
         raise ValueError(
             f"{call}: {name} of shape {tuple(tensor.shape)} is cut as {tensor.placements} into "

@@ -125,6 +125,7 @@ def encoded(
         told |= {f"{key}{name}".strip(): each for name, each in _told(described).items()}
     wanted = "save an average from all ranks that share it (`group=`), at the same update"
     agree(call, told, group, wanted)
+    # A folder that was put together from two saves has marks that differ.
     save = chosen(call, lambda: secrets.token_hex(8), group)
     mine = {f"{KEY}/{rank_of(group)}": _bytes(save)}
     return {
@@ -193,7 +194,7 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
         name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
         for name, held in averages.items()
     }
-    del state["format"]
+    del state["format"]  # the file has its own
     return {
         "kind": kind,
         "every": averager.every,

@@ -101,6 +101,7 @@ def load_distributed(
         states = {key: fitted(saved[key], each) for key, each in averagers.items()}
         for key, averager in averagers.items():
             require_fit(path / key, averager, states[key])
+    # Only now, as everything fits: from here on tensors change.
     if others:
         load_folder(call, folder, others, group=group)
     with together(call, group):

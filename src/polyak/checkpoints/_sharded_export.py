@@ -87,6 +87,7 @@ def write_together(
         within = arranged(out, specs, shard_bytes)
         layouts = [layout(held, METADATA) for held in within.values()]
         shares = {name: _share(name, each, group) for name, each in spreads.items()}
+    # Before anything is written: ranks with other tensors would wait for messages that never come.
     agree(
         _CALL,
         {"path": str(out), "what is exported": f"{told}, shard_bytes={shard_bytes}"}
@@ -100,6 +101,7 @@ def write_together(
         begun = chosen(
             _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
         )
+        # If one rank does not see the files, all parts go through the first rank: all decide alike.
         seen = all(gathered(os.access(begun[0].path, os.W_OK), group))
         ranks = _Ranks(spreads, shares, read, add or (lambda _: None), seen, group)
         for each, of_file in zip(begun, layouts, strict=True):
@@ -154,8 +156,9 @@ class _Ranks:
                     file = stack.enter_context(SharedFile(begun))
                 written = sum(self._write_own(file, name, layout) for name in direct)
                 if file is not None and written:
-                    file.sync()
+                    file.sync()  # each rank its own: the first rank cannot force another host's pages
             with together(_CALL, self.group):
+                # What the other ranks have written, which this one has not counted.
                 self.told(sum(self.spreads[name].form.nbytes for name in direct) - written)
             for name in layout.starts:
                 if name not in direct:
@@ -167,6 +170,7 @@ class _Ranks:
         form, held = self.spreads[name]
         if not is_distributed(held):
             return True
+        # The part at (0, ..., 0) is the largest and is known to all ranks, so that they decide alike.
         largest = box_at(held, [0] * held.device_mesh.ndim)
         count = next((count for _, count in runs(form.shape, largest)), 0)
         long = count == largest.numel or count * form.dtype.itemsize >= RUN_BYTES
@@ -247,6 +251,7 @@ class _Sent:
         """The content of a window, put together from the parts of the ranks."""
         me = first(self.group)
         received = {rank: self._blank(part) for rank, part in parts.items() if rank != me}
+        # Asked for before this rank computes its own part, so that no rank waits for that.
         coming = [dist.irecv(flat, src=r, group=self.group) for r, flat in received.items()]
         content = torch.empty(window.shape, dtype=self.form.dtype)
         if me in parts and (own := self._attempts.run(self.piece, parts[me])) is not None:
