@@ -59,12 +59,12 @@ class Custom(Rule):
 
 @dataclass(frozen=True)
 class Wild(Schedule):
-    """A schedule that leaves [0, 1] at a time."""
+    """A schedule that leaves [0, 1] after time 5."""
 
-    after: float = 5.0
+    then: float
 
     def __call__(self, t: float) -> float:
-        return 0.9 if t <= self.after else 1.5
+        return 0.9 if t <= 5 else self.then
 
 
 def late(value: Any, usual: Any = 0.5) -> Callable[[Tick], dict[str, Any]]:
@@ -162,7 +162,10 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
         f"moves slot 'average' by 7.0, {IN}",
         4,
     ),
-    "a schedule of a user": (Exponential(Wild()), "moves slot 'average' by", 6),
+    "a schedule above 1": (Exponential(Wild(1.5)), f"moves slot 'average' by -0.5, {IN}", 6),
+    "a schedule below 0": (Exponential(Wild(-0.5)), f"moves slot 'average' by nan, {IN}", 6),
+    "a schedule of NaN": (Exponential(Wild(NAN)), f"moves slot 'average' by nan, {IN}", 6),
+    "an infinite schedule": (Exponential(Wild(INF)), f"moves slot 'average' by -inf, {IN}", 6),
 }
 cases = pytest.mark.parametrize(("rule", "problem", "update"), FAULTY.values(), ids=FAULTY)
 

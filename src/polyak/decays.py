@@ -42,7 +42,10 @@ class Schedule(Spec, ABC):
         is left. Schedules that come so near to 1 compute the rate without the decay.
         """
         decay = self(t)
-        return -math.log(decay) if decay > 0 else math.inf
+        if decay == 0:
+            return math.inf
+        # A decay below 0 or NaN gives a fraction of NaN, which is refused with the rule's name.
+        return -math.log(decay) if decay > 0 else math.nan
 
 
 def rate_of(lost: float) -> float:
