@@ -172,7 +172,7 @@ def test_processes_of_torchrun_share_a_commands_work(
     no = [*commands["average"], "average-one.safetensors", "--torchrun"]
     with (
         launched(Path("-m"), "polyak", *no, log=tmp_path / "no") as launch,
-        pytest.raises(AssertionError, match=r"average-one\.safetensors exists"),
+        pytest.raises(AssertionError, match=r"average-one\.safetensors already exists"),
     ):
         launch.wait(HANG)
     no[-2] = "new.safetensors"

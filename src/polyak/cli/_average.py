@@ -190,7 +190,7 @@ def _note_order(files: Sequence[Path], made: Combination) -> None:
 def _print(
     files: Sequence[Path], made: Combination, out: Path, seconds: float, *, json: bool
 ) -> None:
-    size = sum(form.nbytes for form in made.specs.values())
+    size = sum(spec.nbytes for spec in made.specs.values())
     shares = made.coefficients.tolist()
     if json:
         about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}

@@ -1,9 +1,11 @@
-"""Offline: averages of a run that is over, from its checkpoints or its recorded snapshots.
+"""Offline: averages of a finished run, from its checkpoints or its snapshots.
 
-offline.average(files, "exponential(0.9)")        the average of checkpoint files
-offline.synthesize(folder, rule)                  any average from recorded snapshots, its error known
-offline.sweep(folder, rules, evaluate)            which of them is best
-offline.greedy_soup(files, evaluate)              the files that are better together
+offline.average(files, "exponential(0.9)")     average checkpoint files
+offline.synthesize(folder, rule)               make any average from snapshots, with a known error
+offline.sweep(folder, rules, evaluate)         make many averages, and find the best
+offline.greedy_soup(files, evaluate)           choose the files whose mean is best
+offline.describe(path)                         list what a checkpoint holds
+offline.compare(a, b)                          compare two sets of weights
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Averaging: one checkpoint made from several files, with the coefficients of any rule or any others."""
+"""Average: one set of weights from several checkpoint files, by a rule or by coefficients."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def average(
     dtype: torch.dtype | None = None,
     accumulate: torch.dtype = torch.float32,
 ) -> Combination:
-    """The average of checkpoint files, each taken as one update: `sum of coefficient * weights`.
+    """Average checkpoint files: `sum of coefficient * weights`, each file being one update.
 
-    Nothing but headers is read before a tensor is asked for; all files are compared first.
+    All files must have the same names and shapes. Only headers are read before a tensor is asked for.
 
     >>> import tempfile
     >>> from safetensors.torch import load_file, save_file
@@ -41,22 +41,21 @@ def average(
     {'w': tensor([1., 1.])}
 
     Args:
-        files: of any format that `polyak.checkpoints.read` reads, formats mixed; the oldest first.
-        rule: a rule or its spec, whose coefficients are `theory.coefficients(rule, elapsed)`; or
-            the coefficients themselves, of sum 1 and of any sign: `theory.wsm`, `theory.qam`, a
-            soup's. Running statistics get no coefficient below 0: with a rule they have those of
+        files: in any formats that `polyak.checkpoints.read` reads, the oldest first.
+        rule: a rule or its spec, with the coefficients `theory.coefficients(rule, elapsed)`; or
+            coefficients of any sign with sum 1, such as `theory.wsm`, `theory.qam` or those of a
+            soup. Running statistics have no coefficient below 0: with a rule they have
             `theory.coefficients(rule, elapsed, convex=True)`, else `max(c, 0) / sum of max(c, 0)`.
-        elapsed: the time that each file spans in the rule's unit, by default 1: steps from the file
-            before it, say.
+        elapsed: the time between a file and the file before it, in the rule's unit; by default 1.
         which: the weights to take from each file: the name of an average, or "live"; by default the
             live weights, or the only average of a file without live weights.
-        dtype: of the result, by default that of the last file.
-        accumulate: float32, or float64 at half the speed.
+        dtype: of the result; by default that of the last file.
+        accumulate: the dtype of the sums: float32, or float64 at half the speed.
 
-    Raises `ValueError` for no files; for files that differ in names, shapes or kinds of numbers,
-    listing them; for a file that does not hold `which`, or several averages; for coefficients that
-    do not sum to 1 within 1e-6, or not one a file; `elapsed` beside coefficients. `OSError` and
-    `ValueError` for files that do not read.
+    Raises `ValueError` for an empty list; for files that differ in names, shapes or kinds of numbers,
+    with the differences; for a file without `which`, or with several averages to choose from; for
+    coefficients that do not sum to 1 within 1e-6, or are not one per file; for `elapsed` together with
+    coefficients. Raises `OSError` and `ValueError` for files that cannot be read.
     Source: model soups (arXiv 2203.05482), LAWA (arXiv 2209.14981), WSM (arXiv 2507.17634).
     """
     require(not isinstance(files, (str, Path)), "files", files, "a list of files")
@@ -75,9 +74,14 @@ def opened(files: Sequence[Path | str], which: str | None) -> list[Source]:
 def _coefficients(
     rule: Rule | str | Sequence[float] | Profile, files: int, elapsed: Sequence[float] | None
 ) -> tuple[npt.ArrayLike, npt.ArrayLike | None]:
-    """The coefficients of weights, and those of running statistics where a rule says them."""
+    """The coefficients of weights, and those of running statistics if a rule gives them."""
     if not isinstance(rule, (Rule, str)):
-        require(elapsed is None, "elapsed", elapsed, "nothing beside coefficients: it is for rules")
+        require(
+            elapsed is None,
+            "elapsed",
+            elapsed,
+            "None together with coefficients, since it is for rules",
+        )
         return rule, None
     times = [1.0] * files if elapsed is None else elapsed
     if len(times) != files:

@@ -86,11 +86,11 @@ class Combination(LazyTensors):
         of_files = [source.weights.specs for source in sources]
         _require_alike(sources, of_files)
         last = of_files[-1]
-        self.copied = [n for n, form in last.items() if n in copy or not _has_mean(form.dtype)]
+        self.copied = [n for n, spec in last.items() if n in copy or not _has_mean(spec.dtype)]
         self.norms = norms.statistics(last)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
         self._specs = {
-            n: TensorSpec(form.shape, _as(given.get(n), form.dtype)) for n, form in last.items()
+            n: TensorSpec(spec.shape, _as(given.get(n), spec.dtype)) for n, spec in last.items()
         }
         self._sums = {
             n: _sum_dtype([accumulate, self._specs[n].dtype, *(f[n].dtype for f in of_files)])
@@ -175,7 +175,7 @@ class Combination(LazyTensors):
         with together(_CALL, group):
             within = arranged(out, self.specs, shard_bytes)
             layouts = [layout(of_file, METADATA) for of_file in within.values()]
-        described = {name: f"{form.shape} {form.dtype}" for name, form in self.specs.items()}
+        described = {name: f"{spec.shape} {spec.dtype}" for name, spec in self.specs.items()}
         options = {**self._terms_told, "shard_bytes": shard_bytes, **described}
         agree(_CALL, options, group, "give all ranks the same files and options")
         with ExitStack() as stack:
@@ -253,17 +253,17 @@ def _convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, TensorSpec]]) -> None:
     """Raises `ValueError` with the names, shapes and kinds of numbers in which a file differs."""
-    wanted = {name: _described(form) for name, form in of_files[0].items()}
+    wanted = {name: _described(spec) for name, spec in of_files[0].items()}
     for source, of_file in zip(sources, of_files, strict=True):
-        got = {name: _described(form) for name, form in of_file.items()}
+        got = {name: _described(spec) for name, spec in of_file.items()}
         if lines := difference(wanted, got):
             title = f"{source.label} is not of the same model as {sources[0].label}"
             raise ValueError(report(title, lines))
     require(bool(wanted), f"{sources[0].label}", "without a tensor", "weights to combine")
 
 
-def _described(form: TensorSpec) -> str:
-    return f"{_kind(form.dtype)} {form.shape}"
+def _described(spec: TensorSpec) -> str:
+    return f"{_kind(spec.dtype)} {spec.shape}"
 
 
 def _kind(dtype: torch.dtype) -> str:

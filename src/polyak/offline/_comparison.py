@@ -1,4 +1,4 @@
-"""Comparing: how the tensors of two checkpoints differ, one tensor in memory at a time."""
+"""Comparison: how the tensors of two checkpoints differ, with one piece of each in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from polyak._tensors import dtype_name
 from polyak.checkpoints._checkpoint import Weights
 
 PIECE = 3 << 13
-"""So many elements are compared at a time: from 2^15 on torch's threads wait for each other."""
+"""The number of elements compared at a time; torch divides 2^15 and more among its threads, which wait."""
 
 _BEYOND_FLOAT64 = {torch.int64, torch.uint64}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a tensor of one name differs: (dtype, shape) of both, and what their numbers are apart.
+    """How two tensors of one name differ: the dtypes and shapes of both, and their distance.
 
-    `relative` is |a - b| / |a|, L2 norms over the elements, infinite where a is all zeros;
-    `largest` the largest |a - b| of an element; `elements` how many differ. All are None for shapes
-    that differ. NaN equals NaN here, and is infinitely far from a number.
+    `relative` is |a - b| / |a| with L2 norms over the elements, infinite if a is all zeros. `largest` is
+    the largest |a - b| of an element, `elements` the number of elements that differ. All are None if
+    the shapes differ. NaN equals NaN here, and is infinitely far from a number.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Difference:
 class Comparison:
     """How two sets of weights differ.
 
-    `only_a` and `only_b` are names of one alone; `tensors` those of both, what differs in its shape
-    first, then by `relative`, the largest first. `relative` is |a - b| / |a| over all floating-point
-    and complex tensors that have one shape in both, taken as one vector.
+    `only_a` and `only_b` are the names that only one of them has. `tensors` are those of both: first
+    those whose shapes differ, then the others by `relative`, the largest first. `relative` is
+    |a - b| / |a| over all floating-point and complex tensors of equal shape, taken as one vector.
     """
 
     only_a: tuple[str, ...]
@@ -60,7 +60,7 @@ class Comparison:
     @property
     def different(self) -> tuple[Difference, ...]:
         """The tensors of both that are not equal."""
-        return tuple(each for each in self.tensors if not each.equal)
+        return tuple(difference for difference in self.tensors if not difference.equal)
 
     @property
     def equal(self) -> bool:
@@ -78,10 +78,10 @@ def compare(
     *,
     progress: Callable[[int, int], object] | None = None,
 ) -> Comparison:
-    """How two sets of weights differ: in names, dtypes, shapes and numbers.
+    """Compare two sets of weights: names, dtypes, shapes and numbers.
 
-    Numbers are compared in float64, integers exactly; -0 equals 0. `progress` is told how many bytes
-    of `a` are compared, and of how many.
+    Numbers are compared in float64, integers exactly; -0 equals 0. `progress(bytes of a compared,
+    bytes in all)` is called after each tensor.
 
     >>> a = {"w": torch.tensor([3.0, 4.0]), "steps": torch.tensor(7)}
     >>> found = compare(a, {"w": torch.tensor([3.0, 4.5]), "steps": torch.tensor(7)})
@@ -107,7 +107,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over elements: of |a - b|^2 and of |a|^2; and how many differ, by how much at most."""
+    """Sums over elements of |a - b|^2 and |a|^2, the number of differences, and the largest."""
 
     apart: float = 0.0
     whole: float = 0.0
@@ -166,7 +166,7 @@ def _sums(a: Tensor, b: Tensor) -> _Sums:
 
 
 def _careful_sums(a: Tensor, b: Tensor, wide_a: Tensor, wide_b: Tensor) -> _Sums:
-    """The sums where there are infinities and NaN, complex numbers, or integers of 64 bits."""
+    """The sums for infinities and NaN, complex numbers, and integers of 64 bits."""
     differs = (wide_a != wide_b) & ~(wide_a.isnan() & wide_b.isnan())
     if a.dtype == b.dtype and a.dtype in _BEYOND_FLOAT64:
         differs = a.view(torch.int64) != b.view(torch.int64)
@@ -183,9 +183,9 @@ def _wide(piece: Tensor) -> Tensor:
 
 
 def _counts(spec: TensorSpec) -> bool:
-    """Whether a tensor belongs to the whole: counters of steps would outweigh all weights."""
+    """Whether a tensor counts in the distance of the whole: a counter of steps would outweigh all."""
     return averageable(torch.empty(0, dtype=spec.dtype))
 
 
-def _order(each: Difference) -> float:
-    return -math.inf if each.relative is None else -each.relative
+def _order(difference: Difference) -> float:
+    return -math.inf if difference.relative is None else -difference.relative

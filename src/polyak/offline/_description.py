@@ -1,4 +1,4 @@
-"""Describing: what a checkpoint or a folder of snapshots holds, without reading its tensors."""
+"""Description: what a checkpoint or a folder of snapshots holds, without reading its tensors."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from polyak.rules import Rule
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients
 
-_LONGEST = 2_000_000  # updates whose profile is worth waiting for: some seconds
-_EVENLY = 10_000  # updates into which a time is divided where their number is not told
+_LONGEST = 2_000_000  # updates; the profile of more would take more than some seconds
+_EVENLY = 10_000  # updates into which a time is divided if the file does not tell their number
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Some tensors by number: tied ones count once.
+    """The size of some tensors; tied ones count once.
 
-    `parameters` are the elements of floating-point and complex tensors but running statistics; other
-    buffers of such dtypes cannot be told from parameters. `dtypes`: dtype -> tensors.
+    `parameters` counts the elements of floating-point and complex tensors, without running statistics.
+    Other buffers of such dtypes count too, since a file does not tell them from parameters. `dtypes` is
+    dtype -> number of tensors.
     """
 
     tensors: int
@@ -43,10 +44,10 @@ class Weighed:
 
 @dataclass(frozen=True)
 class DescribedAverage:
-    """An average: its tensors, its rule where the file tells, and what that averages by now.
+    """An average: its tensors, and its rule if the file tells it.
 
-    `half_life` and `mean_age` are those of the rule's profile at the file's clock, in the rule's unit
-    of time; None without a rule or a clock, and beyond two million updates.
+    `half_life` and `mean_age` are measures of the rule's profile at the file's clock, in the rule's
+    unit of time; None without a rule or a clock, and after more than two million updates.
     """
 
     weights: Weighed
@@ -57,7 +58,7 @@ class DescribedAverage:
 
 @dataclass(frozen=True)
 class DescribedTensor:
-    """A tensor of the live weights, or where there are none of the first average."""
+    """A tensor of the live weights, or of the first average if there are no live weights."""
 
     name: str
     dtype: str
@@ -67,7 +68,7 @@ class DescribedTensor:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What `polyak.Recorder` stored in a folder; times are in the rules' unit."""
+    """The snapshots of `polyak.Recorder` in a folder; times are in the rules' unit."""
 
     run: str
     snapshots: int
@@ -204,7 +205,7 @@ def _tensor(name: str, spec: TensorSpec) -> DescribedTensor:
 
 
 def _times(found: Checkpoint) -> dict[str, list[float]]:
-    """The time that each update of each average spanned, as far as the file tells."""
+    """average -> the time that each of its updates spans, if the file tells."""
     if found.ticks:
         ticks = {name: tick for name, tick in found.ticks.items() if 0 < tick.n <= _LONGEST}
         return {name: [tick.t / tick.n] * tick.n for name, tick in ticks.items()}

@@ -15,7 +15,8 @@ from torch import Tensor
 from polyak._checks import require
 from polyak.offline._average import opened
 from polyak.offline._combination import Combination
-from polyak.offline._synthesis import MAX_ERROR, Run, Synthesis
+from polyak.offline._run import Run
+from polyak.offline._synthesis import MAX_ERROR, Synthesis, of_run
 from polyak.rules import Rule
 
 Better = Literal["lower", "higher"]
@@ -192,7 +193,7 @@ def sweep(
     require(len(rules) > 0, "rules", rules, "one rule or more")
     run, points = Run.of(folder, checkpoints or {}), []
     for rule in rules:
-        made = run.synthesis(rule, at)
+        made = of_run(run, rule, at)
         refused = made.problem(max_error, max_amplification)
         quality = None if refused else _quality_of(evaluate, made.average(), f"for {made.rule}")
         points.append(_point(made, quality, refused))

@@ -1,9 +1,9 @@
-"""Summing: tensors in files times coefficients, in parts that stay in the processor's cache.
+"""Summation: the sum of coefficients times tensors in files, in pieces that fit into the processor's cache.
 
-Each part is read from its file into a buffer, which is faster than to copy from mapped memory, and
-leaves nothing resident. Several parts are summed at once, each by a thread with operations too small
-for torch to divide: torch's own threads wait for each other after each of them, and without end
-where others use the processors too.
+Each piece is read from its file into a buffer. This is faster than copying from mapped memory, and no
+page of the file stays in memory. Several threads sum one piece each, with operations that are too small
+for torch to divide among its own threads: those wait for each other after each operation, and for very
+long when other processes use the processors too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 from polyak._lazy import Elements
 
 PIECE_BYTES = 1 << 20
-"""As much of a sum is made while one file after the other is read."""
+"""The size of a piece of the sum; it is computed while one file after the other is read."""
 
-_UNDIVIDED = 1 << 15  # elements; operations on more are divided among torch's threads
-_MOST_THREADS = 8  # they share Python's lock and the memory's bandwidth
+_UNDIVIDED = 1 << 15  # elements; torch divides larger operations among its threads
+_MOST_THREADS = 8  # more do not help: they share Python's lock and the bandwidth of the memory
 
 
 class Summand(NamedTuple):
@@ -35,7 +35,7 @@ class Summand(NamedTuple):
 
 
 class Threads:
-    """The threads that sum: as many as torch has, up to 8. They end with this object."""
+    """The threads that sum: as many as torch has, at most 8. They end with this object."""
 
     def __init__(self) -> None:
         self.count = min(torch.get_num_threads(), _MOST_THREADS)
@@ -43,7 +43,7 @@ class Threads:
 
 
 class Summation:
-    """The sum of summands of one shape: made in one dtype, handed on in another."""
+    """The sum of summands of one shape: computed in one dtype, returned in another."""
 
     def __init__(
         self, summands: Sequence[Summand], dtype: torch.dtype, result: torch.dtype
@@ -53,48 +53,50 @@ class Summation:
         self._dtypes = dtype, result
 
     def pieces(self, threads: Threads) -> Iterator[Tensor]:
-        """The elements of the sum, row by row; each piece holds until the next is asked for.
+        """The elements of the sum, row by row; a piece stays valid until the next is asked for.
 
-        Each thread makes a piece, and has another one ahead. Raises `ValueError` for a sum that the
-        dtype of the result cannot hold, and at the end for a tensor that is damaged in its file.
+        Each thread computes one piece and has another one waiting. Raises `ValueError` for a sum that
+        the dtype of the result cannot hold, and at the end for a tensor that is damaged in its file.
         """
         yield from self._pieces(threads)
         for elements, _ in self._summands:
             elements.done()
 
     def _pieces(self, threads: Threads) -> Iterator[Tensor]:
-        each = self._length(threads.count)
-        if self._size <= each:
+        length = self._length(threads.count)
+        if self._size <= length:
             yield from self._alone()
             return
-        starts = range(0, self._size, each)
-        places = [self._place(each) for _ in starts[: 2 * threads.count]]
+        starts = range(0, self._size, length)
+        spaces = [self._workspace(length) for _ in starts[: 2 * threads.count]]
         ahead: deque[Future[Tensor]] = deque()
         for i, start in enumerate(starts):
-            if start + each > self._size:
-                places[i % len(places)] = self._place(self._size - start)
-            ahead.append(threads.submit(places[i % len(places)].sum_, self._summands, start))
-            if len(ahead) == len(places):
+            if start + length > self._size:
+                spaces[i % len(spaces)] = self._workspace(self._size - start)
+            ahead.append(threads.submit(spaces[i % len(spaces)].sum_, self._summands, start))
+            # All workspaces are in use: the oldest piece must be consumed before its own is used again.
+            if len(ahead) == len(spaces):
                 yield self._done(ahead)
         while ahead:
             yield self._done(ahead)
 
     def _alone(self) -> Iterator[Tensor]:
-        """The only piece, if there is one: no thread is worth while."""
+        """The only piece, if there is one, without a thread."""
         if self._size:
-            yield self._place(self._size).sum_(self._summands, 0)
+            yield self._workspace(self._size).sum_(self._summands, 0)
 
     def _length(self, threads: int) -> int:
-        """The length of a piece: the same number of them for each thread.
+        """The length of a piece, so that each thread computes the same number of pieces.
 
-        The last elements of an operation may be rounded otherwise than the rest. For the result not
-        to depend on the threads, only a tensor's last are the last of one.
+        Vectorised operations may round their last few elements differently. A length that is a
+        multiple of `_UNDIVIDED` makes the last elements of an operation the same for any number of
+        threads, except at the end of the tensor.
         """
         most = PIECE_BYTES // max(dtype.itemsize for dtype in self._dtypes)
         rounds = max(1, -(-self._size // (most * threads)))
         return -(-self._size // (rounds * threads) // _UNDIVIDED) * _UNDIVIDED or _UNDIVIDED
 
-    def _place(self, length: int) -> _Workspace:
+    def _workspace(self, length: int) -> _Workspace:
         return _Workspace(
             length, *self._dtypes, {elements.spec.dtype for elements, _ in self._summands}
         )
@@ -107,7 +109,7 @@ class Summation:
 
 
 class _Buffer:
-    """Memory for a piece: whole, in views that torch does not divide, and as bytes."""
+    """Memory for a piece: as a whole, and as views that torch does not divide among threads."""
 
     def __init__(self, length: int, dtype: torch.dtype) -> None:
         self.tensor = torch.empty(length, dtype=dtype)
@@ -115,17 +117,17 @@ class _Buffer:
 
 
 class _Workspace:
-    """Where a piece of a sum is made: buffers for it, for what is read, and for the result."""
+    """The buffers for one piece: for the sum, for what is read (one per dtype), and for the result."""
 
     def __init__(
         self, length: int, dtype: torch.dtype, result: torch.dtype, dtypes: set[torch.dtype]
     ) -> None:
         self._sum = _Buffer(length, dtype)
-        self._read = {each: _Buffer(length, each) for each in {dtype, *dtypes}}
+        self._read = {stored: _Buffer(length, stored) for stored in {dtype, *dtypes}}
         self._result = self._sum if result == dtype else _Buffer(length, result)
 
     def sum_(self, summands: Sequence[Summand], start: int) -> Tensor:
-        """Makes the piece from element `start` on: `sum <- sum + share (summand - sum)`, summand by summand."""
+        """Computes the piece from element `start` on: `sum <- sum + share * (summand - sum)` for each."""
         total, read = self._sum, self._read[self._sum.tensor.dtype]
         for elements, share in summands:
             if share == 1:
@@ -141,7 +143,7 @@ class _Workspace:
         return self._result.tensor
 
     def _read_(self, elements: Elements, start: int, into: _Buffer) -> None:
-        """Reads a piece of a summand, by way of a buffer of its own dtype where that is another."""
+        """Reads a piece of a summand, through a buffer of its own dtype if that differs."""
         dtype = elements.spec.dtype
         if dtype == into.tensor.dtype:
             elements.read_(into.tensor, start)
@@ -150,7 +152,7 @@ class _Workspace:
             torch._foreach_copy_(into.views, self._read[dtype].views)
 
     def _keep_infinities_(self, summands: Sequence[Elements], start: int) -> None:
-        """Infinities that all summands share stay, as in a mask; lerps make NaN of them."""
+        """Restores infinities that all summands share, as in a mask: a lerp turns them into NaN."""
         read = self._read[self._sum.tensor.dtype]
         self._read_(summands[0], start, read)
         first = read.tensor.clone()
@@ -162,13 +164,13 @@ class _Workspace:
 
 
 def _surely_finite(tensor: Tensor) -> bool:
-    """Whether the sum of all is a finite number: only if each is, and far cheaper to ask."""
+    """Whether the sum of all elements is finite. Then each element is, and this check is much faster."""
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.add.reduce(tensor.numpy())))
 
 
 def _require_room(tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises `ValueError` where a finite number is too large for a dtype."""
+    """Raises `ValueError` if a finite number is too large for a dtype."""
     limit = torch.finfo(dtype).max
     if limit < torch.finfo(tensor.dtype).max:
         reals = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).numpy()

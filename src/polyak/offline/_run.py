@@ -1,0 +1,126 @@
+"""Run: everything that was stored of a training run, from its snapshots and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import gcd
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from polyak._checks import require, require_count
+from polyak._engine.tracking import is_statistic
+from polyak.checkpoints._own_format import Stored
+from polyak.checkpoints._snapshots import Snapshot, snapshots
+from polyak.rules import LIVE
+from polyak.theory._synthesis import Column
+
+_FINEST = 50_000  # updates into which the time of a run with checkpoints only is divided
+
+
+class StoredSlot(NamedTuple):
+    """A slot of an average in one file, or its live weights: its column for the fit, and its time."""
+
+    column: Column
+    path: Path
+    average: str
+    time: float
+
+    @property
+    def place(self) -> tuple[Path, str, str]:
+        """Where its tensors are stored: the file, the average, the slot."""
+        return self.path, self.average, self.column.slot
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All slots that were stored of a run, in the order of time, and the times that its updates span.
+
+    `model` has the dtype, the policy and the other names of each tensor, if there are snapshots.
+    `opened` holds the files that are open, so that several averages share them.
+    """
+
+    slots: list[StoredSlot]
+    elapsed: list[float]
+    model: Mapping[str, Any]
+    dtypes: frozenset[torch.dtype]
+    opened: dict[Path, Stored] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path | str | None, checkpoints: Mapping[int, Path | str]) -> Run:
+        """What a folder of snapshots and checkpoints (time -> file) hold; only headers are read."""
+        if folder is None and not checkpoints:
+            raise ValueError(
+                "nothing to make an average of: give a folder of snapshots, or checkpoints"
+            )
+        checkpoints = {
+            require_count("checkpoints time", time, "in steps"): path
+            for time, path in checkpoints.items()
+        }
+        if missing := [str(path) for path in checkpoints.values() if not Path(path).exists()]:
+            raise FileNotFoundError(f"no such checkpoints: {', '.join(missing)}")
+        recorded = snapshots(folder) if folder is not None else []
+        elapsed = recorded[-1].elapsed() if recorded else _grid(checkpoints)
+        plain = [
+            StoredSlot(Column(None, LIVE, _update_at(elapsed, time)), Path(path), LIVE, float(time))
+            for time, path in checkpoints.items()
+        ]
+        slots = [*(slot for snapshot in recorded for slot in _slots(snapshot)), *plain]
+        in_order = sorted(slots, key=lambda slot: slot.column.updates)
+        if not recorded:
+            return cls(in_order, elapsed, {}, frozenset({torch.bfloat16}))
+        dtypes = frozenset().union(*(snapshot.dtypes for snapshot in recorded))
+        return cls(in_order, elapsed, recorded[-1].model, dtypes)
+
+    @property
+    def precision(self) -> float:
+        """Of the coarsest stored dtype: the distance from 1 to the next number."""
+        return max(torch.finfo(dtype).eps for dtype in self.dtypes)
+
+    def snapshot(self, path: Path) -> Stored:
+        """A snapshot, opened; raises `ValueError` for a damaged header."""
+        if path not in self.opened:
+            self.opened[path] = Stored.open(path)
+        return self.opened[path]
+
+    def has_statistics(self) -> bool:
+        """Whether the model has running statistics, or may have: checkpoints alone do not tell."""
+        return not self.model or any(map(is_statistic, self.model))
+
+    def elapsed_until(self, at: float) -> list[float]:
+        """The times that updates span, up to the last update that is not after `at`."""
+        times = list(accumulate(self.elapsed))
+        slack = 1e-9 * times[-1]
+        wanted = f"a time up to {times[-1]:g}, the last known"
+        require(0 < at <= times[-1] + slack, "at", at, wanted)
+        return self.elapsed[: int(np.searchsorted(times, at + slack, side="right"))]
+
+
+def _slots(snapshot: Snapshot) -> Iterator[StoredSlot]:
+    """The slots that a snapshot holds of each average."""
+    for average, rule in snapshot.rules.items():
+        for slot in snapshot.slots[average]:
+            if slot in rule.slots:
+                column = Column(rule, slot, snapshot.updates)
+                yield StoredSlot(column, snapshot.path, average, snapshot.time)
+
+
+def _grid(checkpoints: Mapping[int, Path | str]) -> list[float]:
+    """Equal times of updates such that each checkpoint lies on one; finer makes no difference."""
+    common, last = gcd(*checkpoints), max(checkpoints)
+    parts = max(1, min(common, _FINEST * common // last))
+    return [common / parts] * (last // common * parts)
+
+
+def _update_at(elapsed: list[float], time: float) -> int:
+    """The number of the update at a time."""
+    times = np.cumsum(elapsed)
+    nearest = int(np.abs(times - time).argmin())
+    wanted = f"the time of an update of the run, such as {times[nearest]:g}"
+    holds = abs(times[nearest] - time) <= elapsed[nearest] / 2
+    require(bool(holds), "checkpoints time", time, wanted)
+    return nearest + 1
