@@ -28,7 +28,7 @@ import polyak
 from polyak import _hold as hold
 from polyak import checkpoints
 from polyak._engine import swap as applying
-from polyak._engine.swap import Exchange
+from polyak._engine.swap import Lender
 from polyak._ranks import replicas
 from polyak._ranks.agreement import chosen
 from polyak._ranks.replicas import gather_
@@ -216,13 +216,13 @@ def what_fails_on_one_rank_before_the_gather_fails_on_all() -> None:
     run.train(2, averager)
     before = run.weights()
     if dist.get_rank() == 1:
-        Exchange.prepare = _fail
+        Lender._plan = _fail
     try:
         wanted = MemoryError if dist.get_rank() == 1 else RuntimeError
         with raises(wanted, "no room"), averager.applied():
             raise AssertionError
     finally:
-        Exchange.prepare = _prepare
+        Lender._plan = _plan
     require_same(run.weights(), before)
     with averager.applied():
         pass
@@ -231,7 +231,7 @@ def what_fails_on_one_rank_before_the_gather_fails_on_all() -> None:
         averager.copy_to(other)
 
 
-def _fail(_: Exchange) -> None:
+def _fail(*_: Any) -> Any:
     raise MemoryError("no room")
 
 
@@ -298,14 +298,14 @@ def what_one_rank_asks_wrongly_holds_up_no_other() -> None:
         averager.update()
     interrupted = False
     if dist.get_rank() == 1:
-        Exchange.prepare = _interrupted
+        Lender._plan = _interrupted
     try:
         with averager.applied():
             carried = run.weights()
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        Exchange.prepare = _prepare
+        Lender._plan = _plan
     assert interrupted == (dist.get_rank() == 1)
     assert interrupted or not torch.equal(carried["last.weight"], before["last.weight"])
     require_same(run.weights(), before)
@@ -318,12 +318,12 @@ def what_one_rank_asks_wrongly_holds_up_no_other() -> None:
     require_same(run.weights(), before)
 
 
-_prepare = Exchange.prepare
+_plan = Lender._plan
 
 
-def _interrupted(exchange: Exchange) -> None:
-    _prepare(exchange)
+def _interrupted(*arguments: Any) -> Any:
     os.kill(os.getpid(), signal.SIGINT)
+    return _plan(*arguments)
 
 
 def _broken(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> None:

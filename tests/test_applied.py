@@ -14,7 +14,7 @@ from torch import nn
 from models import Everything, assert_same, everything, pointers, snapshot, wander
 from patience import HANG
 from polyak import Averager, Exponential, Uniform, Window
-from polyak._tensors import exchange_
+from polyak._engine.exchange import Exchange
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
 
@@ -76,16 +76,16 @@ def test_an_exception_inside_restores(error: type[BaseException]) -> None:
 def test_an_exception_on_the_way_in_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     model, averager = moved(Exponential(0.9))
     live, average = snapshot(model), averager.average()
-    calls = 0
+    exchange, entered = Exchange.to, 0
 
-    def fails_at_the_second(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+    def fails_at_the_second(self: Exchange, exchanged: bool) -> None:
+        nonlocal entered
+        entered += exchanged
+        if exchanged and entered == 2:
             raise MemoryError("no room")
-        exchange_(a, b)
+        exchange(self, exchanged)
 
-    monkeypatch.setattr("polyak._engine.swap.exchange_", fails_at_the_second)
+    monkeypatch.setattr(Exchange, "to", fails_at_the_second)
     with pytest.raises(MemoryError, match="no room"), averager.applied():
         pass
     monkeypatch.undo()
@@ -318,6 +318,13 @@ def test_training_goes_on_along_the_very_same_path() -> None:
     assert_same(train(evaluate=True), train(evaluate=False))
 
 
+MAKES_TENSORS = {
+    torch.ops.aten.clone.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten._foreach_clone.default,
+}
+
+
 def test_a_single_slot_needs_no_third_copy() -> None:
     model = nn.Linear(3000, 1000)
     averager = Averager(model, Uniform())
@@ -328,8 +335,9 @@ def test_a_single_slot_needs_no_third_copy() -> None:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if func in (torch.ops.aten.clone.default, torch.ops.aten.empty_like.default):
-                largest = max(largest, out.numel() * out.element_size())
+            if func in MAKES_TENSORS:
+                made = out if isinstance(out, (list, tuple)) else [out]
+                largest = max(largest, sum(t.numel() * t.element_size() for t in made))
             return out
 
     with Watch(), averager.applied():

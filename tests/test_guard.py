@@ -226,7 +226,7 @@ def test_a_step_inside_applied_is_an_error() -> None:
     averager = Averager(model, Exponential(0.5))
     averager.attach(optimizer)
     train(model, optimizer)
-    with pytest.raises(RuntimeError, match="update inside applied"), averager.applied():
+    with pytest.raises(RuntimeError, match="a step of SGD inside applied"), averager.applied():
         train(model, optimizer)
 
 

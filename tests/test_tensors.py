@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak import _tensors as tensors
+from polyak._engine.exchange import Exchange
 
 LAYOUTS = {
     "dense": lambda: torch.randn(6, 8),
@@ -23,7 +24,7 @@ LAYOUTS = {
 def test_exchange_of_all_layouts(a: str, b: str) -> None:
     x, y = LAYOUTS[a](), LAYOUTS[b]()
     was_x, was_y = x.clone(), y.clone()
-    tensors.exchange_([x], [y])
+    Exchange([x], [y]).to(True)
     assert torch.equal(x, was_y)
     assert torch.equal(y, was_x)
 
@@ -31,7 +32,7 @@ def test_exchange_of_all_layouts(a: str, b: str) -> None:
 def test_exchange_beyond_a_chunk_and_with_nan() -> None:
     x, y = torch.randn(700_001), torch.full((700_001,), float("nan"))
     was = x.clone()
-    tensors.exchange_([x], [y])
+    Exchange([x], [y]).to(True)
     assert torch.equal(y, was)
     assert x.isnan().all()
 
@@ -61,7 +62,10 @@ class FailsAt(torch.utils._python_dispatch.TorchDispatchMode):
         self.n, self.after = n, after
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        copies = func in (torch.ops.aten._foreach_copy_.default, torch.ops.aten.clone.default)
+        copies = func in (
+            torch.ops.aten._foreach_copy_.default,
+            torch.ops.aten._foreach_clone.default,
+        )
         self.n -= copies
         fails = copies and self.n == 0
         if fails and not self.after:
@@ -77,8 +81,10 @@ class FailsAt(torch.utils._python_dispatch.TorchDispatchMode):
 def test_an_exchange_that_is_interrupted_changes_nothing(n: int, after: bool) -> None:
     x, y = torch.randn(500_000), torch.randn(500_000)  # two chunks
     was_x, was_y = x.clone(), y.clone()
+    exchange = Exchange([x], [y])
     with pytest.raises(KeyboardInterrupt), FailsAt(n, after):
-        tensors.exchange_([x], [y])
+        exchange.to(True)
+    exchange.to(False)
     assert torch.equal(x, was_x)
     assert torch.equal(y, was_y)
 

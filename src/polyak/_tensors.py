@@ -294,33 +294,14 @@ def keep_(kept: Kept) -> None:
         slot.copy_(torch.where(same, weight, slot))
 
 
-@torch.no_grad()
-def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
-    """Exchanges the contents of tensors of one dtype, pair by pair, in chunks; pointers stay.
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often autograd has seen each tensor written to."""
+    return [tensor._version for tensor in tensors]
 
-    An exception on the way (no memory) leaves all tensors as they were. It writes through `.data`,
-    which autograd does not count: a graph stays valid if its weights come back bit for bit.
-    """
-    done: list[list[list[Tensor]]] = []
-    both = [[tensor.data for tensor in each] for each in (a, b)]
-    for x, y in parts(both, chunk_length([a[0]])):
-        stage = 0
-        try:
-            kept = [tensor.clone() for tensor in x]
-            stage = 1
-            torch._foreach_copy_(x, y)
-            stage = 2
-            torch._foreach_copy_(y, kept)
-        except BaseException:
-            if stage == 2:
-                torch._foreach_copy_(y, x)
-            if stage >= 1:
-                torch._foreach_copy_(x, kept)
-            for before in done:
-                exchange_(*before)
-            raise
-        del kept  # before the next chunk's
-        done.append([x, y])
+
+def set_versions(tensors: Sequence[Tensor], wanted: Sequence[int]) -> None:
+    """Sets what `versions` gives: a graph that has saved a tensor at another version is refused."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(wanted))
 
 
 def _pieces(row: Sequence[Tensor], length: int) -> Iterator[tuple[Tensor, ...]]:

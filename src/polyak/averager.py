@@ -13,14 +13,15 @@ says (`polyak.rules`) to the tensors that `polyak._engine.tracking` decided on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak._checks import difference, report, require_positive
+from polyak._engine import lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
 from polyak._engine.policies import Buffers, Choose, Select
@@ -29,7 +30,7 @@ from polyak._engine.rounding import Rounding, require_rounding
 from polyak._engine.slots import Average
 from polyak._engine.states import STATE_FORMAT, State, checked
 from polyak._engine.summary import Summary, summarise
-from polyak._engine.swap import Exchange, planned, uninterrupted
+from polyak._engine.swap import Applied, Lender
 from polyak._engine.tracking import Source, Tracked, track
 from polyak._engine.updating import Nonfinite, Updating
 from polyak._lazy import TensorSpec
@@ -141,7 +142,7 @@ class Averager:
         """The run that a `Recorder` stores, if one does; kept in states."""
         self.mixed = False
         """Whether the slots were made by other rules too (`polyak.load(change_rule=True)`)."""
-        self._applied: str | None = None
+        self._lender = Lender(self._live, self._averages, self._updating, self._mesh)
         self._attachment: Attachment | None = None
         self._compare_replicas("Averager")
 
@@ -219,11 +220,12 @@ class Averager:
         start; `ValueError` unless elapsed > 0 and the time after it is finite; `FloatingPointError`
         for weights that are not finite where `nonfinite="error"`.
         """
-        self._refuse_applied("update")
-        if elapsed is not None:
-            elapsed = float(require_positive("elapsed", elapsed))
-            self._updating.require_time_for(elapsed)
-        self._updating.call(1.0 if elapsed is None else elapsed)
+        with lending.TURN:
+            self._lender.refuse("update")
+            if elapsed is not None:
+                elapsed = float(require_positive("elapsed", elapsed))
+                self._updating.require_time_for(elapsed)
+            self._updating.call(1.0 if elapsed is None else elapsed)
 
     def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:
         """Calls `update()` after each step of an optimizer; `.remove()` of what it returns detaches.
@@ -253,6 +255,7 @@ class Averager:
         )
         return self._attachment
 
+    @lending.in_turn
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.
 
@@ -267,6 +270,7 @@ class Averager:
         """
         return self.weights(name).whole()
 
+    @lending.in_turn
     def weights(self, name: str | None = None) -> AverageWeights:
         """The average as a mapping that computes a tensor when asked: `average()` in less memory.
 
@@ -276,8 +280,7 @@ class Averager:
         self._ready("average", average)
         return AverageWeights(self._live, average, self._updating.copies)
 
-    @contextmanager
-    def applied(self, name: str | None = None) -> Iterator[None]:
+    def applied(self, name: str | None = None) -> AbstractContextManager[None]:
         """Within the block the model carries the average; its live weights come back whatever happens.
 
         Contents are exchanged in place, by chunks: pointers stay, and there is no third copy but
@@ -294,32 +297,7 @@ class Averager:
         With `shard` it is collective to enter: ranks agree on what they gather, and each keeps its
         live weights aside, a copy for the time of the block. To leave, no rank needs another.
         """
-        if self._applied is not None:
-            if self._label(name) != self._applied:
-                self._refuse_applied(f"applied({name!r})")
-            yield
-            return
-        exchange = Exchange()
-        try:
-            with uninterrupted():  # a rank that left here would be waited for
-                with self._together("applied") as agreement:
-                    label = self._label(name)
-                    average = self._averages[label]
-                    self._ready(f"applied({label!r})", average)
-                    exchange = planned(self._live, average, self._updating.copies, self._mesh)
-                    exchange.prepare()
-                    agreement.told = f"{label!r}, {average.tick}, {exchange.told()}"
-                self._applied = label
-                exchange.enter()
-            yield
-        except BaseException as error:
-            self._give_back(exchange)
-            if exchange.problems:
-                error.add_note(exchange.report())
-            raise
-        self._give_back(exchange)
-        if exchange.problems:
-            raise RuntimeError(exchange.report())
+        return Applied(self._lender, name)
 
     @torch.no_grad()
     def copy_to(self, model: Source, name: str | None = None) -> None:
@@ -339,14 +317,19 @@ class Averager:
             theirs = {name: item.local() for item in found for name in item.names}
             divided = [item.name for item in self._live.averaged if item.mesh is not None]
             forms = [(name, theirs[name].shape, theirs[name].dtype) for name in divided]
-            agreement.told = f"{self._label(name)!r}, {self._get(name).tick}, {digest(forms)}"
+            agreement.told = (
+                f"{self._lender.label(name)!r}, {self._get(name).tick}, {digest(forms)}"
+            )
+            lending.refuse_lent("copy_to", found)
         if self._mesh is not None:
             gather_([(theirs[name], average[name]) for name in divided], self._mesh)
         gathered = {id(theirs[name]) for name in divided}
-        for item in found:
-            if id(theirs[item.name]) not in gathered:
-                theirs[item.name].copy_(average[item.name])
+        with lending.TURN:
+            for item in found:
+                if id(theirs[item.name]) not in gathered:
+                    theirs[item.name].copy_(average[item.name])
 
+    @lending.in_turn
     def state_dict(self) -> dict[str, Any]:
         """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
 
@@ -360,12 +343,13 @@ class Averager:
         """
         self._same_model("state_dict")
         for average in self._averages.values():
-            self._refuse_spoilt("state_dict", average)
+            average.refuse_spoilt("state_dict")
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
         state = {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
         state |= {"run": self.run} if self.run else {}
         return state | ({"mixed": True} if self.mixed else {})
 
+    @lending.in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state that `state_dict` gave, copying its tensors; then training goes on.
 
@@ -379,10 +363,12 @@ class Averager:
         self._updating.take(new.calls, new.elapsed, new.skipped, new.copies)
         self.run, self.mixed = new.run, new.mixed
 
+    @lending.in_turn
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise, and takes nothing over."""
         self._checked(state)
 
+    @lending.in_turn
     def summary(self) -> Summary:
         """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
 
@@ -413,10 +399,6 @@ class Averager:
         told += f"{len(stored)} tensors ({digest(stored)})"
         require_same(call, alike, told, self._mesh)
 
-    def _label(self, name: str | None) -> str:
-        average = self._get(name)
-        return next(key for key, value in self._averages.items() if value is average)
-
     def _refuse_sharded(self, place: torch.device | None, nonfinite: str) -> None:
         """Raises `ValueError` for what sharded weights cannot have."""
         stored = self._live.stored()
@@ -428,35 +410,14 @@ class Averager:
                 'would decide each by its own part, and go apart; wanted "allow"'
             )
 
-    def _give_back(self, exchange: Exchange) -> None:
-        applied, self._applied = self._applied, None
-        if applied is None:
-            return
-        try:
-            with uninterrupted():
-                try:
-                    self._live.reshard()  # a root that a forward pass left whole holds the average
-                finally:
-                    exchange.leave()
-        finally:
-            if exchange.spoilt:
-                self._averages[applied].spoilt = exchange.report()
-
     def __reduce__(self) -> Any:
         raise TypeError(
             "an Averager is bound to its model and is not copied or pickled: save state_dict(), "
             "make another Averager for the other model and load it there"
         )
 
-    def _refuse_applied(self, call: str) -> None:
-        if self._applied is not None:
-            raise RuntimeError(
-                f"{call} inside applied({self._applied!r}): the model carries the average there; "
-                "leave the `with` block first"
-            )
-
     def _same_model(self, call: str) -> None:
-        self._refuse_applied(call)
+        self._lender.refuse(call)
         self._updating.settle()
         self._live.check(call)
 
@@ -466,26 +427,14 @@ class Averager:
 
     def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)
-        if self.count == 0:
-            raise RuntimeError(
-                f"{call}: there is no average before the first update; call update() after each "
-                "optimizer step"
-            )
-        self._refuse_spoilt(call, average)
-
-    def _refuse_spoilt(self, call: str, average: Average) -> None:
-        if average.spoilt:
-            raise RuntimeError(f"{call}: load a saved state first. {average.spoilt}")
+        average.require_usable(call)
 
     def _get(self, name: str | None) -> Average:
-        if name is None and len(self._averages) == 1:
-            return next(iter(self._averages.values()))
-        if name is None or name not in self._averages:
-            raise KeyError(f"average {name!r} is unknown, wanted one of {list(self._averages)}")
-        return self._averages[name]
+        return self._averages[self._lender.label(name)]
 
+    @lending.in_turn
     def _after_steps(self, found_inf: list[Tensor]) -> None:
-        self._refuse_applied("update")
+        self._lender.refuse("update")
         self._updating.call(1.0, found_inf)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from polyak._checks import difference, report
+from polyak._engine import lending
 from polyak._engine.inventory import Inventory
 from polyak._engine.tracking import Choice, Entry, Found, Policy, Source, Table, Tracked, track
 from polyak._ranks.sharding import Shape, Shards, is_distributed, reshard
@@ -67,20 +68,35 @@ class ModelTensors:
         self.check("copy")
 
     def groups(self) -> Groups:
-        """The averaged weights in groups of one dtype and device: the hot path.
+        """The averaged weights as they are trained, in groups of one dtype and device: the hot path.
+
+        Raises `RuntimeError` if they hold an average, in a block of any averager.
+        """
+        if lending.OPEN:
+            lending.refuse_lent("update", self.averaged)
+        if not self.unchanged():
+            self.check("update")
+        return self._groups
+
+    def current(self, call: str) -> Groups:
+        """The averaged weights as the model has them, in groups of one dtype and device.
 
         Replaced tensors, modules, and dictionaries of modules are noticed here. A tensor that was
         moved in place (`.to`) is noticed by the first of its group, since models move as a whole;
         any other is still averaged rightly.
         """
-        if (
-            not all(map(operator.is_, chain.from_iterable(self._views), self._seen))
-            or self._replaced()
-            or list(map(kind, self._firsts)) != self._kinds
-            or not (self._shards is None or self._shards.unmoved())
-        ):
-            self.check("update")
+        if not self.unchanged():
+            self.check(call)
         return self._groups
+
+    def unchanged(self) -> bool:
+        """Whether `averaged` are the tensors that were found last, as `current` notices it."""
+        return (
+            all(map(operator.is_, chain.from_iterable(self._views), self._seen))
+            and not self._replaced()
+            and list(map(kind, self._firsts)) == self._kinds
+            and (self._shards is None or self._shards.unmoved())
+        )
 
     def _replaced(self) -> bool:
         """Whether a module has another table than the one looked at: weights in the old are dead.

@@ -7,8 +7,9 @@ one tied tensor. Any other overlap would make `applied` exchange some elements t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import combinations
+from itertools import accumulate, combinations
 from math import gcd
 from typing import NamedTuple
 
@@ -70,6 +71,32 @@ def overlap(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
             if (found := _collision([_span(stretch) for stretch in cluster])) is not None:
                 return found
     return None
+
+
+def of_one_storage(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
+    """The places in `a` of views of a storage that `b` has views of: they may share a version counter."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in b if tensor.numel()}
+    return [i for i, t in enumerate(a) if t.untyped_storage().data_ptr() in storages]
+
+
+def meeting(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
+    """The places in `a` of tensors whose stretch of memory, gaps included, meets that of one in `b`."""
+    taken: dict[torch.device, list[tuple[int, int]]] = {}
+    for tensor in b:
+        if (start := _address(tensor)) is not None:
+            taken.setdefault(tensor.device, []).append((start, start + _reach(tensor)))
+    ends = {}
+    for device, stretches in taken.items():
+        stretches.sort()
+        ends[device] = list(accumulate((end for _, end in stretches), max))
+    found = []
+    for i, tensor in enumerate(a):
+        start = _address(tensor)
+        if start is not None and tensor.device in taken:
+            begun = bisect_left(taken[tensor.device], (start + _reach(tensor),))
+            if begun and ends[tensor.device][begun - 1] > start:
+                found.append(i)
+    return found
 
 
 class _Stretch(NamedTuple):

@@ -69,6 +69,11 @@ class AverageWeights(LazyTensors):
         return {name: read[first] for name, first in self._names.items()}
 
     def _require_current(self, name: str) -> None:
+        if self._average.lent:
+            raise RuntimeError(
+                f"{name}: the model carries this average, inside applied(), and its slots may hold "
+                "the live weights; leave the block first"
+            )
         if self._average.tick != self._tick:
             raise RuntimeError(
                 f"{name}: the average was updated after weights() was called; call it again"

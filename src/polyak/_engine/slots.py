@@ -16,6 +16,7 @@ from polyak._contract import (
     checked_update,
     require_copy,
 )
+from polyak._engine import lending
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
 from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
@@ -131,7 +132,8 @@ class Average:
     """One average: its rule, its clock, and for each slot its tensors in the order of the weights.
 
     A slot is allocated at its first move, which is a copy, so a window takes memory as it fills.
-    If `spoilt` is not empty, the slots no longer hold an average, and it says why.
+    If `spoilt` is not empty, the slots no longer hold an average, and it says why. While `lent`, they may
+    hold live weights: the model carries the average, in a block.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class Average:
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
         self.spoilt = ""
+        self.lent = False
         self._dtype = dtype
         self._device = device
         self._compensated = rounding == "compensated"
@@ -224,6 +227,7 @@ class Average:
         coefficients = {each: self.readout(convex=each) for each in set(convex)}
         weights = {}
         if any(LIVE in each for each in coefficients.values()):
+            lending.refuse_lent(f"{self.rule} reads the live weights", live.averaged)
             weights = {i: live.averaged[i].local() for i in chosen}
         # Only the wanted tensors are grouped here: a read of one must not walk through all of them.
         groups: dict[tuple[bool, *tuple[Kind, ...]], list[tuple[int, int]]] = {}
@@ -250,6 +254,20 @@ class Average:
         """Whether running statistics are read out with other coefficients than the weights."""
         tick = self.tick if self.tick.n else self.rule.tick(START, 1.0)
         return self.rule.readout(tick) != self.rule.convex_readout(tick)
+
+    def require_usable(self, call: str) -> None:
+        """Raises `RuntimeError` if there is no average yet, or none any more."""
+        if self.tick.n == 0:
+            raise RuntimeError(
+                f"{call}: there is no average before the first update; call update() after each "
+                "optimizer step"
+            )
+        self.refuse_spoilt(call)
+
+    def refuse_spoilt(self, call: str) -> None:
+        """Raises `RuntimeError` if a block has spoilt the average."""
+        if self.spoilt:
+            raise RuntimeError(f"{call}: load a saved state first. {self.spoilt}")
 
     def lone_slot(self) -> list[Tensor] | None:
         """The slot that equals the average, if there is one."""

@@ -1,237 +1,264 @@
-"""Applying: the model carries the average for a while, in place, and gets its live weights back."""
+"""Applying: the model carries an average for a while, in place, and gets its live weights back.
+
+A `Lender` belongs to one averager and says which tensors exchange contents. A block is `Applied`, the
+context manager. The blocks of all averagers meet in `polyak._engine.lending`.
+"""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
+from polyak._engine import lending, signals
 from polyak._engine.live import ModelTensors
+from polyak._engine.loans import Loan
+from polyak._engine.pairs import Pairs
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked
-from polyak._ranks.agreement import digest
+from polyak._engine.updating import Updating
+from polyak._ranks.agreement import Agreement, digest, together
 from polyak._ranks.replicas import gather_
-from polyak._ranks.sharding import local
-from polyak._tensors import Kind, exchange_, kind
+from polyak._tensors import Kind, kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@dataclass(eq=False)
-class _Trade:
-    """Live weights and a slot that trade contents; `live` is the tensor as it was at the start."""
+class _Slots(NamedTuple):
+    """The slots that exchange contents with weights, and the places of the weights that are left."""
 
-    item: Tracked
-    live: Tensor
-    slot: Tensor
-    version: int = 0
-    pointer: int = 0
-
-    def begin(self) -> None:
-        """Notes the tensor as it is once contents have been exchanged."""
-        self.version, self.pointer = self.live._version, self.live.data_ptr()
-
-    def intact(self) -> bool:
-        """Whether the tensor is still where it was, so that contents can trade places again."""
-        return self.item.own() is self.live and kind(self.live) == kind(self.slot)
-
-    def leave(self) -> None:
-        """Gives back what a replaced, moved or removed tensor held, and the average to its slot."""
-        now = self.item.own()
-        average = self.live.detach().clone()
-        for tensor in (self.live, now):
-            if tensor is not None:
-                tensor.data.copy_(self.slot)
-        self.slot.copy_(average)
-
-    def spoilt(self) -> str:
-        """What was done in the block that the slot has suffered from."""
-        if self.live._version != self.version:
-            return "written to"
-        return "moved" if self.live.data_ptr() != self.pointer else ""
-
-    def changed(self) -> str:
-        """What was done in the block to the weights' tensor."""
-        return _changed(self.item, self.live) or self.spoilt()
+    generation: int
+    slots: list[Tensor] | None
+    pairs: list[Pairs]
+    rest: list[int]
 
 
-@dataclass(eq=False)
-class _Replacement:
-    """Live weights that are kept aside while the model holds something else."""
+class _Rows(NamedTuple):
+    """A temporary tensor that is still to be gathered from the rows that each rank has."""
 
-    item: Tracked
-    live: Tensor
-    average: Tensor | None
-    kept: Tensor | None = None
-    version: int = 0
-
-    def keep(self) -> None:
-        self.kept, self.version = self.live.detach().clone(), self.live._version
-
-    def leave(self) -> None:
-        now = self.item.own()
-        for tensor in (self.live, now):
-            if tensor is not None and self.kept is not None:
-                tensor.data.copy_(self.kept)
-
-    def spoilt(self) -> str:
-        return ""
-
-    def changed(self) -> str:
-        """The same; a buffer may be written to, as BatchNorm does in train mode."""
-        if self.item.kind == "buffer":
-            return ""
-        moved = self.kept is not None and kind(self.kept) != kind(self.live)
-        written = "written to" if self.live._version != self.version else ""
-        return _changed(self.item, self.live) or ("moved" if moved else written)
+    whole: Tensor
+    rows: Tensor
 
 
-def _changed(item: Tracked, live: Tensor) -> str:
-    now = item.own()
-    if now is None:
-        return "removed"
-    return "replaced" if now is not live else ""
+class Lender:
+    """Lends the averages of one averager to its model, one average at a time."""
+
+    def __init__(
+        self,
+        model: ModelTensors,
+        averages: Mapping[str, Average],
+        updating: Updating,
+        mesh: DeviceMesh | None,
+    ) -> None:
+        self.loan: Loan | None = None
+        """The loan that is open, or is being prepared."""
+        self._model, self._averages, self._updating, self._mesh = model, averages, updating, mesh
+        self._known: dict[str, _Slots] = {}
+
+    def refuse(self, call: str) -> None:
+        """Raises `RuntimeError` inside a block: the model carries an average there."""
+        if self.loan is not None:
+            raise RuntimeError(
+                f"{call} inside applied({self.loan.label!r}): the model carries the average there; "
+                f"leave the `with` block first ({self.loan.owner.name} has entered it)"
+            )
+
+    def label(self, name: str | None) -> str:
+        """The name of an average; `name` may be None where there is only one.
+
+        Raises `KeyError` for an unknown name.
+        """
+        label = next(iter(self._averages)) if name is None and len(self._averages) == 1 else name
+        if label is None or label not in self._averages:
+            raise KeyError(f"average {name!r} is unknown, wanted one of {list(self._averages)}")
+        return label
+
+    def lend(self, hold: Hold, name: str | None) -> None:
+        """Lets the model carry an average, for a block; `give_back` undoes it, whatever this raises."""
+        if self.loan is not None:
+            self._join(self.loan, hold, name)
+            return
+        with self._together() as agreement:
+            gathered = self._plan(hold, name, agreement)
+        if self._mesh is not None:
+            gather_(gathered, self._mesh)
+        if hold.loan is not None:
+            lending.begin(hold.loan)
+
+    def _join(self, loan: Loan, hold: Hold, name: str | None) -> None:
+        """An inner block of the same average: the loan lasts until the last of its blocks ends."""
+        label = self.label(name)
+        if label != loan.label:
+            self.refuse(f"applied({label!r})")
+        lending.refuse_owner(f"applied({label!r})", loan, "a model")
+        hold.loan = loan
+        loan.holds.add(hold)
+
+    def _together(self) -> AbstractContextManager[Agreement]:
+        if self._mesh is None:
+            return nullcontext(Agreement())
+        return together("applied", self._mesh.get_group())
+
+    @lending.in_turn
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def _plan(self, hold: Hold, name: str | None, agreement: Agreement) -> list[_Rows]:
+        """Does all that can fail on one rank alone, and writes to no weight."""
+        label = self.label(name)
+        average, call = self._averages[label], f"applied({label!r})"
+        self.refuse(call)
+        self._updating.settle()
+        self._model.current(call)
+        average.require_usable(call)
+        known = self._slot_pairs(label, call)
+        beside, gathered = self._beside(average, known, call)
+        loan = Loan(
+            label, average, [*known.pairs, *beside], self._model, lending.owner(), self._end
+        )
+        loan.holds.add(hold)
+        hold.loan = self.loan = loan
+        if self._mesh is not None:
+            specs = [(tuple(each.whole.shape), each.whole.dtype) for each in gathered]
+            agreement.told = f"{label!r}, {average.tick}, {len(specs)} tensors ({digest(specs)})"
+        return gathered
+
+    def _end(self) -> None:
+        self.loan = None
+
+    def _slot_pairs(self, label: str, call: str) -> _Slots:
+        """What exchanges contents with slots. Kept for the next block, while all tensors stay the same."""
+        known, slots = self._known.get(label), self._averages[label].lone_slot()
+        if (
+            known is None
+            or known.slots is not slots
+            or known.generation != self._model.generation
+            or not all(pairs.fit() for pairs in known.pairs)
+        ):
+            self._model.check(call)
+            known = self._known[label] = self._sorted(slots)
+        return known
+
+    def _sorted(self, slots: list[Tensor] | None) -> _Slots:
+        items, generation = self._model.averaged, self._model.generation
+        if slots is None:
+            return _Slots(generation, None, [], list(range(len(items))))
+        alike: dict[Kind, list[int]] = {}
+        rest = []
+        for i, item in enumerate(items):
+            # A forward pass writes to buffers (BatchNorm in train mode), which would spoil a slot.
+            if item.mesh is None and item.kind != "buffer" and kind(item.local()) == kind(slots[i]):
+                alike.setdefault(kind(slots[i]), []).append(i)
+            else:
+                rest.append(i)
+        pairs = [
+            Pairs([items[i] for i in places], [slots[i] for i in places], slots=True)
+            for places in alike.values()
+        ]
+        return _Slots(generation, slots, pairs, rest)
+
+    def _beside(
+        self, average: Average, known: _Slots, call: str
+    ) -> tuple[list[Pairs], list[_Rows]]:
+        """Temporary tensors for what has no slot of its dtype and device, with the average in them."""
+        contents = [known.slots[i] for i in known.rest] if known.slots else []
+        contents = contents or average.read(self._model, known.rest)
+        items = [*(self._model.averaged[i] for i in known.rest), *self._model.copied]
+        alike: dict[Kind, tuple[list[Tracked], list[Tensor]]] = {}
+        gathered = []
+        for item, content in zip(items, [*contents, *self._updating.copies], strict=True):
+            live = item.own()
+            assert live is not None
+            aside = torch.empty_like(live, requires_grad=False)
+            if item.mesh is not None:
+                gathered.append(_Rows(aside, content))
+            elif content.shape == live.shape:
+                aside.copy_(content)
+            else:  # copying would broadcast
+                self._model.check(call)
+            of_kind = alike.setdefault(kind(aside), ([], []))
+            of_kind[0].append(item)
+            of_kind[1].append(aside)
+        pairs = [Pairs(items, asides, slots=False) for items, asides in alike.values()]
+        return pairs, gathered
 
 
-@dataclass
-class Exchange:
-    """A plan of trades and replacements: `enter`, then `leave`, which undoes what was entered.
+class Hold:
+    """What one block has of a loan. The last block to end gives the model its live weights back."""
 
-    `prepare` does all that can fail on one rank alone. Averages that lie in rows on the ranks of a
-    mesh are then gathered to replace whole tensors. To leave, no rank needs another. After `leave`, `problems` says what was done to the weights in between, and `spoilt` whether
-    the average's own slots have suffered from it.
+    def __init__(self, block: Applied) -> None:
+        self.loan: Loan | None = None
+        self._rescue: finalize[..., Applied] | None = None
+        # If no `__exit__` comes (an abandoned generator), the block ends with its object. `__del__`
+        # would run after every block, and Python swallows a Ctrl-C that arrives in it.
+        self._rescue = finalize(block, self.end)
+
+    def end(self) -> str:
+        """Ends the block. Returns what it did to weights and average; empty if it did nothing."""
+        report = ""
+        if self.loan is not None:
+            self.loan.holds.discard(self)
+            if not self.loan.holds:
+                lending.end(self.loan)
+                report = self.loan.report()
+        if self._rescue is not None:
+            self._rescue.detach()
+        return report
+
+
+class Applied(ContextDecorator):
+    """A block in which a model carries an average. One object may be entered several times.
+
+    Signal handlers wait during `__enter__` and `__exit__`, from the first to the last instruction.
     """
 
-    mesh: DeviceMesh | None = None
-    problems: list[str] = field(default_factory=list)
-    spoilt: bool = False
-    _trades: dict[Kind, list[_Trade]] = field(default_factory=dict)
-    _replacements: list[_Replacement] = field(default_factory=list)
-    _gathered: list[_Replacement] = field(default_factory=list)
-    _traded: list[list[_Trade]] = field(default_factory=list)
-    _replaced: list[_Replacement] = field(default_factory=list)
+    def __init__(self, lender: Lender, name: str | None) -> None:
+        self._lender, self._name = lender, name
+        self._holds: list[Hold] = []
 
-    def trade(self, item: Tracked, slot: Tensor) -> None:
-        """Plans to trade the contents of a live tensor and of a slot of its dtype and device."""
-        self._trades.setdefault(kind(slot), []).append(_Trade(item, item.local(), slot))
-
-    def replace(self, item: Tracked, average: Tensor) -> None:
-        """Plans to keep a live tensor aside and to write an average, or this rank's rows, into it."""
-        plan = self._replacements if item.mesh is None else self._gathered
-        plan.append(_Replacement(item, local(item.found()), average))
-
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Keeps live tensors aside; nothing is written yet."""
-        for replacement in [*self._gathered, *self._replacements]:
-            replacement.keep()
-
-    def told(self) -> str:
-        """What is gathered: the same on all ranks, or they would get each other's rows."""
-        forms = [(each.item.name, each.item.shape(), each.live.dtype) for each in self._gathered]
-        return f"{len(forms)} tensors ({digest(forms)})"
-
-    @torch.no_grad()
-    def enter(self) -> None:
-        """Lets the model carry the average."""
-        with uninterrupted():
-            self._replaced += [*self._gathered, *self._replacements]
-            if self.mesh is not None:
-                averages = [(each.live.data, each.average) for each in self._gathered]
-                gather_([(live, part) for live, part in averages if part is not None], self.mesh)
-            for trades in self._trades.values():
-                _exchange(trades)
-                self._traded.append(trades)
-                for trade in trades:
-                    trade.begin()
-            for replacement in self._replacements:
-                if replacement.average is not None:
-                    replacement.live.data.copy_(replacement.average)
-            for replacement in self._replaced:
-                replacement.average = None  # its memory is for the block
-
-    @torch.no_grad()
-    def leave(self) -> None:
-        """Gives the model its live weights back, every one of them that can be."""
-        with uninterrupted():
-            steps: list[_Trade | _Replacement] = []
-            steps += [trade for trades in self._traded for trade in trades]
-            steps += self._replaced
-            self.spoilt = any(step.spoilt() for step in steps)
-            changes = ((step.item.name, step.changed()) for step in steps)
-            self.problems = [f"{name} was {changed}" for name, changed in changes if changed]
-            for trades in self._traded:
-                intact = [trade for trade in trades if trade.intact()]
-                self._try(partial(_exchange, intact), intact)
-                for trade in trades:
-                    if trade not in intact:
-                        self._try(trade.leave, [trade])
-            for replacement in self._replaced:
-                self._try(replacement.leave, [replacement])
-
-    def _try(self, give_back: Callable[[], None], steps: Sequence[_Trade | _Replacement]) -> None:
-        """One that cannot be written must not keep the others from being given back."""
+    @signals.critical
+    def __enter__(self) -> None:
+        hold = Hold(self)
         try:
-            give_back()
-        except RuntimeError as error:
-            names = ", ".join(step.item.name for step in steps[:8])
-            self.problems.append(f"{names} could not be given back ({error})")
-            self.spoilt = True
+            signals.hold()
+            self._lender.lend(hold, self._name)
+            signals.deliver()
+            self._holds.append(hold)
+        except BaseException as error:
+            _leave(hold, error)
+            raise
 
-    def report(self) -> str:
-        """What was done to the weights in the block, and what has become of the average."""
-        listed = "; ".join(self.problems[:8])
-        fate = "the average is spoilt" if self.spoilt else "what was put there is dropped"
-        return (
-            f"applied: inside the block {listed}. The live weights are back and {fate}: train, "
-            "load and move the model outside the block"
-        )
-
-
-def planned(
-    live: ModelTensors, average: Average, copies: Sequence[Tensor], mesh: DeviceMesh | None
-) -> Exchange:
-    """What lets a model carry an average: whose contents trade places, which live ones are kept aside."""
-    exchange, kept = Exchange(mesh), []
-    lone = average.lone_slot()
-    for i, item in enumerate(live.averaged):
-        if lone and item.mesh is not None:
-            exchange.replace(item, lone[i])
-        elif lone and item.kind != "buffer" and kind(item.local()) == kind(lone[i]):
-            exchange.trade(item, lone[i])
-        else:
-            kept.append(i)
-    for i, tensor in zip(kept, average.read(live, kept), strict=True):
-        exchange.replace(live.averaged[i], tensor)
-    for item, copy in zip(live.copied, copies, strict=True):
-        exchange.replace(item, copy)
-    return exchange
+    @signals.critical
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            signals.hold()  # the block may have set other handlers
+        finally:
+            _leave(self._holds.pop(), error)
 
 
-def _exchange(trades: list[_Trade]) -> None:
-    if trades:
-        exchange_([trade.live for trade in trades], [trade.slot for trade in trades])
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait until the block is done: half an exchange is worse than none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+def _leave(hold: Hold, error: BaseException | None) -> None:
+    """Ends a block, and tells what it did to the weights: in a note on its exception, or by one."""
     try:
-        yield
+        try:
+            report = hold.end()
+        except BaseException:
+            hold.end()  # finishes what an exception has broken off
+            raise
+        if report and error is not None:
+            error.add_note(report)
+        elif report:
+            raise RuntimeError(report)
     finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        if not lending.OPEN:
+            signals.release()
+        signals.deliver()

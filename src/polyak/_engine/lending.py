@@ -1,0 +1,163 @@
+"""Lending: the loans of this process that are open now, over all averagers, and what they forbid.
+
+Blocks of several averagers of one model may end in any order: the loans above the one that ends are
+taken back first and put on again afterwards. While any loan is open, a step of an optimizer that has
+lent weights raises, and so does an update from lent weights.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from polyak._engine.loans import Loan, Owner
+from polyak._engine.memory import meeting, of_one_storage
+from polyak._engine.signals import runs_below
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import local
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+TURN = threading.RLock()
+"""What reads or moves weights takes turns with their exchange in another thread."""
+
+OPEN: list[Loan] = []
+"""The open loans, in the order of entering."""
+
+_late: list[Loan] = []
+_hooks: list[Any] = []
+
+
+def in_turn(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Lets calls wait while another thread exchanges contents, or is in a call of this kind itself."""
+
+    @wraps(function)
+    def waits(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with TURN:
+            return function(*args, **kwargs)
+
+    return waits
+
+
+def owner() -> Owner:
+    """Who is calling."""
+    thread = threading.current_thread()
+    asyncio: Any = sys.modules.get("asyncio")
+    try:
+        task = asyncio and asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    name = f"thread {thread.name!r}" + (f", task {task.get_name()!r}" if task else "")
+    return Owner(thread.ident or 0, id(task) if task else None, name)
+
+
+def begin(loan: Loan) -> None:
+    """Opens a loan. If it raises, `end` undoes what was done.
+
+    Raises `RuntimeError` if another thread or task has lent some of the same tensors.
+    """
+    with TURN:
+        _refuse_others(loan)
+        OPEN.append(loan)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
+        loan.lend()
+
+
+def end(loan: Loan) -> None:
+    """Ends a loan, wherever it stands among those that are open. A call that was broken off is finished."""
+    if runs_below(sys._getframe(1), _EXCHANGING):
+        # The garbage collector closes a generator, with a block in it, amid an exchange.
+        _late.append(loan)
+        return
+    with TURN:
+        _end(loan)
+        while _late:
+            _end(_late[-1])
+            _late.pop()
+
+
+def _end(loan: Loan) -> None:
+    if loan in OPEN:
+        for other in reversed(_above(loan)):
+            again = other.untouched()
+            other.take_back()
+            if not again:  # it cannot be put on again
+                OPEN.remove(other)
+        loan.take_back()
+        OPEN.remove(loan)
+    for other in OPEN:
+        if other.waits:
+            other.lend()
+    if not OPEN and _hooks:
+        _hooks.pop().remove()
+    loan.close()
+
+
+_EXCHANGING = {begin.__code__, _end.__code__}
+
+
+def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
+    """Raises `RuntimeError` if a model carries an average in any of these tensors."""
+    for loan in OPEN:
+        if places := meeting([item.local() for item in items], loan.tensors):
+            raise RuntimeError(
+                f"{call}: {items[places[0]].name} carries an average, in a block "
+                f"applied({loan.label!r}) of {loan.owner.name}; leave that block first"
+            )
+
+
+def refuse_owner(call: str, loan: Loan, name: str) -> None:
+    """Raises `RuntimeError` if an open loan is another thread's, or another task's."""
+    mine = owner()
+    tasks = {mine.task, loan.owner.task} - {None}
+    if mine.thread != loan.owner.thread or len(tasks) > 1:
+        raise RuntimeError(
+            f"{call} in {mine.name}: {loan.owner.name} is in a block applied({loan.label!r}), and "
+            f"{name} can carry one average at a time. Enter the block in one thread, or take "
+            "turns by a lock"
+        )
+
+
+def _refuse_others(loan: Loan) -> None:
+    for other in OPEN:
+        if places := of_one_storage(loan.tensors, other.tensors):
+            refuse_owner(f"applied({loan.label!r})", other, loan.names[places[0]])
+
+
+def _above(loan: Loan) -> list[Loan]:
+    """The loans that were opened later, on storages of this one or of such a loan."""
+    involved = [loan]
+    for other in OPEN[OPEN.index(loan) + 1 :]:
+        if any(of_one_storage(other.tensors, each.tensors) for each in involved):
+            involved.append(other)
+    return involved[1:]
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """A hook before the steps of all optimizers; it is there while a loan is open."""
+    held = [local(p) for group in optimizer.param_groups for p in group["params"]]
+    for loan in OPEN:
+        if places := meeting(loan.tensors, held):
+            raise RuntimeError(
+                f"a step of {type(optimizer).__name__} inside applied({loan.label!r}) of "
+                f"{loan.owner.name}: {loan.names[places[0]]} carries the average there, and a step "
+                "would spoil it; leave the block first"
+            )
+
+
+def _reset_after_fork() -> None:
+    """A child process has no thread that could end what another thread was doing in the parent."""
+    TURN._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,0 +1,311 @@
+"""Loans: an average that a model carries for a while, and the live weights that come back for it.
+
+During a loan each tensor of the model holds the average, and a tensor beside it (a slot of the
+average, or a temporary one) holds the live content. Autograd's version counters follow the contents:
+a loan has a version of its own, so autograd refuses a graph that was recorded under other contents.
+When the old contents are back, so is the old version.
+
+An exception may break off any call here at any line; calling it again finishes it. So what says that
+a thing is done is set after it, in one assignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from polyak._engine.exchange import Exchange, failure
+from polyak._engine.pairs import Pairs, has_memory
+from polyak._tensors import set_versions, versions
+
+_MOST = 8  # names in a message
+
+
+class _Versions:
+    """Versions that no tensor has had, far above those that a count of writes reaches."""
+
+    def __init__(self) -> None:
+        self._next = 1 << 31
+
+    def fresh(self) -> int:
+        """The next one. A tensor that is written to counts on from it."""
+        self._next += 1
+        return self._next - 1
+
+    def used(self, seen: Sequence[int]) -> None:
+        """Notes how far tensors have counted on."""
+        self._next = max(self._next, *seen, 0) + 1
+
+
+_VERSIONS = _Versions()
+
+
+class _Lent:
+    """Pairs whose contents are exchanged for a while.
+
+    After `take`, `problems` says what the block did to them, and `spoilt` that slots have changed.
+    """
+
+    def __init__(self, pairs: Pairs, version: int) -> None:
+        self.problems: list[str] = []
+        self.spoilt = False
+        self.slots = pairs.slots
+        self._pairs = pairs
+        self._version = version
+        self._exchange = pairs.exchange()
+        self._before: list[int] | None = None  # old versions, until the old contents are back
+        self._out = False
+        self._seen: list[int] | None = None  # versions at the end of the block
+        self._misfits: set[int] | None = None
+        self._touched = False
+        self._changed_live: set[int] = set()
+        self._changed_slots: set[int] = set()
+
+    def begin(self) -> None:
+        """Notes the versions of the old contents. Views of one storage share a version counter."""
+        if self._before is None:
+            self._before = versions(self._pairs.counted)
+
+    def put(self) -> None:
+        """Puts into the model what is aside."""
+        self._exchange.to(True)
+
+    def mark(self) -> None:
+        """Sets the loan's version, or after a break the versions that were seen then."""
+        counted = self._pairs.counted
+        set_versions(counted, self._seen or [self._version] * len(counted))
+        self._out, self._seen = True, None
+
+    def untouched(self, same: bool) -> bool:
+        """Whether every tensor is in its place and form, and the model's own: `same` if that is known."""
+        pairs = self._pairs
+        own = same or all(i.own() is part for i, part in zip(pairs.items, pairs.live, strict=True))
+        return own and pairs.fit()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the old contents are back while the block goes on."""
+        return self._before is None and self._seen is not None
+
+    def take(self) -> None:
+        """Gives the model its live content back, wherever the block has left its tensors."""
+        if self._before is None:
+            return
+        misfits = self._sort_out()
+        self._exchange_back()
+        for i in misfits:
+            self._write(i, self._pairs.live[i], self._pairs.asides[i])
+        if self._touched:
+            self._follow()
+
+    def restore(self) -> None:
+        """Sets the old versions, where the old contents are back."""
+        if self._before is not None:
+            set_versions(self._pairs.counted, self._versions_after(self._before))
+            self._before = None
+
+    def look(self, same: bool) -> None:
+        """Notes what the block has done, while the contents are still exchanged."""
+        if not self._out:
+            return
+        if self._seen is None:
+            seen = versions(self._pairs.counted)
+            _VERSIONS.used(seen)
+            self._touched = not self.untouched(same)
+            if self._touched or seen != [self._version] * len(seen):
+                self._judge(*self._pairs.written(seen, self._version))
+            self._seen = seen
+        self._out = False
+
+    def _judge(self, written: set[int], slots: set[int]) -> None:
+        pairs, elsewhere = self._pairs, self._pairs.elsewhere()
+        moved = elsewhere.union(pairs.misfits()) if pairs.slots else pairs.misfits()
+        changes = (self._change(i, i in written, i in moved) for i in range(len(pairs.items)))
+        named = [(item.name, change) for item, change in zip(pairs.items, changes, strict=True)]
+        self.problems = [f"{name} was {change}" for name, change in named if change]
+        self.problems += [
+            f"the slot of {pairs.items[i].name} was written to, and its live weight with it"
+            for i in sorted(slots)
+        ]
+        # A graph may have saved a view of the memory where a tensor was: it is not valid again.
+        self._changed_live = elsewhere | moved | slots
+        self._changed_slots = written | moved | slots
+        self.spoilt = pairs.slots and bool(self._changed_slots)
+
+    def _change(self, i: int, written: bool, moved: bool) -> str:
+        """What was done to a tensor. A buffer that is kept aside may be written to, by BatchNorm."""
+        item = self._pairs.items[i]
+        if item.kind == "buffer" and not self._pairs.slots:
+            return ""
+        now = item.own()
+        if now is None:
+            return "removed"
+        if now is not self._pairs.live[i]:
+            return "replaced"
+        return "written to" if written else "moved" if moved else ""
+
+    def _sort_out(self) -> set[int]:
+        """The pairs that cannot exchange contents any more. The others are exchanged without them."""
+        if self._misfits is None:
+            misfits = self._pairs.misfits() if self._touched else set()
+            if misfits:
+                live, asides = self._pairs.live, self._pairs.asides
+                rest = [i for i in range(len(live)) if i not in misfits]
+                self._exchange = Exchange(
+                    [live[i] for i in rest], [asides[i] for i in rest], exchanged=True
+                )
+            self._misfits = misfits
+        return self._misfits
+
+    def _exchange_back(self) -> None:
+        error = failure(lambda: self._exchange.to(False))
+        if error:
+            # The live content comes first: it is copied, and the average in its place is lost.
+            names = ", ".join(item.name for item in self._pairs.items[:_MOST])
+            self.spoilt = self._pairs.slots
+            self._changed_slots = set(range(len(self._pairs.live)))
+            for lost in self._exchange.give_up():
+                self._tell(f"one of {names} could not be given back", lost)
+            self._tell(f"{names} could not be exchanged", error)
+
+    def _tell(self, problem: str, error: str) -> None:
+        self.problems.append(f"{problem} ({error})")
+
+    def _write(self, i: int, tensor: Tensor, content: Tensor) -> None:
+        """Writes content into a tensor, which keeps its dtype and device but not another shape."""
+
+        def write() -> None:
+            if tensor.shape == content.shape and has_memory(tensor):
+                tensor.copy_(content)
+            else:
+                tensor.data = content.detach().clone()
+
+        if error := failure(write):
+            self._tell(f"{self._pairs.items[i].name} could not be given back", error)
+
+    def _follow(self) -> None:
+        """Writes the live content also into the tensors that have replaced those of the start."""
+        for i, (item, live) in enumerate(zip(self._pairs.items, self._pairs.live, strict=True)):
+            now = item.own()
+            if now is not None and now is not live:
+                self._write(i, now, live)
+
+    def _versions_after(self, before: list[int]) -> list[int]:
+        """The old versions where the old contents are back, and a fresh one elsewhere."""
+        changed = self._pairs.places(self._changed_live, self._changed_slots)
+        if not changed:
+            return before
+        fresh = _VERSIONS.fresh()
+        return [fresh if i in changed else version for i, version in enumerate(before)]
+
+
+class Owner(NamedTuple):
+    """The thread that has entered a block, and its asyncio task if it runs one."""
+
+    thread: int
+    task: int | None
+    name: str
+
+
+class Lendable(Protocol):
+    """What a loan says of its average: that its slots hold live weights, or what has spoilt them."""
+
+    lent: bool
+    spoilt: str
+
+
+class Watched(Protocol):
+    """What a loan asks of the model's tensors."""
+
+    def reshard(self) -> None: ...
+
+    def unchanged(self) -> bool: ...
+
+
+class Loan:
+    """One average that a model carries, for the blocks in `holds`. `ended` is called at its end.
+
+    After `close`, the average is spoilt if its slots have suffered from the block.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        average: Lendable,
+        pairs: Sequence[Pairs],
+        model: Watched,
+        owner: Owner,
+        ended: Callable[[], None],
+    ) -> None:
+        self.label, self.owner, self._ended = label, owner, ended
+        self.holds: set[object] = set()
+        self._average, self._pairs, self._model = average, pairs, model
+        version = _VERSIONS.fresh()
+        self._lent = [_Lent(each, version) for each in pairs]
+        self._problems: list[str] = []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors with other contents than they had: the model's, and slots of the average."""
+        asides = (each.asides if each.slots else [] for each in self._pairs)
+        both = zip((each.live for each in self._pairs), asides, strict=True)
+        return [tensor for live, slots in both for tensor in (*live, *slots)]
+
+    @property
+    def names(self) -> list[str]:
+        """What `tensors` are called."""
+        return [name for each in self._pairs for name in each.names()]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the live weights are back although the block goes on."""
+        return any(lent.waits for lent in self._lent)
+
+    def untouched(self) -> bool:
+        """Whether `lend` is possible again after `take_back`: no tensor was replaced, moved or removed."""
+        return all(lent.untouched(False) for lent in self._lent)
+
+    @torch.no_grad()
+    def lend(self) -> None:
+        """Lets the model carry the average: for the first time, or again after `take_back`."""
+        self._average.lent = True
+        self._model.reshard()
+        for step in (_Lent.begin, _Lent.put, _Lent.mark):
+            for lent in self._lent:
+                step(lent)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Gives the model its live weights back, every one of them that can be."""
+        if error := failure(
+            self._model.reshard
+        ):  # a root left whole by a forward pass has the average
+            self._problems = [f"resharding failed ({error})"]
+        same = self._model.unchanged()
+        for lent in self._lent:
+            lent.look(same and lent.slots)
+        for step in (_Lent.take, _Lent.restore):
+            for lent in self._lent:
+                step(lent)
+
+    def close(self) -> None:
+        """What follows `take_back` at the end: the average can be used again, unless it is spoilt."""
+        if any(lent.spoilt for lent in self._lent):
+            self._average.spoilt = self.report()
+        self._average.lent = False
+        self._ended()
+
+    def report(self) -> str:
+        """What the block did to weights and average; empty if it did nothing."""
+        problems = self._problems + [each for lent in self._lent for each in lent.problems]
+        if not problems:
+            return ""
+        spoilt = any(lent.spoilt for lent in self._lent)
+        fate = "the average is spoilt" if spoilt else "what was put there is dropped"
+        return (
+            f"applied: inside the block {'; '.join(problems[:_MOST])}. The live weights are back and "
+            f"{fate}: train, load and move the model outside the block"
+        )

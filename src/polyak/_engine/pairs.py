@@ -1,0 +1,94 @@
+"""Pairs: a tensor of the model, and the one beside it that takes its content for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polyak._engine.exchange import Exchange
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import local
+from polyak._tensors import CHUNK_BYTES
+
+
+class Pairs:
+    """Tensors of a model, of one dtype and device, each with the one that takes its live content.
+
+    `slots` says that those are slots of the average, which a write in the block would spoil.
+    """
+
+    def __init__(self, items: list[Tracked], asides: list[Tensor], *, slots: bool) -> None:
+        self.items, self.asides, self.slots = items, asides, slots
+        found = [item.found() for item in items]
+        self.live = list(map(local, found))
+        # A graph saves a DTensor itself (tensor parallelism) or its part: both have a version.
+        self.wrapped = [i for i, part in enumerate(self.live) if found[i] is not part]
+        wrappers = [found[i] for i in self.wrapped]
+        self.counted = [*self.live, *wrappers, *(asides if slots else ())]
+        self._pointers = list(map(Tensor.data_ptr, self.live))
+        self._dtypes, self._shapes = [t.dtype for t in asides], [t.shape for t in asides]
+        self._staging: list[Tensor] | None = None
+
+    def names(self) -> list[str]:
+        """What the live tensors are called, and then the slots."""
+        names = [item.name for item in self.items]
+        return names + [f"the slot of {name}" for name in names if self.slots]
+
+    def fit(self) -> bool:
+        """Whether all tensors are where they were, and in the form in which contents can be exchanged."""
+        return (
+            list(map(Tensor.data_ptr, self.live)) == self._pointers
+            and [t.dtype for t in self.live] == self._dtypes
+            and [t.shape for t in self.live] == self._shapes
+        )
+
+    def elsewhere(self) -> set[int]:
+        """The places of live tensors that have other memory than they had."""
+        now = enumerate(map(Tensor.data_ptr, self.live))
+        return {i for i, pointer in now if pointer != self._pointers[i]}
+
+    def misfits(self) -> set[int]:
+        """The places of live tensors with which contents cannot be exchanged, or that have no memory."""
+        pairs = enumerate(zip(self.live, self.asides, strict=True))
+        return {i for i, (a, b) in pairs if _form(a) != _form(b) or not has_memory(a)}
+
+    def exchange(self) -> Exchange:
+        """An exchange of all pairs, as if it had not begun."""
+        return Exchange(self.live, self.asides, self._staging or self._staged())
+
+    def _staged(self) -> list[Tensor] | None:
+        """Temporary memory for slots that are one small chunk together, kept from block to block.
+
+        A copy into it takes a third of the time of a clone of many tiny tensors.
+        """
+        size = sum(t.numel() for t in self.asides) * self.asides[0].element_size()
+        if self.slots and size <= CHUNK_BYTES:
+            with torch.inference_mode(False):
+                self._staging = [torch.empty_like(t) for t in self.asides]
+        return self._staging
+
+    def written(self, seen: Sequence[int], version: int) -> tuple[set[int], set[int]]:
+        """The places of live tensors and of asides that were written to, by the versions of `counted`."""
+        changed = [each != version for each in seen]
+        live, rest = changed[: len(self.live)], changed[len(self.live) :]
+        places = {i for i, each in enumerate(live) if each}
+        places |= {i for i, each in zip(self.wrapped, rest, strict=False) if each}
+        return places, {i for i, each in enumerate(rest[len(self.wrapped) :]) if each}
+
+    def places(self, live: set[int], asides: set[int]) -> set[int]:
+        """The places in `counted` of some live tensors and of some asides."""
+        first = len(self.live)
+        found = live | {first + k for k, i in enumerate(self.wrapped) if i in live}
+        first += len(self.wrapped)
+        return found | ({first + i for i in asides} if self.slots else set())
+
+
+def _form(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    return tensor.dtype, tensor.device, tensor.shape
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to; writing to one whose storage was freed ends the process."""
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
