@@ -170,6 +170,22 @@ def test_a_result_is_printed_and_kept_where_its_chart_cannot_be_written() -> Non
 
 
 @pytest.mark.slow
+def test_a_result_is_kept_where_it_cannot_be_printed_and_the_reverse() -> None:
+    """Its reader has gone, as with `| head`; or the folder has a folder of that name."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [*POLYAK, *SWEEP, "--rule", "uniform()"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=HANG)
+    os.close(write)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    kept = Path("new/out/sweep.json").read_text()
+    Path("new/out/sweep.json").unlink()
+    Path("new/out/sweep.json").mkdir()
+    told = run(*SWEEP, "--rule", "uniform()", "--json", "--force")
+    assert told.exit_code == 2 and json.loads(told.stdout) == json.loads(kept)
+
+
+@pytest.mark.slow
 def test_no_command_changes_the_state_of_the_process() -> None:
     script = Path(__file__).with_name("process_state.py")
     done = subprocess.run(

@@ -83,7 +83,7 @@ def _print_weights(description: Description) -> None:
 
 def _of_average(average: DescribedAverage) -> tuple[str, str, str, str, str, str, str]:
     ages = number_text(average.half_life), number_text(average.mean_age)
-    return average.rule or "not told", *ages, *_numbers(average.weights)
+    return average.rule or "unknown", *ages, *_numbers(average.weights)
 
 
 def _numbers(weights: Weighed) -> tuple[str, str, str, str]:

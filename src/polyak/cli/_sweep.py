@@ -81,7 +81,7 @@ def sweep(
     ]
     if not rules:
         raise ValueError("no average to try: give --rule, --half-lives or --relative-stds")
-    with making_folder(out):  # before the work: a place that cannot be written is told at once
+    with making_folder(out):  # before the work, so that a place that cannot be made fails at once
         with users_function(evaluate) as function, progress_shown("averages", bytes=False) as show:
             done = iter(range(1, len(rules) + 1))
             result = offline.sweep(
@@ -95,17 +95,19 @@ def sweep(
                 max_amplification=max_amplification,
                 progress=lambda _: show and show(next(done), len(rules)),
             )
-        if json:
-            print_json(result.as_dict())
-        else:
-            _print(result)
-        with writing(out / "sweep.json", overwrite=force) as file:
-            file.write(f"{json_text(result.as_dict())}\n".encode())
+        try:  # the work of hours: it is printed if it cannot be written, and the reverse
+            with writing(out / "sweep.json", overwrite=force) as file:
+                file.write(f"{json_text(result.as_dict())}\n".encode())
+        finally:
+            _print(result, json=json)
         charts.save(charts.sweep_chart(result), out, "sweep")
     say(f"chart: {out}/sweep.html (also .png, .svg), {out}/sweep.json", err=json)
 
 
-def _print(result: Sweep) -> None:
+def _print(result: Sweep, *, json: bool) -> None:
+    if json:
+        print_json(result.as_dict())
+        return
     rows = [
         (
             point.rule,
