@@ -16,6 +16,7 @@ import gc
 import io
 import pickle
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ _MOST_NAMES = 10_000
 _DEPTH = 100
 _LEAST_VALUES = 1_000_000
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, in protocol 2
 
 
 class Sealed(type):
@@ -127,12 +127,13 @@ def load_first(
     data: bytes,
     known: Mapping[str, object],
     elsewhere: Callable[[Persistent], object] | None = None,
+    start: int = 0,
 ) -> tuple[object, int]:
-    """The value of the pickle that begins the data, and where it ends.
+    """The value of the pickle that begins at a place in the data, and where it ends.
 
     Raises `EOFError` if the data ends before the pickle does.
     """
-    program, end = _program(data)
+    program, end = _program(data, start)
     with no_collection():
         try:
             return _Unpickler(program, known, elsewhere).load(), end
@@ -194,7 +195,9 @@ class _Unpickler(pickle.Unpickler):
         self._asides: dict[str, type[Aside]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        text = f"{_RENAMED.get(module, module)}.{name}"
+        if (module, name) in NAME_MAPPING:  # Python 2's names, which protocol 2 keeps
+            module, name = NAME_MAPPING[module, name]
+        text = f"{IMPORT_MAPPING.get(module, module)}.{name}"
         return self._known[text] if text in self._known else self._aside(text)
 
     def persistent_load(self, identity: object) -> object:
@@ -265,12 +268,12 @@ _FRAME, _STOP, _LONG_BINPUT = 0x95, ord("."), ord("r")
 _RESTS = (bytes(300), b"\n\n")  # what completes an instruction that the end of the data has cut
 
 
-def _program(data: bytes) -> tuple[bytes, int]:
-    """The program that begins the data, made harmless, and where it ends in the data.
+def _program(data: bytes, start: int) -> tuple[bytes, int]:
+    """The program that begins at a place in the data, made harmless, and where it ends.
 
     Raises `ValueError` for an instruction that is not let through, `EOFError` if the data ends.
     """
-    out, place = [], 0
+    out, place = [], start
     while True:
         end = _PLAIN.match(data, place).end()  # type: ignore[union-attr]  # it matches nothing too
         out.append(data[place:end])

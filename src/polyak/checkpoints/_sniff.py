@@ -80,9 +80,9 @@ def _is_distributed(folder: Path) -> bool:
 
 
 def _file(path: Path) -> Source:
-    file = OpenFile(path)
     if path.suffix == ".json":
         return Source("index", path, _steady(path.parent, lambda: IndexedTensors(OpenFile(path))))
+    file = OpenFile(path)
     if is_safetensors(file):
         held = TensorFile(file)
         return Source("polyak" if KEY in held.metadata else "safetensors", path, held)

@@ -27,7 +27,7 @@ _ARCHIVE = b"PK\3\4"
 _PICKLE = b"\x80"
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-_WINDOW = 1 << 18  # the pickles before the storages are mostly shorter
+_WINDOW = 1 << 16  # the pickles before the storages are mostly shorter
 _OTHER_ORDER = "saved on a machine of the other byte order: save it again on this kind of machine"
 
 
@@ -179,43 +179,50 @@ def _begin(region: _Region, entry: zipfile.ZipInfo) -> int:
 
 def _load_pickles(region: _Region) -> Loaded:
     """The layout before torch 1.6: magic number, version, system, value, keys; then the storages."""
-    magic, _ = _next_pickle(region)
+    pickled = _Pickles(region)
+    magic, _ = pickled.next()
     if magic != _MAGIC:
         raise ValueError("a pickle that torch.save did not write: save it with torch.save")
-    version, _ = _next_pickle(region)
+    version, _ = pickled.next()
     if version != _VERSION:
         raise ValueError("a file of torch.save in an unknown version")
-    system, _ = _next_pickle(region)
+    system, _ = pickled.next()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError(_OTHER_ORDER)
-    value, objects = _next_pickle(region)
+    value, objects = pickled.next()
     aside = pickles.survey(value, objects.size)
-    keys, _ = _next_pickle(region)
-    _place_storages(region, keys, dict(objects.storages))
+    keys, _ = pickled.next()
+    _place_storages(region, pickled.place, keys, dict(objects.storages))
     return Loaded(value, aside, [])
 
 
-def _next_pickle(region: _Region) -> tuple[object, Objects]:
-    """The value of the pickle that comes next; no more is read than some windows."""
-    start, window = region.tell(), _WINDOW
-    while True:
-        region.seek(start)
-        data = region.read(window)
-        objects = Objects(len(data), region.length)
-        try:
-            value, end = pickles.load_first(data, objects.known(), objects.storage)
-        except EOFError as error:
-            if len(data) < window:
-                raise ValueError(str(error)) from None
-            window *= 4
-        else:
-            region.seek(start + end)
-            return value, objects
+class _Pickles:
+    """Pickles one behind the other; no more of the region is read than a window that holds them."""
+
+    def __init__(self, region: _Region) -> None:
+        self._region = region
+        self._data = region.at(0, _WINDOW)
+        self.place = 0
+
+    def next(self) -> tuple[object, Objects]:
+        """The value of the next pickle, and what it was made with."""
+        while True:
+            objects = Objects(len(self._data), self._region.length)
+            known, storage = objects.known(), objects.storage
+            try:
+                value, self.place = pickles.load_first(self._data, known, storage, self.place)
+            except EOFError as error:
+                if len(self._data) == self._region.length:
+                    raise ValueError(str(error)) from None
+                self._data = self._region.at(0, 4 * len(self._data))
+            else:
+                return value, objects
 
 
-def _place_storages(region: _Region, keys: object, storages: dict[str, Storage]) -> None:
+def _place_storages(
+    region: _Region, place: int, keys: object, storages: dict[str, Storage]
+) -> None:
     """Tell each storage where it lies: they follow each other, each behind its number of elements."""
-    place = region.tell()
     for name in keys if isinstance(keys, list) else []:
         storage = storages.pop(name)
         label = f"storage {name[:100]!r}"

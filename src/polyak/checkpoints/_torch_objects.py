@@ -349,6 +349,8 @@ KNOWN: dict[str, object] = {
     **{name: _named(name, storage_dtype=dtype) for name, dtype in _STORAGES.items()},
     **{name: aside(what, tensor=True) for name, what in _STRANGE.items()},
     "numpy.dtype": _NumpyDtype,
+    "numpy.core.numeric._frombuffer": aside("numpy.ndarray"),
+    "numpy._core.numeric._frombuffer": aside("numpy.ndarray"),
     **_makers(dict.fromkeys(_OF_A_CLASS, _object_of)),
     **_makers({
         "builtins.bytes": _empty_bytes,

@@ -1,0 +1,502 @@
+"""Laws of reading, for every layout: only headers first, each byte once, one handle, one decision."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import ctypes
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import io
+import mmap
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import polyak
+from corrupting import same, save_folder
+from hostile_files import Case, averager, valid
+from polyak import checkpoints, offline
+from polyak.checkpoints import Checkpoint
+from polyak.checkpoints._sniff import sniff
+from sparse_files import KINDS, MIB
+
+Weights = dict[str, Tensor]
+LARGE, SMALL = 10 * 1024, 16  # MiB
+
+
+def read_bytes() -> int:
+    """The bytes that this process has read by system calls."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def cached_bytes(path: Path) -> int:
+    """The bytes of a file, or of a folder's files, that are in the page cache."""
+    if path.is_dir():
+        return sum(map(cached_bytes, path.iterdir()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    total = 0
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, size, 1 << 30):
+            length = min(1 << 30, size - start)
+            pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+            with mmap.mmap(file.fileno(), length, mmap.MAP_PRIVATE, offset=start) as memory:
+                address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+                assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), pages) == 0
+            total += mmap.PAGESIZE * sum(page & 1 for page in pages)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_headers_are_read_before_a_tensor_is_asked_for(tmp_path: Path, kind: str) -> None:
+    """Of 10 GiB less than 1 MiB: by system calls, and by pages that are touched."""
+    KINDS[kind](tmp_path / f"small-{kind}", SMALL)
+    offline.describe(tmp_path / f"small-{kind}")  # what Python itself reads, to import
+    path = tmp_path / kind
+    KINDS[kind](path, LARGE)
+    before, cached = read_bytes(), cached_bytes(path)
+    found = offline.describe(path)
+    assert read_bytes() - before < MIB
+    assert cached_bytes(path) - cached < MIB
+    weights = found.live or found.averages["average"].weights
+    assert weights.bytes == LARGE * MIB
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_averaging_reads_each_byte_once(tmp_path: Path, kind: str) -> None:
+    """And finds what is damaged, where there is a checksum, by that one reading."""
+    paths = [tmp_path / f"{i}-{kind}" for i in range(3)]
+    for path in paths:
+        KINDS[kind](path, SMALL)
+    if kind == "distributed":
+        paths = [saved_by_dcp(tmp_path / str(i)) for i in range(3)]
+    offline.average(paths[:2])["head.weight"]
+    before = read_bytes()
+    offline.average(paths, [0.5, 0.25, 0.25]).write(tmp_path / "out.safetensors")
+    assert read_bytes() - before < 3 * SMALL * MIB + 2 * MIB
+
+
+def saved_by_dcp(folder: Path) -> Path:
+    rows = SMALL * MIB // 2 // 4096
+    save_folder({n: torch.zeros(rows, 1024) for n in ("head.weight", "body.weight")}, folder)
+    return folder
+
+
+CHECKED = ["archive.pt", "own.safetensors"]
+
+
+@pytest.mark.parametrize("kind", CHECKED)
+@pytest.mark.parametrize("at", [0.3, 0.6, 0.999])
+def test_damage_is_found_when_the_tensor_is_first_read(
+    tmp_path: Path, kind: str, at: float
+) -> None:
+    paths = [tmp_path / f"{i}-{kind}" for i in range(2)]
+    for path in paths:
+        KINDS[kind](path, SMALL)
+    with paths[1].open("r+b") as file:
+        file.seek(int(at * SMALL * MIB))
+        file.write(b"\1")
+    offline.describe(paths[1])
+    found = checkpoints.read(paths[1])
+    weights = found.live if found.live is not None else found.average()
+    damaged = "head.weight" if at < 0.5 else "body.weight"
+    for name in ("head.weight", "body.weight"):
+        if name == damaged:
+            with pytest.raises(ValueError, match=rf"1-{kind}: .* is damaged: its checksum is"):
+                weights[name]
+            with pytest.raises(ValueError, match=rf"1-{kind}: .* is damaged"):
+                offline.average(paths)[name]
+        else:
+            assert not weights[name].any()
+    with pytest.raises(ValueError, match="is damaged"):
+        found.verify()
+    checkpoints.read(paths[0]).verify()
+
+
+def all_weights(found: Checkpoint) -> Iterator[tuple[str, Any]]:
+    yield from found.averages.items()
+    if found.live is not None:
+        yield "live", found.live
+
+
+def content(found: Checkpoint) -> dict[str, Weights]:
+    return {name: {k: held[k].clone() for k in held} for name, held in all_weights(found)}
+
+
+def exchanged(a: Path, b: Path) -> None:
+    """Two names exchanged in one step, as our saves of folders do; files as `os.replace`."""
+    if a.is_dir():
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        assert rename(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
+        shutil.rmtree(b)
+    else:
+        b.replace(a)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    return list(valid(tmp_path_factory.mktemp("valid") / "it"))
+
+
+def copied(case: Case, path: Path) -> Path:
+    (shutil.copytree if case.path.is_dir() else shutil.copy)(case.path, path)
+    return path
+
+
+def changed(case: Case, path: Path) -> Path:
+    """A file or folder of the same layout and size with other numbers, valid or not."""
+    copied(case, path)
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    for file in files:
+        if file.suffix not in (".json", "") or (file.suffix == "" and path.is_file()):
+            data = bytearray(file.read_bytes())
+            for place in range(len(data) // 2, len(data), 7):
+                data[place] ^= 0xFF
+            file.write_bytes(data)
+    return path
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_as_it_was(
+    tmp_path: Path, cases: list[Case]
+) -> None:
+    """Between the header and any tensor: every layout, file or folder."""
+    for case in cases:
+        path = copied(case, tmp_path / case.path.name)
+        wanted = content(checkpoints.read(path, "positions"))
+        for replaced_at in range(3):
+            found = checkpoints.read(path, "positions")
+            number = 0
+            for name, held in all_weights(found):
+                for key in held:
+                    if number == replaced_at:
+                        exchanged(path, changed(case, tmp_path / "other"))
+                    assert same(held[key], wanted[name][key]), (case.made_of, key)
+                    number += 1
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            copied(case, path)
+
+
+SAVING = """
+import sys, polyak, torch
+averager = polyak.Averager({"w": torch.zeros(1 << 18), "v": torch.zeros(1 << 18)}, "window(4)")
+for i in range(4):
+    averager.update()
+while True:
+    polyak.save(sys.argv[1], averager)
+    averager = polyak.Averager({k: torch.full((1 << 18,), averager.average()["w"][0] + 1) for k in "wv"}, "window(4)")
+    for i in range(4):
+        averager.update()
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_another_process_saves_again_and_again(tmp_path: Path) -> None:
+    """Every reading is of one save: all numbers of all slots are the same."""
+    path = tmp_path / "it.safetensors"
+    with subprocess.Popen([sys.executable, "-c", SAVING, str(path)]) as saving:
+        try:
+            while not path.exists():
+                assert saving.poll() is None
+            seen = set()
+            for _ in range(60):
+                found = checkpoints.read(path)
+                held = found.average()
+                values = set(torch.cat([held["w"], held["v"]]).unique().tolist())
+                assert len(values) == 1
+                seen |= values
+            assert len(seen) > 1, "nothing was saved meanwhile: the test shows nothing"
+        finally:
+            saving.kill()
+
+
+OPENS = """
+import sys, os, collections
+from pathlib import Path
+import polyak, torch
+from polyak import checkpoints
+from reading_hostile import read_all
+import torch.distributed.checkpoint
+folder = Path(sys.argv[1])
+opened = collections.Counter()
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(str(folder)):
+        opened[str(arguments[0])] += 1
+sys.addaudithook(hook)
+for path in sorted(folder.iterdir()):
+    opened.clear()
+    read_all(path)
+    print(path.name, max(opened.values()), len(opened))
+"""
+
+
+@pytest.mark.slow
+def test_each_file_is_opened_once(cases: list[Case]) -> None:
+    """From the first byte to the last: whatever lies under its name later is another file."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPENS, str(cases[0].path.parent)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+        },
+    )
+    opened = {line.rsplit(" ", 2)[0]: line.split(" ")[-2:] for line in done.stdout.splitlines()}
+    assert len(opened) == len(cases) > 15
+    assert {name: most for name, (most, _) in opened.items() if most != "1"} == {}
+
+
+MODIFIED: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "made longer": lambda file: os.truncate(file, file.stat().st_size + 1),
+    "written over": lambda file: file.write_bytes(file.read_bytes()),
+    "emptied": lambda file: os.truncate(file, 0),
+}
+
+
+@pytest.mark.parametrize("modify", MODIFIED.values(), ids=MODIFIED.keys())
+def test_a_file_that_is_changed_in_place_is_noticed(
+    tmp_path: Path, cases: list[Case], modify: Callable[[Path], object]
+) -> None:
+    for number, case in enumerate(cases):
+        path = copied(case, tmp_path / f"{number}{case.path.suffix}")
+        found = checkpoints.read(path, "positions")
+        files = (
+            [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.rglob("*.distcp")]
+        )
+        for file in files:
+            os.utime(file, ns=(1, 1))
+            found = checkpoints.read(path, "positions")
+            modify(file)
+            with pytest.raises(
+                ValueError, match=r"the file was changed in place while it was read"
+            ):
+                for _, held in all_weights(found):
+                    for key in held:
+                        held[key]
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            copied(case, path)
+
+
+class Color(enum.Enum):
+    """Of a training script, as `__main__`'s classes are."""
+
+    RED = 1
+
+
+@dataclasses.dataclass
+class Config:
+    """What a training script keeps its settings in."""
+
+    rate: float = 0.1
+    place: Path = dataclasses.field(default_factory=lambda: Path("/data"))
+    inner: Any = None
+
+
+class Settings(dict[str, Any]):
+    """A dictionary of a class of its own."""
+
+
+class Point(collections.namedtuple("Point", "x y")):
+    """A tuple of a class of its own."""
+
+
+OBJECTS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+    "a path": (lambda: Path("/data/x"), {"pathlib.PosixPath": 1}),
+    "a pure path": (lambda: pathlib.PureWindowsPath("x"), {"pathlib.PureWindowsPath": 1}),
+    "an enum": (lambda: Color.RED, {"test_reading.Color": 1}),
+    "a date": (lambda: datetime.datetime(2026, 1, 1), {"datetime.datetime": 1}),
+    "a time": (lambda: datetime.timedelta(3), {"datetime.timedelta": 1}),
+    "a zone": (lambda: datetime.UTC, {"datetime.timezone": 1}),
+    "a defaultdict": (lambda: collections.defaultdict(list, a=[1]), {}),
+    "a counter": (lambda: collections.Counter("aab"), {}),
+    "an ordered dictionary": (lambda: collections.OrderedDict(a=1), {}),
+    "a deque": (lambda: collections.deque([1, 2], maxlen=3), {"collections.deque": 1}),
+    "a partial": (lambda: functools.partial(int, base=10), {"functools.partial": 1}),
+    "a dataclass": (lambda: Config(), {"test_reading.Config": 1}),
+    "a dataclass within": (lambda: Config(inner=[Config()]), {"test_reading.Config": 1}),
+    "a namespace": (lambda: argparse.Namespace(rate=0.1), {"argparse.Namespace": 1}),
+    "a numpy scalar": (lambda: numpy.float64(0.5), {}),
+    "a numpy date": (lambda: numpy.datetime64("2026-01-01"), {"numpy.generic": 1}),
+    "an array": (lambda: numpy.ones(3), {"numpy.ndarray": 1}),
+    "an array of objects": (lambda: numpy.array([None, Path()]), {"numpy.ndarray": 1}),
+    "a generator of numpy": (
+        lambda: numpy.random.default_rng(0),
+        {"numpy.random._pickle.__generator_ctor": 1},
+    ),
+    "a state of numpy": (lambda: numpy.random.RandomState(0).get_state(), {"numpy.ndarray": 1}),
+    "a set": (lambda: {1, "a"}, {}),
+    "a frozen set": (lambda: frozenset({1, "a"}), {}),
+    "a set of enums": (lambda: {Color.RED}, {"test_reading.Color": 1}),
+    "a decimal": (lambda: decimal.Decimal("1.5"), {"decimal.Decimal": 1}),
+    "a fraction": (lambda: fractions.Fraction(1, 3), {"fractions.Fraction": 1}),
+    "a uuid": (lambda: uuid.UUID(int=3), {"uuid.UUID": 1}),
+    "a named tuple": (lambda: Point(1, 2), {"test_reading.Point": 1}),
+    "a pattern": (lambda: re.compile("a+"), {"re._compile": 1}),
+    "a size": (lambda: torch.Size([2, 3]), {}),
+    "a device": (lambda: torch.device("cuda:1"), {}),
+    "a dtype": (lambda: torch.bfloat16, {}),
+    "a layout": (lambda: torch.sparse_coo, {"torch.layout": 1}),
+    "a generator's state": (lambda: torch.Generator().get_state(), {}),
+    "a slice": (lambda: slice(1, 2), {"builtins.slice": 1}),
+    "a range": (lambda: range(3), {"builtins.range": 1}),
+    "a complex number": (lambda: 1j, {}),
+    "an ellipsis": (lambda: ..., {"builtins.Ellipsis": 1}),
+    "a large integer": (lambda: 1 << 4000, {}),
+    "long bytes": (lambda: b"x" * 300, {}),
+    "a bytearray": (lambda: bytearray(b"x" * 300), {}),
+    "long text": (lambda: "é" * 300, {}),
+    "a class": (lambda: Config, {"test_reading.Config": 1}),
+    "a function": (lambda: os.system, {"posix.system": 1}),
+    "an exception": (lambda: ValueError("x"), {"builtins.ValueError": 1}),
+    "a dictionary of a class": (lambda: Settings(a=1), {"test_reading.Settings": 1}),
+    "an enum as a key": (lambda: {Color.RED: 1}, {}),
+    "a path as a key": (lambda: {Path("x"): 1}, {}),
+    "a dtype as a key": (lambda: {torch.float32: 1}, {}),
+    "an optimizer": (lambda: torch.optim.SGD([torch.ones(1)]), {"torch.optim.sgd.SGD": 1}),
+    "a version": (lambda: torch.__version__, {"torch.torch_version.TorchVersion": 1}),
+    "several": (
+        lambda: [Path("a"), {"b": Path("c"), "d": (uuid.UUID(int=1),)}],
+        {"pathlib.PosixPath": 2, "uuid.UUID": 1},
+    ),
+}
+"""An object that is saved beside weights, and what is set aside for it."""
+
+
+@pytest.mark.parametrize("protocol", [None, 2, 3, 4, 5])
+@pytest.mark.parametrize(("make", "aside"), OBJECTS.values(), ids=OBJECTS.keys())
+def test_ordinary_objects_beside_the_weights(
+    tmp_path: Path, make: Callable[[], Any], aside: dict[str, int], protocol: int | None
+) -> None:
+    """In both layouts of torch.save and every protocol; without one, before torch 1.6."""
+    weights = torch.nn.Linear(2, 1).state_dict()
+    state = {"state_dict": weights, "config": make(), "step": 3}
+    path = tmp_path / "it.pt"
+    if protocol is None:
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save(state, path, pickle_protocol=protocol)
+    found = checkpoints.read(path)
+    assert found.live is not None and set(found.live) == set(weights)
+    assert all(torch.equal(found.live[name], weights[name]) for name in weights)
+    assert dict(found.aside) == aside
+    assert offline.describe(path).aside == aside
+
+
+def test_a_configuration_of_omegaconf(tmp_path: Path) -> None:
+    """As Lightning and NeMo save hyperparameters."""
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create({"model": {"width": 3, "path": "/x"}, "list": [1, 2]})
+    weights = torch.nn.Linear(2, 1).state_dict()
+    torch.save({"state_dict": weights, "hyper_parameters": config}, tmp_path / "it.ckpt")
+    found = checkpoints.read(tmp_path / "it.ckpt")
+    assert found.live is not None and torch.equal(found.live["weight"], weights["weight"])
+    assert dict(found.aside) == {"omegaconf.dictconfig.DictConfig": 1}
+
+
+def test_weights_in_a_dictionary_of_an_unknown_class_are_read(tmp_path: Path) -> None:
+    weights = torch.nn.Linear(2, 1).state_dict()
+    torch.save(Settings(state_dict=Settings(weights), step=3), tmp_path / "it.pt")
+    found = checkpoints.read(tmp_path / "it.pt")
+    assert found.live is not None and torch.equal(found.live["bias"], weights["bias"])
+    assert dict(found.aside) == {"test_reading.Settings": 2}
+
+
+def written_by(save: Callable[..., object], *arguments: Any) -> bytes:
+    file = io.BytesIO()
+    save(file, *arguments)
+    return file.getvalue()
+
+
+def folder_of_saves(path: Path) -> None:
+    for i in (1, 2):
+        (path / f"step-{i}").mkdir(parents=True)
+
+
+def training(path: Path) -> None:
+    with checkpoints.saving(path) as place:
+        torch.save({"model": {}}, place / "training.pt")
+
+
+SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nothing": (lambda _: None, "No such file"),
+    "empty": (lambda path: path.touch(), "the file is empty"),
+    "text": (lambda path: path.write_text("epoch,loss\n1,2\n" * 9), "it looks like text"),
+    "Git LFS": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        r"it looks like a pointer of Git LFS: fetch the file itself \(git lfs pull\)",
+    ),
+    "HDF5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
+    "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08" + bytes(99)), "packed by gzip"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(99)), "a GGUF file"),
+    "numpy": (
+        lambda path: path.write_bytes(written_by(numpy.save, numpy.ones(3))),
+        "an array of numpy",
+    ),
+    "HTML": (lambda path: path.write_text("<!doctype html><html>"), "the download may have failed"),
+    "JSON": (lambda path: path.write_text('{"a": 1}' * 9), "a JSON file"),
+    "zeros": (lambda path: path.write_bytes(bytes(99)), r"it begins with b'\\x00"),
+    "npz": (
+        lambda path: path.write_bytes(written_by(numpy.savez, numpy.ones(3))),
+        r"without data\.pkl",
+    ),
+    "an empty folder": (lambda path: path.mkdir(), r"holds no weights \(nothing\)"),
+    "a folder of saves": (
+        folder_of_saves,
+        r"is a folder of folders \(step-1, step-2\).* such as .*step-2 .*latest",
+    ),
+    "a training": (
+        training,
+        r"is a folder that holds training\.pt: read one of its files, such as .*training\.pt",
+    ),
+    "a run of snapshots": (
+        lambda path: polyak.Recorder(averager("exponential(0.9)"), path, every=1).update(),
+        "is a folder of polyak.Recorder's snapshots",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), SNIFFED.values(), ids=SNIFFED.keys())
+def test_what_is_not_read_is_said_to_be_what_it_looks_like(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "it")
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        checkpoints.read(tmp_path / "it")
+    assert str(tmp_path / "it") in str(caught.value)
+
+
+def test_sniff_says_what_a_path_is(cases: list[Case]) -> None:
+    kinds = {case.made_of: sniff(case.path).kind for case in cases}
+    own = {name: kinds.pop(name) for name in ("polyak", "several", "ema")}
+    assert set(own.values()) == {"polyak"}
+    folders = {name: kinds.pop(name) for name in ("dcp", "native", "training")}
+    assert set(folders.values()) == {"dcp"}
+    assert kinds.pop("sharded") == "index"
+    assert {kinds.pop(name) for name in ("safetensors", "pretrained")} == {"safetensors"}
+    assert set(kinds.values()) == {"torch"}
+    averager_of = next(case.path for case in cases if case.made_of == "training") / "average"
+    assert (sniff(averager_of).kind, sniff(averager_of).key) == ("dcp", "average")
