@@ -17,12 +17,14 @@ class Infinities:
     """The tensors of one slot that hold infinities, as of the first lerp after its last copy."""
 
     def __init__(self) -> None:
+        self.none_in: Groups | None = None
+        """The slots, if they hold no infinity: the usual case, where nobody needs to ask more."""
         self._looked_at: Groups | None = None
         self._places: list[tuple[int, list[int]]] = []
 
     def forget(self) -> None:
         """The slot is copied: look again at the next lerp."""
-        self._looked_at = None
+        self._looked_at = self.none_in = None
 
     def shared(self, slots: Groups, live: Groups, residues: Groups | None) -> Kept:
         """Where a slot and the weights hold the same infinity; what rounding dropped there is 0."""
@@ -30,6 +32,7 @@ class Infinities:
             found = ((g, infinite(group)) for g, group in enumerate(slots))
             self._places = [(g, places) for g, places in found if places]
             self._looked_at = slots
+            self.none_in = None if self._places else slots
         kept: Kept = []
         for g, places in self._places:
             held = equal_infinities([slots[g][j] for j in places], [live[g][j] for j in places])

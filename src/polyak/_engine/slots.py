@@ -58,7 +58,7 @@ def move_(
     for move in moves:
         if move.fraction == 1:
             move.infinities.forget()
-        elif move.fraction != 0:
+        elif move.fraction != 0 and move.infinities.none_in is not move.slots:
             kept += move.infinities.shared(move.slots, live, move.residues)
     for move in moves:
         if ok is None and move.residues is None and move.seeds is None:

@@ -207,7 +207,9 @@ def joined_checksum(pieces: Iterable[tuple[int, int]]) -> int:
     """
     joined = 0
     for crc, length in pieces:
-        joined = _times(_shift(length), joined) ^ crc
+        joined = (
+            _times(_shift(length), joined) if joined else 0
+        ) ^ crc  # most tensors are one piece
     return joined
 
 

@@ -1,0 +1,57 @@
+"""The hot path: a plain `update()` passes through few functions, whatever the averager can do besides.
+
+Guards, couriers, shards, masks, roundings and blocks are looked for where something changes, and not
+at every update.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from torch import nn
+
+import polyak
+from polyak import Averager, Exponential
+
+SOURCES = str(Path(polyak.__file__).parent)
+MOST_FILES, MOST_FUNCTIONS = 6, 18
+
+
+def passed_through(call: Callable[[], object]) -> set[tuple[str, str]]:
+    """(file, function) of the library's functions that a call runs, in this thread."""
+    found = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(SOURCES):
+            found.add((code.co_filename, code.co_qualname))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def test_a_plain_update_is_short() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    averager = Averager(model, Exponential(0.999))
+    for _ in range(5):  # allocates, and checks the rule
+        averager.update()
+    passed = passed_through(averager.update)
+    assert len(passed) > 5
+    assert len({file for file, _ in passed}) <= MOST_FILES, sorted(passed)
+    assert len(passed) <= MOST_FUNCTIONS, sorted(passed)
+
+
+def test_a_call_between_updates_is_shorter() -> None:
+    averager = Averager(nn.Linear(3, 3), Exponential(0.999), every=100)
+    for _ in range(102):
+        averager.update()
+    passed = passed_through(averager.update)
+    assert 2 < len(passed) <= MOST_FUNCTIONS // 2, sorted(passed)
