@@ -131,6 +131,39 @@ def test_damage_is_found_when_the_tensor_is_first_read(
     checkpoints.read(paths[0]).verify()
 
 
+def training_state() -> dict[str, Any]:
+    model = torch.nn.Linear(30, 20)
+    moments = {"exp_avg": torch.randn(20, 30), "settings": {"rate": 0.1, "betas": (0.9, 0.99)}}
+    return {"model": model.state_dict(), "optimizer": moments, "step": 3}
+
+
+def test_a_flipped_bit_of_a_training_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+    """torch's own reader compares no checksums."""
+    path = tmp_path / "it"
+    state = training_state()
+    checkpoints.save_distributed(path, state)
+    file = next(path.glob("*.distcp"))
+    whole = file.read_bytes()
+    parts = {
+        "model.weight": state["model"]["weight"].numpy().tobytes(),
+        "model.bias": state["model"]["bias"].numpy().tobytes(),
+        "optimizer.exp_avg": state["optimizer"]["exp_avg"].numpy().tobytes(),
+        "optimizer.settings.rate": b"G?\xb9\x99\x99\x99\x99\x99\x9a",
+    }
+    for name, data in parts.items():
+        place = whole.index(data) + len(data) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=rf"{name}: the record .* is damaged: its checksum"):
+            checkpoints.load_distributed(path, training_state())
+        with pytest.raises(ValueError, match=rf"{name}: the record .* is damaged"):
+            checkpoints.read(path).verify()
+        file.write_bytes(whole)
+    loaded = training_state()
+    checkpoints.load_distributed(path, loaded)
+    assert torch.equal(loaded["model"]["weight"], state["model"]["weight"])
+    assert loaded["optimizer"]["settings"] == state["optimizer"]["settings"]
+
+
 def all_weights(found: Checkpoint) -> Iterator[tuple[str, Any]]:
     yield from found.averages.items()
     if found.live is not None:

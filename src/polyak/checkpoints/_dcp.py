@@ -83,10 +83,8 @@ class DistributedTensors(LazyTensors):
 
     def verify(self) -> None:
         """Compare every entry with its checksum; raises `ValueError` labelled the damaged one."""
-        for (name, *_), (file, start, length) in self._places.items():
-            with labelled(f"{self.path / file}: {name}", "a damaged file of torch.save"):
-                for record in load(self._files[file], start, length, f"{name}: ").records:
-                    record.require_whole()
+        for (name, *_), place in self._places.items():
+            self._verify(name, place)
 
     def parts(self) -> dict[str, Renamed]:
         """The tensors of each part of what was saved; those at its top lie under the empty key."""
@@ -113,8 +111,15 @@ class DistributedTensors(LazyTensors):
 
     def object_bytes(self, name: str) -> bytes:
         """The bytes of an entry that is not a tensor: a file of torch.save."""
-        file, start, length = self._places[(name,)]
-        return self._files[file].read(start, length)
+        place = self._places[(name,)]
+        self._verify(name, place)
+        return self._files[place.file].read(place.start, place.length)
+
+    def _verify(self, name: str, place: ChunkPlace) -> None:
+        file = self._files[place.file]
+        with labelled(f"{file.path}: {name}", "a damaged file of torch.save"):
+            for record in load(file, place.start, place.length, f"{name}: ").records:
+                record.require_whole()
 
     def _object(self, name: str) -> Any:
         return self._load(name, self._places[(name,)])
