@@ -89,11 +89,13 @@ def lerp_all_(
     live: list[Tensor],
     fractions: list[float],
     stages: Stages | None = None,
+    group: int = 0,
 ) -> None:
     """`lerp_` of several lists of slots towards the same weights, which are read from memory once.
 
     Each list has one dtype and one device. k lists move 1 + 2k times the bytes of the weights
-    instead of 3k. `stages` keeps the buffers for the next call with lists of the same shapes.
+    instead of 3k. `stages` keeps what the next call with lists of the same shapes can use again,
+    under the number of the group.
     """
     with torch.no_grad():
         lerps = []
@@ -104,7 +106,7 @@ def lerp_all_(
                 lerps.append((slots, fraction))
         for slots, _ in lerps:  # each list is of one kind, so its first tensor tells for all
             if slots[0].dtype != live[0].dtype or slots[0].device != live[0].device:
-                _lerp_staged_(lerps, live, {} if stages is None else stages)
+                _lerp_staged_(lerps, live, Stages() if stages is None else stages, group)
                 return
         if len(lerps) == 1:
             _lerp_alike_(lerps[0][0], live, lerps[0][1])
@@ -140,19 +142,18 @@ def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list
         fractions = fraction if isinstance(fraction, list) else [fraction] * len(slots)
         rest = zip(slots[first:], live[first:], fractions[first:], strict=True)
         for slot, weight, each in rest:
-            _lerp_staged_([([slot], each)], [weight], {})
+            _lerp_staged_([([slot], each)], [weight], Stages(), 0)
 
 
-def _lerp_staged_(lerps: Lerps, live: list[Tensor], stages: Stages) -> None:
+def _lerp_staged_(lerps: Lerps, live: list[Tensor], stages: Stages, group: int) -> None:
     """Slots of another dtype or device: each part of the weights is converted once for all of them."""
     by_kind: dict[Kind, Lerps] = {}
     for slots, fraction in lerps:
         by_kind.setdefault(kind(slots[0]), []).append((slots, fraction))
-    for each, alike in by_kind.items():
+    for alike in by_kind.values():
         columns = [slots for slots, _ in alike]
-        if each not in stages:
-            stages[each] = Stage(columns[0], chunk_length([live[0], columns[0][0]]))
-        for weights, *rows in stages[each].parts(live, columns):
+        length = chunk_length([live[0], columns[0][0]])
+        for weights, *rows in stages.of(group, columns[0], length).parts(live, columns):
             for slots, (_, fraction) in zip(rows, alike, strict=True):
                 _lerp_alike_(slots, weights, fraction)
 
@@ -161,16 +162,14 @@ class Stage:
     """A reused buffer in which weights take on the dtype and device of their slots, part by part.
 
     A `.to` for each tensor is a Python call and an allocation for each. One foreach copy of many
-    tensors, into views that are made once, takes a third of the time. The buffer has at most
-    `length` elements. All weights and slots have the shapes of `slots`; their layouts may differ.
+    tensors, into views that are made once, takes a third of the time. A part has at most `length`
+    elements. All weights and slots have the shapes of `slots`; their layouts may differ.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, slots: list[Tensor], length: int) -> None:
+    def __init__(self, slots: list[Tensor], length: int, buffer: Tensor) -> None:
         numels = [slot.numel() for slot in slots]
-        dtype, device = self._kind = kind(slots[0])
-        self._length = length
-        self._buffer = torch.empty(min(length, sum(numels)), dtype=dtype, device=device)
+        self._length, self._buffer = length, buffer
         self._runs = [(*run, self._views(slots[slice(*run)])) for run in _runs(numels, length)]
 
     def parts(
@@ -204,12 +203,34 @@ class Stage:
 
     def _converted(self, piece: Tensor) -> Tensor:
         if piece.numel() > self._length:  # a long tensor with another layout than its slot
-            return piece.to(self._kind[1], self._kind[0])
+            return piece.to(self._buffer.device, self._buffer.dtype)
         return self._buffer[: piece.numel()].copy_(piece)
 
 
-Stages = dict[Kind, Stage]
-"""The stages of one list of weights, by the dtype and device of the slots."""
+class Stages:
+    """The stages of a model's groups, made when first needed. Slots of one kind share one buffer."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Kind], Stage] = {}
+        self._buffers: dict[Kind, Tensor] = {}
+
+    def of(self, group: int, slots: list[Tensor], length: int) -> Stage:
+        """The stage for the slots of a group, whose parts have at most `length` elements."""
+        key = group, kind(slots[0])
+        if key not in self._made:
+            self._made[key] = Stage(slots, length, self._buffer(slots, length))
+        return self._made[key]
+
+    @torch.inference_mode(False)
+    def _buffer(self, slots: list[Tensor], length: int) -> Tensor:
+        wanted, (dtype, device) = min(length, sum(map(Tensor.numel, slots))), kind(slots[0])
+        held = self._buffers.get((dtype, device))
+        if held is None or held.numel() < wanted:
+            held = torch.empty(wanted, dtype=dtype, device=device)
+            self._buffers[dtype, device] = held
+            # Stages of other groups would keep the smaller buffer alive: they are made anew.
+            self._made = {key: stage for key, stage in self._made.items() if key[1] != kind(held)}
+        return held
 
 
 def _runs(numels: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
@@ -256,9 +277,11 @@ def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None
         if i == 1:
             places = infinite(out)
         total += coefficient
-        kept = equal_infinities([out[j] for j in places], [tensors[j] for j in places])
+        at = [out[j] for j in places], [tensors[j] for j in places]
+        kept = equal_infinities(*at) if places else []
         lerp_(out, tensors, coefficient / total)
-        keep_(kept)
+        if kept:
+            keep_(kept)
 
 
 Kept = list[tuple[Tensor, Tensor, Tensor]]

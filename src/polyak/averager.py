@@ -221,7 +221,8 @@ class Averager:
         for weights that are not finite where `nonfinite="error"`.
         """
         with lending.TURN:
-            self._lender.refuse("update")
+            if self._lender.loan is not None:
+                self._lender.refuse("update")
             if elapsed is not None:
                 elapsed = float(require_positive("elapsed", elapsed))
                 self._updating.require_time_for(elapsed)

@@ -177,7 +177,7 @@ class ModelTensors:
         self._kinds = [each for each, _ in indices]
         self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
         self.indices = list(indices.values())
-        self.stages: list[Stages] = [{} for _ in indices]
+        self.stages = Stages()
         self._groups = self.group(here)
         self._firsts = [group[0] for group in self._groups]
         self.generation += 1

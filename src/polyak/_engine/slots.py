@@ -46,12 +46,12 @@ def move_(
     live: Groups,
     moves: Sequence[Move],
     ok: Tensor | None = None,
-    stages: Sequence[tensors.Stages] | None = None,
+    stages: tensors.Stages | None = None,
 ) -> None:
     """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights.
 
     `ok` is a 0-dim bool tensor; if it is False, nothing changes. It is never synchronised to the
-    host. `stages` are those of the groups (`ModelTensors.stages`).
+    host. `stages` are those of the model (`ModelTensors.stages`).
     """
     plain = []
     kept: tensors.Kept = []
@@ -66,9 +66,8 @@ def move_(
         else:
             _move_alone_(live, move, ok)
     for g, weights in enumerate(live if plain else ()):
-        stage = None if stages is None else stages[g]
         slots, fractions = [move.slots[g] for move in plain], [move.fraction for move in plain]
-        tensors.lerp_all_(slots, weights, fractions, stage)
+        tensors.lerp_all_(slots, weights, fractions, stages, g)
     if kept:
         tensors.keep_(kept)
 
