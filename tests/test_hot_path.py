@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import pytest
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from polyak import Averager, Exponential
@@ -55,3 +58,36 @@ def test_a_call_between_updates_is_shorter() -> None:
         averager.update()
     passed = passed_through(averager.update)
     assert 2 < len(passed) <= MOST_FUNCTIONS // 2, sorted(passed)
+
+
+class Operations(TorchDispatchMode):
+    """The names of all tensor operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+WANTED = {
+    torch.float32: ["aten::_foreach_lerp_.Scalar"],
+    torch.bfloat16: ["aten::_foreach_copy_", "aten::_foreach_lerp_.Scalar"],
+}
+
+
+@pytest.mark.parametrize("dtype", WANTED)
+@pytest.mark.parametrize("count", [3, 300])
+def test_an_update_takes_as_many_operations_for_any_number_of_tensors(
+    dtype: torch.dtype, count: int
+) -> None:
+    averager = Averager(
+        nn.ParameterList(torch.ones(4, dtype=dtype) for _ in range(count)), "uniform()"
+    )
+    for _ in range(3):
+        averager.update()
+    with Operations() as ran:
+        averager.update()
+    assert ran.names == WANTED[dtype]
