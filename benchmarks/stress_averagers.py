@@ -245,13 +245,13 @@ class Subject:
             rows, terms = np.concatenate([rows, live[None]]), np.append(terms, live_term)
         with np.errstate(invalid="ignore", over="ignore"):
             wanted: Vector = terms @ rows
-            scale = np.abs(rows).max(axis=0) * np.abs(terms).sum()
             if live_term and self.statistics.any():
                 plain = without_extrapolation(rule, self.history.times)
                 wanted[self.statistics] = (plain[plain != 0] @ path[plain != 0])[self.statistics]
-        if live_term:
-            rows = np.concatenate([path, live[None]])  # terms may cancel, and each is rounded
-            wanted[~np.isfinite(rows).all(axis=0)] = np.nan
+            if live_term:  # terms may cancel, and each is rounded
+                rows = np.concatenate([path, live[None]])
+                wanted[~np.isfinite(rows).all(axis=0)] = np.nan
+            scale = np.abs(rows).max(axis=0) * (np.abs(terms).sum() + 2 * abs(live_term))
         constant = ((rows == rows[:1]) | (np.isnan(rows) & np.isnan(rows[:1]))).all(axis=0)
         wanted[constant] = rows[0][constant]
         return wanted, scale, constant
