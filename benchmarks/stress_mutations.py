@@ -278,3 +278,6 @@ COPYING: tuple[Change, ...] = (
     swap_tensors,
 )
 """Changes that only models take which `deepcopy` takes."""
+
+BY_DATA: tuple[Change, ...] = (new_storage, flatten, to_dtype, swap_tensors)
+"""Changes that leave the object what it was, so that a write through them may go unseen."""

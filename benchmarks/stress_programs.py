@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -11,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from polyak import _tensors
 from stress_article import make_article
 from stress_averagers import SKIP, Subject, make, policies
 from stress_blocks import close_block
@@ -25,7 +26,9 @@ from stress_reading import read_average
 from stress_rules import Fault, RuleCase, count, draw
 from stress_world import Refused, World, shared
 
-CHUNKS = ("CHUNK_BYTES", "SHARED_BYTES")
+LIMITS = ("CHUNK_BYTES", "SHARED_BYTES", "FEW")
+"""Sizes in polyak's modules that are made small, so that small models come in several chunks."""
+
 ROUNDINGS = ("nearest", "nearest", "nearest", "stochastic", "compensated")
 DTYPES = (None, None, None, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -82,7 +85,7 @@ def run(program: Program) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="stress-"))
     world = World(kind, build(kind, program.seed), build(kind, program.seed), folder)
     outcome = Outcome(0, model=kind.name)
-    before = {name: getattr(_tensors, name) for name in CHUNKS}
+    before = limits()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,11 +97,17 @@ def run(program: Program) -> Outcome:
         outcome.fault.__cause__ = error
     finally:
         outcome.story = tuple(world.story)
-        for name, value in before.items():
-            setattr(_tensors, name, value)
+        for module, name, value in before:
+            setattr(module, name, value)
         world.close()
         shutil.rmtree(folder, ignore_errors=True)
     return outcome
+
+
+def limits() -> list[tuple[ModuleType, str, int]]:
+    """Every module of polyak that has one of the sizes, by name, and the size."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("polyak.")]
+    return [(m, name, getattr(m, name)) for m in modules for name in LIMITS if hasattr(m, name)]
 
 
 @dataclass
@@ -127,8 +136,8 @@ class Totals:
 def _run(program: Program, world: World, random: Random, outcome: Outcome) -> None:
     outcome.after = "make"
     size = random.choice([128, 256, 1024, 1 << 20])
-    for name in CHUNKS:
-        setattr(_tensors, name, size)
+    for module, name, _ in limits():
+        setattr(module, name, 2 if name == "FEW" else size)
     if not make_averagers(world, random):
         return
     world.check()

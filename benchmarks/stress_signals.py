@@ -34,12 +34,16 @@ class LateError(RuntimeError):
     """What a time-out raises that is built on `RuntimeError`."""
 
 
+class MineError(Exception):
+    """What a handler raises that only its own script knows."""
+
+
 SIGNALS: tuple[tuple[int, type[BaseException]], ...] = (
     (signal.SIGINT, KeyboardInterrupt),
     (signal.SIGALRM, TimeoutError),
     (signal.SIGALRM, LateError),
     (signal.SIGTERM, SystemExit),
-    (signal.SIGUSR1, ValueError),
+    (signal.SIGUSR1, MineError),
 )
 
 
@@ -119,7 +123,8 @@ class Interruption:
                 raise
             error.__traceback__ = self.error.__traceback__ = None
             return False
-        if self.handled and self.reads is None and not self._ignored:
+        usual = isinstance(self.error, RuntimeError | OSError)  # a library may catch these anywhere
+        if self.handled and self.reads is None and not usual and not self._ignored:
             raise Fault("signal", f"{self.error!r} of the handler was swallowed")
         return True
 

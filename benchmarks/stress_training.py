@@ -12,7 +12,7 @@ from torch import nn
 
 from stress_averagers import Subject
 from stress_models import Entry, entries
-from stress_mutations import CHANGES, COPYING, TRAINING, floats, noise
+from stress_mutations import BY_DATA, CHANGES, COPYING, TRAINING, floats, noise
 from stress_optimizers import OPTIMIZERS, trainable
 from stress_rules import Fault
 from stress_updates import due_facts, note_update
@@ -140,7 +140,8 @@ def change(world: World, random: Random) -> None:
         return
     world.restructured = True
     with suppress(RuntimeError):
-        world.writing(lambda: what(world.model, Random(seed)))
+        told = what not in BY_DATA
+        world.writing(lambda: what(world.model, Random(seed)), told=told)
     world.clean = False
     for block in world.blocks:
         world.suspects.add(block.subject.number)
@@ -242,5 +243,6 @@ def poison(world: World, random: Random) -> None:
         for source in (world.model, world.twin):
             tensor = next(entry.tensor for entry in floats(source) if entry.name == name)
             if tensor.numel():
-                tensor.data[(0,) * tensor.dim()] = float("nan")
+                nan = complex("nan+nanj") if tensor.is_complex() else float("nan")
+                tensor.data[(0,) * tensor.dim()] = nan
     world.epoch += 1

@@ -341,8 +341,11 @@ class World:
                 subject.attachment.remove()
                 subject.attachment = subject.optimizer = None
 
-    def writing(self, write: Callable[[], Any], *, noticed: bool = True) -> Any:
-        """Lets something write to the model; inside a block, notes which averages may have suffered."""
+    def writing(self, write: Callable[[], Any], *, told: bool = True, noticed: bool = True) -> Any:
+        """Lets something write to the model; inside a block, notes which averages may have suffered.
+
+        `told` says that polyak must say so, `noticed` that it can notice at all.
+        """
         self.epoch += 1
         if not self.blocks:
             return write()
@@ -351,11 +354,10 @@ class World:
             return write()
         finally:
             after = contents(self.model)
-            self._note_written(
-                {n for n in {**before, **after} if before.get(n) != after.get(n)}, noticed
-            )
+            names = {n for n in {**before, **after} if before.get(n) != after.get(n)}
+            self._note_written(names, told and noticed, noticed)
 
-    def _note_written(self, names: set[str], noticed: bool) -> None:
+    def _note_written(self, names: set[str], told: bool, noticed: bool) -> None:
         carried = {n for block in self.blocks for n in block.subject.carried()}
         self._keep(names - carried)
         if not names & carried:
@@ -363,7 +365,7 @@ class World:
         self.clean = False
         weights = {e.name for e in entries(self.model) if e.kind != "buffer"}
         averaged = {n for b in self.blocks for n in b.subject.averaged}
-        if noticed and (seen := names & weights & averaged):
+        if told and (seen := names & weights & averaged):
             self.untold = ", ".join(sorted(seen))
         for block in self.blocks:
             if names & block.subject.carried():
