@@ -225,27 +225,25 @@ def swap_tensors(source: Source, random: Random) -> None:
 def to_dtype(source: Source, random: Random) -> None:
     """`.to(dtype)`, `.double()`, of the whole model or of a part; complex tensors stay."""
     dtype = random.choice([torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    flags = random.choice([(False, False), (False, False), (True, False), (False, True)])
+    overwrite = random.random() < 0.3
     if not isinstance(source, nn.Module):
         for name, tensor in source.items():
             if tensor.is_floating_point():
                 source[name] = tensor.to(dtype)
         return
     module = source if random.random() < 0.7 else random.choice(list(source.modules()))
-    with _conversion(*flags):
+    with _conversion(overwrite):
         module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 @contextmanager
-def _conversion(overwrite: bool, swap: bool) -> Iterator[None]:
-    """How torch moves a module: by `.data`, by new parameters, or by swapping tensors."""
+def _conversion(overwrite: bool) -> Iterator[None]:
+    """How torch moves a module: by `.data`, or by new parameters."""
     torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-    torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
-        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def untie(source: Source, random: Random) -> None:

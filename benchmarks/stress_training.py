@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from random import Random
 from typing import Any
@@ -12,7 +12,16 @@ from torch import nn
 
 from stress_averagers import Subject
 from stress_models import Entry, entries
-from stress_mutations import BY_DATA, CHANGES, COPYING, TRAINING, floats, noise
+from stress_mutations import (
+    BY_DATA,
+    CHANGES,
+    COPYING,
+    TRAINING,
+    Change,
+    floats,
+    noise,
+    swap_tensors,
+)
 from stress_optimizers import OPTIMIZERS, trainable
 from stress_rules import Fault
 from stress_updates import due_facts, note_update
@@ -134,18 +143,23 @@ def change(world: World, random: Random) -> None:
     world.tell(f"change: {what.__name__}", "inside" if world.blocks else "")
     if not world.blocks:
         world.drop_optimizers()
-        with suppress(RuntimeError):  # a graph keeps torch from swapping tensors
+        with _unless_torch_refuses(what):
             for source in (world.model, world.twin):
                 what(source, Random(seed))
         return
     world.restructured = True
-    with suppress(RuntimeError):
+    with _unless_torch_refuses(what):
         told = what not in BY_DATA
         world.writing(lambda: what(world.model, Random(seed)), told=told)
     world.clean = False
     for block in world.blocks:
         world.suspects.add(block.subject.number)
         block.subject.causes.add(block.name)
+
+
+def _unless_torch_refuses(what: Change) -> AbstractContextManager[None]:
+    """A graph keeps torch from swapping tensors; it says so before it has changed anything."""
+    return suppress(RuntimeError) if what is swap_tensors else nullcontext()
 
 
 def tie(world: World, random: Random) -> None:
@@ -243,6 +257,6 @@ def poison(world: World, random: Random) -> None:
         for source in (world.model, world.twin):
             tensor = next(entry.tensor for entry in floats(source) if entry.name == name)
             if tensor.numel():
-                nan = complex("nan+nanj") if tensor.is_complex() else float("nan")
-                tensor.data[(0,) * tensor.dim()] = nan
+                first = tensor.data[(0,) * tensor.dim()]
+                first.fill_(complex("nan+nanj") if tensor.is_complex() else float("nan"))
     world.epoch += 1
