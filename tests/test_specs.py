@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import pickle
 
 import pytest
 from hypothesis import example, given
@@ -141,3 +144,35 @@ def test_what_is_no_text() -> None:
     with pytest.raises(TypeError) as caught:
         parse(3)  # type: ignore[arg-type]
     assert str(caught.value) == 'a spec is 3, wanted text such as "exponential(0.999)"'
+
+
+PRINTED: list[tuple[Rule, str, str]] = [
+    (Exponential(0.999), "exponential(0.999)", "Exponential(decay=0.999)"),
+    (Exponential(half_life=30), "exponential(half_life=30)", "Exponential(half_life=30)"),
+    (
+        Exponential(half_life=2.5, debias=True),
+        "exponential(half_life=2.5, debias=True)",
+        "Exponential(half_life=2.5, debias=True)",
+    ),
+    (Exponential.from_half_life(1e16), "exponential(half_life=1e+16)", "Exponential(half_life=1e+16)"),
+    (Exponential(span=19), "exponential(span=19)", "Exponential(span=19)"),
+    (Power(relative_std=0.1), "power(relative_std=0.1)", "Power(relative_std=0.1)"),
+    (Power(3), "power(3)", "Power(gamma=3)"),
+    (Window(5), "window(5)", "Window(size=5)"),
+    (Tail(Bema(), 3), "tail(bema(), 3)", f"Tail(rule={Bema()!r}, start=3)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "spec", "typed"), PRINTED, ids=[spec for _, spec, _ in PRINTED])
+def test_a_rule_prints_as_it_was_typed(rule: Rule, spec: str, typed: str) -> None:
+    assert (str(rule), repr(rule)) == (spec, typed)
+    assert parse(spec) == rule
+
+
+def test_a_rule_is_replaced_and_pickled_with_what_was_typed() -> None:
+    rule = Exponential(half_life=30)
+    again = dataclasses.replace(rule, debias=True)
+    assert str(again) == "exponential(half_life=30, debias=True)"
+    assert pickle.loads(pickle.dumps(rule)) == rule == copy.copy(rule)
+    with pytest.raises(ValueError, match="takes exactly one of decay, half_life, span"):
+        dataclasses.replace(rule, half_life=60)

@@ -341,8 +341,8 @@ def test_an_explanation_gathers_the_measures(rule: Rule, every: int) -> None:
     ("rule", "every", "steps"),
     [
         (Exponential(0.9), 1, 1000),
-        (Exponential(0.999), 1, 16_000),
-        (Exponential(0.999), 16, 16_128),
+        (Exponential(0.999), 1, 32_000),
+        (Exponential(0.999), 16, 32_256),
         (Uniform(), 1, 10_000),
         (Uniform(), 7, 10_003),
         (Tail(Exponential(0.9), 3000), 1, 4000),

@@ -12,7 +12,7 @@ from polyak.rules import Rule
 from polyak.specs import as_rule
 from polyak.theory._long import Horizon, horizon, mean_age_at, profile_at
 from polyak.theory._measures import mean_age
-from polyak.theory._profiles import checked_steps, coefficients, profile
+from polyak.theory._profiles import Profile, checked_steps, coefficients, profile
 
 _GROWING = 10_000
 _LEAST = 1e-3  # the least error that a long average is asked for: it takes 68 / error updates
@@ -45,15 +45,20 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
     rule, error = as_rule(rule), as_number(error)
     holds = is_number(error) and 0 < error < 1
     require(holds, "error", error, "a share of the mean age in (0, 1)")
-    if steps is not None:
-        where = Horizon(checked_steps(steps, every=1)[0])
-    else:
-        where = horizon(rule, tolerance=1e-3) or Horizon(_GROWING)
+    where = horizon(rule) if steps is None else None
+    if where is None:
+        most = checked_steps(_GROWING if steps is None else steps, every=1)[0]
+        return _largest(lambda every: displacement(rule, most, every=every) <= error, 1, most)
     if where.unit > 1:
         return _of_long(rule, where, error)
-    return _largest(
-        lambda every: displacement(rule, where.steps, every=every) <= error, 1, where.steps
-    )
+    fine = profile(rule, where.steps)
+
+    def within(every: int) -> bool:
+        # The start is forgotten, so the last steps of one profile are the profile of fewer steps.
+        steps = where.steps - where.steps % every
+        return _displaced(fine[-steps:], profile(rule, steps, every=every), every) <= error
+
+    return _largest(within, 1, where.steps)
 
 
 def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
@@ -73,9 +78,13 @@ def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
     """
     steps, every = checked_steps(steps, every)
     steps -= steps % every
-    fine, coarse = profile(rule, steps), profile(rule, steps, every=every)
+    return _displaced(profile(rule, steps), profile(rule, steps, every=every), every)
+
+
+def _displaced(fine: Profile, coarse: Profile, every: int) -> float:
+    """The distance between two profiles, as a share of the mean age of the fine one."""
     moved = float(np.abs(np.cumsum(coarse - fine)).sum())
-    age = float(np.abs(fine) @ np.arange(steps - 1, -1, -1))
+    age = float(np.abs(fine) @ np.arange(len(fine) - 1, -1, -1))
     if age == 0:
         return 0.0 if every == 1 else float("inf")
     return moved / age

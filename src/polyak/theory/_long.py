@@ -18,6 +18,7 @@ SHORT = 2**18
 """Up to so many steps a profile has one number a step."""
 
 _SHORTEST, _LONGEST = 1000, 2**60
+_UNCHANGED = 1e-9  # of the mean age: then the spread, too, is within 1e-6 of its limit
 _COARSE = 2**12  # stretches to find the length of an average
 _FINE = (2**17, 2**20)  # and to measure it; the more where it is short against its start
 
@@ -29,7 +30,7 @@ class Horizon(NamedTuple):
     unit: int = 1
 
 
-def horizon(rule: Rule, *, every: int = 1, tolerance: float = 1e-6) -> Horizon | None:
+def horizon(rule: Rule, *, every: int = 1) -> Horizon | None:
     """Enough steps for the start to be forgotten; None where no number up to 2^60 is found.
 
     Then the window grows with the run; or the rule needs more than 2^18 steps and does not rescale
@@ -37,13 +38,13 @@ def horizon(rule: Rule, *, every: int = 1, tolerance: float = 1e-6) -> Horizon |
 
     >>> from polyak.specs import parse
     >>> horizon(parse("exponential(0.99)"))
-    Horizon(steps=2000, unit=1)
+    Horizon(steps=4000, unit=1)
     >>> horizon(parse("exponential(half_life=1e9)"))
     Horizon(steps=137438953472, unit=1048576)
     >>> horizon(parse("uniform()")) is None
     True
     """
-    if steps := settled(rule, every=every, tolerance=tolerance):
+    if steps := _settled(rule, every):
         return Horizon(steps)
     steps = 2 * every
     while steps < 2 * SHORT:
@@ -54,17 +55,16 @@ def horizon(rule: Rule, *, every: int = 1, tolerance: float = 1e-6) -> Horizon |
     return next((Horizon(steps, u) for u in units if _rescales(rule, steps, u, every)), None)
 
 
-def settled(rule: Rule, *, every: int = 1, tolerance: float, longest: int = SHORT) -> int | None:
-    """Steps after which twice as many leave the mean age unchanged; None where it grows.
+def _settled(rule: Rule, every: int) -> int | None:
+    """Steps after which twice as many leave the mean age unchanged; None if it takes more than `SHORT`.
 
-    The relative change is below `tolerance`; `longest` bounds the search. A mean age of 0 does not
-    count: it is the live weights, which may be a burn-in (`Tail`).
+    A mean age of 0 does not count: it is the live weights, which may be a burn-in (`Tail`).
     """
     steps = every * -(-_SHORTEST // every)
     age = mean_age(profile(rule, steps, every=every))
-    while steps < longest:
+    while steps < SHORT:
         later = mean_age(profile(rule, 2 * steps, every=every))
-        if age > 0 and math.isclose(age, later, rel_tol=tolerance):
+        if age > 0 and math.isclose(age, later, rel_tol=_UNCHANGED):
             return steps
         steps, age = 2 * steps, later
     return None

@@ -84,7 +84,7 @@ def _require_known(family: type[Rule], by: str) -> None:
 
 def _far_enough(family: type[Rule], like: Rule) -> Horizon:
     """So many steps that neither average remembers its start: e^-34 of it or less is left."""
-    where = None if family is Power else horizon(like, tolerance=1e-3)
+    where = None if family is Power else horizon(like)
     if where is None:
         grows = "a power average" if family is Power else like
         raise ValueError(
