@@ -46,7 +46,8 @@ class Described(NamedTuple):
 
 def described(data: bytes) -> Described:
     """The metadata in a pickle; raises `ValueError` for what is not metadata."""
-    top = _state(pickles.load(data, _KNOWN), _Metadata, "the top")
+    value, _ = pickles.load(data, _KNOWN)
+    top = _state(value, _Metadata, "the top")
     entries = _dictionary(top, "state_dict_metadata")
     specs: dict[str, TensorSpec] = {}
     chunks: dict[str, list[Box]] = {}

@@ -132,7 +132,7 @@ def _load_archive(region: _Region) -> Loaded:
         raise ValueError("an archive without data.pkl: torch.save did not write it")
     data = records["data.pkl"].content()
     objects = Objects(len(data), region.length)
-    value = pickles.load(data, objects.known(), objects.storage)
+    value, _ = pickles.load(data, objects.known(), objects.storage)
     for storage in objects.storages.values():
         record = records.get(f"data/{storage.key}")
         if record is None or record.nbytes != storage.nbytes:
@@ -210,7 +210,7 @@ class _Pickles:
             objects = Objects(len(self._data), self._region.length)
             known, storage = objects.known(), objects.storage
             try:
-                value, self.place = pickles.load_first(self._data, known, storage, self.place)
+                value, self.place = pickles.load(self._data, known, storage, self.place)
             except EOFError as error:
                 if len(self._data) == self._region.length:
                     raise ValueError(str(error)) from None
@@ -226,7 +226,7 @@ def _place_storages(
     for name in keys if isinstance(keys, list) else []:
         storage = storages.pop(name)
         label = f"storage {name[:100]!r}"
-        count = storage.nbytes // storage.itemsize
+        count = storage.nbytes // storage.dtype.itemsize
         begin = partial(_begin_counted, region, place, count, label)
         storage.span = FileSpan(region.file, label, begin, storage.nbytes)
         place += 8 + storage.nbytes

@@ -1,8 +1,8 @@
 """What the names in a pickle of torch.save mean: tensors on storages, and plain values.
 
-The tables at the end are all that is known. A tensor's claim is checked when the pickle is read: it
-must lie within its storage. All tensors together may not claim far more than the file holds, which
-tensors of stride 0 could.
+The tables at the end are all that is known. A tensor's claim is checked when the pickle is read: the
+tensor must lie within its storage, and all tensors together may not claim far more than the file holds,
+as tensors of stride 0 could.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Hashable, Mapping
 from math import prod
 from reprlib import repr as repr_of  # a short text of any value, however deep
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,25 +19,24 @@ from torch import Tensor
 from polyak._lazy import Elements, TensorSpec
 from polyak.checkpoints._open_file import FileSpan
 from polyak.checkpoints._pickles import (
+    LEAST_VALUES,
     Aside,
     Dictionary,
     Inert,
     Maker,
-    Persistent,
     Sealed,
     aside,
     key,
 )
 
 _LEAST_ROOM = 1 << 20
-_LEAST_VALUES = 1_000_000
 _REPEATS = 64  # tied weights are claimed once for every name they have
 _MOST = 1 << 60
 _DIMENSIONS = 64
 
 
 class Storage(Inert):
-    """A storage as a pickle describes it, and where it lies once that is known."""
+    """A storage as a pickle describes it, and its place in the file once that is known."""
 
     __slots__ = ("dtype", "key", "nbytes", "span")
 
@@ -46,10 +45,6 @@ class Storage(Inert):
         self.nbytes = nbytes
         self.dtype = dtype
         self.span: FileSpan
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
 
 
 class StoredTensor(Inert):
@@ -63,13 +58,13 @@ class StoredTensor(Inert):
         storage: Storage,
         offset: int,
         stride: tuple[int, ...],
-        flags: dict[str, bool],
+        flags: Mapping[str, bool],
     ) -> None:
         self.spec = spec
         self._storage = storage
         self._offset = offset
         self._stride = stride
-        self._flags = flags
+        self._flags = {name for name, is_set in flags.items() if is_set}
 
     def read(self) -> Tensor:
         """The tensor, a view of the file; its storage is compared with its checksum first."""
@@ -77,10 +72,9 @@ class StoredTensor(Inert):
         if self.spec.numel == 0:
             return torch.empty(shape, dtype=dtype)
         holds = TensorSpec((self._storage.nbytes // dtype.itemsize,), dtype)
-        flat = self._storage.span.tensor(holds)
-        tensor = flat.as_strided(shape, self._stride, self._offset)
-        tensor = tensor.conj() if self._flags.get("conj") else tensor
-        return torch._neg_view(tensor) if self._flags.get("neg") else tensor
+        tensor = self._storage.span.tensor(holds).as_strided(shape, self._stride, self._offset)
+        tensor = tensor.conj() if "conj" in self._flags else tensor
+        return torch._neg_view(tensor) if "neg" in self._flags else tensor
 
     def release(self) -> None:
         """Give back the pages of the storage."""
@@ -89,10 +83,11 @@ class StoredTensor(Inert):
 
     def elements(self) -> Elements | None:
         """The elements, if the tensor fills its storage row by row."""
+        shape, dtype = self.spec
+        layout = torch.empty_strided(shape, self._stride, dtype=dtype, device="meta")
         fills = self._offset == 0 and self.spec.nbytes == self._storage.nbytes > 0
-        if not fills or any(self._flags.values()) or not self._is_contiguous():
-            return None
-        return self._storage.span.elements(self.spec)
+        plain = fills and layout.is_contiguous() and not self._flags
+        return self._storage.span.elements(self.spec) if plain else None
 
     @property
     def identity(self) -> Hashable:
@@ -100,55 +95,25 @@ class StoredTensor(Inert):
         place = (id(self._storage), self._offset, self.spec, self._stride)
         return place if self.spec.numel else None
 
-    def _is_contiguous(self) -> bool:
-        count = 1
-        for size, stride in zip(reversed(self.spec.shape), reversed(self._stride), strict=True):
-            if size != 1 and stride != count:
-                return False
-            count *= size
-        return True
-
 
 class Objects:
-    """Makes the objects of one pickle of so many bytes; `room` bytes hold all storages."""
+    """Makes the objects of one pickle of `size` bytes; `room` bytes hold all storages."""
 
     def __init__(self, size: int, room: int) -> None:
         self.size = size
-        self._values = _LEAST_VALUES + 8 * size
+        self._values = LEAST_VALUES + 8 * size
         self._room = _LEAST_ROOM + _REPEATS * room
         self.storages: dict[str, Storage] = {}
 
     def known(self) -> dict[str, object]:
         """What each name means. It is not kept here: a cycle would hold the file until collected."""
-        rebuilt = _makers(self._tensor_makers())
-        of_kind = {_REBUILD_OF_KIND: self._tensor_of_kind(frozenset(rebuilt.values()))}
-        return {**KNOWN, **rebuilt, **_makers(self._makers()), **_makers(of_kind)}
-
-    def storage(self, persistent: Persistent) -> object:
-        """The storage that a pickle means."""
-        match persistent.identity:
-            case ("storage", kind, str(name), str(), int(count), *views):
-                if isinstance(kind, type) and issubclass(kind, Aside):
-                    return kind()
-                dtype = getattr(kind, "storage_dtype", None)
-                if dtype is not None and not any(views) and 0 <= count < _MOST:
-                    storage = Storage(name, count * dtype.itemsize, dtype)
-                    known = self.storages.setdefault(name, storage)
-                    if known.nbytes == storage.nbytes and known.dtype == dtype:
-                        return known
-        raise ValueError("a storage is described as torch.save never does")
-
-    def _tensor_makers(self) -> dict[str, Callable[..., object]]:
-        return {
+        values: dict[str, Callable[..., object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_of_dtype,
             "torch._utils._rebuild_parameter": _parameter,
             "torch._utils._rebuild_parameter_with_state": _parameter,
-        }
-
-    def _makers(self) -> dict[str, Callable[..., object]]:
-        return {
+            "torch._tensor._rebuild_from_type_v2": self._tensor_of_kind,
             "collections.OrderedDict": self._dictionary,
             "collections.Counter": self._dictionary,
             "collections.defaultdict": lambda _=None, *start: self._dictionary(*start),
@@ -158,22 +123,36 @@ class Objects:
             "_codecs.encode": self._encoded,
             "torch.Size": self._size,
         }
+        return {**KNOWN, **_makers(values)}
+
+    def storage(self, described: object) -> object:
+        """The storage that a pickle describes."""
+        match described:
+            case ("storage", kind, str(name), str(), int(count), *views):
+                if _is_aside(kind):
+                    return kind()
+                dtype = getattr(kind, "storage_dtype", None)
+                if dtype is not None and not any(views) and 0 <= count < _MOST:
+                    storage = Storage(name, count * dtype.itemsize, dtype)
+                    known = self.storages.setdefault(name, storage)
+                    if (known.nbytes, known.dtype) == (storage.nbytes, dtype):
+                        return known
+        raise ValueError("a storage is described as torch.save never does")
 
     def _limited(self, items: Any, *kinds: type) -> Any:
-        """Items that are copied; all copies together may not be far larger than the pickle."""
+        """Items to be copied; all copies together may not be far larger than the pickle."""
         if not isinstance(items, kinds or (list, tuple)):
             raise ValueError(f"the pickle makes an object of a {type(items).__name__}")
         limited: Any = items
         self._values -= len(limited)
         if self._values < 0:
-            raise ValueError("the same parts are repeated over and over")
+            raise ValueError("it repeats the same parts over and over")
         return limited
 
     def _dictionary(self, start: Any = ()) -> Dictionary:
         """From nothing, from pairs (Python 2) or from a dictionary; then items are set."""
         made = Dictionary()
-        for pair in self._limited(list(start.items()) if isinstance(start, dict) else start):
-            name, value = pair
+        for name, value in self._limited(list(start.items()) if isinstance(start, dict) else start):
             made[name] = value
         return made
 
@@ -192,10 +171,9 @@ class Objects:
         self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: Any = None
     ) -> object:
         """rest: [requires_grad, hooks[, flags]]"""
-        if isinstance(storage, Aside):
+        if _is_aside(type(storage)):
             return aside("a tensor of an unknown kind", tensor=True)(storage)
-        flags = rest[2] if len(rest) > 2 else {}
-        flags = {} if flags is None else flags
+        flags = (rest[2] if len(rest) > 2 else None) or {}
         if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
             raise ValueError("a tensor that is described as torch.save never does")
         if not isinstance(flags, dict) or set(flags) - {"conj", "neg"}:
@@ -204,35 +182,35 @@ class Objects:
         holds = storage.nbytes // dtype.itemsize
         if not _within(holds, offset, shape, stride):
             raise ValueError(
-                f"a tensor of shape {repr_of(shape)} with stride {repr_of(stride)} from {repr_of(offset)} on "
-                f"lies outside its storage of {holds} elements"
+                f"a tensor of shape {repr_of(shape)} with stride {repr_of(stride)} from "
+                f"{repr_of(offset)} on lies outside its storage of {holds} elements"
             )
         spec = TensorSpec(tuple(shape), dtype)
         self._room -= spec.nbytes
         if self._room < 0:
             raise ValueError("the tensors claim far more than the file holds")
-        return StoredTensor(spec, storage, offset, stride, dict(flags))
+        return StoredTensor(spec, storage, offset, stride, flags)
 
     def _tensor_of_dtype(self, *arguments: Any) -> object:
         """(storage, offset, shape, stride, requires_grad, hooks, dtype[, flags])"""
         *first, dtype = arguments[:7]
         return self._tensor(*first, *arguments[7:], dtype=dtype)
 
-    def _tensor_of_kind(self, makers: frozenset[Maker]) -> Callable[..., object]:
+    def _tensor_of_kind(self, function: Any, kind: Any, arguments: Any, *_: object) -> object:
         """(function, type, arguments, state); a tensor's attributes are left out."""
-
-        def make(function: Any, kind: Any, arguments: Any, *_: object) -> object:
-            if isinstance(kind, type) and issubclass(kind, Aside):
-                return kind(function, arguments)
-            if kind not in _TENSORS.values() or function not in makers:
-                return aside("a tensor of an unknown kind", tensor=True)(function, arguments)
+        if _is_aside(kind):
+            return kind(function, arguments)
+        if kind in _TENSORS.values() and str(getattr(function, "name", "")).startswith(_REBUILD):
             return function(*arguments)
-
-        return make
+        return aside("a tensor of an unknown kind", tensor=True)(function, arguments)
 
 
 def _makers(functions: Mapping[str, Callable[..., object]]) -> dict[str, Maker]:
     return {name: Maker(name, function) for name, function in functions.items()}
+
+
+def _is_aside(kind: object) -> TypeGuard[type[Aside]]:
+    return isinstance(kind, type) and issubclass(kind, Aside)
 
 
 def _within(holds: int, offset: Any, shape: Any, stride: Any) -> bool:
@@ -265,20 +243,15 @@ def _empty_bytes(*arguments: object) -> bytes:
 
 
 def _object_of(kind: Any, *arguments: Any) -> object:
-    """Helpers that make an object of the class that is their first argument."""
-    is_aside = isinstance(kind, type) and issubclass(kind, Aside)
-    return (kind if is_aside else aside("an object"))(*arguments)
-
-
-def _complex(real: Any, imaginary: Any) -> complex:
-    return complex(float(real), float(imaginary))
+    """A helper of pickles, which makes an object of the class that is its first argument."""
+    return (kind if _is_aside(kind) else aside("an object"))(*arguments)
 
 
 def _layout(name: object) -> object:
     return torch.strided if name == "torch.strided" else aside("torch.layout")(name)
 
 
-class _NumpyDtype(metaclass=Sealed):
+class _NumpyDtype(Inert):
     """(code, False, True), then a state whose second part is the byte order."""
 
     __slots__ = ("format",)
@@ -295,6 +268,11 @@ def _numpy_scalar(dtype: Any, content: Any = None) -> object:
     if not isinstance(dtype, _NumpyDtype) or dtype.format is None or type(content) is not bytes:
         return aside("numpy.generic")(dtype, content)
     return struct.unpack(f"<{dtype.format}", content)[0]
+
+
+def _named(name: str, **attributes: object) -> type:
+    """A class that a pickle can name, but of which it can make nothing."""
+    return Sealed(name.rpartition(".")[2], (), {"__slots__": (), "name": name, **attributes})
 
 
 _NUMPY = {
@@ -321,24 +299,15 @@ _STORAGES = {
     "torch.ComplexDoubleStorage": torch.complex128, "torch.ComplexFloatStorage": torch.complex64,
     "torch.storage.UntypedStorage": torch.uint8,
 }  # fmt: skip
-
-
-def _named(name: str, **attributes: object) -> type:
-    """A class that a pickle can name, but of which it can make nothing."""
-    return Sealed(name.rpartition(".")[2], (), {"__slots__": (), "name": name, **attributes})
-
-
 _TENSORS = {name: _named(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
+_REBUILD = "torch._utils._rebuild_"
 _STRANGE = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without content",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor of another class",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
-}
-_REBUILD_OF_KIND = "torch._tensor._rebuild_from_type_v2"
+    "sparse_tensor": "a sparse tensor", "qtensor": "a quantized tensor",
+    "nested_tensor": "a nested tensor", "meta_tensor_no_storage": "a tensor without content",
+    "wrapper_subclass": "a tensor of another class",
+    "device_tensor_from_numpy": "a tensor of another device",
+    "device_tensor_from_cpu_tensor": "a tensor of another device",
+}  # fmt: skip
 _OF_A_CLASS = (
     "builtins.getattr", "copyreg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
@@ -347,14 +316,14 @@ KNOWN: dict[str, object] = {
     **DTYPES,
     **_TENSORS,
     **{name: _named(name, storage_dtype=dtype) for name, dtype in _STORAGES.items()},
-    **{name: aside(what, tensor=True) for name, what in _STRANGE.items()},
+    **{_REBUILD + name: aside(what, tensor=True) for name, what in _STRANGE.items()},
+    **_makers(dict.fromkeys(_OF_A_CLASS, _object_of)),
     "numpy.dtype": _NumpyDtype,
     "numpy.core.numeric._frombuffer": aside("numpy.ndarray"),
     "numpy._core.numeric._frombuffer": aside("numpy.ndarray"),
-    **_makers(dict.fromkeys(_OF_A_CLASS, _object_of)),
     **_makers({
         "builtins.bytes": _empty_bytes,
-        "builtins.complex": _complex,
+        "builtins.complex": lambda real, imaginary: complex(float(real), float(imaginary)),
         "torch.device": torch.device,
         "torch.serialization._get_layout": _layout,
         "numpy.core.multiarray.scalar": _numpy_scalar,
