@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from polyak._lazy import TensorSpec
-from polyak._ranks.agreement import agree, chosen, first, gathered, is_first, together
+from polyak._ranks.agreement import first, gathered, is_first, together
 from polyak._ranks.shard_geometry import (
     Box,
     box_at,
@@ -33,8 +33,8 @@ from polyak._ranks.shard_geometry import (
     windows,
 )
 from polyak._ranks.sharding import is_distributed, local
-from polyak.checkpoints._tensorfile import Layout, as_bytes, content, layout, narrowed
-from polyak.checkpoints._weight_files import METADATA, Begun, SharedFile, arranged, begin, totalled
+from polyak.checkpoints._tensorfile import Layout, as_bytes, content, narrowed
+from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, totalled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -81,33 +81,26 @@ def write_together(
     Raises on all ranks: what that `write` raises, and `ValueError` if ranks disagree; then everything is
     as it was before.
     """
-    out = Path(out)
+    specs = {name: each.form for name, each in spreads.items()}
     with together(_CALL, group):
-        specs = {name: each.form for name, each in spreads.items()}
-        within = arranged(out, specs, shard_bytes)
-        layouts = [layout(held, METADATA) for held in within.values()]
         shares = {name: _share(name, each, group) for name, each in spreads.items()}
-    # Before anything is written: ranks with other tensors would wait for messages that never come.
-    agree(
-        _CALL,
-        {"path": str(out), "what is exported": f"{told}, shard_bytes={shard_bytes}"}
-        | _described(spreads),
-        group,
-        "export the same average from all ranks that share it (`group=`)",
-    )
     total = sum(form.nbytes for form in specs.values())
     add = totalled(progress if is_first(group) else None, total)
-    with ExitStack() as stack:
-        begun = chosen(
-            _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
-        )
+    with begun_files(
+        _CALL,
+        Path(out),
+        specs,
+        {"what is exported": told} | _described(spreads),
+        "export the same average from all ranks that share it (`group=`)",
+        group=group,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    ) as begun:
         # If one rank does not see the files, all parts go through the first rank: all decide alike.
         seen = all(gathered(os.access(begun[0].path, os.W_OK), group))
         ranks = _Ranks(spreads, shares, read, add or (lambda _: None), seen, group)
-        for each, of_file in zip(begun, layouts, strict=True):
-            ranks.fill(each, of_file)
-        with together(_CALL, group):
-            stack.close()
+        for each in begun:
+            ranks.fill(each)
 
 
 def _share(name: str, spread: Spread, group: ProcessGroup | None) -> Box:
@@ -146,8 +139,9 @@ class _Ranks:
     seen: bool
     group: ProcessGroup | None
 
-    def fill(self, begun: Begun, layout: Layout) -> None:
+    def fill(self, begun: Begun) -> None:
         """Write the content of one file."""
+        layout = begun.layout
         direct = [name for name in layout.starts if self._is_written_by_all(name)]
         with ExitStack() as stack:
             file: SharedFile | None = None

@@ -1,22 +1,26 @@
 """Files of weights, laid out as Hugging Face does: one safetensors file, or a folder of them with an index.
 
-One process writes them (`write`), or the first rank begins them and all ranks fill them (`begin`).
+One process writes them (`write`), or the first rank begins them and all ranks fill them (`begun_files`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from polyak import _files as files
 from polyak._checks import is_integer, require
 from polyak._lazy import TensorSpec
+from polyak._ranks.agreement import agree, chosen, together
 from polyak.checkpoints import _tensorfile as tensorfile
-from polyak.checkpoints._tensorfile import Layout, Pieces
+from polyak.checkpoints._tensorfile import Layout, Pieces, layout
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _SUFFIX = ".safetensors"
 METADATA = {"format": "pt"}  # transformers takes no file without it
@@ -79,34 +83,69 @@ def totalled(
 
 
 class Begun(NamedTuple):
-    """A hidden file that ranks fill, and the path that it will have."""
+    """A hidden file that ranks fill, the path that it will have, and its layout."""
 
     path: str
     name: str
+    layout: Layout
 
 
-def begin(
+@contextmanager
+def begun_files(
+    call: str,
+    out: Path,
+    specs: Mapping[str, TensorSpec],
+    told: Mapping[str, object],
+    remedy: str,
+    *,
+    group: ProcessGroup | None,
+    shard_bytes: int | None,
+    overwrite: bool,
+) -> Iterator[list[Begun]]:
+    """Begin files for all ranks of a group to fill; they appear when the block ends on all of them.
+
+    Collective. An error of the block must be raised on all ranks. `told` is name -> what must be equal on
+    all ranks, the path and `shard_bytes` besides.
+
+    Raises on all ranks: what `write` raises, and `ValueError` if ranks disagree.
+    """
+    with together(call, group):
+        layouts = [layout(held, METADATA) for held in arranged(out, specs, shard_bytes).values()]
+    # Before anything is written: ranks with other tensors would wait for messages that never come.
+    options = {"path": str(out), "shard_bytes": shard_bytes, **told}
+    agree(call, options, group, remedy)
+    with ExitStack() as stack:
+        paths = chosen(
+            call, lambda: _begin(stack, out, specs, layouts, shard_bytes, overwrite), group
+        )
+        yield [Begun(*both, of_file) for both, of_file in zip(paths, layouts, strict=True)]
+        with together(call, group):
+            stack.close()
+
+
+def _begin(
     stack: ExitStack,
     out: Path,
-    within: Mapping[str, Mapping[str, TensorSpec]],
+    specs: Mapping[str, TensorSpec],
     layouts: list[Layout],
     shard_bytes: int | None,
     overwrite: bool,
-) -> list[Begun]:
-    """Make hidden files with their headers and sizes. They appear, filled, when the stack is closed."""
+) -> list[tuple[str, str]]:
+    """Make hidden files with their headers and sizes; each one's path, and the path that it will have."""
     out = out.absolute()  # other ranks may have another working folder
     if shard_bytes is None:
         file = stack.enter_context(files.writing(out, overwrite=overwrite))
-        begun = [Begun(file.name, str(out))]
+        paths = [(file.name, str(out))]
     else:
         folder = stack.enter_context(files.writing_folder(out, overwrite=overwrite))
-        begun = [Begun(str(folder / name), str(out / name)) for name in within]
+        within = arranged(out, specs, shard_bytes)
+        paths = [(str(folder / name), str(out / name)) for name in within]
         (folder / _INDEX).write_text(_index(within))
-    for each, of_file in zip(begun, layouts, strict=True):
-        with files.naming(Path(each.name), each.path):
-            Path(each.path).write_bytes(of_file.header)
-            os.truncate(each.path, of_file.nbytes)
-    return begun
+    for (path, name), of_file in zip(paths, layouts, strict=True):
+        with files.naming(Path(name), path):
+            Path(path).write_bytes(of_file.header)
+            os.truncate(path, of_file.nbytes)
+    return paths
 
 
 class SharedFile:

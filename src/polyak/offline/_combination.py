@@ -7,7 +7,6 @@ cache. So models may be larger than the memory, and files may be many.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,10 +20,10 @@ from polyak import norms
 from polyak._checks import difference, report, require
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
-from polyak._ranks.agreement import agree, chosen, together
+from polyak._ranks.agreement import together
 from polyak.checkpoints._checkpoint import Weights
-from polyak.checkpoints._tensorfile import Layout, content, layout
-from polyak.checkpoints._weight_files import METADATA, Begun, SharedFile, arranged, begin, write
+from polyak.checkpoints._tensorfile import content
+from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
 from polyak.offline._summation import Summand, Summation, Threads
 
 if TYPE_CHECKING:
@@ -172,28 +171,29 @@ class Combination(LazyTensors):
 
         The ranks wait for each other only at the beginning and at the end.
         """
-        with together(_CALL, group):
-            within = arranged(out, self.specs, shard_bytes)
-            layouts = [layout(of_file, METADATA) for of_file in within.values()]
         described = {name: f"{spec.shape} {spec.dtype}" for name, spec in self.specs.items()}
-        options = {**self._terms_told, "shard_bytes": shard_bytes, **described}
-        agree(_CALL, options, group, "give all ranks the same files and options")
-        with ExitStack() as stack:
-            files = chosen(
-                _CALL, lambda: begin(stack, out, within, layouts, shard_bytes, overwrite), group
-            )
-            with together(_CALL, group):
-                own = _divided(self.specs, dist.get_world_size(group))[dist.get_rank(group)]
-                for file, of_file in zip(files, layouts, strict=True):
-                    self._fill(file, of_file, [name for name in of_file.starts if name in own])
-            with together(_CALL, group):
-                stack.close()
+        with (
+            begun_files(
+                _CALL,
+                out,
+                self.specs,
+                {**self._terms_told, **described},
+                "give all ranks the same files and options",
+                group=group,
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+            ) as begun,
+            together(_CALL, group),
+        ):
+            own = _divided(self.specs, dist.get_world_size(group))[dist.get_rank(group)]
+            for each in begun:
+                self._fill(each, [name for name in each.layout.starts if name in own])
 
-    def _fill(self, begun: Begun, layout: Layout, names: Iterable[str]) -> None:
+    def _fill(self, begun: Begun, names: Iterable[str]) -> None:
         """Write some tensors of a file at their places."""
         with SharedFile(begun) as file:
             for name in names:
-                start = layout.starts[name]
+                start = begun.layout.starts[name]
                 for piece in self.pieces(name):
                     data = content(piece)
                     file.write(data, start)
