@@ -121,3 +121,24 @@ def test_of_several_each_is_a_tensor_of_its_own(kind: str) -> None:
     model = {name: WRAPPERS[kind]() for name in "abc"} | {"w": torch.ones(2)}
     averager = Averager(model, "uniform()", select="w")
     assert len(averager.tracked) == 4
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_what_comes_later_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    """As when a model is quantized while it is averaged: nothing moves, and nothing is written."""
+    model = Model(torch.zeros(3))
+    averager = Averager(model, "exponential(0.5)")
+    averager.update()
+    plain, model.base = model.base, nn.Parameter(WRAPPERS[kind](), requires_grad=False)
+    calls: list[Callable[[], object]] = [
+        averager.update,
+        averager.average,
+        lambda: polyak.save(tmp_path / "it", averager),
+        lambda: checkpoints.export(tmp_path / "it.safetensors", averager),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"base is a .*__torch_dispatch__"):
+            call()
+    assert list(tmp_path.iterdir()) == [] and averager.count == 1
+    model.base = plain
+    assert torch.equal(averager.average()["base"], torch.zeros(3))
