@@ -177,7 +177,7 @@ def test_a_rank_file_of_another_save_is_refused(
         polyak.load(torn / key, averager(place))
         shutil.copy(place / kind / f"__{rank}_0.distcp", torn)
         whole = averager(place)
-        with pytest.raises(ValueError, match=r"file is of another save than|lies outside|damaged"):
+        with pytest.raises(ValueError, match=r"belongs to another save than|lies outside|damaged"):
             polyak.load(torn / key, whole)
         assert whole.count == 0
 
