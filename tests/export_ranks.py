@@ -347,7 +347,7 @@ def errors_are_raised_on_all() -> None:
         )
         with raises(ValueError, *told):
             export(place / "a.safetensors", averager, dtype=[torch.float64, None][rank == 0])
-        with raises(ValueError, "what is exported", "shard_bytes=7"):
+        with raises(ValueError, "do not agree", "shard_bytes: 7, wanted 8"):
             export(place / "many", averager, shard_bytes=[7, 8][rank == 0])
         if rank == 0:
             averager.update()
