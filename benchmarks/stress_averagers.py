@@ -216,7 +216,7 @@ class Subject:
             for name, average in averager._averages.items()
         }
         updating = averager._updating
-        clock = updating._calls, updating._elapsed, updating.skipped
+        clock = *updating._since, updating.skipped
         return averages, clock, list(map(bits, updating.copies))
 
     def read(self, name: str, live: Vector) -> Vector:
@@ -302,7 +302,8 @@ class Subject:
     def check_clock(self) -> None:
         """The law of the clock: updates, and calls and time since the last."""
         tick, updating = self.averager.clock, self.averager._updating
-        seen = tick.n, round(tick.t, 6), updating._calls, round(updating._elapsed, 6)
+        calls, elapsed = updating._since
+        seen = tick.n, round(tick.t, 6), calls, round(elapsed, 6)
         h = self.history
         wanted = len(h.times), round(sum(h.times), 6), h.calls, round(h.elapsed, 6)
         if seen != wanted:

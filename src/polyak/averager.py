@@ -28,7 +28,7 @@ from polyak._engine.policies import Buffers, Choose, Select
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
 from polyak._engine.slots import Average
-from polyak._engine.states import STATE_FORMAT, State, checked
+from polyak._engine.states import STATE_FORMAT, State, checked, set_together
 from polyak._engine.summary import Summary, summarise
 from polyak._engine.swap import Applied, Lender
 from polyak._engine.tracking import Source, Tracked, track
@@ -358,11 +358,13 @@ class Averager:
         checked before anything is changed. Raises `ValueError` that lists what differs.
         """
         new = self._checked(state)
-        for name, average in self._averages.items():
-            held = new.averages[name]
-            average.take(self._live, held.tick, held.slots)
-        self._updating.take(new.calls, new.elapsed, new.skipped, new.copies)
-        self.run, self.mixed = new.run, new.mixed
+        changes: list[tuple[object, dict[str, object]]] = [
+            (average, average.taken(self._live, held.tick, held.slots))
+            for average, held in zip(self._averages.values(), new.averages.values(), strict=True)
+        ]
+        updating = self._updating.taken(new.calls, new.elapsed, new.skipped, new.copies)
+        own: dict[str, object] = {"run": new.run, "mixed": new.mixed}
+        set_together([*changes, (self._updating, updating), (self, own)])
 
     @lending.in_turn
     def check_state(self, state: Mapping[str, Any]) -> None:

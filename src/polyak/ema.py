@@ -136,18 +136,21 @@ class EMA(nn.Module):
 
         Raises `RuntimeError` if the model's tensors are not those of the start.
         """
-        self._calls += 1
-        self.step.fill_(self._calls)
-        if (self._calls - 1) % self.update_every:
-            return
+        calls = self._calls + 1
+        if (calls - 1) % self.update_every == 0:
+            self._update(calls)
+        self._calls = calls
+        self.step.fill_(calls)
+
+    def _update(self, calls: int) -> None:
         groups = self._follow()
-        copies = self._calls <= self.rule.update_after_step + 1
+        copies = calls <= self.rule.update_after_step + 1
         if copies or not self._initted:
             self._copy("skip")
         if not copies and not self._initted:
             self._initted = True
             self.initted.fill_(1.0)
-        elapsed = self._calls - self._average.tick.t
+        elapsed = calls - self._average.tick.t
         move_(groups, self._average.advance(self._live, elapsed), stages=self._live.stages)
         self._finish()
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyak._checks import difference, report
 from polyak._engine import lending
 from polyak._engine.inventory import Inventory
-from polyak._engine.tracking import Choice, Entry, Found, Policy, Source, Table, Tracked, track
-from polyak._ranks.sharding import Shape, Shards, is_distributed, reshard
+from polyak._engine.tracking import Choice, Found, Source, Tracked, track
+from polyak._engine.watch import FORM, Watch
+from polyak._ranks.sharding import Shape, is_distributed, reshard
 from polyak._tensors import Groups, Kind, Stages, kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_END = {None: None}.values()  # without it, an entry added behind the last would not be seen
+Form = tuple[Shape | str, ...]
+"""What must stay of a tensor: its shape and its policy, and whether it is complex."""
 
 
 class ModelTensors:
@@ -32,6 +34,16 @@ class ModelTensors:
     replaced or moved, so that callers know when to group their own tensors anew.
     """
 
+    tracked: list[Tracked]
+    averaged: list[Tracked]
+    copied: list[Tracked]
+    indices: list[list[int]]
+    streams: list[str]
+    stages: Stages
+    _groups: Groups
+    _watch: Watch
+    _inventory: Inventory
+
     def __init__(
         self,
         model: Source,
@@ -43,7 +55,9 @@ class ModelTensors:
         self._model = model
         self._options = (choice, mesh)
         self.generation = 0
-        self._forms: dict[str, tuple[Shape, Policy]] = {} if like is None else like._forms
+        self.suspect = ""
+        """Why averages of these tensors may be wrong."""
+        self._forms: dict[str, Form] = {} if like is None else like._forms
         self.reshard()
         found = self._look()
         if like is None:
@@ -59,7 +73,7 @@ class ModelTensors:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of: all that is not found again by looking."""
-        kept = ("_model", "_options", "_forms", "_ties", "_order", "generation")
+        kept = ("_model", "_options", "_forms", "_ties", "_order", "generation", "suspect")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,36 +95,39 @@ class ModelTensors:
     def current(self, call: str) -> Groups:
         """The averaged weights as the model has them, in groups of one dtype and device.
 
-        Replaced tensors, modules, and dictionaries of modules are noticed here. A tensor that was
-        moved in place (`.to`) is noticed by the first of its group, since models move as a whole;
-        any other is still averaged rightly.
+        What `Watch` does not notice of tensors that moved is still averaged rightly.
         """
         if not self.unchanged():
             self.check(call)
         return self._groups
 
     def unchanged(self) -> bool:
-        """Whether `averaged` are the tensors that were found last, as `current` notices it."""
+        """Whether `averaged` are the tensors that were found last, as far as an update looks.
+
+        Objects are compared by identity; what `Watch` says of tensors that change in place holds.
+        """
+        watch = self._watch
+        tensors, forms = next(watch.parts)
         return (
-            all(map(operator.is_, chain.from_iterable(self._views), self._seen))
+            all(map(operator.is_, chain.from_iterable(watch.views), watch.seen))
+            and list(map(FORM, tensors)) == forms
             and not self._replaced()
-            and list(map(kind, self._firsts)) == self._kinds
-            and (self._shards is None or self._shards.unmoved())
+            and (watch.shards is None or watch.shards.unmoved())
         )
 
     def _replaced(self) -> bool:
-        """Whether a module has another table than the one looked at: weights in the old are dead.
+        """Whether a module has another table than it had: weights in the old one are dead.
 
         `__setstate__`, `__dict__.update` and who assigns a table replace it.
         """
         # Plain loops: each step is half the price of a call of `map(operator.attrgetter(...))`.
-        for module, table in self._parameters:
+        for module, table in self._watch.parameters:
             if module._parameters is not table:
                 return True
-        for module, table in self._buffers:
+        for module, table in self._watch.buffers:
             if module._buffers is not table:
                 return True
-        for module, table in self._families:  # noqa: SIM110
+        for module, table in self._watch.families:  # noqa: SIM110
             if module._modules is not table:
                 return True
         return False
@@ -134,13 +151,23 @@ class ModelTensors:
         try:
             found = self._look()
         except ValueError as error:
+            self._suspect()
             raise RuntimeError(report(f"{call}: the model has changed", [str(error)])) from error
         if lines := self._changes(found.tracked):
+            self._suspect()
             if any(is_distributed(item.found()) for item in found.tracked):
                 lines.append("shard the model (fully_shard, parallelize_module) before")
             title = f"{call}: not the tensors that the averager was made with"
             raise RuntimeError(report(title, lines))
         self._adopt(found)
+
+    def _suspect(self) -> None:
+        """Marks averages that may hold tensors of another shape, which updates have overlooked."""
+        if names := self._watch.overlooked():
+            self.suspect = (
+                f"{names} got another shape or dtype in place (.data, resize_, set_), and earlier updates may "
+                "have averaged that"
+            )
 
     def reshard(self) -> None:
         """Lets a sharded model carry its shards, which a forward pass may have put aside."""
@@ -161,44 +188,26 @@ class ModelTensors:
 
     def _adopt(self, found: Found) -> None:
         by_name = {item.name: item for item in found.tracked}
-        self.tracked = [by_name[name] for name in self._order]
-        self.averaged = [item for item in self.tracked if item.policy == "average"]
-        self.copied = [item for item in self.tracked if item.policy == "copy"]
-        self._watch(found.modules)
-        self._inventory = Inventory(found.modules)
-        whole = [item.found() for item in self.averaged]
-        divided = [item.found() for item in self.averaged if item.mesh is not None]
-        spread = bool(divided) or any(map(is_distributed, whole))
-        self._shards = Shards(whole, divided) if spread else None
+        tracked = [by_name[name] for name in self._order]
+        averaged = [item for item in tracked if item.policy == "average"]
+        here = [item.local() for item in averaged]
         indices: dict[tuple[Kind, str], list[int]] = {}
-        here = [item.local() for item in self.averaged]
-        for i, (item, tensor) in enumerate(zip(self.averaged, here, strict=True)):
-            indices.setdefault((kind(tensor), item.stream() if spread else ""), []).append(i)
-        self._kinds = [each for each, _ in indices]
-        self.streams = [f"{dtype} {each}" for (dtype, _), each in indices]
-        self.indices = list(indices.values())
-        self.stages = Stages()
-        self._groups = self.group(here)
-        self._firsts = [group[0] for group in self._groups]
-        self.generation += 1
-
-    def _watch(self, modules: Sequence[nn.Module]) -> None:
-        """Notes all that must stay the same objects: tensors, modules, and the tables of modules."""
-        entries = [entry for item in self.averaged for entry in item.entries]
-        self._parameters = _tables(entries, "_parameters")
-        self._buffers = _tables(entries, "_buffers")
-        self._families = [(module, module._modules) for module in modules if module._modules]
-        tables: list[Mapping[str, object]] = [] if modules else [cast(Any, self._model)]
-        for watched in (self._parameters, self._buffers, self._families):
-            tables += [table for _, table in watched]
-        self._views = [*(table.values() for table in tables), _END]
-        self._seen = list(chain.from_iterable(self._views))
-
-
-def _tables(entries: Iterable[Entry], table: Table) -> list[tuple[nn.Module, Mapping[str, object]]]:
-    """The modules that hold entries in one of their tables, each once, with that table."""
-    owners = {id(entry.owner): entry.owner for entry in entries if entry.table == table}
-    return [(cast(nn.Module, owner), getattr(owner, table)) for owner in owners.values()]
+        for i, (item, tensor) in enumerate(zip(averaged, here, strict=True)):
+            indices.setdefault((kind(tensor), item.stream()), []).append(i)
+        groups = [[here[i] for i in each] for each in indices.values()]
+        new = {
+            "tracked": tracked,
+            "averaged": averaged,
+            "copied": [item for item in tracked if item.policy == "copy"],
+            "indices": list(indices.values()),
+            "streams": [f"{dtype} {each}" for (dtype, _), each in indices],
+            "stages": Stages(),
+            "generation": self.generation + 1,
+            "_groups": groups,
+            "_watch": Watch(self._model, averaged, found.modules, groups),
+            "_inventory": Inventory(found.modules),
+        }
+        vars(self).update(new)  # in one step, in which no signal handler can raise
 
 
 def _require_averaged(tracked: Sequence[Tracked]) -> None:
@@ -217,12 +226,16 @@ def _by_known_name(item: Tracked, known: Container[str]) -> Tracked:
     return item._replace(entries=tuple(entries))
 
 
-def _forms(tracked: Sequence[Tracked]) -> dict[str, tuple[Shape, Policy]]:
+def _forms(tracked: Sequence[Tracked]) -> dict[str, Form]:
     """name -> shape and policy of every tensor, those left to the model by their name alone."""
-    return {
-        item.name: ((), "skip") if item.policy == "skip" else (item.shape(), item.policy)
-        for item in tracked
-    }
+    return {item.name: _form(item) for item in tracked}
+
+
+def _form(item: Tracked) -> Form:
+    if item.policy == "skip":
+        return (), "skip"
+    form = item.shape(), item.policy
+    return (*form, "complex") if item.found().is_complex() else form
 
 
 def _ties(tracked: Sequence[Tracked]) -> dict[str, str]:

@@ -40,6 +40,12 @@ def identity(tensor: Tensor) -> Hashable:
     return part.device, start, *kept, layout, strides
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a tensor has elements and no memory for them, as while a framework keeps them away."""
+    gone = _address(tensor) is None and tensor.numel() > 0
+    return gone and tensor.untyped_storage().nbytes() == 0
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor are one place in memory, as in an expanded one."""
     if tensor.is_contiguous():

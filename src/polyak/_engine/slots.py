@@ -149,6 +149,10 @@ class Average:
         self.slots: dict[str, list[Tensor]] = {}
         self.spoilt = ""
         self.lent = False
+        self.moving = False
+        """Whether an update is under way."""
+        self.torn: dict[str, str] = {}
+        """Slots of which an update has moved a part, and why it stopped."""
         self._dtype = dtype
         self._device = device
         self._compensated = rounding == "compensated"
@@ -160,6 +164,7 @@ class Average:
 
     def advance(self, live: ModelTensors, elapsed: float) -> list[Move]:
         """Advances the clock; returns the slots that the rule now moves, in groups, and how far."""
+        self.moving = True  # until the slots have moved too, a signal handler must not read them
         fractions: Mapping[str, float]
         if self.tick.n < CHECKED:
             self.tick, fractions = checked_update(self.rule, self.tick, elapsed, self.slots)
@@ -170,6 +175,17 @@ class Average:
         for slot, fraction in fractions.items():
             moves.append(self.move(live, slot, fraction))
         return moves
+
+    def tear(self, tick: Tick, error: BaseException) -> None:
+        """Marks the slots that moved at a tick: they are no average until they are copied."""
+        reason = f"An update stopped halfway ({type(error).__name__}: {error})"
+        moved = {slot for slot, fraction in self.rule.fractions(tick).items() if fraction != 0}
+        self.torn |= dict.fromkeys(moved, reason)
+
+    def mend(self) -> None:
+        """Takes the mark off the slots that the last tick has copied."""
+        copied = {slot for slot, f in self.rule.fractions(self.tick).items() if f == 1}
+        self.torn = {slot: reason for slot, reason in self.torn.items() if slot not in copied}
 
     def move(self, live: ModelTensors, slot: str, fraction: float) -> Move:
         """A slot's move with this average's rounding. The first one is a copy and allocates the slot."""
@@ -256,17 +272,19 @@ class Average:
 
     def require_usable(self, call: str) -> None:
         """Raises `RuntimeError` if there is no average yet, or none any more."""
+        self.refuse_spoilt(call)
         if self.tick.n == 0:
             raise RuntimeError(
                 f"{call}: there is no average before the first update; call update() after each "
                 "optimizer step"
             )
-        self.refuse_spoilt(call)
 
     def refuse_spoilt(self, call: str) -> None:
-        """Raises `RuntimeError` if a block has spoilt the average."""
-        if self.spoilt:
-            raise RuntimeError(f"{call}: load a saved state first. {self.spoilt}")
+        """Raises `RuntimeError` if a block or an update has spoilt the average, or is moving it."""
+        if self.moving:
+            raise RuntimeError(f"{call}: an update is under way, and its slots have half moved")
+        for reason in filter(None, (self.spoilt, *self.torn.values())):
+            raise RuntimeError(f"{call}: load a saved state first. {reason}")
 
     def lone_slot(self) -> list[Tensor] | None:
         """The slot that equals the average, if there is one."""
@@ -298,16 +316,17 @@ class Average:
         return self._with_residues(set(self.rule.readout(tick)) - {LIVE} if tick.n else set())
 
     @torch.no_grad()
-    def take(
+    def taken(
         self, live: ModelTensors, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
-        """Takes over a clock, and copies of slots; the caller has checked them."""
+    ) -> dict[str, object]:
+        """The attributes of this average with a clock, and copies of slots, that were checked."""
         filled = {}
         for slot, held in slots.items():
             dtypes = [held[item.name].dtype for item in live.averaged]
             filled[slot] = self._empty(live, dtypes)
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
-        self.tick, self.slots, self._grouped, self.spoilt = tick, filled, {}, ""
+        fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}}
+        return {"tick": tick, "slots": filled, **fresh}
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
         """Uses tensors that belong to another object (a module) as the tensors of a slot."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,12 @@ def checked(state: object, live: ModelTensors, averages: Mapping[str, Average]) 
     )
 
 
+def set_together(changes: Sequence[tuple[object, dict[str, object]]]) -> None:
+    """Sets attributes of several objects in one step, in which no signal handler can raise."""
+    owners, attributes = zip(*changes, strict=True)
+    deque(map(dict.update, map(vars, owners), attributes), maxlen=0)
+
+
 def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]) -> None:
     fields = ("rule", "tick", "slots")
     got = {name: _mapping(data, f"average {name!r}", fields)["rule"] for name, data in held.items()}
@@ -93,9 +100,14 @@ def _average(
 
 
 def _copies(data: object, live: ModelTensors, *, begun: bool) -> dict[str, Tensor]:
+    """Copied tensors; floating-point ones may have another dtype, as the model may have moved since."""
     copies = dict(_mapping(data, "copies"))
     if copies or begun:
         forms = {item.name: (item.shape(), item.local().dtype) for item in live.copied}
+        for name, (held, dtype) in forms.items():
+            got = getattr(copies.get(name), "dtype", None)
+            if got is not None and got.is_floating_point and dtype.is_floating_point:
+                forms[name] = held, got
         _require_forms(forms, copies, "copies")
     return {name: local(tensor) for name, tensor in copies.items()}
 

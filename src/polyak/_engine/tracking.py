@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from polyak._engine.memory import identity, overlap, overlaps_itself
+from polyak._engine.memory import identity, is_freed, overlap, overlaps_itself
 from polyak._ranks.sharding import (
     Shape,
     is_distributed,
@@ -269,6 +269,11 @@ def _refuse_strange(name: str, found: Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}, wanted torch.strided")
+    if is_freed(tensor):
+        raise ValueError(
+            f"{name} has no memory: its storage was freed (resize_(0)); make the average, and update "
+            "it, while the weights are there"
+        )
 
 
 def _divided(item: Tracked, tensor: Tensor, policy: Policy, mesh: DeviceMesh | None) -> bool:

@@ -24,6 +24,10 @@ from polyak.rules import Tick
 
 Nonfinite = Literal["allow", "skip", "error"]
 _TICK = attrgetter("tick")
+_START = 0, 0.0
+
+
+Written = tuple[int, ...]
 
 
 class _Moment(NamedTuple):
@@ -64,7 +68,8 @@ class Updating:
         self._averages = averages
         self._nonfinite = nonfinite
         self._device = device
-        self._calls, self._elapsed = 0, 0.0
+        self._since = _START
+        """Calls and time since the last update; one object, so that a signal finds both or neither."""
         self._pending: _Pending | None = None
         self._courier: Courier | None = None
         self._generation = -1
@@ -74,17 +79,17 @@ class Updating:
         if self._pending is not None:
             self._hear()
         groups = self._live.groups()
-        before = self._moment()
+        calls, time = self._since[0] + 1, self._since[1] + elapsed
         if found_inf or self._nonfinite != "allow":
-            self._guarded_call(groups, elapsed, found_inf, before)
-            return
-        self._calls, self._elapsed = self._calls + 1, self._elapsed + elapsed
-        if self._calls >= self.every:
-            self._move(groups, None, before)
+            self._guarded_call(groups, calls, time, found_inf)
+        elif calls < self.every:
+            self._since = calls, time
+        else:
+            self._update(groups, time)
 
     def require_time_for(self, elapsed: float) -> None:
         """Raises `ValueError` if no float can hold the time after `elapsed`."""
-        now = max(average.tick.t for average in self._averages) + self._elapsed
+        now = max(average.tick.t for average in self._averages) + self._since[1]
         if now + elapsed == float("inf"):
             raise ValueError(
                 f"elapsed is {elapsed!r} at time {now!r}, and no float holds their sum: wanted a "
@@ -92,30 +97,35 @@ class Updating:
             )
 
     def _guarded_call(
-        self, groups: Groups, elapsed: float, found_inf: Sequence[Tensor], before: _Moment
+        self, groups: Groups, calls: int, time: float, found_inf: Sequence[Tensor]
     ) -> None:
         """A call that must not count if no optimizer stepped, or if weights are not finite."""
+        before = self._moment()
         took = stepped(found_inf) if found_inf else None
         if took is not None and not _deferred(took) and not took:
             return
-        self._calls, self._elapsed = self._calls + 1, self._elapsed + elapsed
-        called = before._replace(calls=self._calls, elapsed=self._elapsed)
-        clean = None
-        if self._calls >= self.every:
-            clean = finite(groups) if self._nonfinite != "allow" else None
-            if clean is not None and not _deferred(clean) and not clean:
-                self._refuse(called)
-                return
-            self._move(groups, _both(took, clean), before)
-        if took is not None or clean is not None:
-            verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
-            self._pending = _Pending(verdicts[0], verdicts[1], before, called)
+        called = before._replace(calls=calls, elapsed=time)
+        due = calls >= self.every
+        clean = finite(groups) if due and self._nonfinite != "allow" else None
+        if clean is not None and not _deferred(clean) and not clean:
+            self._refuse(called)
+            return
+        verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
+        self._pending = _Pending(verdicts[0], verdicts[1], before, called)
+        if due:
+            self._update(groups, time, _both(took, clean))
+        else:
+            self._since = calls, time
 
     def settle(self) -> None:
         """Waits for slots that still move, and for the verdict of the call before."""
         if self._courier is not None:
             self._courier.join()
         self._hear()
+        if self._live.suspect:
+            for average in self._averages:
+                average.spoilt = average.spoilt or self._live.suspect
+            self._live.suspect = ""
 
     def _hear(self) -> None:
         """Reads the verdicts of the call before, if there are any, and turns the clock back."""
@@ -131,21 +141,21 @@ class Updating:
         """Calls and time since the last update, and the copied tensors, as data."""
         copied = self._live.copied if self.copies else []
         return {
-            "calls": self._calls,
-            "elapsed": self._elapsed,
+            "calls": self._since[0],
+            "elapsed": self._since[1],
             "skipped": self.skipped,
             "copies": named(copied, self.copies),
         }
 
-    def take(self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` returned, and copies its tensors; the caller has checked it."""
-        self._pending = None
-        self._calls, self._elapsed, self.skipped = calls, elapsed, skipped
-        self.copies = []
+    def taken(
+        self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]
+    ) -> dict[str, object]:
+        """The attributes of this object with copies of what `state` returned, which was checked."""
+        filled = self._empty_copies() if copies else []
         if copies:
-            self.copies = self._empty_copies()
-            sources = [copies[item.name] for item in self._live.copied]
-            tensors.lerp_(self.copies, sources, 1.0)
+            tensors.lerp_(filled, [copies[item.name] for item in self._live.copied], 1.0)
+        new: dict[str, object] = {"_since": (calls, elapsed), "skipped": skipped}
+        return {**new, "copies": filled, "_pending": None}
 
     def before_step(self) -> None:
         """Makes an optimizer's step wait, on the device, for a copy of the weights that is under way.
@@ -164,37 +174,71 @@ class Updating:
             self._courier.before_write()
             self._courier.held = False
 
-    def _move(self, groups: Groups, ok: Tensor | None, before: _Moment) -> None:
-        """An update. One that fails turns the clock back, so that first copies are made again."""
+    def _update(self, groups: Groups, time: float, ok: Tensor | None = None) -> None:
+        """One update of every average and of the copies, `time` after the last.
+
+        An update that fails before slots have moved changes nothing. One that stops halfway marks
+        the averages; they can be read again once their slots are copied or loaded.
+        """
+        since, ticks = self._since, tuple(map(_TICK, self._averages))
+        moves: list[Move] = []
+        written: Written = ()
         try:
-            self._update(groups, ok)
-        except BaseException:
-            self._back_to(before)
+            for average in self._averages:
+                moves += average.advance(self._live, time)
+            copied = self._copied_now() if self._live.copied else []
+            if self._generation != self._live.generation:
+                self._find_courier([*groups, copied])
+            if self._courier is not None:
+                self._send(self._courier, groups, copied, moves, ok)
+            else:
+                written = _written(moves) if moves else ()
+                move_(groups, moves, ok, self._live.stages)
+                if copied:
+                    self._copy(copied, ok)
+            self._since = _START
+            for average in self._averages:
+                average.moving = False
+                if average.torn:
+                    average.mend()
+        except BaseException as error:
+            if any(average.moving for average in self._averages):
+                self._stopped(error, _Moment(*since, ticks), moves, written, ok)
+            if isinstance(error, RuntimeError):
+                self._live.check("update")  # it names the tensor that has changed, if one has
             raise
 
-    def _update(self, groups: Groups, ok: Tensor | None) -> None:
-        """One update of every average and of the copies, over the time since the last update."""
-        moves: list[Move] = []
+    def _stopped(
+        self,
+        error: BaseException,
+        before: _Moment,
+        moves: list[Move],
+        written: Written,
+        ok: Tensor | None,
+    ) -> None:
+        """After an exception: goes back if nothing has moved, goes on if all has, else marks it."""
+        if written and written != _written(moves):
+            if ok is None and _all_moved(moves, written):  # a signal came behind the last lerp
+                self._copy(self._copied_now(), None)
+                before = _Moment(*_START, tuple(map(_TICK, self._averages)))
+            else:
+                for average in self._averages:
+                    average.tear(average.tick, error)
+        self._back_to(before)
+        self._pending = None
         for average in self._averages:
-            moves += average.advance(self._live, self._elapsed)
-        self._calls, self._elapsed = 0, 0.0
-        copied = self._copied_now() if self._live.copied else []
-        if self._generation != self._live.generation:
-            self._find_courier([*groups, copied])
-        if self._courier is not None:
-            self._send(self._courier, groups, copied, moves, ok)
-            return
-        move_(groups, moves, ok, self._live.stages)
-        if copied:
-            self._copy(copied, ok)
+            average.moving = False
 
     def _copied_now(self) -> list[Tensor]:
         """The tensors to copy, with copies of their shapes; raises `RuntimeError` for another shape."""
         copied = self._live.copied_now()
         if not self.copies:
             self.copies = self._empty_copies()
-        if any(a.shape != b.shape for a, b in zip(self.copies, copied, strict=True)):
+        pairs = list(zip(self.copies, copied, strict=True))
+        if any(a.shape != b.shape for a, b in pairs):
             self._live.check("update")
+        if any(a.dtype != b.dtype for a, b in pairs):  # a copy in another dtype would be rounded
+            self.copies = [a.to(b.dtype) for a, b in pairs]
         return copied
 
     def _find_courier(self, tensors: Groups) -> None:
@@ -214,16 +258,24 @@ class Updating:
     ) -> None:
         """Sends weights, copied tensors and the verdict to the host together, and updates there."""
 
+        ticks = [average.tick for average in self._averages]
+
         def arrived(staged: Groups) -> None:
             *weights, copies, verdict = staged
-            if not verdict or bool(verdict[0]):
-                move_(weights, moves, stages=self._live.stages)
-                if copies:
+            try:
+                if not verdict or bool(verdict[0]):
+                    move_(weights, moves, stages=self._live.stages)
                     self._copy(copies, None)
+            except BaseException as error:
+                for average, tick in zip(self._averages, ticks, strict=True):
+                    average.tear(tick, error)
+                raise
 
         courier.send([*groups, copied, [] if ok is None else [ok]], arrived)
 
     def _copy(self, live: list[Tensor], ok: Tensor | None) -> None:
+        if not live:
+            return
         if ok is not None:
             pairs = zip(self.copies, live, strict=True)
             live = [torch.where(ok.to(b.device), b, a.to(b.device, b.dtype)) for a, b in pairs]
@@ -235,10 +287,10 @@ class Updating:
         return [torch.empty_like(t, device=self._device) for t in live]
 
     def _moment(self) -> _Moment:
-        return _Moment(self._calls, self._elapsed, tuple(map(_TICK, self._averages)))
+        return _Moment(*self._since, tuple(map(_TICK, self._averages)))
 
     def _back_to(self, moment: _Moment) -> None:
-        self._calls, self._elapsed = moment.calls, moment.elapsed
+        self._since = moment.calls, moment.elapsed
         for average, tick in zip(self._averages, moment.ticks, strict=True):
             average.tick = tick
 
@@ -260,6 +312,20 @@ class Updating:
             if names
             else "weights were"
         )
+
+
+def _written(moves: Sequence[Move]) -> Written:
+    """torch's count of writes to the tensor that moves first, and to the one that moves last."""
+    return moves[0].slots[0][0]._version, moves[-1].slots[-1][-1]._version
+
+
+def _all_moved(moves: Sequence[Move], before: Written) -> bool:
+    """Whether the last of all tensors has moved, and so the others; it moves in one piece."""
+    simple = all(
+        move.fraction != 1 and move.residues is None and not move.infinities.found for move in moves
+    )
+    last = moves[-1].slots[-1][-1]
+    return simple and last.nbytes <= tensors.CHUNK_BYTES and last._version != before[-1]
 
 
 def _deferred(flag: Tensor) -> bool:
