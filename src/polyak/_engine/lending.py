@@ -30,9 +30,10 @@ TURN = threading.RLock()
 """What reads or moves weights takes turns with their exchange in another thread."""
 
 OPEN: list[Loan] = []
-"""The open loans, in the order of entering."""
+"""The open loans. Where several are on one tensor, the model carries the average of the last."""
 
-_late: list[Loan] = []
+_blocks: list[tuple[Loan, object]] = []  # the blocks that are open, in the order of entering
+_late: list[tuple[Loan, object]] = []  # blocks that ended amid an exchange
 _hooks: list[Any] = []
 
 
@@ -59,50 +60,68 @@ def owner() -> Owner:
     return Owner(thread.ident or 0, id(task) if task else None, name)
 
 
-def begin(loan: Loan) -> None:
-    """Opens a loan. If it raises, `end` undoes what was done.
+def enter(loan: Loan, block: object) -> None:
+    """Lets the model carry the average of a loan, for a block. If it raises, `leave` undoes it.
 
     Raises `RuntimeError` if another thread or task has lent some of the same tensors.
     """
     with TURN:
-        _refuse_others(loan)
-        OPEN.append(loan)
-        if not _hooks:
-            _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
-        loan.lend()
+        if loan not in OPEN:
+            _refuse_others(loan)
+        _blocks.append((loan, block))
+        _arrange(loan)
 
 
-def end(loan: Loan) -> None:
-    """Ends a loan, wherever it stands among those that are open. A call that was broken off is finished."""
-    if runs_below(sys._getframe(1), _EXCHANGING):
+def leave(loan: Loan, block: object) -> bool:
+    """Ends a block, wherever it stands among those that are open. Returns whether the loan has ended.
+
+    A call that an exception has broken off can be repeated.
+    """
+    if runs_below(sys._getframe(1), {_arrange.__code__}):
         # The garbage collector closes a generator, with a block in it, amid an exchange.
-        _late.append(loan)
-        return
+        _late.append((loan, block))
+        return False
     with TURN:
-        _end(loan)
+        ended = _leave(loan, block)
         while _late:
-            _end(_late[-1])
+            _leave(*_late[-1])
             _late.pop()
+    return ended
 
 
-def _end(loan: Loan) -> None:
-    if loan in OPEN:
-        for other in reversed(_above(loan)):
-            again = other.untouched()
-            other.take_back()
-            if not again:  # it cannot be put on again
-                OPEN.remove(other)
-        loan.take_back()
-        OPEN.remove(loan)
-    for other in OPEN:
-        if other.waits:
-            other.lend()
+def _leave(loan: Loan, block: object) -> bool:
+    _blocks[:] = [each for each in _blocks if each[1] is not block]
+    _arrange(loan)
+    ended = all(other is not loan for other, _ in _blocks)
+    if ended:
+        loan.close()
+    return ended
+
+
+def _arrange(loan: Loan) -> None:
+    """Brings a loan to its place: on top, or beneath others, or out of `OPEN`.
+
+    The model carries the average of the block that was entered last among those that are open.
+    """
+    wanted = [each for each in _latest() if not each.broken]
+    if loan in OPEN and wanted != OPEN:
+        for each in reversed(_involved(loan, wanted)):
+            each.take_back()
+    # A broken one cannot be lent again. If it was taken back for another's sake, it ends here.
+    OPEN[:] = [each for each in wanted if not each.broken]
+    if OPEN and not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
+    for each in OPEN:
+        if not each.out:
+            each.lend()
     if not OPEN and _hooks:
         _hooks.pop().remove()
-    loan.close()
 
 
-_EXCHANGING = {begin.__code__, _end.__code__}
+def _latest() -> list[Loan]:
+    """The loans of all open blocks, in the order in which they were entered last."""
+    newest_first = dict.fromkeys(loan for loan, _ in reversed(_blocks))
+    return list(reversed(newest_first))
 
 
 def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
@@ -133,13 +152,23 @@ def _refuse_others(loan: Loan) -> None:
             refuse_owner(f"applied({loan.label!r})", other, loan.names[places[0]])
 
 
-def _above(loan: Loan) -> list[Loan]:
-    """The loans that were opened later, on storages of this one or of such a loan."""
-    involved = [loan]
-    for other in OPEN[OPEN.index(loan) + 1 :]:
-        if any(of_one_storage(other.tensors, each.tensors) for each in involved):
-            involved.append(other)
-    return involved[1:]
+def _involved(loan: Loan, wanted: list[Loan]) -> list[Loan]:
+    """A loan, and those that must make way for it: on its storages, and above it now or afterwards."""
+    found = [loan]
+    for each in found:  # which grows on the way
+        above = [after for order in (OPEN, wanted) for after in _after(each, order)]
+        for other in above:
+            if other in OPEN and other not in found and _share(other, each):
+                found.append(other)
+    return [each for each in OPEN if each in found]
+
+
+def _after(loan: Loan, order: list[Loan]) -> list[Loan]:
+    return order[order.index(loan) + 1 :] if loan in order else []
+
+
+def _share(a: Loan, b: Loan) -> bool:
+    return bool(of_one_storage(a.tensors, b.tensors))
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -46,26 +46,25 @@ _VERSIONS = _Versions()
 class _Lent:
     """Pairs whose contents are exchanged for a while.
 
-    After `take`, `problems` says what the block did to them, and `spoilt` that slots have changed.
+    After `look`, `problems` says what the block did to them, `spoilt` that slots have changed, and
+    `touched` that tensors of the model were replaced or moved.
     """
 
-    def __init__(self, pairs: Pairs, version: int) -> None:
-        self.problems: list[str] = []
+    def __init__(self, pairs: Pairs) -> None:
+        self.problems: dict[str, None] = {}  # a set in the order of finding
         self.spoilt = False
         self.slots = pairs.slots
         self._pairs = pairs
-        self._version = version
         self._exchange = pairs.exchange()
         self._before: list[int] | None = None  # old versions, until the old contents are back
-        self._out = False
-        self._seen: list[int] | None = None  # versions at the end of the block
+        self._version = 0
         self._misfits: set[int] | None = None
-        self._touched = False
+        self.touched = False
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
 
     def begin(self) -> None:
-        """Notes the versions of the old contents. Views of one storage share a version counter."""
+        """Notes the old versions, before any of them changes: views of one storage share a counter."""
         if self._before is None:
             self._before = versions(self._pairs.counted)
 
@@ -73,22 +72,22 @@ class _Lent:
         """Puts into the model what is aside."""
         self._exchange.to(True)
 
-    def mark(self) -> None:
-        """Sets the loan's version, or after a break the versions that were seen then."""
-        counted = self._pairs.counted
-        set_versions(counted, self._seen or [self._version] * len(counted))
-        self._out, self._seen = True, None
+    def mark(self, version: int) -> None:
+        """Sets a version, at which `look` finds all that no one has written to."""
+        set_versions(self._pairs.counted, [version] * len(self._pairs.counted))
+        self._version = version
 
     def untouched(self, same: bool) -> bool:
         """Whether every tensor is in its place and form, and the model's own: `same` if that is known."""
-        pairs = self._pairs
-        own = same or all(i.own() is part for i, part in zip(pairs.items, pairs.live, strict=True))
-        return own and pairs.fit()
+        return (same or self._pairs.own()) and self._pairs.fit()
 
-    @property
-    def waits(self) -> bool:
-        """Whether the old contents are back while the block goes on."""
-        return self._before is None and self._seen is not None
+    def look(self, same: bool) -> None:
+        """Notes what the block has done, while the contents are still exchanged."""
+        seen = versions(self._pairs.counted)
+        _VERSIONS.used(seen)
+        self.touched = not self.untouched(same)
+        if self.touched or seen != [self._version] * len(seen):
+            self._judge(*self._pairs.written(seen, self._version))
 
     def take(self) -> None:
         """Gives the model its live content back, wherever the block has left its tensors."""
@@ -98,7 +97,7 @@ class _Lent:
         self._exchange_back()
         for i in misfits:
             self._write(i, self._pairs.live[i], self._pairs.asides[i])
-        if self._touched:
+        if self.touched:
             self._follow()
 
     def restore(self) -> None:
@@ -107,33 +106,24 @@ class _Lent:
             set_versions(self._pairs.counted, self._versions_after(self._before))
             self._before = None
 
-    def look(self, same: bool) -> None:
-        """Notes what the block has done, while the contents are still exchanged."""
-        if not self._out:
-            return
-        if self._seen is None:
-            seen = versions(self._pairs.counted)
-            _VERSIONS.used(seen)
-            self._touched = not self.untouched(same)
-            if self._touched or seen != [self._version] * len(seen):
-                self._judge(*self._pairs.written(seen, self._version))
-            self._seen = seen
-        self._out = False
-
     def _judge(self, written: set[int], slots: set[int]) -> None:
         pairs, elsewhere = self._pairs, self._pairs.elsewhere()
         moved = elsewhere.union(pairs.misfits()) if pairs.slots else pairs.misfits()
-        changes = (self._change(i, i in written, i in moved) for i in range(len(pairs.items)))
-        named = [(item.name, change) for item, change in zip(pairs.items, changes, strict=True)]
-        self.problems = [f"{name} was {change}" for name, change in named if change]
-        self.problems += [
+        changes = {i: self._change(i, i in written, i in moved) for i in range(len(pairs.items))}
+        problems = [
+            f"{pairs.items[i].name} was {change}" for i, change in changes.items() if change
+        ]
+        problems += [
             f"the slot of {pairs.items[i].name} was written to, and its live weight with it"
             for i in sorted(slots)
         ]
-        # A graph may have saved a view of the memory where a tensor was: it is not valid again.
-        self._changed_live = elsewhere | moved | slots
+        self.problems = self.problems | dict.fromkeys(problems)
+        # Not valid again: a graph that has saved a view of the memory where a tensor was, and one
+        # that has saved another part of a storage, which alone may have been written to.
+        unsure = {i for i in written if not _fills_storage(pairs.live[i])}
+        self._changed_live = elsewhere | moved | slots | unsure
         self._changed_slots = written | moved | slots
-        self.spoilt = pairs.slots and bool(self._changed_slots)
+        self.spoilt = self.spoilt or (pairs.slots and bool(self._changed_slots))
 
     def _change(self, i: int, written: bool, moved: bool) -> str:
         """What was done to a tensor. A buffer that is kept aside may be written to, by BatchNorm."""
@@ -143,14 +133,15 @@ class _Lent:
         now = item.own()
         if now is None:
             return "removed"
-        if now is not self._pairs.live[i]:
+        renewed = any(new and i == j for j, _, new in self._pairs.strays())
+        if renewed or now is not self._pairs.live[i]:
             return "replaced"
         return "written to" if written else "moved" if moved else ""
 
     def _sort_out(self) -> set[int]:
         """The pairs that cannot exchange contents any more. The others are exchanged without them."""
         if self._misfits is None:
-            misfits = self._pairs.misfits() if self._touched else set()
+            misfits = self._pairs.misfits() if self.touched else set()
             if misfits:
                 live, asides = self._pairs.live, self._pairs.asides
                 rest = [i for i in range(len(live)) if i not in misfits]
@@ -172,7 +163,7 @@ class _Lent:
             self._tell(f"{names} could not be exchanged", error)
 
     def _tell(self, problem: str, error: str) -> None:
-        self.problems.append(f"{problem} ({error})")
+        self.problems[f"{problem} ({error})"] = None
 
     def _write(self, i: int, tensor: Tensor, content: Tensor) -> None:
         """Writes content into a tensor, which keeps its dtype and device but not another shape."""
@@ -188,10 +179,12 @@ class _Lent:
 
     def _follow(self) -> None:
         """Writes the live content also into the tensors that have replaced those of the start."""
-        for i, (item, live) in enumerate(zip(self._pairs.items, self._pairs.live, strict=True)):
-            now = item.own()
-            if now is not None and now is not live:
-                self._write(i, now, live)
+        now = [*enumerate(item.own() for item in self._pairs.items)]
+        now += [(i, tensor) for i, tensor, _ in self._pairs.strays()]
+        for i, tensor in now:
+            live = self._pairs.live[i]
+            if tensor is not None and tensor is not live:
+                self._write(i, tensor, live)
 
     def _versions_after(self, before: list[int]) -> list[int]:
         """The old versions where the old contents are back, and a fresh one elsewhere."""
@@ -200,6 +193,10 @@ class _Lent:
             return before
         fresh = _VERSIONS.fresh()
         return [fresh if i in changed else version for i, version in enumerate(before)]
+
+
+def _fills_storage(tensor: Tensor) -> bool:
+    return tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 class Owner(NamedTuple):
@@ -226,10 +223,7 @@ class Watched(Protocol):
 
 
 class Loan:
-    """One average that a model carries, for the blocks in `holds`. `ended` is called at its end.
-
-    After `close`, the average is spoilt if its slots have suffered from the block.
-    """
+    """One average that a model carries, for one block or several. `ended` is called by `close`."""
 
     def __init__(
         self,
@@ -240,12 +234,14 @@ class Loan:
         owner: Owner,
         ended: Callable[[], None],
     ) -> None:
-        self.label, self.owner, self._ended = label, owner, ended
-        self.holds: set[object] = set()
-        self._average, self._pairs, self._model = average, pairs, model
-        version = _VERSIONS.fresh()
-        self._lent = [_Lent(each, version) for each in pairs]
-        self._problems: list[str] = []
+        self.label, self.owner = label, owner
+        self.out = False
+        """Whether the model carries the average, as far as the loan comes before others."""
+        self.broken = False
+        """Whether the block has replaced or moved tensors, so that the loan cannot go on once taken back."""
+        self._average, self._pairs, self._model, self._ended = average, pairs, model, ended
+        self._lent = [_Lent(each) for each in pairs]
+        self._problems: dict[str, None] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -259,23 +255,19 @@ class Loan:
         """What `tensors` are called."""
         return [name for each in self._pairs for name in each.names()]
 
-    @property
-    def waits(self) -> bool:
-        """Whether the live weights are back although the block goes on."""
-        return any(lent.waits for lent in self._lent)
-
-    def untouched(self) -> bool:
-        """Whether `lend` is possible again after `take_back`: no tensor was replaced, moved or removed."""
-        return all(lent.untouched(False) for lent in self._lent)
-
     @torch.no_grad()
     def lend(self) -> None:
         """Lets the model carry the average: for the first time, or again after `take_back`."""
         self._average.lent = True
         self._model.reshard()
-        for step in (_Lent.begin, _Lent.put, _Lent.mark):
-            for lent in self._lent:
-                step(lent)
+        for lent in self._lent:
+            lent.begin()
+        for lent in self._lent:
+            lent.put()
+        version = _VERSIONS.fresh()
+        for lent in self._lent:
+            lent.mark(version)
+        self.out = True
 
     @torch.no_grad()
     def take_back(self) -> None:
@@ -283,16 +275,20 @@ class Loan:
         if error := failure(
             self._model.reshard
         ):  # a root left whole by a forward pass has the average
-            self._problems = [f"resharding failed ({error})"]
-        same = self._model.unchanged()
-        for lent in self._lent:
-            lent.look(same and lent.slots)
-        for step in (_Lent.take, _Lent.restore):
+            self._problems = {f"resharding failed ({error})": None}
+        if self.out:
+            same = self._model.unchanged()
             for lent in self._lent:
-                step(lent)
+                lent.look(same and lent.slots)
+            self.broken = any(lent.touched for lent in self._lent)
+            self.out = False
+        for lent in self._lent:
+            lent.take()
+        for lent in self._lent:
+            lent.restore()
 
     def close(self) -> None:
-        """What follows `take_back` at the end: the average can be used again, unless it is spoilt."""
+        """What follows the last `take_back`: the average can be used again, unless it is spoilt."""
         if any(lent.spoilt for lent in self._lent):
             self._average.spoilt = self.report()
         self._average.lent = False
@@ -300,7 +296,9 @@ class Loan:
 
     def report(self) -> str:
         """What the block did to weights and average; empty if it did nothing."""
-        problems = self._problems + [each for lent in self._lent for each in lent.problems]
+        problems = list(self._problems)
+        for lent in self._lent:
+            problems += lent.problems
         if not problems:
             return ""
         spoilt = any(lent.spoilt for lent in self._lent)

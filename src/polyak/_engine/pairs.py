@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from polyak._engine.exchange import Exchange
-from polyak._engine.tracking import Tracked
+from polyak._engine.tracking import Entry, Tracked
 from polyak._ranks.sharding import local
 from polyak._tensors import CHUNK_BYTES
 
@@ -23,9 +23,15 @@ class Pairs:
         self.items, self.asides, self.slots = items, asides, slots
         found = [item.found() for item in items]
         self.live = list(map(local, found))
-        # A graph saves a DTensor itself (tensor parallelism) or its part: both have a version.
-        self.wrapped = [i for i, part in enumerate(self.live) if found[i] is not part]
-        wrappers = [found[i] for i in self.wrapped]
+        # Graphs save the objects that forward passes use: a DTensor (tensor parallelism), and the
+        # objects under other names of a tied tensor. Each may have a version of its own.
+        self.others: list[tuple[int, Entry, Tensor]] = [
+            (i, entry, entry.found()) for i, item in enumerate(items) for entry in item.entries[1:]
+        ]
+        objects = [*enumerate(found), *((i, other) for i, _, other in self.others)]
+        extra = {id(t): (i, t) for i, t in objects if t is not self.live[i]}
+        self.extra = [i for i, _ in extra.values()]
+        wrappers = [tensor for _, tensor in extra.values()]
         self.counted = [*self.live, *wrappers, *(asides if slots else ())]
         self._pointers = list(map(Tensor.data_ptr, self.live))
         self._dtypes, self._shapes = [t.dtype for t in asides], [t.shape for t in asides]
@@ -43,6 +49,22 @@ class Pairs:
             and [t.dtype for t in self.live] == self._dtypes
             and [t.shape for t in self.live] == self._shapes
         )
+
+    def own(self) -> bool:
+        """Whether the model has the same tensors, under all their names."""
+        return all(
+            item.own() is part for item, part in zip(self.items, self.live, strict=True)
+        ) and not any(self.strays())
+
+    def strays(self) -> Iterator[tuple[int, Tensor | None, bool]]:
+        """Tensors that another name no longer shares: place, what that name has now, if it is new."""
+        for i, entry, before in self.others:
+            now = entry.holder().get(entry.leaf)
+            part = None if now is None else local(now)
+            if now is not before or (
+                part is not None and part.data_ptr() != self.live[i].data_ptr()
+            ):
+                yield i, part, now is not before
 
     def elsewhere(self) -> set[int]:
         """The places of live tensors that have other memory than they had."""
@@ -74,14 +96,14 @@ class Pairs:
         changed = [each != version for each in seen]
         live, rest = changed[: len(self.live)], changed[len(self.live) :]
         places = {i for i, each in enumerate(live) if each}
-        places |= {i for i, each in zip(self.wrapped, rest, strict=False) if each}
-        return places, {i for i, each in enumerate(rest[len(self.wrapped) :]) if each}
+        places |= {i for i, each in zip(self.extra, rest, strict=False) if each}
+        return places, {i for i, each in enumerate(rest[len(self.extra) :]) if each}
 
     def places(self, live: set[int], asides: set[int]) -> set[int]:
         """The places in `counted` of some live tensors and of some asides."""
         first = len(self.live)
-        found = live | {first + k for k, i in enumerate(self.wrapped) if i in live}
-        first += len(self.wrapped)
+        found = live | {first + k for k, i in enumerate(self.extra) if i in live}
+        first += len(self.extra)
         return found | ({first + i for i in asides} if self.slots else set())
 
 

@@ -89,7 +89,7 @@ class Lender:
         if self._mesh is not None:
             gather_(gathered, self._mesh)
         if hold.loan is not None:
-            lending.begin(hold.loan)
+            lending.enter(hold.loan, hold)
 
     def _join(self, loan: Loan, hold: Hold, name: str | None) -> None:
         """An inner block of the same average: the loan lasts until the last of its blocks ends."""
@@ -98,7 +98,7 @@ class Lender:
             self.refuse(f"applied({label!r})")
         lending.refuse_owner(f"applied({label!r})", loan, "a model")
         hold.loan = loan
-        loan.holds.add(hold)
+        lending.enter(loan, hold)
 
     def _together(self) -> AbstractContextManager[Agreement]:
         if self._mesh is None:
@@ -121,7 +121,6 @@ class Lender:
         loan = Loan(
             label, average, [*known.pairs, *beside], self._model, lending.owner(), self._end
         )
-        loan.holds.add(hold)
         hold.loan = self.loan = loan
         if self._mesh is not None:
             specs = [(tuple(each.whole.shape), each.whole.dtype) for each in gathered]
@@ -201,11 +200,8 @@ class Hold:
     def end(self) -> str:
         """Ends the block. Returns what it did to weights and average; empty if it did nothing."""
         report = ""
-        if self.loan is not None:
-            self.loan.holds.discard(self)
-            if not self.loan.holds:
-                lending.end(self.loan)
-                report = self.loan.report()
+        if self.loan is not None and lending.leave(self.loan, self):
+            report = self.loan.report()
         if self._rescue is not None:
             self._rescue.detach()
         return report

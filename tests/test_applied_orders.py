@@ -1,0 +1,185 @@
+"""Blocks of several averagers of one model, entered and left in any order.
+
+The model always carries the average of the block that was entered last among those that are open,
+tensor by tensor, and the live weights come back with the last. A graph either gives the gradient at
+the weights with which it was recorded, or autograd refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models import Everything, assert_same, everything, snapshot, wander
+from polyak import Averager, Exponential, Uniform, Window
+from polyak._engine import lending
+
+Tensors = Mapping[str, Tensor]
+
+
+class Kind(NamedTuple):
+    """A way to average a model or a part of it, and the tensors that it reaches, by its names."""
+
+    make: Callable[[Everything], Averager]
+    reach: Callable[[Everything], Tensors]
+
+
+def all_of(model: nn.Module) -> Tensors:
+    return dict(model.state_dict(keep_vars=True))
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def rows_of(model: Everything) -> dict[str, Tensor]:
+    return {"top": model.body.weight.detach()[:2], "bias": model.body.bias}
+
+
+KINDS = {
+    "whole": Kind(lambda m: Averager(m, Exponential(0.5)), all_of),
+    "again": Kind(lambda m: Averager(m, Uniform()), all_of),
+    "part": Kind(lambda m: Averager(m.body, Exponential(0.9)), lambda m: all_of(m.body)),
+    "selected": Kind(
+        lambda m: Averager(m, Exponential(0.7), select=["body.*", "strided"]),
+        lambda m: {n: t for n, t in all_of(m).items() if n.startswith(("body.", "strided"))},
+    ),
+    "wide slots": Kind(lambda m: Averager(m, Exponential(0.5), dtype=torch.float64), all_of),
+    "several slots": Kind(lambda m: Averager(m, Window(2)), all_of),
+    "buffers": Kind(lambda m: Averager(m, Exponential(0.5), buffers="average"), all_of),
+    "by name": Kind(lambda m: Averager(parameters_of(m), Exponential(0.5)), parameters_of),
+    "views": Kind(lambda m: Averager(rows_of(m), Exponential(0.5)), rows_of),
+}
+
+
+@dataclass
+class Block:
+    """An open block."""
+
+    kind: str
+    manager: AbstractContextManager[None]
+
+
+@dataclass
+class Graph:
+    """A graph through `body`, with the gradient that it must give."""
+
+    loss: Tensor
+    inputs: Tensor
+    gradient: Tensor
+    open: list[Block]
+
+    @classmethod
+    def record(cls, model: Everything, blocks: list[Block]) -> Graph:
+        inputs = torch.randn(2, 4, requires_grad=True)
+        loss = model.body(inputs).square().sum()
+        weight, bias = model.body.weight.detach(), model.body.bias.detach()
+        gradient = 2 * (inputs.detach() @ weight.T + bias) @ weight
+        return cls(loss, inputs, gradient, list(blocks))
+
+    def require_right(self, blocks: list[Block]) -> None:
+        try:
+            (got,) = torch.autograd.grad(self.loss, self.inputs, retain_graph=True)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            assert self.open or blocks, "the live weights are back, and so is the graph"
+        else:
+            torch.testing.assert_close(got, self.gradient)
+
+
+@dataclass
+class Scene:
+    """A model after some training, with an averager of each kind that is used."""
+
+    kinds: list[str]
+    blocks: list[Block] = field(default_factory=list)
+    graphs: list[Graph] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = everything()
+        self.averagers = {kind: KINDS[kind].make(self.model) for kind in self.kinds}
+        for step in range(3):
+            self.train(step)
+        wander(self.model, 99)
+        self.live = deepcopy(self.model)
+        self.averages = {kind: each.average() for kind, each in self.averagers.items()}
+
+    def train(self, seed: int) -> None:
+        wander(self.model, seed)
+        for averager in self.averagers.values():
+            averager.update()
+
+    def enter(self, kind: str) -> None:
+        manager = self.averagers[kind].applied()
+        manager.__enter__()
+        self.blocks.append(Block(kind, manager))
+
+    def leave(self, i: int) -> None:
+        self.blocks.pop(i % len(self.blocks)).manager.__exit__(None, None, None)
+
+    def expected(self) -> dict[str, Tensor]:
+        """What the model holds: the averages of all open blocks, one over the other."""
+        twin = deepcopy(self.live)
+        newest_first = dict.fromkeys(block.kind for block in reversed(self.blocks))
+        with torch.no_grad():
+            for kind in reversed(newest_first):
+                for name, tensor in KINDS[kind].reach(twin).items():
+                    tensor.copy_(self.averages[kind][name])
+        return snapshot(twin)
+
+    def check(self) -> None:
+        assert_same(snapshot(self.model), self.expected())
+        for graph in self.graphs:
+            graph.require_right(self.blocks)
+        self.graphs.append(Graph.record(self.model, self.blocks))
+
+
+PROGRAMS = st.lists(
+    st.one_of(st.sampled_from(sorted(KINDS)), st.integers(0, 5)), min_size=2, max_size=9
+)
+
+
+@settings(max_examples=60)
+@given(PROGRAMS)
+def test_blocks_end_in_any_order(program: list[str | int]) -> None:
+    scene = Scene(sorted({step for step in program if isinstance(step, str)}))
+    scene.check()
+    try:
+        for step in program:
+            if isinstance(step, str):
+                scene.enter(step)
+            elif scene.blocks:
+                scene.leave(step)
+            scene.check()
+    finally:
+        while scene.blocks:
+            scene.leave(0)
+    scene.check()
+    for kind, averager in scene.averagers.items():
+        assert_same(averager.average(), scene.averages[kind])
+    assert lending.OPEN == []
+    scene.train(5)
+
+
+@pytest.mark.parametrize("second", sorted(KINDS))
+@pytest.mark.parametrize("first", sorted(KINDS))
+def test_two_callbacks_leave_in_the_order_of_entering(first: str, second: str) -> None:
+    scene = Scene(sorted({first, second}))
+    scene.enter(first)
+    scene.enter(second)
+    scene.check()
+    scene.leave(0)
+    scene.check()
+    scene.leave(0)
+    scene.check()
+    assert_same(snapshot(scene.model), snapshot(scene.live))

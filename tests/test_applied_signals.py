@@ -1,0 +1,271 @@
+"""Signal handlers that raise: they wait while contents are exchanged, all of them, and all are heard.
+
+Real signals are sent to real processes. After each, all live weights and averages must be there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from models import assert_same, snapshot, wander
+from polyak import Averager, Exponential
+from polyak._engine.exchange import Exchange
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
+
+
+class TimeUpError(Exception):
+    """What a handler raises."""
+
+
+def raises(number: int, _: object) -> None:
+    raise TimeUpError(number)
+
+
+def exits(*_: object) -> None:
+    raise SystemExit(3)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def averaged() -> tuple[nn.Linear, Averager]:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    for step in range(2):
+        wander(model, step)
+        averager.update()
+    wander(model, 5)
+    return model, averager
+
+
+def send_amid(monkeypatch: pytest.MonkeyPatch, way: str, *numbers: int) -> None:
+    """Sends signals amid the next exchange, into a block ("in") or out of it ("out")."""
+    exchange = Exchange.to
+
+    def interrupted(self: Exchange, exchanged: bool) -> None:
+        if exchanged == (way == "in"):
+            monkeypatch.undo()
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        exchange(self, exchanged)
+
+    monkeypatch.setattr(Exchange, "to", interrupted)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("way", ["in", "out"])
+@pytest.mark.parametrize(
+    ("number", "handler", "error"),
+    [
+        (signal.SIGALRM, raises, TimeUpError),
+        (signal.SIGUSR1, raises, TimeUpError),
+        (signal.SIGTERM, exits, SystemExit),
+        (signal.SIGINT, signal.default_int_handler, KeyboardInterrupt),
+    ],
+)
+def test_a_handler_that_raises_amid_an_exchange_waits(
+    number: int,
+    handler: Callable[..., None],
+    error: type[BaseException],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, averager = averaged()
+    live, average = snapshot(model), averager.average()
+    before = signal.signal(number, handler)
+    send_amid(monkeypatch, way, number)
+    entered = False
+    try:
+        with pytest.raises(error), averager.applied():
+            entered = True
+            assert_same(snapshot(model), average)
+        assert entered == (way == "out")
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert_same(snapshot(model), live)
+    assert_same(averager.average(), average)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_of_several_signals_all_are_heard(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, averager = averaged()
+    live, heard = snapshot(model), []
+
+    def notes(number: int, _: object) -> None:
+        heard.append(number)
+        raise TimeUpError(number)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+        signal.signal(number, notes)
+    send_amid(monkeypatch, way, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+    with pytest.raises(TimeUpError), averager.applied():
+        pass
+    assert sorted(heard) == sorted([signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM])
+    assert_same(snapshot(model), live)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_handler_runs_at_once_inside_the_block_and_may_use_the_averager() -> None:
+    model, averager = averaged()
+    live, average = snapshot(model), averager.average()
+    seen = []
+
+    def evaluates(*_: object) -> None:
+        with averager.applied():
+            seen.append(snapshot(model))
+
+    signal.signal(signal.SIGUSR1, evaluates)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with averager.applied():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert len(seen) == 2
+        signal.signal(signal.SIGUSR1, raises)
+        with pytest.raises(TimeUpError):
+            os.kill(os.getpid(), signal.SIGUSR1)
+    for weights in seen:
+        assert_same(weights, average)
+    assert signal.getsignal(signal.SIGUSR1) is raises
+    assert_same(snapshot(model), live)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_handler_that_was_set_inside_the_block_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, averager = averaged()
+    live = snapshot(model)
+    with pytest.raises(TimeUpError), averager.applied():
+        signal.signal(signal.SIGUSR1, raises)
+        send_amid(monkeypatch, "out", signal.SIGUSR1)
+    assert_same(snapshot(model), live)
+    assert signal.getsignal(signal.SIGUSR1) is raises
+
+
+@pytest.mark.usefixtures("handlers")
+def test_handlers_are_put_back_whoever_leaves_last() -> None:
+    _, averager = averaged()
+    _, other = averaged()
+    signal.signal(signal.SIGALRM, raises)
+    with averager.applied():
+        with other.applied():
+            pass
+        thread = threading.Thread(target=lambda: other.applied().__enter__())
+        thread.start()
+        thread.join()
+    assert signal.getsignal(signal.SIGALRM) is raises
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+STORM = """
+import random, signal, sys, time
+import torch, polyak
+
+torch.set_num_threads(1)
+kind, program, sent = sys.argv[1], sys.argv[2], sys.argv[3]
+HITS = 1800
+weights = {
+    str(i): torch.full((n,), 3.0)
+    for i, n in enumerate({"large": [1_500_000], "small": [8] * 300}[kind])
+}
+averagers = [polyak.Averager(weights, rule) for rule in ("exponential(0.5)", "window(2)")]
+for value in (1.0, 3.0):
+    for tensor in weights.values():
+        tensor.fill_(value)
+    for averager in averagers:
+        averager.update()
+first, second = averagers
+
+class TimeUpError(Exception):
+    pass
+
+def raises(*_):
+    raise TimeUpError
+
+signal.signal(signal.SIGALRM, raises)
+
+def alone():
+    with first.applied():
+        pass
+
+def beside():
+    with second.applied():
+        pass
+
+def nested():
+    with first.applied(), second.applied():
+        pass
+
+def in_the_order_of_entering():
+    a = first.applied()
+    with a:
+        b = second.applied()
+        b.__enter__()
+    b.__exit__(None, None, None)
+
+run = {each.__name__: each for each in (alone, beside, nested, in_the_order_of_entering)}[program]
+for _ in range(3):
+    run()
+began = time.perf_counter()
+for _ in range(10):
+    run()
+span = (time.perf_counter() - began) / 10
+rng = random.Random(0)
+hits = 0
+while hits < HITS:
+    wait = max(2e-6, 1.1 * span * rng.random())
+    again = 3e-4 + span * rng.random() if sent == "again and again" else 0
+    try:
+        signal.setitimer(signal.ITIMER_REAL, wait, again)
+        try:
+            run()
+            while not again and signal.getitimer(signal.ITIMER_REAL)[0]:
+                pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeUpError:
+        hits += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert all(bool((tensor == 3.0).all()) for tensor in weights.values()), hits
+    for averager in averagers:
+        assert all(bool((tensor == 2.0).all()) for tensor in averager.average().values()), hits
+assert signal.getsignal(signal.SIGALRM) is raises
+print(hits)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["once", "again and again"])
+@pytest.mark.parametrize("program", ["alone", "beside", "nested", "in_the_order_of_entering"])
+@pytest.mark.parametrize("kind", ["large", "small"])
+def test_alarms_at_any_moment_lose_nothing(kind: str, program: str, sent: str) -> None:
+    command = [sys.executable, "-c", STORM, kind, program, sent]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1700
+    assert "Exception ignored" not in done.stderr
+
+
+def test_no_signal_is_swallowed_after_a_block() -> None:
+    """Python drops what a handler raises while `__del__` runs: no block may leave one behind."""
+    _, averager = averaged()
+    block = averager.applied()
+    with block:
+        pass
+    assert not hasattr(type(block), "__del__")
+    assert torch.is_grad_enabled()
