@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process that a shell started in the background ignores Ctrl-C, and so do its children. Then the
+# tests that send SIGINT would test nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "polyak",
