@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import subprocess
 import sys
 from collections import UserDict, namedtuple
@@ -340,32 +341,44 @@ def test_whatever_is_raised_all_is_as_it_was(error: BaseException, place: str) -
 
 
 class Interrupted(nn.BatchNorm1d):
-    """Ctrl-C falls, once, into the moment when its momentum is put back."""
+    """An exception falls, once, into the moment when its momentum is put back."""
 
     times = 0
+    error: type[BaseException] = KeyboardInterrupt
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "momentum":
             object.__setattr__(self, "times", self.times + 1)
             if self.times == 3:  # after its own making and the 1 of the pass
-                raise KeyboardInterrupt
+                raise self.error
 
 
-def test_ctrl_c_while_the_modes_come_back() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError, SystemExit])
+def test_an_exception_while_the_modes_come_back(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a handler of SIGINT, SIGALRM or SIGTERM raises it."""
+    monkeypatch.setattr(Interrupted, "error", error)
     model = nn.Sequential(nn.BatchNorm1d(2), Interrupted(2), nn.BatchNorm1d(2), nn.Dropout())
     before, flags = snapshot(model), modes(model)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         recalibrate(model, [torch.randn(4, 2)])
     assert modes(model) == flags
     assert_same(snapshot(model), before)
 
 
-CTRL_C = """
-import os, signal, threading, time
+SIGNALS = """
+import os, signal, sys, threading, time
 import torch, polyak.norms
 from torch import nn
 torch.set_num_threads(1)
+number = int(sys.argv[1])
+class Stop(Exception):
+    pass
+def handler(*_):
+    raise Stop
+signal.signal(number, handler)
 model = nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(100)], nn.Dropout())
 batches = [torch.randn(8, 4) for _ in range(2)]
 old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -379,7 +392,7 @@ for trial in range(200):
     model.load_state_dict(old)
     def interrupt():
         time.sleep(1.1 * span * trial / 200)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
     thread = threading.Thread(target=interrupt)
     returned = False
     try:
@@ -388,7 +401,7 @@ for trial in range(200):
         returned = True
         thread.join()
         time.sleep(0.01)
-    except KeyboardInterrupt:
+    except Stop:
         hits += 1
     thread.join()
     wanted = new if returned else old
@@ -398,12 +411,14 @@ for trial in range(200):
     assert all(norm.momentum == 0.1 for norm in list(model)[:-1]), trial
     assert not any(module._forward_hooks for module in model.modules()), trial
 assert hits == 200, hits
+assert signal.getsignal(number) is handler
 """
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_any_moment_loses_nothing() -> None:
-    command = [sys.executable, "-c", CTRL_C]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM, signal.SIGTERM])
+def test_a_handler_that_raises_at_any_moment_loses_nothing(number: int) -> None:
+    command = [sys.executable, "-c", SIGNALS, str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 

@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from polyak._checks import as_number, is_number, report
+from polyak._engine import lending, signals
 from polyak._engine.tracking import STATISTICS, walk
 from polyak._ranks.agreement import agree, together
 
@@ -58,7 +59,7 @@ def recalibrate(
 
     Only the norms are in train mode, so dropout is off and draws no random numbers. No gradients are
     computed, and compiled models run eagerly. Afterwards every `training` flag and momentum is as
-    before. If it raises, also by Ctrl-C, the statistics are as before too.
+    before. If it raises, also from a signal handler (Ctrl-C), the statistics are as before too.
 
     Args:
         model: a module, wrapped or not. Every norm that `names` lists is estimated, even if it is in
@@ -302,13 +303,19 @@ def _training(model: nn.Module, norms: list[_Norm]) -> Iterator[list[_Norm]]:
         _surely(put_back)
 
 
+@signals.critical
 def _surely(restore: Callable[[], object]) -> None:
-    """Restores, from the start again if Ctrl-C falls into it."""
+    """Restore while signal handlers wait; from the start again if one raised before it had to wait."""
     try:
+        signals.hold()
         restore()
-    except KeyboardInterrupt:
+    except BaseException:
         restore()
         raise
+    finally:
+        if not lending.OPEN:  # a block of `applied()` holds them until it ends
+            signals.release()
+        signals.deliver()
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
