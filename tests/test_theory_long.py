@@ -28,6 +28,12 @@ from polyak.theory._long import Horizon, horizon, profile_at
 getcontext().prec = 60
 EXACT = 1e-6
 
+
+def near(value: float, rel: float = EXACT) -> object:
+    """Relatively near, however small: `pytest.approx` alone would let 1e-12 pass for 1e-15."""
+    return pytest.approx(value, rel=rel, abs=0)
+
+
 FEW = [0.1, 1.0, 500_000.0, 1e15]
 MORE = [0.3, 10.0, 1e4, 1e5, 1e7, 1e9, 1e12, 1e14]
 HALF_LIVES = [*FEW, *(pytest.param(h, marks=pytest.mark.slow) for h in MORE)]
@@ -44,18 +50,19 @@ def test_every_measure_is_its_closed_form(half_life: float) -> None:
     rate = math.log(2) / half_life
     decay, lost = math.exp(-rate), -math.expm1(-rate)
     about = explained(half_life)
-    assert about.half_life == pytest.approx(half_life, rel=EXACT)
-    assert about.mean_age == about.ramp_lag == pytest.approx(decay / lost, rel=EXACT)
-    assert about.noise_gain == pytest.approx(lost / (1 + decay), rel=EXACT)
-    assert about.effective_window == pytest.approx((1 + decay) / lost, rel=EXACT)
-    assert about.initial_weight == pytest.approx(math.exp(-rate * (about.steps - 1)), rel=EXACT)
+    assert about.half_life == near(half_life)
+    assert about.mean_age == about.ramp_lag == near(decay / lost)
+    assert about.noise_gain == near(lost / (1 + decay))
+    assert about.effective_window == near((1 + decay) / lost)
+    start = math.exp(-rate * (about.steps - 1))
+    assert about.initial_weight == near(start if start > 1e-150 else 0.0)  # theory cuts off there
     std = finite_std(rate, about.steps)
-    assert about.relative_std == pytest.approx(std / about.steps, rel=EXACT)
+    assert about.relative_std == near(std / about.steps)
     if decay < 3 - 2 * math.sqrt(2):
         assert about.cutoff is None
     else:
         cut = 2 * math.asin(lost / (2 * math.sqrt(decay)))
-        assert about.cutoff == pytest.approx(cut, rel=EXACT)
+        assert about.cutoff == near(cut)
     assert not about.growing
 
 
@@ -77,11 +84,11 @@ def finite_std(rate: float, steps: int) -> float:
 def test_a_coarser_cadence_of_a_long_average(half_life: float, every: int) -> None:
     """The half-life stays; mean age k B / (1 - B) and noise gain (1 - B) / (1 + B), B = d^k."""
     about, rate = explained(half_life, every), math.log(2) / half_life * every
-    assert about.half_life == pytest.approx(half_life, rel=EXACT)
-    assert about.mean_age == pytest.approx(every / math.expm1(rate), rel=EXACT)
-    assert about.noise_gain == pytest.approx(math.tanh(rate / 2), rel=EXACT)
+    assert about.half_life == near(half_life)
+    assert about.mean_age == near(every / math.expm1(rate))
+    assert about.noise_gain == near(math.tanh(rate / 2))
     wanted = math.exp(-rate * (about.steps / every - 1))
-    assert about.initial_weight == pytest.approx(wanted, rel=EXACT)
+    assert about.initial_weight == near(wanted)
 
 
 @pytest.mark.parametrize("elapsed", [0.01, 1.0, 7.0, 1e6])
@@ -91,10 +98,10 @@ def test_a_fraction_is_exact_for_any_half_life(half_life: float, elapsed: float)
     exact = 1 - Decimal(2) ** (-Decimal(elapsed) / Decimal(half_life))
     n, rule = 50, Exponential(half_life=half_life)
     tick = Tick(n, n * elapsed, elapsed)
-    assert rule.fractions(tick)[AVERAGE] == pytest.approx(float(exact), rel=1e-12)
+    assert rule.fractions(tick)[AVERAGE] == near(float(exact), rel=1e-12)
     debiased = exact / (1 - Decimal(2) ** (-Decimal(n * elapsed) / Decimal(half_life)))
     found = Exponential(half_life=half_life, debias=True).fractions(tick)[AVERAGE]
-    assert found == pytest.approx(float(debiased), rel=1e-12)
+    assert found == near(float(debiased), rel=1e-12)
 
 
 @pytest.mark.parametrize("elapsed", [0.5, 1.0, 1e5])
@@ -102,7 +109,7 @@ def test_a_fraction_is_exact_for_any_half_life(half_life: float, elapsed: float)
 def test_a_fraction_is_exact_for_any_span(span: float, elapsed: float) -> None:
     exact = 1 - (1 - 2 / (Decimal(span) + 1)) ** Decimal(elapsed)
     found = Exponential(span=span).fractions(Tick(2, 2 * elapsed, elapsed))[AVERAGE]
-    assert found == pytest.approx(float(exact), rel=1e-12)
+    assert found == near(float(exact), rel=1e-12)
 
 
 def exactly(schedule: Schedule, t: float) -> Decimal:
@@ -144,7 +151,7 @@ def test_a_schedule_keeps_its_digits_next_to_one(
 ) -> None:
     exact = 1 - (1 - exactly(schedule, t)) ** Decimal(elapsed)
     found = Exponential(schedule).fractions(Tick(9, t, elapsed))[AVERAGE]
-    assert found == pytest.approx(float(exact), rel=1e-9)
+    assert found == near(float(exact), rel=1e-9)
 
 
 def test_a_cosine_keeps_its_digits_near_its_end() -> None:
@@ -153,14 +160,14 @@ def test_a_cosine_keeps_its_digits_near_its_end() -> None:
         wanted = 0.004 * math.sin(math.pi * left / 2) ** 2
         tick = Tick(9, 1 + 1e12 * (1 - left), 1.0)
         found = Exponential(Cosine(0.996, 1e12)).fractions(tick)[AVERAGE]
-        assert found == pytest.approx(wanted, rel=1e-3 if left < 1e-8 else 1e-5)
+        assert found == near(wanted, rel=1e-3 if left < 1e-8 else 1e-5)
     assert Exponential(Cosine(0.996, 10)).fractions(Tick(9, 11.0, 1.0)) == {AVERAGE: 0.0}
 
 
 @pytest.mark.parametrize("t", [10.0, 1e9, 1e15])
 def test_a_power_keeps_its_digits_late(t: float) -> None:
     exact = 1 - (1 - 1 / Decimal(t)) ** Decimal("4.5")
-    assert Power(3.5).fractions(Tick(9, t, 1.0))[AVERAGE] == pytest.approx(float(exact), rel=1e-12)
+    assert Power(3.5).fractions(Tick(9, t, 1.0))[AVERAGE] == near(float(exact), rel=1e-12)
 
 
 # What takes a rule and chooses the steps.
@@ -174,7 +181,7 @@ def test_an_exponential_like_one_of_any_half_life_is_that_one(half_life: float, 
     found = match(Exponential, like=Exponential(half_life=half_life), by=by)
     tick = Tick(2, 2.0, 1.0)
     wanted = Exponential(half_life=half_life).fractions(tick)[AVERAGE]
-    assert found.fractions(tick)[AVERAGE] == pytest.approx(wanted, rel=EXACT)
+    assert found.fractions(tick)[AVERAGE] == near(wanted)
 
 
 @pytest.mark.slow
@@ -183,11 +190,11 @@ def test_an_exponential_like_one_of_any_half_life_is_that_one(half_life: float, 
 def test_a_window_like_a_long_exponential_has_its_span(half_life: float, by: str) -> None:
     found = match(Window, like=Exponential(half_life=half_life), by=by)
     assert isinstance(found, Window)
-    assert found.size == pytest.approx(1 / math.tanh(math.log(2) / half_life / 2), rel=EXACT)
+    assert found.size == near(1 / math.tanh(math.log(2) / half_life / 2))
 
 
 @pytest.mark.parametrize("error", [0.01, pytest.param(0.2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("half_life", [5e5, pytest.param(1e15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("half_life", [1e15, pytest.param(5e5, marks=pytest.mark.slow)])
 def test_the_cadence_of_a_long_average_is_the_largest(half_life: float, error: float) -> None:
     """The displacement of an EMA: 1 - k lost / (decay (d^-k - 1)), the loss of mean age."""
     rate, found = math.log(2) / half_life, cadence(Exponential(half_life=half_life), error=error)
@@ -230,20 +237,25 @@ def test_a_window_too_long_to_be_run_says_so() -> None:
     assert "more steps change it" in explain(Window(10**6)).title()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rule", "mean_age"),
-    [
-        ("exponential(half_life_ramp(1e9))", 1 / math.expm1(math.log(2) / 1e9)),
-        ("exponential(inverse_power(max_decay=0.99999))", 99_999),
-        ("tail(exponential(half_life=1e7), 1e9)", 1 / math.expm1(math.log(2) / 1e7)),
-        ("exponential(half_life=1e9, debias=True)", 1 / math.expm1(math.log(2) / 1e9)),
-    ],
-)
+LATE = pytest.mark.slow
+BEHIND_A_START = [
+    # Its clock must be finer than its start asks for, which is what the check of clocks finds.
+    pytest.param("exponential(inverse_power(max_decay=0.99999))", 99_999),
+    pytest.param("exponential(half_life_ramp(1e9))", 1 / math.expm1(math.log(2) / 1e9), marks=LATE),
+    pytest.param(
+        "tail(exponential(half_life=1e7), 1e9)", 1 / math.expm1(math.log(2) / 1e7), marks=LATE
+    ),
+    pytest.param(
+        "exponential(half_life=1e9, debias=True)", 1 / math.expm1(math.log(2) / 1e9), marks=LATE
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "mean_age"), BEHIND_A_START)
 def test_a_long_average_behind_a_start(rule: str, mean_age: float) -> None:
     about = explain(rule)
     assert not about.growing
-    assert about.mean_age == pytest.approx(mean_age, rel=EXACT)
+    assert about.mean_age == near(mean_age)
 
 
 # What is drawn.
