@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from corrupting import Calls, Stored, pickled
 from polyak._lazy import TensorSpec
-from polyak.checkpoints import _tensorfile as tensorfile
+from polyak.checkpoints import _safetensor_files as tensorfile
 from polyak.checkpoints._open_file import joined_checksum
 
 MIB = 1 << 20

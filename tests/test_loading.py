@@ -477,11 +477,17 @@ POISONS = {
 
 
 @pytest.mark.parametrize("target", POISONS.values(), ids=POISONS.keys())
+@pytest.mark.parametrize("attribute", [b"__new__", b"_offset", b"key"])
 @pytest.mark.parametrize("slots", [False, True])
-def test_no_state_is_set_on_what_files_share(tmp_path: Path, target: bytes, slots: bool) -> None:
-    """BUILD sets attributes: of a class of ours it would change what later files mean."""
+def test_no_state_is_set_on_what_files_share(
+    tmp_path: Path, target: bytes, slots: bool, attribute: bytes
+) -> None:
+    """BUILD sets attributes: of a class of ours it would change what later files mean.
+
+    Of a tensor it would change the place that was checked.
+    """
     path = tmp_path / "it.pt"
-    state = b"}X\x07\0\0\0__new__cos\nsystem\nsX\x07\0\0\0_offsetJ\0\0\0\x40s"
+    state = b"}X" + len(attribute).to_bytes(4, "little") + attribute + b"J\0\0\0\x40s"
     state = b"N" + state + b"\x86" if slots else state
     program = b"\x80\x04" + target + state + b"b."
     path.write_bytes(archive({"data.pkl": program, "data/0": bytes(8)}))

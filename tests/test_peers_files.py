@@ -666,7 +666,7 @@ def test_an_average_that_tells_its_layout_under_any_key(tmp_path: Path) -> None:
     assert (found.format, found.clock) == ("ema-pytorch", Clock(1, "calls"))
     assert_equal(found.live, model.state_dict())
     torch.save({**state, "other": average.state()}, tmp_path / "it.pt")
-    with pytest.raises(ValueError, match="'teacher', 'other' are each an average"):
+    with pytest.raises(ValueError, match="'teacher', 'other' are averages with clocks"):
         read(tmp_path / "it.pt")
 
 

@@ -34,7 +34,7 @@ class Clock:
     every: int | None = None
 
     def elapsed(self, every: int) -> list[float]:
-        """The time that each update so far spans, for updates at every `every`-th call.
+        """The time that each update so far spans, if every `every`-th call makes an update.
 
         Raises `ValueError` for a count that no training reaches: a damaged file's.
         """
@@ -56,10 +56,10 @@ class Clock:
 
 
 def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
-    """The clock of a rule after updates that span so much time each."""
+    """The clock of a rule after updates that span these times."""
     tick = START
-    for each in elapsed:
-        tick = rule.tick(tick, each)
+    for time in elapsed:
+        tick = rule.tick(tick, time)
     return tick
 
 
@@ -70,10 +70,10 @@ class Checkpoint:
     Attributes:
         path: where it was read.
         format: the layout, by name: "polyak", "ema-pytorch", "lightning", "safetensors", ...
-        live: the live weights by name, or None where the file has none.
+        live: the live weights by name, or None if the file has none.
         averages: the average's name -> its weights by name; a single one is called "average".
-        rules: the average's name -> its rule, as far as the file tells.
-        clock: how far the averages had come, or None where the file does not tell.
+        rules: the average's name -> its rule, if the file says.
+        clock: how far the averages had come, or None if the file does not say.
         dtypes: of the live weights by name, each tied weight once, where the file tells them apart
             from its tensors.
         ticks: the average's name -> the clock of its rule, in polyak's own files.
@@ -97,7 +97,7 @@ class Checkpoint:
     check: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
 
     def average(self, name: str | None = None) -> Weights:
-        """The weights of an average; `name` is needed where there are several.
+        """The weights of an average; `name` is needed if there are several.
 
         Raises `ValueError` for none, or an unknown name.
         """

@@ -1,7 +1,7 @@
 """The metadata of a folder of torch.distributed.checkpoint: what it holds, and where each chunk lies.
 
-They are a pickle (`.metadata`). Its classes are read as classes of ours, never as torch's own, and are
-believed only as far as they are checked here and in `_dcp`.
+They are a pickle (`.metadata`). Its classes become classes of ours, never torch's own. Everything that is
+used from them is checked here and in `_dcp`.
 """
 
 from __future__ import annotations

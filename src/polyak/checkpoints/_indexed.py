@@ -12,7 +12,7 @@ from torch import Tensor
 from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._open_folder import OpenFiles
-from polyak.checkpoints._tensorfile import TensorFile, is_safetensors
+from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
 from polyak.checkpoints._torch_files import StoredTensors, load, verify
 from polyak.checkpoints._torch_objects import StoredTensor
 

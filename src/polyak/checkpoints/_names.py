@@ -1,4 +1,4 @@
-"""Names: those of the plain model, whatever wrapped it; and those that files without names need."""
+"""Names of tensors: without the prefixes of wrappers, and for tensors that a file has without names."""
 
 from __future__ import annotations
 

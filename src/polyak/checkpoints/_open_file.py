@@ -94,7 +94,7 @@ class OpenFile:
             self.memory.madvise(mmap.MADV_DONTNEED, first, length)
 
     def checksum(self, start: int, length: int) -> int:
-        """The CRC-32 of a part, read from the file whatever was written to the mapping."""
+        """The CRC-32 of a part, read from the file, not from the mapping, which may have been written to."""
         crc, buffer = 0, memoryview(bytearray(min(_PIECE, length)))
         for place in range(start, start + length, _PIECE):
             piece = buffer[: start + length - place]
@@ -197,7 +197,7 @@ class _SpanElements(Elements):
 
 
 def joined_checksum(pieces: Iterable[tuple[int, int]]) -> int:
-    """The CRC-32 of pieces one behind the other, from (CRC-32, length) of each.
+    """The CRC-32 of pieces that follow each other, from the (CRC-32, length) of every piece.
 
     `crc(a + b) = crc(a) x^(8 len(b)) + crc(b)` over the polynomials of CRC-32.
 

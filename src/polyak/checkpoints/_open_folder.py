@@ -1,4 +1,4 @@
-"""Files beside each other in a folder, held open together, so that all are of one save."""
+"""Files of one folder, opened together, so that all belong to the same save."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from polyak._engine.tracking import is_statistic
 from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where, renamed
 from polyak.checkpoints._checkpoint import MOST_UPDATES, Checkpoint, Clock
 from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._safetensor_files import KEY, TensorFile
 from polyak.checkpoints._sniff import Source, sniff
-from polyak.checkpoints._tensorfile import KEY, TensorFile
 from polyak.rules import AVERAGE, LIVE, START, Rule, Tail, Tick, Window
 from polyak.specs import parse
 
@@ -129,17 +129,18 @@ class Stored(LazyTensors):
     def model(self) -> dict[str, Any]:
         """name -> shape, dtype, policy and other names of the model's tensors, checked."""
         model: dict[str, Any] = self.mapping("model")
-        for name, each in model.items():
-            holds = isinstance(each, dict) and _are_names(each.get("aliases"))
-            holds = holds and isinstance(getattr(torch, str(each.get("dtype")), None), torch.dtype)
-            if not holds or each.get("policy") not in ("average", "copy"):
-                raise self.error(f"the header describes {name} as {each!r}")
+        for name, entry in model.items():
+            holds = isinstance(entry, dict) and _are_names(entry.get("aliases"))
+            holds = holds and isinstance(getattr(torch, str(entry.get("dtype")), None), torch.dtype)
+            if not holds or entry.get("policy") not in ("average", "copy"):
+                raise self.error(f"the header describes {name} as {entry!r}")
         return model
 
     def averages(self) -> dict[str, StoredAverage]:
         """Every average by name, checked; the model's description is checked too."""
         self.model()
-        return {name: self._average(name, each) for name, each in self.mapping("averages").items()}
+        described = self.mapping("averages")
+        return {name: self._average(name, average) for name, average in described.items()}
 
     def _spec_at(self, key: str, stored: TensorSpec) -> TensorSpec:
         """The spec of a tensor; for pairs of float64, that of the complex tensor."""
@@ -222,7 +223,7 @@ def _filled(rule: Rule, tick: Tick) -> int:
 
 
 def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 class ReadOut(LazyTensors):
@@ -242,8 +243,8 @@ class ReadOut(LazyTensors):
             for readout in (rule.readout(tick), rule.convex_readout(tick))
         )
         model = stored.model()
-        self._names = {n: first for first, each in model.items() for n in (first, *each["aliases"])}
-        self._copied = {first for first, each in model.items() if each["policy"] == "copy"}
+        self._names = {n: first for first, e in model.items() for n in (first, *e["aliases"])}
+        self._copied = {first for first, entry in model.items() if entry["policy"] == "copy"}
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -300,16 +301,18 @@ def checkpoint(stored: Stored) -> Checkpoint:
     """A file of ours as a `Checkpoint`: averages are read out by their rules."""
     if stored.value("kind") == "ema":
         return _ema_checkpoint(stored)
-    held, model = stored.averages(), stored.model()
+    averages, model = stored.averages(), stored.model()
     return Checkpoint(
         path=stored.path,
         format="polyak",
         live=stored.under("live/") or None,
-        averages={name: ReadOut(stored, name, each) for name, each in held.items() if each.tick.n},
-        rules={name: each.rule for name, each in held.items()},
-        clock=Clock(max((each.tick.n for each in held.values()), default=0)),
-        dtypes={name: getattr(torch, each["dtype"]) for name, each in model.items()},
-        ticks={name: each.tick for name, each in held.items()},
+        averages={
+            n: ReadOut(stored, n, average) for n, average in averages.items() if average.tick.n
+        },
+        rules={name: average.rule for name, average in averages.items()},
+        clock=Clock(max((average.tick.n for average in averages.values()), default=0)),
+        dtypes={name: getattr(torch, entry["dtype"]) for name, entry in model.items()},
+        ticks={name: average.tick for name, average in averages.items()},
     )
 
 

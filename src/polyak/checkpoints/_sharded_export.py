@@ -33,7 +33,7 @@ from polyak._ranks.shard_geometry import (
     windows,
 )
 from polyak._ranks.sharding import is_distributed, local
-from polyak.checkpoints._tensorfile import Layout, as_bytes, content, narrowed
+from polyak.checkpoints._safetensor_files import Layout, as_bytes, content, narrowed
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, totalled
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._tensorfile import KEY, TensorFile, is_safetensors
+from polyak.checkpoints._safetensor_files import KEY, TensorFile, is_safetensors
 from polyak.checkpoints._torch_files import is_torch, verify
 
 Kind = Literal["polyak", "safetensors", "index", "torch", "dcp", "snapshots", "post-hoc"]

@@ -22,7 +22,7 @@ from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
 from polyak.checkpoints._checkpoint import Weights
-from polyak.checkpoints._tensorfile import content
+from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
 from polyak.offline._summation import Summand, Summation, Threads
 

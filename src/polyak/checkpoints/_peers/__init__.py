@@ -1,7 +1,7 @@
-"""Files of other libraries: whose layout it is, told by its keys alone, and what of it is what.
+"""Detect from its keys which library wrote a file, and map its parts to live weights and averages.
 
-A layout is one function here: it takes what was found and answers with a `Checkpoint`, or None where
-the file is not of its layout.
+A layout is one function: it takes the content of a file and returns a `Checkpoint`, or None if the file
+has another layout.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ FORMATS = (
 
 
 def recognise(found: Found) -> Checkpoint:
-    """The content of a file as a checkpoint, by the first layout that it is of.
+    """The content of a file as a checkpoint, by the first layout that fits.
 
-    Raises `ValueError` naming the file: where it is of none, with what it holds; where it is of one
-    and is damaged, or needs names.
+    Raises `ValueError` naming the file: if no layout fits, with what the file holds; if one fits and a
+    part is damaged or names are needed.
     """
     try:
         readings = (layout(found) for layout in _LAYOUTS)
@@ -65,7 +65,7 @@ def recognise(found: Found) -> Checkpoint:
 
 
 def _require_shapes(reading: Checkpoint) -> None:
-    """Raises `ValueError` where names that were given put an average in another shape than the live."""
+    """Raises `ValueError` if the given names give an average other shapes than the live weights have."""
     live = as_lazy(reading.live or {}).specs
     for average in reading.averages.values():
         got = {n: spec.shape for n, spec in as_lazy(average).specs.items() if n in live}
@@ -75,7 +75,7 @@ def _require_shapes(reading: Checkpoint) -> None:
 
 
 def _unknown(top: Mapping[str, Any]) -> str:
-    """What to say of a file of no layout."""
+    """What to say if no layout fits."""
     if modules := {key: part for key, part in top.items() if holds_tensors(part)}:
         key, part = next(iter(modules.items()))
         return f"{key!r} is a whole pickled {part.name}: {NO_CODE}"

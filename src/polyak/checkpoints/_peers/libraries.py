@@ -31,7 +31,7 @@ _FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is no
 
 
 def module_state(found: Found) -> Checkpoint | None:
-    """The state dict of a module that averages, whatever file it lies in."""
+    """The state dict of a module that averages, in any kind of file."""
     if not is_state(found.top):
         return None
     held = state(found.top)
@@ -40,7 +40,7 @@ def module_state(found: Found) -> Checkpoint | None:
 
 
 def plain_state(found: Found) -> Checkpoint | None:
-    """A state dict alone: live weights, since nothing says otherwise."""
+    """A state dict alone is taken for live weights: nothing in it says otherwise."""
     if not is_state(found.top):
         return None
     return Checkpoint(found.path, found.plain, weights(found.top), {})

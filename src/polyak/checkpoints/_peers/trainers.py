@@ -135,9 +135,9 @@ def _stochastic(found: Found) -> Checkpoint | None:
 
 
 def _nemo(found: Found) -> Checkpoint | None:
-    """NeMo's `EMA`: in each optimizer's state the averages of its parameters, in its order.
+    """NeMo's `EMA`: the state of each optimizer holds the averages of its parameters, in its order.
 
-    In the twin that is named `-EMA` they are the model's own weights: the live ones are elsewhere.
+    In the second file, named `-EMA`, they are the model's own weights, and live weights are missing.
     `decay` is that of one update, every `every_n_steps` steps, so the rule's, of one step, is its root.
     """
     optimizers = found.top.get("optimizer_states")
@@ -176,7 +176,7 @@ def _are_within(averaged: Sequence[StoredTensor], live: LazyTensors) -> bool:
 
 
 def nested(found: Found) -> Checkpoint | None:
-    """A dictionary with live weights, an average, or both, each under one of the usual keys.
+    """A dictionary with live weights, an average, or both, under the usual keys.
 
     An average that tells its own layout, such as the state of a `torch_ema`, may lie under any key.
     """
@@ -216,7 +216,7 @@ def _inner(found: Found) -> Checkpoint | None:
     readings = {key: reading for key, reading in read.items() if reading is not None}
     if len(readings) > 1:
         raise ValueError(
-            f"{', '.join(map(repr, readings))} are each an average with its clock: save the one that "
+            f"{', '.join(map(repr, readings))} are averages with clocks of their own: save the one that "
             "is wanted into a file of its own"
         )
     return next(iter(readings.values()), None)

@@ -63,7 +63,7 @@ class TensorFile(LazyTensors):
     What is written to a view stays in memory: the file does not change. `release` gives the pages
     of a tensor back that reading it has made resident; they are read again when needed.
 
-    Raises `ValueError` naming the file where it is no safetensors file, or a damaged one.
+    Raises `ValueError` naming a file that is not in the format, or is damaged.
     """
 
     def __init__(self, file: OpenFile) -> None:
@@ -76,7 +76,9 @@ class TensorFile(LazyTensors):
                 self.metadata: dict[str, str] = opened.metadata() or {}
                 self._specs = {name: _spec_of(opened, name) for name in opened.offset_keys()}
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{self.path}: no readable safetensors file ({error})") from None
+            raise ValueError(
+                f"{self.path}: the safetensors file cannot be read ({error})"
+            ) from None
         self._spans: dict[str, FileSpan] = {}
         place = self._content = 8 + int.from_bytes(self._file.read(0, 8), "little")
         for name, spec in self._specs.items():
