@@ -580,7 +580,7 @@ def test_slots_made_in_inference_mode_are_ordinary() -> None:
 def test_an_averager_is_not_copied_by_accident() -> None:
     bound = averager()
     for copier in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="bound to its model and is not copied or pickled"):
+        with pytest.raises(TypeError, match="bound to its model and cannot be copied or pickled"):
             copier(bound)
 
 

@@ -44,6 +44,12 @@ def test_the_public_modules_are_these() -> None:
     assert public_modules() == MODULES
 
 
+@pytest.mark.parametrize("module", sorted(MODULES - {"polyak.__main__"}))
+def test_every_public_module_says_what_is_public(module: str) -> None:
+    home = importlib.import_module(module)
+    assert home.__all__ and all(hasattr(home, name) for name in home.__all__)
+
+
 def test_the_public_list_is_complete() -> None:
     assert set(polyak.__all__) == NAMES
     assert set(dir(polyak)) == NAMES | {"__version__"}

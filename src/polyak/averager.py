@@ -7,8 +7,8 @@
     with averager.applied():
         evaluate(model)
 
-It binds to a model as an optimizer does, holds no copy of the modules, and applies whatever its rule
-says (`polyak.rules`) to the tensors that `polyak._engine.tracking` decided on.
+An averager binds to a model as an optimizer does. It does not copy the modules. `polyak._engine.tracking`
+decides which tensors are averaged, and a rule (`polyak.rules`) says how.
 """
 
 from __future__ import annotations
@@ -53,41 +53,43 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+__all__ = ["Averager"]
+
 ONLY = "average"
-"""The name of the average where there is but one."""
+"""The name of the average if there is only one."""
 
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Averager:
-    """Averages of a model's weights: one rule or several, in one pass over the live weights.
+    """Average a model's weights by one rule or several, in one pass over the live weights.
 
-    `slot <- lerp(slot, live, fraction)` at each update, `average = sum of coefficient * slot` when
-    it is read; fractions and coefficients are the rule's.
+    An update does `slot <- lerp(slot, live, fraction)`. Reading does
+    `average = sum of coefficient * slot`. The rule gives fractions and coefficients.
 
     Args:
-        model: an `nn.Module`, or a mapping name -> tensor. Never copied. Of one sharded by FSDP2
-            (`fully_shard`) or tensor parallelism, each rank averages its own parts, without
-            communication: shard the model first.
-        rule: a `Rule` or its spec, or a mapping name -> rule for several averages at once.
-        every: calls of `update` per update. Time still counts every call, so the horizon stays:
+        model: an `nn.Module`, or a mapping name -> tensor. It is never copied. If it is sharded by
+            FSDP2 (`fully_shard`) or tensor parallelism, each rank averages its own shards without
+            communication; shard the model first.
+        rule: a `Rule` or its spec, or a mapping name -> rule for several averages.
+        every: calls of `update` per update. Time counts every call, so the horizon stays the same:
             `Exponential(d)` with every=4 updates with decay d^4.
-        dtype: of the slots; by default that of the weights, and float32 for narrower ones.
-        rounding: of the slots: "nearest", "stochastic" (bfloat16 and float16 slots, right in the
-            mean) or "compensated" (a second tensor a slot holds what rounding dropped).
-        device: of the slots; by default that of the weights. Slots on the CPU of CUDA weights
-            are moved beside the training (`polyak._engine.offload`), best with `attach`.
-        buffers: "auto" averages BatchNorm's running statistics and copies the others; "copy",
-            "average", or a mapping name pattern -> "average", "copy" or "skip" (left alone), for
-            parameters too.
-        select: what is tracked: a pattern, several, or a function of the name. By default all.
+        dtype: dtype of the slots. Default: that of the weights, and float32 for narrower weights.
+        rounding: rounding of the slots: "nearest", "stochastic" (bfloat16 and float16 slots; correct
+            in the mean) or "compensated" (a second tensor per slot holds what rounding drops).
+        device: device of the slots. Default: that of the weights. Slots on the CPU for CUDA weights
+            are updated in a background thread; use `attach` with them.
+        buffers: "auto" averages BatchNorm's running statistics and copies other buffers. "copy" and
+            "average" decide for all buffers. A mapping name pattern -> "average", "copy" or "skip"
+            decides by name, for parameters too.
+        select: what is averaged: a name pattern, several, or a function of the name. Default: all.
         shard: a `torch.distributed` process group, or a device mesh of one dimension, whose ranks
-            all have these weights whole (DistributedDataParallel): each rank holds and updates its
-            rows of every average, 1/N of the memory, and to apply one it is gathered. Every rank
-            of it makes the averager, and enters `applied`, at the same place of the program.
-        nonfinite: of an update that finds NaN or inf in the weights: "allow" averages them, "skip"
-            leaves the average as it is and counts (`skipped`), "error" raises. The last two read
-            the weights once more; the host waits at most for the update before.
+            all hold the whole weights (DistributedDataParallel). Each rank then holds and updates
+            1/N of every average, by rows, and `applied` gathers it. Every rank must make the
+            averager, and enter `applied`, at the same place of the program.
+        nonfinite: what an update does if weights are NaN or inf: "allow" averages them, "skip"
+            leaves the average unchanged and counts (`skipped`), "error" raises. "skip" and "error"
+            read the weights once more; the host waits only for the previous update.
 
     >>> weights = {"w": torch.zeros(2)}
     >>> averager = Averager(weights, "exponential(0.5)")
@@ -97,8 +99,8 @@ class Averager:
     >>> averager.average()["w"]
     tensor([2.2500, 2.2500])
 
-    Raises `ValueError` or `TypeError` for a bad argument or a model that cannot be averaged, naming
-    the tensor; `RuntimeError` for a call at the wrong time.
+    Raises `ValueError` or `TypeError` for a bad argument, or for a model that cannot be averaged, with
+    the tensor's name. Raises `RuntimeError` for a call at the wrong time.
     """
 
     def __init__(
@@ -139,40 +141,40 @@ class Averager:
             )
         self._slots = f"dtype={dtype}, {rounding} rounding"
         self.run: str | None = None
-        """The run that a `Recorder` stores, if one does; kept in states."""
+        """The id of the run that a `Recorder` stores; it is part of the state."""
         self.mixed = False
-        """Whether the slots were made by other rules too (`polyak.load(change_rule=True)`)."""
+        """Whether another rule made a part of the slots (`polyak.load(change_rule=True)`)."""
         self._lender = Lender(self._live, self._averages, self._updating, self._mesh)
         self._attachment: Attachment | None = None
         self._compare_replicas("Averager")
 
     @property
     def rule(self) -> Rule | dict[str, Rule]:
-        """The rule, or name -> rule where there are several."""
+        """The rule, or name -> rule if there are several."""
         rules = self.rules
         return rules[ONLY] if list(rules) == [ONLY] else rules
 
     @property
     def rules(self) -> dict[str, Rule]:
-        """name -> rule; the name of a lone average is "average"."""
+        """name -> rule. A single average is called "average"."""
         return {name: average.rule for name, average in self._averages.items()}
 
     @property
     def every(self) -> int:
-        """How many calls of `update` make an update."""
+        """The number of calls of `update` per update."""
         return self._updating.every
 
     @property
     def tracked(self) -> list[Tracked]:
-        """Every tensor of the model as it is now: its name, its policy, where its content is.
+        """Every tensor of the model as it is now: its name, its policy, and where it is.
 
-        Raises `RuntimeError` where the model's tensors are not those of the start.
+        Raises `RuntimeError` if the model's tensors are not those that the averager was made with.
         """
         self._live.check("tracked")
         return list(self._live.tracked)
 
     def slot_specs(self, name: str | None = None) -> dict[str, dict[str, TensorSpec]]:
-        """What an average may hold: slot -> name of the averaged tensor -> its shape and dtype.
+        """The tensors that an average may hold: slot -> tensor's name -> shape and dtype.
 
         Raises `KeyError` for an unknown name.
         """
@@ -181,44 +183,44 @@ class Averager:
 
     @property
     def clock(self) -> Tick:
-        """The clock after the last update, without waiting for a verdict that may take it back."""
+        """The clock after the last update. Unlike `count`, it does not wait for the device."""
         return next(iter(self._averages.values())).tick
 
     @property
     def count(self) -> int:
-        """How many updates were made: the calls of `update`, divided by `every`."""
+        """The number of updates so far: calls of `update` divided by `every`."""
         self._updating.settle()
         return self.clock.n
 
     @property
     def skipped(self) -> int:
-        """How many updates were left out because weights were not finite (`nonfinite="skip"`)."""
+        """The number of updates left out because weights were not finite (`nonfinite="skip"`)."""
         self._updating.settle()
         return self._updating.skipped
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks have a part each, of the weights or of the averages alone."""
+        """Whether each rank holds only a part of the weights, or of the averages."""
         return any(is_distributed(item.held()) for item in self._live.stored())
 
     def check_replicas(self) -> None:
-        """With `shard`, compares the weights of all ranks, bit for bit; collective.
+        """Compare the weights of all ranks bit for bit (with `shard`). Collective.
 
-        It is done at the start and when an average is saved. Raises `RuntimeError` naming the
-        tensors in which ranks differ: their rows would be averages of different models.
+        The averager does this when it is made and when it is saved. Raises `RuntimeError` with the
+        names of the tensors that differ: their rows would be averages of different models.
         """
         self._compare_replicas("check_replicas")
 
     def update(self, elapsed: float | None = None) -> None:
-        """Counts one call and, at every `every`-th, moves the slots towards the live weights.
+        """Count one call, and at every `every`-th call move the slots towards the live weights.
 
-        `elapsed` is the time since the last call, 1 if not given: steps, samples or tokens, as the
-        rule counts. The first update copies. The host never waits for the device, except once at the
-        second update: infinities that stay constant (a mask) are looked for then.
+        `elapsed` is the time since the last call in the rule's unit (steps, samples, tokens), by
+        default 1. The first update copies. The host does not wait for the device, except once at
+        the second update, which looks for infinities that stay constant (a mask).
 
-        Raises `RuntimeError` inside `applied()` and when the model's tensors are not those of the
-        start; `ValueError` unless elapsed > 0 and the time after it is finite; `FloatingPointError`
-        for weights that are not finite where `nonfinite="error"`.
+        Raises `RuntimeError` inside `applied()`, and if the model's tensors are not those that the
+        averager was made with. Raises `ValueError` unless elapsed > 0 and the time after it is
+        finite, and `FloatingPointError` for weights that are not finite with `nonfinite="error"`.
         """
         with lending.TURN:
             if self._lender.loan is not None:
@@ -229,26 +231,27 @@ class Averager:
             self._updating.call(1.0 if elapsed is None else elapsed)
 
     def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:
-        """Calls `update()` after each step of an optimizer; `.remove()` of what it returns detaches.
+        """Call `update()` after each optimizer step. `.remove()` of the result detaches.
 
-        `optimizer` is a `torch.optim.Optimizer`, a wrapper of one (accelerate's, Lightning's, any
-        that has it as `.optimizer`), or a sequence of them: then an update follows when each has
-        stepped. A step counts once, where its outermost call ends: gradient accumulation, closures,
-        and steps that call other steps make one update.
+        `optimizer` is a `torch.optim.Optimizer`, a wrapper that has one as `.optimizer` (accelerate's,
+        Lightning's), or a sequence of them; with several, an update follows when each has stepped.
+        A step counts once, when its outermost call ends: gradient accumulation, closures, and steps
+        that call other steps make one update.
 
-        A `GradScaler` that skips a step of an ordinary optimizer skips the update with it; a fused
-        optimizer runs its hooks all the same, so give the scaler here (accelerate's is found). The
-        host waits at most for the update before.
+        If a `GradScaler` skips a step of an ordinary optimizer, the update is skipped too. A fused
+        optimizer runs its hooks even then, so pass the scaler here (accelerate's is found). The host
+        waits only for the previous update.
 
-        Raises `ValueError` for no optimizer or one given twice; `TypeError` for another object;
-        `RuntimeError` if attached already, and at a step of a fused optimizer under a scaler that
-        was not given.
+        Raises `ValueError` for no optimizer or a repeated one, `TypeError` for another object, and
+        `RuntimeError` if the averager is attached already, or at a step of a fused optimizer whose
+        scaler was not passed.
         """
         lone = hasattr(optimizer, "step") or not isinstance(optimizer, Iterable)
         several = [optimizer] if lone else list(optimizer)
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
-                "attach: attached already, so a step would count twice: remove() first"
+                "attach: the averager is attached already, so a step would count twice; call "
+                "remove() on the earlier attachment first"
             )
         updating = self._updating
         self._attachment = Attachment(
@@ -258,56 +261,57 @@ class Averager:
 
     @lending.in_turn
     def average(self, name: str | None = None) -> dict[str, Tensor]:
-        """The average: canonical name -> fresh tensor, in the slots' dtype and on their device.
+        """Return the average: canonical name -> fresh tensor, in the slots' dtype and on their device.
 
-        Sharded ones are DTensors like the model's, or with `shard` of its rows, and every rank must
-        then do the same with them.
-        It has averaged and copied tensors, under all names of tied ones, so that the model's
-        `load_state_dict` takes it where everything is tracked (with `shard` that is `copy_to`'s to
-        do). `name` is needed where there are several averages.
+        The result has averaged and copied tensors, tied ones under all their names, so the model's
+        `load_state_dict` accepts it if everything is tracked. Tensors of a sharded model, and of
+        `shard`, are DTensors: every rank must then do the same with them (with `shard` use `copy_to`
+        to write them into a model). `name` is needed if there are several averages.
 
-        Raises `RuntimeError` before the first update and inside `applied()`; `KeyError` for an
+        Raises `RuntimeError` before the first update and inside `applied()`, and `KeyError` for an
         unknown name.
         """
         return self.weights(name).whole()
 
     @lending.in_turn
     def weights(self, name: str | None = None) -> AverageWeights:
-        """The average as a mapping that computes a tensor when asked: `average()` in less memory.
+        """Return the average as a mapping that computes each tensor when it is read.
 
-        It holds until the next update. Errors: those of `average()`.
+        It needs less memory than `average()` and is valid until the next update. It raises the same
+        errors as `average()`.
         """
         average = self._get(name)
         self._ready("average", average)
         return AverageWeights(self._live, average, self._updating.copies)
 
     def applied(self, name: str | None = None) -> AbstractContextManager[None]:
-        """Within the block the model carries the average; its live weights come back whatever happens.
+        """Let the model carry the average inside a `with` block; its live weights always come back.
 
-        Contents are exchanged in place, by chunks: pointers stay, and there is no third copy but
-        for buffers and for weights whose average has another dtype or device or several slots.
+        Contents are exchanged in place, chunk by chunk, and pointers stay. There is no third copy
+        of the model, except for buffers and for weights whose average has another dtype or device, or
+        several slots.
 
-        An inner block of the same average does nothing. Another averager of the same model sees the
-        average in the block, as everyone does. Ctrl-C waits until contents have been exchanged.
+        An inner block of the same average does nothing. Blocks of several averagers on one model may
+        end in any order. Signal handlers wait until the exchange is done.
 
-        Raises `RuntimeError` before the first update, inside the block of another average, and
-        after a block that wrote to the weights, replaced or moved them. (Where the block itself
-        raised, that is a note on its exception.) What it wrote may have spoilt the average: then
-        it cannot be read until a state is loaded.
+        Raises `RuntimeError` before the first update, inside a block of another average of this
+        averager, and after a block that wrote to the weights, replaced or moved them. If the block
+        itself raised, that report is a note on its exception. Such a write may have spoilt the
+        average; then it cannot be read until a state is loaded.
 
-        With `shard` it is collective to enter: ranks agree on what they gather, and each keeps its
-        live weights aside, a copy for the time of the block. To leave, no rank needs another.
+        With `shard`, entering is collective: the ranks agree on what they gather, and each keeps a
+        copy of its live weights. Leaving needs no other rank.
         """
         return Applied(self._lender, name)
 
     @torch.no_grad()
     def copy_to(self, model: Source, name: str | None = None) -> None:
-        """Writes the average into a model for good, by name, rounded to the model's dtypes.
+        """Write the average into a model for good, by name, rounded to the model's dtypes.
 
-        The model may be the live one (training then goes on from the average: Switch-EMA, Hare and
-        Tortoise) or another of the same names and shapes, wrapped or not.
+        The model may be the live one (training then continues from the average: Switch-EMA, Hare
+        and Tortoise) or another with the same names and shapes, wrapped or not.
 
-        Raises `ValueError` listing names that are missing, extra or of another shape;
+        Raises `ValueError` with the names that are missing, extra or of another shape, and
         `RuntimeError` before the first update and inside `applied()`. Collective with `shard`.
         """
         with self._together("copy_to") as agreement:
@@ -332,13 +336,13 @@ class Averager:
 
     @lending.in_turn
     def state_dict(self) -> dict[str, Any]:
-        """Rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
+        """Return rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
 
         The tensors are the averager's own, as with `nn.Module.state_dict`: save or copy them before
-        the next update. `torch.load(..., weights_only=True)` reads a saved one. Those of a sharded
-        model are DTensors that share the slots' memory, for `torch.distributed.checkpoint`: it
-        loads into the state of an averager that has made its updates, which then takes it over
-        with `load_state_dict`.
+        the next update. `torch.load(..., weights_only=True)` reads a saved state. The tensors of a
+        sharded model are DTensors that share the slots' memory, for `torch.distributed.checkpoint`.
+        Its `load` fills the state of an averager that has made its updates; then call
+        `load_state_dict` with it.
 
         Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
         """
@@ -352,10 +356,10 @@ class Averager:
 
     @lending.in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state that `state_dict` gave, copying its tensors; then training goes on.
+        """Load a state that `state_dict` returned; its tensors are copied.
 
-        Averages, rules, names, shapes, dtypes and the layouts of sharded tensors must agree; all is
-        checked before anything is changed. Raises `ValueError` that lists what differs.
+        Averages, rules, names, shapes, dtypes and the layouts of sharded tensors must agree.
+        Everything is checked before anything changes. Raises `ValueError` with a list of differences.
         """
         new = self._checked(state)
         changes: list[tuple[object, dict[str, object]]] = [
@@ -368,14 +372,14 @@ class Averager:
 
     @lending.in_turn
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises what `load_state_dict` would raise, and takes nothing over."""
+        """Raise what `load_state_dict` would raise, and change nothing."""
         self._checked(state)
 
     @lending.in_turn
     def summary(self) -> Summary:
-        """What was decided for every tensor, the rules, the clock and the memory; prints as a table.
+        """Return every tensor's policy, the rules, the clock and the memory; it prints as a table.
 
-        It warns where rounding to nearest stops a share of the weights. It reads all weights.
+        It reads all weights, and warns if rounding to nearest stops a share of them.
         """
         self._same_model("summary")
         return summarise(
@@ -386,7 +390,7 @@ class Averager:
         )
 
     def _together(self, call: str) -> AbstractContextManager[Agreement]:
-        """A block that fails on all ranks if it fails on one, where they share averages."""
+        """With `shard`: a block that fails on all ranks if it fails on one."""
         if self._mesh is None:
             return nullcontext(Agreement())
         return together(call, self._mesh.get_group())
@@ -403,20 +407,20 @@ class Averager:
         require_same(call, alike, told, self._mesh)
 
     def _refuse_sharded(self, place: torch.device | None, nonfinite: str) -> None:
-        """Raises `ValueError` for what sharded weights cannot have."""
+        """Raise `ValueError` for options that sharded weights cannot have."""
         stored = self._live.stored()
         require_beside((item.held() for item in stored), place)
         sharded = [item.name for item in stored if is_distributed(item.held())]
         if sharded and nonfinite in ("skip", "error"):
             raise ValueError(
-                f'nonfinite is "{nonfinite}" and the weights are sharded ({sharded[0]}): ranks '
-                'would decide each by its own part, and go apart; wanted "allow"'
+                f'nonfinite is "{nonfinite}" and the weights are sharded ({sharded[0]}): each rank '
+                'would decide by its own shards, and the ranks would drift apart; wanted "allow"'
             )
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "an Averager is bound to its model and is not copied or pickled: save state_dict(), "
-            "make another Averager for the other model and load it there"
+            "an Averager is bound to its model and cannot be copied or pickled: save state_dict(), "
+            "make an Averager for the other model and call load_state_dict() there"
         )
 
     def _same_model(self, call: str) -> None:
@@ -442,7 +446,7 @@ class Averager:
 
 
 def _device(model: object) -> torch.device:
-    """Where the first tensor of a model is; what is no model is refused later."""
+    """The device of a model's first tensor. `track` refuses later what cannot be a model."""
     held: Iterable[object] = model.values() if isinstance(model, Mapping) else ()
     tensors = model.parameters() if isinstance(model, nn.Module) else held
     return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
@@ -451,7 +455,7 @@ def _device(model: object) -> torch.device:
 def _require_fit(
     ours: Sequence[Tracked], theirs: Sequence[Tracked], average: Mapping[str, Tensor]
 ) -> None:
-    """Raises `ValueError` unless a model can hold an average: names, shapes, one value a tensor."""
+    """Raise `ValueError` unless a model can hold an average: names, shapes, one value per tensor."""
     if lines := difference(_shapes(ours), _shapes(theirs)):
         if any(isinstance(each, Layout) for each in _shapes(ours).values()):
             lines.append("between layouts: polyak.save, or checkpoints.export, and load there")

@@ -28,6 +28,8 @@ from polyak.rules import AVERAGE, ArticleEMA, Tick
 _MOST_CALLS = 2**53
 """Above it, a float no longer tells a call from the next."""
 
+__all__ = ["EMA"]
+
 
 class EMA(nn.Module):
     """An exponential moving average of a model, as a module: `ema.update()`, then `ema(x)`.

@@ -33,10 +33,10 @@ class DistributedTensors(LazyTensors):
 
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
     file. `objects` are the entries that are not tensors, such as a count of steps, read when asked
-    for. `chunks` are where a tensor's parts begin and their shapes. `paths` tells for each flat name the keys that it was made from, outermost first, for objects
-    as well.
+    for. `chunks` are where a tensor's parts begin and their shapes. `paths` gives, for each flat name
+    (of objects too), the keys that it was made from, outermost first.
 
-    Raises `ValueError` labelled the folder for metadata that do not fit the files, and later labelled the
+    Raises `ValueError` that names the folder if the metadata do not fit the files, and later names the
     file for a damaged chunk; `FileNotFoundError` for missing files.
     """
 
@@ -82,7 +82,7 @@ class DistributedTensors(LazyTensors):
                 self._opened[name, *chunk.offsets].release()
 
     def verify(self) -> None:
-        """Compare every entry with its checksum; raises `ValueError` labelled the damaged one."""
+        """Compare every entry with its checksum; raises `ValueError` that names a damaged one."""
         for (name, *_), place in self._places.items():
             self._verify(name, place)
 

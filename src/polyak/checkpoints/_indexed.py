@@ -26,7 +26,7 @@ class IndexedTensors(LazyTensors):
     of torch.save. A file's header is read when the first of its tensors is asked for. Tensors that a
     file holds and the index does not list are left out, as other readers of such folders do.
 
-    Raises `ValueError` labelled the index for one that is damaged, or leads to files elsewhere; later
+    Raises `ValueError` that names the index if it is damaged or leads to files elsewhere; later
     for a file that lacks a tensor; `FileNotFoundError` for a missing file.
     """
 

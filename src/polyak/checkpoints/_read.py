@@ -48,7 +48,7 @@ def read(path: Path | str, names: Names = None) -> Checkpoint:
     >>> found.format, found.clock.count, list(found.averages["average"])
     ('averaged-model', 0, ['weight', 'bias'])
 
-    Raises `ValueError` labelled the file: for a layout that is not known, with what the file holds; for
+    Raises `ValueError` that names the file: for a layout that is not known, with what the file holds; for
     one that needs names; for a damaged file; for weights that only code in the file could make.
     `FileNotFoundError` if there is nothing.
     """

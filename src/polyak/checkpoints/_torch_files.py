@@ -61,7 +61,7 @@ def load(file: OpenFile, start: int = 0, length: int | None = None, label: str =
 
 
 def verify(file: OpenFile) -> None:
-    """Compare every record with its checksum; raises `ValueError` labelled the damaged one."""
+    """Compare every record with its checksum; raises `ValueError` that names a damaged one."""
     with labelled(file.path, "a damaged file of torch.save"):
         for record in load(file).records:
             record.require_whole()
