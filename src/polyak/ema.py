@@ -49,10 +49,10 @@ class EMA(nn.Module):
         ignore_names, ignore_startswith_names: left alone after the initial copies.
         include_online_model: whether `state_dict` holds the live model, under `online_model.`.
 
-    Unlike ema-pytorch's, beta=1 does not freeze the average, and the first averaging call copies
-    once more; names that match nothing are errors. Floating-point buffers are averaged, integer and boolean ones copied. The averages of bfloat16
-    and float16 weights are kept in float32, which `state_dict` holds; `ema_model` has their
-    roundings.
+    Unlike in ema-pytorch, beta=1 does not freeze the average, the first averaging call copies once
+    more, and names that match nothing are errors. Floating-point buffers are averaged; integer and
+    boolean buffers are copied. The averages of bfloat16 and float16 weights are float32 tensors:
+    `state_dict` holds these, and `ema_model` holds them rounded.
 
     >>> model = nn.Linear(2, 1)
     >>> ema = EMA(model, beta=0.99, update_after_step=0, update_every=1)
@@ -61,8 +61,9 @@ class EMA(nn.Module):
     >>> round(ema.get_current_decay(), 4), list(ema.state_dict())[:3]
     (0.5193, ['initted', 'step', 'online_model.weight'])
 
-    Raises `ValueError` for options out of range and for names that match nothing, `TypeError`
-    unless model is a module, `RuntimeError` for a model that cannot be copied.
+    Raises `ValueError` for options out of range, for names that match nothing, and for tensors that
+    share memory; `TypeError` unless model is a module; `RuntimeError` for a model that cannot be
+    copied.
     Source: the founding article, section 2; ema-pytorch (MIT), whose file layout it shares.
     """
 
@@ -120,7 +121,7 @@ class EMA(nn.Module):
         return online if isinstance(online, nn.Module) else online[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A call of the module that carries the average."""
+        """Calls the module that carries the average."""
         return self.ema_model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> EMA:
@@ -159,7 +160,7 @@ class EMA(nn.Module):
     def update_moving_average(
         self, ma_model: nn.Module | None = None, current_model: nn.Module | None = None
     ) -> None:
-        """One averaging with the decay of now, outside the count of calls.
+        """Averages once, with the current decay; the call is not counted.
 
         The models, if given, are this object's own `ema_model` and `model`, else `ValueError`.
         """
@@ -201,7 +202,7 @@ class EMA(nn.Module):
         self._finish()
 
     def _finish(self) -> None:
-        """What follows a move of the slots: tensors to copy, and roundings of float32 slots."""
+        """Copies what is copied, and rounds float32 slots, after the slots have moved."""
         self._copy("copy")
         for item in self._carrier.averaged:
             if item.name in self._rounded:
@@ -216,7 +217,7 @@ class EMA(nn.Module):
                 carried.local().copy_(source.local())
 
     def _follow(self) -> Groups:
-        """The live weights' groups; the average's tensors are looked up anew where replaced."""
+        """Groups the live weights; looks the average's tensors up again if they were replaced."""
         groups = self._live.groups()
         before = self._carrier.generation
         self._carrier.groups()
@@ -232,7 +233,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def _bind(self) -> None:
-        """Makes the tensors of `ema_model` the slots; a narrow one gets a float32 slot beside it."""
+        """Makes the tensors of `ema_model` the slots; beside a narrow one there is a float32 slot."""
         before, self._rounded = self._rounded, {}
         slots = []
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
@@ -261,7 +262,7 @@ class EMA(nn.Module):
         self._loaded = {}
 
     def _slot_keys(self) -> Iterator[tuple[str, Tensor]]:
-        """The keys of `ema_model.state_dict()` whose averages are held wider, with their slots."""
+        """The keys of `ema_model.state_dict()` that have a float32 slot, with that slot."""
         slots = {
             id(item.local()): self._rounded[item.name]
             for item in self._carrier.averaged
@@ -315,7 +316,7 @@ def _require_second(live: ModelTensors, carrier: ModelTensors) -> None:
 
 @torch.inference_mode(False)
 def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
-    """A wide slot of a narrow tensor: the one before, unless the narrow one was set otherwise."""
+    """A wide slot for a narrow tensor: the last one, unless the narrow tensor was changed since."""
     if before is not None and torch.equal(before.to(narrow.device, narrow.dtype), narrow):
         return before.to(narrow.device, dtype)
     return narrow.to(dtype)
@@ -372,7 +373,7 @@ def _names(option: str, names: Collection[str]) -> frozenset[str]:
 
 
 def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Puts the float32 averages of narrow weights into a state dict, under the narrow ones' keys."""
+    """Puts float32 averages into a state dict, under the keys of the narrow weights."""
     for key, slot in module._slot_keys():
         state[f"{prefix}ema_model.{key}"] = slot.detach()
 

@@ -1,4 +1,4 @@
-"""States: what a saved average must look like to be taken over, checked before anything changes."""
+"""States: saved averages are checked whole before anything takes them over."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class State:
 
 
 def checked(state: object, live: ModelTensors, averages: Mapping[str, Average]) -> State:
-    """A state as it may be taken over; raises `ValueError` that says what is not as it must be."""
+    """Checks a state; raises `ValueError` that says what differs from what this averager needs."""
     data = _mapping(
         state, "the state", ("format", "calls", "elapsed", "skipped", "copies", "averages")
     )
@@ -100,7 +100,7 @@ def _average(
 
 
 def _copies(data: object, live: ModelTensors, *, begun: bool) -> dict[str, Tensor]:
-    """Copied tensors; floating-point ones may have another dtype, as the model may have moved since."""
+    """The copied tensors. The model may have another float dtype by now than when they were copied."""
     copies = dict(_mapping(data, "copies"))
     if copies or begun:
         forms = {item.name: (item.shape(), item.local().dtype) for item in live.copied}
@@ -121,7 +121,7 @@ def _require_forms(wanted: Mapping[str, _Form], held: Mapping[str, Any], where: 
 
 
 def _form(value: object) -> _Form | str:
-    """Shape and dtype of an ordinary tensor, layout of a sharded one; else what it is."""
+    """The shape (of a sharded tensor, the layout) and dtype; a text for anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     if local(value).is_meta or value.layout != torch.strided:
@@ -138,7 +138,7 @@ def _mapping(value: object, where: str, fields: Sequence[str] = ()) -> Mapping[s
 
 
 def as_tick(data: object, where: str = "tick") -> Tick:
-    """A clock from its data, `[n, t, elapsed, inner]`; raises `ValueError` for anything else."""
+    """Reads a clock from its data, `[n, t, elapsed, inner]`; raises `ValueError` for other data."""
     if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != len(START):
         raise ValueError(f"load_state_dict: {where} is {data!r}, wanted [n, t, elapsed, inner]")
     n, t, elapsed, inner = data
@@ -150,7 +150,7 @@ def as_tick(data: object, where: str = "tick") -> Tick:
 
 
 def _tick(data: object, like: Tick, where: str) -> Tick:
-    """A clock, nested as the rule nests its clocks."""
+    """Reads a clock, and checks that it has as many inner clocks as the rule has."""
     tick = as_tick(data, where)
     held, wanted = tick, like
     while held.n and wanted.inner is not None and held.inner is not None:
