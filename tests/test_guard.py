@@ -212,7 +212,7 @@ def test_no_step_counts_twice() -> None:
         with pytest.raises(ValueError, match=r"attach: [02] optimizers, wanted one or more, each"):
             averager.attach(wrong)
     attached = averager.attach(optimizer)
-    with pytest.raises(RuntimeError, match=r"attached already.*call remove\(\) first"):
+    with pytest.raises(RuntimeError, match=r"attached already.*call remove\(\)"):
         averager.attach(optimizer)
     attached.remove()
     averager.attach(optimizer)
