@@ -178,7 +178,7 @@ import torch, polyak
 
 torch.set_num_threads(1)
 kind, program, sent = sys.argv[1], sys.argv[2], sys.argv[3]
-HITS = 1800
+HITS = 300
 weights = {
     str(i): torch.full((n,), 3.0)
     for i, n in enumerate({"large": [1_500_000], "small": [8] * 300}[kind])
@@ -254,10 +254,11 @@ print(hits)
 @pytest.mark.parametrize("program", ["alone", "beside", "nested", "in_the_order_of_entering"])
 @pytest.mark.parametrize("kind", ["large", "small"])
 def test_alarms_at_any_moment_lose_nothing(kind: str, program: str, sent: str) -> None:
+    """4800 alarms in all; where only Ctrl-C waited, every second one of another kind lost weights."""
     command = [sys.executable, "-c", STORM, kind, program, sent]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1700
+    assert int(done.stdout) == 300
     assert "Exception ignored" not in done.stderr
 
 

@@ -291,13 +291,15 @@ class Averager:
         of the model, except for buffers and for weights whose average has another dtype or device, or
         several slots.
 
-        An inner block of the same average does nothing. Blocks of several averagers on one model may
-        end in any order. Signal handlers wait until the exchange is done.
+        The model carries the average of the block that was entered last and is still open. Blocks of
+        several averagers on one model may end in any order. Inside, a step of an optimizer that has
+        these weights raises. Signal handlers wait until the exchange is done.
 
         Raises `RuntimeError` before the first update, inside a block of another average of this
-        averager, and after a block that wrote to the weights, replaced or moved them. If the block
-        itself raised, that report is a note on its exception. Such a write may have spoilt the
-        average; then it cannot be read until a state is loaded.
+        averager, if another thread or asyncio task is in a block on these weights, and after a block
+        that wrote to the weights, replaced or moved them. If the block itself raised, that report is
+        a note on its exception. Such a write may have spoilt the average; then it cannot be read
+        until a state is loaded.
 
         With `shard`, entering is collective: the ranks agree on what they gather, and each keeps a
         copy of its live weights. Leaving needs no other rank.
