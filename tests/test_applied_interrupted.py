@@ -136,7 +136,13 @@ def after_an_exception(situation: Situation, trace: RaisesAt) -> None:
 PROGRAMS = [alone, beside, in_the_order_of_entering, after_an_exception]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt,
+        *(pytest.param(e, marks=pytest.mark.slow) for e in (MemoryError, RuntimeError)),
+    ],
+)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_exception_at_any_line_loses_nothing(
     program: Callable[[Situation, RaisesAt], None], error: type[BaseException]

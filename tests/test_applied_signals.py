@@ -254,7 +254,7 @@ print(hits)
 @pytest.mark.parametrize("program", ["alone", "beside", "nested", "in_the_order_of_entering"])
 @pytest.mark.parametrize("kind", ["large", "small"])
 def test_alarms_at_any_moment_lose_nothing(kind: str, program: str, sent: str) -> None:
-    """4800 alarms in all; where only Ctrl-C waited, every second one of another kind lost weights."""
+    """4800 alarms in all. Where only Ctrl-C waits, more than half of the first ten lose weights."""
     command = [sys.executable, "-c", STORM, kind, program, sent]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
