@@ -60,6 +60,10 @@ def tracing(trace: RaisesAt) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+        # A trace function can raise between the last line of a `with` and the release of its lock.
+        # No signal and no exception from another thread arrives there, so the lock is given back.
+        while lending.TURN._is_owned():  # type: ignore[attr-defined]
+            lending.TURN.release()
 
 
 class Situation:
