@@ -365,8 +365,14 @@ def not_as_root() -> Iterator[None]:
         os.seteuid(0)
 
 
+def write_once_as_root(name: str, folder: Path) -> None:
+    """Another user may not read this Python's own modules, nor the inputs that tests share."""
+    WRITERS[name].write(folder / f"once{WRITERS[name].suffix}", 8)
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_where_nothing_may_be_written_the_path_is_named(name: str) -> None:
+def test_where_nothing_may_be_written_the_path_is_named(name: str, tmp_path: Path) -> None:
+    write_once_as_root(name, tmp_path)
     folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     writer, place = WRITERS[name], folder / f"it{WRITERS[name].suffix}"
     before = old(place, writer)
@@ -382,7 +388,8 @@ def test_where_nothing_may_be_written_the_path_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_folder_that_cannot_be_listed_is_written_to(name: str) -> None:
+def test_a_folder_that_cannot_be_listed_is_written_to(name: str, tmp_path: Path) -> None:
+    write_once_as_root(name, tmp_path)
     folder = Path(tempfile.mkdtemp())
     place = folder / f"it{WRITERS[name].suffix}"
     try:
