@@ -145,9 +145,9 @@ def unfinished(folder: Path) -> None:
 
 TORN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a rank's file is missing": (missing, r"__1_0\.distcp is missing"),
-    "a byte of it": (cut_by(lambda _: 1), r"__1_0\.distcp has \d+ bytes, .* it is cut short"),
+    "a byte of it": (cut_by(lambda _: 1), r"__1_0\.distcp has \d+ bytes, .* is cut short"),
     "half of it": (cut_by(lambda size: size // 2), r"__1_0\.distcp has \d+ bytes, .* is cut short"),
-    "all of it": (cut_by(lambda size: size), r"__1_0\.distcp has 0 bytes, .* it is cut short"),
+    "all of it": (cut_by(lambda size: size), r"__1_0\.distcp: the file is empty"),
     "no metadata": (unfinished, r"\.metadata is missing: |No such file or directory: .*/step-5"),
 }
 
