@@ -34,6 +34,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("checkpoints", {"torch", "numpy", "safetensors"}),
     ("snapshots", {"torch"}),
     ("offline", {"torch", "numpy"}),
+    ("integrations", {"torch"}),
     ("charts", {"altair"}),
     ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "rich"}),
     ("cli", {"typer", "rich", "torch"}),
@@ -48,6 +49,15 @@ FORBIDDEN = {
     "_engine": {"theory", "_files"},
     "averager": {"theory", "_files"},
     "ema": {"theory", "_files"},
+}
+
+# A framework is imported in its integration, `integrations/<name>.py`, and nowhere else.
+FRAMEWORKS: dict[str, set[str]] = {
+    "accelerate": {"accelerate"},
+    "fabric": {"lightning"},
+    "ignite": {"ignite"},
+    "lightning": {"lightning"},
+    "transformers": {"transformers"},
 }
 
 
@@ -78,6 +88,7 @@ def test_imports_point_down(path: Path) -> None:
     assert layer in ORDER, f"{layer} has no place in the table of layers"
     below = set(ORDER[: ORDER.index(layer) + 1]) - FORBIDDEN.get(layer, set())
     outside = dict(LAYERS)[layer] | set(sys.stdlib_module_names)
+    outside |= FRAMEWORKS.get(path.stem, set()) if layer == "integrations" else set()
     for name in imports(path):
         package, _, rest = name.partition(".")
         if package == "polyak":
@@ -120,6 +131,7 @@ def test_theory_loads_no_torch() -> None:
 
 def test_polyak_loads_no_extra() -> None:
     extras = {"typer", "rich", "sklearn", "altair", "joblib", "scipy", "diffusers", "lightning"}
+    extras |= set().union(*FRAMEWORKS.values())
     assert not extras & loaded("import polyak; polyak.Averager; polyak.EMA")
 
 
