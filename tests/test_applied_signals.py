@@ -172,6 +172,70 @@ def test_handlers_are_put_back_whoever_leaves_last() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("handlers")
+def test_an_abandoned_block_puts_the_handlers_back() -> None:
+    model, averager = averaged()
+    live = snapshot(model)
+    signal.signal(signal.SIGALRM, raises)
+    block = averager.applied()
+    block.__enter__()
+    del block
+    assert_same(snapshot(model), live)
+    assert signal.getsignal(signal.SIGALRM) is raises
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_amid_the_end_of_an_abandoned_block_is_heard_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python drops what a handler raises in a callback of the garbage collector."""
+    model, averager = averaged()
+    live = snapshot(model)
+    signal.signal(signal.SIGUSR1, raises)
+    block = averager.applied()
+    block.__enter__()
+    send_amid(monkeypatch, "out", signal.SIGUSR1)
+    with pytest.raises(TimeUpError):
+        del block
+        threading.Event().wait(60)
+    assert_same(snapshot(model), live)
+    assert signal.getsignal(signal.SIGUSR1) is raises
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_a_block_that_ends_amid_an_exchange_lets_the_handlers_wait(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector can end a generator, and the block in it, between any two lines."""
+    model, averager = averaged()
+    _, other = averaged()
+    live, exchange, waited = snapshot(model), Exchange.to, []
+
+    def blocks() -> Iterator[None]:
+        with other.applied():
+            yield
+
+    abandoned = blocks()
+    next(abandoned)
+    signal.signal(signal.SIGUSR1, raises)
+
+    def interrupted(self: Exchange, exchanged: bool) -> None:
+        if exchanged == (way == "in"):
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            abandoned.close()  # type: ignore[attr-defined]
+            waited.append(True)
+        exchange(self, exchanged)
+
+    monkeypatch.setattr(Exchange, "to", interrupted)
+    with pytest.raises(TimeUpError), averager.applied():
+        assert way == "out"
+    assert waited
+    assert_same(snapshot(model), live)
+    assert signal.getsignal(signal.SIGUSR1) is raises
+
+
 STORM = """
 import random, signal, sys, time
 import torch, polyak

@@ -7,7 +7,9 @@ at which an exception could arrive unseen. Anywhere else it calls the handler at
 
 from __future__ import annotations
 
+import _thread
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 _Handler = Callable[[int, FrameType | None], Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_SOON = 0.01  # seconds: longer than the rest of a call that the garbage collector makes
 _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
 _critical: set[CodeType] = set()
 _received: list[tuple[_Handler, int, FrameType | None]] = []
@@ -63,8 +66,8 @@ def hold() -> None:
 
 
 def release() -> None:
-    """Puts the handlers back that `hold` has replaced."""
-    if threading.current_thread() is not threading.main_thread():
+    """Puts the handlers back that `hold` has replaced; the outermost critical function does it."""
+    if not _may_act():
         return
     for number in _NUMBERS:
         handler = signal.getsignal(number)
@@ -73,8 +76,11 @@ def release() -> None:
 
 
 def deliver() -> None:
-    """Calls the handlers that have waited, each of them, although one may raise."""
-    if threading.current_thread() is not threading.main_thread():
+    """Calls the handlers that have waited, each of them, although one may raise.
+
+    Only the outermost critical function calls them: what they raise would break off the outer one.
+    """
+    if not _may_act():
         return
     try:
         while _received:
@@ -83,3 +89,38 @@ def deliver() -> None:
     finally:
         if _received:
             deliver()
+
+
+def send_again() -> None:
+    """Sends the signals that have waited once more, where Python would swallow what a handler raises."""
+    if not _may_act():
+        return
+    while _received:
+        number = _received.pop(0)[1]
+        again = threading.Timer(_SOON, _send, (number,))
+        again.daemon = True
+        again.start()
+
+
+def _send(number: int) -> None:
+    """Sends a signal to the main thread; `interrupt_main` does not wake it up where it waits."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:
+        _thread.interrupt_main(number)  # type: ignore[arg-type]  # any signal that a handler had
+
+
+def _may_act() -> bool:
+    """Whether this is the main thread, and its critical function has interrupted no other one.
+
+    The garbage collector can end an abandoned block between any two lines of another exchange.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    frame: FrameType | None = sys._getframe(2)
+    found = 0
+    while frame is not None and frame.f_code is not deliver.__code__:
+        found += frame.f_code in _critical
+        frame = frame.f_back
+    return found < 2

@@ -195,7 +195,7 @@ class Hold:
         self._rescue: finalize[..., Applied] | None = None
         # If no `__exit__` comes (an abandoned generator), the block ends with its object. `__del__`
         # would run after every block, and Python swallows a Ctrl-C that arrives in it.
-        self._rescue = finalize(block, self.end)
+        self._rescue = finalize(block, self._abandoned)
 
     def end(self) -> str:
         """Ends the block. Returns what it did to weights and average; empty if it did nothing."""
@@ -205,6 +205,17 @@ class Hold:
         if self._rescue is not None:
             self._rescue.detach()
         return report
+
+    @signals.critical
+    def _abandoned(self) -> None:
+        """Ends a block that no one can leave any more. No one would hear an exception from here."""
+        signals.hold()
+        try:
+            _end(self)
+        finally:
+            if not lending.OPEN:
+                signals.release()
+            signals.send_again()
 
 
 class Applied(ContextDecorator):
@@ -245,11 +256,7 @@ class Applied(ContextDecorator):
 def _leave(hold: Hold, error: BaseException | None) -> None:
     """Ends a block, and tells what it did to the weights: in a note on its exception, or by one."""
     try:
-        try:
-            report = hold.end()
-        except BaseException:
-            hold.end()  # finishes what an exception has broken off
-            raise
+        report = _end(hold)
         if report and error is not None:
             error.add_note(report)
         elif report:
@@ -258,3 +265,11 @@ def _leave(hold: Hold, error: BaseException | None) -> None:
         if not lending.OPEN:
             signals.release()
         signals.deliver()
+
+
+def _end(hold: Hold) -> str:
+    try:
+        return hold.end()
+    except BaseException:
+        hold.end()  # finishes what an exception has broken off
+        raise
