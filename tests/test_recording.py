@@ -132,8 +132,8 @@ def test_a_model_of_every_kind_of_tensor(tmp_path: Path, dtype: torch.dtype | No
     """In the model's names and dtypes, tied weights under all their names, integers as they were."""
     torch.manual_seed(0)
     model = everything(torch.bfloat16)
-    averager = Averager(model, STORED)
-    tracked = Averager(model, "power(relative_std=0.08)")
+    averager = Averager(model, STORED, select="*")
+    tracked = Averager(model, "power(relative_std=0.08)", select="*")
     recorder = Recorder(averager, tmp_path / "s", every=5, dtype=dtype)
     for step in range(100):
         wander(model, step)

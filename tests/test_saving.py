@@ -131,7 +131,7 @@ def test_a_file_is_plain_safetensors_and_tells_what_it_is(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("rule", [Exponential(0.9), *map(polyak.parse, SEVERAL.values())], ids=str)
 def test_read_gives_the_average(tmp_path: Path, rule: Rule) -> None:
-    model, averager = trained(rule, range(9), torch.bfloat16)
+    model, averager = trained(rule, range(9), torch.bfloat16, select="*")
     polyak.save(tmp_path / "a.safetensors", averager)
     found = checkpoints.read(tmp_path / "a.safetensors")
     assert (found.format, found.count, dict(found.rules)) == ("polyak", 9, {"average": rule})
@@ -313,7 +313,7 @@ class TestExport:
         assert "head.weight" not in load_file(path)
 
     def test_from_a_file_it_is_the_same(self, tmp_path: Path) -> None:
-        _, averager = trained("tail(bema(), 4)", range(9), torch.bfloat16)
+        _, averager = trained("tail(bema(), 4)", range(9), torch.bfloat16, select="*")
         checkpoints.export(tmp_path / "a.safetensors", averager)
         polyak.save(tmp_path / "state.safetensors", averager)
         checkpoints.export(

@@ -72,21 +72,21 @@ class Model(nn.Module):
 @pytest.mark.parametrize("kind", PLAIN)
 def test_what_lies_in_its_own_memory_is_averaged_and_stored(tmp_path: Path, kind: str) -> None:
     model = Model(PLAIN[kind]())
-    averager = Averager(model, "uniform()")
+    averager = Averager(model, "uniform()", select="*")
     for step in (1, 2, 3):
         with torch.no_grad():
             model.base.fill_(step)
         averager.update()
     polyak.save(tmp_path / "it", averager)
     checkpoints.export(tmp_path / "it.safetensors", averager)
-    fresh = Averager(Model(torch.zeros(3)), "uniform()")
+    fresh = Averager(Model(torch.zeros(3)), "uniform()", select="*")
     polyak.load(tmp_path / "it", fresh)
     for held in (fresh.average(), load_file(tmp_path / "it.safetensors")):
         assert torch.equal(held["base"], torch.full((3,), 2.0)) and type(held["base"]) is Tensor
 
 
 MAKERS: dict[str, Callable[[Model], object]] = {
-    "Averager": lambda model: Averager(model, "uniform()"),
+    "Averager": lambda model: Averager(model, "uniform()", select="*"),
     "Averager of a mapping": lambda model: Averager({"base": model.base}, "uniform()"),
     "Averager that copies it": lambda model: Averager(
         {"base": model.base, "w": torch.ones(1)}, "uniform()", buffers={"base": "copy"}
@@ -103,10 +103,11 @@ def test_what_computes_for_itself_is_refused_by_name(kind: str, maker: str) -> N
         MAKERS[maker](model)
 
 
+@pytest.mark.parametrize("select", ["head", "trainable"])
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_what_is_left_out_may_be_of_any_class(tmp_path: Path, kind: str) -> None:
+def test_what_is_left_out_may_be_of_any_class(tmp_path: Path, kind: str, select: str) -> None:
     """As adapters over quantized weights are; only a file of all weights is refused, and not begun."""
-    averager = Averager(Model(WRAPPERS[kind]()), "uniform()", select="head")
+    averager = Averager(Model(WRAPPERS[kind]()), "uniform()", select=select)
     averager.update()
     assert list(averager.average()) == ["head"]
     polyak.save(tmp_path / "it", averager)
@@ -127,7 +128,7 @@ def test_of_several_each_is_a_tensor_of_its_own(kind: str) -> None:
 def test_what_comes_later_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     """As when a model is quantized while it is averaged: nothing moves, and nothing is written."""
     model = Model(torch.zeros(3))
-    averager = Averager(model, "exponential(0.5)")
+    averager = Averager(model, "exponential(0.5)", select="*")
     averager.update()
     plain, model.base = model.base, nn.Parameter(WRAPPERS[kind](), requires_grad=False)
     calls: list[Callable[[], object]] = [

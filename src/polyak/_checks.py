@@ -93,10 +93,11 @@ def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
         f"{n}: {got[n]}, wanted {wanted[n]}" for n in wanted if n in got and wanted[n] != got[n]
     ]
     lists = (("missing", missing), ("extra", extra), ("different", changed))
-    return [f"{label}: {_listed(names)}" for label, names in lists if names]
+    return [f"{label}: {listed(names)}" for label, names in lists if names]
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def listed(names: list[str], most: int = 8) -> str:
+    """The names in one line, the first `most` of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -62,12 +62,17 @@ def refuse_wrapper(name: str, tensor: Tensor) -> None:
     A mean of them is not the mean of the weights, and a file cannot hold them.
     """
     kind = type(tensor)
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if is_wrapper(tensor):
         raise ValueError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}, a tensor class with arithmetic of its "
             "own (__torch_dispatch__); wanted plain weights: average them before they are quantized "
             "or wrapped, or leave the tensor out with `select`"
         )
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor's class does its own arithmetic (`__torch_dispatch__`)."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def dtype_name(dtype: torch.dtype) -> str:

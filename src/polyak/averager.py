@@ -24,7 +24,8 @@ from polyak._checks import difference, report, require_positive
 from polyak._engine import lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
-from polyak._engine.policies import Buffers, Choose, Select
+from polyak._engine.memory import identity
+from polyak._engine.policies import TRAINABLE, Buffers, Choose, Select
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
 from polyak._engine.slots import Average
@@ -82,7 +83,9 @@ class Averager:
         buffers: "auto" averages BatchNorm's running statistics and copies other buffers. "copy" and
             "average" decide for all buffers. A mapping name pattern -> "average", "copy" or "skip"
             decides by name, for parameters too.
-        select: what is averaged: a name pattern, several, or a function of the name. Default: all.
+        select: what is averaged: a name pattern, several, or a function of the name. Default:
+            "trainable", all but frozen parameters (`requires_grad` is False while others train, when
+            the averager is made). These are not held and not saved: an average reads the model's.
         shard: a `torch.distributed` process group, or a device mesh of one dimension, whose ranks
             all hold the whole weights (DistributedDataParallel). Each rank then holds and updates
             1/N of every average, by rows, and `applied` gathers it. Every rank must make the
@@ -113,7 +116,7 @@ class Averager:
         rounding: Rounding = "nearest",
         device: torch.device | str | None = None,
         buffers: Buffers = "auto",
-        select: Select = None,
+        select: Select = TRAINABLE,
         nonfinite: Nonfinite = "allow",
         shard: DeviceMesh | ProcessGroup | None = None,
     ) -> None:
@@ -317,10 +320,11 @@ class Averager:
         `RuntimeError` before the first update and inside `applied()`. Collective with `shard`.
         """
         with self._together("copy_to") as agreement:
-            average = {name: local(tensor) for name, tensor in self.average(name).items()}
+            whole = self.weights(name).beside()
+            average = {name: local(tensor) for name, tensor in whole.items()}
             reshard(model)
             found = [i for i in track(model, self._choice).tracked if i.policy != "skip"]
-            _require_fit(self._live.stored(), found, average)
+            _require_fit(self._live.readable(), found, average)
             theirs = {name: item.local() for item in found for name in item.names}
             divided = [item.name for item in self._live.averaged if item.mesh is not None]
             forms = [(name, theirs[name].shape, theirs[name].dtype) for name in divided]
@@ -333,8 +337,9 @@ class Averager:
         gathered = {id(theirs[name]) for name in divided}
         with lending.TURN:
             for item in found:
-                if id(theirs[item.name]) not in gathered:
-                    theirs[item.name].copy_(average[item.name])
+                to, content = theirs[item.name], average[item.name]
+                if id(to) not in gathered and identity(to) != identity(content):
+                    to.copy_(content)
 
     @lending.in_turn
     def state_dict(self) -> dict[str, Any]:

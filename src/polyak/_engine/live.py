@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from polyak._checks import difference, report
+from polyak._checks import difference, listed, report
 from polyak._engine import lending
 from polyak._engine.inventory import Inventory
 from polyak._engine.tracking import Choice, Found, Source, Tracked, track
@@ -37,6 +37,7 @@ class ModelTensors:
     tracked: list[Tracked]
     averaged: list[Tracked]
     copied: list[Tracked]
+    frozen: list[Tracked]
     indices: list[list[int]]
     streams: list[str]
     stages: Stages
@@ -146,7 +147,7 @@ class ModelTensors:
     def check(self, call: str) -> None:
         """Looks all tensors up anew; raises `RuntimeError` if names, ties, shapes or policies differ."""
         self.reshard()
-        if self._inventory.holds():
+        if self._inventory.holds() and not self.thawed():
             return
         try:
             found = self._look()
@@ -160,6 +161,10 @@ class ModelTensors:
             title = f"{call}: not the tensors that the averager was made with"
             raise RuntimeError(report(title, lines))
         self._adopt(found)
+
+    def thawed(self) -> bool:
+        """Whether a frozen parameter trains by now, which no average follows."""
+        return any(item.trains for item in self.frozen)
 
     def _suspect(self) -> None:
         """Marks averages that may hold tensors of another shape, which updates have overlooked."""
@@ -175,6 +180,10 @@ class ModelTensors:
 
     def stored(self) -> list[Tracked]:
         """All that is averaged or copied, in order."""
+        return [item for item in self.tracked if item.stored]
+
+    def readable(self) -> list[Tracked]:
+        """All that an average has when it is read, in order: what is stored, and what is frozen."""
         return [item for item in self.tracked if item.policy != "skip"]
 
     def _look(self) -> Found:
@@ -184,7 +193,7 @@ class ModelTensors:
     def _changes(self, tracked: Sequence[Tracked]) -> list[str]:
         """Lines that say how names, ties, shapes and policies differ from those of the start."""
         changed = difference(self._forms, _forms(tracked))
-        return changed + _changed_ties(self._ties, _ties(tracked))
+        return changed + _changed_ties(self._ties, _ties(tracked)) + _thawed(tracked)
 
     def _adopt(self, found: Found) -> None:
         by_name = {item.name: item for item in found.tracked}
@@ -199,6 +208,7 @@ class ModelTensors:
             "tracked": tracked,
             "averaged": averaged,
             "copied": [item for item in tracked if item.policy == "copy"],
+            "frozen": [item for item in tracked if item.policy == "frozen"],
             "indices": list(indices.values()),
             "streams": [f"{dtype} {each}" for (dtype, _), each in indices],
             "stages": Stages(),
@@ -232,8 +242,8 @@ def _forms(tracked: Sequence[Tracked]) -> dict[str, Form]:
 
 
 def _form(item: Tracked) -> Form:
-    if item.policy == "skip":
-        return (), "skip"
+    if not item.stored:
+        return (), item.policy
     form = item.shape(), item.policy
     return (*form, "complex") if item.found().is_complex() else form
 
@@ -241,6 +251,18 @@ def _form(item: Tracked) -> Form:
 def _ties(tracked: Sequence[Tracked]) -> dict[str, str]:
     """Every name but the first of a tensor -> that first name."""
     return {entry.name: item.name for item in tracked for entry in item.entries[1:]}
+
+
+def _thawed(tracked: Sequence[Tracked]) -> list[str]:
+    """Lines that say which frozen parameters train now: no average follows them."""
+    names = [item.name for item in tracked if item.policy == "frozen" and item.trains]
+    if not names:
+        return []
+    return [
+        f"trains now and was frozen: {listed(names)}",
+        'make the averager after requires_grad is set, or with select="*", which averages frozen '
+        "parameters too",
+    ]
 
 
 def _changed_ties(before: dict[str, str], now: dict[str, str]) -> list[str]:

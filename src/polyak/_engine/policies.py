@@ -3,46 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, cast, get_args
 
+from torch import nn
+
 from polyak._engine.tracking import Policy, Tracked, averageable, is_statistic
-from polyak._tensors import dtype_name
+from polyak._tensors import dtype_name, is_wrapper
 
-Buffers = Literal["auto", "average", "copy"] | Mapping[str, Policy]
-Select = Callable[[str], bool] | str | Sequence[str] | None
+Given = Literal["average", "copy", "skip"]
+Buffers = Literal["auto", "average", "copy"] | Mapping[str, Given]
+Select = Callable[[str], bool] | str | Sequence[str]
+TRAINABLE = "trainable"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Choose:
     """The averager's choice, by its options `buffers` and `select`.
 
     "average": floating-point and complex parameters, and BatchNorm's running statistics. "copy":
-    integers, and every other buffer. "skip": tensors that are not selected, and buffers that their
-    module does not save.
+    integers, and every other buffer. "frozen": parameters without gradients, with
+    `select="trainable"`, unless all are. "skip": tensors that are not selected, and buffers that
+    their module does not save.
+
+    The first model decides which names are frozen, so that later looks and other models agree.
 
     Raises `ValueError` for patterns that match nothing, `TypeError` for one that is not a string.
     """
 
     buffers: Buffers = "auto"
-    select: Select = None
+    select: Select = TRAINABLE
+    _frozen: frozenset[str] | None = field(default=None, init=False)
 
     def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
         names = {name: item for item in found for name in item.names}
         overrides = _overrides(self.buffers, names)
         selected = _selector(self.select, names)
-        return [_choose(item, self.buffers, overrides, selected) for item in found]
+        if self._frozen is None:
+            self._frozen = _frozen(found) if self.select == TRAINABLE else frozenset()
+        frozen = self._frozen
+        return [_choose(item, self.buffers, overrides, selected, frozen) for item in found]
+
+
+def _frozen(found: Sequence[Tracked]) -> frozenset[str]:
+    """The parameters that do not train. If none trains, that says nothing of them: then no name."""
+    parameters = [item for item in found if isinstance(item.found(), nn.Parameter)]
+    frozen = [item for item in parameters if not item.trains]
+    names = (name for item in frozen for name in item.names)
+    return frozenset(names if len(frozen) < len(parameters) else ())
 
 
 def _choose(
-    item: Tracked, buffers: Buffers, overrides: dict[str, Policy], selected: Callable[[str], bool]
+    item: Tracked,
+    buffers: Buffers,
+    overrides: dict[str, Policy],
+    selected: Callable[[str], bool],
+    frozen: frozenset[str],
 ) -> tuple[Policy, str]:
     """The policy of one tensor, and why."""
     if not any(selected(entry.name) for entry in item.entries):
         return "skip", "not selected"
     if item.name in overrides:
         return overrides[item.name], "by the pattern given"
+    if item.name in frozen:
+        if is_wrapper(item.local()):
+            return "skip", f"requires_grad=False, {type(item.local()).__name__}: left to the model"
+        return "frozen", "requires_grad=False: read from the model"
     if not item.persistent:
         return "skip", "a buffer that its module does not save"
     tensor = item.local()
@@ -66,7 +93,7 @@ def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Poli
         return {}
     decided: dict[str, Policy] = {}
     for pattern, policy in buffers.items():
-        if policy not in get_args(Policy):
+        if policy not in get_args(Given):
             wanted = '"average", "copy" or "skip"'
             raise ValueError(f"buffers[{pattern!r}] is {policy!r}, wanted {wanted}")
         for item in _matches(pattern, names, "buffers"):
@@ -94,7 +121,7 @@ def _matches(pattern: object, names: Mapping[str, Tracked], option: str) -> list
 def _selector(select: Select, names: Mapping[str, Tracked]) -> Callable[[str], bool]:
     if callable(select):
         return select
-    if select is None:
+    if select == TRAINABLE:
         return names.__contains__
     patterns = [select] if isinstance(select, str) else list(select)
     chosen = {item.name for pattern in patterns for item in _matches(pattern, names, "select")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from polyak._ranks.sharding import as_distributed
 class AverageWeights(LazyTensors):
     """An average as it is now: name -> a fresh tensor, computed when it is read.
 
-    Tied tensors appear under all their names. `read` gives this rank's shard; `[name]` gives a DTensor
+    Tied tensors appear under all their names; frozen ones are read from the model. `read` gives this rank's shard; `[name]` gives a DTensor
     where the model has one. Raises `RuntimeError` after the next update.
     """
 
@@ -25,8 +25,9 @@ class AverageWeights(LazyTensors):
         self._average = average
         self._tick = average.tick
         self._copies = {item.name: copy for item, copy in zip(live.copied, copies, strict=True)}
+        self._frozen = {item.name: item for item in live.frozen}
         self._places = {item.name: i for i, item in enumerate(live.averaged)}
-        self._items = {item.name: item for item in live.stored()}
+        self._items = {item.name: item for item in live.readable()}
         self._names = {
             n: item.name for item in self._items.values() for n in (item.name, *item.aliases)
         }
@@ -40,6 +41,8 @@ class AverageWeights(LazyTensors):
         first = self._names[name]
         if first in self._copies:
             return self._copies[first][where].clone()
+        if first in self._frozen:
+            return self._frozen[first].local()[where].clone()
         return self._average.read(self._live, [self._places[first]], where)[0]
 
     @cached_property
@@ -47,6 +50,7 @@ class AverageWeights(LazyTensors):
         """name -> shape and dtype of this rank's shard."""
         specs = self._average.specs(self._live)
         specs |= {name: spec_of(copy) for name, copy in self._copies.items()}
+        specs |= {name: spec_of(item.local()) for name, item in self._frozen.items()}
         return {name: specs[first] for name, first in self._names.items()}
 
     def __contains__(self, name: object) -> bool:
@@ -60,9 +64,21 @@ class AverageWeights(LazyTensors):
 
     def whole(self) -> dict[str, Tensor]:
         """The whole average in memory, by one pass over all tensors; tied names share one tensor."""
+        return self._named(self._held() | {name: self.read(name) for name in self._frozen})
+
+    def beside(self) -> dict[str, Tensor]:
+        """What `whole` returns, with the model's own frozen tensors in place of copies."""
+        frozen = {name: item.local() for name, item in self._frozen.items()}
+        return self._named(self._held() | frozen)
+
+    def _held(self) -> dict[str, Tensor]:
+        """This rank's shards of what is not frozen, under their first names."""
         self._require_current("the average")
         parts = dict(zip(self._places, self._average.read(self._live), strict=True))
-        parts |= {name: copy.clone() for name, copy in self._copies.items()}
+        return parts | {name: copy.clone() for name, copy in self._copies.items()}
+
+    def _named(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Shards under all their names, as DTensors where the model's are."""
         read = {
             name: as_distributed(parts[name], item.held()) for name, item in self._items.items()
         }

@@ -138,6 +138,7 @@ class Lender:
             or known.slots is not slots
             or known.generation != self._model.generation
             or not all(pairs.fit() for pairs in known.pairs)
+            or self._model.thawed()
         ):
             self._model.check(call)
             known = self._known[label] = self._sorted(slots)

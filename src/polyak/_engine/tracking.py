@@ -32,7 +32,9 @@ from polyak._tensors import refuse_wrapper
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Policy = Literal["average", "copy", "skip"]
+Policy = Literal["average", "copy", "frozen", "skip"]
+"""What is done with a tensor. A frozen one is not held: whoever reads the average reads the model's."""
+
 Source = nn.Module | Mapping[str, Tensor]
 Table = Literal["_parameters", "_buffers"]
 
@@ -95,6 +97,16 @@ class Tracked(NamedTuple):
     def persistent(self) -> bool:
         """Whether the model saves the tensor."""
         return self.entries[0].persistent
+
+    @property
+    def stored(self) -> bool:
+        """Whether an averager holds tensors for this one."""
+        return self.policy in ("average", "copy")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the tensor requires gradients."""
+        return any(entry.found().requires_grad for entry in self.entries)
 
     @property
     def kind(self) -> Literal["parameter", "buffer", "tensor"]:
@@ -165,7 +177,7 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
         )
         for item, tensor, (policy, reason) in zip(merged, tensors, choice(merged), strict=True)
     ]
-    stored = [(i.name, t) for i, t in zip(tracked, tensors, strict=True) if i.policy != "skip"]
+    stored = [(i.name, t) for i, t in zip(tracked, tensors, strict=True) if i.stored]
     for name, tensor in stored:
         refuse_wrapper(name, local(tensor))
     _require_apart(stored)

@@ -133,7 +133,7 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
     mine = Held({item.name: item.held() for item in tracked})
     complete: dict[str, tuple[LazyTensors, str]] = {}
     missing = []
-    tracked = [item for item in tracked if item.policy != "skip"]
+    tracked = [item for item in tracked if item.stored]
     for item in tracked:
         given = [n for n in (item.name, *item.aliases) if n in held]
         if given:

@@ -225,7 +225,7 @@ def _bytes(text: str) -> Tensor:
 
 def described_model(tracked: Sequence[Tracked]) -> dict[str, Any]:
     """name -> shape, dtype, policy and other names of every tensor that is stored."""
-    return {item.name: _described(item) for item in tracked if item.policy != "skip"}
+    return {item.name: _described(item) for item in tracked if item.stored}
 
 
 def _needs_live(held: Mapping[str, Any]) -> bool:
