@@ -209,13 +209,18 @@ class TestAverage:
         assert "out.safetensors: 9 tensors of 3 files, " in printed.stdout
         assert "polyak.recalibrate" in printed.stderr and printed.stderr.count("\n") == 1
 
-    def test_files_out_of_order_are_noted_where_the_order_counts(self) -> None:
-        backwards = self.FILES[::-1]
-        rule = ("--rule", "exponential(0.9)")
+    def test_files_are_taken_in_the_order_of_their_steps(self) -> None:
+        """Shells sort step-1000 before step-900; only what is given file by file stays as listed."""
+        backwards, rule = self.FILES[::-1], ("--rule", "exponential(0.9)")
         printed = run("average", *backwards, "--out", "a.safetensors", *rule)
-        assert "numbers do not ascend" in printed.stderr
-        assert "ascend" not in run("average", *backwards, "--out", "b.safetensors").stderr
-        assert "ascend" not in run("average", *self.FILES, "--out", "c.safetensors", *rule).stderr
+        assert "the files are taken in the order of their steps" in printed.stderr
+        done("average", *self.FILES, "--out", "b.safetensors", *rule)
+        assert same(load_file("a.safetensors"), load_file("b.safetensors"))
+        listed = ("--coefficients", "0.1,0.2,0.7")
+        kept = run("average", *backwards, "--out", "c.safetensors", *listed)
+        assert "numbers do not ascend" in kept.stderr
+        wanted = dict(offline.average(backwards, [0.1, 0.2, 0.7]))
+        assert same(load_file("c.safetensors"), wanted)
 
 
 class TestSynthesize:

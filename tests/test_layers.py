@@ -32,6 +32,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("averager", {"torch"}),
     ("ema", {"torch"}),
     ("checkpoints", {"torch", "numpy", "safetensors"}),
+    ("_runs", {"yaml"}),
     ("snapshots", {"torch"}),
     ("offline", {"torch", "numpy"}),
     ("integrations", {"torch"}),

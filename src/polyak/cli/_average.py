@@ -11,6 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from polyak._files import refuse_existing
+from polyak.cli._choosing import (
+    Best,
+    By,
+    File,
+    Last,
+    Steps,
+    TokensPerStep,
+    Wanted,
+    WindowTokens,
+    in_order,
+    require_chosen,
+)
 from polyak.cli._options import (
     Dtype,
     Force,
@@ -46,11 +58,19 @@ _ROUNDING = 1e-9
 def average(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="Checkpoints, the oldest first."),
+        typer.Argument(metavar="FILE", help="Checkpoints, or the folder of a run."),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size.")
-    ],
+        Path | None,
+        typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
+    ] = None,
+    last: Last = None,
+    best: Best = None,
+    by: By = None,
+    steps: Steps = None,
+    window_tokens: WindowTokens = None,
+    tokens_per_step: TokensPerStep = None,
+    file: File = None,
     rule: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="Each file is one update.", show_default="uniform()"),
@@ -70,7 +90,12 @@ def average(
             help="Keep the files that improve this function (greedy soup).",
         ),
     ] = None,
-    better: Better = "lower",
+    better: Annotated[
+        Better | None,
+        typer.Option(
+            help="Which quality is better.", show_default="lower, or usual for the name of --by"
+        ),
+    ] = None,
     elapsed: Annotated[
         str | None,
         typer.Option(metavar="T,T,...", help="Time between files."),
@@ -89,43 +114,70 @@ def average(
         str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
     ] = "float32",
     shard_size: ShardSize = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print files, coefficients, bytes and time.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare what was written with direct sums.")
+    ] = False,
     force: Force = False,
     torchrun: Torchrun = False,
     json: Json = False,
 ) -> None:
-    """Average checkpoint files of any format.
+    """Average checkpoint files of any format, or chosen ones of a run.
 
-    The order counts; shells sort step-1000 before step-900.
+    They are taken in the order of the steps in their names or files. With --coefficients or several
+    --elapsed they are taken as listed.
 
     \b
     Examples:
+      polyak average . --last 2 --dry-run --rule "exponential(0.5)"
       polyak average step-1.pt step-2.pt --out mean.safetensors --dtype bf16
       polyak average step-1.pt step-2.pt step-3.pt --out ema.safetensors --rule "exponential(0.9)"
       polyak average step-1.pt step-2.pt --out soup --greedy judge:loss --shard-size 2GB
     """
     from polyak import offline
 
-    began = time.monotonic()
-    refuse_existing(out, force)
-    shard_bytes = bytes_of(shard_size)
-    chosen = _chosen(len(files), rule, coefficients, wsm, qam, greedy)
+    began, shard_bytes = time.monotonic(), bytes_of(shard_size)
+    if out is None and not dry_run:
+        raise ValueError("nothing to do: give --out, or --dry-run to see what would be done")
+    if out is not None:
+        refuse_existing(out, force)
+    wanted = Wanted(last, best, by, better, steps, window_tokens, tokens_per_step, file)
+    listed = coefficients is not None or (elapsed is not None and "," in elapsed)
     with shared(torchrun) as group:
         if group is not None and greedy is not None:
             raise ValueError("--greedy tries one model after the other: leave --torchrun out")
+        chosen = _files(files, wanted, listed=listed)
+        rule_or_shares = _chosen(len(chosen), rule, coefficients, wsm, qam, greedy)
         made = offline.average(
-            files,
-            chosen if greedy is None else _soup(files, greedy, better, which),
-            elapsed=_times(elapsed, len(files)),
+            chosen,
+            rule_or_shares if greedy is None else _soup(chosen, greedy, better or "lower", which),
+            elapsed=_times(elapsed, len(chosen)),
             which=which,
             dtype=None if dtype is None else dtype_of(dtype),
             accumulate=dtype_of(accumulate, "--accumulate"),
         )
-        _note_order(files, made)
+        if listed:
+            _note_order(chosen, made)
+        if out is None or dry_run:
+            _forecast(chosen, made, json=json)
+            return
         with progress_shown(f"writing {out}") as progress:
             made.write(
                 out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
             )
-        _print(files, made, out, time.monotonic() - began, json=json)
+        checked = _verified(made, out) if verify else None
+        _print(chosen, made, out, time.monotonic() - began, checked, json=json)
+
+
+def _files(files: Sequence[Path], wanted: Wanted, *, listed: bool) -> Sequence[Path]:
+    """The files that the options choose, or those that are listed, in order."""
+    if wanted.some:
+        return [file.path for file in wanted.of(files).files]
+    if len(files) == 1 and files[0].is_dir():
+        require_chosen(files[0])
+    return files if listed else in_order(files)
 
 
 def _chosen(
@@ -187,19 +239,56 @@ def _note_order(files: Sequence[Path], made: Combination) -> None:
         note("the files' numbers do not ascend; give the oldest file first")
 
 
+def _verified(made: Combination, out: Path) -> int:
+    """Reads the result back, and compares; the number of tensors."""
+    from polyak import checkpoints, offline
+
+    written = checkpoints.read(out)
+    written.verify()
+    return offline.verify(made, written.weights())
+
+
+def _forecast(files: Sequence[Path], made: Combination, *, json: bool) -> None:
+    from polyak import offline
+
+    about = offline.forecast(made)
+    if json:
+        print_json({**about._asdict(), "tensors": len(made), "terms": _terms(files, made)})
+        return
+    _print_terms(files, made)
+    sizes = f"{size_text(about.read_bytes)} to read, {size_text(about.written_bytes)} to write"
+    say(f"{len(made)} tensors of {len(files)} files: {sizes}, about {about.seconds:.1f} s")
+
+
 def _print(
-    files: Sequence[Path], made: Combination, out: Path, seconds: float, *, json: bool
+    files: Sequence[Path],
+    made: Combination,
+    out: Path,
+    seconds: float,
+    checked: int | None,
+    *,
+    json: bool,
 ) -> None:
     size = sum(spec.nbytes for spec in made.specs.values())
-    shares = made.coefficients.tolist()
     if json:
         about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
-        terms = [{"file": str(f), "coefficient": c} for f, c in zip(files, shares, strict=True)]
-        print_json({**about, "norms": made.norms, "terms": terms})
+        about |= {} if checked is None else {"verified": checked}
+        print_json({**about, "norms": made.norms, "terms": _terms(files, made)})
     else:
         if len(files) <= _FEW:
-            rows = [(str(f), f"{c:.6g}") for f, c in zip(files, shares, strict=True)]
-            print_table(("file", "coefficient"), rows)
+            _print_terms(files, made)
         done = f"{len(made)} tensors of {len(files)} files, {size_text(size)}, {seconds:.1f} s"
-        say(f"{out}: {done}")
+        said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
+        say(f"{out}: {done}{said}")
     note_norms(made.norms)
+
+
+def _terms(files: Sequence[Path], made: Combination) -> list[dict[str, object]]:
+    shares = made.coefficients.tolist()
+    return [{"file": str(f), "coefficient": c} for f, c in zip(files, shares, strict=True)]
+
+
+def _print_terms(files: Sequence[Path], made: Combination) -> None:
+    shares = made.coefficients.tolist()
+    rows = [(str(file), f"{share:.6g}") for file, share in zip(files, shares, strict=True)]
+    print_table(("file", "coefficient"), rows)

@@ -27,7 +27,7 @@ from polyak.cli._output import (
     progress_shown,
     say,
 )
-from polyak.cli._users_function import Better, users_function
+from polyak.cli._users_function import BetterOption, users_function
 
 if TYPE_CHECKING:
     from polyak.offline import Sweep
@@ -56,7 +56,7 @@ def sweep(
     ] = None,
     at: At = None,
     checkpoint: Checkpoints = [],  # noqa: B006
-    better: Better = "lower",
+    better: BetterOption = "lower",
     max_error: MaxError = 0.05,
     max_amplification: MaxAmplification = None,
     force: Force = False,

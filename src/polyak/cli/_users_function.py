@@ -19,7 +19,8 @@ from polyak.cli._process import Terminated, prints_on_stderr
 if TYPE_CHECKING:
     from torch import Tensor
 
-Better = Annotated[Literal["lower", "higher"], typer.Option(help="Which quality is better.")]
+Better = Literal["lower", "higher"]
+BetterOption = Annotated[Better, typer.Option(help="Which quality is better.")]
 
 _OURS = str(Path(__file__).parent.parent)
 

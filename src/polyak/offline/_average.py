@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from polyak.theory._profiles import Profile, coefficients
 
 
 def average(
-    files: Sequence[Path | str],
+    files: Sequence[os.PathLike[str] | str],
     rule: Rule | str | Sequence[float] | Profile = "uniform()",
     *,
     elapsed: Sequence[float] | None = None,
@@ -41,7 +42,8 @@ def average(
     {'w': tensor([1., 1.])}
 
     Args:
-        files: in any formats that `polyak.checkpoints.read` reads, the oldest first.
+        files: in any formats that `polyak.checkpoints.read` reads, the oldest first; or those that
+            `choose` found in a run.
         rule: a rule or its spec, with the coefficients `theory.coefficients(rule, elapsed)`; or
             coefficients of any sign with sum 1, such as `theory.wsm`, `theory.qam` or those of a
             soup. Running statistics have no coefficient below 0: with a rule they have
@@ -66,7 +68,7 @@ def average(
     )
 
 
-def opened(files: Sequence[Path | str], which: str | None) -> list[Source]:
+def opened(files: Sequence[os.PathLike[str] | str], which: str | None) -> list[Source]:
     """The weights called `which` of each file (`Checkpoint.weights`), with the file as label."""
     return [Source(str(path), read(Path(path)).weights(which)) for path in files]
 

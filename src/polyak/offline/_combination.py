@@ -57,6 +57,7 @@ class Combination(LazyTensors):
     `dtype` is the dtype of the result, or of each tensor by name; by default the last file's.
 
     Attributes:
+        sources: the files' weights.
         coefficients: one for each file; float64, shape (files,), sum 1.
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         specs: name -> dtype and shape of the result.
@@ -100,6 +101,7 @@ class Combination(LazyTensors):
             f"{float(self.statistics[i])!r} of its running statistics"
             for i, source in enumerate(sources)
         }
+        self.sources = tuple(sources)
         self._last = sources[-1].weights
         self._terms, self._convex = (
             [(sources[i].weights, share) for i, share in _shares(coefficients)]

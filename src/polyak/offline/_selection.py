@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Soup:
 
 
 def greedy_soup(
-    files: Sequence[Path | str],
+    files: Sequence[os.PathLike[str] | str],
     evaluate: Evaluate,
     *,
     better: Better = "lower",

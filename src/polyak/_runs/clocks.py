@@ -1,0 +1,141 @@
+"""Clocks: the step of each checkpoint of a run, by which they are ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from polyak._runs.finding import Entry
+from polyak._runs.inside import inside, scalars, scores
+from polyak._runs.naming import SUFFIX, named
+from polyak._runs.tables import Row, clock_of, rows
+
+_UNITS = ("step", "epoch", "time", "number")
+_RECORDS = ("*.yaml", "*.yml", "trainer_state.json", "metrics.json", "meta.json")
+
+
+@dataclass
+class Timed:
+    """A checkpoint, its clock (unit -> count), and the numbers that lie in it and beside it.
+
+    `scores` are those that Lightning's `ModelCheckpoint` gave it; they are exact, unlike names.
+    """
+
+    entry: Entry
+    clock: Row
+    numbers: Row = field(default_factory=dict)
+    scores: Row = field(default_factory=dict)
+
+
+class Ordered(NamedTuple):
+    """Checkpoints in the order of a unit: "step", "epoch", "time" or "number"; what was left aside."""
+
+    unit: str
+    timed: list[Timed]
+    aside: dict[Path, str]
+
+
+def read(entries: Sequence[Entry]) -> list[Timed]:
+    """The clocks and numbers of checkpoints, from their files, records beside, and names."""
+    timed, remembered = [], dict[str, Row]()
+    for entry in entries:
+        held = inside(entry.weights)
+        for monitor, name, score in scores(held):
+            remembered.setdefault(name, {})[monitor] = score
+        own = scalars(held) | _beside(entry)
+        timed.append(Timed(entry, clock_of(own) | named(entry.named).clock, own))
+    for each in timed:
+        each.scores = remembered.get(each.entry.named.name, {})
+    return timed
+
+
+def by_name(entries: Sequence[Entry]) -> list[Timed] | None:
+    """The clocks that the names tell; None unless each tells a step of its own."""
+    clocks = [named(entry.named).clock for entry in entries]
+    steps = {clock.get("step") for clock in clocks}
+    if None in steps or len(steps) < len(entries):
+        return None
+    return [Timed(entry, clock) for entry, clock in zip(entries, clocks, strict=True)]
+
+
+def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
+    """Checkpoints in the order of their steps; averages and copies are left aside.
+
+    The unit is the first that all have, with no two alike. A copy, such as `last.ckpt`, is a link, or
+    one whose name has no count, with the count of another.
+
+    Raises `ValueError` for checkpoints whose order is not known, or of which two have one count.
+    """
+    aside: dict[Path, str] = {}
+    series = []
+    for each in timed:
+        about, path = named(each.entry.named), each.entry.named
+        if about.averages:
+            aside[path] = "its name says that it is an average"
+        elif about.clock and not about.repeats and not _links(path, timed):
+            series.append(each)
+    copies = [each for each in timed if each not in series and each.entry.named not in aside]
+    if not series:
+        series, copies = copies, []
+    unit, numberless = _unit(series, run)
+    aside |= dict.fromkeys(numberless, "neither its name nor its content has a step")
+    series = [each for each in series if each.entry.named not in aside]
+    for each in copies:
+        if each.clock.get(unit) in {None, *(other.clock[unit] for other in series)}:
+            aside[each.entry.named] = "it repeats another, or its step is not known"
+        else:
+            series.append(each)
+    return Ordered(unit, sorted(series, key=lambda each: each.clock[unit]), aside)
+
+
+def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
+    """The unit that orders checkpoints, and those without any clock."""
+    clocked = [each for each in series if each.clock]
+    twice: Row = {}
+    for unit in _UNITS:
+        counts = [each.clock[unit] for each in clocked if unit in each.clock]
+        if counts and len(set(counts)) == len(counts) == len(clocked):
+            return unit, [each.entry.named for each in series if not each.clock]
+        if counts and len(counts) == len(clocked):
+            twice |= {unit: next(count for count in counts if counts.count(count) > 1)}
+    if not twice:
+        some = ", ".join(str(each.entry.named) for each in (clocked or series)[:4])
+        raise ValueError(
+            f"{run}: the order of its checkpoints is not known, since they have no common count, a "
+            f"step or an epoch ({some}): list the files themselves, the oldest first"
+        )
+    unit, count = next(iter(twice.items()))
+    both = [str(each.entry.named) for each in clocked if each.clock[unit] == count]
+    raise ValueError(
+        f"{run}: {' and '.join(both)} are both of {unit} {count:g}: list the files themselves"
+    )
+
+
+def _links(path: Path, timed: Sequence[Timed]) -> bool:
+    """Whether a path is a link to another checkpoint of the run."""
+    others = {each.entry.named for each in timed if each.entry.named != path}
+    return path.is_symlink() and path.resolve() in {other.resolve() for other in others}
+
+
+def _beside(entry: Entry) -> Row:
+    """The numbers in the records of a checkpoint: in its folder, or in a file of its own name."""
+    if entry.folder is None:
+        stem = SUFFIX.sub("", entry.named.name)
+        places = [entry.named.with_name(f"{stem}{suffix}") for suffix in (".yaml", ".yml", ".json")]
+    else:
+        places = [path for pattern in _RECORDS for path in sorted(entry.folder.glob(pattern))]
+    found: Row = {}
+    for path in places:
+        for row in _records(path):
+            found |= row
+    return found
+
+
+def _records(path: Path) -> list[Row]:
+    """The record in a file. Of transformers' state only the clock: its metrics are a table of the run."""
+    found = rows(path)
+    if path.name == "trainer_state.json":
+        return [clock_of(found[-1])] if found else []
+    return found[-1:]

@@ -1,0 +1,159 @@
+"""Finding: the checkpoints that lie in a run's folder, or up to three levels down in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from polyak._runs.naming import SUFFIX, named
+from polyak.checkpoints._dcp_metadata import METADATA
+
+_LEVELS = 4
+_SHOWN = 6
+# Files beside the weights: states of optimizers, schedulers, random numbers, loaders.
+_BESIDE = re.compile(
+    r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
+    r"|trainer_state|custom_checkpoint|tokenizer|^initial",
+    re.IGNORECASE,
+)
+_PART = re.compile(r"\d-of-\d|rank_?\d", re.IGNORECASE)  # of one checkpoint
+_WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
+_MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng")
+_NO_CHECKPOINT = re.compile(r"(version|run|exp|seed|trial|fold|rank|worker)[-_]?\d+", re.IGNORECASE)
+
+
+_NOTHING = (
+    f"no checkpoints were found, here or up to {_LEVELS - 1} levels down: wanted files or folders whose "
+    "name has a step, an epoch or another number"
+)
+
+
+class Entry(NamedTuple):
+    """A checkpoint of a run: the file or folder that its trainer named, and what holds the weights."""
+
+    named: Path
+    weights: Path
+
+    @property
+    def folder(self) -> Path | None:
+        """Its own folder, which may hold its metrics; None for a file."""
+        return self.named if self.named.is_dir() else None
+
+
+class Found(NamedTuple):
+    """The checkpoints of one folder, and what was left aside: path -> why."""
+
+    folder: Path
+    entries: list[Entry]
+    aside: dict[Path, str]
+
+
+def found(run: Path, file: str | None = None) -> Found:
+    """The checkpoints of a run: those of the first level below it that has some.
+
+    `file` names the file of the weights within each checkpoint's folder, where it has several.
+
+    Raises `ValueError` where there are none, and where several folders of one level have some: then
+    they are several runs. `FileNotFoundError` for a missing folder.
+    """
+    level, one, aside = [run], None, dict[Path, str]()
+    for _ in range(_LEVELS):
+        holders = [_held(folder, file) for folder in level]
+        several = [held for held in holders if len(_of_a_run(held)) > 1]
+        if len(several) > 1:
+            listed = ", ".join(str(held.folder) for held in several[:_SHOWN])
+            raise ValueError(f"{run} has the checkpoints of several runs ({listed}): give one")
+        if several:
+            return several[0]
+        one = one or next((held for held in holders if _of_a_run(held)), None)
+        aside |= {path: why for held in holders for path, why in held.aside.items()}
+        level = [each for held in holders for each in _folders(held.folder) if each not in aside]
+    if one is not None:
+        return one
+    place, why = next(iter(aside.items()), (run, _NOTHING))
+    raise ValueError(f"{place}: {why}")
+
+
+def entry(path: Path, file: str | None) -> Entry:
+    """A checkpoint that was named: a file, or a folder with what holds its weights."""
+    within = _weights(path, file) if path.is_dir() else None
+    return Entry(path, within or path)
+
+
+def _of_a_run(held: Found) -> list[Entry]:
+    """The entries that may be one of a series: their names have a number, or repeat such a one."""
+    return [entry for entry in held.entries if (about := named(entry.named)).clock or about.repeats]
+
+
+def _held(folder: Path, file: str | None) -> Found:
+    entries, aside = [], {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or _BESIDE.search(SUFFIX.sub("", path.name)):
+            continue
+        if path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
+            entries.append(Entry(path, path))
+        elif path.is_dir() and _may_be_checkpoint(path):
+            try:
+                held = _weights(path, file)
+            except ValueError as error:
+                aside[path] = str(error)
+            else:
+                entries += [Entry(path, held)] if held else []
+    return Found(folder, entries, aside)
+
+
+def _may_be_checkpoint(folder: Path) -> bool:
+    about = named(folder)
+    counted = bool(about.clock) and _NO_CHECKPOINT.fullmatch(folder.name) is None
+    return counted or about.repeats
+
+
+def _weights(folder: Path, file: str | None, *, deeper: bool = True) -> Path | None:
+    """What holds the weights in a checkpoint's folder, or in its only folder; None if nothing does."""
+    if file is not None:
+        place = folder / file
+        return place if place.exists() else None
+    if (folder / METADATA).exists():
+        return folder
+    if any(folder.glob("*.distcp")):
+        raise ValueError("it has no .metadata: its save was interrupted")
+    if any(any(folder.glob(pattern)) for pattern in _WHOLE):
+        return folder
+    if files := _torch_files(folder):
+        return _chosen(files)
+    within = [each for each in _folders(folder) if not _BESIDE.search(each.name)] if deeper else []
+    held = [weights for each in within if (weights := _weights(each, None, deeper=False))]
+    return held[0] if len(held) == 1 else None
+
+
+def _chosen(files: list[Path]) -> Path | None:
+    """The one file of weights, or the one that is called the model's; None for those of a whole run."""
+    models = [path for path in files if _MODEL.fullmatch(SUFFIX.sub("", path.name))]
+    for several in (files, models):
+        if len(several) == 1:
+            return several[0]
+    if not models and sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files) > 1:
+        return None
+    listed = ", ".join(path.name for path in (models or files)[:_SHOWN])
+    if models:
+        raise ValueError(f"it holds {listed}, parts of one model: let their trainer merge them")
+    raise ValueError(
+        f"it holds {listed}: name the file of the weights (file={files[0].name!r}, on the command line "
+        f"--file {files[0].name})"
+    )
+
+
+def _torch_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and SUFFIX.search(path.name)
+        if not _BESIDE.search(SUFFIX.sub("", path.name))
+    ]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """The folders in a folder that are not hidden."""
+    return (path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")

@@ -1,0 +1,145 @@
+"""Metrics: how good each checkpoint of a run is, by what its trainer wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from polyak._runs.clocks import Timed
+from polyak._runs.inside import epochs, inside
+from polyak._runs.naming import named
+from polyak._runs.tables import Row, clock_of, rows
+
+Better = Literal["lower", "higher"]
+
+_TABLES = (
+    "*.csv",
+    "*.jsonl",
+    "trainer_state.json",
+    "log.json",
+    "scalars.json",
+    "metrics.json",
+    "log",
+)
+_WITHIN_RUN = {"checkpoints", "weights", "models", "save", "ckpt"}  # folders in a run's own folder
+_OTHERWISE = (
+    "the epochs of the metrics begin at 1 and those of the checkpoints at 0, so which belong together "
+    "is not known: list the files themselves"
+)
+_SHOWN = 12
+_LOWER = re.compile(r"(?<![a-z])(loss|wer|cer|ter|per|ppl|perplexity|error|err|mse|mae|rmse|fid|nll|bpb|bpc)(?![a-z])")  # fmt: skip
+_HIGHER = re.compile(r"(?<![a-z])(acc|accuracy|top\d|bleu|f1|auc|auroc|map|recall|precision|psnr|ssim|reward|iou|miou|dice|pesq|stoi)(?![a-z0-9])")  # fmt: skip
+
+
+def metric(timed: Sequence[Timed], by: str, run: Path) -> tuple[str, list[float | None]]:
+    """The full name of a metric, and its value for each checkpoint; None where none was written.
+
+    `by` may use ".", "/", "_" or "-" between words, and may leave out the first ones: "acc" finds
+    "loss_dict.acc" if there is no "acc".
+
+    Raises `ValueError` for a metric that no checkpoint has, with those that they have; for a name
+    that fits several; for a table that counts epochs from 1 and files that count from 0.
+    """
+    known: list[Row] = [dict(named(each.entry.named).metrics) for each in timed]
+    for table in _tables(timed, run):
+        for of_file, row in zip(known, _joined(table, timed, by), strict=True):
+            of_file |= row
+    for of_file, each in zip(known, timed, strict=True):
+        of_file |= each.numbers | each.scores
+    name = _resolved(by, {name for of_file in known for name in of_file})
+    return name, [of_file.get(name) for of_file in known]
+
+
+def direction(name: str, better: Better | None) -> Better:
+    """Which quality is better: as given, or by a metric's usual name.
+
+    Raises `ValueError` for a name that does not tell.
+    """
+    if better is not None:
+        return better
+    for words in (name.rpartition(".")[2], name):  # "loss_dict.acc" is an accuracy
+        text = _words(words).replace("_", " ")
+        lower, higher = bool(_LOWER.search(text)), bool(_HIGHER.search(text))
+        if lower != higher:
+            return "lower" if lower else "higher"
+    raise ValueError(
+        f"whether a lower or a higher {name} is better is not known: give better (--better)"
+    )
+
+
+def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
+    """The tables of a run, the most particular last: those above its checkpoints, beside, and inside."""
+    folder = timed[0].entry.named.parent
+    above = [each for each in folder.parents if each.is_relative_to(run)]
+    if folder == run and folder.name in _WITHIN_RUN:
+        above.append(folder.parent)
+    for place in (*reversed(above), folder):
+        for pattern in _TABLES:
+            yield from (rows(path) for path in sorted(place.glob(pattern)))
+    for path in sorted(folder.glob("checkpoint.pth")):  # where espnet keeps its reporter
+        yield epochs(inside(path))
+    for each in timed:
+        if each.entry.folder is not None:
+            yield rows(each.entry.folder / "trainer_state.json")
+
+
+def _joined(table: Sequence[Row], timed: Sequence[Timed], by: str) -> list[Row]:
+    """The numbers of a table for each checkpoint, by its step, or by its epoch if no step fits.
+
+    A step takes the row before too: trainers that count from 0 write their last metrics there.
+    """
+    for unit in ("step", "epoch"):
+        of_count: dict[float, Row] = {}
+        for row in table:
+            if (count := clock_of(row).get(unit)) is not None:
+                of_count.setdefault(count, {}).update(row)
+        counts = [_count(each, unit) for each in timed]
+        if of_count.keys() & set(counts):
+            if unit == "epoch" and _counted_otherwise(of_count, counts) and _has(table, by):
+                raise ValueError(_OTHERWISE)
+            others = set(counts) if unit == "step" else set(of_count)
+            before = {n: row for n, row in of_count.items() if n not in others}
+            return [
+                {} if n is None else before.get(n - 1, {}) | of_count.get(n, {}) for n in counts
+            ]
+    return [{}] * len(timed)
+
+
+def _count(each: Timed, unit: str) -> float | None:
+    """The step or epoch of a checkpoint; a bare number in its name may be either."""
+    return each.clock.get(
+        unit, None if {"step", "epoch"} & set(each.clock) else each.clock.get("number")
+    )
+
+
+def _counted_otherwise(of_count: Mapping[float, Row], counts: Sequence[float | None]) -> bool:
+    return min(of_count) == 1 and 0 in counts
+
+
+def _has(table: Sequence[Row], by: str) -> bool:
+    return any(_words(name).endswith(_words(by)) for row in table for name in row)
+
+
+def _resolved(by: str, names: set[str]) -> str:
+    """The one name that `by` means."""
+    if by in names:
+        return by
+    words = _words(by)
+    for fits in (
+        [name for name in names if _words(name) == words],
+        [name for name in names if _words(name).endswith(f"_{words}")],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            raise ValueError(f"by is {by!r}, which may be {' or '.join(sorted(fits))}: give one")
+    near = get_close_matches(by, names, _SHOWN, 0.3) or sorted(names)[:_SHOWN]
+    has = f"they have {', '.join(near)}" if near else "no metrics were found beside them"
+    raise ValueError(f"by is {by!r}, and the checkpoints have no such metric: {has}")
+
+
+def _words(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

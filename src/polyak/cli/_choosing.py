@@ -1,0 +1,157 @@
+"""Options that choose checkpoints of a run, and what they choose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from polyak.cli._output import note
+from polyak.cli._users_function import Better
+
+if TYPE_CHECKING:
+    from polyak.offline import Choice
+
+Last = Annotated[
+    int | None, typer.Option(metavar="N", help="Of a run: the last N checkpoints.", min=1)
+]
+Best = Annotated[
+    int | None, typer.Option(metavar="N", help="Of a run: the N best, by --by.", min=1)
+]
+By = Annotated[
+    str | None,
+    typer.Option(metavar="METRIC", help="A metric that the trainer wrote: valid.loss, eval_loss."),
+]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIRST:LAST:DISTANCE", help="Of a run: these steps (each may be left out)."
+    ),
+]
+WindowTokens = Annotated[
+    str | None,
+    typer.Option(metavar="TOKENS", help="Of a run: the last so many tokens (125B)."),
+]
+TokensPerStep = Annotated[
+    str | None, typer.Option(metavar="TOKENS", help="Tokens in a step, for --window-tokens (4M).")
+]
+File = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The file of weights in each checkpoint's folder."),
+]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_SHOWN = 5
+
+
+class Wanted(NamedTuple):
+    """Which checkpoints of a run the options ask for."""
+
+    last: int | None = None
+    best: int | None = None
+    by: str | None = None
+    better: Better | None = None
+    steps: str | None = None
+    window_tokens: str | None = None
+    tokens_per_step: str | None = None
+    file: str | None = None
+
+    @property
+    def some(self) -> bool:
+        """Whether any option chooses."""
+        return any(value is not None for value in self._replace(better=None, file=None))
+
+    def of(self, files: Sequence[Path]) -> Choice:
+        """The checkpoints of a run's folder, or of a list; what was left aside is noted."""
+        from polyak import offline
+
+        choice = offline.choose(
+            files[0] if len(files) == 1 and files[0].is_dir() else files,
+            last=self.last,
+            best=self.best,
+            by=self.by,
+            better=self.better if self.best else None,
+            steps=None if self.steps is None else steps_of(self.steps),
+            window=self._window(),
+            file=self.file,
+        )
+        note_aside(choice)
+        return choice
+
+    def _window(self) -> float | None:
+        if (self.window_tokens is None) != (self.tokens_per_step is None):
+            raise ValueError("--window-tokens and --tokens-per-step are given together")
+        if self.window_tokens is None or self.tokens_per_step is None:
+            return None
+        tokens = count_of(self.window_tokens, "--window-tokens")
+        return tokens / count_of(self.tokens_per_step, "--tokens-per-step")
+
+
+def in_order(files: Sequence[Path]) -> Sequence[Path]:
+    """Listed files in the order of their steps, if all lie in one folder and have a step each.
+
+    A shell sorts step-1000 before step-900.
+    """
+    from polyak import offline
+
+    if len({file.absolute().parent for file in files}) > 1 or len(files) == 1:
+        return files
+    try:
+        choice = offline.choose(files)
+    except (ValueError, OSError):  # they have no order of their own, or reading them will tell more
+        return files
+    chosen = [file.path for file in choice.files]
+    if choice.aside or chosen == list(files):
+        return files
+    note(f"the files are taken in the order of their {choice.unit}s")
+    return chosen
+
+
+def require_chosen(folder: Path) -> None:
+    """Raises `ValueError` with what to type if a folder is a run's, not a checkpoint's."""
+    from polyak import checkpoints, offline
+
+    try:
+        checkpoints.read(folder)
+    except ValueError as error:
+        try:
+            files = offline.choose(folder).files
+        except (ValueError, OSError):
+            raise error from None
+        raise ValueError(
+            f"{folder} is the folder of a run with {len(files)} checkpoints, {files[0].path.name} to "
+            f"{files[-1].path.name}: say which (--last N, --best N --by METRIC, --steps : for all)"
+        ) from None
+
+
+def note_aside(choice: Choice) -> None:
+    """Tells what was found in a run and not taken."""
+    whys: dict[str, list[str]] = {}
+    for path, why in choice.aside.items():
+        whys.setdefault(why, []).append(path.name)
+    for why, names in whys.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        note(f"left aside: {', '.join(names[:_SHOWN])}{more} ({why})")
+
+
+def steps_of(text: str) -> tuple[int | None, int | None, int | None]:
+    """FIRST:LAST:DISTANCE, each an integer or nothing."""
+    parts = text.split(":")
+    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"\s*\d*\s*", part) for part in parts):
+        raise ValueError(
+            f"--steps is {text!r}, wanted FIRST:LAST:DISTANCE, such as 2000:20000:2000, 5000: or :"
+        )
+    first, last, distance = [int(part) if part.strip() else None for part in [*parts, ""][:3]]
+    return first, last, distance
+
+
+def count_of(text: str, option: str) -> float:
+    """A number of tokens: "125B" is 125 * 10^9, "4M" is 4 * 10^6."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([KMBGT]?)\s*", text, re.IGNORECASE)
+    number = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if number <= 0:
+        raise ValueError(f"{option} is {text!r}, wanted a number above 0, such as 125B or 4M")
+    return number

@@ -1,0 +1,330 @@
+"""Folders of runs: their checkpoints are found, ordered by their steps, and chosen by their metrics."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cli_runs import run as command
+from polyak import offline
+from polyak._runs.naming import named
+from polyak.offline import Choice
+from run_folders import KINDS, lightning, megatron, put, text, weights, wenet
+
+
+def names(choice: Choice, folder: Path) -> tuple[str, ...]:
+    """What its trainer named: a folder's file stands for the folder."""
+    paths = [file.path for file in choice.files]
+    in_folder = ("model.ckpt", "mp_rank_00_model_states.pt")
+    assert all(path.is_relative_to(folder) for path in paths)
+    return tuple(path.parent.name if path.name in in_folder else path.name for path in paths)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        for kind, (make, *_) in KINDS.items():
+            make(folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryKind:
+    def test_the_last(self, kind: str, runs: Path) -> None:
+        assert names(offline.choose(runs / kind, last=2), runs / kind) == KINDS[kind][1]
+
+    def test_the_best(self, kind: str, runs: Path) -> None:
+        _, _, by, metric, wanted = KINDS[kind]
+        choice = offline.choose(runs / kind, best=2, by=by)
+        assert names(choice, runs / kind) == wanted
+        assert choice.metric == metric
+        qualities = [file.quality for file in choice.files]
+        best = (max if choice.better == "higher" else min)(q for q in qualities if q is not None)
+        (first,) = offline.choose(runs / kind, best=1, by=by).files
+        assert first.quality == best and first.path in [file.path for file in choice.files]
+
+    def test_neither_the_listed_order_nor_the_times_of_files_count(
+        self, kind: str, runs: Path
+    ) -> None:
+        wanted = [file.path for file in offline.choose(runs / kind).files]
+        shuffled = [*wanted]
+        for seed in range(3):
+            random.Random(seed).shuffle(shuffled)
+            for i, path in enumerate(shuffled):
+                os.utime(path, (i, i))
+            assert [file.path for file in offline.choose(runs / kind).files] == wanted
+            if kind != "speechbrain":  # its records lie beside the files, not in them
+                assert [file.path for file in offline.choose(shuffled).files] == wanted
+
+    def test_they_are_averaged(self, kind: str, runs: Path, tmp_path: Path) -> None:
+        files = offline.choose(runs / kind, last=2).files
+        made = offline.average(files, [0.25, 0.75])
+        (name,) = (name for name in made if name.endswith("w"))
+        values = [float(offline.average([file])[name][0]) for file in files]
+        assert values[0] != values[1]
+        assert float(made[name][0]) == 0.25 * values[0] + 0.75 * values[1]
+        out = tmp_path / "mean.safetensors"
+        done = command("average", runs / kind, "--last", 2, "--out", out, "--verify")
+        assert done.exit_code == 0, done.output
+        assert float(load_file(out)[name][0]) == sum(values) / 2
+        assert "verified: 2 tensors are the direct sums" in done.stdout
+
+
+NAMES = [
+    ("step-1000.pt", {"step": 1000}),
+    ("step1000-unsharded", {"step": 1000}),
+    ("iter_0001000", {"step": 1000}),
+    ("global_step100", {"step": 100}),
+    ("model_step_20000.pt", {"step": 20000}),
+    ("model.iter-500.pth", {"step": 500}),
+    ("epoch=3-step=64.ckpt", {"epoch": 3, "step": 64}),
+    ("epoch=3-step=64-v1.ckpt", {"epoch": 3, "step": 64}),
+    ("epoch=03-val_loss=0.12.ckpt", {"epoch": 3}),
+    ("epoch-12.pt", {"epoch": 12}),
+    ("12epoch.pth", {"epoch": 12}),
+    ("snapshot.ep.7", {"epoch": 7}),
+    ("checkpoint-500", {"number": 500}),
+    ("checkpoint_1_500.pt", {"number": 500}),
+    ("0.pt", {"number": 0}),
+    ("ema_0.9999_050000.pt", {"number": 50000}),
+    ("last.ckpt", {}),
+    ("wav.pt", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "clock"), NAMES)
+def test_what_names_tell(name: str, clock: dict[str, float]) -> None:
+    assert named(Path(name)).clock == clock
+
+
+def test_names_of_averages_and_copies() -> None:
+    averages = ("avg_10.pt", "valid.acc.ave_10best.pth", "model-step=5-EMA.ckpt", "ema_0.9999_1.pt")
+    assert all(named(Path(name)).averages for name in averages)
+    others = (
+        "wave-10.pt",
+        "schema-1.pt",
+        "swap_3.pt",
+        "step-3.pt",
+        "lastly-3.pt",
+        "val_best=3-step=4.pt",
+    )
+    assert not any(named(Path(n)).averages or named(Path(n)).repeats for n in others)
+    assert all(named(Path(name)).repeats for name in ("last-v1.ckpt", "model_best.pth.tar"))
+
+
+class TestChoosing:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        for step in range(2000, 22000, 2000):
+            put(tmp_path / f"step-{step}.pt", weights(step))
+        return tmp_path
+
+    def steps(self, run: Path, **options: object) -> list[float]:
+        return [file.at / 1000 for file in offline.choose(run, **options).files]  # type: ignore[arg-type]
+
+    def test_steps(self, run: Path) -> None:
+        assert self.steps(run, steps=(4000, 12000, 4000)) == [4, 8, 12]
+        assert self.steps(run, steps=(None, 5000, None)) == [2, 4]
+        assert self.steps(run, steps=(17000, None, None)) == [18, 20]
+        assert self.steps(run, steps=(None, None, 8000)) == [2, 10, 18]
+        assert self.steps(run, steps=(None, 10000, None), last=2) == [8, 10]
+        assert len(self.steps(run)) == 10
+
+    def test_a_step_that_is_missing_is_told(self, run: Path) -> None:
+        with pytest.raises(ValueError, match="steps 3000, 5000 are missing"):
+            self.steps(run, steps=(2000, 5000, 1000))
+        with pytest.raises(ValueError, match="wanted steps from 2000 to 20000"):
+            self.steps(run, steps=(50000, None, None))
+
+    def test_a_window_holds_as_many_distances_as_it_is_long(self, run: Path) -> None:
+        """Each checkpoint stands for the steps before it."""
+        assert self.steps(run, window=10_000) == [12, 14, 16, 18, 20]
+        assert self.steps(run, window=10_001) == [10, 12, 14, 16, 18, 20]
+        options = ("--window-tokens", "40B", "--tokens-per-step", "4M", "--dry-run")
+        done = command("average", run, *options)
+        assert done.exit_code == 0 and done.stdout.count("0.2\n") == 5, done.output
+
+    def test_too_few(self, run: Path) -> None:
+        with pytest.raises(ValueError, match="last is 11, wanted at most 10"):
+            self.steps(run, last=11)
+
+    def test_options_that_exclude_each_other(self, run: Path) -> None:
+        with pytest.raises(ValueError, match="last and window are given, wanted one"):
+            self.steps(run, last=1, window=5)
+        with pytest.raises(ValueError, match="by is None, wanted a metric"):
+            self.steps(run, best=1)
+
+    def test_a_run_needs_a_choice(self, run: Path) -> None:
+        done = command("average", run, "--out", run / "mean.safetensors")
+        assert done.exit_code == 2
+        assert "a run with 10 checkpoints, step-2000.pt to step-20000.pt: say which" in done.stderr
+        assert command("average", run, "--steps", ":", "--dry-run").exit_code == 0
+
+
+class TestWhatCannotBeKnown:
+    def test_two_of_one_step(self, tmp_path: Path) -> None:
+        for name in ("a-step=5.pt", "b-step=5.pt"):
+            put(tmp_path / name, weights(1))
+        with pytest.raises(ValueError, match=r"a-step=5.pt and .*b-step=5.pt are both of step 5"):
+            offline.choose(tmp_path)
+
+    def test_two_runs(self, tmp_path: Path) -> None:
+        for version in (0, 1):
+            for step in (1, 2):
+                put(tmp_path / f"version_{version}" / f"step={step}.ckpt", weights(1))
+        with pytest.raises(
+            ValueError, match=r"several runs \(.*version_0, .*version_1\): give one"
+        ):
+            offline.choose(tmp_path)
+
+    def test_no_checkpoint(self, tmp_path: Path) -> None:
+        text(tmp_path / "notes.txt", "none")
+        with pytest.raises(ValueError, match="no checkpoints were found"):
+            offline.choose(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            offline.choose(tmp_path / "nowhere")
+
+    def test_no_common_count(self, tmp_path: Path) -> None:
+        put(tmp_path / "step-5.pt", weights(1))
+        put(tmp_path / "epoch-1.pt", weights(1))
+        with pytest.raises(ValueError, match="the order of its checkpoints is not known"):
+            offline.choose(tmp_path)
+
+    def test_parts_of_a_model(self, tmp_path: Path) -> None:
+        for rank in (0, 1):
+            put(tmp_path / "global_step5" / f"mp_rank_0{rank}_model_states.pt", weights(1))
+        with pytest.raises(ValueError, match="parts of one model: let their trainer merge them"):
+            offline.choose(tmp_path)
+
+    def test_several_files_in_each_folder(self, tmp_path: Path) -> None:
+        for day in (1, 2):
+            for name in ("asr", "lm"):
+                put(tmp_path / f"CKPT+{day}" / f"{name}.ckpt", weights(day))
+        with pytest.raises(ValueError, match=r"it holds asr.ckpt, lm.ckpt: name the file"):
+            offline.choose(tmp_path)
+        chosen = offline.choose(tmp_path, file="lm.ckpt").files
+        assert [(file.path.name, file.at) for file in chosen] == [("lm.ckpt", 1), ("lm.ckpt", 2)]
+
+    def test_an_interrupted_save_is_left_aside(self, tmp_path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            megatron(tmp_path)
+        aside = offline.choose(tmp_path).aside
+        assert {path.name for path in aside} == {"iter_0002000"}
+
+    def test_what_is_left_aside_is_told(self, tmp_path: Path) -> None:
+        wenet(tmp_path)
+        aside = {path.name for path in offline.choose(tmp_path).aside}
+        assert aside == {"avg_5.pt", "final.pt"}
+        done = command("average", tmp_path, "--last", 2, "--dry-run")
+        assert "note: left aside: avg_5.pt (its name says that it is an average)" in done.stderr
+
+
+class TestMetrics:
+    def test_an_unknown_one(self, tmp_path: Path) -> None:
+        lightning(tmp_path)
+        with pytest.raises(ValueError, match=r"no such metric: they have .*val_loss"):
+            offline.choose(tmp_path, best=1, by="val_accuracy")
+
+    def test_one_that_may_be_several(self, tmp_path: Path) -> None:
+        put(
+            tmp_path / "step-1.pt",
+            {"model": weights(1), "train": {"loss": 1.0}, "valid": {"loss": 2.0}},
+        )
+        with pytest.raises(ValueError, match=r"may be train.loss or valid.loss: give one"):
+            offline.choose(tmp_path, best=1, by="loss")
+
+    def test_a_direction_that_is_not_known(self, tmp_path: Path) -> None:
+        put(tmp_path / "step=1-score=3.pt", weights(1))
+        put(tmp_path / "step=2-score=4.pt", weights(1))
+        with pytest.raises(ValueError, match="give better"):
+            offline.choose(tmp_path, best=1, by="score")
+        for better, step in (("lower", 1), ("higher", 2)):
+            (file,) = offline.choose(tmp_path, best=1, by="score", better=better).files  # type: ignore[arg-type]
+            assert file.at == step
+
+    def test_one_without_a_value_is_left_aside(self, tmp_path: Path) -> None:
+        for step, loss in ((1, "0.1"), (2, "nan"), (3, "0.3"), (4, "")):
+            put(tmp_path / f"step-{step}.pt", weights(step))
+            with (tmp_path / "log.csv").open("a") as file:
+                file.write(f"step,loss\n{step},{loss}\n" if step == 1 else f"{step},{loss}\n")
+        choice = offline.choose(tmp_path, best=2, by="loss")
+        assert [file.at for file in choice.files] == [1, 3]
+        assert {path.name for path in choice.aside} == {"step-2.pt", "step-4.pt"}
+        with pytest.raises(ValueError, match="best is 3, wanted at most 2"):
+            offline.choose(tmp_path, best=3, by="loss")
+
+    def test_rows_of_trainers_that_count_from_0(self, tmp_path: Path) -> None:
+        """Lightning's CSV has the validation after 64 steps at step 63, and training's loss anywhere."""
+        for step in (64, 128):
+            put(tmp_path / "checkpoints" / f"step={step}.ckpt", weights(step))
+        rows = "step,train_loss,val_loss\n63,,0.5\n64,2.0,\n127,,0.6\n130,1.0,\n"
+        text(tmp_path / "metrics.csv", rows)
+        for run in (tmp_path, tmp_path / "checkpoints"):
+            (file,) = offline.choose(run, best=1, by="val_loss").files
+            assert (file.at, file.quality) == (64, 0.5)
+
+    def test_epochs_that_are_counted_otherwise(self, tmp_path: Path) -> None:
+        for epoch in (0, 1, 2):
+            put(tmp_path / f"epoch{epoch}.pt", weights(epoch))
+        text(tmp_path / "results.csv", "epoch,loss\n1,3\n2,2\n3,1\n")
+        with pytest.raises(ValueError, match="begin at 1 and those of the checkpoints at 0"):
+            offline.choose(tmp_path, best=1, by="loss")
+
+    def test_equal_ones_the_later(self, tmp_path: Path) -> None:
+        for step in (1, 2, 3):
+            put(tmp_path / f"step={step}-loss=0.5.pt", weights(step))
+        assert [file.at for file in offline.choose(tmp_path, best=2, by="loss").files] == [2, 3]
+
+
+class TestDryRun:
+    def test_it_writes_nothing_and_tells_files_coefficients_bytes(self, tmp_path: Path) -> None:
+        for step in (900, 1000, 1100):
+            put(tmp_path / f"step-{step}.pt", {"w": torch.ones(1000)})
+        before = sorted(tmp_path.iterdir())
+        out = tmp_path / "out.safetensors"
+        done = command("average", tmp_path, "--last", 2, "--rule", "exponential(0.75)",
+                       "--dry-run", "--out", out)  # fmt: skip
+        lines = done.stdout.splitlines()
+        assert lines[1].split() == [str(tmp_path / "step-1000.pt"), "0.75"]
+        assert lines[2].split() == [str(tmp_path / "step-1100.pt"), "0.25"]
+        assert lines[3].startswith("1 tensors of 2 files: 8 kB to read, 4 kB to write, about 0")
+        assert sorted(tmp_path.iterdir()) == before
+
+
+class TestVerify:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_it_finds_a_wrong_element_and_nothing_else(
+        self, dtype: torch.dtype, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(0)
+        files = [tmp_path / f"{i}.pt" for i in range(5)]
+        for file in files:
+            put(
+                file,
+                {"a": torch.randn(300, 1000).to(dtype), "n": torch.tensor(3), "e": torch.ones(0)},
+            )
+        made = offline.average(files, [-0.5, 0.5, 0.5, 0.25, 0.25])
+        out = tmp_path / "out.safetensors"
+        made.write(out)
+        from polyak import checkpoints
+
+        assert offline.verify(made, checkpoints.read(out).weights()) == 3
+        wrong = {name: tensor.clone() for name, tensor in load_file(out).items()}
+        for place in (0, 150_000, 299_999):
+            changed = {**wrong, "a": wrong["a"].clone()}
+            changed["a"].view(-1)[place] *= 1.02
+            put(tmp_path / "wrong.pt", changed)
+            with pytest.raises(ValueError, match=r"a: .* was written, and the direct sum is"):
+                offline.verify(made, checkpoints.read(tmp_path / "wrong.pt").weights())
+        put(tmp_path / "wrong.pt", {**wrong, "n": torch.tensor(4)})
+        with pytest.raises(ValueError, match=r"n: 4.0 was written"):
+            offline.verify(made, checkpoints.read(tmp_path / "wrong.pt").weights())
