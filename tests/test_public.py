@@ -23,7 +23,8 @@ THEORY = {
 
 MODULES = {
     "polyak", "polyak.__main__", "polyak.averager", "polyak.charts", "polyak.checkpoints",
-    "polyak.cli", "polyak.decays", "polyak.ema", "polyak.integrations", "polyak.norms", "polyak.offline", "polyak.rules",
+    "polyak.cli", "polyak.decays", "polyak.ema", "polyak.integrations",
+    "polyak.integrations.lightning", "polyak.norms", "polyak.offline", "polyak.rules",
     "polyak.snapshots", "polyak.specs", "polyak.study", "polyak.theory",
 }  # fmt: skip
 
@@ -47,7 +48,7 @@ def test_the_public_modules_are_these() -> None:
 @pytest.mark.parametrize("module", sorted(MODULES - {"polyak.__main__"}))
 def test_every_public_module_says_what_is_public(module: str) -> None:
     home = importlib.import_module(module)
-    assert home.__all__ is not None and all(hasattr(home, name) for name in home.__all__)
+    assert home.__all__ and all(hasattr(home, name) for name in home.__all__)
 
 
 def test_the_public_list_is_complete() -> None:

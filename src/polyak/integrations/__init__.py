@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-__all__: list[str] = []
+__all__ = ["lightning"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,24 @@
+"""What each average averages, as hyper-parameters for a framework's logger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyak.averager import Averager
+from polyak.theory import explain
+
+_MOST = 10**8  # steps of a profile
+
+
+def measures(averager: Averager, steps: float) -> dict[str, Any]:
+    """Return the rule, half-life and mean age of each average, both in steps, after so many steps.
+
+    If the number of steps is unknown or too large, they are those of a long run.
+    """
+    known = int(steps) if averager.every <= steps <= _MOST else None
+    told: dict[str, Any] = {}
+    for name, rule in averager.rules.items():
+        seen = explain(rule, known, every=averager.every)
+        told |= {f"{name}/rule": str(rule), f"{name}/half_life": seen.half_life}
+        told |= {f"{name}/mean_age": seen.mean_age}
+    return told

@@ -1,0 +1,228 @@
+"""Averages in Lightning: a callback that averages, evaluates, saves and resumes.
+
+    average = AveragerCallback({"ema": "exponential(half_life=500)"})
+    best = ModelCheckpoint(monitor="val_loss/ema")
+    Trainer(callbacks=[average, best]).fit(model)
+
+A module that logs `val_loss` then has `val_loss` of the live weights and `val_loss/ema` of the average.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyak import checkpoints
+from polyak._checks import is_integer, require
+from polyak.averager import Averager
+from polyak.integrations import _lightning_files as files
+from polyak.integrations._extra import extra
+from polyak.integrations._measures import measures
+from polyak.integrations._optimizers import moving
+from polyak.rules import Rule
+
+with extra("lightning", "lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+    from polyak.integrations._lightning_passes import Contents, renaming, unnoticed, wrap
+
+__all__ = ["AveragerCallback"]
+
+
+class AveragerCallback(Callback):
+    """Average the module's weights after each optimizer step, and evaluate live weights and averages.
+
+    Args:
+        rule: a rule or its spec, or a mapping name -> rule. Several callbacks need different names.
+        every: optimizer steps per update, as for `Averager`.
+        start: optimizer steps (`trainer.global_step`) before the first update.
+        separator: stands between a metric's name and the average's: `val_loss/ema`.
+        options: the other arguments of `Averager`, such as `select`, `dtype` and `device`.
+
+    Every validation and test runs once for each average, without other callbacks, and then with the live
+    weights and all callbacks. A `.ckpt` has the live weights under their plain names and the averages'
+    state. Beside it each average is exported: `best.ckpt` and `best.ema.safetensors`.
+
+    Raises `ValueError` or `TypeError` for bad arguments. When a run begins it raises `ValueError` for
+    a name that another callback has, for a checkpoint of other averages or rules, and for one
+    without averages after step `start`.
+    """
+
+    def __init__(
+        self,
+        rule: Rule | str | Mapping[str, Rule | str],
+        *,
+        every: int = 1,
+        start: int = 0,
+        separator: str = "/",
+        **options: Any,
+    ) -> None:
+        inspect.signature(Averager).bind(None, rule, every=every, **options)
+        require(is_integer(start, 0), "start", start, "an integer >= 0")
+        require(bool(separator), "separator", separator, "a string that is not empty")
+        self.names = list(Averager({"w": torch.zeros(1)}, rule, every=every).rules)
+        self.start, self.separator = start, separator
+        self.averager: Averager | None = None
+        """The averager, once training has begun or a checkpoint with averages was evaluated."""
+        self._arguments = {"rule": rule, "every": every, **options}
+        self._module: LightningModule | None = None
+        self._state: dict[str, Any] = {}  # of a checkpoint, until there is a model to load it for
+        self._restored = False  # whether this run's checkpoint had a state
+        self._attachment: Any = None
+        self._metrics: dict[str, Contents] = {}
+
+    @staticmethod
+    def exported(checkpoint: Path | str, name: str = "average") -> Path:
+        """Return the file beside a checkpoint in which an average is exported."""
+        return files.exported(checkpoint, name)
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(self.names)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the state instead of the averager, which is bound to its model."""
+        new = AveragerCallback(**self._arguments, start=self.start, separator=self.separator)
+        return {**vars(new), "_state": deepcopy(self.state_dict())}
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        others = [name for each in _callbacks(trainer) if each is not self for name in each.names]
+        if taken := [name for name in self.names if name in others]:
+            raise ValueError(f"two callbacks average {taken[0]!r}; give each average its own name")
+        self._restored, self._metrics = False, {}
+        in_fit = trainer.fit_loop.epoch_loop.val_loop
+        for loop in (in_fit, trainer.validate_loop, trainer.test_loop):
+            wrap(loop, "run", partial(_evaluate, trainer, loop))
+        wrap(trainer.strategy, "save_checkpoint", partial(_save, trainer))
+        wrap(trainer.strategy, "remove_checkpoint", partial(_remove, trainer))
+
+    def on_load_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        prefix, ours = type(self).__qualname__, {each.state_key for each in _callbacks(trainer)}
+        others = [
+            key for key in checkpoint["callbacks"] if key.startswith(prefix) and key not in ours
+        ]
+        if others and self.state_key not in checkpoint["callbacks"]:
+            raise ValueError(
+                f"{trainer.ckpt_path} has the averages of {', '.join(others)}, and none of "
+                f"{self.state_key}; give the averages the names that they had"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state, self._restored = state_dict, True
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.averager is None:
+            return self._state
+        return {"sharded": True} if self.averager.sharded else self.averager.state_dict()
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.ckpt_path and not self._restored and trainer.global_step > self.start:
+            raise ValueError(
+                f"{trainer.ckpt_path} has no averages and is of step {trainer.global_step}, but they "
+                f"start at step {self.start}; pass start={trainer.global_step} to begin them here"
+            )
+        told = measures(self._bound(trainer), trainer.estimated_stepping_batches - self.start)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**getattr(logger, "hparams", {}), **told})
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._attachment is None and trainer.global_step >= self.start:
+            averager = self._bound(trainer)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._attachment = averager.attach(moving(averager, trainer.optimizers), scaler)
+
+    def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        for best in trainer.checkpoint_callbacks:
+            monitor, path = getattr(best, "monitor", None), getattr(best, "best_model_path", "")
+            for name in self.names:
+                if path and str(monitor).endswith(self.separator + name):
+                    rank_zero_info(f"best {monitor}: {files.told(path, name)}")
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+    on_exception = teardown
+
+    def _bound(self, trainer: Trainer) -> Averager:
+        """The averager of the trainer's model, with the state that a checkpoint had for it."""
+        module = trainer.lightning_module
+        if self.averager is None or self._module is not module:
+            self.averager, self._module = Averager(module, **self._arguments), module
+        if self._state.get("sharded"):
+            checkpoints.load(files.parts(str(trainer.ckpt_path), self.names), self.averager)
+        elif self._state:
+            try:
+                self.averager.load_state_dict(self._state)
+            except ValueError as error:
+                raise ValueError(f"{trainer.ckpt_path}: {error}") from error
+        self._state = {}
+        return self.averager
+
+    def _ready(self, trainer: Trainer) -> Averager | None:
+        """The averager, if it has averages of the weights that are evaluated."""
+        if trainer.state.fn != "fit" and trainer.ckpt_path and not self._restored:
+            rank_zero_warn(f"{trainer.ckpt_path} has no averages: only live weights are evaluated")
+            return None
+        averager = self._bound(trainer) if self._state else self.averager
+        if averager is not None and self._module is not trainer.lightning_module:
+            raise ValueError("the averages are of another model than this; pass its ckpt_path")
+        return averager if averager is not None and averager.clock.n else None
+
+    def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: set[str]) -> Iterator[Any]:
+        """Evaluate every average; yield what the loop returns. `seen` collects the metrics' names."""
+        if (averager := self._ready(trainer)) is None:
+            return
+        for name in self.names:
+
+            def rename(metric: str, suffix: str = self.separator + name) -> str:
+                seen.add(metric + suffix)
+                return metric + suffix
+
+            own = self._metrics.setdefault(name, [])
+            alone = unnoticed(trainer, loop, [*_callbacks(trainer)], own)
+            with alone, averager.applied(name), renaming(trainer.lightning_module, rename):
+                result = run()
+            yield result
+
+
+def _callbacks(trainer: Any) -> list[AveragerCallback]:
+    return [each for each in trainer.callbacks if isinstance(each, AveragerCallback)]
+
+
+def _evaluate(trainer: Trainer, loop: Any, run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Run an evaluation loop for every average, and last for the live weights."""
+    seen: set[str] = set()
+    ours = [] if trainer.sanity_checking else _callbacks(trainer)
+    passes = [out for each in ours for out in each._passes(trainer, loop, run, seen)]
+
+    def own(metric: str) -> str:
+        require(metric not in seen, "a metric of the module", metric, "a name that no average has")
+        return metric
+
+    # The live weights come last: EarlyStopping and ModelCheckpoint look at its end.
+    with renaming(trainer.lightning_module, own):
+        passes.append(run())
+    return [{k: v for out in outs for k, v in out.items()} for outs in zip(*passes, strict=True)]
+
+
+def _save(trainer: Trainer, save: Callable[..., None], state: Any, path: Any, **more: Any) -> None:
+    place = str(trainer.strategy.broadcast(path))
+    for each in _callbacks(trainer):
+        if each.averager is not None:
+            files.write(place, each.averager, first=trainer.is_global_zero)
+    save(state, path, **more)
+
+
+def _remove(trainer: Trainer, remove: Callable[[Any], None], path: Any) -> None:
+    remove(path)
+    for each in _callbacks(trainer) if trainer.is_global_zero else ():
+        files.remove(path, each.names)
