@@ -33,7 +33,7 @@ def test_a_missing_framework_is_one_sentence(name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("path", sorted(HOME.glob("*.py")), ids=lambda path: path.stem)
 def test_integrations_are_short(path: Path) -> None:
-    """Hooks need fewer than 150 lines of code; docstrings, comments and blank lines do not count."""
+    """Hooks need at most 150 lines of code; docstrings, comments and blank lines do not count."""
     tree = ast.parse(path.read_text())
     lines = {
         line
@@ -41,7 +41,7 @@ def test_integrations_are_short(path: Path) -> None:
         if isinstance(node, ast.stmt) and not isinstance(getattr(node, "value", None), ast.Constant)
         for line in range(node.lineno, _own_end(node) + 1)
     }
-    assert len(lines) < 150
+    assert len(lines) <= 150
 
 
 def _own_end(node: ast.stmt) -> int:
