@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from polyak._lazy import Elements, TensorSpec
+from polyak.checkpoints._handles import Handle
+from polyak.checkpoints._mapping import Mapping
 
-_MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0  # mmap has no name for it yet
 _PIECE = 1 << 20
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, bits reversed
 
 
 class OpenFile:
-    """A regular file, opened once and closed when nothing refers to it.
+    """A regular file, open as long as something refers to it, as far as the system's limit allows.
 
     Raises `ValueError` for an empty file, and for a pipe or a device, which might never end; `OSError`
     if it cannot be opened.
@@ -39,8 +38,7 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = _handle(path)
-        finalize(self, os.close, self.handle)
+        self.handle = Handle(path)
         self._state = self._now()
         self.size = self._state[0]
         if self.size == 0:
@@ -51,19 +49,22 @@ class OpenFile:
         self.require_unchanged()
         if not 0 <= start <= self.size:
             raise ValueError(f"{self.path}: byte {start} is asked for, and it has {self.size}")
-        return os.pread(self.handle, min(length, self.size - start), start)
+        with self.handle.use() as handle:
+            return os.pread(handle, min(length, self.size - start), start)
 
     def read_into(self, content: memoryview, start: int) -> None:
         """Fill `content` with the bytes from `start` on; raises `ValueError` if the file ends there.
 
         This is faster than copying from mapped memory, and leaves no pages in this process.
         """
-        while content:
-            count = os.preadv(self.handle, [content], start)
-            if count == 0:
-                self.require_unchanged()
-                raise ValueError(f"{self.path}: the file ends before byte {start + len(content)}")
-            content, start = content[count:], start + count
+        with self.handle.use() as handle:
+            while content:
+                count = os.preadv(handle, [content], start)
+                if count == 0:
+                    self.require_unchanged()
+                    end = start + len(content)
+                    raise ValueError(f"{self.path}: the file ends before byte {end}")
+                content, start = content[count:], start + count
 
     def require_unchanged(self) -> None:
         """Raises `ValueError` if the file was changed in place since it was opened."""
@@ -82,16 +83,20 @@ class OpenFile:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         if dtype.itemsize == 16 and start % 16:  # torch's kernels fault if it does not begin at 16
-            flat = torch.frombuffer(self.memory, dtype=torch.uint8, count=16 * count, offset=start)
+            flat = torch.frombuffer(
+                self.memory.buffer, dtype=torch.uint8, count=16 * count, offset=start
+            )
             return flat.clone().view(dtype).view(shape)
-        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
+        return torch.frombuffer(self.memory.buffer, dtype=dtype, count=count, offset=start).view(
+            shape
+        )
 
     def release(self, start: int, stop: int) -> None:
         """Give back the pages that lie wholly within this part of the file."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0 and "memory" in self.__dict__:
-            self.memory.madvise(mmap.MADV_DONTNEED, first, length)
+            self.memory.release(first, length)
 
     def checksum(self, start: int, length: int) -> int:
         """The CRC-32 of a part, read from the file, not from the mapping, which may have been written to."""
@@ -103,18 +108,18 @@ class OpenFile:
         return crc
 
     @cached_property
-    def memory(self) -> mmap.mmap:
+    def memory(self) -> Mapping:
         """All of the file as memory; a page is read when it is touched."""
-        flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         try:
-            return mmap.mmap(self.handle, self.size, flags=flags, prot=access)
+            with self.handle.use() as handle:
+                return Mapping(handle, self.size)
         except OSError as error:
-            text = f"{error.strerror} when mapping the file"
-            raise OSError(error.errno, text, str(self.path)) from None
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _now(self) -> tuple[int, int]:
         """Size and time of the last write. (Replacing a file changes neither, but its ctime.)"""
-        status = os.fstat(self.handle)
+        with self.handle.use() as handle:
+            status = os.fstat(handle)
         return status.st_size, status.st_mtime_ns
 
 
@@ -232,18 +237,6 @@ def _times(a: int, b: int) -> int:
             product ^= b
         b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
     return product
-
-
-def _handle(path: Path) -> int:
-    """An open file's handle; never waits for a pipe or a device."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(handle).st_mode
-    if stat.S_ISREG(mode):
-        return handle
-    os.close(handle)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path} is a folder, wanted a file")
-    raise ValueError(f"{path} is a pipe or a device, wanted a file")
 
 
 @contextmanager

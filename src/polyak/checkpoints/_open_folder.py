@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from polyak.checkpoints._open_file import OpenFile
 
-_MOST_OPEN = 256  # a process may often have no more than 1024 files open
-
 
 class OpenFiles:
-    """Files of a folder by name. A folder that is replaced meanwhile is still read as it was.
+    """Files of a folder by name, opened at once. A folder that is replaced meanwhile is still read as it was.
 
-    Up to 256 files are opened at once. The others are opened when needed; if one was replaced by
-    then, that is an error. Raises `ValueError` for names that lead out of the folder,
-    `FileNotFoundError` for a file that is missing.
+    Raises `ValueError` for names that lead out of the folder, `FileNotFoundError` for a file that is
+    missing.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self._folder = folder
         self._opened: dict[str, OpenFile] = {}
-        self._seen: dict[str, tuple[int, int]] = {}
-        self.sizes: dict[str, int] = {}
         for name in names:
             _require_beside(folder, name)
-            if len(self._opened) < _MOST_OPEN:
-                self._opened[name] = OpenFile(folder / name)
-                self.sizes[name] = self._opened[name].size
-            else:
-                status = (folder / name).stat()
-                self._seen[name] = (status.st_dev, status.st_ino)
-                self.sizes[name] = status.st_size
+            self._opened[name] = OpenFile(folder / name)
+        self.sizes = {name: file.size for name, file in self._opened.items()}
 
     def __getitem__(self, name: str) -> OpenFile:
-        if name not in self._opened:
-            file = OpenFile(self._folder / name)
-            status = os.fstat(file.handle)
-            if (status.st_dev, status.st_ino) != self._seen[name]:
-                raise ValueError(f"{file.path}: the file was replaced while its folder was read")
-            self._opened[name] = file
         return self._opened[name]
 
 

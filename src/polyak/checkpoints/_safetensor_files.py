@@ -72,7 +72,10 @@ class TensorFile(LazyTensors):
         try:
             # By its handle: under its path there may be another file by now. As "np" only the
             # header is read; as "pt" memory for the whole file would be reserved.
-            with safe_open(f"/dev/fd/{self._file.handle}", framework="np") as opened:
+            with (
+                self._file.handle.use() as handle,
+                safe_open(f"/dev/fd/{handle}", framework="np") as opened,
+            ):
                 self.metadata: dict[str, str] = opened.metadata() or {}
                 self._specs = {name: _spec_of(opened, name) for name in opened.offset_keys()}
         except (SafetensorError, KeyError) as error:

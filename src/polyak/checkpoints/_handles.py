@@ -1,0 +1,143 @@
+"""Handles of files: as many stay open as half of what the process may have open.
+
+Averages are made of hundreds of files, and of folders of many files each. Of those the handles that were
+not used for longest are closed, and opened again when they are needed. What is then there must be the
+same file, unchanged.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import finalize
+
+_LEAST = 16
+
+
+class _Opened:
+    """A handle, and how many use it at the moment."""
+
+    __slots__ = ("number", "users")
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.users = 0
+
+    def close(self) -> None:
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
+
+
+class _Pool:
+    """The handles of this process that are open: those in use, and the others, the oldest first."""
+
+    def __init__(self) -> None:
+        self.begin()
+        os.register_at_fork(after_in_child=self._forked)
+
+    def begin(self) -> None:
+        self.lock = threading.RLock()  # a collection within it may drop a handle
+        self.idle: dict[int, _Opened] = {}
+        self.used = 0
+
+    def _forked(self) -> None:
+        idle = self.idle
+        self.begin()  # another thread of the parent may have had the lock
+        self.idle = idle
+
+    def make_room(self, most: int) -> None:
+        """Close handles that are not in use until fewer than `most` are open."""
+        for key in list(self.idle):
+            if len(self.idle) + self.used < most:
+                return
+            if (opened := self.idle.pop(key, None)) is not None:
+                opened.close()
+
+
+_pool = _Pool()
+
+
+class Handle:
+    """The handle of a regular file.
+
+    Raises `ValueError` for a pipe or a device, which might never end; `OSError` if it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = path.absolute()  # the process may change its working folder
+        self._opened = _Opened()
+        self._seen: tuple[int, ...] | None = None
+        finalize(self, _drop, self._opened)
+        with self.use() as number:
+            self._seen = _identity(os.fstat(number))
+
+    @contextmanager
+    def use(self) -> Iterator[int]:
+        """The number of the handle, which stays open within the block.
+
+        Raises `ValueError` if the file had to be opened again and another one is there by now.
+        """
+        opened = self._opened
+        with _pool.lock:
+            if _pool.idle.pop(id(opened), None) is None and opened.users == 0:
+                opened.number = self._open()
+            _pool.used += opened.users == 0
+            opened.users += 1
+        try:
+            yield opened.number
+        finally:
+            with _pool.lock:
+                opened.users -= 1
+                if opened.users == 0:
+                    _pool.used -= 1
+                    _pool.idle[id(opened)] = opened
+
+    def _open(self) -> int:
+        _pool.make_room(max(_LEAST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+        try:
+            number = _opened(self._place, self._path)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            _pool.make_room(0)
+            number = _opened(self._place, self._path)
+        if self._seen not in (None, _identity(os.fstat(number))):
+            os.close(number)
+            raise ValueError(
+                f"{self._path}: the file was replaced while it was read: read it again"
+            )
+        return number
+
+
+def _drop(opened: _Opened) -> None:
+    """Close the handle of a file that nothing refers to."""
+    with _pool.lock:
+        _pool.idle.pop(id(opened), None)
+        opened.close()
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _opened(place: Path, path: Path) -> int:
+    """An open file's handle; never waits for a pipe or a device. Errors name the path as it was given."""
+    try:
+        number = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return number
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, wanted a file")
+    raise ValueError(f"{path} is a pipe or a device, wanted a file")
