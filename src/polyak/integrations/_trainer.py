@@ -1,0 +1,142 @@
+"""The methods of a transformers Trainer that must know of averages: `evaluate`, `save_model`, `train`.
+
+A callback alone gets no Trainer. It hears of each evaluation set by itself, of a save after the push to
+the hub, and of a save on SIGTERM never. So `hook` wraps these methods of one Trainer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import update_wrapper, wraps
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Callbacks = Callable[[], list[Any]]
+Metrics = dict[str, float]
+
+
+def hook(trainer: Any, kind: type) -> None:
+    """Wrap the methods of a Trainer, once; they ask the callbacks of a kind that it has then."""
+
+    def callbacks() -> list[Any]:
+        return [each for each in trainer.callback_handler.callbacks if isinstance(each, kind)]
+
+    if not isinstance(trainer.evaluate, _Evaluate):
+        trainer.evaluate = _Evaluate(trainer, callbacks)
+        trainer.save_model = _saving(trainer, callbacks)
+        trainer.train = _training(trainer, callbacks)
+
+
+def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> None:
+    """Raise `ValueError` for a training that the callback cannot follow; `best` lacks its metric."""
+    if args.deepspeed:
+        raise ValueError("DeepSpeed keeps the weights where no averager sees them: use FSDP2")
+    if best is not None:
+        raise ValueError(
+            f"metric_for_best_model is {args.metric_for_best_model!r}, but a callback alone evaluates "
+            f"no average {best!r}: call attach(trainer)"
+        )
+    taken = vars(state).setdefault("averages", {})  # each training has its own TrainerState
+    for name in callback.rules:
+        if taken.setdefault(name, callback) is not callback:
+            raise ValueError(
+                f"two callbacks average {name!r} in this training: give all rules to one "
+                "AveragerCallback as a mapping name -> rule, each with its own name"
+            )
+
+
+def require_trained(model: torch.nn.Module, trainer: Any) -> None:
+    """Raise `RuntimeError` unless the Trainer's model, if there is one, is the averaged one as it was."""
+    if trainer is not None and trainer.model is not model:
+        raise RuntimeError(
+            "trainer.model is not the model that was trained and averaged: call train(), or "
+            "trainer.remove_callback() with the AveragerCallback"
+        )
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):  # of PEFT
+        raise RuntimeError(
+            "an adapter is merged into the base weights, where its average has no effect: call "
+            "model.unmerge_adapter() first"
+        )
+
+
+class _Evaluate:
+    """Evaluates the live weights, then every average as `<prefix>_<name>`; all metrics in one result."""
+
+    def __init__(self, trainer: Any, callbacks: Callbacks) -> None:
+        self._trainer, self._callbacks, self._evaluate = trainer, callbacks, trainer.evaluate
+        self._inside = False
+        update_wrapper(self, trainer.evaluate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Metrics:
+        if self._inside:  # the Trainer evaluates each set of a dictionary by this method again
+            result: Metrics = self._evaluate(*args, **kwargs)
+            return result
+        self._inside = True
+        try:
+            return self._evaluate_all(*args, **kwargs)
+        finally:
+            self._inside = False
+
+    def _evaluate_all(self, *args: Any, **kwargs: Any) -> Metrics:
+        due = [(each, name) for each in self._callbacks() for name in each.ready()]
+        call = inspect.signature(self._evaluate).bind(*args, **kwargs)
+        call.apply_defaults()
+        prefix = call.arguments["metric_key_prefix"]
+        live: Metrics = self._evaluate(*args, **kwargs)
+        metrics = dict(live)
+        for callback, name in due:
+            own = f"{prefix}_{name}"
+            _require_free(own, live)
+            call.arguments["metric_key_prefix"] = own
+            with callback.averager.applied(name), _same_randomness(self._trainer.args.device):
+                found = self._evaluate(*call.args, **call.kwargs)
+            metrics |= {key: value for key, value in found.items() if key.startswith(own)}
+        return metrics
+
+
+def _require_free(own: str, live: Metrics) -> None:
+    """Raise `ValueError` if a metric of the live weights could be taken for one of the average."""
+    if taken := [key for key in live if key.startswith(f"{own}_")]:
+        raise ValueError(
+            f"the live weights have the metric {taken[0]!r} already, so metrics of the average would "
+            f"begin with {own!r} too: give the average another name, or the evaluation set or metric"
+        )
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """A block that leaves torch's generators as they were: every DataLoader draws a seed from them."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _saving(trainer: Any, callbacks: Callbacks) -> Callable[..., None]:
+    save_model = trainer.save_model
+
+    @wraps(save_model)
+    def saving(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        for callback in callbacks():
+            folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+            callback.write(folder, lambda path: save_model(str(path), _internal_call=True))
+        save_model(output_dir, *args, **kwargs)
+
+    return saving
+
+
+def _training(trainer: Any, callbacks: Callbacks) -> Callable[..., Any]:
+    train = trainer.train
+
+    @wraps(train)
+    def training(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        told = isinstance(resume_from_checkpoint, (str, PathLike))
+        for callback in callbacks():
+            callback.resume_from = Path(resume_from_checkpoint) if told else None
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    return training
