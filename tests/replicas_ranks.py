@@ -114,10 +114,10 @@ def rows_are_those_of_the_whole_average() -> None:
     ]
     for options in roundings:
         run = Training()
-        full = polyak.Averager(run.model, RULES, **options)
+        full = polyak.Averager(run.model, RULES, select="*", **options)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for shard in (world(), mesh):
-            divided = polyak.Averager(run.model, RULES, shard=shard, **options)
+            divided = polyak.Averager(run.model, RULES, shard=shard, select="*", **options)
             run.train(8, full, divided)
             run.evaluate()
             run.train(4, full, divided)
@@ -128,7 +128,7 @@ def rows_are_those_of_the_whole_average() -> None:
                     rows = isinstance(tensor, DTensor)
                     assert rows == (key.split(".")[0] in ("first", "last", "one", "none") or key in ("norm.weight", "norm.bias")), key  # fmt: skip
                     assert not isinstance(tensor, DTensor) or tensor.placements == (Shard(0),)
-            full = polyak.Averager(run.model, RULES, **options)
+            full = polyak.Averager(run.model, RULES, select="*", **options)
 
 
 def each_rank_holds_its_part() -> None:

@@ -322,6 +322,19 @@ def keep_(kept: Kept) -> None:
         slot.copy_(torch.where(same, weight, slot))
 
 
+@torch.no_grad()
+def kept(before: list[Tensor] | None, now: list[Tensor]) -> list[Tensor]:
+    """The contents of `now` in the memory of `before`, if that has the same shapes, dtypes and devices."""
+    if not before or _forms(before) != _forms(now):
+        return now
+    lerp_(before, now, 1.0)
+    return before
+
+
+def _forms(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, Kind]]:
+    return [(tensor.shape, kind(tensor)) for tensor in tensors]
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often autograd has seen each tensor written to."""
     return [tensor._version for tensor in tensors]

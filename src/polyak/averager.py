@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from polyak import _tensors as tensors
 from polyak._checks import difference, report, require_positive
 from polyak._engine import lending
 from polyak._engine.attachment import Attachment
@@ -33,6 +34,7 @@ from polyak._engine.states import STATE_FORMAT, State, checked, set_together
 from polyak._engine.summary import Summary, summarise
 from polyak._engine.swap import Applied, Lender
 from polyak._engine.tracking import Source, Tracked, track
+from polyak._engine.twins import Twins, plain_copy
 from polyak._engine.updating import Nonfinite, Updating
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import Agreement, digest, together
@@ -148,6 +150,8 @@ class Averager:
         self.mixed = False
         """Whether another rule made a part of the slots (`polyak.load(change_rule=True)`)."""
         self._lender = Lender(self._live, self._averages, self._updating, self._mesh)
+        self._twins = Twins(self._live, self._averages, self._updating)
+        self._call = self._updating.call
         self._attachment: Attachment | None = None
         self._compare_replicas("Averager")
 
@@ -161,6 +165,11 @@ class Averager:
     def rules(self) -> dict[str, Rule]:
         """name -> rule. A single average is called "average"."""
         return {name: average.rule for name, average in self._averages.items()}
+
+    @property
+    def model(self) -> Source:
+        """The model, or the mapping, whose weights are averaged."""
+        return self._live.model
 
     @property
     def every(self) -> int:
@@ -231,7 +240,7 @@ class Averager:
             if elapsed is not None:
                 elapsed = float(require_positive("elapsed", elapsed))
                 self._updating.require_time_for(elapsed)
-            self._updating.call(1.0 if elapsed is None else elapsed)
+            self._call(1.0 if elapsed is None else elapsed)
 
     def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:
         """Call `update()` after each optimizer step. `.remove()` of the result detaches.
@@ -309,6 +318,36 @@ class Averager:
         """
         return Applied(self._lender, name)
 
+    @lending.in_turn
+    def module(self, name: str | None = None, *, copy: bool = False) -> nn.Module:
+        """Return the average as a module to call beside the model: a teacher, a target network.
+
+        Its parameters and buffers are the average's own tensors, so it follows every update without a
+        copy, inside `applied()` too. It has the model's structure without wrappers, is in eval mode
+        and requires no gradients. Frozen and unselected tensors are the model's. BatchNorm normalises
+        by the batch in train mode and never writes. A call returns the same module while anyone holds
+        it; a deep copy or a pickle of it is a plain module.
+
+        It needs a rule with one slot in the weights' dtype and on their device. With `copy` it is a
+        module of its own for every rule: `copy_to(module)` refreshes it.
+
+        Raises `TypeError` for an averager of a mapping, `ValueError` for an average that no module
+        can share and for a sharded model, `RuntimeError` before the first update, inside `applied()`,
+        and for a model that cannot be copied. Writes to the module (an optimizer, `.to`, `.half`)
+        raise at the next update.
+        """
+        model = self._live.model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"module: the averager is of a {type(model).__name__}, wanted a module")
+        self._ready("module", self._get(name))
+        if copy:
+            copied = plain_copy("module", model, {}).requires_grad_(False).eval()
+            self.copy_to(copied, name)
+            return copied
+        module = self._twins.module(model, self._lender.label(name))
+        self._call = self._twins.call
+        return module
+
     @torch.no_grad()
     def copy_to(self, model: Source, name: str | None = None) -> None:
         """Write the average into a model for good, by name, rounded to the model's dtypes.
@@ -354,6 +393,7 @@ class Averager:
         Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
         """
         self._same_model("state_dict")
+        self._twins.check("state_dict")
         for average in self._averages.values():
             average.refuse_spoilt("state_dict")
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
@@ -363,7 +403,7 @@ class Averager:
 
     @lending.in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state that `state_dict` returned; its tensors are copied.
+        """Load a state that `state_dict` returned; its tensors are copied into the slots' memory.
 
         Averages, rules, names, shapes, dtypes and the layouts of sharded tensors must agree.
         Everything is checked before anything changes. Raises `ValueError` with a list of differences.
@@ -375,7 +415,9 @@ class Averager:
         ]
         updating = self._updating.taken(new.calls, new.elapsed, new.skipped, new.copies)
         own: dict[str, object] = {"run": new.run, "mixed": new.mixed}
+        before = [average.slots for average in self._averages.values()], self._updating.copies
         set_together([*changes, (self._updating, updating), (self, own)])
+        self._keep_memory(*before)
 
     @lending.in_turn
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -437,10 +479,27 @@ class Averager:
 
     def _checked(self, state: Mapping[str, Any]) -> State:
         self._same_model("load_state_dict")
-        return checked(state, self._live, self._averages)
+        new = checked(state, self._live, self._averages)
+        for name, average in self._averages.items():
+            if average.shared() and not new.averages[name].tick.n:
+                raise ValueError(
+                    f"load_state_dict: average {name!r} has no update yet, and module({name!r}) has "
+                    "its slots; let go of the module first"
+                )
+        return new
+
+    def _keep_memory(
+        self, slots: Sequence[Mapping[str, list[Tensor]]], copies: list[Tensor]
+    ) -> None:
+        """Brings what was loaded into the memory that slots and copies had, which others may use."""
+        averages = zip(self._averages.values(), slots, strict=True)
+        kept: dict[str, object] = {"copies": tensors.kept(copies, self._updating.copies)}
+        set_together([*((a, a.kept(before)) for a, before in averages), (self._updating, kept)])
+        self._twins.settle()
 
     def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)
+        self._twins.check(call)
         average.require_usable(call)
 
     def _get(self, name: str | None) -> Average:
@@ -449,7 +508,7 @@ class Averager:
     @lending.in_turn
     def _after_steps(self, found_inf: list[Tensor]) -> None:
         self._lender.refuse("update")
-        self._updating.call(1.0, found_inf)
+        self._call(1.0, found_inf)
 
 
 def _device(model: object) -> torch.device:

@@ -53,7 +53,7 @@ class ModelTensors:
         mesh: DeviceMesh | None = None,
         like: ModelTensors | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self._options = (choice, mesh)
         self.generation = 0
         self.suspect = ""
@@ -74,7 +74,7 @@ class ModelTensors:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of: all that is not found again by looking."""
-        kept = ("_model", "_options", "_forms", "_ties", "_order", "generation", "suspect")
+        kept = ("model", "_options", "_forms", "_ties", "_order", "generation", "suspect")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class ModelTensors:
 
     def reshard(self) -> None:
         """Lets a sharded model carry its shards, which a forward pass may have put aside."""
-        reshard(self._model)
+        reshard(self.model)
 
     def stored(self) -> list[Tracked]:
         """All that is averaged or copied, in order."""
@@ -187,7 +187,7 @@ class ModelTensors:
         return [item for item in self.tracked if item.policy != "skip"]
 
     def _look(self) -> Found:
-        tracked, modules = track(self._model, *self._options)
+        tracked, modules = track(self.model, *self._options)
         return Found([_by_known_name(item, self._forms) for item in tracked], modules)
 
     def _changes(self, tracked: Sequence[Tracked]) -> list[str]:
@@ -214,7 +214,7 @@ class ModelTensors:
             "stages": Stages(),
             "generation": self.generation + 1,
             "_groups": groups,
-            "_watch": Watch(self._model, averaged, found.modules, groups),
+            "_watch": Watch(self.model, averaged, found.modules, groups),
             "_inventory": Inventory(found.modules),
         }
         vars(self).update(new)  # in one step, in which no signal handler can raise

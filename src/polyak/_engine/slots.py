@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +149,8 @@ class Average:
         self.slots: dict[str, list[Tensor]] = {}
         self.spoilt = ""
         self.lent = False
+        self.twin: Callable[[], object] | None = None
+        """Returns the module that has the slots, if it is still there."""
         self.moving = False
         """Whether an update is under way."""
         self.torn: dict[str, str] = {}
@@ -265,6 +267,10 @@ class Average:
         readout = self.rule.convex_readout if convex else self.rule.readout
         return checked_readout(self.rule, self.tick, readout(self.tick), self.slots, convex=convex)
 
+    def shared(self) -> bool:
+        """Whether a module has the slots, so that they must hold the average at all times."""
+        return self.twin is not None and self.twin() is not None
+
     def extrapolates(self) -> bool:
         """Whether running statistics are read out with other coefficients than the weights."""
         tick = self.tick if self.tick.n else self.rule.tick(START, 1.0)
@@ -327,6 +333,11 @@ class Average:
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
         fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}}
         return {"tick": tick, "slots": filled, **fresh}
+
+    def kept(self, before: Mapping[str, list[Tensor]]) -> dict[str, object]:
+        """The attributes of this average with its slots in the memory of those that it had `before`."""
+        slots = {slot: tensors.kept(before.get(slot), held) for slot, held in self.slots.items()}
+        return {"slots": slots, "_grouped": {}}
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
         """Uses tensors that belong to another object (a module) as the tensors of a slot."""

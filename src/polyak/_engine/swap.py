@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 
 
 class _Slots(NamedTuple):
-    """The slots that exchange contents with weights, and the places of the weights that are left."""
+    """The slots that exchange contents with weights, and the places of the weights that are left.
+
+    Slots that are `shared` with a module do not: it has the average inside a block too.
+    """
 
     generation: int
+    shared: bool
     slots: list[Tensor] | None
     pairs: list[Pairs]
     rest: list[int]
@@ -132,22 +136,24 @@ class Lender:
 
     def _slot_pairs(self, label: str, call: str) -> _Slots:
         """What exchanges contents with slots. Kept for the next block, while all tensors stay the same."""
-        known, slots = self._known.get(label), self._averages[label].lone_slot()
+        average = self._averages[label]
+        known, slots, shared = self._known.get(label), average.lone_slot(), average.shared()
         if (
             known is None
             or known.slots is not slots
+            or known.shared != shared
             or known.generation != self._model.generation
             or not all(pairs.fit() for pairs in known.pairs)
             or self._model.thawed()
         ):
             self._model.check(call)
-            known = self._known[label] = self._sorted(slots)
+            known = self._known[label] = self._sorted(slots, shared)
         return known
 
-    def _sorted(self, slots: list[Tensor] | None) -> _Slots:
+    def _sorted(self, slots: list[Tensor] | None, shared: bool) -> _Slots:
         items, generation = self._model.averaged, self._model.generation
-        if slots is None:
-            return _Slots(generation, None, [], list(range(len(items))))
+        if slots is None or shared:
+            return _Slots(generation, shared, slots, [], list(range(len(items))))
         alike: dict[Kind, list[int]] = {}
         rest = []
         for i, item in enumerate(items):
@@ -160,7 +166,7 @@ class Lender:
             Pairs([items[i] for i in places], [slots[i] for i in places], slots=True)
             for places in alike.values()
         ]
-        return _Slots(generation, slots, pairs, rest)
+        return _Slots(generation, shared, slots, pairs, rest)
 
     def _beside(
         self, average: Average, known: _Slots, call: str

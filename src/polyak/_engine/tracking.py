@@ -219,6 +219,13 @@ def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:
     return [(Entry(name, source, None, name), tensor) for name, tensor in source.items()], []
 
 
+def inner(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper wraps; None for a module that is no wrapper."""
+    if isinstance(module, _PARALLEL):
+        return module._modules["module"]
+    return next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
+
+
 def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their canonical prefixes, which leave out the names that wrappers add."""
     yield prefix, module
