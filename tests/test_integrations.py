@@ -12,7 +12,7 @@ import pytest
 from polyak import integrations
 
 HOME = Path(integrations.__file__).parent
-FRAMEWORKS = {"lightning": "lightning", "transformers": "transformers"}
+FRAMEWORKS = {"accelerate": "accelerate", "lightning": "lightning", "transformers": "transformers"}
 """integration -> the package that it needs, and that its extra installs."""
 
 

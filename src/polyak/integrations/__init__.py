@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["lightning", "transformers"]
+__all__ = ["accelerate", "lightning", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,79 @@
+"""Averages in a loop of Accelerate: `save_state` and `load_state` carry them.
+
+model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+averager = polyak.Averager(model, "exponential(half_life=200)")
+averager.attach(optimizer)                  counts no step that is accumulated or skipped
+register(accelerator, averager)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from polyak.averager import Averager
+from polyak.integrations._extra import extra
+from polyak.integrations._states import load_state, save_state
+
+with extra("accelerate", "accelerate"):
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+__all__ = ["register"]
+
+_NAMES: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
+"""accelerator -> the names of the averages that it carries."""
+
+
+def register(
+    accelerator: Accelerator,
+    averager: Averager,
+    *,
+    missing_ok: bool = False,
+    change_rule: bool = False,
+) -> Callable[[], None]:
+    """Let `save_state` and `load_state` carry an averager; returns a function that ends this.
+
+    Each folder gets the exact state in `averages/<names>.safetensors`, or by all ranks in the folder
+    `averages/<names>.dcp` if the averager is sharded. A run without averages loads such a folder too,
+    as it does not if the averager is given to `accelerator.register_for_checkpointing`. That saves
+    only the shards of the first rank.
+
+    Args:
+        averager: with FSDP2, made after `prepare`, which replaces the parameters.
+        missing_ok: whether `load_state` leaves the averager as it is if the folder has no state of it.
+        change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
+
+    Raises `ValueError` if the accelerator carries an average of the same name. `load_state` then
+    raises `FileNotFoundError` for a folder without the state, and what `polyak.load` raises.
+    """
+    names = _NAMES.setdefault(accelerator, [])
+    if taken := [name for name in averager.rules if name in names]:
+        raise ValueError(
+            f"the accelerator carries an average {taken[0]!r} already: make the Averager with a mapping "
+            "name -> rule that has other names"
+        )
+
+    def saving(_models: Any, _weights: Any, folder: str) -> None:
+        everywhere = accelerator.project_configuration.save_on_each_node
+        first = accelerator.is_local_main_process if everywhere else accelerator.is_main_process
+        save_state(Path(folder), averager, writes=first)
+
+    def loading(_models: Any, folder: str) -> None:
+        cure = None if missing_ok else "to go on without it, register with missing_ok=True"
+        load_state(Path(folder), averager, change_rule=change_rule, cure=cure)
+
+    handles = (
+        accelerator.register_save_state_pre_hook(saving),
+        accelerator.register_load_state_pre_hook(loading),
+    )
+    names += averager.rules
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+        for name in averager.rules:
+            names.remove(name)
+
+    return remove
