@@ -195,7 +195,8 @@ class Subject:
         return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
     def spoilt(self, name: str) -> str:
-        return str(self.averager._averages[name].spoilt)
+        average = self.averager._averages[name]
+        return average.spoilt or next(iter(average.torn.values()), "")
 
     def slots(self, name: str) -> dict[str, list[Tensor]]:
         """The slots as they are, in the order of `averaged`."""

@@ -325,7 +325,6 @@ KINDS: tuple[Kind, ...] = (
     Kind("float16", lambda: _mlp(torch.float16), lambda: _rows().half()),
     Kind("float64", lambda: _mlp(torch.float64), lambda: _rows().double()),
     Kind("complex", _complex),
-    Kind("conjugate", _conjugate, weight=0.5),
     Kind("mixed dtypes", _mixed, weight=2),
     Kind("frozen", _frozen, _rows),
     Kind("buffers", _buffers, weight=2),
@@ -349,6 +348,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("as integers", _as_integers, refused=True, weight=0.2),
     Kind("expanded", lambda: _Parts({"a": torch.randn(3, 1).expand(3, 4), "b": torch.randn(2)}), refused=True, weight=0.2),
     Kind("strided over itself", lambda: _Parts({"a": torch.randn(8).as_strided((3, 4), (2, 1)), "b": torch.randn(2)}), refused=True, weight=0.2),
+    Kind("conjugate", _conjugate, refused=True, weight=0.2),
+    Kind("negative", lambda: {"a": torch.randn(3, dtype=torch.complex64).conj().imag, "b": torch.randn(2)}, refused=True, weight=0.2),
     Kind("integer keys", lambda: {0: torch.randn(3), 1: torch.randn(2)}, refused=True, weight=0.2),  # type: ignore[dict-item]
     Kind("no floats", lambda: {"steps": torch.tensor(3)}, refused=True, weight=0.1),
     Kind("lazy", _lazy, refused=True, weight=0.1),

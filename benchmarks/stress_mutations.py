@@ -246,6 +246,15 @@ def _conversion(overwrite: bool) -> Iterator[None]:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
+@torch.no_grad()
+def lazy_views(source: Source, random: Random) -> None:
+    """Parameters become views that torch reads with the opposite sign of what is stored."""
+    del random
+    for entry in floats(source):
+        data = entry.tensor.data
+        entry.tensor.data = data.conj() if data.is_complex() else torch._neg_view(data)
+
+
 def untie(source: Source, random: Random) -> None:
     """A tied tensor gets a tensor of its own."""
     objects: dict[int, int] = {}
@@ -264,7 +273,7 @@ TRAINING: tuple[Change, ...] = (wander, wander, wander_unseen, change_buffers, l
 
 CHANGES: tuple[Change, ...] = (
     replace_one, replace_all, assign, new_dictionary, update_dictionary, set_state, new_modules,
-    new_storage, flatten, swap_tensors, to_dtype, to_dtype, untie,
+    new_storage, flatten, swap_tensors, to_dtype, to_dtype, untie, lazy_views,
 )  # fmt: skip
 """Changes of where the content is, or of its dtype."""
 
@@ -277,5 +286,5 @@ COPYING: tuple[Change, ...] = (
 )
 """Changes that only models take which `deepcopy` takes."""
 
-BY_DATA: tuple[Change, ...] = (new_storage, flatten, to_dtype, swap_tensors)
+BY_DATA: tuple[Change, ...] = (new_storage, flatten, to_dtype, swap_tensors, lazy_views)
 """Changes that leave the object what it was, so that a write through them may go unseen."""

@@ -43,6 +43,7 @@ _STRUCTURE = {
     "aliased": MAY,
     "overlap": MAY,
     "expanded": MAY,
+    "lazy view": MAY,
 }
 _BLOCKS = {"applied": MUST, "left out of order": MAY, "other block": MAY, "other thread": MAY}
 _READS = {**_STRUCTURE, **_BLOCKS, "wrong rule later": MAY}
@@ -171,6 +172,8 @@ class World:
         if form(found, subject.options, by_storage=True) != subject.storage_form:
             yield "aliased"
         yield from shared(found)
+        if any(e.tensor.is_conj() or e.tensor.is_neg() for e in found):
+            yield "lazy view"
 
     def ask(self, call: str, facts: set[str], action: Callable[[], Any]) -> Any:
         """Calls polyak; `Refused` where it had a reason to refuse, and all is as it was."""

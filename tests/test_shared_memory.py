@@ -91,7 +91,8 @@ OVERLAPPING: dict[str, tuple[Any, str]] = {
     "transposed": (shared(lambda t: {"v": t, "w": t.t()}), "share memory"),
     "another dtype": (shared(lambda t: {"v": t, "w": t.view(torch.float64)}), "share memory"),
     "complex and real": (shared(lambda t: {"v": t.view(-1, 2), "w": torch.view_as_complex(t.view(-1, 2))}), "share"),
-    "conjugated": (shared(lambda t: {"v": (z := torch.view_as_complex(t.view(-1, 2))), "w": z.conj()}), "share"),
+    "conjugated": (shared(lambda t: {"v": (z := torch.view_as_complex(t.view(-1, 2))), "w": z.conj()}), "w is a conjugate view"),
+    "the imaginary part of a conjugate": ({"w": base(2).to(torch.complex64).conj().imag}, "w is a negative view"),
     "columns 0, 2.. and 0, 3..": (shared(lambda t: {"v": t[:, ::2], "w": t[:, ::3]}), "share memory"),
     "a parameter and a copied buffer": (shared(lambda t: holding(v=t, b=t[0])), "b and v share memory"),
     "another storage object": (shared(lambda t: {"v": t, "w": as_numpy(t[5])}), "v and w share memory"),
@@ -238,6 +239,10 @@ def expand(model: Any) -> None:
     model.w.data = model.w.data[:1].expand(4, 4)
 
 
+def negate(model: Any) -> None:
+    model.w.data = torch._neg_view(model.w.data)
+
+
 def untie(model: Any) -> None:
     model.w = nn.Parameter(model.v.detach().clone())
 
@@ -252,6 +257,7 @@ LATER: dict[str, tuple[bool, Callable[[nn.Module], None], str]] = {
     "tied through .data": (False, tie_by_data, "tied since: w to v"),
     "overlapping": (False, overlap_by_data, "v and w share memory"),
     "expanded": (False, expand, "w has elements that share memory"),
+    "a negative view": (False, negate, "w is a negative view"),
     "no longer tied": (True, untie, "no longer tied: w to v"),
     "no longer tied, by loading": (True, untie_by_loading, "no longer tied: w to v"),
 }

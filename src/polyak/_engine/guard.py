@@ -47,7 +47,10 @@ def finite(live: Groups) -> Tensor:
 
 def _plain(group: list[Tensor]) -> list[Tensor]:
     """The tensors as real ones of a dtype that has a norm; empty tensors have none and are left out."""
-    real = [torch.view_as_real(t) if t.is_complex() else t for t in group if t.numel()]
+    # A parameter may have become a conjugate view since, which has no view as real numbers.
+    real = [
+        torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in group if t.numel()
+    ]
     return [t.float() if t.element_size() == 1 else t for t in real]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from polyak._checks import difference, listed, report
 from polyak._engine import lending
 from polyak._engine.inventory import Inventory
-from polyak._engine.tracking import Choice, Found, Source, Tracked, track
+from polyak._engine.tracking import Choice, Found, Source, Tracked, by_name, track
 from polyak._engine.watch import FORM, Watch
 from polyak._ranks.sharding import Shape, is_distributed, reshard
 from polyak._tensors import Groups, Kind, Stages, kind
@@ -177,6 +177,10 @@ class ModelTensors:
     def reshard(self) -> None:
         """Lets a sharded model carry its shards, which a forward pass may have put aside."""
         reshard(self.model)
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Name -> the tensor that the model has now, also where modules were replaced."""
+        return by_name(self.model)
 
     def stored(self) -> list[Tracked]:
         """All that is averaged or copied, in order."""

@@ -11,7 +11,7 @@ a thing is done is set after it, in one assignment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,8 +46,7 @@ _VERSIONS = _Versions()
 class _Lent:
     """Pairs whose contents are exchanged for a while.
 
-    After `look`, `problems` says what the block did to them, `spoilt` that slots have changed, and
-    `touched` that tensors of the model were replaced or moved.
+    After `look`, `problems` says what the block did to them, and `spoilt` that slots have changed.
     """
 
     def __init__(self, pairs: Pairs) -> None:
@@ -59,7 +58,7 @@ class _Lent:
         self._before: list[int] | None = None  # old versions, until the old contents are back
         self._version = 0
         self._misfits: set[int] | None = None
-        self.touched = False
+        self._now: Mapping[str, Tensor] | None = None
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
 
@@ -77,16 +76,22 @@ class _Lent:
         set_versions(self._pairs.counted, [version] * len(self._pairs.counted))
         self._version = version
 
-    def untouched(self, same: bool) -> bool:
-        """Whether every tensor is in its place and form, and the model's own: `same` if that is known."""
-        return (same or self._pairs.own()) and self._pairs.fit()
+    def untouched(self) -> bool:
+        """Whether every tensor is in its place and form, and its module's own.
 
-    def look(self, same: bool) -> None:
-        """Notes what the block has done, while the contents are still exchanged."""
+        `Watched.unchanged` tells that of the tensors that have slots.
+        """
+        return (self._pairs.slots or self._pairs.own()) and self._pairs.fit()
+
+    def look(self, now: Mapping[str, Tensor] | None) -> None:
+        """Notes what the block has done, while the contents are still exchanged.
+
+        `now` are the model's tensors by name, if the block has replaced or moved any.
+        """
         seen = versions(self._pairs.counted)
         _VERSIONS.used(seen)
-        self.touched = not self.untouched(same)
-        if self.touched or seen != [self._version] * len(seen):
+        self._now = now
+        if now is not None or seen != [self._version] * len(seen):
             self._judge(*self._pairs.written(seen, self._version))
 
     def take(self) -> None:
@@ -97,8 +102,8 @@ class _Lent:
         self._exchange_back()
         for i in misfits:
             self._write(i, self._pairs.live[i], self._pairs.asides[i])
-        if self.touched:
-            self._follow()
+        if self._now is not None:
+            self._follow(self._now)
 
     def restore(self) -> None:
         """Sets the old versions, where the old contents are back."""
@@ -109,7 +114,13 @@ class _Lent:
     def _judge(self, written: set[int], slots: set[int]) -> None:
         pairs, elsewhere = self._pairs, self._pairs.elsewhere()
         moved = elsewhere.union(pairs.misfits()) if pairs.slots else pairs.misfits()
-        changes = {i: self._change(i, i in written, i in moved) for i in range(len(pairs.items))}
+        renewed = self._renewed()
+        changes = {
+            i: renewed.get(i) or ("written to" if i in written else "moved" if i in moved else "")
+            for i, item in enumerate(pairs.items)
+            if pairs.slots
+            or item.kind != "buffer"  # BatchNorm writes to buffers, which are kept aside
+        }
         problems = [
             f"{pairs.items[i].name} was {change}" for i, change in changes.items() if change
         ]
@@ -125,23 +136,18 @@ class _Lent:
         self._changed_slots = written | moved | slots
         self.spoilt = self.spoilt or (pairs.slots and bool(self._changed_slots))
 
-    def _change(self, i: int, written: bool, moved: bool) -> str:
-        """What was done to a tensor. A buffer that is kept aside may be written to, by BatchNorm."""
-        item = self._pairs.items[i]
-        if item.kind == "buffer" and not self._pairs.slots:
-            return ""
-        now = item.own()
-        if now is None:
-            return "removed"
-        renewed = any(new and i == j for j, _, new in self._pairs.strays())
-        if renewed or now is not self._pairs.live[i]:
-            return "replaced"
-        return "written to" if written else "moved" if moved else ""
+    def _renewed(self) -> dict[int, str]:
+        """The places of tensors that the model no longer has, and what was done to them."""
+        if self._now is None:
+            return {}
+        strays = {i: "replaced" for i, _, new in self._pairs.strays(self._now) if new}
+        renewed = self._pairs.renewed(self._now)
+        return strays | {i: "removed" if now is None else "replaced" for i, now in renewed}
 
     def _sort_out(self) -> set[int]:
         """The pairs that cannot exchange contents any more. The others are exchanged without them."""
         if self._misfits is None:
-            misfits = self._pairs.misfits() if self.touched else set()
+            misfits = self._pairs.misfits() if self._now is not None else set()
             if misfits:
                 live, asides = self._pairs.live, self._pairs.asides
                 rest = [i for i in range(len(live)) if i not in misfits]
@@ -177,11 +183,10 @@ class _Lent:
         if error := failure(write):
             self._tell(f"{self._pairs.items[i].name} could not be given back", error)
 
-    def _follow(self) -> None:
+    def _follow(self, now: Mapping[str, Tensor]) -> None:
         """Writes the live content also into the tensors that have replaced those of the start."""
-        now = [*enumerate(item.own() for item in self._pairs.items)]
-        now += [(i, tensor) for i, tensor, _ in self._pairs.strays()]
-        for i, tensor in now:
+        strays = [(i, tensor) for i, tensor, _ in self._pairs.strays(now)]
+        for i, tensor in [*self._pairs.renewed(now), *strays]:
             live = self._pairs.live[i]
             if tensor is not None and tensor is not live:
                 self._write(i, tensor, live)
@@ -220,6 +225,10 @@ class Watched(Protocol):
     def reshard(self) -> None: ...
 
     def unchanged(self) -> bool: ...
+
+    def check(self, call: str) -> None: ...
+
+    def by_name(self) -> dict[str, Tensor]: ...
 
 
 class Loan:
@@ -262,8 +271,12 @@ class Loan:
         self._model.reshard()
         for lent in self._lent:
             lent.begin()
-        for lent in self._lent:
-            lent.put()
+        try:
+            for lent in self._lent:
+                lent.put()
+        except RuntimeError:
+            self._model.check(f"applied({self.label!r})")  # it names the tensor that has changed
+            raise
         version = _VERSIONS.fresh()
         for lent in self._lent:
             lent.mark(version)
@@ -277,10 +290,11 @@ class Loan:
         ):  # a root left whole by a forward pass has the average
             self._problems = {f"resharding failed ({error})": None}
         if self.out:
-            same = self._model.unchanged()
+            same = self._model.unchanged() and all(lent.untouched() for lent in self._lent)
+            now = None if same else self._model.by_name()
             for lent in self._lent:
-                lent.look(same and lent.slots)
-            self.broken = any(lent.touched for lent in self._lent)
+                lent.look(now)
+            self.broken = not same
             self.out = False
         for lent in self._lent:
             lent.take()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,20 +51,28 @@ class Pairs:
         )
 
     def own(self) -> bool:
-        """Whether the model has the same tensors, under all their names."""
+        """Whether the modules that had the tensors have them still, under all their names."""
+        others = {entry.name: entry.now() for _, entry, _ in self.others}
         return all(
             item.own() is part for item, part in zip(self.items, self.live, strict=True)
-        ) and not any(self.strays())
+        ) and not any(self.strays(others))
 
-    def strays(self) -> Iterator[tuple[int, Tensor | None, bool]]:
+    def renewed(self, now: Mapping[str, Tensor | None]) -> Iterator[tuple[int, Tensor | None]]:
+        """The places of tensors that the model no longer has under their first name; what it has."""
+        for i, (item, part) in enumerate(zip(self.items, self.live, strict=True)):
+            found = now.get(item.name)
+            if found is None or local(found) is not part:
+                yield i, None if found is None else local(found)
+
+    def strays(self, now: Mapping[str, Tensor | None]) -> Iterator[tuple[int, Tensor | None, bool]]:
         """Tensors that another name no longer shares: place, what that name has now, if it is new."""
         for i, entry, before in self.others:
-            now = entry.holder().get(entry.leaf)
-            part = None if now is None else local(now)
-            if now is not before or (
+            found = now.get(entry.name)
+            part = None if found is None else local(found)
+            if found is not before or (
                 part is not None and part.data_ptr() != self.live[i].data_ptr()
             ):
-                yield i, part, now is not before
+                yield i, part, found is not before
 
     def elsewhere(self) -> set[int]:
         """The places of live tensors that have other memory than they had."""

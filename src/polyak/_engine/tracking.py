@@ -60,6 +60,10 @@ class Entry(NamedTuple):
         )
         return holder
 
+    def now(self) -> Tensor | None:
+        """The tensor that its owner has in this place now; None where it has none."""
+        return self.holder().get(self.leaf)
+
     def found(self) -> Tensor:
         """The tensor that has this name now."""
         owner: Any = self.owner
@@ -141,8 +145,7 @@ class Tracked(NamedTuple):
 
     def own(self) -> Tensor | None:
         """This rank's content of the tensor now; None where the model no longer has the tensor."""
-        entry = self.entries[0]
-        found = entry.holder().get(entry.leaf)
+        found = self.entries[0].now()
         return None if found is None else local(found)
 
 
@@ -180,6 +183,7 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
     stored = [(i.name, t) for i, t in zip(tracked, tensors, strict=True) if i.stored]
     for name, tensor in stored:
         refuse_wrapper(name, local(tensor))
+        _refuse_lazy_view(name, local(tensor))
     _require_apart(stored)
     return Found(tracked, modules)
 
@@ -205,6 +209,8 @@ def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:
     """All names of a model or mapping with their tensors, ties included, and the modules."""
     if isinstance(source, nn.Module):
         walked = list(walk(source, ""))
+        for prefix, module in walked:
+            refuse_flat(prefix, module)
         found = [pair for prefix, module in walked for pair in _own_tensors(prefix, module)]
         return found, list({id(module): module for _, module in walked}.values())
     if not isinstance(source, Mapping):
@@ -226,6 +232,14 @@ def inner(module: nn.Module) -> nn.Module | None:
     return next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
 
 
+def by_name(source: Source) -> dict[str, Tensor]:
+    """Canonical name -> the tensor that a model or mapping has now, whatever it may be."""
+    if isinstance(source, nn.Module):
+        walked = (_own_tensors(prefix, module) for prefix, module in walk(source, ""))
+        return {entry.name: tensor for pairs in walked for entry, tensor in pairs}
+    return {name: tensor for name, tensor in source.items() if isinstance(tensor, Tensor)}
+
+
 def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their canonical prefixes, which leave out the names that wrappers add."""
     yield prefix, module
@@ -236,7 +250,6 @@ def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[Entry, Tensor]]:
-    refuse_flat(prefix, module)
     for leaf, tensor in module._parameters.items():
         if tensor is not None:
             yield Entry(prefix + leaf, module, "_parameters", leaf), tensor
@@ -292,6 +305,17 @@ def _refuse_strange(name: str, found: Tensor) -> None:
         raise ValueError(
             f"{name} has no memory: its storage was freed (resize_(0)); make the average, and update "
             "it, while the weights are there"
+        )
+
+
+def _refuse_lazy_view(name: str, tensor: Tensor) -> None:
+    """Raises `ValueError` for a tensor that torch reads with the opposite sign of what is stored."""
+    if tensor.is_conj() or tensor.is_neg():
+        view, call = ("conjugate", "conj") if tensor.is_conj() else ("negative", "neg")
+        raise ValueError(
+            f"{name} is a {view} view, of which torch stores the opposite sign, and cannot exchange "
+            f"contents with an average: give the model a .resolve_{call}() of it, or leave it out "
+            "with `select`"
         )
 
 
