@@ -17,7 +17,7 @@ from polyak.rules import ArticleEMA
 from stress_averagers import rounded, vector
 from stress_models import Source, bits, contents, entries, first_names
 from stress_rules import Fault, Vector, coefficients
-from stress_world import Refused, World
+from stress_world import Refused, World, shared
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class Article:
     def fingerprint(self) -> object:
         """All that a refused call must leave as it was."""
         return contents(self.ema), self.ema.get_current_decay()
+
+    def facts(self, world: World) -> set[str]:
+        """The situations that say whether the next call is refused."""
+        now, facts = _form(world.model), set()
+        due = self.calls.calls % self.every == 0
+        if now != self.form:
+            facts = {"changed" if due and now[1] != self.form[1] else "changed elsewhere"}
+        facts |= set(shared(entries(world.model))) & {"lazy view"}
+        return facts | ({"other block"} if world.blocks else set())
 
     def check(self) -> None:
         """The law of the averages, and of what is copied and ignored."""
@@ -126,15 +135,11 @@ def article(world: World, random: Random) -> None:
     if held is None:
         return
     what = random.choice(["update", "update", "update", "save", "load"])
-    now, facts = _form(world.model), set()
-    due = held.calls.calls % held.every == 0
-    if now != held.form:
-        facts = {"changed" if due and now[1] != held.form[1] else "changed elsewhere"}
-    facts |= {"other block"} if world.blocks else set()
+    facts = held.facts(world)
     world.tell(f"EMA: {what}")
     if what == "update":
         if not isinstance(world.ask("EMA", facts, held.ema.update), Refused):
-            held.calls = _called(world, held)
+            held.calls = called(world, held)
     elif what == "save" and not facts:
         held.saved.append((copy.deepcopy(held.ema.state_dict()), held.calls))
     elif what == "load" and held.saved and not facts:
@@ -143,7 +148,7 @@ def article(world: World, random: Random) -> None:
         held.calls = calls
 
 
-def _called(world: World, held: Article) -> Calls:
+def called(world: World, held: Article) -> Calls:
     """The history after a call of `update`."""
     before, calls = held.calls, held.calls.calls + 1
     if (calls - 1) % held.every:

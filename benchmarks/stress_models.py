@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -104,6 +105,11 @@ def overlaps(found: list[Entry]) -> bool:
         if firsts[entry.name] == entry.name and entry.tensor.numel():
             storages.setdefault(entry.tensor.untyped_storage().data_ptr(), []).append(entry.tensor)
     for tensors in storages.values():
+        if all(tensor.is_contiguous() for tensor in tensors):
+            ends = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors)
+            if any(start < stop for (_, stop), (start, _) in pairwise(ends)):
+                return True
+            continue
         taken: set[int] = set()
         for tensor in tensors if len(tensors) > 1 else ():
             size = tensor.element_size()

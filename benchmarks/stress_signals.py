@@ -17,9 +17,11 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 import polyak
+from stress_article import Article, called
 from stress_averagers import History, Subject, joined
 from stress_models import contents
 from stress_reading import Save, forms_now
@@ -142,7 +144,12 @@ def interruption(random: Random, reads: Callable[[], Vector]) -> Interruption:
 def interrupted(world: World, random: Random) -> None:
     """A call, and a signal in the midst of it."""
     subject, name = pick(world, random)
-    call = random.choice(list(CALLS))
+    call = random.choice([*CALLS, "article"])
+    if call == "article":
+        sent = interruption(random, lambda: np.zeros(0))
+        sent.open = bool(world.blocks)
+        interrupted_article(world, sent)
+        return
     if call == "leave":
         if world.blocks:
             _leave(world, random)
@@ -154,6 +161,19 @@ def interrupted(world: World, random: Random) -> None:
     sent.open = call == "enter" or bool(world.blocks)
     world.tell(f"averager {subject.number}: {call} {name}, with {sent}")
     CALLS[call](world, subject, name, sent)
+
+
+def interrupted_article(world: World, sent: Interruption) -> None:
+    """A call of the article's class is made, or it is not."""
+    held: Article | None = world.article
+    if held is None or held.facts(world):
+        return
+    world.tell(f"EMA: update, with {sent}")
+    before, after = held.calls, called(world, held)
+    sent.reads = None
+    done = sent.run(held.ema.update)
+    held.calls = after if done or held.ema._calls == after.calls else before
+    held.check()
 
 
 def _averaged(subject: Subject, name: str) -> list[Any]:
@@ -215,7 +235,7 @@ def _read(world: World, subject: Subject, name: str, sent: Interruption) -> None
 
 
 def _update(world: World, subject: Subject, name: str, sent: Interruption) -> None:
-    """An update is made, or it is not; what is neither is marked as spoilt."""
+    """An update is made, or it is not."""
     before = subject.history
     note_update(world, subject, 1.0)
     after, subject.history = subject.history, before
@@ -243,9 +263,6 @@ def _one_or_other(
     after: History,
 ) -> None:
     done = sent.run(action)
-    for name in subject.cases:
-        if subject.spoilt(name) and not done:
-            subject.causes.add(name)
     seen: Fault | None = None
     for history in (after, before):
         subject.history = history

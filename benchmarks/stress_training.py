@@ -130,7 +130,7 @@ def _step_outside(world: World, optimizer: Any, subject: Subject | None) -> None
 
 UPDATE_REFUSALS = {
     "changed", "changed elsewhere", "aliased", "overlap", "expanded", "wrong rule", "not finite",
-    "wrong rule later",
+    "wrong rule later", "lazy view",
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ _READS = {**_STRUCTURE, **_BLOCKS, "wrong rule later": MAY}
 
 REFUSALS: Mapping[str, Mapping[str, str]] = {
     "make": {
-        "refused kind": MUST, "nothing": MUST, "wide stochastic": MUST, "expanded": MUST,
+        "refused kind": MUST, "nothing": MUST, "wide stochastic": MUST, "expanded": MUST, "lazy view": MAY,
         "part of a refused kind": MAY, "overlap": MAY, "other block": MAY,
     },
     "update": {
@@ -69,7 +69,7 @@ REFUSALS: Mapping[str, Mapping[str, str]] = {
     "attach": {"attached": MUST},
     "step": {**_BLOCKS, "applied": MAY},
     "copy the averager": {"": MUST},
-    "EMA": {"changed": MUST, "changed elsewhere": MAY, "other block": MAY},
+    "EMA": {"changed": MUST, "changed elsewhere": MAY, "other block": MAY, "lazy view": MAY},
 }  # fmt: skip
 """call -> situation -> whether it must or may be refused there. Anywhere else it may not be."""
 
@@ -172,8 +172,6 @@ class World:
         if form(found, subject.options, by_storage=True) != subject.storage_form:
             yield "aliased"
         yield from shared(found)
-        if any(e.tensor.is_conj() or e.tensor.is_neg() for e in found):
-            yield "lazy view"
 
     def ask(self, call: str, facts: set[str], action: Callable[[], Any]) -> Any:
         """Calls polyak; `Refused` where it had a reason to refuse, and all is as it was."""
@@ -398,8 +396,10 @@ class World:
 
 
 def shared(found: list[Entry]) -> Iterator[str]:
-    """Ways in which tensors share memory that no averager takes."""
+    """Ways in which tensors lie in memory that no averager takes."""
     there = [entry for entry in found if _has_memory(entry.tensor)]
+    if any(entry.tensor.is_conj() or entry.tensor.is_neg() for entry in there):
+        yield "lazy view"
     strange = [entry.tensor for entry in there if not entry.tensor.is_contiguous()]
     if any(len(addresses(tensor)) < tensor.numel() for tensor in strange):
         yield "expanded"

@@ -20,7 +20,7 @@ import polyak
 from polyak import Averager, Exponential
 
 SOURCES = str(Path(polyak.__file__).parent)
-MOST_FILES, MOST_FUNCTIONS = 6, 18
+MOST_FILES, MOST_FUNCTIONS = 7, 18
 
 
 def passed_through(call: Callable[[], object]) -> set[tuple[str, str]]:

@@ -89,37 +89,104 @@ def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     lerp_all_([slots], live, [fraction])
 
 
+class Journal:
+    """The writes of a pass over tensors, so that an exception may break the pass off between any two lines.
+
+    A signal handler may raise there, but not amid a call of torch. The next pass leaves out what is
+    written. It must come to the same writes in the same order.
+    """
+
+    # Attributes of the class until they are set, since every update makes a journal.
+    lost = False
+    """Whether a call of torch has failed when it may have moved some of its tensors."""
+    _at = _done = 0
+    _last: tuple[int, Tensor | None, int] = 0, None, 0
+    """The last write begun: its number, its first tensor, and the version of that before it."""
+    _pending: tuple[int, Copies] = 0, []
+
+    @property
+    def begun(self) -> bool:
+        """Whether any write has begun."""
+        return self._last[0] > 0 or self._pending[0] > 0
+
+    def begin(self, tensor: Tensor) -> bool:
+        """Whether a write by one call, whose first tensor this is, is still to be made."""
+        self._at += 1
+        if self._at <= self._done:
+            return False
+        self._last = self._at, tensor, tensor._version
+        return True
+
+    def copy_(self, copies: Copies) -> None:
+        """Writes contents that were computed of what they replace. Nothing is lost if it stops halfway."""
+        self._at += 1
+        if self._at > self._done:
+            self._pending = self._at, copies
+            _copy_all_(copies)
+            self.end()
+
+    def end(self) -> None:
+        """Notes that the write which began last is made."""
+        self._last = self._at, None, 0
+        self._pending = 0, []
+        self.lost = False
+
+    def again(self) -> None:
+        """Begins the next pass; raises `RuntimeError` where a call has moved some of its tensors."""
+        if self.lost:
+            raise RuntimeError("a call of torch has moved some tensors and not others")
+        number, tensor, version = self._last
+        written = tensor is None or tensor._version != version
+        pending, copies = self._pending
+        _copy_all_(copies)
+        self._done = max(self._done, pending, number if written else number - 1)
+        self._at = 0
+
+
+Copies = list[tuple[list[Tensor], list[Tensor]]]
+"""Tensors, and what is to be written into them."""
+
+
+@torch.no_grad()
+def _copy_all_(copies: Copies) -> None:
+    for tensors, contents in copies:
+        torch._foreach_copy_(tensors, contents)
+
+
 def lerp_all_(
     averages: list[list[Tensor]],
     live: list[Tensor],
     fractions: list[float],
     stages: Stages | None = None,
     group: int = 0,
+    journal: Journal | None = None,
 ) -> None:
     """`lerp_` of several lists of slots towards the same weights, which are read from memory once.
 
     Each list has one dtype and one device. k lists move 1 + 2k times the bytes of the weights
     instead of 3k. `stages` keeps what the next call with lists of the same shapes can use again,
-    under the number of the group.
+    under the number of the group. A pass that was broken off is repeated with its `journal`.
     """
     with torch.no_grad():
         lerps = []
         for slots, fraction in zip(averages, fractions, strict=True):
             if fraction == 1:
-                torch._foreach_copy_(slots, live)
+                if journal is None or journal.begin(slots[0]):
+                    torch._foreach_copy_(slots, live)
             elif fraction != 0:
                 lerps.append((slots, fraction))
         for slots, _ in lerps:  # each list is of one kind, so its first tensor tells for all
             if slots[0].dtype != live[0].dtype or slots[0].device != live[0].device:
-                _lerp_staged_(lerps, live, Stages() if stages is None else stages, group)
+                stages = Stages() if stages is None else stages
+                _lerp_staged_(lerps, live, stages, group, journal)
                 return
         if len(lerps) == 1:
-            _lerp_alike_(lerps[0][0], live, lerps[0][1])
+            _lerp_alike_(lerps[0][0], live, lerps[0][1], journal)
         elif lerps:
-            _lerp_together_(lerps, live)
+            _lerp_together_(lerps, live, journal)
 
 
-def _lerp_together_(lerps: Lerps, live: list[Tensor]) -> None:
+def _lerp_together_(lerps: Lerps, live: list[Tensor], journal: Journal | None) -> None:
     """Several averages in the weights' own dtype: weights are read as long as they stay in the cache."""
     length = (SHARED_BYTES if live[0].is_cpu else DEVICE_CHUNK_BYTES) // live[0].element_size()
     columns = [slots for slots, _ in lerps]
@@ -127,17 +194,29 @@ def _lerp_together_(lerps: Lerps, live: list[Tensor]) -> None:
     for weights, *rows in [[live, *columns]] if whole else parts([live, *columns], length):
         if len(weights) > FEW:
             for slots, (_, fraction) in zip(rows, lerps, strict=True):
-                _lerp_alike_(slots, weights, fraction)
+                _lerp_alike_(slots, weights, fraction, journal)
         else:
             fractions = [fraction for _, fraction in lerps for _ in weights]
-            _lerp_alike_([slot for slots in rows for slot in slots], weights * len(rows), fractions)
+            all_slots = [slot for slots in rows for slot in slots]
+            _lerp_alike_(all_slots, weights * len(rows), fractions, journal)
 
 
-def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list[float]) -> None:
+def _lerp_alike_(
+    slots: list[Tensor],
+    live: list[Tensor],
+    fraction: float | list[float],
+    journal: Journal | None,
+) -> None:
     """One foreach call. From a tensor of another dtype or device on, the rest moves one by one."""
+    if journal is not None and not journal.begin(slots[0]):
+        return
     try:
         torch._foreach_lerp_(slots, live, fraction)
-    except RuntimeError:
+    except RuntimeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # it is of a signal handler, whose frame is in the traceback: torch's has none
+        if journal is not None:
+            journal.lost = True
         alike = [kind(a) == kind(b) for a, b in zip(slots, live, strict=True)]
         if all(alike):
             raise
@@ -147,10 +226,14 @@ def _lerp_alike_(slots: list[Tensor], live: list[Tensor], fraction: float | list
         fractions = fraction if isinstance(fraction, list) else [fraction] * len(slots)
         rest = zip(slots[first:], live[first:], fractions[first:], strict=True)
         for slot, weight, each in rest:
-            _lerp_staged_([([slot], each)], [weight], Stages(), 0)
+            _lerp_staged_([([slot], each)], [weight], Stages(), 0, None)
+        if journal is not None:
+            journal.end()
 
 
-def _lerp_staged_(lerps: Lerps, live: list[Tensor], stages: Stages, group: int) -> None:
+def _lerp_staged_(
+    lerps: Lerps, live: list[Tensor], stages: Stages, group: int, journal: Journal | None
+) -> None:
     """Slots of another dtype or device: each part of the weights is converted once for all of them."""
     by_kind: dict[Kind, Lerps] = {}
     for slots, fraction in lerps:
@@ -160,7 +243,7 @@ def _lerp_staged_(lerps: Lerps, live: list[Tensor], stages: Stages, group: int) 
         length = chunk_length([live[0], columns[0][0]])
         for weights, *rows in stages.of(group, columns[0], length).parts(live, columns):
             for slots, (_, fraction) in zip(rows, alike, strict=True):
-                _lerp_alike_(slots, weights, fraction)
+                _lerp_alike_(slots, weights, fraction, journal)
 
 
 class Stage:

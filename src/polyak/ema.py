@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from polyak._checks import require_count
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity, overlap
+from polyak._engine.moving import Motion, Move, undisturbed
 from polyak._engine.policies import Choose
-from polyak._engine.slots import Average, move_
+from polyak._engine.slots import Average
 from polyak._engine.tracking import Policy, Tracked, averageable, track
 from polyak._tensors import Groups, slot_dtype
 from polyak.rules import AVERAGE, ArticleEMA, Tick
@@ -139,23 +141,26 @@ class EMA(nn.Module):
 
         Raises `RuntimeError` if the model's tensors are not those of the start.
         """
-        calls = self._calls + 1
-        if (calls - 1) % self.update_every == 0:
-            self._update(calls)
-        self._calls = calls
-        self.step.fill_(calls)
+        calls, copying = self._calls + 1, self._calls <= self.rule.update_after_step
+        due = self._calls % self.update_every == 0
+        fresh = due and not self._initted
 
-    def _update(self, calls: int) -> None:
-        groups = self._follow()
-        copies = calls <= self.rule.update_after_step + 1
-        if copies or not self._initted:
-            self._copy("skip")
-        if not copies and not self._initted:
-            self._initted = True
-            self.initted.fill_(1.0)
-        elapsed = calls - self._average.tick.t
-        move_(groups, self._average.advance(self._live, elapsed), stages=self._live.stages)
-        self._finish()
+        def advance() -> list[Move]:
+            elapsed = calls - self._average.tick.t
+            return self._average.advance(self._live, elapsed) if due else []
+
+        def end() -> None:
+            if due:
+                self._copy_after()
+            if due and (copying or fresh):
+                self._copy("skip")
+            if fresh and not copying:
+                self._initted = True
+                self.initted.fill_(1.0)
+            self._calls = calls
+            self.step.fill_(calls)
+
+        self._move(self._follow() if due else [], advance, end)
 
     def update_moving_average(
         self, ma_model: nn.Module | None = None, current_model: nn.Module | None = None
@@ -166,12 +171,16 @@ class EMA(nn.Module):
         """
         if ma_model not in (None, self.ema_model) or current_model not in (None, self.model):
             raise ValueError("update_moving_average averages this EMA's own models and no others")
-        self._blend(1 - self.get_current_decay())
+        self._blend(1 - self.get_current_decay(), self._copy_after)
 
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
-        self._blend(1.0)
-        self._copy("skip")
+
+        def end() -> None:
+            self._copy_after()
+            self._copy("skip")
+
+        self._blend(1.0, end)
 
     def restore_ema_model_device(self) -> None:
         """Moves the average to the device of this module's own buffers."""
@@ -196,12 +205,26 @@ class EMA(nn.Module):
         self._adopt()
         return self
 
-    def _blend(self, fraction: float) -> None:
-        groups = self._follow()
-        move_(groups, [self._average.move(self._live, AVERAGE, fraction)], stages=self._live.stages)
-        self._finish()
+    def _blend(self, fraction: float, end: Callable[[], None]) -> None:
+        self._move(self._follow(), lambda: [self._average.move(self._live, AVERAGE, fraction)], end)
 
-    def _finish(self) -> None:
+    def _move(
+        self, groups: Groups, advance: Callable[[], list[Move]], end: Callable[[], None]
+    ) -> None:
+        """Moves the slots as `advance` says, then calls `end`: all of it or nothing."""
+        before, motion = self._average.tick, None
+        try:
+            motion = Motion(groups, advance(), stages=self._live.stages)
+            motion.run()
+            end()
+        except BaseException:
+            if motion is None:
+                self._average.back_to(before)
+            else:
+                undisturbed(partial(_finish, motion, end))
+            raise
+
+    def _copy_after(self) -> None:
         """Copies what is copied, and rounds float32 slots, after the slots have moved."""
         self._copy("copy")
         for item in self._carrier.averaged:
@@ -219,9 +242,8 @@ class EMA(nn.Module):
     def _follow(self) -> Groups:
         """Groups the live weights; looks the average's tensors up again if they were replaced."""
         groups = self._live.groups()
-        before = self._carrier.generation
         self._carrier.groups()
-        if self._carrier.generation != before:
+        if self._carrier.generation != self._bound:
             self._adopt()
         return groups
 
@@ -234,17 +256,17 @@ class EMA(nn.Module):
     @torch.no_grad()
     def _bind(self) -> None:
         """Makes the tensors of `ema_model` the slots; beside a narrow one there is a float32 slot."""
-        before, self._rounded = self._rounded, {}
-        slots = []
+        slots, rounded = [], {}
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
             tensor = carried.local()
             dtype = slot_dtype(live.local().dtype, None)
             if tensor.dtype == dtype:
                 slots.append(tensor)
             else:
-                slots.append(_wide(tensor, dtype, before.get(carried.name)))
-                self._rounded[carried.name] = slots[-1]
+                slots.append(_wide(tensor, dtype, self._rounded.get(carried.name)))
+                rounded[carried.name] = slots[-1]
         self._average.adopt(AVERAGE, slots)
+        self._rounded, self._bound = rounded, self._carrier.generation
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -271,6 +293,11 @@ class EMA(nn.Module):
         for key, tensor in self.ema_model.state_dict(keep_vars=True).items():
             if id(tensor) in slots:
                 yield key, slots[id(tensor)]
+
+
+def _finish(motion: Motion, end: Callable[[], None]) -> None:
+    motion.finish()
+    end()
 
 
 def _given(ema_model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from polyak._tensors import chunk_length, lerp_, parts
+from polyak._tensors import Journal, chunk_length, lerp_, parts
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
 STOCHASTIC = (torch.bfloat16, torch.float16)
@@ -47,9 +47,16 @@ def seed(*place: object) -> int:
 
 @torch.no_grad()
 def stochastic_lerp_(
-    slots: list[Tensor], live: list[Tensor], fraction: float, generator: torch.Generator
+    slots: list[Tensor],
+    live: list[Tensor],
+    fraction: float,
+    generator: torch.Generator,
+    journal: Journal,
 ) -> None:
-    """`slot <- lerp(slot, live, fraction)` in float32, rounded at random to the dtype of the slot."""
+    """`slot <- lerp(slot, live, fraction)` in float32, rounded at random to the dtype of the slot.
+
+    Another pass with the journal draws the same numbers again from a generator of the same seed.
+    """
     if fraction == 1:
         lerp_(slots, live, 1.0)
         return
@@ -57,7 +64,7 @@ def stochastic_lerp_(
     for narrow, weights in parts([slots, live], length):
         for slot, weight in zip(narrow, weights, strict=True):
             wide = slot.float().lerp_(weight.to(slot.device, torch.float32), fraction)
-            slot.copy_(stochastic_round(wide, slot.dtype, generator))
+            journal.copy_([([slot], [stochastic_round(wide, slot.dtype, generator)])])
 
 
 def stochastic_round(
@@ -91,7 +98,11 @@ def _neighbour(near: Tensor, error: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compensated_lerp_(
-    slots: list[Tensor], residues: list[Tensor], live: list[Tensor], fraction: float
+    slots: list[Tensor],
+    residues: list[Tensor],
+    live: list[Tensor],
+    fraction: float,
+    journal: Journal,
 ) -> None:
     """`slot + residue <- lerp(slot + residue, live, fraction)`; the residue is below half a unit.
 
@@ -108,11 +119,9 @@ def compensated_lerp_(
         torch._foreach_sub_(steps, lows)
         torch._foreach_mul_(steps, fraction)
         torch._foreach_add_(steps, lows)
-        before = torch._foreach_neg(sums)
-        torch._foreach_add_(sums, steps)
-        torch._foreach_add_(before, sums)
-        torch._foreach_sub_(steps, before)
-        torch._foreach_copy_(lows, steps)
+        moved = list(torch._foreach_add(sums, steps))
+        torch._foreach_sub_(steps, torch._foreach_sub(moved, sums))
+        journal.copy_([(sums, moved), (lows, steps)])
 
 
 @torch.no_grad()

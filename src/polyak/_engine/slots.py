@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from polyak._contract import (
 from polyak._engine import lending
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
-from polyak._engine.rounding import Rounding, compensated_lerp_, seed, stalled, stochastic_lerp_
+from polyak._engine.moving import Move
+from polyak._engine.rounding import Rounding, seed, stalled
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec, spec_of
 from polyak._ranks.sharding import as_distributed
@@ -27,104 +28,6 @@ from polyak._tensors import Groups, Kind, kind
 from polyak.rules import LIVE, START, Rule, Tick
 
 COMPENSATION = ".compensation"
-
-
-class Move(NamedTuple):
-    """A slot's tensors in the groups of the live weights, how far they move, and how they are rounded.
-
-    `seeds` are for each group's own random numbers, apart from those of training.
-    """
-
-    slots: Groups
-    fraction: float
-    infinities: Infinities
-    residues: Groups | None = None
-    seeds: Sequence[int] | None = None
-
-
-def move_(
-    live: Groups,
-    moves: Sequence[Move],
-    ok: Tensor | None = None,
-    stages: tensors.Stages | None = None,
-) -> None:
-    """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights.
-
-    `ok` is a 0-dim bool tensor; if it is False, nothing changes. It is never synchronised to the
-    host. `stages` are those of the model (`ModelTensors.stages`).
-    """
-    plain = []
-    kept: tensors.Kept = []
-    for move in moves:
-        if move.fraction == 1:
-            move.infinities.forget()
-        elif move.fraction != 0 and move.infinities.none_in is not move.slots:
-            kept += move.infinities.shared(move.slots, live, move.residues)
-    for move in moves:
-        if ok is None and move.residues is None and move.seeds is None:
-            plain.append(move)
-        else:
-            _move_alone_(live, move, ok)
-    for g, weights in enumerate(live if plain else ()):
-        slots, fractions = [move.slots[g] for move in plain], [move.fraction for move in plain]
-        tensors.lerp_all_(slots, weights, fractions, stages, g)
-    if kept:
-        tensors.keep_(kept)
-
-
-def _move_alone_(live: Groups, move: Move, ok: Tensor | None) -> None:
-    """A move that is rounded in its own way, or that `ok` may take back."""
-    for g, weights in enumerate(live):
-        residues = move.residues[g] if move.residues is not None else None
-        generator = _generator(move, g)
-        if ok is None:
-            _rounded_move_(move.fraction, move.slots[g], weights, residues, generator)
-        else:
-            _masked_move_(move.fraction, move.slots[g], weights, residues, generator, ok)
-
-
-def _generator(move: Move, g: int) -> torch.Generator | None:
-    if move.seeds is None:
-        return None
-    return torch.Generator(move.slots[g][0].device).manual_seed(move.seeds[g])
-
-
-def _rounded_move_(
-    fraction: float,
-    slots: list[Tensor],
-    live: list[Tensor],
-    residues: list[Tensor] | None,
-    generator: torch.Generator | None,
-) -> None:
-    """A move of some tensors of a slot, with its rounding."""
-    if residues is not None:
-        compensated_lerp_(slots, residues, live, fraction)
-    elif generator is not None:
-        stochastic_lerp_(slots, live, fraction, generator)
-    else:
-        tensors.lerp_(slots, live, fraction)
-
-
-@torch.no_grad()
-def _masked_move_(
-    fraction: float,
-    slots: list[Tensor],
-    live: list[Tensor],
-    residues: list[Tensor] | None,
-    generator: torch.Generator | None,
-    ok: Tensor,
-) -> None:
-    """A move that is undone, part by part, if `ok` is False: a factor of 0 would leave NaN as NaN."""
-    written = [slots] if residues is None else [slots, residues]
-    here = ok.to(written[0][0].device)
-    length = tensors.chunk_length([live[0], written[0][0]], temporaries=3)
-    for weights, *columns in tensors.parts([live, *written], length):
-        before = [[tensor.clone() for tensor in column] for column in columns]
-        lows = columns[1] if len(columns) > 1 else None
-        _rounded_move_(fraction, columns[0], weights, lows, generator)
-        for column, held in zip(columns, before, strict=True):
-            for tensor, was in zip(column, held, strict=True):
-                tensor.copy_(torch.where(here, tensor, was))
 
 
 class Average:
@@ -160,6 +63,8 @@ class Average:
         self._compensated = rounding == "compensated"
         self._stochastic = rounding == "stochastic"
         self._name = name
+        self._born: dict[str, int] = {}
+        """Slots that updates have allocated, and at which update."""
         self._infinities: dict[str, Infinities] = {}
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
@@ -177,6 +82,16 @@ class Average:
         for slot, fraction in fractions.items():
             moves.append(self.move(live, slot, fraction))
         return moves
+
+    def back_to(self, tick: Tick) -> None:
+        """Turns the clock back, and drops the slots that were allocated since."""
+        for slot in [slot for slot, n in self._born.items() if n > tick.n]:
+            for each in self._with_residues({slot}):
+                self.slots.pop(each, None)
+                self._grouped.pop(each, None)
+            del self._born[slot]
+            self.torn.pop(slot, None)
+        self.tick = tick
 
     def tear(self, tick: Tick, error: BaseException) -> None:
         """Marks the slots that moved at a tick: they are no average until they are copied."""
@@ -331,7 +246,7 @@ class Average:
             dtypes = [held[item.name].dtype for item in live.averaged]
             filled[slot] = self._empty(live, dtypes)
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
-        fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}}
+        fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}, "_born": {}}
         return {"tick": tick, "slots": filled, **fresh}
 
     def kept(self, before: Mapping[str, list[Tensor]]) -> dict[str, object]:
@@ -341,8 +256,8 @@ class Average:
 
     def adopt(self, slot: str, stored: Sequence[Tensor]) -> None:
         """Uses tensors that belong to another object (a module) as the tensors of a slot."""
-        self.slots[slot] = list(stored)
         self._grouped.pop(slot, None)
+        self.slots[slot] = list(stored)
 
     def _with_residues(self, slots: set[str]) -> set[str]:
         return slots | {slot + COMPENSATION for slot in slots} if self._compensated else slots
@@ -350,6 +265,7 @@ class Average:
     def _allocate(self, live: ModelTensors, slot: str, fraction: float) -> None:
         require_copy(self.rule, self.tick, slot, fraction)
         dtypes = [spec.dtype for spec in self.specs(live).values()]
+        self._born[slot] = self.tick.n
         self.slots[slot] = self._empty(live, dtypes)
         if self._compensated:
             self.slots[slot + COMPENSATION] = self._empty(live, dtypes)

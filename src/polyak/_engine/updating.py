@@ -6,7 +6,8 @@ else for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,19 +16,18 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._checks import require_count
+from polyak._engine.exchange import failure
 from polyak._engine.guard import Verdict, finite, stepped
 from polyak._engine.live import ModelTensors
+from polyak._engine.moving import Motion, Move, undisturbed
 from polyak._engine.offload import Courier, courier_for
-from polyak._engine.slots import Average, Move, move_, named
+from polyak._engine.slots import Average, named
 from polyak._tensors import Groups
 from polyak.rules import Tick
 
 Nonfinite = Literal["allow", "skip", "error"]
 _TICK = attrgetter("tick")
 _START = 0, 0.0
-
-
-Written = tuple[int, ...]
 
 
 class _Moment(NamedTuple):
@@ -177,62 +177,79 @@ class Updating:
     def _update(self, groups: Groups, time: float, ok: Tensor | None = None) -> None:
         """One update of every average and of the copies, `time` after the last.
 
-        An update that fails before slots have moved changes nothing. One that stops halfway marks
-        the averages; they can be read again once their slots are copied or loaded.
+        An exception that comes before slots have moved undoes it, and one that comes later lets it
+        go on to its end. Where that fails too, it marks the averages; they can be read again once
+        their slots are copied or loaded.
         """
-        since, ticks = self._since, tuple(map(_TICK, self._averages))
+        since, ticks, copies = self._since, tuple(map(_TICK, self._averages)), self.copies
         moves: list[Move] = []
-        written: Written = ()
+        copied: list[Tensor] = []
+        motion = None
         try:
             for average in self._averages:
                 moves += average.advance(self._live, time)
-            copied = self._copied_now() if self._live.copied else []
+            if self._live.copied:
+                copied = self._copied_now()
             if self._generation != self._live.generation:
                 self._find_courier([*groups, copied])
             if self._courier is not None:
                 self._send(self._courier, groups, copied, moves, ok)
             else:
-                written = _written(moves) if moves else ()
-                move_(groups, moves, ok, self._live.stages)
+                motion = Motion(groups, moves, ok, self._live.stages)
+                motion.run()
                 if copied:
                     self._copy(copied, ok)
-            self._since = _START
-            for average in self._averages:
-                average.moving = False
-                if average.torn:
-                    average.mend()
+            self._end()
         except BaseException as error:
-            if any(average.moving for average in self._averages):
-                self._stopped(error, _Moment(*since, ticks), moves, written, ok)
+            self._stopped(
+                error, _Moment(*since, ticks), copies, motion, partial(self._copy, copied, ok)
+            )
             if isinstance(error, RuntimeError):
                 self._live.check("update")  # it names the tensor that has changed, if one has
             raise
+
+    def _end(self) -> None:
+        """What follows when all has moved."""
+        self._since = _START
+        for average in self._averages:
+            average.moving = False
+            if average.torn:
+                average.mend()
 
     def _stopped(
         self,
         error: BaseException,
         before: _Moment,
-        moves: list[Move],
-        written: Written,
-        ok: Tensor | None,
+        copies: list[Tensor],
+        motion: Motion | None,
+        copy: Callable[[], None],
     ) -> None:
-        """After an exception: goes back if nothing has moved, goes on if all has, else marks it."""
-        if written and written != _written(moves):
-            if ok is None and _all_moved(moves, written):  # a signal came behind the last lerp
-                self._copy(self._copied_now(), None)
-                before = _Moment(*_START, tuple(map(_TICK, self._averages)))
-            else:
+        """After an exception: goes on to the end, or else back to the moment before."""
+
+        def finish() -> None:
+            assert motion is not None
+            motion.finish()
+            copy()
+            self._end()
+
+        try:
+            if motion is not None:
+                undisturbed(lambda: failure(finish))
+        finally:
+            if any(average.moving for average in self._averages):
+                if motion is not None and motion.begun:
+                    for average in self._averages:
+                        average.tear(average.tick, error)
+                self._back_to(before)
+                self.copies, self._pending = copies, None
                 for average in self._averages:
-                    average.tear(average.tick, error)
-        self._back_to(before)
-        self._pending = None
-        for average in self._averages:
-            average.moving = False
+                    average.moving = False
 
     def _copied_now(self) -> list[Tensor]:
         """The tensors to copy, with copies of their shapes; raises `RuntimeError` for another shape."""
         copied = self._live.copied_now()
         if not self.copies:
+            self._live.check("update")
             self.copies = self._empty_copies()
         pairs = list(zip(self.copies, copied, strict=True))
         if any(a.shape != b.shape for a, b in pairs):
@@ -264,7 +281,7 @@ class Updating:
             *weights, copies, verdict = staged
             try:
                 if not verdict or bool(verdict[0]):
-                    move_(weights, moves, stages=self._live.stages)
+                    Motion(weights, moves, stages=self._live.stages).run()
                     self._copy(copies, None)
             except BaseException as error:
                 for average, tick in zip(self._averages, ticks, strict=True):
@@ -292,7 +309,7 @@ class Updating:
     def _back_to(self, moment: _Moment) -> None:
         self._since = moment.calls, moment.elapsed
         for average, tick in zip(self._averages, moment.ticks, strict=True):
-            average.tick = tick
+            average.back_to(tick)
 
     def _refuse(self, called: _Moment) -> None:
         """Leaves out an update of weights that are not finite; its time counts in the next one."""
@@ -312,20 +329,6 @@ class Updating:
             if names
             else "weights were"
         )
-
-
-def _written(moves: Sequence[Move]) -> Written:
-    """torch's count of writes to the tensor that moves first, and to the one that moves last."""
-    return moves[0].slots[0][0]._version, moves[-1].slots[-1][-1]._version
-
-
-def _all_moved(moves: Sequence[Move], before: Written) -> bool:
-    """Whether the last of all tensors has moved, and so the others; it moves in one piece."""
-    simple = all(
-        move.fraction != 1 and move.residues is None and not move.infinities.found for move in moves
-    )
-    last = moves[-1].slots[-1][-1]
-    return simple and last.nbytes <= tensors.CHUNK_BYTES and last._version != before[-1]
 
 
 def _deferred(flag: Tensor) -> bool:
