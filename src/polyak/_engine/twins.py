@@ -53,6 +53,10 @@ class Twin:
             for view in self._views:
                 view.tensor.data = contents[view.name]
         self._sources = sources
+        self.note()
+
+    def note(self) -> None:
+        """Notes how often the slots were written to."""
         self._seen = versions(_slot(self._average))
 
     def require_followed(self, call: str) -> None:
@@ -151,7 +155,12 @@ class Twins:
     def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
         """A call of `Updating.call` that the modules follow."""
         self.check("update")
-        self._updating.call(elapsed, found_inf)
+        try:
+            self._updating.call(elapsed, found_inf)
+        except BaseException:  # slots may have moved: an update that a signal stops goes on
+            for twin in self._followed():
+                twin.note()
+            raise
         self.settle()
 
     def check(self, call: str) -> None:
