@@ -8,7 +8,7 @@ reading content. `read` gives a tensor or a part of it. `elements` gives a tenso
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -80,6 +80,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A tensor, or the part `where` of it."""
 
+    def spec(self, name: str) -> TensorSpec:
+        """The spec of a tensor that must be there."""
+        return self.specs[name]
+
     def release(self, name: str) -> None:
         """Give back the memory that reading a tensor has taken; what was written to it is lost."""
 
@@ -90,6 +94,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def identity(self, name: str) -> Hashable:  # noqa: ARG002
         """Equal for two names of one tensor (tied weights); None if no other name shares it."""
         return None
+
+    def origins(self, name: str) -> Iterable[Hashable]:
+        """What a tensor is made of: equal for two names, here or elsewhere, of the same stored tensor."""
+        return ((id(self), name),)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -158,6 +166,10 @@ class Renamed(LazyTensors):
     def identity(self, name: str) -> Hashable:
         source, key = self._sources[name]
         return source.identity(key)
+
+    def origins(self, name: str) -> Iterable[Hashable]:
+        source, key = self._sources[name]
+        return source.origins(key)
 
     def __getitem__(self, name: str) -> Tensor:
         source, key = self._sources[name]

@@ -79,6 +79,9 @@ class Checkpoint:
         ticks: the average's name -> the clock of its rule, in polyak's own files.
         aside: name -> how many objects of that class lie beside the weights and were not read, since
             only their own code could make them.
+        left: what -> how many of its tensors are neither live weights nor in an average: an optimizer's
+            state, another model.
+        refused: the average's name -> why it is not in `averages`.
         check: what `verify` calls.
 
     Names are those of the plain model: wrappers' prefixes are left out. Tensors are views of the
@@ -94,15 +97,19 @@ class Checkpoint:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     ticks: Mapping[str, Tick] = field(default_factory=dict)
     aside: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
 
     def average(self, name: str | None = None) -> Weights:
         """The weights of an average; `name` is needed if there are several.
 
-        Raises `ValueError` for none, or an unknown name.
+        Raises `ValueError` for none, an unknown name, and an average that is refused.
         """
         if name is None and len(self.averages) == 1:
             return next(iter(self.averages.values()))
+        if reason := self.refused.get(next(iter(self.refused), "") if name is None else name):
+            raise ValueError(f"{self.path}: {reason}")
         if name is None or name not in self.averages:
             has = ", ".join(self.averages) or "none"
             wanted = "the name of one" if name is None else f"the average {name!r}"

@@ -169,7 +169,7 @@ def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
 
 
 def convert(
-    path: Path | str,
+    path: Path | str | Checkpoint,
     out: Path | str,
     rule: Rule | str | Mapping[str, Rule | str] | None = None,
     *,
@@ -186,6 +186,7 @@ def convert(
     other buffers too, except running statistics: name these buffers in `copied`.
 
     Args:
+        path: of the file, or what `read` read.
         rule: of each average by name, or of the only one, if the file does not tell it.
         names: of tensors without names, in their order.
         count: the number of updates so far, if the file does not tell it.
@@ -198,7 +199,7 @@ def convert(
     `overwrite`; and what `read`, `load` and `save` raise.
     """
     refuse_existing(out, overwrite)
-    found = read(path, names)
+    found = path if isinstance(path, Checkpoint) else read(path, names)
     if found.format == "polyak":
         raise ValueError(f"{found.path} is polyak's own file already: polyak.load reads it")
     if not found.averages:
@@ -209,7 +210,7 @@ def convert(
         every=_cadence(found, every, count),
         buffers=dict.fromkeys(copied, "copy") if copied else "auto",
     )
-    load(path, averager, names=names, count=count)
+    load(found, averager, count=count)
     save(out, averager, overwrite=overwrite)
     return found
 

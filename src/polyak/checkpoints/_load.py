@@ -8,18 +8,19 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak._checks import difference, report
+from polyak._checks import difference, report, require
 from polyak._engine.slots import tick_data
 from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
 from polyak.averager import Averager
 from polyak.checkpoints import _own_format as own
-from polyak.checkpoints._checkpoint import ticked
+from polyak.checkpoints._checkpoint import Checkpoint, ticked
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._local_parts import local_parts
-from polyak.checkpoints._open_file import labelled
+from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._peers.common import is_state
 from polyak.checkpoints._peers.common import state as state_of
+from polyak.checkpoints._peers.own_state import states
 from polyak.checkpoints._read import content
 from polyak.checkpoints._resume_foreign import foreign_state, require_rules
 from polyak.checkpoints._sniff import Source, sniff
@@ -28,7 +29,7 @@ from polyak.rules import START, Rule, Tick
 
 
 def load(
-    path: Path | str,
+    path: Path | str | Checkpoint,
     averager: Averager | EMA,
     *,
     names: Sequence[str] | None = None,
@@ -37,11 +38,13 @@ def load(
 ) -> None:
     """Make an averager go on from a file: after `save` bit for bit, as if it had not been interrupted.
 
-    From a file of another library (`read` lists them) it goes on as that library would, if the averager
+    `path` may also be what `read` read, such as `read(path, key="ema")`. From a file of another library
+    (`read` lists them) it goes on as that library would, if the averager
     has the rule and `every` that the library had: `polyak.theory.equivalents` names them. Give what the
     file does not tell: `count`, the number of updates so far; `names`, the order of tensors without
     names (by default that of the model's parameters). Buffers and frozen parameters that the library
-    does not average are taken from the file's live weights, or else from the model.
+    does not average are taken from the file's live weights, or else from the model. If a file
+    holds a state dict alone, and `count` is given, these weights are the average.
 
     With `change_rule` it goes on with the averager's own rule and `every`, from the file's slots and
     clock. A `Recorder` does not take such an average, since its slots come from two rules. Nothing is
@@ -54,12 +57,15 @@ def load(
     Raises `ValueError` if something does not fit, with a list of averages, rules, names, shapes or dtypes
     that differ, and if the file is damaged or lacks what is needed; `RuntimeError` inside `applied()`.
     """
-    path = Path(path)
     if isinstance(averager, EMA):
-        _load_module(sniff(path), averager)
+        require(not isinstance(path, Checkpoint), "path", "a Checkpoint", "a file for an EMA")
+        _load_module(sniff(path), averager)  # type: ignore[arg-type]
+        return
+    options: Any = {"names": names, "count": count, "change_rule": change_rule}
+    if isinstance(path, Checkpoint):
+        adopt(path.path, averager, foreign_state(path, averager, **options))
     else:
-        state = prepared(path, averager, names=names, count=count, change_rule=change_rule)
-        adopt(path, averager, state)
+        adopt(Path(path), averager, prepared(Path(path), averager, **options))
 
 
 def prepared(
@@ -74,11 +80,25 @@ def prepared(
     source = sniff(path)
     if (stored := own.of_source(source)) is not None:
         return fitted(stored, averager, change_rule)
+    held = None
     if isinstance(source.opened, DistributedTensors):
-        found = find_state(source.opened, source.key)
-        if found is not None:
-            return _placed(path, found, averager)
+        held = find_state(source.opened, source.key)
+    elif isinstance(source.opened, OpenFile):
+        held = _only_state(source)
+    if held is not None:
+        return _placed(path, held, averager)
     return foreign_state(source, averager, names=names, count=count, change_rule=change_rule)
+
+
+def _only_state(source: Source) -> dict[str, Any] | None:
+    """The state of an averager that torch.save wrote, alone or beside other things."""
+    held = states(content(source).top)
+    if len(held) > 1:
+        raise ValueError(
+            f"{source.path} has the states of several averagers, {', '.join(held)}: save the one that is "
+            "wanted into a file of its own"
+        )
+    return next(iter(held.values()), None)
 
 
 def fitted(stored: Stored, averager: Averager, change_rule: bool = False) -> dict[str, Any]:

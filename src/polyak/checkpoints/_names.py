@@ -16,6 +16,10 @@ Names = Sequence[str] | Literal["positions"] | None
 _PARALLEL = "module."
 
 
+class NamesNeededError(ValueError):
+    """Tensors have no names, and none were given."""
+
+
 def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     """The name in the plain model -> key, for the keys of a state dict, in their order.
 
@@ -53,9 +57,12 @@ def under(held: Mapping[str, Tensor], prefix: str) -> Renamed:
 
 
 def named(tensors: Mapping[str, Tensor], names: Names) -> Renamed:
-    """Tensors in their order, by the names given. Raises `ValueError` if the names do not fit."""
+    """Tensors in their order, by the names given.
+
+    Raises `NamesNeededError` if there are none, `ValueError` if they do not fit.
+    """
     if names is None:
-        raise ValueError(
+        raise NamesNeededError(
             f"it has {len(tensors)} tensors in the order of a model's parameters, without names: give "
             "names=[...], such as [n for n, p in model.named_parameters() if p.requires_grad]"
         )

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from polyak import _tensors as tensors
 from polyak._engine.slots import tick_data
 from polyak._engine.states import STATE_FORMAT, as_tick
-from polyak._engine.tracking import is_statistic
 from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where, renamed
 from polyak.checkpoints._checkpoint import MOST_UPDATES, Checkpoint, Clock
 from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._readout import ReadOut, read_out_terms
 from polyak.checkpoints._safetensor_files import KEY, TensorFile
 from polyak.checkpoints._sniff import Source, sniff
 from polyak.rules import AVERAGE, LIVE, START, Rule, Tail, Tick, Window
@@ -226,63 +224,18 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-class ReadOut(LazyTensors):
-    """An average of a file of ours, computed tensor by tensor: `sum of coefficient * slot`.
+def _read_out(stored: Stored, name: str, average: StoredAverage) -> ReadOut:
+    """An average of a file of ours, as its rule reads it out of its slots."""
+    model = stored.model()
+    copied = {first for first, entry in model.items() if entry["policy"] == "copy"}
 
-    Running statistics have the rule's convex coefficients, as in the averager.
-    """
+    def place(slot: str, first: str) -> tuple[LazyTensors, str]:
+        return stored, f"live/{first}" if slot == LIVE else f"averages/{name}/{slot}/{first}"
 
-    def __init__(self, stored: Stored, name: str, average: StoredAverage) -> None:
-        self._stored = stored
-        rule, tick = average.rule, average.tick
-        self._keys, self._convex = (
-            [
-                ("live/" if slot == LIVE else f"averages/{name}/{slot}/", coefficient)
-                for slot, coefficient in readout.items()
-            ]
-            for readout in (rule.readout(tick), rule.convex_readout(tick))
-        )
-        model = stored.model()
-        self._names = {n: first for first, e in model.items() for n in (first, *e["aliases"])}
-        self._copied = {first for first, entry in model.items() if entry["policy"] == "copy"}
-
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: self._spec_at(name) for name in self._names}
-
-    def read(self, name: str, where: Where = ()) -> Tensor:
-        terms = self._terms(name)
-        if [c for _, c in terms] == [1.0]:
-            return self._stored.read(terms[0][0], where)
-        held = [(self._stored.read(key, where), c) for key, c in terms]
-        out = torch.empty(held[0][0].shape, dtype=self.specs[name].dtype)
-        tensors.combine_([out], [([tensor], c) for tensor, c in held])
-        return out
-
-    def elements(self, name: str) -> Elements:
-        terms = self._terms(name)
-        alone = [c for _, c in terms] == [1.0]
-        return self._stored.elements(terms[0][0]) if alone else super().elements(name)
-
-    def release(self, name: str) -> None:
-        for key, _ in self._terms(name):
-            self._stored.release(key)
-
-    def _terms(self, name: str) -> list[tuple[str, float]]:
-        """The key and the coefficient of each tensor in the sum."""
-        first = self._names[name]
-        if first in self._copied:
-            return [(f"copies/{first}", 1.0)]
-        keys = self._convex if is_statistic(first) else self._keys
-        return [(prefix + first, coefficient) for prefix, coefficient in keys]
-
-    def _spec_at(self, name: str) -> TensorSpec:
-        """The shape of the slots, and the widest of their dtypes."""
-        held = [self._stored.spec(key) for key, _ in self._terms(name)]
-        widest = max(held, key=lambda spec: spec.dtype.itemsize)
-        if any(spec.shape != widest.shape for spec in held):
-            raise self._stored.error(f"{name}: the slots have different shapes")
-        return widest
+    terms = read_out_terms(average.rule, average.tick, set(model) - copied, place)
+    terms |= {first: [(stored, f"copies/{first}", 1.0)] for first in copied}
+    names = {n: first for first, e in model.items() for n in (first, *e["aliases"])}
+    return ReadOut({n: terms[first] for n, first in names.items()}, stored.error)
 
 
 def state(stored: Stored) -> dict[str, Any]:
@@ -307,7 +260,7 @@ def checkpoint(stored: Stored) -> Checkpoint:
         format="polyak",
         live=stored.under("live/") or None,
         averages={
-            n: ReadOut(stored, n, average) for n, average in averages.items() if average.tick.n
+            n: _read_out(stored, n, average) for n, average in averages.items() if average.tick.n
         },
         rules={name: average.rule for name, average in averages.items()},
         clock=Clock(max((average.tick.n for average in averages.values()), default=0)),

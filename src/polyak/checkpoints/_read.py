@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polyak._lazy import LazyTensors
 from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._names import Names, canonical
+from polyak.checkpoints._names import Names, canonical, under
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
+from polyak.checkpoints._peers.walk import under_keys
 from polyak.checkpoints._sniff import POST_HOC, Source, sniff
 from polyak.checkpoints._torch_files import load
 from polyak.rules import AVERAGE
@@ -25,20 +26,37 @@ _MODEL = "model"  # the key under which training is saved with an averager (`sav
 _SETTINGS_BYTES = 1_000_000
 
 
-def read(path: Path | str, names: Names = None) -> Checkpoint:
+Role = Literal["live", "average"]
+
+
+def read(
+    path: Path | str,
+    names: Names = None,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    role: Role | None = None,
+) -> Checkpoint:
     """What a checkpoint holds: live weights, averages, their rules and clock; nothing in it is run.
 
     It reads polyak's own files; state dicts of torch.save and safetensors, in one file or several
-    with an index, alone or under the usual keys; folders of torch.distributed.checkpoint; and what
+    with an index, wherever they lie in a file; folders of torch.distributed.checkpoint; and what
     ema-pytorch, torch_ema, torch's `AveragedModel`, diffusers, Lightning, NeMo, timm, Composer,
-    MMEngine, EDM2 and torchtitan write. `format` says which it was.
+    MMEngine, EDM2 and torchtitan write. `format` says which it was. An average is known by its own
+    layout, or by a word of its key or prefix: ema, swa, avg, average, shadow. `left` says what of the
+    file is neither live weights nor an average.
 
     Only headers are read. A tensor is read, and compared with the checksum that its file has for it,
     when it is asked for; `Checkpoint.verify` does that for all.
 
-    `names` are the names of tensors that a file has in order only (torch_ema, diffusers, NeMo), such as
-    `[n for n, p in model.named_parameters() if p.requires_grad]`; with "positions" they are called
-    "0", "1", ... Files with names go by their own.
+    Args:
+        path: of a file or a folder.
+        names: of tensors that a file has in order only (torch_ema, diffusers, NeMo), such as
+            `[n for n, p in model.named_parameters() if p.requires_grad]`; with "positions" they are
+            called "0", "1", ... Files with names go by their own.
+        key: the part of the file to read: its keys, joined by dots, such as "g_ema".
+        prefix: take the tensors whose names begin so, such as "teacher.", and strip it.
+        role: what the weights are, "live" or "average", where the file does not tell.
 
     >>> import tempfile, torch
     >>> place = Path(tempfile.mkdtemp()) / "average.pt"
@@ -47,21 +65,61 @@ def read(path: Path | str, names: Names = None) -> Checkpoint:
     >>> found = read(place)
     >>> found.format, found.clock.count, list(found.averages["average"])
     ('averaged-model', 0, ['weight', 'bias'])
+    >>> torch.save({"g": model.state_dict(), "d": model.state_dict()}, place)
+    >>> list(read(place, key="g", role="average").averages["average"])
+    ['weight', 'bias']
 
-    Raises `ValueError` that names the file: for a layout that is not known, with what the file holds; for
-    one that needs names; for a damaged file; for weights that only code in the file could make.
-    `FileNotFoundError` if there is nothing.
+    Raises `ValueError` that names the file: for a file without state dicts, or with several of which
+    none is known for the live weights, with what it holds; for one that needs names; for a damaged file;
+    for weights that only code in the file could make. `FileNotFoundError` if there is nothing.
     """
-    return read_source(sniff(path), names)
+    return read_source(sniff(path), names, key=key, prefix=prefix, role=role)
 
 
-def read_source(source: Source, names: Names = None) -> Checkpoint:
+def read_source(
+    source: Source,
+    names: Names = None,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    role: Role | None = None,
+) -> Checkpoint:
     """What was found at a path, as a checkpoint; raises as `read`."""
-    found = _read(source, names)
+    found = _read(source, names, key, whole=prefix is not None)
+    found = found if prefix is None else _under(found, prefix)
+    found = found if role is None else _as(found, role)
     return found if source.opened is None else replace(found, check=source.verify)
 
 
-def _read(source: Source, names: Names) -> Checkpoint:
+def _under(found: Checkpoint, prefix: str) -> Checkpoint:
+    """The weights whose names begin with a prefix, without it."""
+    live = None if found.live is None else under(found.live, prefix)
+    averages = {name: under(held, prefix) for name, held in found.averages.items()}
+    averages = {name: held for name, held in averages.items() if held}
+    if not live and not averages:
+        of_file: list[Iterable[str]] = [found.live or {}, *found.averages.values()]
+        has = ", ".join(dict.fromkeys(f"{n.split('.')[0]!r}" for held in of_file for n in held))
+        raise ValueError(
+            f"{found.path}: no name begins with {prefix!r}; names begin with {has:.200}"
+        )
+    return replace(found, live=live or None, averages=averages)
+
+
+def _as(found: Checkpoint, role: Role) -> Checkpoint:
+    """The weights of a file that holds either live weights or one average, as the other."""
+    held = [found.live] if found.live is not None else []
+    held += found.averages.values()
+    if len(held) != 1:
+        has = ", ".join((["live"] if found.live is not None else []) + list(found.averages))
+        raise ValueError(
+            f"{found.path}: role={role!r} is for a file with one set of weights: {has}"
+        )
+    if role == "live":
+        return replace(found, live=held[0], averages={}, rules={}, ticks={}, clock=None)
+    return replace(found, live=None, averages={AVERAGE: held[0]})
+
+
+def _read(source: Source, names: Names, key: str | None, *, whole: bool) -> Checkpoint:
     path, opened = source.path, source.opened
     if source.kind == "snapshots":
         raise ValueError(
@@ -70,16 +128,30 @@ def _read(source: Source, names: Names) -> Checkpoint:
         )
     if source.kind == "post-hoc":
         return _post_hoc(path)
-    if (stored := own.of_source(source)) is not None:
+    if key is None and (stored := own.of_source(source)) is not None:
         found = own.checkpoint(stored)
         return replace(found, live=_live_beside(source, found)) if source.kind == "dcp" else found
     if source.key is not None:
         raise FileNotFoundError(f"{path}: the folder {path.parent} has no averager {source.key!r}")
-    found = recognise(content(source, names))
+    top = replace(content(source, names), whole=whole)
+    found = recognise(top if key is None else _part(top, key))
     if path.is_dir() and not isinstance(opened, DistributedTensors):
         settings = _settings(path / "config.json")
         return _diffusers(found, settings) if "optimization_step" in settings else found
     return found
+
+
+def _part(found: Found, key: str) -> Found:
+    """The part of a file's content under a path of keys."""
+    try:
+        value = under_keys(found.top, key)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from None
+    if isinstance(value, (list, tuple)):
+        value = {key: value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{found.path}: key={key!r} is a {type_of(value)}, wanted a state dict")
+    return replace(found, top=value, keys=key)
 
 
 def content(source: Source, names: Names = None) -> Found:

@@ -27,7 +27,7 @@ from polyak.specs import as_specs
 
 
 def foreign_state(
-    source: Source,
+    source: Source | Checkpoint,
     averager: Averager,
     *,
     names: Sequence[str] | None,
@@ -36,6 +36,8 @@ def foreign_state(
 ) -> dict[str, Any]:
     """The state for this averager from a file of another library; raises as `load`."""
     found = _read(source, averager, names)
+    if count is not None and found.live is not None and not found.averages:
+        found = replace(found, live=None, averages={AVERAGE: found.live})
     rules = averager.rules
     told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
     require_rules(found.path, rules, told, change_rule)
@@ -74,9 +76,11 @@ def require_rules(
         raise ValueError(report(title, lines))
 
 
-def _read(source: Source, averager: Averager, names: Sequence[str] | None) -> Checkpoint:
+def _read(
+    source: Source | Checkpoint, averager: Averager, names: Sequence[str] | None
+) -> Checkpoint:
     """Read the file; tensors without names get those of the model's parameters, in order."""
-    found = read_source(source, names or "positions")
+    found = read_source(source, names or "positions") if isinstance(source, Source) else source
     parameters = [item for item in averager.tracked if item.kind != "buffer"]
     trainable = [item.name for item in parameters if item.local().requires_grad]
     averages = {}
@@ -84,7 +88,7 @@ def _read(source: Source, averager: Averager, names: Sequence[str] | None) -> Ch
         if names is None and list(weights) == [str(i) for i in range(len(weights))]:
             every = [item.name for item in parameters]
             order = trainable if len(weights) == len(trainable) else every
-            weights = _named(source.path, weights, order)
+            weights = _named(found.path, weights, order)
         averages[name] = weights
     return replace(found, averages=averages)
 

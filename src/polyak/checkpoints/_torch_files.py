@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -88,6 +88,9 @@ class StoredTensors(LazyTensors):
 
     def identity(self, name: str) -> Hashable:
         return self._tensors[name].identity
+
+    def origins(self, name: str) -> Iterable[Hashable]:
+        return (self.identity(name) or id(self._tensors[name]),)
 
 
 class _Region(io.RawIOBase):

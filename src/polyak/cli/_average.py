@@ -24,17 +24,23 @@ from polyak.cli._choosing import (
     require_chosen,
 )
 from polyak.cli._options import (
+    As,
     Dtype,
     Force,
     Json,
+    Key,
+    Names,
+    Prefix,
     ShardSize,
     Torchrun,
     bytes_of,
     dtype_of,
     numbers_of,
+    reader,
 )
 from polyak.cli._output import (
     note,
+    note_left,
     note_norms,
     print_json,
     print_table,
@@ -46,6 +52,7 @@ from polyak.cli._torchrun import shared
 from polyak.cli._users_function import Better, users_function
 
 if TYPE_CHECKING:
+    from polyak.checkpoints import Checkpoint
     from polyak.offline import Combination
     from polyak.theory._profiles import Profile
 
@@ -109,6 +116,10 @@ def average(
             show_default="the live weights",
         ),
     ] = None,
+    key: Key = None,
+    prefix: Prefix = None,
+    names: Names = None,
+    as_: As = None,
     dtype: Dtype = None,
     accumulate: Annotated[
         str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
@@ -149,10 +160,11 @@ def average(
         if group is not None and greedy is not None:
             raise ValueError("--greedy tries one model after the other: leave --torchrun out")
         chosen = _files(files, wanted, listed=listed)
+        found = list(map(reader(key, prefix, names, as_), chosen))
         rule_or_shares = _chosen(len(chosen), rule, coefficients, wsm, qam, greedy)
         made = offline.average(
-            chosen,
-            rule_or_shares if greedy is None else _soup(chosen, greedy, better or "lower", which),
+            found,
+            rule_or_shares if greedy is None else _soup(found, greedy, better or "lower", which),
             elapsed=_times(elapsed, len(chosen)),
             which=which,
             dtype=None if dtype is None else dtype_of(dtype),
@@ -205,7 +217,7 @@ def _chosen(
 
 
 def _soup(
-    files: Sequence[Path], name: str, better: Literal["lower", "higher"], which: str | None
+    files: Sequence[Checkpoint], name: str, better: Literal["lower", "higher"], which: str | None
 ) -> Profile:
     from polyak import offline
 
@@ -273,13 +285,15 @@ def _print(
     if json:
         about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
         about |= {} if checked is None else {"verified": checked}
-        print_json({**about, "norms": made.norms, "terms": _terms(files, made)})
+        terms = _terms(files, made)
+        print_json({**about, "left": made.left, "norms": made.norms, "terms": terms})
     else:
         if len(files) <= _FEW:
             _print_terms(files, made)
         done = f"{len(made)} tensors of {len(files)} files, {size_text(size)}, {seconds:.1f} s"
         said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
         say(f"{out}: {done}{said}")
+    note_left(made.left)
     note_norms(made.norms)
 
 

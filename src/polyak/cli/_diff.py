@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli._commands import DIFFERENT
-from polyak.cli._options import Json, Names, names_of
+from polyak.cli._options import As, Json, Key, Names, Prefix, reader
 from polyak.cli._output import number_text, print_json, print_table, progress_shown, say
 
 if TYPE_CHECKING:
-    from polyak.checkpoints._checkpoint import Weights
     from polyak.offline._comparison import Comparison, Difference
 
 _MOST = 20
@@ -29,7 +28,10 @@ def diff(
             show_default="the live weights",
         ),
     ] = [],  # noqa: B006
+    key: Key = None,
+    prefix: Prefix = None,
     names: Names = None,
+    as_: As = None,
     all: Annotated[bool, typer.Option("--all", help="List equal tensors too.")] = False,
     json: Json = False,
 ) -> None:
@@ -46,7 +48,8 @@ def diff(
             f"--average is given {len(average)} times, wanted once, or for A and for B"
         )
     of_a, of_b = (average[0], average[-1]) if average else (None, None)
-    first, second = _weights(a, of_a, names), _weights(b, of_b, names)
+    read = reader(key, prefix, names, as_, positions=True)
+    first, second = read(a).weights(of_a), read(b).weights(of_b)
     with progress_shown("comparing") as progress:
         compared = offline.compare(first, second, progress=progress)
     if json:
@@ -55,12 +58,6 @@ def diff(
         _print(compared, all=all)
     if not compared.equal:
         raise typer.Exit(DIFFERENT)
-
-
-def _weights(path: Path, which: str | None, names: Path | None) -> Weights:
-    from polyak import checkpoints
-
-    return checkpoints.read(path, names_of(names) or "positions").weights(which)
 
 
 def _print(compared: Comparison, *, all: bool) -> None:

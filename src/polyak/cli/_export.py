@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyak.cli._options import (
+    As,
     Dtype,
     Force,
     Json,
+    Key,
     Names,
+    Prefix,
     ShardSize,
     Source,
     bytes_of,
     dtype_of,
-    names_of,
+    reader,
 )
-from polyak.cli._output import note_norms, print_json, progress_shown, say, size_text
+from polyak.cli._output import note_left, note_norms, print_json, progress_shown, say, size_text
 from polyak.rules import LIVE
 
 if TYPE_CHECKING:
@@ -37,7 +40,10 @@ def export(
             metavar="NAME", help='The average, or "live".', show_default="the only average"
         ),
     ] = None,
+    key: Key = None,
+    prefix: Prefix = None,
     names: Names = None,
+    as_: As = None,
     dtype: Dtype = None,
     shard_size: ShardSize = None,
     force: Force = False,
@@ -55,7 +61,7 @@ def export(
     """
     from polyak import checkpoints
 
-    checkpoint = checkpoints.read(file, names_of(names))
+    checkpoint = reader(key, prefix, names, as_)(file)
     with progress_shown(f"writing {out}") as progress:
         checkpoints.export(
             out,
@@ -68,13 +74,17 @@ def export(
         )
     written = average or next(iter(checkpoint.averages))
     _print(out, checkpoint, json=json, average=written)
+    note_left(checkpoint.left)
     _note_norms(checkpoint, [written])
 
 
 def convert(
     file: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    key: Key = None,
+    prefix: Prefix = None,
     names: Names = None,
+    as_: As = None,
     rule: Annotated[
         list[str],
         typer.Option(
@@ -105,16 +115,16 @@ def convert(
     from polyak import checkpoints
 
     checkpoint = checkpoints.convert(
-        file,
+        reader(key, prefix, names, as_)(file),
         out,
         _rules(rule),
-        names=names_of(names),
         count=count,
         every=every,
         copied=copy,
         overwrite=force,
     )
     _print(out, checkpoint, json=json, averages=list(checkpoint.averages))
+    note_left(checkpoint.left)
     _note_norms(checkpoint, checkpoint.averages)
 
 

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli._options import Json
-from polyak.cli._output import note_norms, number_text, print_json, print_table, say, size_text
+from polyak.cli._options import As, Json, Key, Names, Prefix, reader
+from polyak.cli._output import (
+    left_text,
+    note_norms,
+    number_text,
+    print_json,
+    print_table,
+    say,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from polyak.offline import Description
@@ -23,6 +31,10 @@ def inspect(
         Path,
         typer.Argument(metavar="PATH", help="A checkpoint, or a folder of snapshots."),
     ],
+    key: Key = None,
+    prefix: Prefix = None,
+    names: Names = None,
+    as_: As = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all checksums.")] = False,
     json: Json = False,
@@ -39,13 +51,19 @@ def inspect(
     """
     from polyak import offline
 
-    description = offline.describe(path, verify=verify)
+    chosen = any(option is not None for option in (key, prefix, names, as_))
+    found = reader(key, prefix, names, as_, positions=True)(path) if chosen else path
+    description = offline.describe(found, verify=verify)
     if json:
         print_json(description.as_dict())
         return
     say(_headline(description))
     _print_weights(description)
     _print_tensors(description, all=tensors)
+    if description.left:
+        say(f"left aside: {left_text(description.left)}")
+    for name, reason in description.refused.items():
+        say(f"{name} was not read: {reason}")
     _print_aside(description)
     if description.verified:
         say("verified: no damage found")
@@ -108,4 +126,4 @@ def _print_aside(description: Description) -> None:
     names = [f"{name} x{count}" for name, count in description.aside.items()]
     more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
     if names:
-        say(f"set aside: {', '.join(names[:_MOST])}{more}")
+        say(f"objects that were not read: {', '.join(names[:_MOST])}{more}")

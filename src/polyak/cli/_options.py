@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+
+    from polyak.checkpoints import Checkpoint
 
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -38,6 +41,18 @@ Names = Annotated[
         metavar="FILE",
         help="Names of the tensors, one a line, for a checkpoint without names.",
     ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="KEYS", help="Read only this part of a file: its keys, joined by dots."),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="Take the tensors whose names begin so, and strip it."),
+]
+As = Annotated[
+    Literal["live", "average"] | None,
+    typer.Option("--as", help="What the weights are, where a file does not tell."),
 ]
 At = Annotated[
     float | None,
@@ -138,3 +153,23 @@ def names_of(file: Path | None) -> list[str] | None:
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file, wanted one name a line") from None
     return [line.strip() for line in lines if line.strip()]
+
+
+def reader(
+    key: str | None,
+    prefix: str | None,
+    names: Path | None,
+    role: Literal["live", "average"] | None,
+    *,
+    positions: bool = False,
+) -> Callable[[Path], Checkpoint]:
+    """`checkpoints.read` with the options that name a part of a file.
+
+    With `positions`, tensors without names are named by their positions if no names are given.
+    """
+    from functools import partial
+
+    from polyak import checkpoints
+
+    order = names_of(names) or ("positions" if positions else None)
+    return partial(checkpoints.read, names=order, key=key, prefix=prefix, role=role)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 
 Progress = Callable[[int, int], object]
+_MOST = 12
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -62,6 +63,19 @@ def note_norms(norms: Sequence[str]) -> None:
             f"{count} with running statistics ({', '.join(norms[:3])}{more}): estimate them again "
             "for the averaged weights with polyak.recalibrate(model, batches)"
         )
+
+
+def note_left(left: Mapping[str, int]) -> None:
+    """Names what of a file was neither read as live weights nor as an average."""
+    if left:
+        note(f"left aside: {left_text(left)}")
+
+
+def left_text(left: Mapping[str, int]) -> str:
+    """What was left aside, each with its number of tensors."""
+    shown = [f"{what} ({n} tensor{'s' if n > 1 else ''})" for what, n in left.items()]
+    more = f", and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
+    return ", ".join(shown[:_MOST]) + more
 
 
 def size_text(count: int) -> str:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from polyak._checks import require
+from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination, Source
 from polyak.rules import Rule
@@ -17,7 +18,7 @@ from polyak.theory._profiles import Profile, coefficients
 
 
 def average(
-    files: Sequence[os.PathLike[str] | str],
+    files: Sequence[os.PathLike[str] | str | Checkpoint],
     rule: Rule | str | Sequence[float] | Profile = "uniform()",
     *,
     elapsed: Sequence[float] | None = None,
@@ -42,8 +43,8 @@ def average(
     {'w': tensor([1., 1.])}
 
     Args:
-        files: in any formats that `polyak.checkpoints.read` reads, the oldest first; or those that
-            `choose` found in a run.
+        files: in any formats that `polyak.checkpoints.read` reads, the oldest first; those that `choose`
+            found in a run; or what was read, such as `[read(path, key="g_ema") for path in paths]`.
         rule: a rule or its spec, with the coefficients `theory.coefficients(rule, elapsed)`; or
             coefficients of any sign with sum 1, such as `theory.wsm`, `theory.qam` or those of a
             soup. Running statistics have no coefficient below 0: with a rule they have
@@ -68,9 +69,13 @@ def average(
     )
 
 
-def opened(files: Sequence[os.PathLike[str] | str], which: str | None) -> list[Source]:
+def opened(files: Sequence[os.PathLike[str] | str | Checkpoint], which: str | None) -> list[Source]:
     """The weights called `which` of each file (`Checkpoint.weights`), with the file as label."""
-    return [Source(str(path), read(Path(path)).weights(which)) for path in files]
+    return [_source(f if isinstance(f, Checkpoint) else read(Path(f)), which) for f in files]
+
+
+def _source(found: Checkpoint, which: str | None) -> Source:
+    return Source(str(found.path), found.weights(which), found.left)
 
 
 def _coefficients(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,10 +35,14 @@ _CALL = "write"  # what errors call a write by several ranks
 
 
 class Source(NamedTuple):
-    """Stored weights, and the label that messages use for them: usually the file."""
+    """Stored weights, and the label that messages use for them: usually the file.
+
+    `left` is what else the file holds (`Checkpoint.left`).
+    """
 
     label: str
     weights: Weights
+    left: Mapping[str, int] = MappingProxyType({})
 
 
 class Combination(LazyTensors):
@@ -62,6 +67,7 @@ class Combination(LazyTensors):
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
+        left: what else the files hold (`Checkpoint.left`), with the largest number of tensors of a file.
         norms: the norms whose running statistics were combined. The combined weights have other
             statistics: estimate them again (`polyak.recalibrate`).
     """
@@ -88,6 +94,9 @@ class Combination(LazyTensors):
         last = of_files[-1]
         self.copied = [n for n, spec in last.items() if n in copy or not _has_mean(spec.dtype)]
         self.norms = norms.statistics(last)
+        self.left: dict[str, int] = {}
+        for what, number in (item for source in sources for item in source.left.items()):
+            self.left[what] = max(number, self.left.get(what, 0))
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
         self._specs = {
             n: TensorSpec(spec.shape, _as(given.get(n), spec.dtype)) for n, spec in last.items()

@@ -84,7 +84,9 @@ class Description:
 
     `count` and `unit` are the file's clock (`checkpoints.Clock`). `norms` are the norms with running
     statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` tells
-    how many objects of each class were not read, because only their own code could make them.
+    how many objects of each class were not read, because only their own code could make them. `left` tells
+    what of the file is neither live weights nor an average, with its number of tensors, and `refused`
+    why an average is not listed.
     `verified` is True if everything was compared with its checksums.
     """
 
@@ -97,6 +99,8 @@ class Description:
     norms: tuple[str, ...]
     tensors: tuple[DescribedTensor, ...]
     aside: dict[str, int]
+    left: dict[str, int]
+    refused: dict[str, str]
     recorded: Recorded | None = None
     verified: bool = False
 
@@ -105,10 +109,10 @@ class Description:
         return asdict(self)
 
 
-def describe(path: Path | str, *, verify: bool = False) -> Description:
+def describe(path: Path | str | Checkpoint, *, verify: bool = False) -> Description:
     """What a checkpoint holds, or a folder of snapshots; only headers are read.
 
-    Tensors without names are named by their positions. For a folder of snapshots, averages are those of
+    `path` may also be what `checkpoints.read` read. Tensors without names are named by their positions. For a folder of snapshots, averages are those of
     the last snapshot. With `verify`, everything is read and compared with its checksums
     (`Checkpoint.verify`).
 
@@ -127,13 +131,15 @@ def describe(path: Path | str, *, verify: bool = False) -> Description:
 
     Raises what `checkpoints.read` and `snapshots` raise, and `ValueError` for damage that `verify` finds.
     """
-    source = sniff(path)
-    if source.kind == "snapshots":
+    if isinstance(path, Checkpoint):
+        found = path
+    elif (source := sniff(path)).kind == "snapshots":
         return _of_run(source.path, verify)
-    found = read_source(source, "positions")
+    else:
+        found = read_source(source, "positions")
     if verify:
         found.verify()
-    return replace(_described(found, source.path, _times(found)), verified=verify)
+    return replace(_described(found, found.path, _times(found)), verified=verify)
 
 
 def _of_run(folder: Path, verify: bool) -> Description:
@@ -173,6 +179,8 @@ def _described(
         norms=tuple(norms.statistics(shown)),
         tensors=tuple(sorted(map(_tensor, shown, shown.values()), key=lambda each: -each.bytes)),
         aside=dict(found.aside),
+        left=dict(found.left),
+        refused=dict(found.refused),
         recorded=recorded,
     )
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from polyak._checks import require
+from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.offline._average import opened
 from polyak.offline._combination import Combination
 from polyak.offline._run import Run
@@ -51,7 +52,7 @@ class Soup:
 
 
 def greedy_soup(
-    files: Sequence[os.PathLike[str] | str],
+    files: Sequence[os.PathLike[str] | str | Checkpoint],
     evaluate: Evaluate,
     *,
     better: Better = "lower",
@@ -91,7 +92,7 @@ def greedy_soup(
     """
     sign = _sign_of(better)
     require(len(files) > 0, "files", files, "one file or more")
-    paths = tuple(Path(file) for file in files)
+    paths = tuple(f.path if isinstance(f, Checkpoint) else Path(f) for f in files)
     sources = opened(files, which)
 
     def quality_with(ingredients: Sequence[int]) -> float:

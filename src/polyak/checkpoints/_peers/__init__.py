@@ -14,24 +14,19 @@ from polyak._checks import difference, report
 from polyak._lazy import as_lazy
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._peers.common import NO_CODE, Found, holds_tensors, kind_of
-from polyak.checkpoints._peers.libraries import diffusers, module_state, plain_state, torch_ema
+from polyak.checkpoints._peers.general import general, left_aside
 from polyak.checkpoints._peers.trainers import (
-    AVERAGE_KEYS,
-    LIVE_KEYS,
     composer,
     edm2,
-    lightning,
     mmengine,
-    nested,
-    timm,
+    nemo,
     torchtitan,
+    weight_averaging,
 )
+from polyak.checkpoints._peers.walk import LIVE_KEYS
 
-_LAYOUTS = (
-    lightning, composer, mmengine, edm2, timm, torchtitan, torch_ema, diffusers, module_state,
-    plain_state, nested,
-)  # fmt: skip
-
+_LAYOUTS = (weight_averaging, nemo, composer, mmengine, edm2, torchtitan, general)
+"""The first that fits counts: those of libraries that exchange weights stand before the general one."""
 
 FORMATS = (
     "polyak", "averaged-model", "composer", "dcp", "diffusers", "edm2", "ema-pytorch", "lightning",
@@ -61,7 +56,7 @@ def recognise(found: Found) -> Checkpoint:
         raise ValueError(f"{found.path}: a part of its layout is missing ({what})") from None
     if reading is None:
         raise ValueError(f"{found.path}: {_unknown(found.top)}")
-    return replace(reading, aside=dict(found.aside))
+    return replace(reading, aside=dict(found.aside), left=left_aside(found.top, reading))
 
 
 def _require_shapes(reading: Checkpoint) -> None:
@@ -81,7 +76,7 @@ def _unknown(top: Mapping[str, Any]) -> str:
         return f"{key!r} is a whole pickled {part.name}: {NO_CODE}"
     return (
         f"no layout that polyak knows. It holds {_described(top)}; known are {', '.join(FORMATS)}, "
-        f"and state dicts under {', '.join(filter(None, LIVE_KEYS + AVERAGE_KEYS))}"
+        f"and state dicts under {', '.join(filter(None, LIVE_KEYS))}, ema and the like"
     )
 
 

@@ -28,7 +28,8 @@ class Found:
     """The content of a file or folder by its keys, and the format's name if no layout is recognised.
 
     A value is a mapping, a list, a scalar, a `StoredTensor` or `LazyTensors`. `aside` counts the objects
-    that were not read, by name.
+    that were not read, by name. `keys` are those on the way to `top`, joined by dots, if it is a part of
+    the file. With `whole`, averages within a state dict are left where they are.
     """
 
     path: Path
@@ -36,6 +37,8 @@ class Found:
     top: Mapping[str, Any]
     names: Names = None
     aside: Mapping[str, int] = field(default_factory=dict)
+    keys: str = ""
+    whole: bool = False
 
 
 def is_state(value: object) -> bool:

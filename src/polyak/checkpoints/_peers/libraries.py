@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from polyak.checkpoints._peers.common import (
     number,
     state,
     tensors,
-    weights,
 )
 from polyak.checkpoints._sniff import POST_HOC
 from polyak.checkpoints._torch_files import StoredTensors
@@ -32,18 +31,11 @@ _FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is no
 
 def module_state(found: Found) -> Checkpoint | None:
     """The state dict of a module that averages, in any kind of file."""
-    if not is_state(found.top):
+    if not is_state(found.top) or not _tells_average(found.top):
         return None
     held = state(found.top)
     readings = (reading(found.path, held) for reading in _READINGS)
     return next((reading for reading in readings if reading is not None), None)
-
-
-def plain_state(found: Found) -> Checkpoint | None:
-    """A state dict alone is taken for live weights: nothing in it says otherwise."""
-    if not is_state(found.top):
-        return None
-    return Checkpoint(found.path, found.plain, weights(found.top), {})
 
 
 def ema_pytorch(path: Path, held: LazyTensors) -> Checkpoint | None:
@@ -148,6 +140,10 @@ def _unnamed(found: Found, key: str) -> LazyTensors:
     return named(StoredTensors(tensors(key, found.top[key])), found.names)
 
 
+def _tells_average(keys: Iterable[str]) -> bool:
+    return any(key in ("initted", "n_averaged") or _MEMBER.match(key) for key in keys)
+
+
 def _is_ema(held: LazyTensors) -> bool:
     return {"initted", "step"} <= set(held) and any(key.startswith(_EMA) for key in held)
 
@@ -160,3 +156,8 @@ def _is_snapshot(held: LazyTensors) -> bool:
 
 _Reading = Callable[[Path, LazyTensors], Checkpoint | None]
 _READINGS: tuple[_Reading, ...] = (post_hoc, snapshot, ema_pytorch, averaged_model)
+
+
+def described(found: Found) -> Checkpoint | None:
+    """An average that describes itself by its own keys, wherever it lies."""
+    return torch_ema(found) or diffusers(found) or module_state(found)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from polyak._lazy import LazyTensors, joined, renamed
-from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
+from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._names import named, under
 from polyak.checkpoints._peers.common import (
     Found,
@@ -21,24 +20,12 @@ from polyak.checkpoints._peers.common import (
     tensors,
     weights,
 )
-from polyak.checkpoints._peers.libraries import diffusers, module_state, torch_ema
+from polyak.checkpoints._peers.walk import live_part, walk
 from polyak.checkpoints._torch_files import StoredTensors
 from polyak.checkpoints._torch_objects import StoredTensor
 from polyak.rules import AVERAGE, Exponential, Power, Rule
 
-LIVE_KEYS = ("", "state_dict", "model", "model_state_dict", "net", "weights", "module", "params")
-AVERAGE_KEYS = ("ema", "ema_state_dict", "ema_model", "ema_model_state_dict", "params_ema")
 _TORCHTITAN = re.compile(r"(?:.*\.)?state\.(.+)\.ema_params")
-
-
-def timm(found: Found) -> Checkpoint | None:
-    """timm: state_dict_ema beside state_dict; elsewhere model_ema beside model."""
-    for average, live in (("state_dict_ema", "state_dict"), ("model_ema", "model")):
-        held = found.top.get(average)
-        if is_state(held):
-            beside = weights(found.top[live]) if is_state(found.top.get(live)) else None
-            return Checkpoint(found.path, "timm", beside, {AVERAGE: weights(held)})
-    return None
 
 
 def composer(found: Found) -> Checkpoint | None:
@@ -91,20 +78,8 @@ def edm2(found: Found) -> Checkpoint | None:
     return Checkpoint(found.path, "edm2", live, averages, rules, clock)
 
 
-def lightning(found: Found) -> Checkpoint | None:
-    """A Lightning checkpoint, whichever callback made the average."""
-    if not {"pytorch-lightning_version", "state_dict"} <= set(found.top):
-        return None
-    readings = (reading(found) for reading in (_weight_averaging, _nemo, _stochastic, _plain))
-    return next(reading for reading in readings if reading is not None)
-
-
-def _plain(found: Found) -> Checkpoint:
-    return Checkpoint(found.path, "lightning", weights(found.top["state_dict"]), {})
-
-
-def _weight_averaging(found: Found) -> Checkpoint | None:
-    """`WeightAveraging`, `EMAWeightAveraging`: the average under state_dict, with averaging_state.
+def weight_averaging(found: Found) -> Checkpoint | None:
+    """Lightning's `WeightAveraging`, `EMAWeightAveraging`: the average under state_dict, with averaging_state.
 
     Of two such callbacks the second saves the first one's average as its live weights, which are
     then in no file.
@@ -123,18 +98,7 @@ def _is_averaging(callback: object) -> bool:
     return isinstance(callback, Mapping) and set(callback) == {"latest_update_step"}
 
 
-def _stochastic(found: Found) -> Checkpoint | None:
-    """`StochasticWeightAveraging`: the average lies in the callback's state."""
-    for one in part(found.top, "callbacks").values():
-        if isinstance(one, Mapping) and is_state(one.get("average_model_state")):
-            averages = {AVERAGE: weights(one["average_model_state"])}
-            clock = Clock(count("n_averaged", one.get("n_averaged")))
-            live = weights(found.top["state_dict"])
-            return Checkpoint(found.path, "lightning", live, averages, {}, clock)
-    return None
-
-
-def _nemo(found: Found) -> Checkpoint | None:
+def nemo(found: Found) -> Checkpoint | None:
     """NeMo's `EMA`: the state of each optimizer holds the averages of its parameters, in its order.
 
     In the second file, named `-EMA`, they are the model's own weights, and live weights are missing.
@@ -175,21 +139,6 @@ def _are_within(averaged: Sequence[StoredTensor], live: LazyTensors) -> bool:
     return all(tensor.identity in places for tensor in averaged)
 
 
-def nested(found: Found) -> Checkpoint | None:
-    """A dictionary with live weights, an average, or both, under the usual keys.
-
-    An average that tells its own layout, such as the state of a `torch_ema`, may lie under any key.
-    """
-    live = _first(found, LIVE_KEYS)
-    inner = _inner(found)
-    if inner is not None:
-        return replace(inner, live=inner.live or live)
-    average = _first(found, AVERAGE_KEYS)
-    if live is None and average is None:
-        return None
-    return Checkpoint(found.path, found.plain, live, {} if average is None else {AVERAGE: average})
-
-
 def torchtitan(found: Found) -> Checkpoint | None:
     """torchtitan's folders: the averages are an optimizer's state, `state.<name>.ema_params`."""
     parts = found.top.values() if isinstance(found.top, dict) else [found.top]
@@ -199,28 +148,6 @@ def torchtitan(found: Found) -> Checkpoint | None:
         keys = {match[1]: key for key in held if (match := _TORCHTITAN.fullmatch(key))}
         if keys:
             averages = {AVERAGE: weights(renamed(held, keys))}
-            return Checkpoint(found.path, "torchtitan", _first(found, LIVE_KEYS), averages)
+            live = live_part(list(walk(found.top)), [])
+            return Checkpoint(found.path, "torchtitan", live and weights(live.held), averages)
     return None
-
-
-def _first(found: Found, keys: Sequence[str]) -> Weights | None:
-    """The state dict under the first of some keys that has one."""
-    states = (found.top[key] for key in keys if is_state(found.top.get(key)))
-    return next(map(weights, states), None)
-
-
-def _inner(found: Found) -> Checkpoint | None:
-    """The one part that is an average's state by its own keys."""
-    parts = {key: held for key, held in found.top.items() if isinstance(held, Mapping)}
-    read = {key: _of_average(replace(found, top=held)) for key, held in parts.items()}
-    readings = {key: reading for key, reading in read.items() if reading is not None}
-    if len(readings) > 1:
-        raise ValueError(
-            f"{', '.join(map(repr, readings))} are averages with clocks of their own: save the one that "
-            "is wanted into a file of its own"
-        )
-    return next(iter(readings.values()), None)
-
-
-def _of_average(found: Found) -> Checkpoint | None:
-    return torch_ema(found) or diffusers(found) or module_state(found)

@@ -1,0 +1,217 @@
+"""Checkpoints that no one library lays out: what is an average is told by keys and by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from polyak._lazy import LazyTensors, joined
+from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
+from polyak.checkpoints._names import NamesNeededError, named
+from polyak.checkpoints._peers.common import Found, count, tensors, weights
+from polyak.checkpoints._peers.libraries import described
+from polyak.checkpoints._peers.own_state import own_state
+from polyak.checkpoints._peers.walk import Part, live_part, walk, words
+from polyak.checkpoints._peers.within import split
+from polyak.checkpoints._torch_files import StoredTensors
+from polyak.rules import AVERAGE, Rule, Tick
+
+_FORMATS = {"pytorch-lightning_version": "lightning", "state_dict_ema": "timm"}
+_COUNTERS = ("n_averaged", "updates", "num_updates")
+
+
+class _Average(NamedTuple):
+    """An average of a file, and what is known of it."""
+
+    label: str
+    weights: Weights
+    format: str = ""
+    clock: Clock | None = None
+    rule: Rule | None = None
+    tick: Tick | None = None
+
+
+def general(found: Found) -> Checkpoint | None:
+    """Read a file by the roles of its state dicts; None if none has weights.
+
+    Raises `ValueError` for several state dicts, if nothing tells which are the live weights.
+    """
+    describe = lambda held: _described(replace(found, top=held))  # noqa: E731
+    parts = list(walk(found.top, describe, found.keys))
+    averaging = [part for part in parts if part.role == "average"]
+    part = live_part(parts, averaging)
+    live = None if part is None else weights(part.held)
+    within: list[_Average] = []
+    refused: dict[str, str] = {}
+    if live is None:
+        inner = [p.reading.live for p in averaging if p.reading and p.reading.live is not None]
+        live = inner[0] if len(inner) == 1 else None
+    elif not found.whole:
+        live, within, refused = _without_averages(live)
+    averaging = [_with_live(found, part, live) for part in averaging]
+    averages = [each for part in averaging for each in _averages(found, part)]
+    refused |= {name: why for part in averaging for name, why in _refused(found, part).items()}
+    if live is None and not averages and not within:
+        _refuse(parts, refused)
+        return None
+    return _checkpoint(found, live, _with_copies([*averages, *within]), refused)
+
+
+def _described(found: Found) -> Checkpoint | None:
+    """An average that describes itself; without its weights if they need names."""
+    try:
+        return own_state(found) or described(found)
+    except NamesNeededError as error:
+        return Checkpoint(found.path, found.plain, None, {}, refused={AVERAGE: str(error)})
+
+
+def _with_live(found: Found, part: Part, live: Weights | None) -> Part:
+    """A part whose averages are sums of slots and of live weights, which are known only now."""
+    if live is None or part.reading is None or not part.reading.refused:
+        return part
+    return part._replace(reading=own_state(replace(found, top=part.held), live) or part.reading)
+
+
+def _averages(found: Found, part: Part) -> list[_Average]:
+    """The averages in a part of a file."""
+    if (reading := part.reading) is not None:
+        many = len(reading.averages) > 1 or reading.format == "polyak"
+        label = part.path[-1] if part.path else AVERAGE
+        return [
+            _Average(
+                name if many else label,
+                held,
+                reading.format,
+                reading.clock,
+                reading.rules.get(name),
+                reading.ticks.get(name),
+            )
+            for name, held in reading.averages.items()
+        ]
+    if not part.named and (not isinstance(part.held, list) or found.names is None):
+        return []
+    held = weights(part.held) if part.named else _listed(found, part)
+    return [_Average(part.label, held, clock=_clock(part))]
+
+
+def _listed(found: Found, part: Part) -> Weights:
+    """The tensors of a list, by the names that were given."""
+    return named(StoredTensors(tensors(part.label, part.held)), found.names)
+
+
+def _refused(found: Found, part: Part) -> Mapping[str, str]:
+    """The averages of a part that were not read, and why."""
+    if part.reading is not None:
+        return part.reading.refused
+    if isinstance(part.held, list) and found.names is None:
+        try:
+            _listed(found, part)
+        except NamesNeededError as error:
+            return {AVERAGE: f"{part.label}: {error}"}
+    return {}
+
+
+def _without_averages(live: Weights) -> tuple[Weights, list[_Average], dict[str, str]]:
+    """Live weights without the averages in them, and these."""
+    found = split(live)
+    if not found.averages and not found.refused:
+        return live, [], {}
+    averages = [
+        _Average(name, held, clock=found.clock, rule=found.rules.get(name))
+        for name, held in found.averages.items()
+    ]
+    return found.live, averages, found.refused
+
+
+def _clock(part: Part) -> Clock | None:
+    """The updates of an average, from a counter that lies beside it."""
+    counter = next((key for key in _COUNTERS if key in part.beside), None)
+    if counter is None or (counter == "num_updates" and len(part.path) < 2):
+        return None
+    return Clock(count(counter, part.beside[counter]))
+
+
+def _with_copies(averages: list[_Average]) -> list[_Average]:
+    """Averages of which some hold in float32 what others hold in a narrow dtype: `ema_fp32_params`."""
+    wide = [each for each in averages if {"fp", "32"} <= words(each.label)]
+    rest = [each for each in averages if not {"fp", "32"} <= words(each.label)]
+    if len(wide) != 1 or len(rest) != 1 or not set(wide[0].weights) <= set(rest[0].weights):
+        return averages
+    return [rest[0]._replace(weights=joined(rest[0].weights, wide[0].weights))]
+
+
+def _checkpoint(
+    found: Found, live: Weights | None, averages: list[_Average], refused: dict[str, str]
+) -> Checkpoint:
+    alone = len(averages) == 1 and averages[0].format != "polyak"
+    named = {AVERAGE: averages[0]} if alone else _by_label(averages)
+    clocks = {each.clock for each in averages}
+    formats = [each.format for each in averages if each.format]
+    key = next((key for key in _FORMATS if key in found.top), "")
+    return Checkpoint(
+        found.path,
+        formats[0] if formats else _FORMATS.get(key, found.plain),
+        live,
+        {name: each.weights for name, each in named.items()},
+        {name: each.rule for name, each in named.items() if each.rule is not None},
+        clocks.pop() if len(clocks) == 1 else None,
+        ticks={name: each.tick for name, each in named.items() if each.tick is not None},
+        refused=refused,
+    )
+
+
+def _by_label(averages: list[_Average]) -> dict[str, _Average]:
+    """Averages by their labels; a number tells those of one label apart."""
+    named: dict[str, _Average] = {}
+    for each in averages:
+        several = sum(name.partition("#")[0] == each.label for name in named)
+        named[f"{each.label}#{several + 1}" if several else each.label] = each
+    return named
+
+
+def _refuse(parts: Sequence[Part], refused: Mapping[str, str]) -> None:
+    """Raises `ValueError` for averages that cannot be read, and for several state dicts."""
+    if refused:
+        raise ValueError(next(iter(refused.values())))
+    states = [part for part in parts if part.role == "other" and part.named]
+    if len(states) > 1:
+        shown = ", ".join(f"{part.label} ({len(part.tensors())} tensors)" for part in states[:12])
+        raise ValueError(
+            f"it holds several state dicts, {shown}, and does not tell which are the live weights: "
+            f"name one, such as key={states[0].label!r} (--key {states[0].label})"
+        )
+
+
+def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
+    """What of a file is neither in the live weights nor in an average -> its number of tensors.
+
+    Counters and other single numbers are left out.
+    """
+    live = [] if reading.live is None else [reading.live]
+    used = {
+        origin
+        for held in (*live, *reading.averages.values())
+        for name in held
+        for origin in held.origins(name)
+    }
+    left: dict[str, int] = {}
+    for part in walk(top):
+        for name, number in _unused(part, used).items():
+            left[name] = left.get(name, 0) + number
+    return left
+
+
+def _unused(part: Part, used: set[Any]) -> dict[str, int]:
+    if not isinstance(part.held, (LazyTensors, list)) and not part.named and not part.loose:
+        return {f"{part.label} (a pickled {part.held.name})": 1}
+    held = part.tensors()
+    names = [
+        name
+        for name, spec in held.specs.items()
+        if spec.numel > 1 and not used & set(held.origins(name))
+    ]
+    if not part.label or part.loose:
+        firsts = [".".join(filter(None, (part.label, name.split(".")[0]))) for name in names]
+        return {first: firsts.count(first) for first in dict.fromkeys(firsts)}
+    return {part.label: len(names)} if names else {}

@@ -1,0 +1,213 @@
+"""Find every state dict in the content of a file, and tell what each is for.
+
+Three things tell it: the keys on the way to a state dict, the layouts of averages that describe
+themselves, and what lies beside. `AVERAGES`, `OPTIMIZERS` and `LIVE_KEYS` are the words that count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from polyak._lazy import LazyTensors, renamed
+from polyak.checkpoints._checkpoint import Checkpoint
+from polyak.checkpoints._peers.common import holds_tensors, is_state, state
+from polyak.checkpoints._pickles import Aside
+from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._torch_objects import StoredTensor
+
+Role = Literal["average", "optimizer", "other"]
+
+AVERAGES = frozenset(
+    {"ema", "emas", "swa", "lawa", "shadow", "avg", "average", "averages", "averaged", "averager",
+     "averaging", "polyak"}
+)  # fmt: skip
+"""Words of a key under which an average lies."""
+OPTIMIZERS = frozenset({"opt", "optim", "optims", "optimizer", "optimizers"})
+"""Words of a key under which an optimizer's state lies."""
+LIVE_KEYS = (
+    "", "state_dict", "model", "model_state_dict", "net", "weights", "module", "params",
+)  # fmt: skip
+"""Keys of live weights; of two the first counts."""
+_MOMENTS = frozenset(
+    {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg",
+     "grad_avg", "acc_delta", "fp32_param", "master_param"}
+)  # fmt: skip
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+class Part(NamedTuple):
+    """Tensors that lie together in a file.
+
+    `held` is a state dict, a list with tensors, or an object of an unknown class that was made of tensors.
+    `label` is what messages call it. `beside` is the mapping in which it lies. `reading` is set where the
+    part describes itself. The tensors of a `loose` part lie among other things: no state dict holds them.
+    """
+
+    path: tuple[str, ...]
+    label: str
+    held: Any
+    role: Role
+    beside: Mapping[Any, Any]
+    reading: Checkpoint | None = None
+    loose: bool = False
+
+    @property
+    def named(self) -> bool:
+        """Whether it is a state dict."""
+        return not self.loose and is_state(self.held)
+
+    def tensors(self) -> LazyTensors:
+        """Its tensors by name or position, without those that only unknown code could make."""
+        if isinstance(self.held, LazyTensors):
+            return self.held
+        pairs = self.held.items() if isinstance(self.held, dict) else enumerate(self.held)
+        return StoredTensors({str(k): t for k, t in pairs if isinstance(t, StoredTensor)})
+
+
+def words(key: object) -> frozenset[str]:
+    """The words of a key, in small letters: of "netG_ema" they are net, g and ema."""
+    return frozenset(word.lower() for word in _WORD.findall(str(key)))
+
+
+def walk(
+    value: Any,
+    describe: Callable[[Mapping[str, Any]], Checkpoint | None] = lambda _: None,
+    keys: str = "",
+) -> Iterator[Part]:
+    """The parts of a file's content, in its order; `describe` reads a part that describes itself.
+
+    `keys` are those on the way to the content. What was asked for by its keys is a state dict, whatever
+    else lies beside its tensors.
+    """
+    role: Role = "average" if words(keys) & AVERAGES else "other"
+    for part in _walk(value, describe, (), role, "", {}):
+        yield part._replace(loose=False) if keys and not part.path else part
+
+
+def _walk(
+    value: Any,
+    describe: Callable[[Mapping[str, Any]], Checkpoint | None],
+    path: tuple[str, ...],
+    role: Role,
+    optimizer: str,
+    beside: Mapping[Any, Any],
+) -> Iterator[Part]:
+    label = optimizer or ".".join(path)
+    if isinstance(value, dict) and {"state", "param_groups"} <= value.keys():
+        role, optimizer = "optimizer", label or "optimizer"
+    part = Part(path, optimizer or label, value, role, beside)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return
+    reading = describe(value) if isinstance(value, Mapping) and role != "optimizer" else None
+    if reading is not None:
+        yield part._replace(role="average", reading=reading)
+    elif isinstance(value, LazyTensors):
+        yield from _flat(part)
+    elif is_state(value) or (isinstance(value, Aside) and not value and holds_tensors(value)):
+        yield part
+    else:
+        inner = _inner(value)
+        loose = {key: one for key, one in inner.items() if isinstance(one, StoredTensor)}
+        if loose:
+            listed = isinstance(value, (list, tuple))
+            alone = not listed and not any("." in key for key in loose)
+            yield part._replace(held=list(loose.values()) if listed else loose, loose=alone)
+        for key, one in inner.items():
+            kind, root = _role(key, role), optimizer
+            if kind == "optimizer":
+                root = optimizer or ".".join((*path, key))
+            yield from _walk(one, describe, (*path, key), kind, root, inner)
+
+
+def _inner(value: Any) -> dict[str, Any]:
+    """What lies in a mapping or a list, by text: a key that is an object has the name of its place."""
+    if isinstance(value, (list, tuple)):
+        return {str(place): one for place, one in enumerate(value)}
+    if not isinstance(value, dict):
+        return {}
+    return {
+        str(key) if type(key) in (str, int) else f"[{place}]": one
+        for place, (key, one) in enumerate(value.items())
+    }
+
+
+def _role(key: str, role: Role) -> Role:
+    """The role of what lies under a key, within a part of this role."""
+    found = words(key)
+    if role == "optimizer" or found & OPTIMIZERS:
+        return "optimizer"
+    return "average" if role == "average" or found & AVERAGES else "other"
+
+
+def _flat(part: Part) -> Iterator[Part]:
+    """A flat mapping; what optimizers keep in it, as in folders of Megatron, is a part of its own."""
+    moments = {name: name for name in part.held if _is_moment(name)}
+    if not moments or part.role == "optimizer":
+        yield part
+        return
+    rest = {name: name for name in part.held if name not in moments}
+    label = ".".join(filter(None, (part.label, next(iter(moments)).split(".")[0])))
+    yield part._replace(held=renamed(part.held, moments), role="optimizer", label=label)
+    if rest:
+        yield part._replace(held=renamed(part.held, rest))
+
+
+def _is_moment(name: str) -> bool:
+    """Whether a flat name is that of an optimizer's state."""
+    keys = name.split(".")
+    states = "state" in keys or "param_groups" in keys or bool(_MOMENTS & set(keys))
+    return keys[-1] in _MOMENTS or (bool(OPTIMIZERS & set(keys[:2])) and states)
+
+
+def under_keys(value: Any, keys: str) -> Any:
+    """The part under a path of keys, joined by dots; a key may contain dots itself.
+
+    Raises `ValueError` with the keys that there are.
+    """
+    rest = keys
+    while rest:
+        if isinstance(value, LazyTensors):
+            inner = {n.removeprefix(f"{rest}."): n for n in value if n.startswith(f"{rest}.")}
+            value, has = renamed(value, inner) if inner else None, list(value)
+            found = rest if inner else None
+        else:
+            of_key = _inner(value)
+            has = list(of_key)
+            fits = [k for k in of_key if rest == k or rest.startswith(f"{k}.")]
+            found = max(fits, key=len, default=None)
+            value = of_key.get(found) if found is not None else None
+        if found is None:
+            shown = ", ".join(map(repr, has[:12])) or "nothing"
+            raise ValueError(f"key={keys!r}: there is no {rest!r}; it holds {shown}")
+        rest = rest[len(found) + 1 :]
+    return value
+
+
+def required_state(part: Part) -> LazyTensors:
+    """The tensors of a state dict; raises `ValueError` for one that only unknown code could make."""
+    return state(part.held)
+
+
+def live_part(parts: Sequence[Part], averages: Sequence[Part]) -> Part | None:
+    """The part that is the live weights; None if there is none, or the file does not tell.
+
+    It is the state dict under one of `LIVE_KEYS`, at the outermost place; else the one that an average
+    has its name from, as "g" and "g_ema"; else the only one.
+    """
+    states = [part for part in parts if part.role == "other" and part.named]
+    keyed = [part for part in states if part.path[-1:] == () or part.path[-1] in LIVE_KEYS]
+    if keyed:
+        order = lambda part: (len(part.path), LIVE_KEYS.index(part.path[-1] if part.path else ""))  # noqa: E731
+        return min(keyed, key=order)
+    averaged = {_plain_words(part.path) for part in averages}
+    named = [part for part in states if _plain_words(part.path) in averaged]
+    if len(named) == 1:
+        return named[0]
+    return states[0] if len(states) == 1 and not named else None
+
+
+def _plain_words(path: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+    """The words of the keys on a path without those of averages."""
+    return tuple(filter(None, (words(key) - AVERAGES for key in path)))
