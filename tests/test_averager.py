@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -576,13 +574,6 @@ def test_slots_made_in_inference_mode_are_ordinary() -> None:
         made = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"weight was made under torch.inference_mode\(\)"):
         Averager(made, Uniform())
-
-
-def test_an_averager_is_not_copied_by_accident() -> None:
-    bound = averager()
-    for copier in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="bound to its model and cannot be copied or pickled"):
-            copier(bound)
 
 
 # Changes of the model

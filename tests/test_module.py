@@ -627,6 +627,8 @@ def test_a_sharded_model_is_refused_by_name() -> None:
             averager.module(copy=share)
     model = nn.Linear(6, 2)
     rows = begun(model, shard=mesh)
+    with pytest.raises(TypeError, match=r"with shard= has a process group"):
+        copy.deepcopy(rows)
     with pytest.raises(ValueError, match=r"each rank has a part of weight \(shard=\)"):
         rows.module()
     assert_same(dict(rows.module(copy=True).state_dict()), dict(model.state_dict()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +122,38 @@ class Averager:
         nonfinite: Nonfinite = "allow",
         shard: DeviceMesh | ProcessGroup | None = None,
     ) -> None:
+        self._make(
+            model,
+            rule,
+            Choose(buffers, select),
+            every=every,
+            dtype=dtype,
+            rounding=rounding,
+            device=device,
+            nonfinite=nonfinite,
+            shard=shard,
+        )
+
+    def _make(
+        self,
+        model: Source,
+        rule: Rule | str | Mapping[str, Rule | str],
+        choice: Choose,
+        *,
+        every: int,
+        dtype: torch.dtype | None,
+        rounding: Rounding,
+        device: torch.device | str | None,
+        nonfinite: Nonfinite,
+        shard: DeviceMesh | ProcessGroup | None = None,
+    ) -> None:
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
         with self._together("Averager"):
             if dtype not in (None, *SLOT_DTYPES):
                 wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
                 raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
             place = None if device is None else torch.device(device)
-            self._choice = Choose(buffers, select)
+            self._choice = choice
             self._live = ModelTensors(model, self._choice, mesh=self._mesh)
             self._refuse_sharded(place, nonfinite)
             self._averages = {
@@ -144,6 +169,8 @@ class Averager:
                 nonfinite=nonfinite,
                 device=place,
             )
+        self._options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "device": place}
+        self._options |= {"every": every, "nonfinite": nonfinite}
         self._slots = f"dtype={dtype}, {rounding} rounding"
         self.run: str | None = None
         """The id of the run that a `Recorder` stores; it is part of the state."""
@@ -296,8 +323,11 @@ class Averager:
         self._ready("average", average)
         return AverageWeights(self._live, average, self._updating.copies)
 
-    def applied(self, name: str | None = None) -> AbstractContextManager[None]:
+    def applied(self, name: str | None = None) -> Applied:
         """Let the model carry the average inside a `with` block; its live weights always come back.
+
+        Where there are hooks and no block, call `averager.applied(name).enter()` in one hook and
+        `averager.applied(name).leave()` in the other.
 
         Contents are exchanged in place, chunk by chunk, and pointers stay. There is no third copy
         of the model, except for buffers and for weights whose average has another dtype or device, or
@@ -341,10 +371,10 @@ class Averager:
             raise TypeError(f"module: the averager is of a {type(model).__name__}, wanted a module")
         self._ready("module", self._get(name))
         if copy:
-            copied = plain_copy("module", model, {}).requires_grad_(False).eval()
+            copied = plain_copy("module", model, {id(self): None}).requires_grad_(False).eval()
             self.copy_to(copied, name)
             return copied
-        module = self._twins.module(model, self._lender.label(name))
+        module = self._twins.module(model, self._lender.label(name), {id(self): None})
         self._call = self._twins.call
         return module
 
@@ -467,10 +497,14 @@ class Averager:
             )
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "an Averager is bound to its model and cannot be copied or pickled: save state_dict(), "
-            "make an Averager for the other model and call load_state_dict() there"
-        )
+        """A copy or a pickle is an averager of the model beside it: of the copied model, in a holder."""
+        if self._mesh is not None:
+            raise TypeError(
+                "an Averager with shard= has a process group and cannot be copied or pickled: save "
+                "state_dict(), make an Averager for the other model and call load_state_dict() there"
+            )
+        made_with = self._live.model, self.rules, self._choice, self._options
+        return _restored, (*made_with, self.state_dict())
 
     def _same_model(self, call: str) -> None:
         self._lender.refuse(call)
@@ -509,6 +543,22 @@ class Averager:
     def _after_steps(self, found_inf: list[Tensor]) -> None:
         self._lender.refuse("update")
         self._call(1.0, found_inf)
+
+
+def _restored(
+    model: Source, rules: dict[str, Rule], choice: Choose, options: dict[str, Any], state: object
+) -> Averager:
+    """An averager as it was; raises `TypeError` for a model that is not there yet."""
+    if isinstance(model, nn.Module) and "_modules" not in vars(model):
+        raise TypeError(
+            f"{type(model).__name__} has an Averager of itself as an attribute, which would be copied "
+            "before the model is: leave it out, def __getstate__(self): return {**super()."
+            '__getstate__(), "averager": None}, or keep it beside the model'
+        )
+    averager = Averager.__new__(Averager)
+    averager._make(model, rules, choice, **options)
+    averager.load_state_dict(cast("dict[str, Any]", state))
+    return averager
 
 
 def _device(model: object) -> torch.device:

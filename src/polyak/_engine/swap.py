@@ -6,7 +6,7 @@ context manager. The blocks of all averagers meet in `polyak._engine.lending`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,6 +50,14 @@ class _Rows(NamedTuple):
     rows: Tensor
 
 
+class _Kept(NamedTuple):
+    """A block that stays open until `leave`; it keeps its `Applied`, whose end would end the block."""
+
+    label: str
+    block: Applied
+    hold: Hold
+
+
 class Lender:
     """Lends the averages of one averager to its model, one average at a time."""
 
@@ -64,6 +72,8 @@ class Lender:
         """The loan that is open, or is being prepared."""
         self._model, self._averages, self._updating, self._mesh = model, averages, updating, mesh
         self._known: dict[str, _Slots] = {}
+        self.kept: list[_Kept] = []
+        """The blocks that `Applied.enter` has begun."""
 
     def refuse(self, call: str) -> None:
         """Raises `RuntimeError` inside a block: the model carries an average there."""
@@ -228,7 +238,10 @@ class Hold:
 class Applied(ContextDecorator):
     """A block in which a model carries an average. One object may be entered several times.
 
-    Signal handlers wait during `__enter__` and `__exit__`, from the first to the last instruction.
+    A `with` statement that is abandoned ends with this object. Hosts that have hooks and no block call
+    `enter` and `leave`: such a block stays open even if no one keeps this object.
+
+    Signal handlers wait during these four methods, from the first to the last instruction.
     """
 
     def __init__(self, lender: Lender, name: str | None) -> None:
@@ -236,13 +249,38 @@ class Applied(ContextDecorator):
         self._holds: list[Hold] = []
 
     @signals.critical
+    def enter(self) -> None:
+        """Begin a block that stays open until `leave`; raises what entering a `with` block raises."""
+        label = self._lender.label(self._name)
+        self._begin(lambda hold: self._lender.kept.append(_Kept(label, self, hold)))
+
+    @signals.critical
+    def leave(self, error: BaseException | None = None) -> None:
+        """End the block that `enter` began last, here or on another `applied()` of the same average.
+
+        It does nothing if there is none, so that a host may call it in every hook that could be the
+        last. Raises `RuntimeError` for what the block did to the weights; with an `error`, that report
+        becomes a note on it.
+        """
+        label, kept = self._lender.label(self._name), self._lender.kept
+        if mine := [each for each in kept if each.label == label]:
+            try:
+                signals.hold()
+            finally:
+                kept.remove(mine[-1])
+                _leave(mine[-1].hold, error)
+
+    @signals.critical
     def __enter__(self) -> None:
+        self._begin(self._holds.append)
+
+    def _begin(self, note: Callable[[Hold], None]) -> None:
         hold = Hold(self)
         try:
             signals.hold()
             self._lender.lend(hold, self._name)
             signals.deliver()
-            self._holds.append(hold)
+            note(hold)
         except BaseException as error:
             _leave(hold, error)
             raise

@@ -104,10 +104,11 @@ class _Shared:
         return shared | {item.name: copy for item, copy in copied} | self.slots(average)
 
     @torch.inference_mode(False)
-    def made(self, model: nn.Module, average: Average) -> tuple[nn.Module, list[_View]]:
+    def made(
+        self, model: nn.Module, average: Average, memo: dict[int, Any]
+    ) -> tuple[nn.Module, list[_View]]:
         """A module in eval mode with views of the contents, and the views."""
         contents = self.contents(average)
-        memo: dict[int, Any] = {}
         names: dict[int, str] = {}
         for item in self._live.tracked:
             for tensor in (entry.found() for entry in item.entries):
@@ -141,14 +142,17 @@ class Twins:
         self._shared = _Shared(live, updating)
         self._twins: dict[str, Twin] = {}
 
-    def module(self, model: nn.Module, label: str) -> nn.Module:
-        """The module of an average of the model; made where there is none."""
+    def module(self, model: nn.Module, label: str, memo: dict[int, Any]) -> nn.Module:
+        """The module of an average of the model; made where there is none.
+
+        `memo` is that of the deep copy: the id of an object -> what the module has in its place.
+        """
         for twin in self._followed():
             if twin.label == label and (module := twin.module()) is not None:
                 return module
         average = self._averages[label]
         refuse_unshareable(label, self._live, average)
-        module, views = self._shared.made(model, average)
+        module, views = self._shared.made(model, average, memo)
         self._twins[label] = Twin(module, views, label, average, self._shared)
         return module
 
