@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,24 @@ class TensorSpec(NamedTuple):
 def spec_of(tensor: Tensor) -> TensorSpec:
     """The spec of a tensor."""
     return TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a file: in a storage of `nbytes` bytes from byte `start` on.
+
+    `offset` and `stride` count elements, as torch's `as_strided` does.
+    """
+
+    path: Path
+    start: int
+    nbytes: int
+    offset: int
+    stride: tuple[int, ...]
+
+    def is_plain(self, spec: TensorSpec) -> bool:
+        """Whether the tensor lies row by row, without gaps."""
+        layout = torch.empty_strided(spec.shape, self.stride, dtype=spec.dtype, device="meta")
+        return layout.is_contiguous()
 
 
 class Elements(ABC):
@@ -98,6 +117,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def origins(self, name: str) -> Iterable[Hashable]:
         """What a tensor is made of: equal for two names, here or elsewhere, of the same stored tensor."""
         return ((id(self), name),)
+
+    def place(self, name: str) -> Place | None:  # noqa: ARG002
+        """Where a tensor with elements lies in a file; None if it lies in none as it is read."""
+        return None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -170,6 +193,10 @@ class Renamed(LazyTensors):
     def origins(self, name: str) -> Iterable[Hashable]:
         source, key = self._sources[name]
         return source.origins(key)
+
+    def place(self, name: str) -> Place | None:
+        source, key = self._sources[name]
+        return source.place(key)
 
     def __getitem__(self, name: str) -> Tensor:
         source, key = self._sources[name]

@@ -3,6 +3,7 @@
     polyak.save(path, averager), polyak.load(path, averager)     exact resume; `load` takes other libraries' files too
     checkpoints.read(path)                                       what a file holds: live weights, averages, rules
     checkpoints.export(path, averager)                           an average as plain safetensors
+    checkpoints.write_like(out, like, weights)                   weights in the form of another checkpoint
     checkpoints.convert(path, out)                               another library's file as one of ours
     with checkpoints.saving(folder) as place: ...                what belongs together, all there or not at all
     checkpoints.save_distributed(folder, {"model": ..., "average": averager})    a training, by all ranks
@@ -15,6 +16,7 @@ from __future__ import annotations
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._export import convert, export
 from polyak.checkpoints._folders import latest, saving
+from polyak.checkpoints._like import write_like
 from polyak.checkpoints._load import load
 from polyak.checkpoints._read import read
 from polyak.checkpoints._save import save
@@ -35,4 +37,5 @@ __all__ = [
     "save_distributed",
     "save_distributed_async",
     "saving",
+    "write_like",
 ]

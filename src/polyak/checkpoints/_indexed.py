@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
+from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
@@ -55,6 +55,9 @@ class IndexedTensors(LazyTensors):
 
     def identity(self, name: str) -> Hashable:
         return self._holder(name).identity(name)
+
+    def place(self, name: str) -> Place | None:
+        return self._holder(name).place(name)
 
     def verify(self) -> None:
         """Compare all files with their checksums, if they have any."""

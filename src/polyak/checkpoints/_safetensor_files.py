@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak import _files as files
-from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
+from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak._tensors import refuse_wrapper
 from polyak.checkpoints._open_file import FileSpan, OpenFile
 
@@ -100,6 +100,12 @@ class TensorFile(LazyTensors):
 
     def elements(self, name: str) -> Elements:
         return self._spans[name].elements(self._specs[name])
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor lies; None in a file of ours, whose header has checksums."""
+        span = self._spans[name]
+        rows = torch.empty(self._specs[name].shape, device="meta").stride()
+        return None if KEY in self.metadata else Place(self.path, span.start, span.nbytes, 0, rows)
 
     def verify(self) -> None:
         """Compare every tensor with its checksum, if the file is one of ours."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
+from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints import _pickles as pickles
 from polyak.checkpoints._open_file import FileSpan, OpenFile, labelled
 from polyak.checkpoints._torch_objects import Objects, Storage, StoredTensor
@@ -91,6 +91,9 @@ class StoredTensors(LazyTensors):
 
     def origins(self, name: str) -> Iterable[Hashable]:
         return (self.identity(name) or id(self._tensors[name]),)
+
+    def place(self, name: str) -> Place | None:
+        return self._tensors[name].place()
 
 
 class _Region(io.RawIOBase):

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from polyak._lazy import Elements, TensorSpec
+from polyak._lazy import Elements, Place, TensorSpec
 from polyak.checkpoints._open_file import FileSpan
 from polyak.checkpoints._pickles import (
     LEAST_VALUES,
@@ -88,6 +88,12 @@ class StoredTensor(Inert):
         fills = self._offset == 0 and self.spec.nbytes == self._storage.nbytes > 0
         plain = fills and layout.is_contiguous() and not self._flags
         return self._storage.span.elements(self.spec) if plain else None
+
+    def place(self) -> Place | None:
+        """Where it lies in its file, if its elements are stored as they are."""
+        span = self._storage.span
+        at = Place(span.file.path, span.start, span.nbytes, self._offset, self._stride)
+        return None if self._flags else at
 
     @property
     def identity(self) -> Hashable:

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from polyak._files import refuse_existing
+from polyak.cli._averaged import (
+    dtypes_of,
+    print_forecast,
+    print_written,
+    verified,
+    write_like,
+)
 from polyak.cli._choosing import (
     Best,
     By,
@@ -40,13 +47,7 @@ from polyak.cli._options import (
 )
 from polyak.cli._output import (
     note,
-    note_left,
-    note_norms,
-    print_json,
-    print_table,
     progress_shown,
-    say,
-    size_text,
 )
 from polyak.cli._torchrun import shared
 from polyak.cli._users_function import Better, users_function
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 Shape = Literal["sqrt", "linear", "cosine"]
 
-_FEW = 20
 _ROUNDING = 1e-9
 
 
@@ -70,6 +70,13 @@ def average(
     out: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write in the form of this checkpoint: all but the weights is its own.",
+        ),
     ] = None,
     last: Last = None,
     best: Best = None,
@@ -143,6 +150,7 @@ def average(
     \b
     Examples:
       polyak average . --last 2 --dry-run --rule "exponential(0.5)"
+      polyak average . --steps 1:2 --like step-3.pt --out mean.pt --verify
       polyak average step-1.pt step-2.pt --out mean.safetensors --dtype bf16
       polyak average step-1.pt step-2.pt step-3.pt --out ema.safetensors --rule "exponential(0.9)"
       polyak average step-1.pt step-2.pt --out soup --greedy judge:loss --shard-size 2GB
@@ -154,33 +162,41 @@ def average(
         raise ValueError("nothing to do: give --out, or --dry-run to see what would be done")
     if out is not None:
         refuse_existing(out, force)
+    if like is not None and (shard_size or dtype or torchrun):
+        raise ValueError(
+            "--like tells files and dtypes: leave --shard-size, --dtype, --torchrun out"
+        )
     wanted = Wanted(last, best, by, better, steps, window_tokens, tokens_per_step, file)
     listed = coefficients is not None or (elapsed is not None and "," in elapsed)
     with shared(torchrun) as group:
         if group is not None and greedy is not None:
             raise ValueError("--greedy tries one model after the other: leave --torchrun out")
         chosen = _files(files, wanted, listed=listed)
-        found = list(map(reader(key, prefix, names, as_), chosen))
+        read = reader(key, prefix, names, as_)
+        found = list(map(read, chosen))
         rule_or_shares = _chosen(len(chosen), rule, coefficients, wsm, qam, greedy)
         made = offline.average(
             found,
             rule_or_shares if greedy is None else _soup(found, greedy, better or "lower", which),
             elapsed=_times(elapsed, len(chosen)),
             which=which,
-            dtype=None if dtype is None else dtype_of(dtype),
+            dtype=dtypes_of(like, which, read) if dtype is None else dtype_of(dtype),
             accumulate=dtype_of(accumulate, "--accumulate"),
         )
         if listed:
             _note_order(chosen, made)
         if out is None or dry_run:
-            _forecast(chosen, made, json=json)
+            print_forecast(chosen, made, json=json)
             return
         with progress_shown(f"writing {out}") as progress:
-            made.write(
-                out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
-            )
-        checked = _verified(made, out) if verify else None
-        _print(chosen, made, out, time.monotonic() - began, checked, json=json)
+            if like is None:
+                made.write(
+                    out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
+                )
+            else:
+                write_like(out, like, made, which, read, overwrite=force, progress=progress)
+        checked = verified(made, out, which, like, read) if verify else None
+        print_written(chosen, made, out, time.monotonic() - began, checked, json=json)
 
 
 def _files(files: Sequence[Path], wanted: Wanted, *, listed: bool) -> Sequence[Path]:
@@ -249,60 +265,3 @@ def _note_order(files: Sequence[Path], made: Combination) -> None:
     uneven = max(made.coefficients) - min(made.coefficients) > _ROUNDING
     if numbers != sorted(numbers) and uneven:
         note("the files' numbers do not ascend; give the oldest file first")
-
-
-def _verified(made: Combination, out: Path) -> int:
-    """Reads the result back, and compares; the number of tensors."""
-    from polyak import checkpoints, offline
-
-    written = checkpoints.read(out)
-    written.verify()
-    return offline.verify(made, written.weights())
-
-
-def _forecast(files: Sequence[Path], made: Combination, *, json: bool) -> None:
-    from polyak import offline
-
-    about = offline.forecast(made)
-    if json:
-        print_json({**about._asdict(), "tensors": len(made), "terms": _terms(files, made)})
-        return
-    _print_terms(files, made)
-    sizes = f"{size_text(about.read_bytes)} to read, {size_text(about.written_bytes)} to write"
-    say(f"{len(made)} tensors of {len(files)} files: {sizes}, about {about.seconds:.1f} s")
-
-
-def _print(
-    files: Sequence[Path],
-    made: Combination,
-    out: Path,
-    seconds: float,
-    checked: int | None,
-    *,
-    json: bool,
-) -> None:
-    size = sum(spec.nbytes for spec in made.specs.values())
-    if json:
-        about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
-        about |= {} if checked is None else {"verified": checked}
-        terms = _terms(files, made)
-        print_json({**about, "left": made.left, "norms": made.norms, "terms": terms})
-    else:
-        if len(files) <= _FEW:
-            _print_terms(files, made)
-        done = f"{len(made)} tensors of {len(files)} files, {size_text(size)}, {seconds:.1f} s"
-        said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
-        say(f"{out}: {done}{said}")
-    note_left(made.left)
-    note_norms(made.norms)
-
-
-def _terms(files: Sequence[Path], made: Combination) -> list[dict[str, object]]:
-    shares = made.coefficients.tolist()
-    return [{"file": str(f), "coefficient": c} for f, c in zip(files, shares, strict=True)]
-
-
-def _print_terms(files: Sequence[Path], made: Combination) -> None:
-    shares = made.coefficients.tolist()
-    rows = [(str(file), f"{share:.6g}") for file, share in zip(files, shares, strict=True)]
-    print_table(("file", "coefficient"), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy.typing as npt
@@ -23,7 +23,7 @@ def average(
     *,
     elapsed: Sequence[float] | None = None,
     which: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     accumulate: torch.dtype = torch.float32,
 ) -> Combination:
     """Average checkpoint files: `sum of coefficient * weights`, each file being one update.
@@ -52,7 +52,7 @@ def average(
         elapsed: the time between a file and the file before it, in the rule's unit; by default 1.
         which: the weights to take from each file: the name of an average, or "live"; by default the
             live weights, or the only average of a file without live weights.
-        dtype: of the result; by default that of the last file.
+        dtype: of the result, or of each tensor by name; by default that of the last file.
         accumulate: the dtype of the sums: float32, or float64 at half the speed.
 
     Raises `ValueError` for an empty list; for files that differ in names, shapes or kinds of numbers,

@@ -6,7 +6,7 @@ cache. So models may be larger than the memory, and files may be many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -131,6 +131,11 @@ class Combination(LazyTensors):
             flat[done : done + len(piece)] = piece
             done += len(piece)
         return out[where] if where else out
+
+    def identity(self, name: str) -> Hashable:
+        """Equal for names that are one tensor in every file."""
+        found = tuple(source.weights.identity(name) for source in self.sources)
+        return None if None in found else found
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The elements of a tensor, row by row; a piece stays valid until the next is asked for.

@@ -1,0 +1,132 @@
+"""What `polyak average` does with an average: it writes, compares and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyak.cli._output import (
+    Progress,
+    note,
+    note_left,
+    note_norms,
+    print_json,
+    print_table,
+    say,
+    size_text,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from polyak.checkpoints import Checkpoint
+    from polyak.offline import Combination
+
+    Read = Callable[[Path], Checkpoint]
+
+_FEW = 20
+
+
+def dtypes_of(like: Path | None, which: str | None, read: Read) -> dict[str, torch.dtype] | None:
+    """The dtypes of the checkpoint that the result resembles."""
+    if like is None:
+        return None
+    weights = _reader(like, read)(like).weights(which)
+    return {name: spec.dtype for name, spec in weights.specs.items()}
+
+
+def write_like(
+    out: Path,
+    like: Path,
+    made: Combination,
+    which: str | None,
+    read: Read,
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> None:
+    """Writes the average in the form of another checkpoint, and notes what was not copied."""
+    from polyak import checkpoints
+
+    left = checkpoints.write_like(
+        out, like, made, which, read=_reader(like, read), overwrite=overwrite, progress=progress
+    )
+    if left:
+        note(f"not copied from {like}: {', '.join(left)}")
+
+
+def verified(made: Combination, out: Path, which: str | None, like: Path | None, read: Read) -> int:
+    """Reads the result back, and compares; the number of tensors."""
+    from polyak import checkpoints, offline
+
+    if like is None:
+        written = checkpoints.read(out)
+        weights = written.weights()
+    else:
+        written = _reader(out, read)(out)
+        weights = written.weights(which)
+    written.verify()
+    return offline.verify(made, weights)
+
+
+def _reader(like: Path, read: Read) -> Read:
+    """The reader of the inputs, if it reads this checkpoint too; else the plain one.
+
+    A folder of Hugging Face's has no prefix that the inputs may have.
+    """
+    from polyak import checkpoints
+
+    try:
+        read(like)
+    except ValueError:
+        return checkpoints.read
+    return read
+
+
+def print_forecast(files: Sequence[Path], made: Combination, *, json: bool) -> None:
+    from polyak import offline
+
+    about = offline.forecast(made)
+    if json:
+        print_json({**about._asdict(), "tensors": len(made), "terms": _terms(files, made)})
+        return
+    _print_terms(files, made)
+    sizes = f"{size_text(about.read_bytes)} to read, {size_text(about.written_bytes)} to write"
+    say(f"{len(made)} tensors of {len(files)} files: {sizes}, about {about.seconds:.1f} s")
+
+
+def print_written(
+    files: Sequence[Path],
+    made: Combination,
+    out: Path,
+    seconds: float,
+    checked: int | None,
+    *,
+    json: bool,
+) -> None:
+    size = sum(spec.nbytes for spec in made.specs.values())
+    if json:
+        about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
+        about |= {} if checked is None else {"verified": checked}
+        terms = _terms(files, made)
+        print_json({**about, "left": made.left, "norms": made.norms, "terms": terms})
+    else:
+        if len(files) <= _FEW:
+            _print_terms(files, made)
+        done = f"{len(made)} tensors of {len(files)} files, {size_text(size)}, {seconds:.1f} s"
+        said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
+        say(f"{out}: {done}{said}")
+    note_left(made.left)
+    note_norms(made.norms)
+
+
+def _terms(files: Sequence[Path], made: Combination) -> list[dict[str, object]]:
+    shares = made.coefficients.tolist()
+    return [{"file": str(f), "coefficient": c} for f, c in zip(files, shares, strict=True)]
+
+
+def _print_terms(files: Sequence[Path], made: Combination) -> None:
+    shares = made.coefficients.tolist()
+    rows = [(str(file), f"{share:.6g}") for file, share in zip(files, shares, strict=True)]
+    print_table(("file", "coefficient"), rows)

@@ -1,0 +1,259 @@
+"""Averages in the form of their inputs: the weights are new, and everything else is what it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import polyak
+from cli_runs import run as command
+from polyak import Averager, checkpoints, offline
+from polyak.checkpoints._like import _far_place
+
+
+class Strange:
+    """An object that the reader knows nothing of."""
+
+    def __init__(self) -> None:
+        self.settings = {"lr": 0.1, "names": ["a", "b"]}
+
+
+def training(value: float) -> dict[str, Any]:
+    """Weights of every kind, and what trainings save beside them."""
+    tied, whole = torch.full((5, 2), value), torch.arange(20.0) + value
+    model = OrderedDict(
+        plain=torch.full((3, 4), value),
+        by_columns=(torch.arange(6.0) * value).reshape(2, 3).t(),
+        within_another=whole[4:8],
+        embedding=tied,
+        head=tied,
+        half=torch.full((7,), value, dtype=torch.bfloat16),
+        count=torch.tensor(int(value)),
+        empty=torch.ones(0),
+        complex=torch.full((2,), value * 1j),
+    )
+    return {
+        "model": model,
+        "args": argparse.Namespace(lr=0.1),
+        "strange": Strange(),
+        "optimizer": {"state": {0: {"exp_avg": torch.full((3, 4), 7.0)}}, "param_groups": [{}]},
+        "rest": whole[8:],
+        "step": int(value),
+    }
+
+
+def zipped(path: Path, held: Any) -> None:
+    torch.save(held, path)
+
+
+def before_1_6(path: Path, held: Any) -> None:
+    torch.save(held, path, _use_new_zipfile_serialization=False)
+
+
+def without_checksums(path: Path, held: Any) -> None:
+    from torch.serialization import set_crc32_options
+
+    set_crc32_options(False)
+    try:
+        torch.save(held, path)
+    finally:
+        set_crc32_options(True)
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """Every part of a structure by its place."""
+    parts = value if isinstance(value, dict) else {}
+    if isinstance(value, (argparse.Namespace, Strange)):
+        parts = vars(value)
+    if isinstance(value, list):
+        parts = dict(enumerate(value))
+    within = {f"{key}.{k}": v for key, part in parts.items() for k, v in flat(part).items()}
+    return within or {"": value}
+
+
+@pytest.mark.parametrize("save", [zipped, before_1_6, without_checksums])
+class TestFilesOfTorch:
+    @pytest.fixture
+    def files(self, save: Callable[[Path, Any], None], tmp_path: Path) -> list[Path]:
+        for value in (1.0, 2.0, 6.0):
+            save(tmp_path / f"step-{value:g}.pt", training(value))
+        return sorted(tmp_path.iterdir())
+
+    def test_only_the_weights_change(self, files: list[Path], tmp_path: Path) -> None:
+        made = offline.average(files, [0.5, 0.25, 0.25])
+        assert checkpoints.write_like(tmp_path / "new.pt", files[1], made) == []
+        new, old = (torch.load(p, weights_only=False) for p in (tmp_path / "new.pt", files[1]))
+        assert list(new) == list(old) and type(new["model"]) is OrderedDict
+        for name, tensor in made.items():
+            assert torch.equal(new["model"][name], tensor), name
+        for part in ("args", "strange", "optimizer", "rest", "step"):
+            got, wanted = flat({part: new[part]}), flat({part: old[part]})
+            assert got.keys() == wanted.keys()
+            for place, value in wanted.items():
+                assert (
+                    torch.equal(got[place], value)
+                    if torch.is_tensor(value)
+                    else got[place] == value
+                )
+        for name in made:
+            assert new["model"][name].stride() == old["model"][name].stride()
+        assert new["model"]["head"].data_ptr() == new["model"]["embedding"].data_ptr()
+
+    def test_its_checksums_are_those_of_its_content(
+        self, files: list[Path], tmp_path: Path
+    ) -> None:
+        checkpoints.write_like(tmp_path / "new.pt", files[0], offline.average(files))
+        checkpoints.read(tmp_path / "new.pt").verify()
+        if zipfile.is_zipfile(files[0]):
+            with zipfile.ZipFile(files[0]) as archive:
+                summed = any(entry.CRC for entry in archive.infolist())
+            with zipfile.ZipFile(tmp_path / "new.pt") as archive:
+                assert (archive.testzip() is None) == summed
+                entries = archive.infolist()
+            content = (tmp_path / "new.pt").read_bytes()
+            for entry in entries:  # torch writes a descriptor behind each record
+                crc = b"PK\7\10" + entry.CRC.to_bytes(4, "little")
+                assert crc + entry.file_size.to_bytes(4, "little") in content
+
+    def test_by_the_command(self, files: list[Path], tmp_path: Path) -> None:
+        out = tmp_path / "new.ckpt"
+        done = command(
+            "average", tmp_path, "--steps", "1:2", "--like", files[-1], "--out", out, "--verify"
+        )
+        assert done.exit_code == 0, done.output
+        assert "9 tensors are the direct sums" in done.stdout
+        new = torch.load(out, weights_only=False)
+        assert new["model"]["plain"].unique().tolist() == [1.5] and new["step"] == 6
+        again = command("average", *files, "--like", files[-1], "--out", out)
+        assert again.exit_code == 2 and "--force replaces it" in again.stderr
+
+
+WRONG = {
+    "a name is missing": ({"a": torch.ones(2)}, "b"),
+    "a name too many": ({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, "c"),
+    "a shape": ({"a": torch.ones(2), "b": torch.ones(4)}, "b"),
+    "a dtype": ({"a": torch.ones(2), "b": torch.ones(3).double()}, "b"),
+}
+
+
+class TestWhatIsRefused:
+    @pytest.fixture
+    def like(self, tmp_path: Path) -> Path:
+        torch.save({"model": {"a": torch.ones(2), "b": torch.ones(3)}}, tmp_path / "like.pt")
+        return tmp_path / "like.pt"
+
+    @pytest.mark.parametrize("what", WRONG)
+    def test_other_weights(self, what: str, like: Path, tmp_path: Path) -> None:
+        weights, name = WRONG[what]
+        with pytest.raises(
+            ValueError, match=rf"the weights are not those of .*like.pt(.|\n)*{name}"
+        ):
+            checkpoints.write_like(tmp_path / "new.pt", like, weights)
+        assert [path.name for path in tmp_path.iterdir()] == ["like.pt"]
+
+    def test_tied_weights_that_differ(self, tmp_path: Path) -> None:
+        one = torch.ones(2)
+        torch.save({"a": one, "b": one}, tmp_path / "like.pt")
+        with pytest.raises(
+            ValueError, match="a and b are one tensor there, and the new ones differ"
+        ):
+            checkpoints.write_like(
+                tmp_path / "new.pt", tmp_path / "like.pt", {"a": one, "b": torch.zeros(2)}
+            )
+        assert [path.name for path in tmp_path.iterdir()] == ["like.pt"]
+        checkpoints.write_like(tmp_path / "new.pt", tmp_path / "like.pt", {"a": torch.zeros(2)})
+        assert torch.load(tmp_path / "new.pt")["b"].tolist() == [0, 0]
+
+    def test_a_form_that_cannot_be_filled(self, tmp_path: Path) -> None:
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        averager = Averager(nn.Linear(2, 1), "uniform()")
+        averager.update()
+        polyak.save(tmp_path / "ours.safetensors", averager)
+        weights = dict(checkpoints.read(tmp_path / "ours.safetensors").averages["average"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            save(weights, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        for like in ("ours.safetensors", "dcp"):
+            with pytest.raises(ValueError, match="so it cannot be replaced there; wanted a file"):
+                checkpoints.write_like(tmp_path / "new", tmp_path / like, weights)
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of Hugging Face's with two files of weights, and what its Trainer leaves there."""
+    like = tmp_path / "checkpoint-1"
+    like.mkdir()
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for name, file in files.items():
+        save_file({name: torch.ones(3, dtype=torch.bfloat16)}, like / file, {"format": "pt"})
+    (like / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "spm.model",
+    ):
+        (like / name).write_text(json.dumps({"of": name}))
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+        (like / name).write_text("the training's")
+    return like
+
+
+def test_a_folder_of_hugging_face(folder: Path, tmp_path: Path) -> None:
+    one = torch.ones(3, dtype=torch.bfloat16)
+    out = tmp_path / "new"
+    left = checkpoints.write_like(out, folder, {"a": 2 * one, "b": 3 * one})
+    assert sorted(left) == [
+        "optimizer.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "training_args.bin",
+    ]
+    assert load_file(out / "model-00001-of-00002.safetensors")["a"].tolist() == [2, 2, 2]
+    assert load_file(out / "model-00002-of-00002.safetensors")["b"].tolist() == [3, 3, 3]
+    kept = {path.name for path in folder.iterdir()} - set(left)
+    assert {path.name for path in out.iterdir()} == kept
+    for name in kept:
+        if not name.endswith(".safetensors"):
+            assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_tied_head_of_the_inputs_is_written_once(folder: Path, tmp_path: Path) -> None:
+    """A file of torch.save may have both names; the folder has one."""
+    for step in (1.0, 3.0):
+        tied = torch.full((3,), step, dtype=torch.bfloat16)
+        torch.save({"a": tied, "head": tied, "b": tied.clone()}, tmp_path / f"step-{step:g}.pt")
+    made = offline.average([tmp_path / "step-1.pt", tmp_path / "step-3.pt"])
+    checkpoints.write_like(tmp_path / "new", folder, made)
+    written = checkpoints.read(tmp_path / "new").weights()
+    assert sorted(written) == ["a", "b"] and written["a"].tolist() == [2, 2, 2]
+    assert offline.verify(made, written) == 2
+    files = [tmp_path / "step-1.pt", tmp_path / "step-3.pt"]
+    done = command("average", *files, "--like", folder, "--out", tmp_path / "by", "--verify")
+    assert done.exit_code == 0, done.output
+    assert "not copied from" in done.stderr and "optimizer.pt" in done.stderr
+
+
+def test_places_of_archives_beyond_4_gib() -> None:
+    """ZIP64: the extra field has the sizes that do not fit, then the place."""
+    aligned = b"FB\2\0ZZ"
+    sizes = (5 << 32).to_bytes(8, "little")
+    place = (6 << 32).to_bytes(8, "little")
+    assert _far_place(aligned + b"\1\0\x18\0" + sizes + sizes + place) == 6 << 32
+    assert _far_place(b"\1\0\x08\0" + place) == 6 << 32
+    with pytest.raises(ValueError, match="points at no record"):
+        _far_place(aligned)
