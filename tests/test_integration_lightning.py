@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch.utils.data import DataLoader
 
 from integration_contract import (
     EVERY,
@@ -23,68 +23,12 @@ from integration_contract import (
     STEPS,
     EvaluationError,
     Host,
-    Net,
     Outcome,
-    batches,
-    held_out,
-    loss,
-    net,
-    optimizer,
 )  # fmt: skip
+from lightning_modules import WARNINGS, Busy, Fused, Module, expected, made, trainer_of
 from polyak.integrations.lightning import AveragerCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{text}")
-    for text in (
-        r"`isinstance\(treespec, LeafSpec\)`",  # of Lightning on this torch
-        r"(?s).*does not have many workers",
-        r".*Checkpoint directory .* exists and is not empty",
-    )
-]
-
-
-def loader(found: Any) -> DataLoader[Any]:
-    """Batches that exist already, in their order."""
-    return DataLoader(found, batch_size=None)
-
-
-class Module(Net, LightningModule):
-    """The contract's network and data."""
-
-    skip = False
-
-    def training_step(self, batch: Any, _: int) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return loss(self, batch)
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        with torch.autocast("cpu", enabled=False):
-            self.log("val_loss", loss(self, batch))
-
-    def configure_optimizers(self) -> Any:
-        return optimizer(self)
-
-    def train_dataloader(self) -> Any:
-        done = self.current_epoch * EVERY
-        return loader(batches(skip=self.skip)[done : done + EVERY])
-
-    def val_dataloader(self) -> Any:
-        return loader(held_out())
-
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-def made(kind: type[Any] = Module, *args: Any) -> Any:
-    """A module with the first weights of the contract."""
-    module = kind(*args)
-    module.load_state_dict(net().state_dict(), strict=False)
-    return module
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
 
 def host(
@@ -99,7 +43,7 @@ def host(
     module.skip = skip
     metrics: list[dict[str, float]] = []
 
-    def look(trainer: Trainer, *_: Any) -> None:
+    def note(trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
             found = {k: v.item() for k, v in trainer.callback_metrics.items()}
             names = ["live", *RULES]
@@ -110,13 +54,8 @@ def host(
         folder, monitor=f"val_loss/{MONITORED}", filename="{step}", save_last=True
     )
     amp = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    trainer = Trainer(
-        max_epochs=until // EVERY,
-        reload_dataloaders_every_n_epochs=1,
-        callbacks=[average, best, LambdaCallback(on_validation_end=look)],
-        plugins=[amp] if skip else [],
-        **QUIET,
-    )
+    look = LambdaCallback(on_validation_end=note)
+    trainer = trainer_of(average, best, look, epochs=until // EVERY, plugins=[amp] if skip else [])
     try:
         trainer.fit(module, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=True)
     except EvaluationError:
@@ -134,3 +73,77 @@ def host(
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_contract(law: Callable[[Host, Path], None], tmp_path: Path) -> None:
     law(host, tmp_path)
+
+
+def test_a_fused_optimizer_counts_no_skipped_step() -> None:
+    average, module = AveragerCallback(RULES), made(Fused)
+    module.skip = True
+    amp = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    trainer_of(average, plugins=[amp], enable_checkpointing=False).fit(module)
+    assert average.averager is not None and average.averager.count == STEPS - 1
+
+
+@pytest.mark.slow
+def test_training_is_the_same_as_without_the_callback() -> None:
+    """Random numbers, progress, optimizer and metrics of the live weights do not depend on averages."""
+    runs = []
+    for callbacks in ([], [AveragerCallback(RULES)]):
+        trainer = trainer_of(
+            *callbacks, epochs=2, val_check_interval=0.5, enable_checkpointing=False
+        )
+        module = Busy()
+        trainer.fit(module)
+        runs.append((trainer, module))
+    (one, without), (two, module) = runs
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    plain = one.callback_metrics
+    assert {k: v for k, v in two.callback_metrics.items() if k in plain} == plain
+    assert len(two.callback_metrics) > len(plain)
+    states = [each._checkpoint_connector.dump_checkpoint() for each in (one, two)]
+    assert states[0]["loops"] == states[1]["loops"]
+    assert str(states[0]["optimizer_states"]) == str(states[1]["optimizer_states"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("separator", ["/", "@"])
+def test_every_average_is_evaluated_as_the_live_weights_are(separator: str) -> None:
+    """Lists, torchmetrics, groups of them, several loaders: each value is that of the weights it names."""
+    average = AveragerCallback(RULES, separator=separator)
+    seen: list[tuple[dict[str, Any], dict[str, float]]] = []
+
+    def note(trainer: Trainer, module: Any, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            assert average.averager is not None
+            weights = {"": module.state_dict()}
+            weights |= {separator + n: average.averager.average(n) for n in RULES}
+            copies = {k: {n: t.clone() for n, t in w.items()} for k, w in weights.items()}
+            seen.append((copies, {k: v.item() for k, v in trainer.callback_metrics.items()}))
+
+    look = LambdaCallback(on_validation_end=note, on_test_end=note)
+    options = {"enable_checkpointing": False, "num_sanity_val_steps": 0}
+    trainer = trainer_of(average, look, epochs=2, **options)
+    module = Busy()
+    trainer.fit(module)
+    returned = trainer.test(module, verbose=False)
+    assert len(seen) == 3
+    history: dict[str, list[dict[str, float]]] = {}
+    for weights, metrics in seen:
+        for suffix, state in weights.items():
+            if suffix and metrics is seen[-1][1]:
+                del history[suffix]  # another call of the Trainer; the module's own metrics go on
+            history.setdefault(suffix, []).append(values := expected(state))
+            values = {**values, "highest": max(each["list"] for each in history[suffix])}
+            values["cat"] = fmean(each["cat"] for each in history[suffix])
+            for name, value in values.items():
+                metric, slash, index = name.partition("/")
+                ends = "_epoch" * metric.endswith("_epoch")  # Lightning puts it last
+                named = metric.removesuffix("_epoch") + suffix + ends + slash + index
+                assert metrics[named] == pytest.approx(value, rel=1e-4), named
+    flat = {name: value for each in returned for name, value in each.items()}
+    assert (
+        flat.keys() <= seen[-1][1].keys()
+        and "loss@fast/dataloader_idx_1".replace("@", separator) in flat
+    )
+    assert all(seen[-1][1][name] == value for name, value in flat.items())
+    assert module.lengths == [5] * 9

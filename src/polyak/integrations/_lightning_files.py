@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from polyak import checkpoints
 from polyak.averager import Averager
@@ -43,9 +44,15 @@ def remove(checkpoint: Path | str, names: Sequence[str]) -> None:
     shutil.rmtree(parts(checkpoint, names), ignore_errors=True)
 
 
-def told(checkpoint: str, name: str) -> str:
-    """What a checkpoint that was best by an average's metric holds, and where the average is."""
-    return (
-        f"{exported(checkpoint, name)} is the average that was best; {checkpoint} has the live "
-        "weights of that step, and the averages' state"
-    )
+def bests(callbacks: Sequence[Any], names: Sequence[str], separator: str) -> Iterator[str]:
+    """Lines that say which weights are best, for each checkpoint that is best by an average's metric."""
+    for callback in callbacks:
+        monitor = str(getattr(callback, "monitor", ""))
+        checkpoint = getattr(callback, "best_model_path", "")
+        metric = monitor.partition("/dataloader_idx_")[0].removesuffix("_epoch")
+        for name in names:
+            if checkpoint and metric.endswith(separator + name):
+                yield (
+                    f"best {monitor}: {exported(checkpoint, name)} is the average that was best; "
+                    f"{checkpoint} has the live weights of that step, and the averages' state"
+                )

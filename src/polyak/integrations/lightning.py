@@ -139,11 +139,8 @@ class AveragerCallback(Callback):
             self._attachment = averager.attach(moving(averager, trainer.optimizers), scaler)
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
-        for best in trainer.checkpoint_callbacks:
-            monitor, path = getattr(best, "monitor", None), getattr(best, "best_model_path", "")
-            for name in self.names:
-                if path and str(monitor).endswith(self.separator + name):
-                    rank_zero_info(f"best {monitor}: {files.told(path, name)}")
+        for line in files.bests(trainer.checkpoint_callbacks, self.names, self.separator):
+            rank_zero_info(line)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._attachment is not None:

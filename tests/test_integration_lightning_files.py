@@ -1,0 +1,351 @@
+"""The Lightning callback: checkpoints and the files beside them, steps, several runs, bad input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, load_model
+
+from integration_contract import EVERY, LR, RULES, STEPS, batches, evaluate, net, plain
+from lightning_modules import WARNINGS, Module, made, trainer_of
+from polyak import Averager, theory
+from polyak.integrations.lightning import AveragerCallback
+
+pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in WARNINGS)]
+BEST = 2 * EVERY + EVERY  # the step at which `fast` is best, as the contract checks
+
+
+def averages(callback: AveragerCallback) -> dict[str, dict[str, torch.Tensor]]:
+    assert callback.averager is not None
+    return {name: callback.averager.average(name) for name in callback.names}
+
+
+def require_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_hold_live_weights_and_the_averages_lie_beside(
+    tmp_path: Path, weights_only: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with `save_weights_only`; what Lightning removes, and links, takes its averages along."""
+    average = AveragerCallback(RULES)
+    best = ModelCheckpoint(
+        tmp_path, monitor="val_loss/fast", filename="{step}", save_weights_only=weights_only
+    )
+    each = ModelCheckpoint(tmp_path / "each", save_top_k=-1, filename="{step}")
+    trainer, module = trainer_of(average, best, each), made()
+    caplog.set_level("INFO")
+    trainer.fit(module)
+    assert Path(best.best_model_path).name == f"step={BEST}.ckpt"
+    assert f"step={BEST}.fast.safetensors is the average that was best" in caplog.text
+    names = {f"step={BEST}.ckpt", *(f"step={BEST}.{name}.safetensors" for name in RULES)}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == names
+    assert len(list((tmp_path / "each").iterdir())) == STEPS // EVERY * 3
+    for step in range(EVERY, STEPS + 1, EVERY):
+        path, wanted = tmp_path / "each" / f"step={step}.ckpt", plain(step)
+        require_equal(torch.load(path, weights_only=True)["state_dict"], wanted.live)
+        require_equal(Module.load_from_checkpoint(path).state_dict(), wanted.live)
+        for name in RULES:
+            require_equal(load_file(average.exported(path, name)), wanted.averages[name])
+    fresh = made()
+    load_model(fresh, average.exported(best.best_model_path, "fast"))
+    require_equal(fresh.state_dict(), plain(BEST).averages["fast"])
+    assert best.best_model_score == pytest.approx(evaluate(fresh.state_dict()))
+    require_equal(
+        torch.load(best.best_model_path, weights_only=True)["state_dict"], plain(BEST).live
+    )
+
+
+def test_a_checkpoint_by_hand_and_one_average(tmp_path: Path) -> None:
+    average = AveragerCallback("exponential(0.6)")
+    trainer, module = trainer_of(average, enable_checkpointing=False), made()
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "final.ckpt")
+    assert average.exported(tmp_path / "final.ckpt") == tmp_path / "final.average.safetensors"
+    require_equal(load_file(tmp_path / "final.average.safetensors"), plain().averages["fast"])
+
+
+def test_monitors_see_the_metrics_of_averages() -> None:
+    """EarlyStopping by the average alone: `fast` improves by less than 0.1 at the third evaluation."""
+    stop = EarlyStopping("val_loss/fast", min_delta=0.1, patience=1)
+    trainer = trainer_of(AveragerCallback(RULES), stop, enable_checkpointing=False)
+    trainer.fit(made())
+    assert trainer.global_step == 3 * EVERY
+
+
+def test_a_test_of_the_best_checkpoint_evaluates_its_averages(tmp_path: Path) -> None:
+    """In the same process, and in another with a new callback."""
+    average = AveragerCallback(RULES)
+    best = ModelCheckpoint(tmp_path, monitor="val_loss/fast", filename="{step}")
+    trainer, module = trainer_of(average, best), made()
+    trainer.fit(module)
+    wanted = {"test_loss": evaluate(plain(BEST).live)}
+    wanted |= {f"test_loss/{n}": evaluate(plain(BEST).averages[n]) for n in RULES}
+    path = best.best_model_path
+    for runner in (trainer, trainer_of(AveragerCallback(RULES), enable_checkpointing=False)):
+        (got,) = runner.test(made(), ckpt_path=path, verbose=False, weights_only=True)
+        assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_no_average_is_seen_before_there_is_one() -> None:
+    """Neither `validate` before the training, nor the sanity check of any fit, sees an average."""
+    average = AveragerCallback(RULES)
+    trainer, module = trainer_of(average, epochs=2, enable_checkpointing=False), made()
+    (got,) = trainer.validate(module, verbose=False)
+    assert list(got) == ["val_loss"]
+    passes: list[bool] = []
+    step = module.validation_step
+
+    def noted(*args: Any) -> None:
+        passes.append(trainer.sanity_checking)
+        step(*args)
+
+    module.validation_step = noted
+    for epochs in (2, 4):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module)
+    assert passes == 2 * ([True] * 2 + [False] * 2 * 2 * 3)
+
+
+def test_start_is_the_number_of_steps_before_the_first_update(tmp_path: Path) -> None:
+    average = AveragerCallback("exponential(0.6)", start=5)
+    never = AveragerCallback({"never": "uniform()"}, start=100)
+    trainer, module = trainer_of(average, never, default_root_dir=tmp_path), made()
+    trainer.fit(module)
+    require_equal(module.state_dict(), plain().live)
+    assert average.averager is not None and average.averager.count == STEPS - 5
+    model = net()
+    steps, wanted = torch.optim.SGD(model.parameters(), LR, 0.5), None
+    for number, batch in enumerate(batches()):
+        torch.nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+        steps.step()
+        steps.zero_grad()
+        if number == 5:
+            wanted = Averager(model, "exponential(0.6)")
+        if wanted is not None:
+            wanted.update()
+    assert wanted is not None
+    require_equal(average.averager.average(), wanted.average())
+    assert never.averager is not None and never.averager.count == 0
+    assert not any("never" in name for name in trainer.callback_metrics)
+    assert not list(tmp_path.rglob("*never*"))
+
+
+class Two(Module):
+    """Two optimizers by hand: the second steps in every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, number: int) -> None:
+        optimizers: Any = self.optimizers()
+        first, second = optimizers
+        super().training_step(batch, number).backward()
+        first.step()
+        if number % 2 == 0:
+            second.step()
+        first.zero_grad()
+        second.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.body[i].parameters(), lr=LR) for i in (0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "rules", "count"),
+    [
+        (Module, {"accumulate_grad_batches": 2}, {}, 8),  # the last of an epoch's three counts too
+        (Module, {}, {"every": 4}, 3),
+        (Two, {}, {"select": "body.0.*"}, 12),
+        (Two, {}, {"select": "body.3.*"}, 8),
+        (Two, {}, {}, 8),  # an update follows when each optimizer has stepped
+    ],
+)
+def test_optimizer_steps_are_counted(
+    kind: Any, options: dict[str, Any], rules: dict[str, Any], count: int
+) -> None:
+    average = AveragerCallback("uniform()", **rules)
+    trainer_of(average, enable_checkpointing=False, **options).fit(made(kind))
+    assert average.averager is not None and average.averager.count == count
+
+
+def test_two_callbacks(tmp_path: Path) -> None:
+    one, two = (AveragerCallback({name: rule}) for name, rule in RULES.items())
+    best = ModelCheckpoint(tmp_path, monitor="val_loss/fast", filename="{step}")
+    trainer, module = trainer_of(one, two, best), made()
+    trainer.fit(module)
+    require_equal(averages(one)["fast"], plain().averages["fast"])
+    require_equal(averages(two)["slow"], plain().averages["slow"])
+    wanted = {"val_loss": plain().metrics[-1]["live"]}
+    wanted |= {f"val_loss/{name}": plain().metrics[-1][name] for name in RULES}
+    got = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert got == pytest.approx(wanted, rel=1e-5)
+    assert len(list(tmp_path.iterdir())) == 3
+    again = [AveragerCallback({name: rule}) for name, rule in RULES.items()]
+    trainer_of(*again, enable_checkpointing=False).fit(
+        made(), ckpt_path=best.best_model_path, weights_only=True
+    )
+    require_equal(averages(again[1])["slow"], plain().averages["slow"])
+
+
+def test_ctrl_c_in_a_validation_leaves_the_live_weights(tmp_path: Path) -> None:
+    average = AveragerCallback(RULES)
+    trainer, module = trainer_of(average, default_root_dir=tmp_path), made()
+    step = module.validation_step
+
+    def interrupted(*args: Any) -> None:
+        if average.averager is not None:
+            assert not torch.equal(module.body[0].weight, plain(EVERY).live["body.0.weight"])
+            signal.raise_signal(signal.SIGINT)
+        step(*args)
+
+    module.validation_step = interrupted
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(module)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    require_equal(module.state_dict(), plain(EVERY).live)
+    require_equal(averages(average)["fast"], plain(EVERY).averages["fast"])
+
+
+def test_fit_again_goes_on_and_another_model_begins_anew() -> None:
+    average = AveragerCallback(RULES)
+    trainer, module = trainer_of(average, epochs=2, enable_checkpointing=False), made()
+    trainer.fit(module)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module)
+    assert average.averager is not None and average.averager.count == STEPS
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(made())
+    assert average.averager is not None and average.averager.count == EVERY
+    require_equal(averages(average)["slow"], plain(EVERY).averages["slow"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_the_callback_has_its_averages(
+    copied: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    average = AveragerCallback(RULES)
+    fitted(tmp_path, average)
+    again = copied(copied(average))
+    (got,) = trainer_of(again, enable_checkpointing=False).validate(made(), verbose=False)
+    wanted = plain(2 * EVERY).metrics[-1]
+    assert [got[f"val_loss/{name}"] for name in RULES] == pytest.approx([wanted[n] for n in RULES])
+    require_equal(averages(average)["slow"], averages(again)["slow"])
+
+
+def test_hyper_parameters_say_what_is_averaged(tmp_path: Path) -> None:
+    average = AveragerCallback({"ema": "exponential(0.6)"}, every=2)
+    logger = CSVLogger(tmp_path)
+    trainer_of(average, logger=logger, enable_checkpointing=False, log_every_n_steps=1).fit(made())
+    told = logger.experiment.hparams
+    seen = theory.explain("exponential(0.6)", STEPS, every=2)
+    assert told["ema/rule"] == "exponential(0.6)"
+    assert (told["ema/half_life"], told["ema/mean_age"]) == (seen.half_life, seen.mean_age)
+
+
+def fitted(folder: Path, *callbacks: Any, **options: Any) -> tuple[Trainer, Any]:
+    trainer = trainer_of(*callbacks, ModelCheckpoint(folder, save_last=True, **options), epochs=2)
+    module = made()
+    trainer.fit(module)
+    return trainer, module
+
+
+def resume(folder: Path, *callbacks: Any) -> Trainer:
+    trainer = trainer_of(*callbacks, enable_checkpointing=False)
+    trainer.fit(made(), ckpt_path=folder / "last.ckpt", weights_only=True)
+    return trainer
+
+
+class Clashing(Module):
+    def validation_step(self, batch: Any, number: int) -> None:
+        super().validation_step(batch, number)
+        self.log("val_loss/average", 0.0)
+
+
+ONE = "exponential(0.6)"
+BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "an unknown option": (lambda _: AveragerCallback(ONE, evry=2), TypeError, "evry"),
+    "a bad rule": (lambda _: AveragerCallback("mean()"), ValueError, "mean"),
+    "a bad start": (lambda _: AveragerCallback(ONE, start=-1), ValueError, "start is -1, wanted"),
+    "no separator": (lambda _: AveragerCallback(ONE, separator=""), ValueError, "separator is ''"),
+    "the same callback twice": (
+        lambda _: trainer_of(AveragerCallback(ONE), AveragerCallback(ONE)),
+        RuntimeError,
+        "AveragerCallback",
+    ),
+    "one name in two callbacks": (
+        lambda _: trainer_of(AveragerCallback(RULES), AveragerCallback({"fast": ONE})).fit(made()),
+        ValueError,
+        "two callbacks average 'fast'; give each average its own name",
+    ),
+    "a metric of that name": (
+        lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(made(Clashing)),
+        ValueError,
+        "'val_loss/average', wanted a name that no average has",
+    ),
+    "another model": (
+        lambda folder: fitted(folder, AveragerCallback(ONE))[0].test(made()),
+        ValueError,
+        "the averages are of another model than this; pass its ckpt_path",
+    ),
+    "another rule": (
+        lambda folder: (
+            fitted(folder, AveragerCallback(ONE)),
+            resume(folder, AveragerCallback("exponential(0.7)")),
+        ),
+        ValueError,
+        "last.ckpt: load_state_dict: other rules",
+    ),
+    "another name": (
+        lambda folder: (
+            fitted(folder, AveragerCallback({"ema": ONE})),
+            resume(folder, AveragerCallback({"mean": ONE})),
+        ),
+        ValueError,
+        r"last.ckpt has the averages of AveragerCallback\(ema\), and none of AveragerCallback\(mean\)",
+    ),
+    "a checkpoint without averages": (
+        lambda folder: (fitted(folder), resume(folder, AveragerCallback(ONE))),
+        ValueError,
+        "last.ckpt has no averages and is of step 6, .* pass start=6 to begin them here",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_an_error_with_its_cure(what: str, tmp_path: Path) -> None:
+    call, kind, words = BAD[what]
+    with pytest.raises(kind, match=words):
+        call(tmp_path)
+
+
+def test_an_average_can_begin_in_an_old_run(tmp_path: Path) -> None:
+    """The cure that the error names."""
+    fitted(tmp_path)
+    average = AveragerCallback(ONE, start=6)
+    resume(tmp_path, average)
+    assert average.averager is not None and average.averager.count == 6
+
+
+def test_a_test_of_weights_alone_warns(tmp_path: Path) -> None:
+    """The averager still has the last averages, which are not those of the checkpoint."""
+    trainer, module = fitted(tmp_path, AveragerCallback(RULES), save_weights_only=True)
+    with pytest.warns(UserWarning, match="has no averages: only live weights are evaluated"):
+        (got,) = trainer.test(module, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert list(got) == ["test_loss"]
