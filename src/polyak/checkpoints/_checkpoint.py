@@ -79,6 +79,7 @@ class Checkpoint:
         ticks: the average's name -> the clock of its rule, in polyak's own files.
         aside: name -> how many objects of that class lie beside the weights and were not read, since
             only their own code could make them.
+        shapes: of tensors by name, where the file tells them beside its tensors.
         left: what -> how many of its tensors are neither live weights nor in an average: an optimizer's
             state, another model.
         refused: the average's name -> why it is not in `averages`.
@@ -97,6 +98,7 @@ class Checkpoint:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     ticks: Mapping[str, Tick] = field(default_factory=dict)
     aside: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     left: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)

@@ -24,6 +24,7 @@ from polyak.checkpoints._read import read
 from polyak.checkpoints._safetensor_files import narrowed
 from polyak.checkpoints._save import save
 from polyak.checkpoints._sharded_export import Spread, write_together
+from polyak.checkpoints._unfit import placeholder, unfit
 from polyak.checkpoints._weight_files import write
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule
@@ -106,6 +107,8 @@ def export(
         weights: Weights = joined(held, source.weights(name))
     elif isinstance(source, Checkpoint):
         model, weights = _of_checkpoint(source, name)
+        if placeholder(model, source.shapes):
+            raise ValueError(f"{source.path}: {unfit(model, source.shapes)}")
     else:
         got = type(source).__name__
         raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")

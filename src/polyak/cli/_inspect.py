@@ -64,6 +64,8 @@ def inspect(
         say(f"left aside: {left_text(description.left)}")
     for name, reason in description.refused.items():
         say(f"{name} was not read: {reason}")
+    if description.unfit:
+        say(f"cannot be averaged: {description.unfit}")
     _print_aside(description)
     if description.verified:
         say("verified: no damage found")

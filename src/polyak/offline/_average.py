@@ -12,6 +12,7 @@ import torch
 from polyak._checks import require
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._read import read
+from polyak.checkpoints._unfit import unfit
 from polyak.offline._combination import Combination, Source
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile, coefficients
@@ -75,7 +76,10 @@ def opened(files: Sequence[os.PathLike[str] | str | Checkpoint], which: str | No
 
 
 def _source(found: Checkpoint, which: str | None) -> Source:
-    return Source(str(found.path), found.weights(which), found.left)
+    held = found.weights(which)
+    if problem := unfit(held.specs, found.shapes):
+        raise ValueError(f"{found.path}: {problem}")
+    return Source(str(found.path), held, found.left)
 
 
 def _coefficients(

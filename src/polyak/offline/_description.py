@@ -19,6 +19,7 @@ from polyak.checkpoints._own_format import checkpoint as checkpoint_of
 from polyak.checkpoints._read import read, read_source
 from polyak.checkpoints._snapshots import Snapshot, snapshots
 from polyak.checkpoints._sniff import sniff
+from polyak.checkpoints._unfit import unfit
 from polyak.rules import Rule
 from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients
@@ -86,7 +87,8 @@ class Description:
     statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` tells
     how many objects of each class were not read, because only their own code could make them. `left` tells
     what of the file is neither live weights nor an average, with its number of tensors, and `refused`
-    why an average is not listed.
+    why an average is not listed. `unfit` says why an average of these weights would mean nothing; "" if
+    it would.
     `verified` is True if everything was compared with its checksums.
     """
 
@@ -101,6 +103,7 @@ class Description:
     aside: dict[str, int]
     left: dict[str, int]
     refused: dict[str, str]
+    unfit: str
     recorded: Recorded | None = None
     verified: bool = False
 
@@ -181,6 +184,7 @@ def _described(
         aside=dict(found.aside),
         left=dict(found.left),
         refused=dict(found.refused),
+        unfit=unfit(shown, found.shapes),
         recorded=recorded,
     )
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+
 from polyak._lazy import LazyTensors, joined
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
-from polyak.checkpoints._names import NamesNeededError, named
+from polyak.checkpoints._names import NamesNeededError, canonical_names, named
 from polyak.checkpoints._peers.common import Found, count, tensors, weights
 from polyak.checkpoints._peers.libraries import described
 from polyak.checkpoints._peers.own_state import own_state
@@ -157,8 +159,17 @@ def _checkpoint(
         {name: each.rule for name, each in named.items() if each.rule is not None},
         clocks.pop() if len(clocks) == 1 else None,
         ticks={name: each.tick for name, each in named.items() if each.tick is not None},
+        shapes=_shapes(found.top.get("param_shapes")),
         refused=refused,
     )
+
+
+def _shapes(told: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights, which DeepSpeed writes beside them: those of each group by name."""
+    groups = told if isinstance(told, (list, tuple)) else [told]
+    shapes = [item for group in groups if isinstance(group, dict) for item in group.items()]
+    held = {str(name): tuple(shape) for name, shape in shapes if isinstance(shape, torch.Size)}
+    return {plain: held[name] for plain, name in canonical_names(held).items()}
 
 
 def _by_label(averages: list[_Average]) -> dict[str, _Average]:
@@ -206,11 +217,8 @@ def _unused(part: Part, used: set[Any]) -> dict[str, int]:
     if not isinstance(part.held, (LazyTensors, list)) and not part.named and not part.loose:
         return {f"{part.label} (a pickled {part.held.name})": 1}
     held = part.tensors()
-    names = [
-        name
-        for name, spec in held.specs.items()
-        if spec.numel > 1 and not used & set(held.origins(name))
-    ]
+    names = [name for name in held if not used & set(held.origins(name))]
+    names = [name for name in names if held.specs[name].numel > 1]
     if not part.label or part.loose:
         firsts = [".".join(filter(None, (part.label, name.split(".")[0]))) for name in names]
         return {first: firsts.count(first) for first in dict.fromkeys(firsts)}

@@ -1,0 +1,128 @@
+"""Weights whose average would mean nothing are refused by kind, and what only looks alike is averaged."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cli_runs import run
+from polyak import checkpoints, offline
+
+State = dict[str, Tensor]
+
+
+def net(value: float) -> State:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    for tensor in model.state_dict().values():
+        tensor.fill_(value)
+    return model.state_dict()
+
+
+def zero3(size: int) -> dict[str, Any]:
+    """What DeepSpeed writes for a rank: placeholders, and the shapes that the weights have."""
+    shapes = [OrderedDict((f"module.{name}", tensor.shape) for name, tensor in net(1).items())]
+    held = {f"module.{name}": torch.ones(size) for name in net(1)}
+    return {"module": held, "param_shapes": shapes, "ds_version": "0.14"}
+
+
+def packed(weight: str, dtype: torch.dtype, *scales: str, rows: int = 4) -> State:
+    beside = {name: torch.ones(rows) for name in scales}
+    return {weight: torch.ones(rows, 8).to(dtype), **beside, "norm.weight": torch.ones(4)}
+
+
+def lora() -> State:
+    model = peft.get_peft_model(
+        nn.Sequential(OrderedDict(q=nn.Linear(4, 4))), peft.LoraConfig(r=2, target_modules=["q"])
+    )
+    return dict(peft.get_peft_model_state_dict(model))
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "ZeRO-3, empty": (zero3(0), r"weight has shape \(0,\): DeepSpeed ZeRO-3 .* zero_to_fp32\.py"),
+    "ZeRO-3, one element": (zero3(1), r"weight has shape \(1,\): DeepSpeed ZeRO-3"),
+    "ZeRO-3 through transformers": (
+        {name: torch.ones(0) for name in net(1)}, r"DeepSpeed ZeRO-3",
+    ),
+    "ZeRO-3, one element, without shapes": (
+        {name: torch.ones(1) for name in net(1)}, r"DeepSpeed ZeRO-3",
+    ),
+    "ZeRO-3, small weights are there": (
+        {**net(1), "3.weight": torch.ones(0)}, r"3\.weight has shape \(0,\)",
+    ),
+    "GPTQ": (packed("l.qweight", torch.int32, "l.qzeros", "l.scales"), r"l\.qweight \(int32 of shape"),
+    "AWQ": (packed("model.l.qweight", torch.int32, "model.l.scales"), "Dequantise the model"),
+    "bitsandbytes nf4": (
+        packed("l.weight", torch.uint8, "l.weight.absmax", "l.weight.quant_map",
+               "l.weight.quant_state.bitsandbytes__nf4"), r"l\.weight \(uint8",
+    ),
+    "bitsandbytes int8": (packed("l.weight", torch.int8, "l.SCB"), r"l\.weight \(int8"),
+    "fp8 with scales": (packed("l.weight", torch.float8_e4m3fn, "l.weight_scale"), r"l\.weight \(float8"),
+    "fp8 with inverse scales": (
+        packed("l.weight", torch.float8_e4m3fn, "l.weight_scale_inv"), r"l\.weight \(float8",
+    ),
+    "fp8 with scales of inputs": (
+        packed("l.weight", torch.float8_e5m2, "l.input_scale"), r"l\.weight \(float8",
+    ),
+    "compressed-tensors": (packed("l.weight_packed", torch.int32, "l.weight_scale"), "l.weight_packed"),
+    "HQQ": (packed("l.W_q", torch.uint8, "l.scale", "l.zero"), r"l\.W_q"),
+    "blocks with scales of integers": (
+        {"e.down_proj_blocks": torch.ones(2, 8, dtype=torch.uint8),
+         "e.down_proj_scales": torch.ones(2, dtype=torch.uint8)}, "down_proj_blocks",
+    ),
+    "at the top": (packed("weight", torch.int8, "weight_scale"), r"weight \(int8"),
+    "peft": (lora(), r"lora_A\.weight is a factor of an adapter \(LoRA\).* merge_and_unload"),
+    "kohya": ({"lora_unet_q.lora_down.weight": torch.ones(2, 4),
+               "lora_unet_q.lora_up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
+    "diffusers": ({"q.processor.to_q_lora.down.weight": torch.ones(2, 4),
+                   "q.lora.up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
+    "LoKr": ({"q.lokr_w1": torch.ones(2, 4), "q.lokr_w2": torch.ones(4, 2)}, "is a factor of an adapter"),
+    "LoHa": ({"q.hada_w1_a": torch.ones(2, 4)}, "is a factor of an adapter"),
+}  # fmt: skip
+ALIKE: dict[str, State] = {
+    "a scale that is learned beside an index": {
+        "attn.logit_scale": torch.ones(2), "attn.relative_position_index": torch.ones(4, 4).long(),
+    },
+    "a scale that is learned beside a mask": {
+        "attn.scale": torch.ones(2), "attn.mask": torch.ones(4, 4, dtype=torch.uint8),
+        "attn.weight": torch.ones(2, 2),
+    },
+    "integers alone": {"l.weight": torch.ones(2, 2, dtype=torch.int32), "l.bias": torch.ones(2)},
+    "a small model": {name: torch.ones(1) for name in "abcde"},
+    "a norm of one feature": {"n.weight": torch.ones(1), "n.bias": torch.ones(1), "l.weight": torch.ones(1, 3)},
+    "an empty buffer": {**net(1), "cache": torch.ones(0)},
+    "8-bit floats alone": {"l.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)},
+    "a module called lora": {"explorer.weight": torch.ones(2, 2), "lora.weight": torch.ones(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), UNFIT.values(), ids=UNFIT)
+def test_what_has_no_average_is_refused_by_kind(
+    tmp_path: Path, content: dict[str, Any], message: str
+) -> None:
+    """And `inspect` says so of a file that it describes."""
+    torch.save(content, tmp_path / "it.pt")
+    with pytest.raises(ValueError, match=rf"it\.pt: .*{message}"):
+        offline.average([tmp_path / "it.pt"] * 2)
+    result = run("average", *[tmp_path / "it.pt"] * 2, "--out", tmp_path / "mean.safetensors")
+    assert result.exit_code == 2 and not (tmp_path / "mean.safetensors").exists()
+    assert "cannot be averaged: " in run("inspect", tmp_path / "it.pt").output
+
+
+@pytest.mark.parametrize("content", ALIKE.values(), ids=ALIKE)
+def test_what_only_looks_alike_is_averaged(tmp_path: Path, content: State) -> None:
+    torch.save(content, tmp_path / "it.pt")
+    assert set(offline.average([tmp_path / "it.pt"] * 2)) == set(content)
+
+
+def test_placeholders_are_not_exported_either(tmp_path: Path) -> None:
+    torch.save(zero3(0), tmp_path / "it.pt")
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        checkpoints.export(
+            tmp_path / "out.safetensors", checkpoints.read(tmp_path / "it.pt"), "live"
+        )
