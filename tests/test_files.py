@@ -20,13 +20,11 @@ from patience import HANG
 from polyak import _files as files
 from polyak._files import making_folder, writing, writing_folder
 
-# A process that has only this module: it starts in a moment, so many can be killed.
-LOAD = f"""
-import importlib.util, os, sys, time
+# A process without torch: it starts in a moment, so many can be killed.
+LOAD = """
+import os, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", {polyak._files.__file__!r})
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
+from polyak import _files as files
 place = Path(sys.argv[1])
 """
 # Version n of a file is 1 MB of the byte n, and of a folder two such files.

@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("_contract", set()),
     ("specs", set()),
     ("theory", {"numpy"}),
+    ("_system", {"filelock"}),
     ("_files", set()),
     ("_hold", set()),
     ("_tensors", {"torch"}),

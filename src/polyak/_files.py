@@ -6,13 +6,13 @@ process that is killed at any moment leaves the last complete file, or none, and
 The next write into that folder from the same host removes the hidden file, unless a process still
 has it open. A lock tells that. Another host may not see the lock (on NFS a folder's lock is local),
 so what another host left is removed after a day. Where a file system has no locks, it stays.
+
+Windows has no locks of folders. What a killed process left of a folder is removed there after a day.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -27,14 +27,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+from polyak import _system as system
+
 _PART = re.compile(r"\..+\.([0-9a-f]{6})[0-9a-f]{10}\.part", re.DOTALL)
 _HERE = sha256(socket.gethostname().encode()).hexdigest()[:6]
 _DAY = 86_400.0
 _NAME_BYTES = 100  # of the place's name in a hidden name, so that this fits wherever that does
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 # Errors of a write, which name no file.
 _UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-_NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
 _SPECIAL = {
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
 }  # fmt: skip
@@ -74,10 +74,15 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     with making_folder(place.parent):
         _remove_abandoned(place.parent)
         try:  # from before there is a file on: Ctrl-C may come at any moment
-            with naming(path, part), open(part, "w+b", opener=opener) as file:
-                yield file
-                file.flush()
-                _place(part, file.fileno(), place, overwrite)
+            with naming(path, part):
+                with open(part, "w+b", opener=opener) as file:
+                    yield file
+                    file.flush()
+                    _complete(file.fileno(), place, overwrite)
+                    if not system.WINDOWS:  # locked until the hidden name is gone
+                        _place(part, place, overwrite)
+                if system.WINDOWS:
+                    _place(part, place, overwrite)
                 _fsync(place.parent)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -107,7 +112,7 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
                 for each in sorted(part.rglob("*"), reverse=True):
                     if not each.is_symlink() and (each.is_file() or each.is_dir()):
                         _fsync(each)
-                if before is not None and stat.S_ISDIR(before.st_mode):
+                if handle is not None and before is not None and stat.S_ISDIR(before.st_mode):
                     _resemble(handle, before)
                 _fsync(part)
                 _place_folder(part, place, overwrite)
@@ -170,18 +175,6 @@ def refuse_existing(path: Path | str, overwrite: bool) -> None:
         raise FileExistsError(f"{path} already exists; pass overwrite=True to replace it")
 
 
-def locked(handle: int, *, wait: bool = False) -> bool:
-    """Lock an open file or folder; whether it is locked now. Where there are no locks, it counts as locked."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     """Where a path leads through symbolic links, and what is there; None if there is nothing."""
     leads = path.is_symlink() or path.name in (
@@ -205,18 +198,22 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
 def _new_file(part: str, flags: int, *, mode: int) -> int:
     """The handle of a new hidden file, locked."""
     while True:
-        handle = os.open(part, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        handle = os.open(part, flags | system.NEW, mode)
         if _is_kept(handle):
             return handle
 
 
 @contextmanager
-def _new_folder(part: Path) -> Iterator[int]:
-    """The handle of a new hidden folder, locked."""
+def _new_folder(part: Path) -> Iterator[int | None]:
+    """The handle of a new hidden folder, locked; None where folders have none."""
+    if system.WINDOWS:
+        part.mkdir()
+        yield None
+        return
     while True:
         part.mkdir()
         with suppress(FileNotFoundError):
-            handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(part, system.READ)
             if _is_kept(handle):
                 break
     try:
@@ -228,7 +225,7 @@ def _new_folder(part: Path) -> Iterator[int]:
 def _is_kept(handle: int) -> bool:
     """Lock what is new; False if another process took it for abandoned before it was locked."""
     try:
-        locked(handle, wait=True)
+        system.locked(handle, wait=True)
         kept = os.fstat(handle).st_nlink > 0
     except BaseException:
         os.close(handle)
@@ -253,23 +250,34 @@ def _remove_abandoned(folder: Path) -> None:
         for left in list(folder.iterdir()):
             if named := _PART.fullmatch(left.name):
                 with suppress(OSError):
-                    if named[1] == _HERE or time.time() - left.lstat().st_mtime > _DAY:
+                    if _may_be_abandoned(left, named[1]):
                         _remove_unlocked(left)
 
 
+def _may_be_abandoned(path: Path, host: str) -> bool:
+    """Whether a lock can tell if a process still writes this, or else it is older than a day."""
+    told = host == _HERE and not (system.WINDOWS and path.is_dir())
+    return told or time.time() - path.lstat().st_mtime > _DAY
+
+
 def _remove_unlocked(path: Path) -> None:
-    """Remove a file or folder; raises `OSError` where someone has it locked, or there are no locks."""
-    # NFS locks a file only for a process that may write it.
-    handle = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Remove a file or folder, unless someone has it locked or there are no locks (then `OSError`)."""
+    if system.WINDOWS:  # the system refuses to remove what is open
         _remove(path)
+        return
+    # NFS locks a file only for a process that may write it.
+    handle = os.open(path, system.READ if path.is_dir() else system.READ_WRITE)
+    try:
+        if system.locked(handle, missing=False):
+            _remove(path)
     finally:
         os.close(handle)
 
 
 def _resemble(handle: int, before: os.stat_result) -> None:
     """Give what is new the owner and the permissions of what it replaces, as far as that is allowed."""
+    if not hasattr(os, "fchown"):  # Windows: what is new has the permissions of its folder
+        return
     for owner in ((-1, before.st_gid), (before.st_uid, -1)):
         with suppress(OSError):
             os.fchown(handle, *owner)
@@ -277,16 +285,20 @@ def _resemble(handle: int, before: os.stat_result) -> None:
         os.fchmod(handle, stat.S_IMODE(before.st_mode))
 
 
-def _place(part: Path, handle: int, place: Path, overwrite: bool) -> None:
-    """Give a file its name in one step, whatever other processes do at the same time."""
+def _complete(handle: int, place: Path, overwrite: bool) -> None:
+    """Force a file to the disk, like what it will replace."""
     if overwrite:
         _, before = _target(place)  # again: it may be something else by now
         if before is not None:
             _resemble(handle, before)
     os.fsync(handle)
+
+
+def _place(part: Path, place: Path, overwrite: bool) -> None:
+    """Give a file its name in one step, whatever other processes do at the same time."""
     if overwrite:
         part.replace(place)
-    elif not _rename(part, place, _NO_REPLACE):
+    elif not _rename(part, place, system.NO_REPLACE):
         try:
             place.hardlink_to(part)
         except FileExistsError:
@@ -298,43 +310,50 @@ def _place_folder(part: Path, place: Path, overwrite: bool) -> None:
     """Give a folder its name; where the system cannot exchange two names, in two steps."""
     if overwrite and os.path.lexists(place):
         _target(place)
-        _remove(part if _rename(part, place, _EXCHANGE) else _put_aside(part, place))
+        if _rename(part, place, system.EXCHANGE):
+            _remove(part)
+        else:
+            _replace_in_two_steps(part, place)
         return
     try:
-        if not _rename(part, place, _NO_REPLACE):
+        if not _rename(part, place, system.NO_REPLACE):
             part.rename(place)
-    except FileExistsError:
-        if not overwrite:
+    except OSError as error:
+        if not _is_in_the_way(error):
             raise
+        if not overwrite:
+            raise _exists_by_now(place) from None
         _place_folder(part, place, overwrite)  # another process was first: replace what it wrote
 
 
-def _put_aside(part: Path, place: Path) -> Path:
-    """Where the old folder is now. A process that is killed in between leaves it there, whole."""
-    aside = _beside(place, "old")
-    place.rename(aside)
-    try:
-        part.rename(place)
-    except BaseException:
-        aside.rename(place)
-        raise
-    return aside
+def _replace_in_two_steps(part: Path, place: Path) -> None:
+    """A process that is killed in between leaves the old folder whole, under a hidden name."""
+    while True:
+        aside = _beside(place, "old")
+        with suppress(FileNotFoundError):  # another process may have put it aside
+            place.rename(aside)
+        try:
+            part.rename(place)
+        except OSError as error:
+            if _is_in_the_way(error):  # what another process wrote since then is replaced too
+                _remove(aside)
+                continue
+            with suppress(FileNotFoundError):
+                aside.rename(place)
+            raise
+        _remove(aside)
+        return
+
+
+def _is_in_the_way(error: OSError) -> bool:
+    return isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY
 
 
 def _rename(part: Path, place: Path, flag: int) -> bool:
-    """renameat2(2): exchange two names, or never replace one; False where the system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here = -100  # AT_FDCWD
-    if rename is None:
-        return False
-    if rename(here, os.fsencode(part), here, os.fsencode(place), flag) == 0:
-        return True
-    error = ctypes.get_errno()
-    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    if error == errno.EEXIST:
-        raise _exists_by_now(place)
-    raise OSError(error, os.strerror(error), str(place))
+    try:
+        return system.renamed(part, place, flag)
+    except FileExistsError:
+        raise _exists_by_now(place) from None
 
 
 def _exists_by_now(place: Path) -> FileExistsError:
@@ -352,7 +371,8 @@ def _remove(path: Path) -> None:
 def _fsync(path: Path) -> None:
     """Force a file or folder to the disk, where the file system can do that for it."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Windows forces only what is open for writing to the disk, and opens no folder.
+        handle = os.open(path, system.READ_WRITE if system.WINDOWS else system.READ)
     except PermissionError:  # a folder may be open for writing only
         return
     try:

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from polyak._files import locked
+from polyak._system import Claim
 
 PATIENCE = 10.0
 """Seconds to wait for another process, which may have been killed and still be ending."""
@@ -24,14 +24,16 @@ class Hold:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._handle: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._place = _place_of(os.fstat(self._handle))
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
+        self._claim: Claim | None = Claim(folder)
+        self._place = _place_of(self._claim.status)
         # `setdefault` is one step: of two threads, one gets the folder.
         if _HOLDS.setdefault(self._place, self) is not self:
             self._close()
             raise BlockingIOError(f"{folder} is in use in this process")
         try:
-            _wait_for_lock(self._handle, folder, time.monotonic() + PATIENCE)
+            _wait_for_lock(self._claim, folder, time.monotonic() + PATIENCE)
         except BaseException:
             self.release()
             raise
@@ -39,23 +41,23 @@ class Hold:
     def has(self, folder: Path) -> bool:
         """Whether this is still the folder at a path: not released, and not removed or replaced."""
         with suppress(FileNotFoundError):
-            return self._handle is not None and _place_of(folder.stat()) == self._place
+            return self._claim is not None and _place_of(folder.stat()) == self._place
         return False
 
     def release(self) -> None:
         """Let go of the folder; a second time does nothing."""
-        if self._handle is not None:
+        if self._claim is not None:
             del _HOLDS[self._place]
             self._close()
 
     def _close(self) -> None:
-        handle, self._handle = self._handle, None
-        assert handle is not None
-        os.close(handle)
+        claim, self._claim = self._claim, None
+        assert claim is not None
+        claim.close()
 
 
-def _wait_for_lock(handle: int, folder: Path, deadline: float) -> None:
-    while not locked(handle):
+def _wait_for_lock(claim: Claim, folder: Path, deadline: float) -> None:
+    while not claim.take():
         if time.monotonic() > deadline:
             raise BlockingIOError(f"{folder} is in use by another process")
         time.sleep(0.1)
@@ -72,4 +74,5 @@ def _forget() -> None:
     _HOLDS.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import finalize
+
+from polyak import _system as system
 
 _LEAST = 16
 
@@ -40,7 +41,8 @@ class _Pool:
 
     def __init__(self) -> None:
         self.begin()
-        os.register_at_fork(after_in_child=self._forked)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
 
     def begin(self) -> None:
         self.lock = threading.RLock()  # a collection within it may drop a handle
@@ -101,7 +103,7 @@ class Handle:
                     _pool.idle[id(opened)] = opened
 
     def _open(self) -> int:
-        _pool.make_room(max(_LEAST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+        _pool.make_room(max(_LEAST, system.most_open_files() // 2))
         try:
             number = _opened(self._place, self._path)
         except OSError as error:
@@ -131,7 +133,7 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 def _opened(place: Path, path: Path) -> int:
     """An open file's handle; never waits for a pipe or a device. Errors name the path as it was given."""
     try:
-        number = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        number = os.open(place, system.READ | system.AT_ONCE)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     mode = os.fstat(number).st_mode

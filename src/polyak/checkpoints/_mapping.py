@@ -9,20 +9,24 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 from typing import Any
 from weakref import finalize
 
 import numpy as np
 
-_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
+from polyak import _system as system
+
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _FAILED = ctypes.c_void_p(-1).value
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
-)  # fmt: skip
-_libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
-_libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+if not system.WINDOWS:
+    _libc = ctypes.CDLL(None, use_errno=True)
+    _libc.mmap.restype = ctypes.c_void_p
+    _libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+    )  # fmt: skip
+    _libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+    _libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class Mapping:
@@ -33,6 +37,10 @@ class Mapping:
     """
 
     def __init__(self, handle: int, size: int) -> None:
+        if system.WINDOWS:  # which has no C function for it
+            content = mmap.mmap(handle, size, access=mmap.ACCESS_COPY)
+            self.buffer = np.frombuffer(content, np.uint8)
+            return
         flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         self._address = _libc.mmap(None, size, access, flags, handle, 0)
         if self._address == _FAILED:
@@ -44,7 +52,8 @@ class Mapping:
 
     def release(self, start: int, length: int) -> None:
         """Give back whole pages; what was written to them is lost."""
-        _libc.madvise(self._address + start, length, mmap.MADV_DONTNEED)
+        if not system.WINDOWS:
+            _libc.madvise(self._address + start, length, mmap.MADV_DONTNEED)
 
 
 class _Pages:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polyak import _system as system
 from polyak._lazy import Elements, TensorSpec
 from polyak.checkpoints._handles import Handle
 from polyak.checkpoints._mapping import Mapping
@@ -49,8 +50,9 @@ class OpenFile:
         self.require_unchanged()
         if not 0 <= start <= self.size:
             raise ValueError(f"{self.path}: byte {start} is asked for, and it has {self.size}")
+        content = bytearray(min(length, self.size - start))
         with self.handle.use() as handle:
-            return os.pread(handle, min(length, self.size - start), start)
+            return bytes(content[: system.read_at(handle, memoryview(content), start)])
 
     def read_into(self, content: memoryview, start: int) -> None:
         """Fill `content` with the bytes from `start` on; raises `ValueError` if the file ends there.
@@ -59,7 +61,7 @@ class OpenFile:
         """
         with self.handle.use() as handle:
             while content:
-                count = os.preadv(handle, [content], start)
+                count = system.read_at(handle, content, start)
                 if count == 0:
                     self.require_unchanged()
                     end = start + len(content)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from polyak import _files as files
+from polyak import _system as system
 from polyak._checks import is_integer, require
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, together
@@ -156,7 +157,7 @@ class SharedFile:
 
     def __enter__(self) -> SharedFile:
         with self._naming():
-            self._handle = os.open(self._begun.path, os.O_WRONLY | os.O_CLOEXEC)
+            self._handle = os.open(self._begun.path, system.WRITE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,7 +167,7 @@ class SharedFile:
         """Write all of the data at a place."""
         with self._naming():
             while data:
-                count = os.pwrite(self._handle, data, place)
+                count = system.write_at(self._handle, data, place)
                 data, place = data[count:], place + count
 
     def sync(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NoReturn
+
+from polyak._system import flush_c_streams
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -78,7 +79,7 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.__stdout__):
         with suppress(AttributeError, ValueError, OSError):  # it is None, closed, or broken
             stream.flush()  # type: ignore[union-attr]
-    ctypes.CDLL(None).fflush(None)
+    flush_c_streams()
 
 
 def _duplicate(descriptor: int) -> int | None:

@@ -7,15 +7,15 @@ Everything else that does not fit is refused, and the file stays as it was.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from polyak._files import making_folder
+from polyak._system import Claim
 from polyak.study._record_format import Record, require_record
 
 _BEGINNING = b'{"seed": '  # of every line that `add` writes
@@ -124,26 +124,25 @@ def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[Results]:
     study writes to the same file.
     """
     _require_regular(path)
-    with making_folder(path.parent), path.open("a+b") as file:
-        _lock(file)
+    with making_folder(path.parent), path.open("a+b") as file, _claimed(path, file):
         try:
             yield Results(file, conditions)
         except BaseException:
             if not os.fstat(file.fileno()).st_size:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows removes nothing that is open
+                    path.unlink(missing_ok=True)
             raise
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Locks a file; raises `BlockingIOError` if another study holds it, or has just removed it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink:
+@contextmanager
+def _claimed(path: Path, file: IO[bytes]) -> Iterator[None]:
+    """Holds an open file; raises `BlockingIOError` if another study does, or has just removed it."""
+    with suppress(FileNotFoundError), closing(Claim(path)) as claim:
+        if claim.take() and os.fstat(file.fileno()).st_nlink:
+            yield
             return
-    except BlockingIOError:
-        pass
     wanted = "wait until it is done, or stop it"
-    raise BlockingIOError(f"{file.name}: another study is writing to it; {wanted}")
+    raise BlockingIOError(f"{path}: another study is writing to it; {wanted}")
 
 
 def _require_regular(path: Path) -> None:

@@ -1,0 +1,144 @@
+"""What systems do in different ways: locks, places in a file, mapped memory, names.
+
+Linux has all of it. macOS has no exchange of two names. Windows has no locks of folders, no `pread`,
+and it neither renames nor removes what is open. Each name here works everywhere, as well as it can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
+
+_CLOSED_IN_CHILDREN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
+# Windows would change line ends without O_BINARY.
+READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | _CLOSED_IN_CHILDREN
+WRITE = os.O_WRONLY | getattr(os, "O_BINARY", 0) | _CLOSED_IN_CHILDREN
+READ_WRITE = os.O_RDWR | getattr(os, "O_BINARY", 0) | _CLOSED_IN_CHILDREN
+NEW = os.O_CREAT | os.O_EXCL | _CLOSED_IN_CHILDREN
+AT_ONCE = getattr(os, "O_NONBLOCK", 0)
+"""Does not wait for the other end of a pipe."""
+WINDOWS = os.name == "nt"
+"""There, what is open can be neither renamed nor removed, and a folder cannot be opened at all."""
+
+NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2(2)
+_HERE = -100  # AT_FDCWD
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_LINUX = sys.platform == "linux"
+_MOST_OPEN_FILES = 512  # of Windows' C library
+_one_position = threading.Lock()
+
+
+def locked(handle: int, *, wait: bool = False, missing: bool = True) -> bool:
+    """Lock an open file or folder; whether it is locked now. Where there are no locks: `missing`."""
+    if fcntl is None:
+        return missing
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return missing
+    return True
+
+
+class Claim:
+    """A file or folder that one process uses alone: after `take`, until `close` or its own end.
+
+    The lock is on the file or folder. Where the system has no such locks, it is on a file beside it,
+    which has its name and `.lock`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle: int | None = None
+        self._beside: Any = None
+        if fcntl is not None:
+            self._handle = os.open(path, READ)
+        else:
+            import filelock
+
+            self._beside = filelock.FileLock(f"{path}.lock")
+        self.status = path.stat() if self._handle is None else os.fstat(self._handle)
+
+    def take(self) -> bool:
+        """Whether it is this process's now. Where a file system has no locks, it always is."""
+        if self._handle is not None:
+            return locked(self._handle)
+        try:
+            self._beside.acquire(blocking=False)
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of it, and never hold it again."""
+        if self._handle is not None:
+            os.close(self._handle)
+        else:
+            self._beside.release()
+
+
+def read_at(handle: int, content: memoryview, start: int) -> int:
+    """Fill `content` with the bytes from `start` on; returns how many there were at once."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [content], start)
+    with _one_position:
+        os.lseek(handle, start, os.SEEK_SET)
+        data = os.read(handle, len(content))
+    content[: len(data)] = data
+    return len(data)
+
+
+def write_at(handle: int, content: memoryview, start: int) -> int:
+    """Write `content` from `start` on; returns how many bytes were written at once."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(handle, content, start)
+    with _one_position:
+        os.lseek(handle, start, os.SEEK_SET)
+        return os.write(handle, content)
+
+
+def most_open_files() -> int:
+    """How many files this process may have open."""
+    if resource is None:
+        return _MOST_OPEN_FILES
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def renamed(old: Path, new: Path, flag: int) -> bool:
+    """renameat2(2): exchange two names, or never replace one; False where the system cannot.
+
+    Raises `FileExistsError` if `NO_REPLACE` finds something at `new`.
+    """
+    if not _LINUX:
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(old), _HERE, os.fsencode(new), flag) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(new))
+
+
+def flush_c_streams() -> None:
+    """Empty the buffers of the C library's streams."""
+    library = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
+    library.fflush(None)
