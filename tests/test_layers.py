@@ -64,6 +64,15 @@ FRAMEWORKS: dict[str, set[str]] = {
 }
 
 
+# Windows, or macOS, does not have these: `_system` says what stands in for them.
+NOT_EVERYWHERE = {
+    "fcntl", "resource", "termios", "pwd", "grp", "os.pread", "os.preadv", "os.pwrite", "os.pwritev",
+    "os.readv", "os.uname", "os.sendfile", "os.copy_file_range", "os.posix_fadvise", "os.O_CLOEXEC",
+    "os.O_NONBLOCK", "os.O_DIRECTORY", "os.O_NOFOLLOW", "os.sched_getaffinity", "os.geteuid",
+    "os.getuid", "os.killpg", "os.fork", "signal.SIGKILL",
+}  # fmt: skip
+
+
 def layer_of(path: Path) -> str:
     """`theory/profiles.py` and `theory.py` are both of the layer `theory`."""
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
@@ -142,3 +151,14 @@ def test_help_loads_no_torch() -> None:
     run = "from typer.testing import CliRunner; from polyak.cli import app"
     run += "; r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0, r.output"
     assert not {"torch", "numpy", "altair"} & loaded(run)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
+)
+def test_what_not_every_system_has_is_used_in_one_place(path: Path) -> None:
+    used = imports(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.add(f"{node.value.id}.{node.attr}")
+    assert not used & NOT_EVERYWHERE or layer_of(path) == "_system"

@@ -104,6 +104,12 @@ def read_at(handle: int, content: memoryview, start: int) -> int:
     return len(data)
 
 
+def pread(handle: int, length: int, start: int) -> bytes:
+    """At most `length` bytes from `start` on."""
+    content = bytearray(length)
+    return bytes(content[: read_at(handle, memoryview(content), start)])
+
+
 def write_at(handle: int, content: memoryview, start: int) -> int:
     """Write `content` from `start` on; returns how many bytes were written at once."""
     if hasattr(os, "pwrite"):

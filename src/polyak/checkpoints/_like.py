@@ -21,6 +21,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from polyak import _system as system
 from polyak._checks import difference, report
 from polyak._files import naming, writing, writing_folder
 from polyak._lazy import LazyTensors, Place, as_lazy
@@ -167,7 +168,7 @@ def _write(file: BinaryIO, place: Place, weights: LazyTensors, name: str) -> Non
             _write_at(file, data, at)
             at += data.nbytes
         return
-    held = bytearray(os.pread(file.fileno(), place.nbytes, place.start))
+    held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))
     storage = torch.frombuffer(held, dtype=spec.dtype)
     storage.as_strided(spec.shape, place.stride, place.offset).copy_(weights[name])
     _write_at(file, memoryview(held), place.start)
@@ -175,7 +176,7 @@ def _write(file: BinaryIO, place: Place, weights: LazyTensors, name: str) -> Non
 
 def _write_at(file: BinaryIO, data: memoryview, at: int) -> None:
     while data:
-        count = os.pwrite(file.fileno(), data, at)
+        count = system.write_at(file.fileno(), data, at)
         data, at = data[count:], at + count
 
 
@@ -202,7 +203,7 @@ def _renew_checksums(file: BinaryIO, places: list[Place]) -> None:
     changed = {place.start: place.nbytes for place in places}
     while (entry := _entry(file, start)) is not None:
         record, length = entry
-        header = os.pread(file.fileno(), 30, record)
+        header = system.pread(file.fileno(), 30, record)
         names = sum(struct.unpack("<HH", header[26:]))
         if (nbytes := changed.get(record + 30 + names)) is not None:
             crc = _checksum(file, record + 30 + names, nbytes)
@@ -213,13 +214,13 @@ def _renew_checksums(file: BinaryIO, places: list[Place]) -> None:
 
 def _entry(file: BinaryIO, start: int) -> tuple[int, int] | None:
     """Where a record of an archive begins, by the entry of the directory at `start`; the entry's length."""
-    data = os.pread(file.fileno(), _ENTRY.size, start)
+    data = system.pread(file.fileno(), _ENTRY.size, start)
     if len(data) < _ENTRY.size or data[:4] != b"PK\1\2":
         return None
     _, _, name, extra, comment, place = _ENTRY.unpack(data)
     length = _ENTRY.size + name + extra + comment
     if place == 0xFFFFFFFF:  # beyond 4 GiB: the last 8 bytes of the extra field of ZIP64
-        field = os.pread(file.fileno(), extra, start + _ENTRY.size + name)
+        field = system.pread(file.fileno(), extra, start + _ENTRY.size + name)
         place = _far_place(field)
     return place, length
 
@@ -238,13 +239,13 @@ def _far_place(extra: bytes) -> int:
 def _checksum(file: BinaryIO, start: int, nbytes: int) -> bytes:
     crc = 0
     for at in range(start, start + nbytes, _PIECE):
-        crc = zlib.crc32(os.pread(file.fileno(), min(_PIECE, start + nbytes - at), at), crc)
+        crc = zlib.crc32(system.pread(file.fileno(), min(_PIECE, start + nbytes - at), at), crc)
     return crc.to_bytes(4, "little")
 
 
 def _write_checksum(file: BinaryIO, record: int, end: int, crc: bytes) -> None:
     """Write it into the record's own header if it is there, and into the descriptor behind the content."""
-    if os.pread(file.fileno(), 4, record + 14) != bytes(4):
+    if system.pread(file.fileno(), 4, record + 14) != bytes(4):
         _write_at(file, memoryview(crc), record + 14)
-    if os.pread(file.fileno(), 4, end) == _DESCRIPTOR:
+    if system.pread(file.fileno(), 4, end) == _DESCRIPTOR:
         _write_at(file, memoryview(crc), end + 4)

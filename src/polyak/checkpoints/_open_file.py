@@ -50,9 +50,8 @@ class OpenFile:
         self.require_unchanged()
         if not 0 <= start <= self.size:
             raise ValueError(f"{self.path}: byte {start} is asked for, and it has {self.size}")
-        content = bytearray(min(length, self.size - start))
         with self.handle.use() as handle:
-            return bytes(content[: system.read_at(handle, memoryview(content), start)])
+            return system.pread(handle, min(length, self.size - start), start)
 
     def read_into(self, content: memoryview, start: int) -> None:
         """Fill `content` with the bytes from `start` on; raises `ValueError` if the file ends there.
