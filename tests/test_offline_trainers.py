@@ -71,7 +71,7 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of a model whose head is tied, with a checkpoint and an evaluation every two."""
     folder = tmp_path_factory.mktemp("transformers")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    sizes: Any = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     )
@@ -137,9 +137,8 @@ class TestTransformers:
             of_transformers, "--last", 2, "--like", files[-1].path, "--out", out, "--verify"
         )
         assert "not copied from" in said and "optimizer.pt" in said
-        loaded, problems = transformers.GPT2LMHeadModel.from_pretrained(
-            out, output_loading_info=True
-        )
+        read: Any = transformers.GPT2LMHeadModel.from_pretrained
+        loaded, problems = read(out, output_loading_info=True)
         assert not any(problems.values()), problems
         states = [load_file(file.path / "model.safetensors") for file in files]
         for name, tensor in states[0].items():
@@ -169,5 +168,5 @@ def test_a_speech_toolkits_folder(tmp_path: Path) -> None:
     model.register_parameter("w", nn.Parameter(torch.zeros(3)))
     model.register_buffer("count", torch.tensor(0))
     model.load_state_dict(torch.load(out, weights_only=True))
-    assert model.w.tolist() == [10.5] * 3
+    assert model.get_parameter("w").tolist() == [10.5] * 3
     assert out not in [file.path for file in offline.choose(tmp_path / "run").files]

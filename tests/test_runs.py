@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cli_runs import run as command
 from polyak import offline
@@ -208,10 +208,30 @@ class TestWhatCannotBeKnown:
         for day in (1, 2):
             for name in ("asr", "lm"):
                 put(tmp_path / f"CKPT+{day}" / f"{name}.ckpt", weights(day))
-        with pytest.raises(ValueError, match=r"it holds asr.ckpt, lm.ckpt: name the file"):
+        with pytest.raises(ValueError, match=r"it holds asr.ckpt, lm.ckpt: name the one"):
             offline.choose(tmp_path)
         chosen = offline.choose(tmp_path, file="lm.ckpt").files
         assert [(file.path.name, file.at) for file in chosen] == [("lm.ckpt", 1), ("lm.ckpt", 2)]
+
+    def test_several_models_in_each_folder(self, tmp_path: Path) -> None:
+        """As the training scripts of diffusers leave them."""
+        for step in (500, 1000):
+            for name in ("unet", "unet_ema"):
+                folder = tmp_path / f"checkpoint-{step}" / name
+                folder.mkdir(parents=True)
+                save_file(weights(step), folder / "diffusion_pytorch_model.safetensors")
+                text(folder / "config.json", "{}")
+            put(tmp_path / f"checkpoint-{step}" / "optimizer.bin", {})
+        with pytest.raises(ValueError, match="it holds unet, unet_ema: name the one"):
+            offline.choose(tmp_path)
+        chosen = offline.choose(tmp_path, last=1, file="unet").files
+        assert [file.path for file in chosen] == [tmp_path / "checkpoint-1000" / "unet"]
+        out = tmp_path / "new"
+        like = ("--like", tmp_path / "checkpoint-500" / "unet", "--out", out)
+        done = command("average", tmp_path, "--last", 2, "--file", "unet", *like)
+        assert done.exit_code == 0, done.output
+        assert load_file(out / "diffusion_pytorch_model.safetensors")["w"].tolist() == [750] * 3
+        assert (out / "config.json").exists()
 
     def test_an_interrupted_save_is_left_aside(self, tmp_path: Path) -> None:
         with warnings.catch_warnings():

@@ -124,8 +124,10 @@ def _weights(folder: Path, file: str | None, *, deeper: bool = True) -> Path | N
     if files := _torch_files(folder):
         return _chosen(files)
     within = [each for each in _folders(folder) if not _BESIDE.search(each.name)] if deeper else []
-    held = [weights for each in within if (weights := _weights(each, None, deeper=False))]
-    return held[0] if len(held) == 1 else None
+    held = {each: weights for each in within if (weights := _weights(each, None, deeper=False))}
+    if len(held) > 1 and not any(named(each).clock for each in held):
+        raise ValueError(_several([each.name for each in held]))
+    return next(iter(held.values())) if len(held) == 1 else None
 
 
 def _chosen(files: list[Path]) -> Path | None:
@@ -136,12 +138,16 @@ def _chosen(files: list[Path]) -> Path | None:
             return several[0]
     if not models and sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files) > 1:
         return None
-    listed = ", ".join(path.name for path in (models or files)[:_SHOWN])
     if models:
+        listed = ", ".join(path.name for path in models[:_SHOWN])
         raise ValueError(f"it holds {listed}, parts of one model: let their trainer merge them")
-    raise ValueError(
-        f"it holds {listed}: name the file of the weights (file={files[0].name!r}, on the command line "
-        f"--file {files[0].name})"
+    raise ValueError(_several([path.name for path in files]))
+
+
+def _several(names: list[str]) -> str:
+    return (
+        f"it holds {', '.join(names[:_SHOWN])}: name the one with the weights (file={names[0]!r}, on the "
+        f"command line --file {names[0]})"
     )
 
 
