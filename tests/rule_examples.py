@@ -15,13 +15,14 @@ from polyak.rules import (
 )
 
 SCHEDULE_EXAMPLES: dict[type[decays.Schedule], list[decays.Schedule]] = {
-    decays.Constant: [decays.Constant(0.9)],
+    decays.Constant: [decays.Constant(0.9), decays.Constant(0.0), decays.Constant(1.0)],
     decays.InversePower: [decays.InversePower(), decays.InversePower(5.0, 1.0, 0.1, 0.8)],
-    decays.Ratio: [decays.Ratio(0.8)],
-    decays.Cosine: [decays.Cosine(0.5, steps=30)],
+    decays.Ratio: [decays.Ratio(0.8), decays.Ratio(1.0)],
+    decays.Cosine: [decays.Cosine(0.5, steps=30), decays.Cosine(1.0, steps=30, end=0.0)],
     decays.HalfLifeRamp: [decays.HalfLifeRamp(8.0, ratio=0.3)],
     decays.AnytimeTail: [decays.AnytimeTail(0.3)],
     decays.Polynomial: [decays.Polynomial(2.0)],
+    decays.Told: [decays.Told(0.8)],
 }
 
 RULE_EXAMPLES: dict[type[Rule], list[Rule]] = {
@@ -30,6 +31,8 @@ RULE_EXAMPLES: dict[type[Rule], list[Rule]] = {
         Exponential(0.0),
         Exponential(0.9, debias=True),
         Exponential(0.0, debias=True),
+        Exponential(1.0),
+        Exponential(1.0, debias=True),
         *(Exponential(s) for examples in SCHEDULE_EXAMPLES.values() for s in examples),
     ],
     Power: [Power(3.0), Power(0.0), Power(-0.3), Power.from_relative_std(0.1)],

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import polyak
+from polyak import Averager
 from polyak.decays import (
     SCHEDULES,
     AnytimeTail,
@@ -21,7 +26,10 @@ from polyak.decays import (
     Polynomial,
     Ratio,
     Schedule,
+    Told,
 )
+from polyak.rules import ArticleEMA, Exponential, Rule, Tail
+from polyak.theory import profile
 from rule_examples import SCHEDULE_EXAMPLES
 
 ALL = [schedule for examples in SCHEDULE_EXAMPLES.values() for schedule in examples]
@@ -112,30 +120,30 @@ def test_anytime_tail_is_the_mean_until_the_formula_is_a_decay(c: float) -> None
 
 
 INFINITE, NAN = math.inf, math.nan
-DECAY = "wanted a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
+DECAY = "wanted a decay in [0, 1]; 0.999 keeps 99.9 % of the old average"
 POSITIVE = "wanted a finite number > 0"
 ERRORS: list[tuple[Callable[[], object], str]] = [
-    (lambda: Constant(1.0), f"Constant.decay is 1.0, {DECAY}"),
+    (lambda: Constant(1.1), f"Constant.decay is 1.1, {DECAY}"),
     (lambda: Constant(NAN), f"Constant.decay is nan, {DECAY}"),
     (lambda: Constant(True), f"Constant.decay is True, {DECAY}"),
     (lambda: InversePower(inv_gamma=0), f"InversePower.inv_gamma is 0, {POSITIVE}"),
     (lambda: InversePower(power=-1), f"InversePower.power is -1, {POSITIVE}"),
     (
         lambda: InversePower(min_decay=-0.1),
-        "InversePower.min_decay is -0.1, wanted a decay in [0, 1]",
+        f"InversePower.min_decay is -0.1, {DECAY}",
     ),
     (
         lambda: InversePower(max_decay=1.1),
-        "InversePower.max_decay is 1.1, wanted a decay in [0, 1]",
+        f"InversePower.max_decay is 1.1, {DECAY}",
     ),
     (
         lambda: InversePower(min_decay=0.9, max_decay=0.5),
         "InversePower (min_decay, max_decay) is (0.9, 0.5), wanted min <= max",
     ),
-    (lambda: Ratio(1.0), f"Ratio.max_decay is 1.0, {DECAY}"),
-    (lambda: Cosine(1.0, 10), f"Cosine.start is 1.0, {DECAY}"),
+    (lambda: Ratio(1.5), f"Ratio.max_decay is 1.5, {DECAY}"),
+    (lambda: Cosine(1.5, 10), f"Cosine.start is 1.5, {DECAY}"),
     (lambda: Cosine(0.5, 0), f"Cosine.steps is 0, {POSITIVE}"),
-    (lambda: Cosine(0.5, 10, end=2), "Cosine.end is 2, wanted a decay in [0, 1]"),
+    (lambda: Cosine(0.5, 10, end=2), f"Cosine.end is 2, {DECAY}"),
     (lambda: HalfLifeRamp(INFINITE), f"HalfLifeRamp.half_life is inf, {POSITIVE}"),
     (lambda: HalfLifeRamp(1, ratio=0), f"HalfLifeRamp.ratio is 0, {POSITIVE}"),
     (lambda: AnytimeTail(1), "AnytimeTail.fraction is 1, wanted a number in (0, 1)"),
@@ -149,3 +157,67 @@ def test_errors(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert str(caught.value) == message
+
+
+SAME: dict[str, Callable[[float], Rule]] = {
+    "exponential": Exponential,
+    "constant": lambda d: Exponential(Constant(d)),
+    "inverse_power": lambda d: Exponential(InversePower(min_decay=d, max_decay=d)),
+    "cosine": lambda d: Exponential(Cosine(d, steps=7, end=d)),
+    "told": lambda d: Exponential(Told(d)),
+    "in a tail": lambda d: Tail(Exponential(d), 0),
+    "article_ema": lambda d: ArticleEMA(d, 0, min_value=d, first_copy=False),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+@pytest.mark.parametrize("decay", [0.0, 0.25, 1.0])
+def test_a_decay_means_the_same_however_it_is_given(kind: str, decay: float) -> None:
+    """0 keeps nothing, and 1 keeps what the first update copied."""
+    weights = {"w": torch.zeros((), dtype=torch.float64)}
+    averager, held = Averager(weights, SAME[kind](decay)), 1.0
+    for value in (1.0, 3.0, -2.0, 8.0):
+        weights["w"].fill_(value)
+        averager.update()
+        held = value if value == 1 else decay * held + (1 - decay) * value
+        assert averager.average()["w"].item() == pytest.approx(held, abs=1e-15)
+
+
+def test_debias_at_decay_1_is_the_mean_of_all() -> None:
+    assert profile(Exponential(1.0, debias=True), 5) == pytest.approx([0.2] * 5)
+    assert profile(Exponential(1 - 1e-12, debias=True), 5) == pytest.approx([0.2] * 5)
+
+
+def test_a_limit_of_1_is_no_limit() -> None:
+    for t in (1, 2, 100, 1e9):
+        assert Ratio(1.0)(t) == t / (9 + t)
+        assert InversePower(max_decay=1.0)(t) == InversePower()(t)
+
+
+def test_the_host_tells_the_decay_of_each_update() -> None:
+    momentum = Told(0.5)
+    weights = {"w": torch.zeros((), dtype=torch.float64)}
+    averager = Averager(weights, Exponential(momentum))
+    held = 0.0
+    averager.update()
+    for step, decay in enumerate([0.9, 0.0, 1.0, 0.99, 0.3]):
+        weights["w"].fill_(step + 1.0)
+        momentum.tell(decay)
+        averager.update()
+        held = decay * held + (1 - decay) * (step + 1.0)
+        assert averager.average()["w"].item() == pytest.approx(held, abs=1e-14)
+
+
+def test_a_told_decay_is_saved_as_the_rule_that_was_typed(tmp_path: Path) -> None:
+    momentum, weights = Told(0.5), {"w": torch.ones(2)}
+    averager = Averager(weights, Exponential(momentum))
+    averager.update()
+    momentum.tell(0.9)
+    averager.update()
+    polyak.save(tmp_path / "it", averager)
+    again = Averager(weights, "exponential(told(0.5))")
+    polyak.load(tmp_path / "it", again)
+    assert again.count == 2 and again.rules == averager.rules
+    assert pickle.loads(pickle.dumps(momentum))(1) == 0.9
+    with pytest.raises(ValueError, match=r"Told decay is 1.5, wanted a decay in \[0, 1\]"):
+        momentum.tell(1.5)

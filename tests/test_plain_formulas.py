@@ -138,6 +138,7 @@ PLAIN: dict[str, Plain] = {
     "exponential(0.9, debias=True)": debiased(0.9),
     "exponential(half_life=7, debias=True)": debiased(2 ** (-1 / 7)),
     "exponential(constant(0.7))": ema(lambda _, dt: 0.7**dt),
+    "exponential(told(0.7))": ema(lambda _, dt: 0.7**dt),
     "exponential(inverse_power(5, 0.7))": scheduled(lambda t: 1 - (1 + (t - 1) / 5) ** -0.7),
     "exponential(inverse_power(5, 1, 0.3, 0.6))": scheduled(
         lambda t: min(max(1 - 1 / (1 + (t - 1) / 5), 0.3), 0.6)

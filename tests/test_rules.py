@@ -186,12 +186,12 @@ def test_the_articles_decay_by_call() -> None:
     assert rule.decay(101 + 31_622 - 1) < rule.decay(10**6) == 0.999
 
 
-DECAY = "wanted a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
+DECAY = "wanted a decay in [0, 1]; 0.999 keeps 99.9 % of the old average"
 FINITE, POSITIVE = "wanted a finite number >= 0", "wanted a finite number > 0"
 ONE = "exactly one of decay, half_life, span"
 FLAG = "wanted True or False: whether to correct for a start at zero"
 ERRORS: list[tuple[Callable[[], object], str]] = [
-    (lambda: Exponential(1.0), f"Exponential.decay is 1.0, {DECAY}"),
+    (lambda: Exponential(1.1), f"Exponential.decay is 1.1, {DECAY}"),
     (lambda: Exponential("a"), f"Exponential.decay is 'a', {DECAY}"),  # type: ignore[arg-type]
     (
         lambda: Exponential(Ratio(0.9), debias=True),
@@ -250,8 +250,8 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         lambda: Tail(Uniform(), -1),
         "Tail.start is -1, wanted a finite number >= 0, in units of time",
     ),
-    (lambda: ArticleEMA(beta=1.1), "EMA beta is 1.1, wanted a decay in [0, 1]"),
-    (lambda: ArticleEMA(min_value=-1), "EMA min_value is -1, wanted a decay in [0, 1]"),
+    (lambda: ArticleEMA(beta=1.1), f"EMA beta is 1.1, {DECAY}"),
+    (lambda: ArticleEMA(min_value=-1), f"EMA min_value is -1, {DECAY}"),
     (
         lambda: ArticleEMA(beta=0.5, min_value=0.9),
         "EMA (min_value, beta) is (0.9, 0.5), wanted min_value <= beta",

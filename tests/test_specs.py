@@ -54,7 +54,7 @@ def test_any_text_is_a_rule_or_a_value_error(text: str) -> None:
 
 KNOWN = (
     "rules: exponential, power, uniform, window, bema, tail, article_ema; schedules for"
-    " exponential: constant, inverse_power, ratio, cosine, half_life_ramp, anytime_tail, polynomial"
+    " exponential: constant, inverse_power, ratio, cosine, half_life_ramp, anytime_tail, polynomial, told"
 )
 SYNTAX = "does not read as name(arguments)"
 ERRORS = [

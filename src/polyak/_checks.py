@@ -54,14 +54,11 @@ def is_integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def require_decay(name: str, got: Any, *, one: bool = False) -> float:
-    """The value as a decay in [0, 1), or in [0, 1] with `one`; raise `ValueError` otherwise."""
+def require_decay(name: str, got: Any) -> float:
+    """The value as a decay: 0 keeps nothing of the old average, 1 all. Raise `ValueError` otherwise."""
     decay = as_number(got)
-    holds = is_number(decay) and (0 <= decay < 1 or (one and decay == 1))
-    hint = (
-        "a decay in [0, 1]" if one else "a decay in [0, 1); 0.999 keeps 99.9 % of the old average"
-    )
-    require(holds, name, got, hint)
+    hint = "a decay in [0, 1]; 0.999 keeps 99.9 % of the old average"
+    require(is_number(decay) and 0 <= decay <= 1, name, got, hint)
     return decay  # type: ignore[no-any-return]
 
 

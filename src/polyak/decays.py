@@ -17,19 +17,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polyak._checks import is_number, require, require_decay, require_positive
 from polyak._spelling import Spec
 
 __all__ = [
     "SCHEDULES", "AnytimeTail", "Constant", "Cosine", "HalfLifeRamp", "InversePower",
-    "Polynomial", "Ratio", "Schedule", "inverse_power", "rate_of",
+    "Polynomial", "Ratio", "Schedule", "Told", "inverse_power", "rate_of",
 ]  # fmt: skip
 
 
 class Schedule(Spec, ABC):
-    """The base of all schedules: a frozen dataclass that is called with a time and gives a decay."""
+    """The base of all schedules: a frozen dataclass that is called with a time and gives a decay.
+
+    Decay 0 keeps nothing of the old average, so an update copies. Decay 1 keeps all of it, so the
+    average stays as it is.
+    """
 
     @abstractmethod
     def __call__(self, t: float) -> float:
@@ -60,7 +64,7 @@ class Constant(Schedule):
     >>> Constant(0.99)(1), Constant(0.99)(1e6)
     (0.99, 0.99)
 
-    Raises `ValueError` for a decay outside [0, 1).
+    Raises `ValueError` for a decay outside [0, 1].
     """
 
     decay: float
@@ -105,8 +109,8 @@ class InversePower(Schedule):
         super().__post_init__()
         require_positive("InversePower.inv_gamma", self.inv_gamma)
         require_positive("InversePower.power", self.power)
-        require_decay("InversePower.min_decay", self.min_decay, one=True)
-        require_decay("InversePower.max_decay", self.max_decay, one=True)
+        require_decay("InversePower.min_decay", self.min_decay)
+        require_decay("InversePower.max_decay", self.max_decay)
         bounds = (self.min_decay, self.max_decay)
         require(bounds[0] <= bounds[1], "InversePower (min_decay, max_decay)", bounds, "min <= max")
 
@@ -129,7 +133,7 @@ class Ratio(Schedule):
     >>> Ratio(0.999)(1), Ratio(0.999)(2), Ratio(0.999)(1e6)
     (0.1, 0.18181818181818182, 0.999)
 
-    Raises `ValueError` for a max_decay outside [0, 1).
+    Raises `ValueError` for a max_decay outside [0, 1].
     Source: TensorFlow, `ExponentialMovingAverage(num_updates=...)`; also torch_ema, diffusers.
     """
 
@@ -157,8 +161,7 @@ class Cosine(Schedule):
     >>> ramp(1), round(ramp(51), 4), ramp(101), ramp(1000)
     (0.996, 0.998, 1.0, 1.0)
 
-    Raises `ValueError` for a start outside [0, 1), an end outside [0, 1], steps that are not
-    above 0.
+    Raises `ValueError` for a start or end outside [0, 1], and for steps that are not above 0.
     Source: BYOL (arXiv 2006.07733, section 3.3), DINO (arXiv 2104.14294).
     """
 
@@ -170,7 +173,7 @@ class Cosine(Schedule):
         super().__post_init__()
         require_decay("Cosine.start", self.start)
         require_positive("Cosine.steps", self.steps)
-        require_decay("Cosine.end", self.end, one=True)
+        require_decay("Cosine.end", self.end)
 
     def __call__(self, t: float) -> float:
         k = min(max(t - 1, 0.0), self.steps)
@@ -282,6 +285,40 @@ class Polynomial(Schedule):
         return rate_of((self.exponent + 1) / (t + self.exponent))
 
 
+@dataclass(frozen=True)
+class Told(Schedule):
+    """The decay that the host told last: `decay(t) = d` after `tell(d)`, `start` before the first.
+
+    Use it where another program computes the decay, such as a momentum in the state of an engine. The
+    decay is not part of the rule: the host tells it again after it has resumed. Theory uses it as it is
+    now.
+
+    >>> momentum = Told(0.996)
+    >>> momentum(1)
+    0.996
+    >>> momentum.tell(0.999)
+    >>> momentum(2), print(momentum)
+    told(0.996)
+    (0.999, None)
+
+    Raises `ValueError` for a decay outside [0, 1].
+    """
+
+    start: float
+    _last: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tell(self.start)
+
+    def tell(self, decay: float) -> None:
+        """Sets the decay of the updates that follow."""
+        self._set("_last", require_decay("Told decay", decay))
+
+    def __call__(self, t: float) -> float:
+        return self._last
+
+
 SCHEDULES: tuple[type[Schedule], ...] = (
-    Constant, InversePower, Ratio, Cosine, HalfLifeRamp, AnytimeTail, Polynomial,
+    Constant, InversePower, Ratio, Cosine, HalfLifeRamp, AnytimeTail, Polynomial, Told,
 )  # fmt: skip

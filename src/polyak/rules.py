@@ -108,7 +108,8 @@ class Exponential(Rule):
     and noise gain, `decay = 1 - 2 / (span + 1)`. The rule keeps what was typed, so that a half-life
     of 1e15 steps is exact, although its decay rounds to 1.
 
-    Mean age decay / (1 - decay), noise gain (1 - decay) / (1 + decay).
+    Mean age decay / (1 - decay), noise gain (1 - decay) / (1 + decay). Decay 0 keeps the newest weights,
+    decay 1 the first ones, or with `debias` its limit, the mean of all.
 
     >>> Exponential(0.999), Exponential(half_life=1000)
     (Exponential(decay=0.999), Exponential(half_life=1000))
@@ -116,7 +117,7 @@ class Exponential(Rule):
     (0.999307, 0.9)
 
     Raises `ValueError` unless exactly one of decay, half_life and span is given; for a decay
-    outside [0, 1), a half_life that is not above 0, a span below 1, a debias that is not a bool,
+    outside [0, 1], a half_life that is not above 0, a span below 1, a debias that is not a bool,
     debias with a schedule.
     Source: Ruppert 1988, Polyak and Juditsky 1992; debias: Adam (arXiv 1412.6980, section 3).
     """
@@ -140,7 +141,7 @@ class Exponential(Rule):
             require(holds, "Exponential.span", self.span, "a finite number >= 1")
         self._compute_first(lambda steps: 0.5 ** (1 / steps), lambda n: 1 - 2 / (n + 1))
         if not isinstance(self.decay, Schedule):
-            require_decay("Exponential.decay", self.decay, one=bool(self._instead()))
+            require_decay("Exponential.decay", self.decay)
         elif self.debias:
             wanted = "a constant decay: a schedule is its own warm-up, so leave out debias"
             require(False, "Exponential.decay with debias=True", str(self.decay), wanted)
@@ -408,8 +409,8 @@ class ArticleEMA(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_decay("EMA beta", self.beta, one=True)
-        require_decay("EMA min_value", self.min_value, one=True)
+        require_decay("EMA beta", self.beta)
+        require_decay("EMA min_value", self.min_value)
         bounds = (self.min_value, self.beta)
         require(bounds[0] <= bounds[1], "EMA (min_value, beta)", bounds, "min_value <= beta")
         require_positive("EMA inv_gamma", self.inv_gamma)
