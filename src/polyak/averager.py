@@ -240,6 +240,7 @@ class Averager:
     @property
     def sharded(self) -> bool:
         """Whether each rank holds only a part of the weights, or of the averages."""
+        self._live.reshard()  # FSDP2 leaves a root's weights whole after an evaluation
         return any(is_distributed(item.held()) for item in self._live.stored())
 
     def check_replicas(self) -> None:
