@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -25,10 +27,13 @@ from integration_contract import (
     Host,
     Outcome,
 )  # fmt: skip
+from launching import launched
 from lightning_modules import WARNINGS, Busy, Fused, Module, expected, made, trainer_of
+from patience import HANG
 from polyak.integrations.lightning import AveragerCallback
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
+RANKS = Path(__file__).with_name("lightning_ranks.py")
 
 
 def host(
@@ -147,3 +152,22 @@ def test_every_average_is_evaluated_as_the_live_weights_are(separator: str) -> N
     )
     assert all(seen[-1][1][name] == value for name, value in flat.items())
     assert module.lengths == [5] * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("law", "checks"), [("replicas", 4), ("sharded", 2)])
+def test_ranks(law: str, checks: int, tmp_path: Path) -> None:
+    """DistributedDataParallel and FSDP2 on two ranks."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with launched(RANKS, law, str(out), log=tmp_path / "log") as launch:
+        assert launch.wait().count("checked") == checks
+
+
+@pytest.mark.slow
+def test_spawned_ranks(tmp_path: Path) -> None:
+    """One process that lets Lightning start the ranks; it gets no averages back, but their files."""
+    command = [sys.executable, str(RANKS), "spawned", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("checked") == 4

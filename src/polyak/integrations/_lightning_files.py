@@ -19,7 +19,7 @@ def exported(checkpoint: Path | str, name: str) -> Path:
 
 def parts(checkpoint: Path | str, names: Sequence[str]) -> Path:
     """The folder with the ranks' parts of sharded averages; `last.ckpt` may be a link to the checkpoint."""
-    return exported(Path(checkpoint).resolve(), "+".join(names)).with_suffix(".averages")
+    return exported(Path(checkpoint).resolve(), "-".join(names)).with_suffix(".dcp")
 
 
 def write(checkpoint: str, averager: Averager, *, first: bool) -> None:
