@@ -28,7 +28,8 @@ from polyak import theory
 from polyak._lazy import Held
 from polyak.offline import _summation as summation
 from polyak.offline import average, greedy_soup
-from polyak.offline._combination import Combination, Source
+from polyak.offline._combination import Combination
+from polyak.offline._findings import Source
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
 

@@ -131,6 +131,10 @@ def average(
     accumulate: Annotated[
         str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
     ] = "float32",
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Average values that are infinite or NaN too."),
+    ] = False,
     shard_size: ShardSize = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print files, coefficients, bytes and time.")
@@ -182,6 +186,7 @@ def average(
             which=which,
             dtype=dtypes_of(like, which, read) if dtype is None else dtype_of(dtype),
             accumulate=dtype_of(accumulate, "--accumulate"),
+            allow_nonfinite=allow_nonfinite,
         )
         if listed:
             _note_order(chosen, made)

@@ -110,15 +110,42 @@ def print_written(
         about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
         about |= {} if checked is None else {"verified": checked}
         terms = _terms(files, made)
-        print_json({**about, "left": made.left, "norms": made.norms, "terms": terms})
+        print_json(
+            {**about, "copied": made.copied, "left": made.left, "norms": made.norms, "terms": terms}
+        )
     else:
         if len(files) <= _FEW:
             _print_terms(files, made)
         done = f"{len(made)} tensors of {len(files)} files, {size_text(size)}, {seconds:.1f} s"
         said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
         say(f"{out}: {done}{said}")
+    _note_findings(made)
     note_left(made.left)
     note_norms(made.norms)
+
+
+def _note_findings(made: Combination) -> None:
+    """What was done to tensors that have no mean, and what in the files spoils the average."""
+    from polyak.offline._findings import duplicates
+
+    if made.copied:
+        size = sum(spec.nbytes for spec in made.specs.values())
+        copied = sum(made.specs[name].nbytes for name in made.copied)
+        note(
+            f"{len(made.copied)} of {len(made)} tensors ({100 * copied / max(size, 1):.2g} % of the bytes) are the "
+            f"last file's: integers and booleans have no mean ({_some(made.copied)})"
+        )
+    for name, files in list(made.nonfinite.items())[:_FEW]:
+        if shown := ", ".join(f"{n} in {file}" for file, n in files.items()):
+            note(f"{name} has values that are infinite or NaN, {shown}")
+    if made.negative:
+        note(f"negative coefficients made variances negative: {_some(sorted(made.negative))}")
+    for file, other in duplicates(made.sources):
+        note(f"{file} holds the same weights as {other}, which so count twice")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _terms(files: Sequence[Path], made: Combination) -> list[dict[str, object]]:

@@ -13,7 +13,8 @@ from polyak._checks import require
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._read import read
 from polyak.checkpoints._unfit import unfit
-from polyak.offline._combination import Combination, Source
+from polyak.offline._combination import Combination
+from polyak.offline._findings import Source
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile, coefficients
 
@@ -26,6 +27,7 @@ def average(
     which: str | None = None,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     accumulate: torch.dtype = torch.float32,
+    allow_nonfinite: bool = True,
 ) -> Combination:
     """Average checkpoint files: `sum of coefficient * weights`, each file being one update.
 
@@ -55,6 +57,8 @@ def average(
             live weights, or the only average of a file without live weights.
         dtype: of the result, or of each tensor by name; by default that of the last file.
         accumulate: the dtype of the sums: float32, or float64 at half the speed.
+        allow_nonfinite: whether values that are infinite or NaN in some file may come into the result; an
+            infinity that all files share always does.
 
     Raises `ValueError` for an empty list; for files that differ in names, shapes or kinds of numbers,
     with the differences; for a file without `which`, or with several averages to choose from; for
@@ -66,7 +70,12 @@ def average(
     require(len(files) > 0, "files", files, "one file or more")
     shares, statistics = _coefficients(rule, len(files), elapsed)
     return Combination(
-        opened(files, which), shares, dtype=dtype, accumulate=accumulate, statistics=statistics
+        opened(files, which),
+        shares,
+        dtype=dtype,
+        accumulate=accumulate,
+        statistics=statistics,
+        allow_nonfinite=allow_nonfinite,
     )
 
 

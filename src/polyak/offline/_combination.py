@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,9 @@ from polyak._checks import difference, report, require
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
-from polyak.checkpoints._checkpoint import Weights
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
+from polyak.offline._findings import Source, all_positive, is_variance, nonfinite
 from polyak.offline._summation import Summand, Summation, Threads
 
 if TYPE_CHECKING:
@@ -32,17 +31,6 @@ if TYPE_CHECKING:
 
 _SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
 _CALL = "write"  # what errors call a write by several ranks
-
-
-class Source(NamedTuple):
-    """Stored weights, and the label that messages use for them: usually the file.
-
-    `left` is what else the file holds (`Checkpoint.left`).
-    """
-
-    label: str
-    weights: Weights
-    left: Mapping[str, int] = MappingProxyType({})
 
 
 class Combination(LazyTensors):
@@ -59,7 +47,9 @@ class Combination(LazyTensors):
     coefficients first, so weights that all files share come out unchanged. It is computed in
     `accumulate`, or in float64 for weights of float64. Files with coefficient 0 are not read.
 
-    `dtype` is the dtype of the result, or of each tensor by name; by default the last file's.
+    `dtype` is the dtype of the result, or of each tensor by name; by default the last file's. Unless
+    `allow_nonfinite`, a value that is infinite or NaN in some file is an error, except an infinity that
+    all files share.
 
     Attributes:
         sources: the files' weights.
@@ -68,6 +58,8 @@ class Combination(LazyTensors):
         specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
         left: what else the files hold (`Checkpoint.left`), with the largest number of tensors of a file.
+        nonfinite: tensor -> file -> how many of its values are infinite or NaN; as far as computed.
+        negative: names of variances that extrapolation made negative; as far as computed.
         norms: the norms whose running statistics were combined. The combined weights have other
             statistics: estimate them again (`polyak.recalibrate`).
     """
@@ -81,6 +73,7 @@ class Combination(LazyTensors):
         accumulate: torch.dtype = torch.float32,
         copy: Collection[str] = (),
         statistics: npt.ArrayLike | None = None,
+        allow_nonfinite: bool = True,
     ) -> None:
         wanted = "torch.float32 or torch.float64"
         require(accumulate in (torch.float32, torch.float64), "accumulate", accumulate, wanted)
@@ -117,6 +110,10 @@ class Combination(LazyTensors):
             for coefficients in (self.coefficients, self.statistics)
         )
         self._threads = Threads()
+        self._extrapolates = bool((self.coefficients < 0).any())
+        self._allow_nonfinite = allow_nonfinite
+        self.nonfinite: dict[str, dict[str, int]] = {}
+        self.negative: set[str] = set()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -140,7 +137,8 @@ class Combination(LazyTensors):
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The elements of a tensor, row by row; a piece stays valid until the next is asked for.
 
-        Raises `ValueError` for a result that its dtype cannot hold.
+        Raises `ValueError` for a result that its dtype cannot hold, and unless `allow_nonfinite` for
+        values that are infinite or NaN.
         """
         dtype = self.specs[name].dtype
         averaged = name not in self.copied
@@ -149,9 +147,26 @@ class Combination(LazyTensors):
         summands = [Summand(weights.elements(name), share) for weights, share in terms]
         summation = Summation(summands, self._sums[name] if averaged else dtype, dtype)
         try:
-            yield from summation.pieces(self._threads)
+            for piece in summation.pieces(self._threads):
+                self._note(name, piece, doubtful=averaged and summation.doubtful)
+                yield piece
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+    def _note(self, name: str, piece: Tensor, *, doubtful: bool) -> None:
+        """Note what spoils a piece of a tensor; the files are examined only if something may."""
+        sources = [s for s, c in zip(self.sources, self.coefficients, strict=True) if c]
+        if doubtful and name not in self.nonfinite:
+            self.nonfinite[name] = nonfinite(sources, name)
+        if self.nonfinite.get(name) and not self._allow_nonfinite:
+            shown = ", ".join(f"{n} in {file}" for file, n in self.nonfinite[name].items())
+            raise ValueError(
+                f"values that are infinite or NaN, {shown}: leave these files out, or allow it "
+                "(allow_nonfinite=True, --allow-nonfinite)"
+            )
+        may_be_negative = self._extrapolates and is_variance(name) and name not in self.negative
+        if may_be_negative and bool((piece < 0).any()) and all_positive(sources, name):
+            self.negative.add(name)
 
     def write(
         self,

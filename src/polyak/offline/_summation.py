@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ PIECE_BYTES = 1 << 20
 """The size of a piece of the sum; it is computed while one file after the other is read."""
 
 _UNDIVIDED = 1 << 15  # elements; torch divides larger operations among its threads
+_SUMMED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _MOST_THREADS = 8  # more do not help: they share Python's lock and the bandwidth of the memory
 
 
@@ -51,6 +52,8 @@ class Summation:
         self._summands = summands
         self._size = summands[0].elements.spec.numel
         self._dtypes = dtype, result
+        self.doubtful = False
+        """Whether a value of the sum may be infinite or NaN, as far as it is computed."""
 
     def pieces(self, threads: Threads) -> Iterator[Tensor]:
         """The elements of the sum, row by row; a piece stays valid until the next is asked for.
@@ -97,9 +100,11 @@ class Summation:
         return -(-self._size // (rounds * threads) // _UNDIVIDED) * _UNDIVIDED or _UNDIVIDED
 
     def _workspace(self, length: int) -> _Workspace:
-        return _Workspace(
-            length, *self._dtypes, {elements.spec.dtype for elements, _ in self._summands}
-        )
+        dtypes = {elements.spec.dtype for elements, _ in self._summands}
+        return _Workspace(length, *self._dtypes, dtypes, self._doubt)
+
+    def _doubt(self) -> None:
+        self.doubtful = True
 
     def _done(self, ahead: deque[Future[Tensor]]) -> Tensor:
         piece = ahead.popleft().result()
@@ -120,8 +125,14 @@ class _Workspace:
     """The buffers for one piece: for the sum, for what is read (one per dtype), and for the result."""
 
     def __init__(
-        self, length: int, dtype: torch.dtype, result: torch.dtype, dtypes: set[torch.dtype]
+        self,
+        length: int,
+        dtype: torch.dtype,
+        result: torch.dtype,
+        dtypes: set[torch.dtype],
+        doubt: Callable[[], None],
     ) -> None:
+        self._doubt = doubt
         self._sum = _Buffer(length, dtype)
         self._read = {stored: _Buffer(length, stored) for stored in {dtype, *dtypes}}
         self._result = self._sum if result == dtype else _Buffer(length, result)
@@ -135,8 +146,10 @@ class _Workspace:
             else:
                 self._read_(elements, start, read)
                 torch._foreach_lerp_(total.views, read.views, share)
-        if len(summands) > 1 and not _surely_finite(total.tensor):
-            self._keep_infinities_([elements for elements, _ in summands], start)
+        if total.tensor.dtype in _SUMMED and not _surely_finite(total.tensor):
+            self._doubt()
+            if len(summands) > 1:
+                self._keep_infinities_([elements for elements, _ in summands], start)
         if self._result is not total:
             _require_room(total.tensor, self._result.tensor.dtype)
             torch._foreach_copy_(self._result.views, total.views)

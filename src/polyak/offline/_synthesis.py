@@ -16,7 +16,8 @@ from polyak._checks import as_number, require, require_positive
 from polyak._lazy import renamed
 from polyak._ranks.agreement import together
 from polyak.offline._average import opened
-from polyak.offline._combination import Combination, Source
+from polyak.offline._combination import Combination
+from polyak.offline._findings import Source
 from polyak.offline._run import Run, StoredSlot
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule

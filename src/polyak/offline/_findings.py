@@ -1,0 +1,104 @@
+"""Findings: what in the files spoils an average of them, told by tensor and file."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyak._lazy import LazyTensors
+from polyak.checkpoints._checkpoint import Weights
+from polyak.offline._comparison import compare
+
+_PIECE = 1 << 16  # elements that are examined at a time
+_SAMPLED = 16  # tensors of a file that are compared first
+_BEGINNING = 1024  # elements of each
+_VARIANCE = re.compile(r"(^|_)(var|variance|std)$")
+
+
+class Source(NamedTuple):
+    """Stored weights, and the label that messages use for them: usually the file.
+
+    `left` is what else the file holds (`Checkpoint.left`).
+    """
+
+    label: str
+    weights: Weights
+    left: Mapping[str, int] = {}
+
+
+def nonfinite(sources: Sequence[Source], name: str) -> dict[str, int]:
+    """The file -> how many values of a tensor in it are infinite or NaN.
+
+    An infinity that all files have at the same place, as in a mask, does not count.
+    """
+    counts = [0] * len(sources)
+    for pieces in zip(*(_pieces(source.weights, name) for source in sources), strict=True):
+        shared = pieces[0].isinf()
+        for piece in pieces[1:]:
+            shared = shared & (piece == pieces[0])
+        for i, piece in enumerate(pieces):
+            counts[i] += int((~piece.isfinite() & ~shared).sum())
+    return {source.label: n for source, n in zip(sources, counts, strict=True) if n}
+
+
+def is_variance(name: str) -> bool:
+    """Whether a name says that a tensor has no negative value."""
+    return _VARIANCE.search(name.rpartition(".")[2]) is not None
+
+
+def all_positive(sources: Sequence[Source], name: str) -> bool:
+    """Whether no file has a negative value of a tensor."""
+    pieces = (piece for source in sources for piece in _pieces(source.weights, name))
+    return not any(bool((piece < 0).any()) for piece in pieces)
+
+
+def duplicates(sources: Sequence[Source]) -> list[tuple[str, str]]:
+    """The pairs of files that hold the same weights: the later one, and the first that equals it.
+
+    All files are compared by samples. Only those whose samples are equal are read whole.
+    """
+    found: list[tuple[str, str]] = []
+    by_sample: dict[bytes, list[Source]] = {}
+    for source in sources:
+        others = by_sample.setdefault(_sample(source.weights), [])
+        same = next((other for other in others if _equal(source, other)), None)
+        if same is None:
+            others.append(source)
+        else:
+            found.append((source.label, same.label))
+    return found
+
+
+def _equal(a: Source, b: Source) -> bool:
+    paths = Path(a.label), Path(b.label)
+    one = all(path.exists() for path in paths) and paths[0].samefile(paths[1])
+    return one or compare(a.weights, b.weights).equal
+
+
+def _sample(weights: LazyTensors) -> bytes:
+    """A digest of the beginnings of some tensors."""
+    names = list(weights)
+    digest = hashlib.sha256()
+    for name in names[:: max(1, len(names) // _SAMPLED)]:
+        for piece in _pieces(weights, name, _BEGINNING, 1):
+            digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _pieces(
+    weights: LazyTensors, name: str, length: int = _PIECE, most: int | None = None
+) -> Iterator[Tensor]:
+    """The elements of a tensor, row by row."""
+    elements = weights.elements(name)
+    for start in range(0, elements.spec.numel, length)[:most]:
+        size = min(length, elements.spec.numel - start)
+        piece = torch.empty(size, dtype=elements.spec.dtype)
+        elements.read_(piece, start)
+        elements.piece_done()
+        yield piece
