@@ -233,8 +233,9 @@ class TestRefusals(Refusals):
         polyak.save(path, averager)
         other = Averager({"a": torch.zeros(3), "c": torch.zeros(3)}, "uniform()")
         self.refused(path, other, "missing: c", "extra: b", "different: a")
-        wide = {"a": torch.zeros(2).double(), "b": torch.zeros(3).double()}
-        self.refused(path, Averager(wide, "uniform()"), "float32", "wanted", "float64")
+        weights = {"a": torch.zeros(2), "b": torch.zeros(3)}
+        narrow = Averager(weights, "uniform()", dtype=torch.bfloat16)
+        self.refused(path, narrow, "float32", "wanted", "bfloat16")
 
     def test_other_averages(self, tmp_path: Path) -> None:
         model, averager = trained(SEVERAL, range(5), torch.float32)

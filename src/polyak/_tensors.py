@@ -80,6 +80,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def can_hold(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype can hold all values of another."""
+    try:
+        return torch.promote_types(other, dtype) == dtype
+    except RuntimeError:  # torch does not promote 8-bit floating-point dtypes
+        return False
+
+
 def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from polyak import _tensors as tensors
-from polyak._checks import difference, report, require_positive
-from polyak._engine import lending
+from polyak._checks import difference, report, require, require_positive
+from polyak._engine import changes, lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity
@@ -149,9 +149,7 @@ class Averager:
     ) -> None:
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
         with self._together("Averager"):
-            if dtype not in (None, *SLOT_DTYPES):
-                wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
-                raise ValueError(f"dtype is {dtype!r}, wanted {wanted}")
+            _require_slot_dtype(dtype)
             place = None if device is None else torch.device(device)
             self._choice = choice
             self._live = ModelTensors(model, self._choice, mesh=self._mesh)
@@ -171,11 +169,10 @@ class Averager:
             )
         self._options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "device": place}
         self._options |= {"every": every, "nonfinite": nonfinite}
-        self._slots = f"dtype={dtype}, {rounding} rounding"
         self.run: str | None = None
         """The id of the run that a `Recorder` stores; it is part of the state."""
         self.mixed = False
-        """Whether another rule made a part of the slots (`polyak.load(change_rule=True)`)."""
+        """Whether another rule made a part of the slots (`change_rule`)."""
         self._lender = Lender(self._live, self._averages, self._updating, self._mesh)
         self._twins = Twins(self._live, self._averages, self._updating)
         self._call = self._updating.call
@@ -440,15 +437,84 @@ class Averager:
         Everything is checked before anything changes. Raises `ValueError` with a list of differences.
         """
         new = self._checked(state)
-        changes: list[tuple[object, dict[str, object]]] = [
+        taken: list[tuple[object, dict[str, object]]] = [
             (average, average.taken(self._live, held.tick, held.slots))
             for average, held in zip(self._averages.values(), new.averages.values(), strict=True)
         ]
         updating = self._updating.taken(new.calls, new.elapsed, new.skipped, new.copies)
         own: dict[str, object] = {"run": new.run, "mixed": new.mixed}
         before = [average.slots for average in self._averages.values()], self._updating.copies
-        set_together([*changes, (self._updating, updating), (self, own)])
+        set_together([*taken, (self._updating, updating), (self, own)])
         self._keep_memory(*before)
+
+    @lending.in_turn
+    def begin(self, weights: Mapping[str, Tensor], count: int = 1, name: str | None = None) -> None:
+        """Go on as if `count` updates had made the average that is given by name; it is copied.
+
+        Use it for a target network that begins apart from its model, for the average of another
+        program, or after a change that `load_state_dict` refuses. Buffers that are not given are the
+        model's. With several averages and no `name`, all of them begin so. A rule of several slots
+        takes count=1: the weights of its first update.
+
+        Raises `ValueError` for names, shapes or dtypes that do not fit, and a count below 1;
+        `RuntimeError` inside `applied()`.
+        """
+        labels = list(self._averages) if name is None else [self._lender.label(name)]
+        copies = changes.given(weights, self._live, "copy")
+        new = {
+            label: changes.begun(weights, count, self._live, self._averages[label], self.every)
+            for label in labels
+        }
+        if len(new) == len(self._averages):
+            state: dict[str, Any] = {
+                "format": STATE_FORMAT,
+                "calls": 0,
+                "elapsed": 0.0,
+                "skipped": 0,
+            }
+            self.load_state_dict({**state, "copies": copies, "averages": new})
+        else:
+            state = self.state_dict()
+            state["averages"] |= new
+            state["copies"] = copies | state["copies"]
+            self.load_state_dict(state)
+
+    @lending.in_turn
+    def change_rule(self, rule: Rule | str, name: str | None = None) -> None:
+        """Go on with another rule, from the slots and the clock that there are.
+
+        Raises `ValueError` if the rule needs other slots, `TypeError` for what is not a rule, and
+        `RuntimeError` inside `applied()`.
+        """
+        average = self._get(name)
+        self._same_model("change_rule")
+        other = changes.ruled(average, as_rule(rule))
+        rule_and_clock = {"rule": other.rule, "tick": other.tick}
+        changed = other.rule != average.rule and average.tick.n > 0
+        mixed: dict[str, object] = {"mixed": self.mixed or changed}
+        set_together([(average, rule_and_clock), (self, mixed)])
+
+    @lending.in_turn
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Bring the slots to another dtype or device, those that there are and those to come.
+
+        Raises `ValueError` for a dtype or device that slots cannot have, or not while a module has
+        them; `RuntimeError` inside `applied()`.
+        """
+        self._same_model("to")
+        _require_slot_dtype(dtype)
+        place = None if device is None else torch.device(device)
+        self._refuse_sharded(place, "allow")
+        rounding, averages = self._options["rounding"], list(self._averages.values())
+        dtypes = {tensors.slot_dtype(i.local().dtype, dtype) for i in self._live.averaged}
+        require_rounding(rounding, dtypes if dtype else set())
+        new = changes.moved(self._live, averages, self._updating, dtype, place)
+        given = {"dtype": dtype, "device": place}
+        options = self._options | {key: value for key, value in given.items() if value is not None}
+        set_together([*new, (self, {"_options": options})])
+        self._twins.settle()
 
     @lending.in_turn
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -482,7 +548,8 @@ class Averager:
             self._live.check(call)
             alike = {i.name: i.found() for i in self._live.averaged if i.kind != "buffer"}
             stored = [(item.name, item.policy) for item in self._live.stored()]
-        told = f"{as_specs(self.rules)}, every={self.every}, {self._slots}, "
+        slots = f"dtype={self._options['dtype']}, {self._options['rounding']} rounding"
+        told = f"{as_specs(self.rules)}, every={self.every}, {slots}, "
         told += f"{len(stored)} tensors ({digest(stored)})"
         require_same(call, alike, told, self._mesh)
 
@@ -560,6 +627,11 @@ def _restored(
     averager._make(model, rules, choice, **options)
     averager.load_state_dict(cast("dict[str, Any]", state))
     return averager
+
+
+def _require_slot_dtype(dtype: torch.dtype | None) -> None:
+    wanted = f"one of {', '.join(map(str, SLOT_DTYPES))}"
+    require(dtype in (None, *SLOT_DTYPES), "dtype", dtype, wanted)
 
 
 def _device(model: object) -> torch.device:

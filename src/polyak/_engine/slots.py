@@ -242,8 +242,8 @@ class Average:
     ) -> dict[str, object]:
         """The attributes of this average with a clock, and copies of slots, that were checked."""
         filled = {}
+        dtypes = [spec.dtype for spec in self.specs(live).values()]
         for slot, held in slots.items():
-            dtypes = [held[item.name].dtype for item in live.averaged]
             filled[slot] = self._empty(live, dtypes)
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
         fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}, "_born": {}}

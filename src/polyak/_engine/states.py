@@ -14,6 +14,7 @@ from polyak._checks import difference, is_integer, is_number, report
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._ranks.sharding import Layout, Shape, local, shape
+from polyak._tensors import can_hold
 from polyak.rules import START, Tick
 from polyak.specs import as_specs
 
@@ -92,11 +93,20 @@ def _average(
         wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
         raise ValueError(f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}")
     dtypes = {name: spec.dtype for name, spec in average.specs(live).items()}
-    forms = {item.name: (item.shape(), dtypes[item.name]) for item in live.averaged}
     for slot, held in slots.items():
+        forms = {
+            item.name: (item.shape(), _widened(held.get(item.name), dtypes[item.name]))
+            for item in live.averaged
+        }
         _require_forms(forms, held, f"{where}, slot {slot}")
         slots[slot] = {name: local(tensor) for name, tensor in held.items()}
     return AverageState(tick, slots)
+
+
+def _widened(given: object, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to expect of a stored tensor: its own, if the slot's dtype can hold all its values."""
+    own = getattr(given, "dtype", dtype)
+    return own if can_hold(dtype, own) else dtype
 
 
 def _copies(data: object, live: ModelTensors, *, begun: bool) -> dict[str, Tensor]:

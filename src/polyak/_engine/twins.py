@@ -185,24 +185,32 @@ class Twins:
 
 def refuse_unshareable(label: str, live: ModelTensors, average: Average) -> None:
     """Raises `ValueError` unless an average is one slot in the form of the weights."""
-    problem = ""
     slots = average.lone_slot()
     if slots is None or len(average.rule.slots) > 1:
-        problem = f"{average.rule} reads its average from {', '.join(average.readout())}"
-    for item, slot in zip(live.averaged, slots or (), strict=bool(slots)):
+        read = ", ".join(average.readout())
+        raise _unshareable(f"module({label!r})", f"{average.rule} reads its average from {read}")
+    refuse_unlike(f"module({label!r})", live, slots)
+
+
+def refuse_unlike(call: str, live: ModelTensors, slots: Sequence[Tensor]) -> None:
+    """Raises `ValueError` unless slots have the dtypes and devices of the weights."""
+    for item, slot in zip(live.averaged, slots, strict=True):
         weight = item.local()
         if item.mesh is not None:
-            problem = problem or f"each rank has a part of {item.name} (shard=)"
+            raise _unshareable(call, f"each rank has a part of {item.name} (shard=)")
         if kind(slot) != kind(weight):
-            problem = problem or (
+            raise _unshareable(
+                call,
                 f"the slot of {item.name} is {slot.dtype} on {slot.device}, and the weight "
-                f"{weight.dtype} on {weight.device}"
+                f"{weight.dtype} on {weight.device}",
             )
-    if problem:
-        raise ValueError(
-            f"module({label!r}): {problem}, so no module can have the average itself; take "
-            "module(copy=True) and refresh it by copy_to(module)"
-        )
+
+
+def _unshareable(call: str, problem: str) -> ValueError:
+    return ValueError(
+        f"{call}: {problem}, so no module can have the average itself; take module(copy=True) and "
+        "refresh it by copy_to(module)"
+    )
 
 
 def plain_copy(call: str, model: nn.Module, copies: dict[int, Any]) -> nn.Module:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from polyak._engine.changes import ticked
 from polyak._lazy import LazyTensors
-from polyak.rules import LIVE, START, Rule, Tick
+from polyak.rules import LIVE, Rule, Tick
 
 MOST_UPDATES = 10**8
 
@@ -53,14 +54,6 @@ class Clock:
     def tick(self, rule: Rule, every: int) -> Tick:
         """The clock of a rule that made these updates."""
         return ticked(rule, self.elapsed(every))
-
-
-def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
-    """The clock of a rule after updates that span these times."""
-    tick = START
-    for time in elapsed:
-        tick = rule.tick(tick, time)
-    return tick
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak._checks import difference, report, require
+from polyak._engine.changes import tick_under
 from polyak._engine.slots import tick_data
 from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
 from polyak.averager import Averager
 from polyak.checkpoints import _own_format as own
-from polyak.checkpoints._checkpoint import Checkpoint, ticked
+from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._local_parts import local_parts
 from polyak.checkpoints._open_file import OpenFile, labelled
@@ -25,7 +25,6 @@ from polyak.checkpoints._read import content
 from polyak.checkpoints._resume_foreign import foreign_state, require_rules
 from polyak.checkpoints._sniff import Source, sniff
 from polyak.ema import EMA
-from polyak.rules import START, Rule, Tick
 
 
 def load(
@@ -176,7 +175,7 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
     state = own.state(stored)
     for name, rule in mine.items():
         if theirs[name] != rule:
-            tick = tick_data(_tick_under(rule, held[name].tick))
+            tick = tick_data(tick_under(rule, held[name].tick))
             state["averages"][name] |= {"rule": str(rule), "tick": tick}
             state["mixed"] = True
     if (every := stored.value("every")) != averager.every and not change_rule:
@@ -185,13 +184,6 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
             "pass change_rule=True to go on with this averager's"
         )
     return state
-
-
-def _tick_under(rule: Rule, was: Tick) -> Tick:
-    """The clock of an average under another rule: the same number of updates in the same time."""
-    nested = was.n and rule.tick(START, 1.0).inner is not None
-    inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
-    return was._replace(inner=inner)
 
 
 def find_state(folder: DistributedTensors, key: str | None) -> dict[str, Any] | None:

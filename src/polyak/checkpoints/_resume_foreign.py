@@ -16,6 +16,7 @@ from polyak._engine.states import STATE_FORMAT
 from polyak._engine.tracking import Tracked
 from polyak._lazy import Held, LazyTensors, Renamed, TensorSpec
 from polyak._ranks.sharding import as_distributed, local
+from polyak._tensors import can_hold
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
 from polyak.checkpoints._local_parts import local_parts
@@ -180,7 +181,7 @@ def _slots(
 
 def _widened(found: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in a slot's dtype, which must be able to hold its values."""
-    if not _holds(dtype, tensor.dtype):
+    if not can_hold(dtype, tensor.dtype):
         raise ValueError(
             f"{found.path}: {name} is {tensor.dtype}, and the averager's slots are {dtype}, which "
             f"would round it; make the averager with dtype={tensor.dtype}"
@@ -190,11 +191,3 @@ def _widened(found: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -
 
 def _zeros_like(tensor: Tensor) -> Tensor:
     return as_distributed(torch.zeros_like(local(tensor)), tensor)
-
-
-def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype can hold all values of another."""
-    try:
-        return torch.promote_types(other, dtype) == dtype
-    except RuntimeError:  # torch does not promote 8-bit floating-point dtypes
-        return False

@@ -1,0 +1,354 @@
+"""An average goes on from other weights, under another rule, in another dtype: in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import polyak
+from models import Everything, assert_same, pointers, wander
+from polyak import Averager, Bema, Exponential, Power, Tail, Uniform, Window
+from polyak.theory import profile
+from rule_examples import RULE_EXAMPLES
+
+EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
+SINGLE = [rule for rule in EXAMPLES if len(rule.slots) == 1]
+
+
+def trained(rule: Any, steps: int = 6, **options: Any) -> tuple[nn.Module, Averager]:
+    torch.manual_seed(0)
+    model = Everything()
+    averager = Averager(model, rule, **options)
+    train(model, averager, range(steps))
+    return model, averager
+
+
+def train(model: nn.Module, averager: Averager, steps: range) -> None:
+    for step in steps:
+        wander(model, step)
+        averager.update()
+
+
+# begin
+
+
+@pytest.mark.parametrize("rule", SINGLE, ids=str)
+@pytest.mark.parametrize("every", [1, 3])
+def test_from_an_average_and_its_count_it_goes_on_bit_for_bit(
+    rule: polyak.Rule, every: int
+) -> None:
+    model, averager = trained(rule, 6, every=every)
+    again = Averager(model, rule, every=every)
+    again.begin(averager.average(), averager.count)
+    assert (again.count, again.clock) == (averager.count, averager.clock)
+    for step in range(6, 12):
+        wander(model, step)
+        averager.update()
+        again.update()
+    assert_same(again.average(), averager.average())
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_every_rule_begins_as_if_its_first_update_had_copied(
+    rule: polyak.Rule, rounding: Any
+) -> None:
+    """A target network that begins apart from its model."""
+    first = {"w": torch.full((3,), 5.0)}
+    seen, other = {"w": first["w"].clone()}, {"w": torch.zeros(3)}
+    wanted, begun = (Averager(each, rule, rounding=rounding) for each in (seen, other))
+    wanted.update()
+    begun.begin(first)
+    for step in range(5):
+        for averager, weights in ((wanted, seen), (begun, other)):
+            weights["w"].copy_(torch.arange(3.0) + step)
+            averager.update()
+    assert_same(begun.average(), wanted.average())
+
+
+def test_a_mapping_of_any_kind_is_copied_and_its_buffers_are_the_models_where_it_has_none() -> None:
+    model, averager = trained("exponential(0.5)", 1)
+    given = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    averager.begin(given, 7)
+    average = averager.average()
+    given["scale"].zero_()
+    assert average["scale"].item() == averager.average()["scale"].item() == 1.0
+    assert torch.equal(average["norm.running_mean"], model.get_buffer("norm.running_mean"))
+    assert torch.equal(average["counter"], model.get_buffer("counter"))
+    averager.begin(model.state_dict(), 7)
+    assert_same(averager.average(), dict(model.state_dict()))
+
+
+def test_tied_weights_may_be_given_by_either_name() -> None:
+    for name in ("embedding.weight", "head.weight"):
+        model, averager = trained("uniform()", 1)
+        given = {n: t for n, t in model.state_dict().items() if "weight" not in n or "body" in n}
+        given |= {"norm.weight": torch.ones(4), name: torch.full((5, 4), 3.0)}
+        averager.begin(given)
+        assert torch.equal(averager.average()["head.weight"], torch.full((5, 4), 3.0))
+
+
+def test_one_of_several_averages_begins_and_the_other_goes_on() -> None:
+    rules = {"a": Exponential(0.5), "b": Uniform()}
+    model, averager = trained(rules, 4)
+    before = averager.average("b")
+    averager.begin({n: torch.zeros_like(t) for n, t in model.state_dict().items()}, 9, "a")
+    assert not averager.average("a")["scale"].any()
+    assert_same(
+        {n: t for n, t in averager.average("b").items() if t.is_floating_point()},
+        {n: t for n, t in before.items() if t.is_floating_point()},
+    )
+    averager.begin(model.state_dict())
+    assert_same(averager.average("a"), averager.average("b"))
+
+
+BAD: dict[str, tuple[Callable[[Averager, dict[str, Tensor]], object], str]] = {
+    "missing": (lambda a, w: a.begin({"scale": w["scale"]}), r"missing: .*embedding.weight"),
+    "extra": (lambda a, w: a.begin({**w, "other": w["scale"]}), r"begin: .*\n  extra: other"),
+    "a shape": (lambda a, w: a.begin({**w, "scale": torch.ones(2)}), r"scale: .*wanted"),
+    "a count": (lambda a, w: a.begin(w, 0), r"begin: count is 0, wanted an integer >= 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_does_not_fit_is_refused_and_changes_nothing(kind: str) -> None:
+    model, averager = trained("exponential(0.5)", 3)
+    call, words = BAD[kind]
+    average = averager.average()
+    with pytest.raises(ValueError, match=words):
+        call(averager, dict(model.state_dict()))
+    assert_same(averager.average(), average)
+    assert averager.count == 3
+
+
+def test_several_slots_after_several_updates_are_not_told_by_weights() -> None:
+    for rule in (Window(3), Bema(), Tail(Window(2), 1)):
+        model, averager = trained(rule, 1)
+        with pytest.raises(ValueError, match=r"begin: .* has the slots .*wanted count=1"):
+            averager.begin(model.state_dict(), 2)
+
+
+def test_it_mends_a_spoilt_average_and_fills_a_module() -> None:
+    model, averager = trained("exponential(0.5)", 3)
+    weights = copy.deepcopy(model.state_dict())
+    teacher = averager.module()
+    with torch.no_grad():
+        teacher.get_parameter("scale").add_(1)
+    with pytest.raises(RuntimeError, match="was written to"):
+        averager.average()
+    before = pointers(teacher)
+    averager.begin(weights, 3)
+    assert_same(dict(teacher.state_dict()), dict(weights))
+    assert pointers(teacher) == before
+
+
+def test_weights_that_thaw_are_averaged_on_by_a_new_averager() -> None:
+    """The way on after `requires_grad` has changed."""
+    model, averager = trained("exponential(0.5)", 3)
+    average, count = averager.average(), averager.count
+    model.requires_grad_(True)
+    again = Averager(model, "exponential(0.5)")
+    again.begin(average, count)
+    assert_same(again.average(), average)
+    train(model, again, range(3, 5))
+
+
+# Weights handed in
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_mapping_may_be_refilled_before_every_update(in_place: bool) -> None:
+    """As weights that come from elsewhere: a queue, another process, an engine's shards."""
+    held = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros(2, dtype=torch.float64)}
+    averager = Averager(held, Exponential(0.9))
+    path = []
+    for _ in range(12):
+        arrived = {name: torch.randn_like(tensor) for name, tensor in held.items()}
+        path.append(arrived)
+        for name, tensor in arrived.items():
+            if in_place:
+                held[name].copy_(tensor)
+            else:
+                held[name] = tensor.clone()
+        averager.update()
+    weights = torch.from_numpy(profile(Exponential(0.9), 12))
+    for name, average in averager.average().items():
+        expected = torch.tensordot(weights, torch.stack([p[name] for p in path]), dims=1)
+        torch.testing.assert_close(average, expected)
+
+
+# change_rule
+
+
+@pytest.mark.parametrize("second", [r for r in SINGLE if r.slots == ("average",)], ids=str)
+@pytest.mark.parametrize("first", [Exponential(0.5), Power(3.0)], ids=str)
+def test_another_rule_goes_on_as_load_does(
+    tmp_path: Path, first: polyak.Rule, second: polyak.Rule
+) -> None:
+    model, averager = trained(first, 5)
+    polyak.save(tmp_path / "it", averager)
+    loaded = Averager(model, second)
+    polyak.load(tmp_path / "it", loaded, change_rule=True)
+    averager.change_rule(second)
+    assert averager.rule == second and averager.mixed == loaded.mixed == (second != first)
+    assert averager.clock == loaded.clock
+    for step in range(5, 9):
+        wander(model, step)
+        averager.update()
+        loaded.update()
+    assert_same(averager.average(), loaded.average())
+    polyak.save(tmp_path / "again", averager)
+    polyak.load(tmp_path / "again", Averager(model, second))
+
+
+def test_a_rule_that_needs_other_slots_is_refused() -> None:
+    _, averager = trained(Exponential(0.5), 4)
+    for rule in (Bema(), Window(3), "tail(window(2), 1)"):
+        with pytest.raises(ValueError, match=r"change_rule: .* needs .*begin\(average\(\)\)"):
+            averager.change_rule(rule)
+    assert averager.rule == Exponential(0.5) and not averager.mixed
+    with pytest.raises(TypeError, match=r"a rule is 0\.5"):
+        averager.change_rule(0.5)  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        averager.change_rule(Uniform(), "other")
+
+
+def test_before_the_first_update_any_rule_may_come() -> None:
+    model = Everything()
+    averager = Averager(model, Exponential(0.5))
+    averager.change_rule("window(2)")
+    train(model, averager, range(4))
+    alone = trained("window(2)", 4)[1]
+    assert not averager.mixed and averager.count == alone.count
+
+
+def test_a_module_keeps_its_slot() -> None:
+    model, averager = trained(Exponential(0.5), 3)
+    teacher = averager.module()
+    averager.change_rule(Uniform())
+    train(model, averager, range(3, 6))
+    assert_same(dict(teacher.state_dict()), averager.average())
+
+
+# to
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+def test_wider_slots_hold_the_same_and_go_on_as_wide_ones(rule: polyak.Rule) -> None:
+    model, averager = trained(rule, 4)
+    before = averager.average()
+    averager.to(dtype=torch.float64)
+    after = averager.average()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name].to(tensor.dtype), tensor)
+    assert after["body.weight"].dtype == torch.float64 and after["phase"].dtype == torch.complex128
+    wide = Averager(model, rule, dtype=torch.float64)
+    wide.load_state_dict(averager.state_dict())
+    for step in range(4, 9):
+        wander(model, step)
+        averager.update()
+        wide.update()
+    assert_same(averager.average(), wide.average())
+
+
+def test_slots_to_come_have_the_dtype_too() -> None:
+    model = Everything()
+    averager = Averager(model, Window(3))
+    averager.to(dtype=torch.float64)
+    train(model, averager, range(2))
+    averager.to(dtype=torch.float32)
+    train(model, averager, range(2, 4))
+    slots = averager.state_dict()["averages"]["average"]["slots"]
+    assert {slot["scale"].dtype for slot in slots.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "stochastic"])
+def test_narrower_slots_round(rounding: Any) -> None:
+    model = nn.Linear(3, 3)
+    averager = Averager(model, Exponential(0.5), dtype=torch.bfloat16, rounding=rounding)
+    averager.update()
+    before = averager.average()
+    averager.to(dtype=torch.float16)
+    assert averager.average()["weight"].dtype == torch.float16
+    torch.testing.assert_close(averager.average()["weight"].bfloat16(), before["weight"])
+    averager.update()
+    if rounding == "stochastic":
+        with pytest.raises(ValueError, match=r"stochastic rounding of torch\.float32 slots"):
+            averager.to(dtype=torch.float32)
+
+
+def test_another_place() -> None:
+    _, averager = trained("exponential(0.5)", 3)
+    average = averager.average()
+    averager.to(device="cpu")
+    assert_same(averager.average(), average)
+    averager.to(device="meta")
+    assert {t.device.type for t in averager.state_dict()["copies"].values()} == {"meta"}
+
+
+def test_a_module_follows_or_refuses() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    averager = Averager(model, "exponential(0.5)")
+    train(model, averager, range(3))
+    teacher = averager.module()
+    with pytest.raises(ValueError, match=r"to: the slot of .* is torch.float64 on cpu, and the"):
+        averager.to(dtype=torch.float64)
+    assert averager.average()["0.weight"].dtype == torch.float32
+    model.double()
+    averager.to(dtype=torch.float64)
+    train(model, averager, range(3, 5))
+    assert teacher.get_parameter("0.weight").dtype == torch.float64
+    assert_same(dict(teacher.state_dict()), averager.average())
+
+
+def test_what_slots_cannot_have() -> None:
+    _, averager = trained("exponential(0.5)", 2)
+    with pytest.raises(ValueError, match=r"dtype is torch.int8, wanted one of"):
+        averager.to(dtype=torch.int8)
+    with averager.applied(), pytest.raises(RuntimeError, match="to inside applied"):
+        averager.to(dtype=torch.float64)
+
+
+# States of another dtype
+
+WIDER = [
+    (torch.float32, torch.float64, True),
+    (torch.bfloat16, torch.float32, True),
+    (torch.float16, torch.float64, True),
+    (torch.float64, torch.float32, False),
+    (torch.float16, torch.bfloat16, False),
+    (torch.bfloat16, torch.float16, False),
+]
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(("held", "slots", "fits"), WIDER, ids=str)
+def test_a_state_fits_into_slots_that_can_hold_it(
+    tmp_path: Path, held: torch.dtype, slots: torch.dtype, fits: bool, by_file: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    saved, wide = (Averager(model, "exponential(0.5)", dtype=dtype) for dtype in (held, slots))
+    train(model, saved, range(3))
+    polyak.save(tmp_path / "it", saved)
+
+    def load() -> None:
+        if by_file:
+            polyak.load(tmp_path / "it", wide)
+        else:
+            wide.load_state_dict(saved.state_dict())
+
+    if not fits:
+        with pytest.raises(ValueError, match=r"0\.weight"):
+            load()
+        return
+    load()
+    expected = saved.average()
+    assert wide.average()["0.weight"].dtype == slots
+    for name, tensor in wide.average().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype))
