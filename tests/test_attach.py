@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from schedulefree import AdamWScheduleFree  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -409,3 +410,26 @@ def test_an_optimizer_and_its_wrapper_are_one() -> None:
         ):
             Averager(model, Uniform()).attach(several)
     assert "step" not in vars(inner)
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: inner, accelerated], ids=["alone", "accelerate's"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [(AdamWScheduleFree, r"eval\(\) writes"), (torch.optim.ASGD, r"state\[parameter\]")],
+)
+def test_an_optimizer_that_averages_itself_is_told(
+    kind: Any, where: str, wrap: Callable[[Any], Any]
+) -> None:
+    model = nn.Linear(2, 1)
+    inner = kind(model.parameters(), lr=0.1)
+    with pytest.warns(
+        UserWarning, match=f"{kind.__name__} averages the weights itself, and {where}"
+    ):
+        attachment = Averager(model, "exponential(0.9)").attach(wrap(inner))
+    attachment.remove()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_does_not_average_is_attached_without_a_word(kind: Any) -> None:
+    model = nn.Linear(2, 1)
+    Averager(model, "exponential(0.9)").attach(accelerated(kind(model.parameters(), lr=0.1)))

@@ -279,6 +279,29 @@ def resumed(folder: Path, path: Path | bool, callback: AveragerCallback | None) 
 
 
 @pytest.mark.slow
+def test_an_optimizer_that_averages_itself_trains_as_without_averages(tmp_path: Path) -> None:
+    steps, left, judged = Steps(), [], []
+    for averages in (False, True):
+        one = tiny.trainer(
+            tmp_path / str(averages),
+            optim="schedule_free_adamw",
+            lr_scheduler_type="constant",
+            callbacks=[steps],
+        )
+        if averages:
+            callback = averaged(one)
+            with pytest.warns(UserWarning, match="AdamWScheduleFree averages the weights itself"):
+                one.train()
+        else:
+            one.train()
+        left.append(steps.taken[-1])
+        judged.append([e["eval_loss"] for e in one.state.log_history if "eval_loss" in e])
+    assert_same(*left)
+    assert judged[0] == judged[1]
+    assert_close(average_of(callback), ema(steps.taken, DECAY))
+
+
+@pytest.mark.slow
 def test_a_run_without_averages_is_resumed_with_them_if_told(tmp_path: Path) -> None:
     first = tiny.trainer(tmp_path)
     first.train()

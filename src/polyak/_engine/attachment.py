@@ -7,6 +7,7 @@ the outermost of these calls ends: only then are the weights those of the step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -43,6 +44,8 @@ class Attachment:
             raise ValueError(
                 f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
             )
+        for chain in chains:
+            _warn_of_own_average(chain[-1])
         scalers = (scaler, *(getattr(member, "scaler", None) for member in members))
         self._scaled = any(each is not None for each in scalers)
         self._step = step
@@ -175,6 +178,23 @@ def _nested(optimizer: Any) -> Iterator[Any]:
         yield optimizer
         inside = (getattr(optimizer, name, None) for name in _INSIDE)
         optimizer = next((each for each in inside if callable(getattr(each, "step", None))), None)
+
+
+def _warn_of_own_average(optimizer: Any) -> None:
+    """Warn if an optimizer averages the weights itself: it is one of schedule-free, or ASGD."""
+    modes = (getattr(optimizer, name, None) for name in ("train", "eval"))
+    if all(map(callable, modes)):
+        own = "eval() writes that average into the model"
+    elif isinstance(optimizer, torch.optim.ASGD):
+        own = 'state[parameter]["ax"] is that average'
+    else:
+        return
+    warnings.warn(
+        f"attach: {type(optimizer).__name__} averages the weights itself, and {own}. This averager "
+        "makes a second average, of the weights after each step, at which the next gradients are taken. "
+        "Evaluate the optimizer's own average first: you may not need another",
+        stacklevel=4,
+    )
 
 
 def _runs_hooks(optimizer: Any) -> bool:
