@@ -37,20 +37,29 @@ def batch(step: int, rank: int) -> Tensor:
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
+def forget_accelerators() -> None:
+    """Let the next Accelerator choose anew how it distributes."""
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+
+
+def shard(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let an Accelerator shard: it can on CPUs as on GPUs, but does not choose to."""
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
 class Run:
     """A training of the network by a fresh Accelerator; `fsdp` shards it."""
 
     def __init__(
         self, *, fsdp: bool, averaged: bool = True, early: bool = False, **options: Any
     ) -> None:
-        for state in (AcceleratorState, PartialState):
-            state._reset_state()
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if fsdp else None
-        self.accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        if fsdp:  # accelerate shards on CPUs as it does on GPUs, but does not choose to
-            for state in (PartialState(), self.accelerator.state):
-                state.distributed_type = DistributedType.FSDP
-            self.accelerator.state.fsdp_plugin = plugin
+        forget_accelerators()
+        self.accelerator = Accelerator(cpu=True)
+        if fsdp:
+            shard(self.accelerator, FullyShardedDataParallelPlugin(fsdp_version=2))
         model = network()
         if early:
             self.averager = Averager(model, RULE)

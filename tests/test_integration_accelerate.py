@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
 from torch import nn
 
 import accelerate_ranks
@@ -182,6 +182,17 @@ def test_two_averagers_need_different_names(tmp_path: Path) -> None:
     run.train(0, 2).accelerator.save_state(str(tmp_path))
     names = {path.name for path in (tmp_path / "averages").iterdir()}
     assert names == {"fast-slow.safetensors", "third.safetensors"}
+
+
+def test_deepspeed_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    before = accelerator.state.distributed_type
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    try:
+        with pytest.raises(ValueError, match=r"DeepSpeed keeps the weights.*use FSDP2"):
+            register(accelerator, Averager(net(), RULES))
+    finally:
+        accelerator.state.distributed_type = before
 
 
 def test_an_averager_that_is_removed_is_no_longer_carried(tmp_path: Path) -> None:

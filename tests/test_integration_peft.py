@@ -29,9 +29,10 @@ TRAINED = "modules_to_save", "lora_A", "lora_B"
 
 def lora() -> PeftModel:
     """The small transformer with an adapter and a new classifier, which train alone."""
-    model, options = tiny.bert(), {"r": 2, "target_modules": ["query", "value"]}
+    model = tiny.bert()
     torch.manual_seed(1)
-    return cast(PeftModel, get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, **options)))
+    options = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
+    return cast(PeftModel, get_peft_model(model, options))
 
 
 def trained(folder: Path, **options: Any) -> tuple[Trainer, AveragerCallback]:

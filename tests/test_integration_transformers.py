@@ -28,6 +28,7 @@ from transformers import (
 
 import polyak
 import tiny_trainers as tiny
+import trainer_ranks
 from integration_contract import (
     EVERY,
     LAWS,
@@ -42,6 +43,7 @@ from integration_contract import (
     net,
     optimizer,
 )
+from launching import require_laws
 from models import assert_same, snapshot
 from polyak.integrations.transformers import AveragerCallback
 from tiny_trainers import Sentences, Steps, ema, weights
@@ -642,6 +644,12 @@ def best_by_an_average_that_no_one_evaluates(folder: Path) -> None:
     one.train()
 
 
+def deepspeed(folder: Path) -> None:
+    averaged(one := tiny.trainer(folder))
+    one.args.deepspeed = "zero.json"
+    one.train()
+
+
 def a_start_that_is_no_step(_: Path) -> None:
     AveragerCallback(EMA, start=-1)
 
@@ -675,6 +683,7 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (another_model_saved, RuntimeError, r"not the model that was trained.*remove_callback"),
     (new_weights, RuntimeError, r"(?s)not the tensors that.*more.weight"),
     (best_by_an_average_that_no_one_evaluates, ValueError, r"call attach\(trainer\)"),
+    (deepspeed, ValueError, r"DeepSpeed keeps the weights.*use FSDP2"),
     (a_start_that_is_no_step, ValueError, r"start is -1, wanted"),
     (a_rule_that_does_not_parse, ValueError, r"decay"),
     (a_name_that_is_no_folder, ValueError, r"'a/b', wanted one without a slash"),
@@ -697,3 +706,8 @@ def test_a_callback_that_is_removed_is_forgotten(tmp_path: Path) -> None:
     one.remove_callback(callback)
     one.model = tiny.bert()
     assert "eval_ema_loss" not in one.evaluate()
+
+
+@pytest.mark.slow
+def test_several_ranks_train_with_averages(tmp_path: Path) -> None:
+    require_laws(trainer_ranks.__file__, trainer_ranks.LAWS, 2, tmp_path)

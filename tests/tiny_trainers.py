@@ -52,7 +52,9 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config())
 
 
-def trainer(folder: Path, model: nn.Module | None = None, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, model: nn.Module | None = None, kind: type[Trainer] = Trainer, **options: Any
+) -> Trainer:
     """A Trainer that evaluates and saves every `EVERY` of `STEPS` steps, quietly."""
     of_trainer = ("callbacks", "compute_metrics", "eval_dataset", "model_init", "optimizers")
     given = {name: options.pop(name) for name in of_trainer if name in options}
@@ -71,7 +73,7 @@ def trainer(folder: Path, model: nn.Module | None = None, **options: Any) -> Tra
     if "model_init" not in given:
         given["model"] = bert() if model is None else model
     args = TrainingArguments(str(folder), **(told | options))
-    return Trainer(args=args, train_dataset=Sentences(), **given)
+    return kind(args=args, train_dataset=Sentences(), **given)
 
 
 def weights(model: Any) -> dict[str, Tensor]:

@@ -34,7 +34,9 @@ def hook(trainer: Any, kind: type) -> None:
 
 def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> None:
     """Raise `ValueError` for a training that the callback cannot follow; `best` lacks its metric."""
-    if args.deepspeed:
+    if args.deepspeed or getattr(
+        args, "hf_deepspeed_config", None
+    ):  # accelerate's launcher sets it
         raise ValueError("DeepSpeed keeps the weights where no averager sees them: use FSDP2")
     if best is not None:
         raise ValueError(

@@ -18,7 +18,7 @@ from polyak.integrations._extra import extra
 from polyak.integrations._states import load_state, save_state
 
 with extra("accelerate", "accelerate"):
-    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
 
 __all__ = ["register"]
 
@@ -45,9 +45,11 @@ def register(
         missing_ok: whether `load_state` leaves the averager as it is if the folder has no state of it.
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
-    Raises `ValueError` if the accelerator carries an average of the same name. `load_state` then
+    Raises `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already. `load_state` then
     raises `FileNotFoundError` for a folder without the state, and what `polyak.load` raises.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed keeps the weights where no averager sees them: use FSDP2")
     names = _NAMES.setdefault(accelerator, [])
     if taken := [name for name in averager.rules if name in names]:
         raise ValueError(

@@ -126,10 +126,11 @@ class AveragerCallback(TrainerCallback):
             return
         writes = bool(self._args.should_save)
         for name in self.ready():
+            made = folder / AVERAGES / name
             with self.averager.applied(name):
-                save_model(folder / AVERAGES / name)
-            if writes:
-                write_card(folder / AVERAGES / name, self.averager, name, self._state.global_step)
+                save_model(made)
+            if writes and made.exists():  # a Trainer that saves shards has written no model
+                write_card(made, self.averager, name, self._state.global_step)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             save_state(folder, self.averager, writes=writes)
 
