@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+from accelerate.state import GradientState  # type: ignore[import-untyped]
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from schedulefree import AdamWScheduleFree  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -177,6 +178,7 @@ def scheduled_later(optimizer: Any) -> Stepper:
 
 
 def accelerated(optimizer: Any, scaler: Any = None) -> Any:
+    GradientState._reset_state()  # every wrapper has it, with the loaders that another test has left
     Accelerator(cpu=True)
     return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
 
