@@ -22,13 +22,14 @@ from polyak.checkpoints._pickles import Aside
 from polyak.checkpoints._torch_files import load
 from polyak.checkpoints._torch_objects import StoredTensor
 
-DTYPES = (
+DTYPES: tuple[torch.dtype, ...] = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
 )  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES += (torch.float8_e8m0fnu,)
 
 
 def content(tensor: Tensor) -> bytes:

@@ -36,8 +36,9 @@ _CODES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    _CODES["F8_E8M0"] = torch.float8_e8m0fnu
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 
 

@@ -285,16 +285,16 @@ _NUMPY = {
     "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
     "f2": "e", "f4": "f", "f8": "d",
 }  # fmt: skip
+# float8_e8m0fnu exists since torch 2.7, float4_e2m1fn_x2 since 2.8.
 DTYPES: dict[str, object] = {
-    str(dtype): dtype
-    for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.complex128, torch.complex64, torch.complex32,
-    torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu, torch.float4_e2m1fn_x2,
+    f"torch.{name}": getattr(torch, name)
+    for name in (
+    "float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32",
+    "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
     )
+    if hasattr(torch, name)
 }  # fmt: skip
 _STORAGES = {
     "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,

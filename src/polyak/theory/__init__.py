@@ -36,6 +36,7 @@ from polyak.theory._measures import (
     step_response,
 )
 from polyak.theory._merging import learning_rate_decay, qam, wsm
+from polyak.theory._migration import Migration, from_library
 from polyak.theory._profiles import Profile, coefficients, profile
 from polyak.theory._synthesis import Column, Fit, fit
 
@@ -45,6 +46,7 @@ __all__ = [
     "Explanation",
     "Fit",
     "FrequencyResponse",
+    "Migration",
     "Profile",
     "cadence",
     "coefficients",
@@ -55,6 +57,7 @@ __all__ = [
     "explain",
     "fit",
     "frequency_response",
+    "from_library",
     "half_life",
     "initial_weight",
     "learning_rate_decay",
