@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import polyak
 from polyak._engine.tracking import Policy
@@ -24,6 +24,7 @@ from stress_rules import Fault, RuleCase, Vector, coefficients, ticks, without_e
 
 SKIP = "skip" if "skip" in get_args(Policy) else "live"
 STATISTICS = ("running_mean", "running_var")
+TRAINABLE = "trainable"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def rounded(values: Vector, like: list[Tensor]) -> Vector:
 
 def selected(firsts: Mapping[str, str], select: Any) -> set[str]:
     """The first names of the tensors that an averager is asked to look at."""
-    if select is None:
+    if select == TRAINABLE:
         return set(firsts.values())
     if callable(select):
         return {first for name, first in firsts.items() if select(name)}
@@ -89,26 +90,39 @@ def selected(firsts: Mapping[str, str], select: Any) -> set[str]:
     }
 
 
+def frozen_names(found: list[Entry], options: Mapping[str, Any]) -> frozenset[str]:
+    """All names of the parameters that do not train when an averager is made, unless none does."""
+    firsts = first_names(found)
+    parameters = {e.name for e in found if isinstance(e.tensor, nn.Parameter)}
+    training = {firsts[e.name] for e in found if e.tensor.requires_grad}
+    frozen = {n for n, first in firsts.items() if first in parameters and first not in training}
+    whole = options["select"] != TRAINABLE or parameters <= frozen
+    return frozenset() if whole else frozenset(frozen)
+
+
 def policies(
-    found: list[Entry], buffers: Any, select: Any, *, by_storage: bool = True
+    found: list[Entry],
+    options: Mapping[str, Any],
+    frozen: frozenset[str],
+    *,
+    by_storage: bool = True,
 ) -> dict[str, str]:
-    """first name -> "average", "copy" or left alone, as the pages say."""
-    firsts = first_names(found, by_storage=by_storage)
-    chosen = selected(firsts, select)
+    """first name -> "average", "copy", "frozen" or left alone, as the pages say."""
+    firsts, buffers = first_names(found, by_storage=by_storage), options["buffers"]
+    chosen = selected(firsts, options["select"])
     given = {firsts[n]: p for n, p in buffers.items()} if isinstance(buffers, Mapping) else {}
     result = {}
     for entry in found:
         if firsts[entry.name] == entry.name:
-            result[entry.name] = _policy(entry, buffers, given, entry.name in chosen)
+            decided = {**dict.fromkeys(frozen, "frozen"), **given}.get(entry.name)
+            result[entry.name] = (
+                SKIP if entry.name not in chosen else decided or _policy(entry, buffers)
+            )
     return result
 
 
-def _policy(entry: Entry, buffers: Any, given: Mapping[str, str], chosen: bool) -> str:
+def _policy(entry: Entry, buffers: Any) -> str:
     tensor = entry.tensor
-    if not chosen:
-        return SKIP
-    if entry.name in given:
-        return given[entry.name]
     if not entry.persistent:
         return SKIP
     if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -141,12 +155,14 @@ class Subject:
     def bind(self, source: Source) -> Subject:
         """Notes what the model is like when the averager is made."""
         found = entries(source)
-        decided = policies(found, self.options["buffers"], self.options["select"])
+        self.frozen = frozen_names(found, self.options)
+        decided = policies(found, self.options, self.frozen)
         self.averaged = [name for name, policy in decided.items() if policy == "average"]
         self.copied = [name for name, policy in decided.items() if policy == "copy"]
+        self.left_frozen = {name for name, policy in decided.items() if policy == "frozen"}
         self.firsts = first_names(found)
-        self.form = form(found, self.options, by_storage=False)
-        self.storage_form = form(found, self.options, by_storage=True)
+        self.form = form(found, self.options, self.frozen, by_storage=False)
+        self.storage_form = form(found, self.options, self.frozen, by_storage=True)
         tensors = {entry.name: entry for entry in found}
         flags = [
             np.full(len(vector(tensors[name].tensor)), tensors[name].leaf in STATISTICS)
@@ -171,6 +187,11 @@ class Subject:
     def tick(self, name: str) -> Tick:
         """The clock by the history."""
         return ticks(self.cases[name].rule, self.history.times)
+
+    def readable(self) -> set[str]:
+        """All names that an average has when it is read."""
+        frozen = {name for name, first in self.firsts.items() if first in self.left_frozen}
+        return self.carried() | frozen
 
     def carried(self) -> set[str]:
         """All names of what a block of this averager puts into the model."""
@@ -324,8 +345,11 @@ def make(
     return polyak.Averager(source, rules, **options)
 
 
-def form(found: list[Entry], options: Mapping[str, Any], *, by_storage: bool) -> dict[str, object]:
+def form(
+    found: list[Entry], options: Mapping[str, Any], frozen: frozenset[str], *, by_storage: bool
+) -> dict[str, object]:
     """What must stay as it was when an averager was made: names, shapes, policies."""
-    decided = policies(found, options["buffers"], options["select"], by_storage=by_storage)
+    decided = policies(found, options, frozen, by_storage=by_storage)
     shapes = {entry.name: tuple(entry.tensor.shape) for entry in found}
-    return {n: None if policy == SKIP else (shapes[n], policy) for n, policy in decided.items()}
+    left = (SKIP, "frozen")
+    return {n: None if policy in left else (shapes[n], policy) for n, policy in decided.items()}

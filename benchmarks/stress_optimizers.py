@@ -88,4 +88,4 @@ def trainable(tensors: list[Tensor], name: str) -> list[Tensor]:
     found = [t for t in unique if t.is_floating_point() or (t.is_complex() and "fused" not in name)]
     if "fused" in name:
         found = [t for t in found if t.dtype in (torch.float32, torch.float64)]
-    return [t for t in found if t.is_leaf and not t.is_conj()]
+    return [t for t in found if t.is_leaf and not t.is_conj() and not t.is_neg()]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from stress_article import make_article
-from stress_averagers import SKIP, Subject, make, policies
+from stress_averagers import SKIP, TRAINABLE, Subject, frozen_names, make, policies
 from stress_blocks import close_block
 from stress_models import KINDS, Kind, Source, build, entries
 from stress_operations import OPERATIONS
@@ -201,7 +201,7 @@ def draw_options(random: Random, source: Source, *, whole: bool) -> dict[str, An
     floats = [e.name for e in entries(source) if e.tensor.is_floating_point()]
     if random.random() < 0.15 and floats:
         buffers = {random.choice(floats): random.choice(["average", "copy", SKIP])}
-    select: Any = None
+    select: Any = random.choice([TRAINABLE, TRAINABLE, "*"])
     if not whole and random.random() < 0.5:
         some = random.sample(names, random.randint(1, len(names)))
         select = random.choice([some, some, lambda name: name in some])
@@ -226,10 +226,10 @@ def make_facts(world: World, options: dict[str, Any]) -> set[str]:
     found = entries(world.model)
     facts = set(shared(found))
     if world.kind.refused:
-        whole = options["select"] is None and isinstance(options["buffers"], str)
+        whole = options["select"] in (TRAINABLE, "*") and isinstance(options["buffers"], str)
         facts.add("refused kind" if whole else "part of a refused kind")
         return {"part of a refused kind"} if not whole else facts
-    decided = policies(found, options["buffers"], options["select"])
+    decided = policies(found, options, frozen_names(found, options))
     averaged = [entry for entry in found if decided.get(entry.name) == "average"]
     if not averaged:
         facts.add("nothing")

@@ -43,10 +43,10 @@ def read_average(world: World, subject: Subject, name: str, *, lazily: bool = Fa
     held = world.ask("average", world.facts(subject, name), call)
     if isinstance(held, Refused) or name in subject.tainted:
         return
-    if held.keys() != subject.carried():
-        raise Fault("names", f"average() has {sorted(held)}, wanted {sorted(subject.carried())}")
+    if held.keys() != subject.readable():
+        raise Fault("names", f"average() has {sorted(held)}, wanted {sorted(subject.readable())}")
     for alias, first in subject.firsts.items():
-        if alias in held and bits(held[alias]) != bits(held[first]):
+        if alias in subject.carried() and bits(held[alias]) != bits(held[first]):
             raise Fault("names", f"{alias} and {first} are tied and differ")
     if subject.cases[name].wrong:
         return
@@ -62,7 +62,7 @@ def summary(world: World, random: Random) -> None:
     if isinstance(held, Refused):
         return
     str(held)
-    wanted = policies(entries(world.model), subject.options["buffers"], subject.options["select"])
+    wanted = policies(entries(world.model), subject.options, subject.frozen)
     if {row.name: row.policy for row in held.rows} != wanted:
         raise Fault("summary", f"{ {row.name: row.policy for row in held.rows} }, wanted {wanted}")
     if held.count != len(subject.history.times):

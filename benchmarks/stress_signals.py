@@ -30,6 +30,8 @@ from stress_updates import due_facts, given, note_update, pick
 from stress_world import Block, World
 
 ROOT = str(Path(polyak.__file__).parent)
+TIMERS = 0.3
+"""The share of alarms that come by a timer, and so at another moment in each run."""
 
 
 class LateError(RuntimeError):
@@ -135,7 +137,7 @@ def interruption(random: Random, reads: Callable[[], Vector]) -> Interruption:
     number, error = random.choice(SIGNALS)
     moment = random.choice([random.randint(1, 40), random.randint(1, 200), random.randint(1, 800)])
     timer = (
-        random.uniform(2e-5, 1e-3) if number == signal.SIGALRM and random.random() < 0.3 else 0.0
+        random.uniform(2e-5, 1e-3) if number == signal.SIGALRM and random.random() < TIMERS else 0.0
     )
     reader = reads if random.random() < 0.2 else None
     return Interruption(number, error("sent"), moment, timer=timer, reads=reader)

@@ -166,10 +166,14 @@ class World:
     def structure(self, subject: Subject) -> Iterator[str]:
         """What is not any more as it was when the averager was made."""
         found = entries(self.model)
-        now = form(found, subject.options, by_storage=False)
+        now = form(found, subject.options, subject.frozen, by_storage=False)
         if now != subject.form:
-            yield "changed" if _stored(now) != _stored(subject.form) else "changed elsewhere"
-        if form(found, subject.options, by_storage=True) != subject.storage_form:
+            before, after = _stored(subject.form), _stored(now)
+            firsts = before.keys() & {*subject.averaged, *subject.copied}
+            lost = any(after.get(name) != before[name] for name in firsts)
+            untied = (after.keys() - before.keys()) & subject.carried()
+            yield "changed" if lost or untied else "changed elsewhere"
+        if form(found, subject.options, subject.frozen, by_storage=True) != subject.storage_form:
             yield "aliased"
         yield from shared(found)
 

@@ -467,6 +467,25 @@ def test_a_handler_reads_the_average_before_or_after_the_update(setup: str) -> N
             ), moment
 
 
+@pytest.mark.parametrize(
+    "options", [{"param_or_buffer_names_no_ema": {"2.bias"}}, {"ignore_names": {"2.bias"}}]
+)
+@pytest.mark.parametrize("shape", [(1,), (), (4, 4), (2,)])
+def test_the_articles_class_copies_no_other_shape(
+    options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    ema = EMA(network(), update_after_step=0, update_every=1, **options)
+    before = {n: t.clone() for n, t in ema.state_dict().items() if "online" not in n}
+    wander(ema.model, 1)
+    ema.model.get_parameter("2.bias").data = torch.ones(shape)
+    for call in (ema.update, ema.copy_params_from_model_to_ema):
+        with pytest.raises(RuntimeError, match=r"2.bias"):
+            call()
+    now = {n: t for n, t in ema.state_dict().items() if "online" not in n}
+    assert_same(now, before)
+    assert ema._calls == 0
+
+
 def test_the_articles_class_counts_no_call_that_was_refused() -> None:
     ema = EMA(network(), beta=0.9, update_after_step=0, update_every=1)
     for step in range(3):

@@ -12,6 +12,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import stress_signals
+import stress_world
 from polyak import Averager, Uniform
 from polyak.rules import Tick
 from stress_programs import Outcome, Program, run
@@ -65,6 +67,18 @@ def test_what_is_broken_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -
     found = next(filter(_fails(law), (run(Program(seed)) for seed in range(300))), None)
     coefficients.cache_clear()
     assert found is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_programs_have_no_fault(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here depends on a clock: no timers, no races, and patience without an end."""
+    monkeypatch.setattr(stress_signals, "TIMERS", 0.0)
+    monkeypatch.setattr(stress_world, "PATIENCE", 1000.0)
+    for seed in range(first, first + 50):
+        program = Program(seed, without=("race",))
+        outcome = run(program)
+        assert outcome.fault is None, f"{program}: {outcome.fault}"
 
 
 def _fails(law: str) -> Callable[[Outcome], bool]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak._checks import require_count
+from polyak._checks import difference, report, require_count
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity, overlap
 from polyak._engine.moving import Motion, Move, undisturbed
@@ -29,6 +29,9 @@ from polyak.rules import AVERAGE, ArticleEMA, Tick
 
 _MOST_CALLS = 2**53
 """Above it, a float no longer tells a call from the next."""
+
+Copies = list[tuple[Tensor, Tensor]]
+"""Tensors of `ema_model`, and what they take from the model."""
 
 __all__ = ["EMA"]
 
@@ -150,17 +153,14 @@ class EMA(nn.Module):
             return self._average.advance(self._live, elapsed) if due else []
 
         def end() -> None:
-            if due:
-                self._copy_after()
-            if due and (copying or fresh):
-                self._copy("skip")
             if fresh and not copying:
                 self._initted = True
                 self.initted.fill_(1.0)
             self._calls = calls
             self.step.fill_(calls)
 
-        self._move(self._follow() if due else [], advance, end)
+        policies: tuple[Policy, ...] = ("copy", "skip") if copying or fresh else ("copy",)
+        self._move(advance, policies if due else (), end)
 
     def update_moving_average(
         self, ma_model: nn.Module | None = None, current_model: nn.Module | None = None
@@ -171,16 +171,11 @@ class EMA(nn.Module):
         """
         if ma_model not in (None, self.ema_model) or current_model not in (None, self.model):
             raise ValueError("update_moving_average averages this EMA's own models and no others")
-        self._blend(1 - self.get_current_decay(), self._copy_after)
+        self._blend(1 - self.get_current_decay(), ("copy",))
 
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
-
-        def end() -> None:
-            self._copy_after()
-            self._copy("skip")
-
-        self._blend(1.0, end)
+        self._blend(1.0, ("copy", "skip"))
 
     def restore_ema_model_device(self) -> None:
         """Moves the average to the device of this module's own buffers."""
@@ -205,39 +200,58 @@ class EMA(nn.Module):
         self._adopt()
         return self
 
-    def _blend(self, fraction: float, end: Callable[[], None]) -> None:
-        self._move(self._follow(), lambda: [self._average.move(self._live, AVERAGE, fraction)], end)
+    def _blend(self, fraction: float, policies: Sequence[Policy]) -> None:
+        self._move(lambda: [self._average.move(self._live, AVERAGE, fraction)], policies)
 
     def _move(
-        self, groups: Groups, advance: Callable[[], list[Move]], end: Callable[[], None]
+        self,
+        advance: Callable[[], list[Move]],
+        policies: Sequence[Policy],
+        end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Moves the slots as `advance` says, then calls `end`: all of it or nothing."""
+        """Moves slots, copies tensors of these policies, and calls `end`: all of it or nothing.
+
+        Without policies, it does nothing but `end`.
+        """
+        groups = self._follow() if policies else []
+        copies = [pair for policy in policies for pair in self._copies(policy)]
         before, motion = self._average.tick, None
         try:
             motion = Motion(groups, advance(), stages=self._live.stages)
             motion.run()
-            end()
+            self._end(copies, end)
         except BaseException:
             if motion is None:
                 self._average.back_to(before)
             else:
-                undisturbed(partial(_finish, motion, end))
+                undisturbed(partial(self._finish, motion, copies, end))
             raise
 
-    def _copy_after(self) -> None:
-        """Copies what is copied, and rounds float32 slots, after the slots have moved."""
-        self._copy("copy")
-        for item in self._carrier.averaged:
-            if item.name in self._rounded:
-                item.local().data.copy_(self._rounded[item.name])
+    def _finish(self, motion: Motion, copies: Copies, end: Callable[[], None]) -> None:
+        """Goes on where an exception has broken a call off; what is done twice stays the same."""
+        motion.finish()
+        self._end(copies, end)
 
     @torch.no_grad()
-    def _copy(self, policy: Policy) -> None:
-        """Copies the tensors of a policy from the live model: "skip" are the ignored ones."""
-        pairs = zip(self._live.tracked, self._carrier.tracked, strict=True)
-        for source, carried in pairs:
-            if source.policy == policy:
-                carried.local().copy_(source.local())
+    def _end(self, copies: Copies, end: Callable[[], None]) -> None:
+        """What follows the moves: copies, and float32 slots rounded into the narrow weights."""
+        for tensor, content in copies:
+            tensor.copy_(content)
+        for item in self._carrier.averaged if self._rounded else ():
+            if item.name in self._rounded:
+                item.local().data.copy_(self._rounded[item.name])
+        end()
+
+    def _copies(self, policy: Policy) -> Copies:
+        """The tensors of a policy in `ema_model`, with the live ones: "skip" are the ignored names."""
+        pairs = list(zip(self._live.tracked, self._carrier.tracked, strict=True))
+        copies = [(b.local(), a.local()) for a, b in pairs if a.policy == policy]
+        if any(tensor.shape != content.shape for tensor, content in copies):
+            ours = {a.name: a.shape() for a, _ in pairs if a.policy == policy}
+            theirs = {b.name: b.shape() for a, b in pairs if a.policy == policy}
+            title = "EMA: the model's tensors have other shapes than ema_model's"
+            raise RuntimeError(report(title, difference(theirs, ours)))
+        return copies
 
     def _follow(self) -> Groups:
         """Groups the live weights; looks the average's tensors up again if they were replaced."""
@@ -293,11 +307,6 @@ class EMA(nn.Module):
         for key, tensor in self.ema_model.state_dict(keep_vars=True).items():
             if id(tensor) in slots:
                 yield key, slots[id(tensor)]
-
-
-def _finish(motion: Motion, end: Callable[[], None]) -> None:
-    motion.finish()
-    end()
 
 
 def _given(ema_model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
