@@ -170,7 +170,7 @@ def make_averagers(world: World, random: Random) -> bool:
         made = world.ask(
             "make", make_facts(world, options), partial(make, world.model, cases, options)
         )
-        if isinstance(made, Refused):
+        if isinstance(made, Refused) or world.kind.refused:
             return False
         described = ", ".join(f"{name}={case.rule}" for name, case in cases.items())
         world.tell(f"averager {number}: {described}, {options}")

@@ -169,6 +169,7 @@ def tie(world: World, random: Random) -> None:
         return
     first, second = random.choice(pairs)
     how = random.choice(["object", "parameter", "data"])
+    world.graphs.clear()
     world.tell(f"tie {first} and {second} by {how}")
     world.drop_optimizers()
     for source in (world.model, world.twin):
@@ -216,6 +217,7 @@ def resize(world: World, random: Random) -> None:
     name = random.choice([entry.name for entry in entries(world.model)])
     how, drawn = random.choice(["one", "row", "more", "fewer", "flat"]), random.randrange(2**31)
     world.tell(f"resize {name}: {how}")
+    world.graphs.clear()  # torch keeps what leaves were like in the graphs that are alive
     world.drop_optimizers()
     for source in (world.model, world.twin):
         tensor = next(entry.tensor for entry in entries(source) if entry.name == name)
@@ -239,6 +241,7 @@ def mend(world: World, random: Random) -> None:
     del random
     if world.undo and not world.blocks:
         world.tell("mend")
+        world.graphs.clear()
         world.drop_optimizers()
         for undo in reversed(world.undo):
             undo()

@@ -63,7 +63,7 @@ REFUSALS: Mapping[str, Mapping[str, str]] = {
     "load": {**_READS, "other forms": MAY, "own rule in a file": MAY},
     "summary": _READS,
     "enter": {
-        **_READS, "applied": MAY, "other average applied": MUST, "no update": MUST, "spoilt": MUST,
+        **_READS, "applied": MAY, "restructured": MAY, "other average applied": MUST, "no update": MUST, "spoilt": MUST,
     },
     "leave": {**_STRUCTURE, "written": MAY, "restructured": MAY},
     "attach": {"attached": MUST},
@@ -147,10 +147,8 @@ class World:
         """The situations that an averager is in."""
         facts = set() if subject.history.times else {"no update"}
         own = self.open_blocks(subject)
-        if own and not self.ordered:
-            facts.add("left out of order")
-        elif own:
-            facts.add("applied")
+        if own:
+            facts.add("applied" if self.ordered else "left out of order")
             facts |= {"other average applied"} if any(b.name != name for b in own) else set()
         facts |= {"other thread"} if any(block.thread != self.thread for block in own) else set()
         mine = {*subject.averaged, *subject.copied}
@@ -158,6 +156,7 @@ class World:
         if any(mine.intersection((*other.averaged, *other.copied)) for other in others):
             facts.add("other block")
         facts.update(self.structure(subject))
+        facts |= {"restructured"} if self.restructured else set()
         if any(subject.spoilt(n) for n in subject.cases if name in (None, n)):
             facts.add("spoilt")
         facts |= {"wrong rule later" for case in subject.cases.values() if case.wrong}
@@ -167,13 +166,14 @@ class World:
         """What is not any more as it was when the averager was made."""
         found = entries(self.model)
         now = form(found, subject.options, subject.frozen, by_storage=False)
+        by_storage = form(found, subject.options, subject.frozen, by_storage=True)
         if now != subject.form:
             before, after = _stored(subject.form), _stored(now)
             firsts = before.keys() & {*subject.averaged, *subject.copied}
             lost = any(after.get(name) != before[name] for name in firsts)
-            untied = (after.keys() - before.keys()) & subject.carried()
+            untied = (_stored(by_storage).keys() & after.keys() - before.keys()) & subject.carried()
             yield "changed" if lost or untied else "changed elsewhere"
-        if form(found, subject.options, subject.frozen, by_storage=True) != subject.storage_form:
+        if by_storage != subject.storage_form:
             yield "aliased"
         yield from shared(found)
 
@@ -281,8 +281,6 @@ class World:
         wanted = {entry.name: vector(entry.tensor) for entry in entries(self.twin)}
         touched: set[str] = set()
         for block in self.blocks:
-            if block.repeated:
-                continue
             start = 0
             for name in block.subject.averaged:
                 end = start + len(wanted[name])
@@ -332,7 +330,7 @@ class World:
             self.twin = faithful_copy(self.model)
             self.undo.clear()
         for subject in self.subjects:
-            if subject.tainted:
+            if subject.tainted and not any(shared(entries(self.model))):
                 subject.renew(self.model)
 
     # What training does
@@ -341,6 +339,9 @@ class World:
         """Forgets the optimizers, whose parameters are no longer the model's."""
         self.epoch += 1
         self.optimizers.clear()
+        for source in (self.model, self.twin):
+            for entry in entries(source):
+                entry.tensor.grad = None
         for subject in self.subjects:
             if subject.attachment is not None:
                 subject.attachment.remove()
@@ -384,8 +385,13 @@ class World:
         """What no open block carries is written to for good: the twin takes it over."""
         now = {entry.name: entry.tensor for entry in entries(self.model)}
         for entry in entries(self.twin):
-            if entry.name in names:
-                entry.tensor.data = now[entry.name].detach().clone()
+            if entry.name not in names:
+                continue
+            new, old = now[entry.name].detach(), entry.tensor.data
+            if (new.shape, new.dtype) == (old.shape, old.dtype):
+                old.copy_(new)  # another name may have the same memory
+            else:
+                entry.tensor.data = new.clone()
 
     def close(self) -> None:
         """Leaves what a failed program has left open, for the next one, and ends the second thread."""

@@ -177,3 +177,24 @@ def test_versions_are_those_of_before() -> None:
     assert [tensor._version for tensor in (*model.parameters(), *model.buffers())] == before
     assert not set(inside) & set(before)
     assert all(torch.equal(tensor, live[name]) for name, tensor in snapshot(model).items())
+
+
+def test_versions_of_blocks_are_never_those_that_training_counts_to() -> None:
+    """A block that was written to leaves another version, from which training counts on."""
+    flat = torch.arange(8.0)
+    weights = {"v": flat[:4], "w": flat[4:]}
+    averager = Averager(weights, Window(2))
+    averager.update()
+    averager.update()
+    inputs = torch.ones(4, requires_grad=True)
+    losses = []
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="v was written to"), averager.applied():
+            weights["v"].add_(1.0)
+        for _ in range(3):
+            weights["v"].add_(1.0)
+            with averager.applied():
+                losses.append((inputs * weights["v"]).sum())
+            for loss in losses:
+                with pytest.raises(RuntimeError, match=REFUSED):
+                    torch.autograd.grad(loss, inputs, retain_graph=True)

@@ -183,3 +183,62 @@ def test_two_callbacks_leave_in_the_order_of_entering(first: str, second: str) -
     scene.leave(0)
     scene.check()
     assert_same(snapshot(scene.model), snapshot(scene.live))
+
+
+REPLACED: dict[str, Callable[[nn.Linear], object]] = {
+    "a parameter": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(2, 3))),
+    "a table": lambda m: m.__setstate__(deepcopy(m.__dict__)),
+    "by loading": lambda m: m.load_state_dict(nn.Linear(3, 2).state_dict(), assign=True),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}], ids=["slots", "aside"])
+@pytest.mark.parametrize("way", REPLACED)
+def test_what_took_the_place_of_a_lent_weight_is_lent_too(
+    way: str, options: dict[str, torch.dtype]
+) -> None:
+    """It gets the live weight when the block ends: no other block, update or step takes it before."""
+    model = nn.Linear(3, 2)
+    first, second = Averager(model, Uniform(), **options), Averager(model, Uniform())
+    for averager in (first, second, second):
+        wander(model, 1)
+        averager.update()
+    live = snapshot(model)
+    block = first.applied()
+    block.__enter__()
+    REPLACED[way](model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match=r"weight was replaced inside a block"):
+        second.applied().__enter__()
+    with pytest.raises(RuntimeError, match=r"carries an average"):
+        second.update()
+    with pytest.raises(RuntimeError, match=r"a step of SGD inside applied"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"was replaced"):
+        block.__exit__(None, None, None)
+    assert_same(snapshot(model), live)
+    optimizer.step()
+
+
+def test_a_write_in_one_block_is_told_once() -> None:
+    """A loan that is taken back for another's sake, and lent again, says nothing of it to the other."""
+    flat = torch.arange(8.0)
+    weights = {"v": flat[:4], "w": flat[4:]}
+    whole, part = Averager(weights, Uniform()), Averager(weights, Uniform(), select="w")
+    whole.update()
+    part.update()
+    outer = part.applied()
+    outer.__enter__()
+    weights["w"].add_(1.0)
+    with whole.applied():
+        again = part.applied()
+        again.__enter__()
+        again.__exit__(None, None, None)
+        with pytest.raises(RuntimeError, match="w was written to"):
+            outer.__exit__(None, None, None)
+    whole.average()
+    with pytest.raises(RuntimeError, match="load a saved state first"):
+        part.average()
+    assert torch.equal(flat, torch.arange(8.0))

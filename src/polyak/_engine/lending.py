@@ -127,7 +127,7 @@ def _latest() -> list[Loan]:
 def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
     """Raises `RuntimeError` if a model carries an average in any of these tensors."""
     for loan in OPEN:
-        if places := meeting([item.local() for item in items], loan.tensors):
+        if places := meeting([item.local() for item in items], loan.carriers()[0]):
             raise RuntimeError(
                 f"{call}: {items[places[0]].name} carries an average, in a block "
                 f"applied({loan.label!r}) of {loan.owner.name}; leave that block first"
@@ -148,8 +148,16 @@ def refuse_owner(call: str, loan: Loan, name: str) -> None:
 
 def _refuse_others(loan: Loan) -> None:
     for other in OPEN:
+        call = f"applied({loan.label!r})"
         if places := of_one_storage(loan.tensors, other.tensors):
-            refuse_owner(f"applied({loan.label!r})", other, loan.names[places[0]])
+            refuse_owner(call, other, loan.names[places[0]])
+        new = other.carriers()[0][len(other.tensors) :]
+        if places := of_one_storage(loan.tensors, new):
+            raise RuntimeError(
+                f"{call}: {loan.names[places[0]]} was replaced inside a block "
+                f"applied({other.label!r}) of {other.owner.name}, and gets its live weight when "
+                "that ends; leave that block first"
+            )
 
 
 def _involved(loan: Loan, wanted: list[Loan]) -> list[Loan]:
@@ -175,10 +183,11 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """A hook before the steps of all optimizers; it is there while a loan is open."""
     held = [local(p) for group in optimizer.param_groups for p in group["params"]]
     for loan in OPEN:
-        if places := meeting(loan.tensors, held):
+        tensors, names = loan.carriers()
+        if places := meeting(tensors, held):
             raise RuntimeError(
                 f"a step of {type(optimizer).__name__} inside applied({loan.label!r}) of "
-                f"{loan.owner.name}: {loan.names[places[0]]} carries the average there, and a step "
+                f"{loan.owner.name}: {names[places[0]]} carries the average there, and a step "
                 "would spoil it; leave the block first"
             )
 

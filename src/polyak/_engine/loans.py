@@ -3,7 +3,8 @@
 During a loan each tensor of the model holds the average, and a tensor beside it (a slot of the
 average, or a temporary one) holds the live content. Autograd's version counters follow the contents:
 a loan has a version of its own, so autograd refuses a graph that was recorded under other contents.
-When the old contents are back, so is the old version.
+When the old contents are back, so is the old version, or the one after it where something else may
+have changed: outside of blocks, versions stay far below those of loans.
 
 An exception may break off any call here at any line; calling it again finishes it. So what says that
 a thing is done is set after it, in one assignment.
@@ -65,7 +66,10 @@ class _Lent:
     def begin(self) -> None:
         """Notes the old versions, before any of them changes: views of one storage share a counter."""
         if self._before is None:
-            self._before = versions(self._pairs.counted)
+            self._changed_live = self._changed_slots = set()
+            before = versions(self._pairs.counted)
+            _VERSIONS.used(before)  # of a loan beneath, in which tensors were written to
+            self._before = before
 
     def put(self) -> None:
         """Puts into the model what is aside."""
@@ -108,7 +112,10 @@ class _Lent:
     def restore(self) -> None:
         """Sets the old versions, where the old contents are back."""
         if self._before is not None:
-            set_versions(self._pairs.counted, self._versions_after(self._before))
+            counted, before = self._pairs.counted, self._before
+            set_versions(counted, before)
+            changed = sorted(self._pairs.places(self._changed_live, self._changed_slots))
+            set_versions([counted[i] for i in changed], [before[i] + 1 for i in changed])
             self._before = None
 
     def _judge(self, written: set[int], slots: set[int]) -> None:
@@ -191,14 +198,6 @@ class _Lent:
             if tensor is not None and tensor is not live:
                 self._write(i, tensor, live)
 
-    def _versions_after(self, before: list[int]) -> list[int]:
-        """The old versions where the old contents are back, and a fresh one elsewhere."""
-        changed = self._pairs.places(self._changed_live, self._changed_slots)
-        if not changed:
-            return before
-        fresh = _VERSIONS.fresh()
-        return [fresh if i in changed else version for i, version in enumerate(before)]
-
 
 def _fills_storage(tensor: Tensor) -> bool:
     return tensor.nbytes == tensor.untyped_storage().nbytes()
@@ -264,6 +263,25 @@ class Loan:
         """What `tensors` are called."""
         return [name for each in self._pairs for name in each.names()]
 
+    def carriers(self) -> tuple[list[Tensor], list[str]]:
+        """All tensors that carry the average or hold live weights now, and what they are called.
+
+        They are `tensors` and those that the block has put in the place of some.
+        """
+        tensors, names = self.tensors, self.names
+        if not self._same():
+            now = self._model.by_name()
+            for pairs in self._pairs:
+                new = [(i, t) for i, t in pairs.renewed(now) if t is not None]
+                new += [(i, t) for i, t, _ in pairs.strays(now) if t is not None]
+                tensors += [t for _, t in new]
+                names += [pairs.items[i].name for i, _ in new]
+        return tensors, names
+
+    def _same(self) -> bool:
+        """Whether no tensor was replaced or moved, as far as that is looked at in every block."""
+        return self._model.unchanged() and all(lent.untouched() for lent in self._lent)
+
     @torch.no_grad()
     def lend(self) -> None:
         """Lets the model carry the average: for the first time, or again after `take_back`."""
@@ -290,7 +308,7 @@ class Loan:
         ):  # a root left whole by a forward pass has the average
             self._problems = {f"resharding failed ({error})": None}
         if self.out:
-            same = self._model.unchanged() and all(lent.untouched() for lent in self._lent)
+            same = self._same()
             now = None if same else self._model.by_name()
             for lent in self._lent:
                 lent.look(now)

@@ -101,7 +101,8 @@ class Pairs:
 
     def written(self, seen: Sequence[int], version: int) -> tuple[set[int], set[int]]:
         """The places of live tensors and of asides that were written to, by the versions of `counted`."""
-        changed = [each != version for each in seen]
+        filled = [tensor.numel() > 0 for tensor in self.counted]
+        changed = [full and each != version for full, each in zip(filled, seen, strict=True)]
         live, rest = changed[: len(self.live)], changed[len(self.live) :]
         places = {i for i, each in enumerate(live) if each}
         places |= {i for i, each in zip(self.extra, rest, strict=False) if each}
