@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,8 @@ def copy_then(fraction: Any) -> Callable[[Tick], dict[str, Any]]:
 @dataclass(frozen=True)
 class Custom(Rule):
     """A rule whose answers are given as functions of the tick."""
+
+    SAVABLE: ClassVar = False
 
     moves: Callable[[Tick], Any] = field(default=copy_then(0.5), repr=False)
     reads: Callable[[Tick], Any] = field(default=lambda _: {AVERAGE: 1.0}, repr=False)
@@ -61,6 +63,7 @@ class Custom(Rule):
 class Wild(Schedule):
     """A schedule that leaves [0, 1] after time 5."""
 
+    SAVABLE: ClassVar = False
     then: float
 
     def __call__(self, t: float) -> float:

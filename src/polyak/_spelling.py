@@ -6,8 +6,12 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from polyak._checks import as_number
+
+KNOWN: WeakValueDictionary[str, type] = WeakValueDictionary()
+"""Every class by its name in a spec; of two with one name, the one that was defined last."""
 
 
 class Spec:
@@ -25,9 +29,21 @@ class Spec:
     INSTEAD: ClassVar[tuple[str, ...]] = ()
     """Options that may be given instead of the first field, which is then computed from them."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        KNOWN[cls.spec_name()] = cls
+
     def __post_init__(self) -> None:
         for field in self._fields():
             self._set(field.name, as_number(getattr(self, field.name)))
+
+    SAVABLE: ClassVar[bool] = True
+    """Whether `polyak.save` takes it. A class whose fields no text can tell sets it to False."""
+
+    def savable(self) -> bool:
+        """Whether `polyak.save` takes it, and all that is nested in it."""
+        nested = (getattr(self, field.name) for field in self._fields())
+        return self.SAVABLE and all(each.savable() for each in nested if isinstance(each, Spec))
 
     @classmethod
     def spec_name(cls) -> str:

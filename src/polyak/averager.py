@@ -50,7 +50,7 @@ from polyak._ranks.sharding import (
     shape,
 )
 from polyak.rules import Rule, Tick
-from polyak.specs import as_rule, as_specs
+from polyak.specs import as_rule, as_specs, require_spelled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -488,7 +488,7 @@ class Averager:
         """
         average = self._get(name)
         self._same_model("change_rule")
-        other = changes.ruled(average, as_rule(rule))
+        other = changes.ruled(average, _rule(rule))
         rule_and_clock = {"rule": other.rule, "tick": other.tick}
         changed = other.rule != average.rule and average.tick.n > 0
         mixed: dict[str, object] = {"mixed": self.mixed or changed}
@@ -667,7 +667,7 @@ def _shapes(tracked: Sequence[Tracked]) -> dict[str, Shape]:
 def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
     """name -> rule; a single rule is called "average"."""
     if not isinstance(rule, Mapping):
-        return {ONLY: as_rule(rule)}
+        return {ONLY: _rule(rule)}
     if not rule:
         raise ValueError("rule is an empty mapping, wanted at least one name -> rule")
     for name in rule:
@@ -675,4 +675,11 @@ def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
             raise TypeError(f"an average's name is {name!r}, wanted a string that is not empty")
         if "/" in name:
             raise ValueError(f"an average's name is {name!r}, wanted one without a slash")
-    return {name: as_rule(each) for name, each in rule.items()}
+    return {name: _rule(each) for name, each in rule.items()}
+
+
+def _rule(rule: Rule | str) -> Rule:
+    """The rule; raises `ValueError` for one that would fail at the first save, hours later."""
+    made = as_rule(rule)
+    require_spelled(made)
+    return made

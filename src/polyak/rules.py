@@ -19,7 +19,8 @@ applies it to unit impulses, so training and theory cannot disagree.
 ({'average': 1.0}, {'average': 0.25}, {'average': 1.0})
 
 A new rule is one frozen dataclass here and one line in `RULES` at the end. A rule of your own is a
-frozen dataclass that derives from `Rule`; its first updates are checked, and each of its fractions.
+frozen dataclass that derives from `Rule`; its first updates are checked, and each of its fractions. Files
+hold it by its text, so its fields are numbers, rules and schedules; else its class sets `SAVABLE = False`.
 """
 
 from __future__ import annotations

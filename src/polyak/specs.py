@@ -2,7 +2,8 @@
 
 A spec is a call with numbers: `exponential(0.999)`, `exponential(half_life=5000)`,
 `tail(uniform(), start=100)`, `exponential(inverse_power(power=2/3))`. The names are those of the
-classes in `rules` and `decays`, in snake case; the arguments are those of the classes.
+classes in `rules` and `decays`, in snake case; the arguments are those of the classes. A rule or
+schedule of your own has a name as soon as its class is defined.
 
 >>> parse("exponential(half_life=5000)")
 Exponential(half_life=5000)
@@ -16,10 +17,11 @@ import ast
 import inspect
 from collections.abc import Mapping
 
+from polyak._spelling import KNOWN
 from polyak.decays import SCHEDULES, Schedule
 from polyak.rules import RULES, Rule
 
-__all__ = ["as_rule", "as_specs", "parse"]
+__all__ = ["as_rule", "as_specs", "class_of", "own_classes", "parse", "path_of", "require_spelled"]
 
 _LONGEST = 1000
 _CLASSES: dict[str, type] = {cls.spec_name(): cls for cls in (*RULES, *SCHEDULES)}
@@ -93,15 +95,55 @@ def _quotient(above: float, below: float, spec: str) -> float:
 
 def _construct(name: str, args: list[object], options: dict[str, object], spec: str) -> object:
     """Call the class of a name."""
-    if name not in _CLASSES:
+    made = class_of(name)
+    if made is None:
         raise ValueError(f"{name!r} in spec {spec!r} is unknown; {_known()}")
-    signature = inspect.signature(_CLASSES[name])
+    signature = inspect.signature(made)
     try:
         bound = signature.bind(*args, **options)
     except TypeError as error:
         takes = f"it takes ({', '.join(signature.parameters)})"
         raise ValueError(f"{name} in spec {spec!r}: {error}; {takes}") from None
-    return _CLASSES[name](*bound.args, **bound.kwargs)
+    return made(*bound.args, **bound.kwargs)
+
+
+def class_of(name: str) -> type | None:
+    """The class that a name in a spec means; None if there is none."""
+    return _CLASSES.get(name) or KNOWN.get(name)
+
+
+def own_classes(spec: str) -> dict[str, str]:
+    """name -> module and name of each class in a spec that is not one of this library's."""
+    names = {node.func.id for node in ast.walk(ast.parse(spec)) if _is_call(node)}  # type: ignore[attr-defined]
+    return {name: path_of(class_of(name)) for name in sorted(names - _CLASSES.keys())}
+
+
+def path_of(known: type | None) -> str:
+    """The module and the name of a class; empty for None."""
+    return "" if known is None else f"{known.__module__}.{known.__qualname__}"
+
+
+def _is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+def require_spelled(rule: Rule) -> None:
+    """Raise `ValueError` unless the text of a rule reads as the rule, so that a file can hold it.
+
+    It asks nothing of a rule that says that it is not saved.
+    """
+    try:
+        if not rule.savable() or (again := parse(str(rule))) == rule:
+            return
+        problem = f"its text {str(rule)!r} reads as {again!r}"
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    kind = type(rule).__name__
+    raise ValueError(
+        f"{kind} could not be saved, which would fail at the first save: {problem}. Make it a frozen "
+        "dataclass of numbers, rules and schedules at the top of a module; or write SAVABLE = False "
+        "in the class, if it is never saved"
+    )
 
 
 def _known() -> str:

@@ -22,7 +22,7 @@ from polyak.checkpoints._readout import ReadOut, read_out_terms
 from polyak.checkpoints._safetensor_files import KEY, TensorFile
 from polyak.checkpoints._sniff import Source, sniff
 from polyak.rules import AVERAGE, LIVE, START, Rule, Tail, Tick, Window
-from polyak.specs import parse
+from polyak.specs import class_of, parse, path_of
 
 _PARTS = {"averages", "copies", "live", "times"}
 FORMAT = 2
@@ -140,6 +140,18 @@ class Stored(LazyTensors):
         described = self.mapping("averages")
         return {name: self._average(name, average) for name, average in described.items()}
 
+    def _require_classes(self, classes: Any) -> None:
+        """Raises `ValueError` if a class of a user's rule is not there: loading imports nothing."""
+        if not isinstance(classes, dict):
+            raise self.error(f"classes is {classes!r}, wanted a JSON dict")
+        for name, path in classes.items():
+            if path_of(class_of(name)) != path:
+                now = path_of(class_of(name)) or "no class"
+                raise self.error(
+                    f"its rule {name}(...) is the class {path}, and {name} means {now} now: import "
+                    "the module that defines it before you load"
+                )
+
     def _spec_at(self, key: str, stored: TensorSpec) -> TensorSpec:
         """The spec of a tensor; for pairs of float64, that of the complex tensor."""
         pair = stored.dtype == torch.float64 and stored.shape[-1:] == (2,)
@@ -150,6 +162,7 @@ class Stored(LazyTensors):
     def _average(self, name: str, held: Any) -> StoredAverage:
         if not isinstance(held, dict) or not _are_names(held.get("slots")):
             raise self.error(f"average {name!r} is {held!r}, wanted rule, tick and slots")
+        self._require_classes(held.get("classes", {}))
         rule = self.rule(held.get("rule"))
         try:
             tick = as_tick(held.get("tick"))

@@ -37,7 +37,7 @@ from polyak.checkpoints._rank_checks import require_one_model
 from polyak.checkpoints._safetensor_files import KEY, narrowed
 from polyak.ema import EMA
 from polyak.rules import LIVE
-from polyak.specs import parse
+from polyak.specs import own_classes, parse
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -177,6 +177,9 @@ def _packed(averager: Averager | EMA) -> Packed:
 
 def packed(averager: Averager, kind: str = "averager") -> Packed:
     """What is saved of an averager: its state, and a description of its model."""
+    for name, rule in averager.rules.items():
+        if not rule.savable():
+            raise ValueError(f"save: average {name!r}: {rule} is not saved (SAVABLE is False)")
     state, tracked = averager.state_dict(), averager.tracked
     averages = state.pop("averages")
     stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
@@ -194,6 +197,9 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
         name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
         for name, held in averages.items()
     }
+    for held in described.values():
+        if classes := own_classes(held["rule"]):
+            held["classes"] = classes
     del state["format"]  # the file has its own
     return {
         "kind": kind,
