@@ -95,7 +95,8 @@ def main() -> None:
     (options.out / "sweep.json").write_text(
         json.dumps({**found.as_dict(), "tracked": rows}, indent=2)
     )
-    print(f"best: {found.best.rule}; chart: {options.out}/sweep.html")
+    best = "none was compared" if found.best is None else found.best.rule
+    print(f"best: {best}; chart: {options.out}/sweep.html")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,11 @@ class TestAverage:
             soup = offline.greedy_soup(self.FILES, loss, better="lower")
         assert shares == soup.coefficients.tolist()
         assert len(soup.ingredients) < len(self.FILES)
+        told = data("average", *self.FILES, "--greedy", "judge:loss", "--dry-run")["terms"]
+        assert [term["quality"] for term in told] == list(soup.qualities)
+        printed = run("average", *self.FILES, "--greedy", "judge:loss", "--dry-run")
+        assert "quality alone" in printed.stdout and f"{soup.qualities[0]:.6g}" in printed.stdout
+        assert f"the last {soup.qualities[-1]:g}" in printed.stderr
 
     def test_dtypes_and_sums(self) -> None:
         got, _ = self.made("--dtype", "bf16", "--accumulate", "float64")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cli_runs import finished, place, run
@@ -35,7 +36,10 @@ def test_it_is_the_librarys_sweep() -> None:
     assert {path.name for path in Path("sweep").iterdir()} == {
         "sweep.json", "sweep.png", "sweep.svg", "sweep.html",
     }  # fmt: skip
-    assert done.stderr == "chart: sweep/sweep.html (also .png, .svg), sweep/sweep.json\n"
+    assert done.stderr.splitlines() == [
+        "note: no checkpoint has the live weights to compare with: give --checkpoint TIME=FILE",
+        "chart: sweep/sweep.html (also .png, .svg), sweep/sweep.json",
+    ]
 
 
 def test_for_people() -> None:
@@ -71,6 +75,110 @@ def test_checkpoints_alone() -> None:
     assert run(*command, *files, "--max-error", "1").exit_code == 0
 
 
+OF_THE_COUNTER = """
+def f(weights):
+    return weights["1.num_batches_tracked"]
+"""
+OF_EXAMPLES = """
+import torch
+
+noise = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+sizes = noise.roll(1).abs()
+
+
+def f(weights):
+    return noise + 0.001 * sizes * weights["3.bias"].double()
+"""
+
+
+class TestTheLiveWeightsBeside:
+    """Every average is seen beside the last live weights and the best ones."""
+
+    RUN = ("sweep", ".", "--evaluate", "judge:loss", "--out", "s")
+    FILES = ("step-1.pt", "step-2.pt", "step-3.pt")
+
+    def test_a_run_of_plain_checkpoints(self) -> None:
+        done = run(*self.RUN, "--windows", "2,3", "--json")
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        with users_function("judge:loss") as loss:
+            alone = [loss(dict(offline.average([file]))) for file in self.FILES]
+            means = [loss(dict(offline.average(self.FILES[-k:]))) for k in (2, 3)]
+        last, best = found["baselines"]
+        assert (last["name"], last["at"], last["quality"]) == ("last", 3, alone[-1])
+        assert (best["name"], best["quality"]) == ("best", min(alone))
+        assert best["path"].endswith(self.FILES[alone.index(min(alone))])
+        assert [p["quality"] for p in found["points"]] == means
+        assert [p["rule"] for p in found["points"]] == [
+            "last(2 checkpoints)",
+            "last(3 checkpoints)",
+        ]
+        assert [p["mean_age"] for p in found["points"]] == [0.5, 1.0]
+
+    def test_in_the_table_and_the_chart(self) -> None:
+        done = run(*self.RUN, "--windows", "2,3")
+        rows = done.stdout.splitlines()
+        assert rows[1].startswith("live, last (3)") and rows[2].startswith("live, best (")
+        labels = Path("s/sweep.svg").read_text()
+        assert "last live weights (3)" in labels or "best single checkpoint" in labels
+
+    def test_snapshots_with_checkpoints(self) -> None:
+        files = [("--checkpoint", f"{100 * i}=step-{i}.pt") for i in (1, 2, 3)]
+        done = run(
+            *SWEEP, "--rule", "uniform()", *(part for each in files for part in each), "--json"
+        )
+        last, _ = json.loads(done.stdout)["baselines"]
+        assert last["at"] == 300
+
+    def test_an_average_that_is_no_better_is_called_so(self) -> None:
+        Path("mine.py").write_text(OF_THE_COUNTER)
+        worse = run(*self.RUN, "--windows", "2", "--evaluate", "mine:f")
+        assert "no average is better than the live weights of step-3.pt (last)" in worse.stderr
+        better = run(
+            *self.RUN, "--windows", "2", "--out", "t", "--half-lives", "5:5:1", "--max-error", "9"
+        )
+        assert better.exit_code == 0
+
+    def test_an_interval_where_examples_are_judged(self) -> None:
+        """The paired bootstrap sees differences of 0.001 below noise of 1."""
+        Path("mine.py").write_text(OF_EXAMPLES)
+        done = run(*self.RUN, "--windows", "2,3", "--evaluate", "mine:f", "--json")
+        found = json.loads(done.stdout)
+        last = found["baselines"][0]["quality"]
+        for point in found["points"]:
+            low, high = point["interval"]
+            assert low < point["quality"] - last < high
+            assert (low > 0 or high < 0) and high - low < 0.001
+        files = ("--checkpoint", "1=step-1.pt", "--checkpoint", "2=step-2.pt")
+        plain = run("sweep", "--evaluate", "judge:loss", "--out", "u", "--rule", "uniform()", *files, "--max-error", "1", "--json")  # fmt: skip
+        assert json.loads(plain.stdout)["points"][0]["interval"] is None
+
+
+def test_the_interval_covers_the_difference() -> None:
+    """In 95 of 100 draws, and it is paired: noise that both share does not count."""
+    from polyak.offline._quality import Judged, interval
+
+    draws, covered = np.random.default_rng(1), 0
+    for _ in range(200):
+        shared, own = draws.normal(size=200), draws.normal(0.3, 0.1, size=200)
+        found = interval(Judged(0.0, shared + own), Judged(0.0, shared))
+        assert found is not None and found[1] - found[0] < 0.04
+        covered += found[0] <= 0.3 <= found[1]
+    assert 180 <= covered <= 199
+    assert interval(Judged(0.0), Judged(0.0, shared)) is None
+    with pytest.raises(ValueError, match="200 and 3 numbers"):
+        interval(Judged(0.0, shared), Judged(0.0, np.zeros(3)))
+
+
+def test_one_average_among_refused_ones_is_not_the_best() -> None:
+    done = run(*SWEEP, "--rule", "exponential(half_life=2)", "--rule", "exponential(half_life=300)")
+    assert "refused" in done.stdout
+    assert not any(row.endswith("best") for row in done.stdout.splitlines())
+    assert "all averages but one were refused, so none is the best" in done.stderr
+    assert json.loads(Path("sweep/sweep.json").read_text())["best"] is None
+    assert Path("sweep/sweep.png").exists()
+
+
 def test_results_are_not_overwritten_before_anything_is_judged() -> None:
     Path("sweep").mkdir()
     Path("sweep/sweep.json").write_text("precious")
@@ -91,9 +199,11 @@ ERRORS = [
     (("--evaluate", "judge.of:loss", "--rule", "uniform()"), "there is no module judge.of in "),
     (("--evaluate", "judge:best", "--rule", "uniform()"), "module judge has no function best"),
     (("--evaluate", "judge:silent", "--rule", "uniform()"), "evaluate gave None for uniform()"),
-    ((), "no average to try: give --rule, --half-lives or --relative-stds"),
+    ((), "no average to try: give --rule, --half-lives, --relative-stds or --windows"),
     (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),
     (("--relative-stds", "0.1:0.9:3"), "Power.relative_std is 0.9, wanted 0 < s <= 0.300283"),
+    (("--windows", "2,x"), "--windows is '2,x', wanted integers above 0, such as 2,5,10"),
+    (("--windows", "2"), "windows is 2, wanted at most 0, the checkpoints there are"),
     (("--rule", "ema()"), "'ema' in spec 'ema()' is unknown"),
     (("--rule", "uniform()", "--checkpoint", "x"), "--checkpoint is 'x', wanted TIME=FILE"),
     (("--rule", "uniform()", "--out", "judge.py"), "judge.py is a file, wanted a folder"),

@@ -24,7 +24,7 @@ from polyak.theory._curves import (
 from polyak.theory._long import Horizon, profile_at
 
 if TYPE_CHECKING:
-    from polyak.offline._selection import Point, Sweep
+    from polyak.offline._sweep import Point, Sweep
 
 __all__ = ["rule_chart", "save", "sweep_chart"]
 
@@ -92,7 +92,8 @@ def rule_chart(
 def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
     """The quality of a sweep's averages over their half-life, with a line for each kind of rule.
 
-    The best average is marked and named; refused averages are marks on the axis. The logarithmic axis
+    The best average is marked and named; dashed lines are the live weights; refused averages are marks
+    on the axis. The logarithmic axis
     has no place for a half-life of 0 (the last update carries the half), so the subtitle counts those.
     """
     placed = [point for point in sweep.points if point.half_life > 0]
@@ -102,13 +103,15 @@ def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
         "x:Q", scale=_log(ends), axis=_few_decades(ends, "half-life (in the run's unit of time)")
     )
     y_axis = alt.Axis(title=f"quality ({sweep.better} is better)")
+    qualities = [p.quality for p in placed if p.quality is not None]
     y = alt.Y(
-        "y:Q", scale=_around([p.quality for p in placed if p.quality is not None]), axis=y_axis
+        "y:Q", scale=_around([*qualities, *(b.quality for b in sweep.baselines)]), axis=y_axis
     )
     title = alt.TitleParams("Which average is best", subtitle=_subtitle(sweep), fontSize=16)
-    best = _best(sweep, x, y, ends) if sweep.best in placed else []
+    best = _best(sweep, sweep.best, x, y, ends) if sweep.best in placed and sweep.best else []
+    live = _baselines(sweep, x, y, ends)
     chart: alt.LayerChart = (
-        alt.LayerChart(layer=[*_judged(placed, x, y), *_refused(placed, x), *best])
+        alt.LayerChart(layer=[*_judged(placed, x, y), *_refused(placed, x), *live, *best])
         .properties(title=title, width=_WIDE, height=_HIGH)
         .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
         .configure_view(stroke=None)
@@ -141,9 +144,27 @@ def _refused(points: Sequence[Point], x: alt.X) -> list[alt.Chart]:
     return [base.encode(x=x, y=alt.value(_HIGH), tooltip=["rule:N"])] if rows else []
 
 
-def _best(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[alt.Chart]:
+def _baselines(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[alt.Chart]:
+    """A dashed line with its name for the last live weights, and for the best ones if they are others."""
+    names = {"last": "last live weights", "best": "best single checkpoint"}
+    rows = [
+        {"x": ends[0], "y": b.quality, "label": f"{names[b.name]} ({b.at:g}): {b.quality:.5g}"}
+        for b in {b.quality: b for b in reversed(sweep.baselines)}.values()
+    ]
+    if not rows:
+        return []
+    text: dict[str, Any] = {"align": "left", "dx": 4, "dy": -6, "color": _GREY}
+    base = _chart(rows)
+    return [
+        base.mark_rule(strokeDash=[6, 4], color=_GREY).encode(y=y, tooltip=["label:N"]),
+        base.mark_text(**text).encode(x=x, y=y, text="label:N"),
+    ]
+
+
+def _best(
+    sweep: Sweep, point: Point, x: alt.X, y: alt.Y, ends: tuple[float, float]
+) -> list[alt.Chart]:
     """A ring around the best point, and its name: on the side that lines leave free, towards the middle."""
-    point = sweep.best
     share = math.log(point.half_life / ends[0]) / math.log(ends[1] / ends[0])
     label = f"{_kind(point)}, half-life {point.half_life:.4g}: {point.quality:.5g}"
     base = _chart([{"x": point.half_life, "y": point.quality, "label": label}]).encode(x=x, y=y)

@@ -54,7 +54,7 @@ from polyak.cli._users_function import Better, users_function
 
 if TYPE_CHECKING:
     from polyak.checkpoints import Checkpoint
-    from polyak.offline import Combination
+    from polyak.offline import Combination, Soup
     from polyak.theory._profiles import Profile
 
 Shape = Literal["sqrt", "linear", "cosine"]
@@ -179,9 +179,10 @@ def average(
         read = reader(key, prefix, names, as_)
         found = list(map(read, chosen))
         rule_or_shares = _chosen(len(chosen), rule, coefficients, wsm, qam, greedy)
+        soup = None if greedy is None else _soup(found, greedy, better or "lower", which)
         made = offline.average(
             found,
-            rule_or_shares if greedy is None else _soup(found, greedy, better or "lower", which),
+            rule_or_shares if soup is None else soup.coefficients,
             elapsed=_times(elapsed, len(chosen)),
             which=which,
             dtype=dtypes_of(like, which, read) if dtype is None else dtype_of(dtype),
@@ -191,7 +192,7 @@ def average(
         if listed:
             _note_order(chosen, made)
         if out is None or dry_run:
-            print_forecast(chosen, made, json=json)
+            print_forecast(chosen, made, soup, json=json)
             return
         with progress_shown(f"writing {out}") as progress:
             if like is None:
@@ -201,7 +202,7 @@ def average(
             else:
                 write_like(out, like, made, which, read, overwrite=force, progress=progress)
         checked = verified(made, out, which, like, read) if verify else None
-        print_written(chosen, made, out, time.monotonic() - began, checked, json=json)
+        print_written(chosen, made, soup, out, time.monotonic() - began, checked, json=json)
 
 
 def _files(files: Sequence[Path], wanted: Wanted, *, listed: bool) -> Sequence[Path]:
@@ -239,7 +240,7 @@ def _chosen(
 
 def _soup(
     files: Sequence[Checkpoint], name: str, better: Literal["lower", "higher"], which: str | None
-) -> Profile:
+) -> Soup:
     from polyak import offline
 
     trials = 2 * len(files) - 1
@@ -252,8 +253,12 @@ def _soup(
             which=which,
             progress=lambda *_: show and show(next(done), trials),
         )
-    note(f"the mean of {len(soup.ingredients)} of {len(files)} files has quality {soup.quality:g}")
-    return soup.coefficients
+    last, best = soup.qualities[-1], soup.qualities[soup.order[0]]
+    note(
+        f"the mean of {len(soup.ingredients)} of {len(files)} files has quality {soup.quality:g}; the best "
+        f"single file has {best:g}, the last {last:g}"
+    )
+    return soup
 
 
 def _times(text: str | None, files: int) -> list[float] | None:

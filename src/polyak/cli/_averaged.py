@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from polyak.checkpoints import Checkpoint
-    from polyak.offline import Combination
+    from polyak.offline import Combination, Soup
 
     Read = Callable[[Path], Checkpoint]
 
@@ -84,14 +84,16 @@ def _reader(like: Path, read: Read) -> Read:
     return read
 
 
-def print_forecast(files: Sequence[Path], made: Combination, *, json: bool) -> None:
+def print_forecast(
+    files: Sequence[Path], made: Combination, soup: Soup | None, *, json: bool
+) -> None:
     from polyak import offline
 
     about = offline.forecast(made)
     if json:
-        print_json({**about._asdict(), "tensors": len(made), "terms": _terms(files, made)})
+        print_json({**about._asdict(), "tensors": len(made), "terms": _terms(files, made, soup)})
         return
-    _print_terms(files, made)
+    _print_terms(files, made, soup)
     sizes = f"{size_text(about.read_bytes)} to read, {size_text(about.written_bytes)} to write"
     say(f"{len(made)} tensors of {len(files)} files: {sizes}, about {about.seconds:.1f} s")
 
@@ -99,6 +101,7 @@ def print_forecast(files: Sequence[Path], made: Combination, *, json: bool) -> N
 def print_written(
     files: Sequence[Path],
     made: Combination,
+    soup: Soup | None,
     out: Path,
     seconds: float,
     checked: int | None,
@@ -109,13 +112,13 @@ def print_written(
     if json:
         about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
         about |= {} if checked is None else {"verified": checked}
-        terms = _terms(files, made)
+        terms = _terms(files, made, soup)
         print_json(
             {**about, "copied": made.copied, "left": made.left, "norms": made.norms, "terms": terms}
         )
     else:
         if len(files) <= _FEW:
-            _print_terms(files, made)
+            _print_terms(files, made, soup)
         done = f"{len(made)} tensors of {len(files)} files, {size_text(size)}, {seconds:.1f} s"
         said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
         say(f"{out}: {done}{said}")
@@ -148,12 +151,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _terms(files: Sequence[Path], made: Combination) -> list[dict[str, object]]:
-    shares = made.coefficients.tolist()
-    return [{"file": str(f), "coefficient": c} for f, c in zip(files, shares, strict=True)]
+def _terms(files: Sequence[Path], made: Combination, soup: Soup | None) -> list[dict[str, object]]:
+    """Each file with its coefficient; of a soup, with its quality alone."""
+    pairs = zip(files, made.coefficients.tolist(), strict=True)
+    terms: list[dict[str, object]] = [{"file": str(f), "coefficient": c} for f, c in pairs]
+    for term, quality in zip(terms, () if soup is None else soup.qualities, strict=False):
+        term["quality"] = quality
+    return terms
 
 
-def _print_terms(files: Sequence[Path], made: Combination) -> None:
-    shares = made.coefficients.tolist()
-    rows = [(str(file), f"{share:.6g}") for file, share in zip(files, shares, strict=True)]
-    print_table(("file", "coefficient"), rows)
+def _print_terms(files: Sequence[Path], made: Combination, soup: Soup | None) -> None:
+    header = ("file", "coefficient", *(() if soup is None else ("quality alone",)))
+    rows = [
+        tuple(cell if isinstance(cell, str) else f"{cell:.6g}" for cell in term.values())
+        for term in _terms(files, made, soup)
+    ]
+    print_table(header, rows)

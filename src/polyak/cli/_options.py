@@ -73,7 +73,9 @@ MaxAmplification = Annotated[
 ]
 Snapshots = Annotated[
     Path | None,
-    typer.Argument(metavar="FOLDER", help="Snapshots of polyak.Recorder.", show_default=False),
+    typer.Argument(
+        metavar="FOLDER", help="Snapshots of polyak.Recorder, or a run.", show_default=False
+    ),
 ]
 
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -109,6 +111,13 @@ def numbers_of(text: str, option: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} is {text!r}, wanted numbers such as 0.2,0.3,0.5") from None
+
+
+def counts_of(text: str, option: str) -> list[int]:
+    """Integers above 0 between commas."""
+    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
+        raise ValueError(f"{option} is {text!r}, wanted integers above 0, such as 2,5,10")
+    return [int(number) for number in text.split(",")]
 
 
 def grid_of(text: str | None, option: str) -> list[float]:

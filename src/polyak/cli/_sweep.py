@@ -17,10 +17,12 @@ from polyak.cli._options import (
     MaxError,
     Snapshots,
     checkpoints_of,
+    counts_of,
     grid_of,
 )
 from polyak.cli._output import (
     json_text,
+    note,
     number_text,
     print_json,
     print_table,
@@ -38,7 +40,7 @@ def sweep(
         str,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Takes weights, name -> tensor; returns their quality.",
+            help="Takes weights, name -> tensor; returns their quality, or one an example.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="For sweep.json and the chart.")],
@@ -54,6 +56,10 @@ def sweep(
         str | None,
         typer.Option(metavar="LOW:HIGH:COUNT", help="Try power(relative_std=...)."),
     ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(metavar="K,K,...", help="Try the mean of the last K checkpoints."),
+    ] = None,
     at: At = None,
     checkpoint: Checkpoints = [],  # noqa: B006
     better: BetterOption = "lower",
@@ -64,12 +70,14 @@ def sweep(
 ) -> None:
     """Find the best average of a finished run, by a function of yours.
 
-    Its module may lie in the current directory; its prints go to stderr. The best of many averages
-    looks better than it is: report its quality on other data.
+    Its module may lie in the current directory; its prints go to stderr. The live weights of all
+    checkpoints are judged too. The best of many averages looks better than it is: report its quality
+    on other data.
 
     \b
-    Example:
+    Examples:
       polyak sweep snapshots --evaluate judge:loss --half-lives 100:1000:8 --out sweep --json
+      polyak sweep . --evaluate judge:loss --windows 2,3 --out sweep
     """
     from polyak import charts, offline
 
@@ -79,21 +87,24 @@ def sweep(
     rules += [
         f"power(relative_std={number})" for number in grid_of(relative_stds, "--relative-stds")
     ]
-    if not rules:
-        raise ValueError("no average to try: give --rule, --half-lives or --relative-stds")
+    counts = [] if windows is None else counts_of(windows, "--windows")
+    if not rules and not counts:
+        raise ValueError(
+            "no average to try: give --rule, --half-lives, --relative-stds or --windows"
+        )
     with making_folder(out):  # before the work, so that a place that cannot be made fails at once
-        with users_function(evaluate) as function, progress_shown("averages", bytes=False) as show:
-            done = iter(range(1, len(rules) + 1))
+        with users_function(evaluate) as function, progress_shown("trials", bytes=False) as show:
             result = offline.sweep(
                 folder,
                 rules,
                 function,
                 at,
+                windows=counts,
                 better=better,
                 checkpoints=checkpoints_of(checkpoint),
                 max_error=max_error,
                 max_amplification=max_amplification,
-                progress=lambda _: show and show(next(done), len(rules)),
+                progress=show,
             )
         try:  # the work of hours: it is printed if it cannot be written, and the reverse
             with writing(out / "sweep.json", overwrite=force) as file:
@@ -101,6 +112,7 @@ def sweep(
         finally:
             _print(result, json=json)
         charts.save(charts.sweep_chart(result), out, "sweep")
+        _notes(result)
     say(f"chart: {out}/sweep.html (also .png, .svg), {out}/sweep.json", err=json)
 
 
@@ -108,7 +120,17 @@ def _print(result: Sweep, *, json: bool) -> None:
     if json:
         print_json(result.as_dict())
         return
-    rows = [
+    live = [
+        (
+            f"live, {baseline.name} ({baseline.at:g})",
+            *["-"] * 4,
+            number_text(baseline.quality),
+            "",
+            "",
+        )
+        for baseline in result.baselines
+    ]
+    made = [
         (
             point.rule,
             number_text(point.half_life),
@@ -116,9 +138,27 @@ def _print(result: Sweep, *, json: bool) -> None:
             f"{point.relative_error:.2g}",
             f"{point.amplification:.3g}",
             "refused" if point.quality is None else number_text(point.quality),
+            _interval(point.interval),
             "best" if point is result.best else "",
         )
         for point in result.points
     ]
-    header = ("rule", "half-life", "mean age", "error", "amplification", "quality", "")
-    print_table(header, rows)
+    said = "minus last live (95 %)" if any(point.interval for point in result.points) else ""
+    header = ("rule", "half-life", "mean age", "error", "amplification", "quality", said, "")  # fmt: skip
+    print_table(header, [*live, *made])
+
+
+def _interval(between: tuple[float, float] | None) -> str:
+    return "" if between is None else f"{between[0]:.3g} .. {between[1]:.3g}"
+
+
+def _notes(result: Sweep) -> None:
+    """What the table does not say by itself."""
+    if result.best is None:
+        note("all averages but one were refused, so none is the best")
+    if not result.baselines:
+        note("no checkpoint has the live weights to compare with: give --checkpoint TIME=FILE")
+    for baseline in result.baselines:
+        if result.worse_than(baseline):
+            note(f"no average is better than the live weights of {baseline.path} ({baseline.name})")
+            break

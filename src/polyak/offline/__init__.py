@@ -17,11 +17,13 @@ from polyak.offline._average import average
 from polyak.offline._combination import Combination
 from polyak.offline._comparison import Comparison, compare
 from polyak.offline._description import Description, describe
-from polyak.offline._selection import Point, Soup, Sweep, greedy_soup, sweep
+from polyak.offline._soup import Soup, greedy_soup
+from polyak.offline._sweep import Baseline, Point, Sweep, sweep
 from polyak.offline._synthesis import Synthesis, Term, synthesize
 from polyak.offline._verification import Forecast, forecast, verify
 
 __all__ = [
+    "Baseline",
     "Choice",
     "Combination",
     "Comparison",

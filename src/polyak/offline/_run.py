@@ -14,8 +14,9 @@ import torch
 
 from polyak._checks import require, require_count
 from polyak._engine.tracking import is_statistic
+from polyak._runs.choosing import choose
 from polyak.checkpoints._own_format import Stored
-from polyak.checkpoints._snapshots import Snapshot, snapshots
+from polyak.checkpoints._snapshots import Snapshot, snapshots, stored_in
 from polyak.rules import LIVE
 from polyak.theory._synthesis import Column
 
@@ -52,7 +53,9 @@ class Run:
 
     @classmethod
     def of(cls, folder: Path | str | None, checkpoints: Mapping[int, Path | str]) -> Run:
-        """What a folder of snapshots and checkpoints (time -> file) hold; only headers are read."""
+        """What a folder of snapshots or a run, and checkpoints (time -> file), hold; only headers are read."""
+        if folder is not None and not stored_in(Path(folder)):
+            checkpoints, folder = {**_of_folder(Path(folder)), **checkpoints}, None
         if folder is None and not checkpoints:
             raise ValueError(
                 "nothing to make an average of: give a folder of snapshots, or checkpoints"
@@ -98,6 +101,24 @@ class Run:
         wanted = f"a time up to {times[-1]:g}, the last known"
         require(0 < at <= times[-1] + slack, "at", at, wanted)
         return self.elapsed[: int(np.searchsorted(times, at + slack, side="right"))]
+
+
+def _of_folder(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their steps; where none are known, by their place in the order."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of snapshots or of a run")
+    try:
+        choice = choose(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} has no snapshots of polyak.Recorder; as a run, {error}"
+        ) from None
+    counts = [int(file.at) for file in choice.files]
+    known = choice.unit != "time" and counts[0] > 0
+    return {
+        count if known else place: file.path
+        for place, (count, file) in enumerate(zip(counts, choice.files, strict=True), 1)
+    }
 
 
 def _slots(snapshot: Snapshot) -> Iterator[StoredSlot]:

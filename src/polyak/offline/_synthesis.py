@@ -180,7 +180,7 @@ def synthesize(
     result.
 
     Args:
-        folder: of snapshots that `Recorder` wrote, or None if there are only checkpoints.
+        folder: of snapshots that `Recorder` wrote, or of a run with plain checkpoints (`choose`), or None.
         rule: a rule or its spec; it is updated at the same steps as the recorded averages.
         at: the time, in the run's unit; by default that of the last snapshot or checkpoint.
         checkpoints: step -> file with the live weights at that step, in any format that
