@@ -674,7 +674,7 @@ def test_other_archives_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a TorchScript archive, which is code"):
         load_torch(path)
     cases: dict[bytes, str] = {
-        archive({"a.txt": b"text"}): r"an archive without data\.pkl",
+        archive({"a.txt": b"text"}): r"a zip archive without data\.pkl",
         archive({"data.pkl": pickled({}), "byteorder": b"big"}): "the other byte order",
         packed({"archive/data.pkl": pickled({})}): r"the record 'data\.pkl' is packed",
         twice(): r"two records are named 'data\.pkl'",

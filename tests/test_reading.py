@@ -12,6 +12,7 @@ import enum
 import fractions
 import functools
 import io
+import json
 import mmap
 import os
 import pathlib
@@ -19,7 +20,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -474,6 +477,34 @@ def training(path: Path) -> None:
         torch.save({"model": {}}, place / "training.pt")
 
 
+def zipped(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"1")
+
+
+def saved_bytes(value: float, *, old: bool = False) -> bytes:
+    held = io.BytesIO()
+    state = {"enc.weight": torch.full((3, 2), value), "enc.bias": torch.ones(2)}
+    torch.save(state, held, _use_new_zipfile_serialization=not old)
+    return held.getvalue()
+
+
+def tarred(path: Path, files: dict[str, bytes], cut: int | None = None) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    if cut is not None:
+        os.truncate(path, cut)
+
+
+def pointer_of_metadata(path: Path) -> None:
+    path.mkdir()
+    (path / ".metadata").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda _: None, "No such file"),
     "empty": (lambda path: path.touch(), "the file is empty"),
@@ -491,10 +522,54 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "HTML": (lambda path: path.write_text("<!doctype html><html>"), "the download may have failed"),
     "JSON": (lambda path: path.write_text('{"a": 1}' * 9), "a JSON file"),
-    "zeros": (lambda path: path.write_bytes(bytes(99)), r"it begins with b'\\x00"),
+    "zeros": (lambda path: path.write_bytes(bytes(99)), "nothing but zeros: it was not written"),
+    "bytes": (lambda path: path.write_bytes(b"\1\xfe" * 50), r"it begins with b'\\x01\\xfe"),
+    "a failed download": (
+        lambda path: path.write_text("Entry not found"),
+        r"it looks like text \('Entry not found'\): .* the download may have failed",
+    ),
+    "XML": (
+        lambda path: path.write_text('\n <?xml version="1.0"?><Error/>'),
+        "a page of HTML or XML",
+    ),
+    "ONNX": (
+        lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch" + bytes(99)),
+        "an ONNX model",
+    ),
+    "TensorFlow Lite": (
+        lambda path: path.write_bytes(b"\x1c\0\0\0TFL3" + bytes(99)),
+        "TensorFlow Lite",
+    ),
+    "bzip2": (lambda path: path.write_bytes(b"BZh91AY" + bytes(99)), r"bzip2: .*\(bunzip2\)"),
+    "zstd": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99)), r"zstd: .*\(unzstd\)"),
+    "a zip of a checkpoint": (
+        lambda path: zipped(path, "run/model.pt", "readme.md"),
+        r"which torch\.save did not write \(model\.pt, readme\.md\): unpack it first",
+    ),
+    "torch.export": (
+        lambda path: zipped(path, "it/archive_format", "it/models/model.json"),
+        r"a program of torch\.export: torch\.export\.load it",
+    ),
+    "Keras": (lambda path: zipped(path, "config.json", "model.weights.h5"), "a model of Keras"),
+    "a tar without weights": (
+        lambda path: tarred(path, {"model_config.yaml": b"a: 1"}),
+        r"a tar archive with no file of torch\.save \(model_config\.yaml\): unpack it",
+    ),
+    "a tar with several": (
+        lambda path: tarred(path, {"a.ckpt": saved_bytes(1), "b.ckpt": saved_bytes(2)}),
+        r"with several files of weights \(a\.ckpt, b\.ckpt\): unpack it",
+    ),
+    "a tar that is cut short": (
+        lambda path: tarred(path, {"model_weights.ckpt": saved_bytes(1)}, cut=1600),
+        r"'model_weights\.ckpt' of \d+ bytes is cut short",
+    ),
+    "metadata that are a pointer": (
+        pointer_of_metadata,
+        r"\.metadata looks like a pointer of Git LFS",
+    ),
     "npz": (
         lambda path: path.write_bytes(written_by(numpy.savez, numpy.ones(3))),
-        r"without data\.pkl",
+        "arrays of numpy: save a dictionary",
     ),
     "an empty folder": (lambda path: path.mkdir(), r"holds no weights \(nothing\)"),
     "a folder of saves": (
@@ -520,6 +595,36 @@ def test_what_is_not_read_is_said_to_be_what_it_looks_like(
     with pytest.raises((ValueError, OSError), match=message) as caught:
         checkpoints.read(tmp_path / "it")
     assert str(tmp_path / "it") in str(caught.value)
+
+
+def test_a_shard_that_is_a_pointer_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    with pytest.raises(ValueError, match=r"a\.safetensors is neither .* a pointer of Git LFS"):
+        offline.describe(tmp_path)
+    index.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"index\.json: .* a pointer of Git LFS"):
+        offline.describe(tmp_path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_weights_of_a_nemo_archive_are_read_where_they_lie(tmp_path: Path, old: bool) -> None:
+    """A tar with a configuration and one file of torch.save; its checksums are those of that file."""
+    paths = [tmp_path / "1.nemo", tmp_path / "3.nemo"]
+    for path, value in zip(paths, (1.0, 3.0), strict=True):
+        config = {"./model_config.yaml": b"a: 1\n" * 200, "./vocab.txt": b"a"}
+        tarred(path, {**config, "./model_weights.ckpt": saved_bytes(value, old=old)})
+    found = checkpoints.read(paths[0])
+    assert found.live is not None and found.live["enc.weight"].tolist() == [[1.0, 1.0]] * 3
+    assert offline.average(paths)["enc.weight"].tolist() == [[2.0, 2.0]] * 3
+    found.verify()
+    if not old:
+        content = paths[0].read_bytes()
+        place = content.index(torch.ones(6).numpy().tobytes())
+        paths[0].write_bytes(content[:place] + b"\1" + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"1\.nemo: .*data/0.* is damaged"):
+            checkpoints.read(paths[0]).verify()
 
 
 def test_sniff_says_what_a_path_is(cases: list[Case]) -> None:

@@ -19,12 +19,14 @@ from torch import Tensor
 from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where
 from polyak._ranks.shard_geometry import Box, whole
 from polyak.checkpoints._dcp_metadata import METADATA, ChunkKey, ChunkPlace, described
+from polyak.checkpoints._looks import looks
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._pickles import no_collection
 from polyak.checkpoints._torch_files import load
 from polyak.checkpoints._torch_objects import StoredTensor
 
+_PICKLE = b"\x80"
 _DIMENSIONS = 8  # of a tensor in chunks: comparing corners takes 2^dimensions steps a chunk
 
 
@@ -50,6 +52,8 @@ class DistributedTensors(LazyTensors):
             )
         with labelled(self.path, "damaged metadata"), no_collection():
             file = OpenFile(metadata)
+            if file.read(0, 1) != _PICKLE:
+                raise ValueError(f"{METADATA} looks like {looks(file) or 'no pickle'}")
             told = described(file.read(0, file.size))
             self._specs, self._places, self.paths = told.specs, told.places, told.paths
             self.chunks = {n: _filled(n, told.specs[n].shape, c) for n, c in told.chunks.items()}

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
+from polyak.checkpoints._looks import looks, refusal
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
-from polyak.checkpoints._torch_files import StoredTensors, load, verify
+from polyak.checkpoints._torch_files import StoredTensors, is_torch, load, verify
 from polyak.checkpoints._torch_objects import StoredTensor
 
 _INDEX_BYTES = 100_000_000  # the safetensors library's own limit for a header
@@ -90,6 +91,8 @@ def _tensors(file: OpenFile) -> LazyTensors:
     """A file's tensors by name, whichever layout it has."""
     if is_safetensors(file):
         return TensorFile(file)
+    if not is_torch(file.read(0, 4)):
+        raise refusal(file)
     with labelled(file.path, "a damaged file of torch.save"):
         held = load(file).value
         if not isinstance(held, dict):
@@ -106,7 +109,8 @@ def _index(file: OpenFile) -> dict[str, Any]:
     try:
         content = json.loads(file.read(0, file.size), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: the index cannot be read ({str(error)[:200]})") from None
+        said = f"it looks like {looks(file)}" if looks(file) else str(error)[:200]
+        raise ValueError(f"{file.path}: the index cannot be read ({said})") from None
     content = content if isinstance(content, dict) else {}
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):

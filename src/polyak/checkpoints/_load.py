@@ -16,7 +16,7 @@ from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._local_parts import local_parts
-from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open_file import labelled
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._peers.common import is_state
 from polyak.checkpoints._peers.common import state as state_of
@@ -82,7 +82,7 @@ def prepared(
     held = None
     if isinstance(source.opened, DistributedTensors):
         held = find_state(source.opened, source.key)
-    elif isinstance(source.opened, OpenFile):
+    elif source.kind == "torch":
         held = _only_state(source)
     if held is not None:
         return _placed(path, held, averager)

@@ -19,6 +19,7 @@ from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
 from polyak.checkpoints._peers.walk import under_keys
 from polyak.checkpoints._sniff import POST_HOC, Source, sniff
+from polyak.checkpoints._tar import Member, span_of
 from polyak.checkpoints._torch_files import load
 from polyak.rules import AVERAGE
 
@@ -163,9 +164,9 @@ def content(source: Source, names: Names = None) -> Found:
     if isinstance(opened, LazyTensors):
         plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
         return Found(path, plain, opened, names)
-    assert isinstance(opened, OpenFile)
-    with labelled(opened.path, "a damaged file of torch.save"):
-        held, aside, _ = load(opened)
+    assert isinstance(opened, (OpenFile, Member))
+    with labelled(path, "a damaged file of torch.save"):
+        held, aside, _ = load(*span_of(opened))
     if not isinstance(held, Mapping) or (type_of(held) in aside and not held):
         raise ValueError(
             f"{path} holds a {type_of(held)}, wanted a dictionary: load it in the project that wrote it, "

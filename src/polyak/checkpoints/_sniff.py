@@ -10,12 +10,14 @@ from typing import Literal, NamedTuple, TypeVar
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._indexed import IndexedTensors
+from polyak.checkpoints._looks import refusal
 from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._safetensor_files import KEY, TensorFile, is_safetensors
+from polyak.checkpoints._tar import Member, is_tar, span_of, weights_within
 from polyak.checkpoints._torch_files import is_torch, verify
 
 Kind = Literal["polyak", "safetensors", "index", "torch", "dcp", "snapshots", "post-hoc"]
-Opened = TensorFile | IndexedTensors | OpenFile | DistributedTensors | None
+Opened = TensorFile | IndexedTensors | OpenFile | Member | DistributedTensors | None
 _T = TypeVar("_T")
 
 SNAPSHOT = re.compile(r"snapshot-\d+(\.safetensors)?")
@@ -23,16 +25,6 @@ SNAPSHOT = re.compile(r"snapshot-\d+(\.safetensors)?")
 POST_HOC = re.compile(r"(\d+)\.(\d+)\.pt")
 """A snapshot of ema-pytorch's `PostHocEMA`."""
 _WEIGHTS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
-_LOOKS = (
-    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself (git lfs pull)"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes"),
-    (b"\x93NUMPY", "an array of numpy"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x1f\x8b", "a file packed by gzip: unpack it first"),
-    (b"\xfd7zXZ", "a file packed by xz: unpack it first"),
-    (b"{", "a JSON file; an index of weights is named *.json"),
-    (b"<", "a page of HTML or XML: the download may have failed"),
-)
 _ATTEMPTS = 5
 
 
@@ -40,7 +32,7 @@ class Source(NamedTuple):
     """What is at a path, opened.
 
     `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: an `OpenFile` of
-    torch.save; `dcp`: a folder of torch.distributed.checkpoint, and `key` if the path names one part of
+    torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, and `key` if the path names one part of
     it; `snapshots`, `post-hoc`: a folder of snapshots, not opened. Where `path` is a folder that holds
     one file of weights, that file is what was opened.
     """
@@ -52,8 +44,8 @@ class Source(NamedTuple):
 
     def verify(self) -> None:
         """Compare all of the file or folder with its checksums; raises `ValueError` for damage."""
-        if isinstance(self.opened, OpenFile):
-            verify(self.opened)
+        if isinstance(self.opened, (OpenFile, Member)):
+            verify(*span_of(self.opened))
         elif self.opened is not None:
             self.opened.verify()
 
@@ -86,13 +78,11 @@ def _file(path: Path) -> Source:
     if is_safetensors(file):
         held = TensorFile(file)
         return Source("polyak" if KEY in held.metadata else "safetensors", path, held)
-    first = file.read(0, 64)
-    if is_torch(first):
+    if is_torch(file.read(0, 4)):
         return Source("torch", path, file)
-    looks = next((what for begin, what in _LOOKS if first.startswith(begin)), None)
-    text = "text" if first.isascii() and first.decode().replace("\n", " ").isprintable() else None
-    what = f"it looks like {looks or text}" if looks or text else f"it begins with {first[:16]!r}"
-    raise ValueError(f"{path} is neither a file of torch.save nor of safetensors: {what}")
+    if is_tar(file):
+        return Source("torch", path, weights_within(file))
+    raise refusal(file)
 
 
 def _folder(path: Path) -> Source:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints import _pickles as pickles
+from polyak.checkpoints._looks import archive_kind
 from polyak.checkpoints._open_file import FileSpan, OpenFile, labelled
 from polyak.checkpoints._torch_objects import Objects, Storage, StoredTensor
 
@@ -60,10 +61,10 @@ def load(file: OpenFile, start: int = 0, length: int | None = None, label: str =
     return _load_archive(region) if first == _ARCHIVE else _load_pickles(region)
 
 
-def verify(file: OpenFile) -> None:
+def verify(file: OpenFile, start: int = 0, length: int | None = None) -> None:
     """Compare every record with its checksum; raises `ValueError` that names a damaged one."""
     with labelled(file.path, "a damaged file of torch.save"):
-        for record in load(file).records:
+        for record in load(file, start, length).records:
             record.require_whole()
 
 
@@ -134,8 +135,6 @@ def _load_archive(region: _Region) -> Loaded:
     records = _records(region)
     if "byteorder" in records and records["byteorder"].content() != b"little":
         raise ValueError(_OTHER_ORDER)
-    if "data.pkl" not in records:
-        raise ValueError("an archive without data.pkl: torch.save did not write it")
     data = records["data.pkl"].content()
     objects = Objects(len(data), region.length)
     value, _ = pickles.load(data, objects.known(), objects.storage)
@@ -152,8 +151,10 @@ def _records(region: _Region) -> dict[str, FileSpan]:
     """The archive's records by name; where each begins is read when it is needed."""
     with zipfile.ZipFile(region) as archive:
         entries = archive.infolist()
-    if any(entry.orig_filename.endswith("/constants.pkl") for entry in entries):
-        raise ValueError("a TorchScript archive, which is code: save the module's state_dict")
+    names = [entry.orig_filename for entry in entries]
+    ends = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in ends or "data.pkl" not in ends:
+        raise ValueError(archive_kind(names))
     summed = any(entry.CRC for entry in entries)  # torch can be told to leave the checksums out
     records: dict[str, FileSpan] = {}
     for entry in entries:

@@ -1,0 +1,98 @@
+"""What a file is that holds no weights for us: named by its first bytes, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import PurePosixPath
+
+from polyak.checkpoints._open_file import OpenFile
+
+_FIRST = 512
+_LINE = 60
+_SOURCE = "average the checkpoints that it was made from"
+_UNPACK = "unpack it first"
+_BEGINS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself (git lfs pull)"),
+    (0, b"GGUF", f"a GGUF file of llama.cpp, mostly quantised: {_SOURCE}"),
+    (0, b"lmgg", f"a GGML file of llama.cpp: {_SOURCE}"),
+    (0, b"tjgg", f"a GGML file of llama.cpp: {_SOURCE}"),
+    (4, b"TFL3", f"a model of TensorFlow Lite: {_SOURCE}"),
+    (
+        0,
+        b"\x89HDF",
+        "an HDF5 file, as Keras writes: read it there, and save the weights as safetensors",
+    ),
+    (0, b"\x93NUMPY", "an array of numpy: save a dictionary name -> tensor with torch.save"),
+    (0, b"\x1f\x8b", f"a file packed by gzip: {_UNPACK} (gunzip; of a .nemo or .tar.gz: tar -xzf)"),
+    (0, b"\xfd7zXZ", f"a file packed by xz: {_UNPACK} (unxz)"),
+    (0, b"BZh", f"a file packed by bzip2: {_UNPACK} (bunzip2)"),
+    (0, b"\x28\xb5\x2f\xfd", f"a file packed by zstd: {_UNPACK} (unzstd)"),
+    (0, b"\x04\x22\x4d\x18", f"a file packed by lz4: {_UNPACK} (unlz4)"),
+    (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
+    (0, b"Rar!", f"a rar archive: {_UNPACK}"),
+    (0, b"\x7fELF", "a program or a library"),
+    (0, b"SQLite format 3", "a database of SQLite"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"\x89PNG", "a picture"),
+    (0, b"\xff\xd8\xff", "a picture"),
+    (0, b"{", "a JSON file; an index of weights is named *.json"),
+    (0, b"[", "a JSON file; an index of weights is named *.json"),
+)
+_MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<error", b"<")
+
+
+def looks(file: OpenFile) -> str:
+    """What a file looks like, and what to do with it; "" if its first bytes tell nothing."""
+    first = file.read(0, _FIRST)
+    for place, begin, what in _BEGINS:
+        if first[place : place + len(begin)] == begin:
+            return what
+    if first.lstrip().lower().startswith(_MARKUP):
+        return "a page of HTML or XML: the download may have failed, so fetch the file again"
+    if file.path.suffix == ".onnx" or (first[:1] == b"\x08" and b"\x12" in first[2:4]):
+        return f"an ONNX model, a graph with its weights: {_SOURCE}"
+    if file.path.suffix == ".msgpack":
+        return "weights of Flax: read them there, and save them as safetensors"
+    if file.path.name.endswith(".index") or ".data-00000-of-" in file.path.name:
+        return "a checkpoint of TensorFlow: read it there, and save the weights as safetensors"
+    if not any(first):
+        return "nothing but zeros: it was not written to its end, so copy or save it again"
+    return _text(first)
+
+
+def _text(first: bytes) -> str:
+    """What to say of a text: its first line, which of a failed download tells why."""
+    try:
+        text = first.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(first) - 4:  # else the last character is only cut
+            return ""
+        text = first[: error.start].decode()
+    if not text.replace("\n", " ").replace("\t", " ").replace("\r", " ").isprintable():
+        return ""
+    line = text.strip().partition("\n")[0][:_LINE]
+    return f"text ({line!r}): if it should be weights, the download may have failed"
+
+
+def refusal(file: OpenFile) -> ValueError:
+    """The error for a file that is neither of torch.save nor of safetensors."""
+    what = looks(file)
+    said = f"it looks like {what}" if what else f"it begins with {file.read(0, 16)!r}"
+    return ValueError(f"{file.path} is neither a file of torch.save nor of safetensors: {said}")
+
+
+def archive_kind(names: Collection[str]) -> str:
+    """What a zip archive is that torch.save did not write, and what to do."""
+    ends = {PurePosixPath(name).name for name in names}
+    if "constants.pkl" in ends:
+        return "a TorchScript archive, which is code: torch.jit.load it, and torch.save its state_dict()"
+    if ends & {"archive_format", "serialized_exported_program.json"}:
+        return "a program of torch.export: torch.export.load it, and torch.save its state_dict"
+    if "model.weights.h5" in ends:
+        return "a model of Keras: read it there, and save the weights as safetensors"
+    if ends and all(name.endswith(".npy") for name in ends):
+        return "arrays of numpy: save a dictionary name -> tensor with torch.save"
+    held = ", ".join(sorted(ends - {""})[:5]) or "nothing"
+    return (
+        f"a zip archive without data.pkl, which torch.save did not write ({held:.200}): {_UNPACK}"
+    )
