@@ -12,7 +12,13 @@ import pytest
 from polyak import integrations
 
 HOME = Path(integrations.__file__).parent
-FRAMEWORKS = {"accelerate": "accelerate", "lightning": "lightning", "transformers": "transformers"}
+FRAMEWORKS = {
+    "accelerate": "accelerate",
+    "fabric": "lightning",
+    "ignite": "ignite",
+    "lightning": "lightning",
+    "transformers": "transformers",
+}
 """integration -> the package that it needs, and that its extra installs."""
 
 

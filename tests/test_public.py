@@ -24,7 +24,8 @@ THEORY = {
 MODULES = {
     "polyak", "polyak.__main__", "polyak.averager", "polyak.charts", "polyak.checkpoints",
     "polyak.cli", "polyak.decays", "polyak.ema", "polyak.integrations",
-    "polyak.integrations.accelerate", "polyak.integrations.lightning", "polyak.integrations.transformers", "polyak.norms", "polyak.offline", "polyak.rules",
+    "polyak.integrations.accelerate", "polyak.integrations.fabric", "polyak.integrations.ignite",
+    "polyak.integrations.lightning", "polyak.integrations.transformers", "polyak.norms", "polyak.offline", "polyak.rules",
     "polyak.snapshots", "polyak.specs", "polyak.study", "polyak.theory",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["accelerate", "lightning", "transformers"]
+__all__ = ["accelerate", "fabric", "ignite", "lightning", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

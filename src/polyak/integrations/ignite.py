@@ -1,0 +1,85 @@
+"""Averages in ignite: an evaluator for each average, and what `Checkpoint` saves of it.
+
+    averager = polyak.Averager(model, {"ema": "exponential(half_life=500)"})
+    averager.attach(optimizer)
+    live = make_evaluator()
+    engines = evaluators(averager, make_evaluator)
+    best = Checkpoint({"model": Weights(averager, "ema")}, folder, score_function=...)
+    engines["ema"].add_event_handler(Events.COMPLETED, best)
+    last = Checkpoint({"trainer": trainer, "model": model, "averager": averager}, folder)
+
+`averager.attach` counts optimizer steps, so gradient accumulation and a `GradScaler` are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from polyak.averager import Averager
+from polyak.integrations._extra import extra
+
+with extra("ignite", "ignite"):
+    from ignite.engine import Engine, Events
+
+__all__ = ["Weights", "evaluators"]
+
+
+def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engine]:
+    """Return an evaluator for each average; while it runs, the model carries the average.
+
+    `make` returns a new evaluator of the model, with its metrics. The model has its live weights again
+    before the handlers of `Events.COMPLETED` that are added afterwards, and after an exception.
+
+    Raises `ValueError` if `make` returns one engine twice. A run raises `RuntimeError` before the first
+    update.
+    """
+    engines = {name: make() for name in averager.rules}
+    if len(set(map(id, engines.values()))) < len(engines):
+        raise ValueError("make returned the same engine twice, wanted a new one at each call")
+    for name, engine in engines.items():
+        vars(engine)["run"] = partial(_run, averager, name, engine, engine.run)
+    return engines
+
+
+def _run(
+    averager: Averager,
+    name: str,
+    engine: Engine,
+    run: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    with ExitStack() as block:
+        block.enter_context(averager.applied(name))
+        # Metrics are complete here, and a checkpoint that follows must see live weights.
+        event = engine.add_event_handler(Events.EPOCH_COMPLETED, block.close)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            event.remove()
+
+
+class Weights:
+    """An average as an object that `Checkpoint(to_save=...)` saves under the model's own names.
+
+    `model.load_state_dict` takes what it saves. To resume, save the averager itself.
+    """
+
+    def __init__(self, averager: Averager, name: str | None = None) -> None:
+        self._averager, self._name = averager, name
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the average as plain tensors; raises `RuntimeError` before the first update."""
+        return self._averager.average(self._name)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise `TypeError`: weights without a clock do not make an average go on."""
+        raise TypeError(
+            f"{len(state_dict)} weights without a clock do not continue an average: save and load "
+            "the averager, to_save={'averager': averager}, or load these into the model"
+        )

@@ -1,0 +1,130 @@
+"""The ignite adapter with real engines, against a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from ignite.metrics import Average
+from safetensors.torch import save_file
+
+from integration_contract import (
+    EVERY,
+    LAWS,
+    MONITORED,
+    RULES,
+    STEPS,
+    EvaluationError,
+    Host,
+    Net,
+    Outcome,
+    batches,
+    held_out,
+    loss,
+    net,
+    optimizer,
+)  # fmt: skip
+from polyak import Averager
+from polyak.integrations.ignite import Weights, evaluators
+
+
+def evaluator(model: Net) -> Engine:
+    def step(_: Engine, batch: Any) -> float:
+        model.eval()
+        with torch.no_grad():
+            value = loss(model, batch).item()
+        model.train()
+        return value
+
+    engine = Engine(step)
+    Average().attach(engine, "loss")
+    return engine
+
+
+def host(
+    folder: Path,
+    *,
+    until: int = STEPS,
+    resume: bool = False,
+    skip: bool = False,
+    fails: bool = False,
+) -> Outcome:
+    model, scaler = net(fails=fails), torch.amp.GradScaler("cpu", enabled=skip)
+    steps, averager = optimizer(model), Averager(model, RULES)
+    averager.attach(steps, scaler)
+    data = batches(skip=skip)
+
+    def train(engine: Engine, _: Any) -> None:
+        scaler.scale(loss(model, data[engine.state.iteration - 1])).backward()
+        scaler.step(steps)
+        scaler.update()
+        steps.zero_grad()
+
+    trainer = Engine(train)
+    engines = {"live": evaluator(model), **evaluators(averager, lambda: evaluator(model))}
+    metrics: list[dict[str, float]] = []
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def evaluate() -> None:
+        scores = {name: engine.run(held_out()) for name, engine in engines.items()}
+        metrics.append({name: state.metrics["loss"] for name, state in scores.items()})
+
+    saver: Any = DiskSaver(str(folder), require_empty=False)
+    best = Checkpoint(
+        {"model": Weights(averager, MONITORED)},
+        saver,
+        n_saved=1,
+        filename_pattern="best.pt",
+        score_function=lambda engine: -engine.state.metrics["loss"],
+    )
+    engines[MONITORED].add_event_handler(Events.COMPLETED, best)
+    whole = {"trainer": trainer, "model": model, "optimizer": steps, "averager": averager}
+    last = Checkpoint(whole, saver, n_saved=1, filename_pattern="last.pt")
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, last)
+    if resume:
+        Checkpoint.load_objects(whole, torch.load(folder / "last.pt", weights_only=True))
+    try:
+        trainer.run([0] * EVERY, max_epochs=until // EVERY)
+    except EvaluationError:
+        assert fails
+    if (folder / "best.pt").exists():
+        save_file(torch.load(folder / "best.pt", weights_only=True), folder / "best.safetensors")
+    return Outcome(
+        live=model.state_dict(),
+        averages={name: averager.average(name) for name in RULES},
+        count=averager.count,
+        metrics=metrics,
+        best=folder / "best.safetensors",
+    )
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_contract(law: Callable[[Host, Path], None], tmp_path: Path) -> None:
+    law(host, tmp_path)
+
+
+def test_an_evaluator_of_an_average_can_run_again_and_needs_an_average() -> None:
+    model = net()
+    averager = Averager(model, RULES)
+    engines = evaluators(averager, lambda: evaluator(model))
+    assert list(engines) == list(RULES)
+    with pytest.raises(RuntimeError, match="before the first update"):
+        engines["fast"].run(held_out())
+    averager.update()
+    first = [engines["fast"].run(held_out()).metrics for _ in range(2)]
+    assert first[0] == first[1]
+
+
+def test_bad_input_is_an_error_with_its_cure() -> None:
+    model = net()
+    averager = Averager(model, RULES)
+    one = evaluator(model)
+    with pytest.raises(ValueError, match="the same engine twice, wanted a new one"):
+        evaluators(averager, lambda: one)
+    with pytest.raises(TypeError, match="save and load the averager"):
+        Weights(averager, "fast").load_state_dict(model.state_dict())
