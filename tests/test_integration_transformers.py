@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -711,3 +713,29 @@ def test_a_callback_that_is_removed_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_ranks_train_with_averages(tmp_path: Path) -> None:
     require_laws(trainer_ranks.__file__, trainer_ranks.LAWS, 2, tmp_path)
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "transformers.md"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, peft, accelerate = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    sets = {"train": Sentences(24), "held_out": Sentences(8)}
+    small = 'eval_steps=2, save_steps=2, use_cpu=True, num_train_epochs=1, report_to="none",'
+    found: dict[str, Any] = {"model": tiny.bert(), **sets}
+    exec(train.replace('    "run",', f'    "run", {small}'), found)
+    assert found["trainer"].evaluate()["eval_ema_loss"] == found["trainer"].state.best_metric
+    model = tiny.lora()
+    model.save_pretrained("run/checkpoint-500/averages/ema")
+    loaded: dict[str, Any] = {"PeftModel": PeftModel, "base": tiny.bert()}
+    exec(peft, loaded)
+    assert_same(weights(loaded["model"]), weights(model))
+    plain = nn.Linear(2, 1)
+    carried: dict[str, Any] = {"model": plain, "optimizer": torch.optim.SGD(plain.parameters())}
+    exec(accelerate, carried)
+    carried["optimizer"].step()
+    carried["accelerator"].save_state("state")
+    assert (tmp_path / "state" / "averages" / "ema.safetensors").exists()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -50,6 +51,14 @@ def bert() -> BertForSequenceClassification:
     """A small transformer with dropout, always with the same first weights."""
     torch.manual_seed(7)
     return BertForSequenceClassification(config())
+
+
+def lora() -> PeftModel:
+    """The small transformer with an adapter and a new classifier, which train alone."""
+    model = bert()
+    torch.manual_seed(1)
+    options = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
+    return cast(PeftModel, get_peft_model(model, options))
 
 
 def trainer(
