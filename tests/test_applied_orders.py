@@ -242,3 +242,24 @@ def test_a_write_in_one_block_is_told_once() -> None:
     with pytest.raises(RuntimeError, match="load a saved state first"):
         part.average()
     assert torch.equal(flat, torch.arange(8.0))
+
+
+def test_a_block_beneath_others_that_has_moved_weights_does_not_come_on_top_again() -> None:
+    model = nn.Linear(3, 2)
+    whole, part = Averager(model, Uniform()), Averager(model, Uniform(), select="weight")
+    for averager in (whole, part, part):
+        wander(model, 1)
+        averager.update()
+    live = snapshot(model)
+    outer, inner = whole.applied(), part.applied()
+    outer.__enter__()
+    inner.__enter__()
+    model.bias.data = model.bias.data.clone()
+    with pytest.raises(RuntimeError, match=r"were replaced or moved inside a block"):
+        whole.applied().__enter__()
+    with torch.no_grad():
+        model.bias.add_(1.0)
+    inner.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="bias was"):
+        outer.__exit__(None, None, None)
+    assert_same(snapshot(model), live)

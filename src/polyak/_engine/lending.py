@@ -68,6 +68,8 @@ def enter(loan: Loan, block: object) -> None:
     with TURN:
         if loan not in OPEN:
             _refuse_others(loan)
+        elif loan is not OPEN[-1]:
+            _refuse_touched(loan)
         _blocks.append((loan, block))
         _arrange(loan)
 
@@ -156,6 +158,17 @@ def _refuse_others(loan: Loan) -> None:
             raise RuntimeError(
                 f"{call}: {loan.names[places[0]]} was replaced inside a block "
                 f"applied({other.label!r}) of {other.owner.name}, and gets its live weight when "
+                "that ends; leave that block first"
+            )
+
+
+def _refuse_touched(loan: Loan) -> None:
+    """Raises `RuntimeError` if a loan would come on top of others, and one of them cannot be lent again."""
+    for other in _involved(loan, [*(each for each in OPEN if each is not loan), loan]):
+        if not other.same():
+            raise RuntimeError(
+                f"applied({loan.label!r}): weights were replaced or moved inside a block "
+                f"applied({other.label!r}) of {other.owner.name}, and get their live content when "
                 "that ends; leave that block first"
             )
 

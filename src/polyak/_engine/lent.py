@@ -1,0 +1,200 @@
+"""Lent tensors: those of a model that exchange contents with others beside them, and come back.
+
+Autograd's version counters follow the contents: tensors that are lent have a version of their own, so
+autograd refuses a graph that was recorded under other contents. When the old contents are back, so is
+the old version, or the one after it where something else may have changed: outside of blocks,
+versions stay far below those of blocks.
+
+An exception may break off any call here at any line; calling it again finishes it. So what says that
+a thing is done is set after it, in one assignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from polyak._engine.exchange import Exchange, failure
+from polyak._engine.pairs import Pairs, has_memory
+from polyak._tensors import set_versions, versions
+
+_MOST = 8  # names in a message
+
+
+class _Versions:
+    """Versions that no tensor has had, far above those that a count of writes reaches."""
+
+    def __init__(self) -> None:
+        self._next = 1 << 31
+
+    def fresh(self) -> int:
+        """The next one. A tensor that is written to counts on from it."""
+        self._next += 1
+        return self._next - 1
+
+    def used(self, seen: Sequence[int]) -> None:
+        """Notes how far tensors have counted on."""
+        self._next = max(self._next, *seen, 0) + 1
+
+
+VERSIONS = _Versions()
+
+
+class Lent:
+    """Pairs whose contents are exchanged for a while.
+
+    After `look`, `problems` says what the block did to them, and `spoilt` that slots have changed.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.problems: dict[str, None] = {}  # a set in the order of finding
+        self.spoilt = False
+        self.slots = pairs.slots
+        self._pairs = pairs
+        self._exchange = pairs.exchange()
+        self._before: list[int] | None = None  # old versions, until the old contents are back
+        self._version = 0
+        self._misfits: set[int] | None = None
+        self._now: Mapping[str, Tensor] | None = None
+        self._changed_live: set[int] = set()
+        self._changed_slots: set[int] = set()
+
+    def begin(self) -> None:
+        """Notes the old versions, before any of them changes: views of one storage share a counter."""
+        if self._before is None:
+            self._changed_live = self._changed_slots = set()
+            before = versions(self._pairs.counted)
+            VERSIONS.used(before)  # of a loan beneath, in which tensors were written to
+            self._before = before
+
+    def put(self) -> None:
+        """Puts into the model what is aside."""
+        self._exchange.to(True)
+
+    def mark(self, version: int) -> None:
+        """Sets a version, at which `look` finds all that no one has written to."""
+        set_versions(self._pairs.counted, [version] * len(self._pairs.counted))
+        self._version = version
+
+    def untouched(self) -> bool:
+        """Whether every tensor is in its place and form, and its module's own.
+
+        `Watched.unchanged` tells that of the tensors that have slots.
+        """
+        return (self._pairs.slots or self._pairs.own()) and self._pairs.fit()
+
+    def look(self, now: Mapping[str, Tensor] | None) -> None:
+        """Notes what the block has done, while the contents are still exchanged.
+
+        `now` are the model's tensors by name, if the block has replaced or moved any.
+        """
+        seen = versions(self._pairs.counted)
+        VERSIONS.used(seen)
+        self._now = now
+        if now is not None or seen != [self._version] * len(seen):
+            self._judge(*self._pairs.written(seen, self._version))
+
+    def take(self) -> None:
+        """Gives the model its live content back, wherever the block has left its tensors."""
+        if self._before is None:
+            return
+        misfits = self._sort_out()
+        self._exchange_back()
+        for i in misfits:
+            self._write(i, self._pairs.live[i], self._pairs.asides[i])
+        if self._now is not None:
+            self._follow(self._now)
+
+    def restore(self) -> None:
+        """Sets the old versions, where the old contents are back."""
+        if self._before is not None:
+            counted, before = self._pairs.counted, self._before
+            set_versions(counted, before)
+            changed = sorted(self._pairs.places(self._changed_live, self._changed_slots))
+            set_versions([counted[i] for i in changed], [before[i] + 1 for i in changed])
+            self._before = None
+
+    def _judge(self, written: set[int], slots: set[int]) -> None:
+        pairs, elsewhere = self._pairs, self._pairs.elsewhere()
+        moved = elsewhere.union(pairs.misfits()) if pairs.slots else pairs.misfits()
+        renewed = self._renewed()
+        changes = {
+            i: renewed.get(i) or ("written to" if i in written else "moved" if i in moved else "")
+            for i, item in enumerate(pairs.items)
+            if pairs.slots
+            or item.kind != "buffer"  # BatchNorm writes to buffers, which are kept aside
+        }
+        problems = [
+            f"{pairs.items[i].name} was {change}" for i, change in changes.items() if change
+        ]
+        problems += [
+            f"the slot of {pairs.items[i].name} was written to, and its live weight with it"
+            for i in sorted(slots)
+        ]
+        self.problems = self.problems | dict.fromkeys(problems)
+        # Not valid again: a graph that has saved a view of the memory where a tensor was, and one
+        # that has saved another part of a storage, which alone may have been written to.
+        unsure = {i for i in written if not _fills_storage(pairs.live[i])}
+        self._changed_live = elsewhere | moved | slots | unsure
+        self._changed_slots = written | moved | slots
+        self.spoilt = self.spoilt or (pairs.slots and bool(self._changed_slots))
+
+    def _renewed(self) -> dict[int, str]:
+        """The places of tensors that the model no longer has, and what was done to them."""
+        if self._now is None:
+            return {}
+        strays = {i: "replaced" for i, _, new in self._pairs.strays(self._now) if new}
+        renewed = self._pairs.renewed(self._now)
+        return strays | {i: "removed" if now is None else "replaced" for i, now in renewed}
+
+    def _sort_out(self) -> set[int]:
+        """The pairs that cannot exchange contents any more. The others are exchanged without them."""
+        if self._misfits is None:
+            misfits = self._pairs.misfits() if self._now is not None else set()
+            if misfits:
+                live, asides = self._pairs.live, self._pairs.asides
+                rest = [i for i in range(len(live)) if i not in misfits]
+                self._exchange = Exchange(
+                    [live[i] for i in rest], [asides[i] for i in rest], exchanged=True
+                )
+            self._misfits = misfits
+        return self._misfits
+
+    def _exchange_back(self) -> None:
+        error = failure(lambda: self._exchange.to(False))
+        if error:
+            # The live content comes first: it is copied, and the average in its place is lost.
+            names = ", ".join(item.name for item in self._pairs.items[:_MOST])
+            self.spoilt = self._pairs.slots
+            self._changed_slots = set(range(len(self._pairs.live)))
+            for lost in self._exchange.give_up():
+                self._tell(f"one of {names} could not be given back", lost)
+            self._tell(f"{names} could not be exchanged", error)
+
+    def _tell(self, problem: str, error: str) -> None:
+        self.problems[f"{problem} ({error})"] = None
+
+    def _write(self, i: int, tensor: Tensor, content: Tensor) -> None:
+        """Writes content into a tensor, which keeps its dtype and device but not another shape."""
+
+        def write() -> None:
+            if tensor.shape == content.shape and has_memory(tensor):
+                tensor.copy_(content)
+            else:
+                tensor.data = content.detach().clone()
+
+        if error := failure(write):
+            self._tell(f"{self._pairs.items[i].name} could not be given back", error)
+
+    def _follow(self, now: Mapping[str, Tensor]) -> None:
+        """Writes the live content also into the tensors that have replaced those of the start."""
+        strays = [(i, tensor) for i, tensor, _ in self._pairs.strays(now)]
+        for i, tensor in [*self._pairs.renewed(now), *strays]:
+            live = self._pairs.live[i]
+            if tensor is not None and tensor is not live:
+                self._write(i, tensor, live)
+
+
+def _fills_storage(tensor: Tensor) -> bool:
+    return tensor.nbytes == tensor.untyped_storage().nbytes()
