@@ -116,11 +116,11 @@ def test_an_evaluator_of_an_average_can_run_again_and_needs_an_average() -> None
     with pytest.raises(RuntimeError, match="before the first update"):
         engines["fast"].run(held_out())
     averager.update()
-    handlers = engines["fast"]._event_handlers[Events.EPOCH_COMPLETED]
-    before = len(handlers)
+    handlers = engines["fast"]._event_handlers
+    before = len(handlers[Events.EPOCH_COMPLETED])
     first = [engines["fast"].run(held_out()).metrics for _ in range(2)]
     assert first[0] == first[1]
-    assert len(handlers) == before
+    assert len(handlers[Events.EPOCH_COMPLETED]) == before
 
 
 def test_bad_input_is_an_error_with_its_cure() -> None:
