@@ -90,6 +90,7 @@ def print_forecast(
     from polyak import offline
 
     about = offline.forecast(made)
+    note_left(made.left)
     if json:
         print_json({**about._asdict(), "tensors": len(made), "terms": _terms(files, made, soup)})
         return
