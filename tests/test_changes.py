@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import polyak
 from models import Everything, assert_same, pointers, wander
 from polyak import Averager, Bema, Exponential, Power, Tail, Uniform, Window
-from polyak.theory import profile
+from polyak.theory import coefficients, profile
 from rule_examples import RULE_EXAMPLES
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
@@ -157,6 +157,49 @@ def test_weights_that_thaw_are_averaged_on_by_a_new_averager() -> None:
     again.begin(average, count)
     assert_same(again.average(), average)
     train(model, again, range(3, 5))
+
+
+def test_without_weights_it_begins_from_the_model_as_it_is() -> None:
+    """As classes do that copy the model when they are made: there is an average before any call."""
+    model = Everything()
+    averager = Averager(model, {"a": Exponential(0.5), "b": Window(2)}, every=4)
+    averager.update()
+    with pytest.raises(RuntimeError, match=r"before the first update.*every=n.*or begin\(\)"):
+        averager.average("a")
+    averager.begin()
+    state = copy.deepcopy(dict(model.state_dict()))
+    for name in ("a", "b"):
+        assert_same(averager.average(name), state)
+    with averager.applied("a"):
+        assert_same(dict(model.state_dict()), state)
+    for step in range(4):
+        wander(model, step)
+        averager.update()
+    wanted = torch.lerp(state["scale"], model.get_parameter("scale"), 1 - 0.5**4)
+    torch.testing.assert_close(averager.average("a")["scale"], wanted.detach())
+    assert averager.count == 2
+
+
+@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+def test_a_host_may_have_a_cadence_of_its_own(rule: polyak.Rule) -> None:
+    """At its first step and at each third after it, as a rule's theory says of these times."""
+    weights = {"w": torch.zeros(8, dtype=torch.float64)}
+    averager = Averager(weights, rule)
+    for step in range(22):
+        if step % 3 == 0:
+            weights["w"].zero_()[step // 3] = 1.0
+            averager.update(elapsed=3 if step else 1)
+    expected = torch.from_numpy(coefficients(rule, [1.0, *[3.0] * 7]))
+    torch.testing.assert_close(averager.average()["w"], expected, rtol=0, atol=1e-12)
+
+
+def test_copied_buffers_are_those_of_the_last_update() -> None:
+    model = nn.BatchNorm1d(3)
+    averager = Averager(model, "exponential(0.5)", every=3)
+    for _ in range(7):
+        model(torch.randn(4, 3))
+        averager.update()
+    assert averager.average()["num_batches_tracked"].item() == 6
 
 
 # Weights handed in

@@ -224,7 +224,7 @@ class Averager:
 
     @property
     def count(self) -> int:
-        """The number of updates so far: calls of `update` divided by `every`."""
+        """The number of updates so far: calls of `update` divided by `every`, and those of `begin`."""
         self._updating.settle()
         return self.clock.n
 
@@ -448,11 +448,17 @@ class Averager:
         self._keep_memory(*before)
 
     @lending.in_turn
-    def begin(self, weights: Mapping[str, Tensor], count: int = 1, name: str | None = None) -> None:
+    def begin(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        count: int = 1,
+        name: str | None = None,
+    ) -> None:
         """Go on as if `count` updates had made the average that is given by name; it is copied.
 
-        Use it for a target network that begins apart from its model, for the average of another
-        program, or after a change that `load_state_dict` refuses. Buffers that are not given are the
+        Without weights it begins from the model's, so that there is an average before the first call
+        of `update`. Give weights for a target network that begins apart from its model, for the
+        average of another program, or after a change that `load_state_dict` refuses. Buffers that are not given are the
         model's. With several averages and no `name`, all of them begin so. A rule of several slots
         takes count=1: the weights of its first update.
 
@@ -460,6 +466,9 @@ class Averager:
         `RuntimeError` inside `applied()`.
         """
         labels = list(self._averages) if name is None else [self._lender.label(name)]
+        self._same_model("begin")
+        if weights is None:
+            weights = {item.name: item.held() for item in self._live.stored()}
         copies = changes.given(weights, self._live, "copy")
         new = {
             label: changes.begun(weights, count, self._live, self._averages[label], self.every)
