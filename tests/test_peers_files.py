@@ -44,6 +44,7 @@ from peer_files import (
     polyak_ema,
     torch_ema_average,
 )
+from polyak import Averager
 from polyak._engine.policies import Choose
 from polyak._engine.tracking import WRAPPERS, track
 from polyak.checkpoints import Clock, read
@@ -856,6 +857,10 @@ def layouts() -> list[dict[str, Any]]:
     nemo = {"ema": [torch.ones(2)], "current_step": 3, "decay": 0.9, "every_n_steps": 1}
     held = {"named_parameters_dict": w, "named_buffers_dict": {}}
     algorithm = {"ema_model": held, "ema_weights_active": True, "ema_started": True}
+    counters = {"ema.decay": torch.tensor(0.9), "ema.num_updates": torch.tensor(3)}
+    averager = Averager(w, "bema()")
+    averager.update()
+    averager_state = averager.state_dict()
     return [
         ema_state,
         {f"ema_models.{i}.{key}": tensor for i in (0, 1) for key, tensor in ema_state.items()},
@@ -881,6 +886,11 @@ def layouts() -> list[dict[str, Any]]:
         {"state_dict": w, "ema_state_dict": {"steps": torch.tensor(3), "module.w": torch.ones(2)}},
         {"state": {"cur_nimg": 9}, "net": w, "ema": {"stds": [0.1], "emas": [w]}},
         {"model": w, "ema": w},
+        {"model": w, "ema": {"module": w, "updates": 3}},
+        {"model": w, "model_ema": {"n_averaged": torch.tensor(3), "module.w": torch.ones(2)}},
+        {"model": {"net.w": w["w"], "ema.w": w["w"], **counters}},
+        {"model": w, "ema_list": [torch.ones(2)]},
+        {"model": w, "average": averager_state},
     ]
 
 

@@ -30,9 +30,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import polyak
+from cli_runs import run
 from corrupting import same, save_folder
 from hostile_files import Case, averager, valid
 from polyak import checkpoints, offline
@@ -595,6 +597,49 @@ def test_what_is_not_read_is_said_to_be_what_it_looks_like(
     with pytest.raises((ValueError, OSError), match=message) as caught:
         checkpoints.read(tmp_path / "it")
     assert str(tmp_path / "it") in str(caught.value)
+
+
+def in_shards(folder: Path, state: Weights) -> None:
+    folder.mkdir()
+    save_file(state, folder / "a.safetensors")
+    torch.save(state, folder / "b.bin")
+    index = json.dumps({"weight_map": {"x": "a.safetensors", "w": "b.bin"}})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def saved_by_polyak(path: Path, state: Weights) -> None:
+    held = polyak.Averager(state, "uniform()")
+    held.update()
+    polyak.save(path, held)
+
+
+# What is written -> whether some of its bytes are compared with checksums, and whether some cannot be.
+VERIFIED: dict[str, tuple[Callable[[Path, Weights], object], bool, bool]] = {
+    "torch.save": (lambda path, state: torch.save(state, path), True, False),
+    "torch before 1.6": (
+        lambda path, state: torch.save(state, path, _use_new_zipfile_serialization=False),
+        False,
+        True,
+    ),
+    "safetensors": (lambda path, state: save_file(state, path), False, True),
+    "polyak": (saved_by_polyak, True, False),
+    "shards of both": (in_shards, True, True),
+    "torch.distributed.checkpoint": (lambda path, state: save_folder(state, path), True, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("write", "compared", "unchecked"), VERIFIED.values(), ids=VERIFIED)
+def test_verify_says_what_was_compared_and_what_cannot_be(
+    tmp_path: Path, write: Callable[[Path, Weights], object], compared: bool, unchecked: bool
+) -> None:
+    write(tmp_path / "it", {"w": torch.ones(1000), "x": torch.ones(1000)})
+    found = checkpoints.read(tmp_path / "it")
+    dict(found.live or found.average())  # tensors that were read are compared already, and count
+    checked = found.verify()
+    assert ((checked.compared > 400), (checked.unchecked > 400)) == (compared, unchecked)
+    said = run("inspect", tmp_path / "it", "--verify").stdout.splitlines()[-1]
+    assert ("fit their checksums" in said, "have no checksum" in said) == (compared, unchecked)
 
 
 def test_a_shard_that_is_a_pointer_is_said_to_be_one(tmp_path: Path) -> None:

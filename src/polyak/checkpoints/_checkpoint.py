@@ -11,6 +11,7 @@ import torch
 
 from polyak._engine.changes import ticked
 from polyak._lazy import LazyTensors
+from polyak.checkpoints._open_file import Verified
 from polyak.rules import LIVE, Rule, Tick
 
 MOST_UPDATES = 10**8
@@ -94,7 +95,7 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     left: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    check: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
+    check: Callable[[], Verified] = field(default=lambda: Verified(0, 0), repr=False, compare=False)
 
     def average(self, name: str | None = None) -> Weights:
         """The weights of an average; `name` is needed if there are several.
@@ -126,14 +127,15 @@ class Checkpoint:
             raise ValueError(f"{self.path} has no live weights; its averages: {has}")
         return self.average(name)
 
-    def verify(self) -> None:
+    def verify(self) -> Verified:
         """Read the whole file or folder, and compare every part with the checksum that it has.
 
         Polyak's own files, files of torch.save and folders of torch.distributed.checkpoint have
-        checksums. Plain safetensors and files of torch before 1.6 have none, so nothing is compared.
+        checksums. Plain safetensors and files of torch before 1.6 have none, so nothing is compared:
+        the result counts the bytes that were compared, and those that have no checksum.
         Raises `ValueError` naming the file and the damaged part.
         """
-        self.check()
+        return self.check()
 
     @property
     def count(self) -> int | None:

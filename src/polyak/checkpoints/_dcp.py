@@ -20,10 +20,10 @@ from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where
 from polyak._ranks.shard_geometry import Box, whole
 from polyak.checkpoints._dcp_metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._looks import looks
-from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._pickles import no_collection
-from polyak.checkpoints._torch_files import load
+from polyak.checkpoints._torch_files import load, verify
 from polyak.checkpoints._torch_objects import StoredTensor
 
 _PICKLE = b"\x80"
@@ -85,10 +85,9 @@ class DistributedTensors(LazyTensors):
             if (name, *chunk.offsets) in self._opened:
                 self._opened[name, *chunk.offsets].release()
 
-    def verify(self) -> None:
+    def verify(self) -> Verified:
         """Compare every entry with its checksum; raises `ValueError` that names a damaged one."""
-        for (name, *_), place in self._places.items():
-            self._verify(name, place)
+        return all_verified(self._verify(name, at) for (name, *_), at in self._places.items())
 
     def parts(self) -> dict[str, Renamed]:
         """The tensors of each part of what was saved; those at its top lie under the empty key."""
@@ -119,11 +118,10 @@ class DistributedTensors(LazyTensors):
         self._verify(name, place)
         return self._files[place.file].read(place.start, place.length)
 
-    def _verify(self, name: str, place: ChunkPlace) -> None:
+    def _verify(self, name: str, place: ChunkPlace) -> Verified:
         file = self._files[place.file]
         with labelled(f"{file.path}: {name}", "a damaged file of torch.save"):
-            for record in load(file, place.start, place.length, f"{name}: ").records:
-                record.require_whole()
+            return verify(file, place.start, place.length, f"{name}: ")
 
     def _object(self, name: str) -> Any:
         return self._load(name, self._places[(name,)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints._looks import looks, refusal
-from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
 from polyak.checkpoints._torch_files import StoredTensors, is_torch, load, verify
@@ -60,11 +60,12 @@ class IndexedTensors(LazyTensors):
     def place(self, name: str) -> Place | None:
         return self._holder(name).place(name)
 
-    def verify(self) -> None:
+    def verify(self) -> Verified:
         """Compare all files with their checksums, if they have any."""
-        for name in set(self._files.values()):
-            if not is_safetensors(file := self._opened[name]):
-                verify(file)
+        files = [self._opened[name] for name in sorted(set(self._files.values()))]
+        return all_verified(
+            TensorFile(file).verify() if is_safetensors(file) else verify(file) for file in files
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self._files

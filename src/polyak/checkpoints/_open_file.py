@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +125,19 @@ class OpenFile:
         return status.st_size, status.st_mtime_ns
 
 
+class Verified(NamedTuple):
+    """How many bytes were compared with a checksum, and how many have none."""
+
+    compared: int
+    unchecked: int
+
+
+def all_verified(parts: Iterable[Verified]) -> Verified:
+    """The sums over parts of a checkpoint."""
+    of_parts = list(parts)
+    return Verified(sum(p.compared for p in of_parts), sum(p.unchecked for p in of_parts))
+
+
 class FileSpan:
     """A part of an open file; it is compared with its checksum when it is first read."""
 
@@ -139,6 +153,7 @@ class FileSpan:
         self.label = label
         self.nbytes = nbytes
         self.checksum = checksum
+        self._compared = False
         self._start = start
 
     @cached_property
@@ -164,6 +179,11 @@ class FileSpan:
         """Give back the span's pages."""
         self.file.release(self.start, self.start + self.nbytes)
 
+    def verify(self) -> Verified:
+        """Compare the content with its checksum; raises `ValueError` for damage."""
+        self.require_whole()
+        return Verified(self.nbytes, 0) if self._compared else Verified(0, self.nbytes)
+
     def require_whole(self) -> None:
         """Raises `ValueError` if the checksum of the content is not the one that was written."""
         if self.checksum is not None:
@@ -177,6 +197,7 @@ class FileSpan:
                 f"{self.file.path}: {self.label} is damaged: its checksum is {crc:08x}, wanted "
                 f"{self.checksum:08x}; use another copy of the file"
             )
+        self._compared |= self.checksum is not None
         self.checksum = None  # once is enough
 
 

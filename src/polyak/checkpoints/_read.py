@@ -13,7 +13,7 @@ from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._names import Names, canonical, under
-from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
@@ -191,9 +191,8 @@ def _post_hoc(path: Path) -> Checkpoint:
     steps = {step for _, step in places}
     clock = Clock(steps.pop(), "updates", ahead=1) if len(steps) == 1 else None
 
-    def check() -> None:
-        for snapshot in found.values():
-            snapshot.verify()
+    def check() -> Verified:
+        return all_verified(snapshot.verify() for snapshot in found.values())
 
     return Checkpoint(path, "post-hoc-ema", None, averages, {}, clock, check=check)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from polyak import _files as files
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak._tensors import refuse_wrapper
-from polyak.checkpoints._open_file import FileSpan, OpenFile
+from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified
 
 KEY = "polyak"  # the entry of a header that only files of ours have
 _DIGEST, _NO_DIGEST = "digest", "0" * 64
@@ -108,10 +108,9 @@ class TensorFile(LazyTensors):
         rows = torch.empty(self._specs[name].shape, device="meta").stride()
         return None if KEY in self.metadata else Place(self.path, span.start, span.nbytes, 0, rows)
 
-    def verify(self) -> None:
+    def verify(self) -> Verified:
         """Compare every tensor with its checksum, if the file is one of ours."""
-        for span in self._spans.values():
-            span.require_whole()
+        return all_verified(span.verify() for span in self._spans.values())
 
     def use_checksums(self) -> None:
         """Compare the header with its digest, and each tensor, when first read, with its checksum.

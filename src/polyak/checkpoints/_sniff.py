@@ -11,7 +11,7 @@ from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._looks import refusal
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open_file import OpenFile, Verified
 from polyak.checkpoints._safetensor_files import KEY, TensorFile, is_safetensors
 from polyak.checkpoints._tar import Member, is_tar, span_of, weights_within
 from polyak.checkpoints._torch_files import is_torch, verify
@@ -42,12 +42,11 @@ class Source(NamedTuple):
     opened: Opened = None
     key: str | None = None
 
-    def verify(self) -> None:
+    def verify(self) -> Verified:
         """Compare all of the file or folder with its checksums; raises `ValueError` for damage."""
         if isinstance(self.opened, (OpenFile, Member)):
-            verify(*span_of(self.opened))
-        elif self.opened is not None:
-            self.opened.verify()
+            return verify(*span_of(self.opened))
+        return Verified(0, 0) if self.opened is None else self.opened.verify()
 
 
 def sniff(path: Path | str) -> Source:

@@ -21,7 +21,7 @@ from torch import Tensor
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints import _pickles as pickles
 from polyak.checkpoints._looks import archive_kind
-from polyak.checkpoints._open_file import FileSpan, OpenFile, labelled
+from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._torch_objects import Objects, Storage, StoredTensor
 
 _ARCHIVE = b"PK\3\4"
@@ -61,11 +61,12 @@ def load(file: OpenFile, start: int = 0, length: int | None = None, label: str =
     return _load_archive(region) if first == _ARCHIVE else _load_pickles(region)
 
 
-def verify(file: OpenFile, start: int = 0, length: int | None = None) -> None:
+def verify(file: OpenFile, start: int = 0, length: int | None = None, label: str = "") -> Verified:
     """Compare every record with its checksum; raises `ValueError` that names a damaged one."""
     with labelled(file.path, "a damaged file of torch.save"):
-        for record in load(file, start, length).records:
-            record.require_whole()
+        if records := load(file, start, length, label).records:
+            return all_verified(record.verify() for record in records)
+    return Verified(0, file.size - start if length is None else length)
 
 
 class StoredTensors(LazyTensors):

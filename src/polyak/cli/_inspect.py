@@ -19,6 +19,7 @@ from polyak.cli._output import (
 )
 
 if TYPE_CHECKING:
+    from polyak.checkpoints._open_file import Verified
     from polyak.offline import Description
     from polyak.offline._description import DescribedAverage, Weighed
 
@@ -67,8 +68,8 @@ def inspect(
     if description.unfit:
         say(f"cannot be averaged: {description.unfit}")
     _print_aside(description)
-    if description.verified:
-        say("verified: no damage found")
+    if description.verified is not None:
+        say(f"verified: {_verified(description.verified)}")
     note_norms(description.norms)
 
 
@@ -121,6 +122,14 @@ def _print_tensors(description: Description, *, all: bool) -> None:
         for t in shown
     ]
     print_table(("name", "shape", "dtype", "size"), rows)
+
+
+def _verified(checked: Verified) -> str:
+    """What a comparison with checksums found, and what it could not find."""
+    compared = f"{size_text(checked.compared)} fit their checksums"
+    none = f"{size_text(checked.unchecked)} have no checksum, so damage there is not seen"
+    told = [compared] if checked.compared else ["headers and sizes fit"]
+    return "; ".join([*told, none] if checked.unchecked else told)
 
 
 def _print_aside(description: Description) -> None:

@@ -14,6 +14,7 @@ from polyak._lazy import TensorSpec
 from polyak._tensors import dtype_name
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._export import distinct
+from polyak.checkpoints._open_file import Verified, all_verified
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._own_format import checkpoint as checkpoint_of
 from polyak.checkpoints._read import read, read_source
@@ -89,7 +90,8 @@ class Description:
     what of the file is neither live weights nor an average, with its number of tensors, and `refused`
     why an average is not listed. `unfit` says why an average of these weights would mean nothing; "" if
     it would.
-    `verified` is True if everything was compared with its checksums.
+    `verified` counts the bytes that were compared with checksums, and those that have none; None if nothing
+    was compared.
     """
 
     path: str
@@ -105,11 +107,12 @@ class Description:
     refused: dict[str, str]
     unfit: str
     recorded: Recorded | None = None
-    verified: bool = False
+    verified: Verified | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain data, for JSON."""
-        return asdict(self)
+        checked = None if self.verified is None else self.verified._asdict()
+        return {**asdict(self), "verified": checked}
 
 
 def describe(path: Path | str | Checkpoint, *, verify: bool = False) -> Description:
@@ -140,19 +143,17 @@ def describe(path: Path | str | Checkpoint, *, verify: bool = False) -> Descript
         return _of_run(source.path, verify)
     else:
         found = read_source(source, "positions")
-    if verify:
-        found.verify()
-    return replace(_described(found, found.path, _times(found)), verified=verify)
+    checked = found.verify() if verify else None
+    return replace(_described(found, found.path, _times(found)), verified=checked)
 
 
 def _of_run(folder: Path, verify: bool) -> Description:
     found = snapshots(folder)
-    for snapshot in found if verify else []:
-        read(snapshot.path).verify()
+    checked = all_verified(read(s.path).verify() for s in found) if verify else None
     last = found[-1]
     checkpoint = checkpoint_of(Stored.open(last.path))
     times = dict.fromkeys(last.rules, last.elapsed())
-    return replace(_described(checkpoint, folder, times, _recorded(found)), verified=verify)
+    return replace(_described(checkpoint, folder, times, _recorded(found)), verified=checked)
 
 
 def _recorded(found: list[Snapshot]) -> Recorded:
