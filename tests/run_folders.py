@@ -154,6 +154,37 @@ def timm(run: Path) -> None:
     text(run / "summary.csv", "epoch,train_loss,eval_top1\n8,3,50\n9,2,70\n10,1,60\n")
 
 
+def composer(run: Path) -> None:
+    for batch in (50, 100, 200):
+        put(run / f"ep1-ba{batch}-rank0.pt", {"state": {"model": weights(batch)}})
+    (run / "latest-rank0.pt").symlink_to("ep1-ba200-rank0.pt")
+    text(
+        run / "log.jsonl",
+        "".join(f'{{"trainer/global_step": {s}, "loss": {s}}}\n' for s in (50, 100, 200)),
+    )
+
+
+def detectron(run: Path) -> None:
+    """Its metrics are one record a line, in a file that ends in .json; its steps count from 0."""
+    rows = []
+    for step, score in ((4999, 30.0), (9999, 35.0), (14999, 33.0)):
+        put(run / f"model_{step:07d}.pth", {"model": weights(step), "iteration": step})
+        rows += [{"iteration": step, "bbox/AP": score}, {"iteration": step - 19, "total_loss": 1.0}]
+    put(run / "model_final.pth", {"model": weights(14999), "iteration": 14999})
+    text(run / "metrics.json", "\n".join(map(json.dumps, rows)))
+
+
+def espnet_1(run: Path) -> None:
+    folder = run / "results"
+    for epoch in (8, 9, 10):
+        put(folder / f"snapshot.ep.{epoch}", {"model": weights(epoch)})
+    rows = [
+        {"epoch": e, "iteration": 9 * e, "validation/main/acc": a}
+        for e, a in ((8, 0.5), (9, 0.7), (10, 0.6))
+    ]
+    text(folder / "log", json.dumps(rows))
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], tuple[str, str], str, str, tuple[str, str]]] = {
     # its folder; the last two in order; a metric as typed, its full name, the best two in order
     "transformers": (transformers_trainer, ("checkpoint-1000", "checkpoint-1500"), "eval_loss", "eval_loss", ("checkpoint-1000", "checkpoint-1500")),
@@ -166,5 +197,8 @@ KINDS: dict[str, tuple[Callable[[Path], None], tuple[str, str], str, str, tuple[
     "deepspeed": (deepspeed, ("global_step100", "global_step200"), "loss", "loss", ("global_step50", "global_step100")),
     "megatron": (megatron, ("iter_0001000", "iter_0001500"), "lm_loss", "lm loss", ("iter_0000500", "iter_0001000")),
     "fairseq": (fairseq, ("checkpoint_2_150.pt", "checkpoint2.pt"), "val_loss", "extra_state.val_loss", ("checkpoint_2_150.pt", "checkpoint2.pt")),
+    "composer": (composer, ("ep1-ba100-rank0.pt", "ep1-ba200-rank0.pt"), "loss", "loss", ("ep1-ba50-rank0.pt", "ep1-ba100-rank0.pt")),
+    "detectron2": (detectron, ("model_0009999.pth", "model_0014999.pth"), "bbox.AP", "bbox/AP", ("model_0009999.pth", "model_0014999.pth")),
+    "espnet 1": (espnet_1, ("snapshot.ep.9", "snapshot.ep.10"), "main/acc", "validation/main/acc", ("snapshot.ep.9", "snapshot.ep.10")),
     "timm": (timm, ("checkpoint-9.pth.tar", "checkpoint-10.pth.tar"), "top1", "eval_top1", ("checkpoint-9.pth.tar", "checkpoint-10.pth.tar")),
 }  # fmt: skip

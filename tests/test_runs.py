@@ -90,6 +90,8 @@ NAMES = [
     ("epoch=03-val_loss=0.12.ckpt", {"epoch": 3}),
     ("epoch-12.pt", {"epoch": 12}),
     ("12epoch.pth", {"epoch": 12}),
+    ("rl_model_10000_steps.pt", {"step": 10000}),
+    ("ep1-ba100-rank0.pt", {"step": 100, "epoch": 1}),
     ("snapshot.ep.7", {"epoch": 7}),
     ("checkpoint-500", {"number": 500}),
     ("checkpoint_1_500.pt", {"number": 500}),
@@ -202,6 +204,12 @@ class TestWhatCannotBeKnown:
         for rank in (0, 1):
             put(tmp_path / "global_step5" / f"mp_rank_0{rank}_model_states.pt", weights(1))
         with pytest.raises(ValueError, match="parts of one model: let their trainer merge them"):
+            offline.choose(tmp_path)
+
+    def test_parts_by_ranks(self, tmp_path: Path) -> None:
+        for rank in (0, 1):
+            put(tmp_path / f"ep1-ba5-rank{rank}.pt", weights(1))
+        with pytest.raises(ValueError, match="there are parts of it by other ranks"):
             offline.choose(tmp_path)
 
     def test_several_files_in_each_folder(self, tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ _BESIDE = re.compile(
     r"|trainer_state|custom_checkpoint|tokenizer|^initial",
     re.IGNORECASE,
 )
-_PART = re.compile(r"\d-of-\d|rank_?\d", re.IGNORECASE)  # of one checkpoint
+_PART = re.compile(
+    r"\d-of-\d|rank_?[1-9]", re.IGNORECASE
+)  # of one checkpoint, whose first rank is 0
+_RANK = re.compile(r"(?<=rank)_?0", re.IGNORECASE)
 _WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
 _MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng")
 _NO_CHECKPOINT = re.compile(r"(version|run|exp|seed|trial|fold|rank|worker)[-_]?\d+", re.IGNORECASE)
@@ -93,7 +96,10 @@ def _held(folder: Path, file: str | None) -> Found:
         if path.name.startswith(".") or _BESIDE.search(SUFFIX.sub("", path.name)):
             continue
         if path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
-            entries.append(Entry(path, path))
+            if _RANK.search(path.name) and path.with_name(_RANK.sub("1", path.name)).exists():
+                aside[path] = "there are parts of it by other ranks: let its trainer merge them"
+            else:
+                entries.append(Entry(path, path))
         elif path.is_dir() and _may_be_checkpoint(path):
             try:
                 held = _weights(path, file)

@@ -30,8 +30,8 @@ _OTHERWISE = (
     "is not known: list the files themselves"
 )
 _SHOWN = 12
-_LOWER = re.compile(r"(?<![a-z])(loss|wer|cer|ter|per|ppl|perplexity|error|err|mse|mae|rmse|fid|nll|bpb|bpc)(?![a-z])")  # fmt: skip
-_HIGHER = re.compile(r"(?<![a-z])(acc|accuracy|top\d|bleu|f1|auc|auroc|map|recall|precision|psnr|ssim|reward|iou|miou|dice|pesq|stoi)(?![a-z0-9])")  # fmt: skip
+_LOWER = re.compile(r"(?<![a-z])(loss|wer|cer|ter|per|mer|eer|ece|ppl|perplexity|error|err|mse|mae|rmse|fid|nll|bpb|bpc)(?![a-z])")  # fmt: skip
+_HIGHER = re.compile(r"(?<![a-z])(acc|accuracy|top\d|bleu|rouge[\w ]*|f1|auc|auroc|m?ap\d*|recall|precision|psnr|ssim|reward|m?iou|dice|pesq|stoi|mcc|pearson|spearman)(?![a-z0-9])")  # fmt: skip
 
 
 def metric(timed: Sequence[Timed], by: str, run: Path) -> tuple[str, list[float | None]]:

@@ -6,12 +6,18 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-SUFFIX = re.compile(r"(\.safetensors|\.nemo|\.ckpt|\.bin|\.pt|\.pth|\.pkl)(\.tar)?$")
-"""How the names of files with weights end."""
+SUFFIX = re.compile(
+    r"(\.safetensors|\.nemo|\.ckpt|\.bin|\.pt|\.pth|\.pkl)(\.tar)?$|(?<=^snapshot)(?=\.ep\.\d+$)"
+)
+"""How the names of files with weights end; those of espnet 1 have no suffix."""
 
 _PAIR = re.compile(r"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", re.IGNORECASE)
 _VERSION = re.compile(r"-v\d+$")  # Lightning's, where the name was taken
-_STEP = re.compile(r"(?:steps?|iter|iteration|updates?)[-_]?(\d+)(?![\d.])", re.IGNORECASE)
+_STEP = re.compile(
+    r"(?:(?:steps?|iter|iteration|updates?|(?<![a-z])ba)[-_]?(\d+)|(\d+)[-_]?(?:steps?|iters?|updates?))"
+    r"(?![\d.])",
+    re.IGNORECASE,
+)
 _EPOCH = re.compile(
     r"(?:(?<![a-z])(?:epochs?|ep)[-_.]?(\d+)|(?<![\d.])(\d+)epoch)(?![\d.])", re.IGNORECASE
 )
@@ -58,7 +64,7 @@ def _counted(stem: str) -> dict[str, float]:
     """The step, the epoch, or else the last number in a name without `key=value`."""
     found: dict[str, float] = {}
     if steps := _STEP.findall(stem):
-        found["step"] = float(steps[-1])
+        found["step"] = float("".join(steps[-1]))
     if epochs := _EPOCH.findall(stem):
         found["epoch"] = float("".join(epochs[-1]))
     numbers = _NUMBER.findall(stem)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ def clock_of(row: Mapping[str, float]) -> Row:
     found: Row = {}
     for unit, keys in (("step", _STEPS), ("epoch", _EPOCHS), ("time", ("unixtime",))):
         names = sorted(
-            (name.count("."), keys.index(key), name)
+            (len(parts), keys.index(parts[-1]), name)
             for name in row
-            if (key := name.rpartition(".")[2]) in keys and name.count(".") < 2
+            if (parts := re.split(r"[./]", name.lower().strip()))[-1] in keys and len(parts) < 3
         )
         if names:
             found[unit] = row[names[0][2]]
@@ -67,9 +68,13 @@ def rows(path: Path) -> list[Row]:
 def _records(path: Path, text: str) -> Iterable[object]:
     if path.suffix == ".csv":
         return [_numeric(row) for row in csv.DictReader(text.splitlines(), skipinitialspace=True)]
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    content = _yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    if path.suffix in (".yaml", ".yml"):
+        content = _yaml(text)
+    else:
+        try:
+            content = json.loads(text)
+        except ValueError:  # one record a line, whatever the file's suffix
+            content = [json.loads(line) for line in text.splitlines() if line.strip()]
     table = content.get("log_history", content) if isinstance(content, dict) else content
     return table if isinstance(table, list) else [content]
 
