@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accelerate  # type: ignore[import-untyped]
+import diffusers
 import ema_pytorch
 import pytest
 import torch
@@ -467,3 +469,49 @@ def test_what_is_left_aside_is_said(tmp_path: Path) -> None:
     assert said in done("inspect", files[0])
     assert said in done("average", *files, "--out", tmp_path / "it.safetensors")
     assert said in done("export", files[0], tmp_path / "live.safetensors", "--average", "live")
+
+
+class TestAccelerate:
+    """A folder of `save_state`, with what was registered for checkpointing beside the model."""
+
+    def saved(self, folder: Path, registered: Any, *, safe: bool = True) -> Path:
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.prepare(Net(1))
+        accelerator.register_for_checkpointing(registered)
+        accelerator.save_state(str(folder), safe_serialization=safe)
+        return folder
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_an_averager(self, tmp_path: Path, safe: bool) -> None:
+        averager = polyak.Averager(Net(2), "window(2)")
+        averager.update()
+        folder = self.saved(tmp_path / "it", averager, safe=safe)
+        found = read(folder)
+        assert found.live is not None
+        assert_value(found.live, "", 1)
+        assert_value(found.averages["average"], "", 2)
+        again = polyak.Averager(Net(0), "window(2)")
+        polyak.load(folder, again)
+        assert again.clock == averager.clock
+        assert_value(again.average(), "", 2)
+        alone = polyak.Averager(Net(0), "window(2)")
+        polyak.load(folder / "custom_checkpoint_0.pkl", alone)
+        assert_value(alone.average(), "", 2)
+
+    def test_an_average_of_torch(self, tmp_path: Path) -> None:
+        found = read(self.saved(tmp_path / "it", swa_utils.AveragedModel(Net(2))))
+        assert found.live is not None and found.clock == Clock(0)
+        assert_value(found.live, "", 1)
+        assert_value(found.averages["average"], "", 2)
+
+    def test_a_copy_that_says_nothing_is_left_aside_and_can_be_named(self, tmp_path: Path) -> None:
+        folder = self.saved(tmp_path / "it", Net(2))
+        assert read(folder).left == {"custom_checkpoint_0.pkl": ALL}
+        named = read(folder, key="custom_checkpoint_0.pkl", role="average")
+        assert_value(named.average(), "", 2)
+
+    def test_a_library_without_names(self, tmp_path: Path) -> None:
+        average = diffusers.training_utils.EMAModel(Net(2).parameters(), decay=0.9)
+        folder = self.saved(tmp_path / "it", average)
+        assert list(read(folder).refused) == ["average"]
+        assert_value(read(folder, list(parameters(0))).average(), "", 2)

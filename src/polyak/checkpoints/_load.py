@@ -82,7 +82,7 @@ def prepared(
     held = None
     if isinstance(source.opened, DistributedTensors):
         held = find_state(source.opened, source.key)
-    elif source.kind == "torch":
+    elif source.opened is not None:
         held = _only_state(source)
     if held is not None:
         return _placed(path, held, averager)

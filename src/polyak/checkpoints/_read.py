@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from polyak.checkpoints._peers.libraries import diffusers_rules
 from polyak.checkpoints._peers.walk import under_keys
 from polyak.checkpoints._sniff import POST_HOC, Source, sniff
 from polyak.checkpoints._tar import Member, span_of
-from polyak.checkpoints._torch_files import load
+from polyak.checkpoints._torch_files import Loaded, load
 from polyak.rules import AVERAGE
 
 _MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)
+_REGISTERED = "custom_checkpoint_*.pkl"  # what accelerate's register_for_checkpointing saves
 _SETTINGS_BYTES = 1_000_000
 
 
@@ -156,7 +158,23 @@ def _part(found: Found, key: str) -> Found:
 
 
 def content(source: Source, names: Names = None) -> Found:
-    """What a file or folder holds at its top."""
+    """What a file or folder holds at its top; what accelerate saved beside weights lies under its file."""
+    found = _content(source, names)
+    beside = [] if found.plain == "dcp" else sorted(source.path.glob(_REGISTERED))
+    if not beside:
+        return found
+    held = {file.name: _loaded(file, OpenFile(file)) for file in beside}
+    aside = sum((Counter(loaded.aside) for loaded in held.values()), Counter(found.aside))
+    top = {"": found.top, **{name: loaded.value for name, loaded in held.items()}}
+    return replace(found, top=top, aside=dict(aside))
+
+
+def _loaded(path: Path, opened: OpenFile | Member) -> Loaded:
+    with labelled(path, "a damaged file of torch.save"):
+        return load(*span_of(opened))
+
+
+def _content(source: Source, names: Names) -> Found:
     path, opened = source.path, source.opened
     if isinstance(opened, DistributedTensors):
         parts = opened.parts()
@@ -165,8 +183,7 @@ def content(source: Source, names: Names = None) -> Found:
         plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
         return Found(path, plain, opened, names)
     assert isinstance(opened, (OpenFile, Member))
-    with labelled(path, "a damaged file of torch.save"):
-        held, aside, _ = load(*span_of(opened))
+    held, aside, _ = _loaded(path, opened)
     if not isinstance(held, Mapping) or (type_of(held) in aside and not held):
         raise ValueError(
             f"{path} holds a {type_of(held)}, wanted a dictionary: load it in the project that wrote it, "
