@@ -54,5 +54,5 @@ OPERATIONS: dict[str, Operation] = {
     "race": Operation(race, 0.4),
     "tasks": Operation(tasks, 0.3),
     "article": Operation(article, 4),
-    "copy the averager": Operation(copy_the_averager, 0.1),
+    "copy the averager": Operation(copy_the_averager, 0.5),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -15,7 +15,7 @@ import torch
 
 import polyak
 from stress_averagers import History, Subject, joined, policies
-from stress_models import Source, bits, contents, entries, faithful_copy
+from stress_models import Source, bits, contents, entries, faithful_copy, first_names
 from stress_optimizers import OPTIMIZERS
 from stress_rules import Fault
 from stress_training import optimizer_of
@@ -225,8 +225,19 @@ def attach(world: World, random: Random) -> None:
 
 
 def copy_the_averager(world: World, random: Random) -> None:
-    """An averager is bound to its model: it is not copied and not pickled."""
-    subject = random.choice(world.subjects)
-    ways: list[Callable[[Any], Any]] = [copy.deepcopy, copy.copy, pickle.dumps]
-    call = random.choice(ways)
-    world.ask("copy the averager", {""}, lambda: call(subject.averager))
+    """A deep copy averages a copy of the model, and goes on where the averager is."""
+    del random
+    subject = world.subjects[-1]
+    if not world.kind.copies:
+        return
+    facts, found = world.facts(subject), entries(world.model)
+    if first_names(found) != first_names(found, by_storage=False):
+        facts.add("aliased")  # torch's deepcopy makes two memories of one that two parameters share
+    copied = world.ask("copy the averager", facts, partial(copy.deepcopy, subject.averager))
+    if isinstance(copied, Refused):
+        return
+    other = replace(subject, averager=copied, attachment=None)
+    for each in ("averaged", "copied", "statistics"):
+        setattr(other, each, getattr(subject, each))
+    if other.fingerprint() != subject.fingerprint():
+        raise Fault("copy", f"the copy of averager {subject.number} has another state")

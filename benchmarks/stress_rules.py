@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,8 @@ class Blend(Rule):
 @dataclass(frozen=True)
 class Wrong(Rule):
     """A user's rule that gives this fraction from update `since` on, and this coefficient."""
+
+    SAVABLE: ClassVar = False
 
     fraction: float = 0.5
     coefficient: float = 1.0

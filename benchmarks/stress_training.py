@@ -47,7 +47,8 @@ def forward(world: World, random: Random) -> None:
     fits = world.kind.inputs is not None and not world.undo and world.trains
     if not fits or not isinstance(world.model, nn.Module):
         return
-    dtypes = {parameter.dtype for parameter in world.model.parameters()}
+    tensors = (*world.model.parameters(), *world.model.buffers())
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if len(dtypes) != 1:
         return
     torch.manual_seed(random.randrange(2**31))

@@ -68,7 +68,7 @@ REFUSALS: Mapping[str, Mapping[str, str]] = {
     "leave": {**_STRUCTURE, "written": MAY, "restructured": MAY},
     "attach": {"attached": MUST},
     "step": {**_BLOCKS, "applied": MAY},
-    "copy the averager": {"": MUST},
+    "copy the averager": {**_READS, "spoilt": MUST},
     "EMA": {"changed": MUST, "changed elsewhere": MAY, "other block": MAY, "lazy view": MAY},
 }  # fmt: skip
 """call -> situation -> whether it must or may be refused there. Anywhere else it may not be."""

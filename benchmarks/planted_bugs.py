@@ -1,0 +1,119 @@
+"""The bugs that `benchmarks/planted.py` plants: a new one is one line of `BUGS`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+Change = tuple[str, str, str]
+"""A file of the package, a text that is in it once, and the text in its place."""
+
+
+class Bug(NamedTuple):
+    """A bug: its name, what it changes, the test files nearest to it, and whether their slow tests run."""
+
+    name: str
+    changes: tuple[Change, ...]
+    tests: tuple[str, ...]
+    slow: bool = False
+
+
+def bug(name: str, path: str, old: str, new: str, *tests: str, slow: bool = False) -> Bug:
+    return Bug(name, ((path, old, new),), tests, slow)
+
+
+RULES = ("plain_formulas", "rules", "decays")
+ENGINE = ("averager", "failing_updates", "guard", "rounding", "infinities", "cadence")
+BLOCKS = ("applied", "applied_writes", "applied_graphs", "applied_orders", "applied_threads")
+FILES = ("saving", "loading", "safetensor_files", "recording", "reading")
+RANKS = ("places", "replicas", "sharding")
+STUDY = ("study_arms", "study_statistics", "study_trainer", "study_claims", "study_records")
+OFFLINE = ("offline_average", "theory_synthesis", "running_statistics")
+
+BUGS: tuple[Bug, ...] = (
+    # the core: rules and decays
+    bug("a schedule read one step late", "rules.py", ".rate(tick.t) if", ".rate(tick.t - tick.elapsed) if", *RULES),
+    bug("an exponential that forgets the elapsed time", "rules.py", "math.expm1(-rate * tick.elapsed)", "math.expm1(-rate)", *RULES),
+    bug("a power of gamma instead of gamma + 1", "rules.py", "math.expm1((self.gamma + 1) *", "math.expm1((self.gamma + 0) *", *RULES),
+    bug("a uniform mean of one more", "rules.py", "return {AVERAGE: 1 / tick.n}", "return {AVERAGE: 1 / max(tick.n - 1, 1)}", *RULES),
+    bug("a window that fills its second slot first", "rules.py", '(tick.n - 1) % self.size}": 1.0', 'tick.n % self.size}": 1.0', *RULES),
+    bug("a window that weighs one slot double", "rules.py", 'return {f"window.{i}": 1 / filled for i in range(filled)}', 'return {f"window.{i}": (2 if i == filled - 1 > 0 else 1) / (filled + (filled > 1)) for i in range(filled)}', *RULES),
+    bug("a tail that begins one update early", "rules.py", "before.t > self.start", "before.t >= self.start", *RULES),
+    bug("a bema without the anchor's clock", "rules.py", "since = (tick.inner or START).t", "since = tick.t", *RULES),
+    bug("a bema that reads statistics as weights", "rules.py", '''    def convex_readout(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1.0}
+''', "", "running_statistics", "norms", "rules"),
+    bug("an article rule that copies one call less", "rules.py", "newest_copy <= self.update_after_step + 1", "newest_copy < self.update_after_step + 1", "rules", "ema", "plain_formulas"),
+    bug("a ramp that is not clamped from below", "decays.py", "return min(max(decay, self.min_decay), self.max_decay)", "return min(decay, self.max_decay)", *RULES),
+    bug("a ratio of (2 + n)", "decays.py", "9 / (10 + max(t - 1, 0.0))", "8 / (10 + max(t - 1, 0.0))", *RULES),
+    # the core: the engine
+    bug("a lerp in place of a copy", "_tensors.py", "            if fraction == 1:\n                if journal", "            if fraction > 1:\n                if journal", "tensors", *ENGINE),
+    bug("slots in the dtype of narrow weights", "_tensors.py", "return torch.float32 if not dtype.is_complex and dtype.itemsize < 4 else dtype", "return dtype", "tensors", *ENGINE),
+    bug("a second slot that is not moved", "_tensors.py", "_lerp_alike_(slots, weights, fraction, journal)\n        else", "_lerp_alike_(rows[0], weights, fraction, journal)\n        else", "tensors", "averager"),
+    bug("residues that are not reset by a copy", "_engine/rounding.py", "        torch._foreach_zero_(residues)\n", "", "rounding", "averager"),
+    bug("seeds that are the same at every update", "_engine/slots.py", "seed(self.tick.n, self._name, slot, each)", "seed(self._name, slot, each)", "rounding"),
+    bug("a cadence that drops the time between", "_engine/updating.py", "self._since[1] + elapsed", "elapsed", "cadence", "averager"),
+    bug("a skipped update whose time is lost", "_engine/updating.py", "self._back_to(called._replace(calls=0))", "self._back_to(called._replace(calls=0, elapsed=0.0))", "guard"),
+    bug("a skipped update that is not counted", "_engine/updating.py", "        self.skipped += 1\n", "        self.skipped += 0\n", "guard"),
+    bug("NaN that passes the guard in the last group", "_engine/guard.py", "return torch.stack(flags).all()", "return torch.stack(flags[:-1] or flags).all()", "guard"),
+    bug("infinities that are looked for once", "_engine/infinities.py", "self._looked_at = self.none_in = None", "pass", "infinities"),
+    bug("running statistics that are copied", "_engine/tracking.py", 'STATISTICS = ("running_mean", "running_var")', 'STATISTICS = ("running_mean",)', "running_statistics", "averager", "norms"),
+    bug("buffers that a module does not save, averaged", "_engine/policies.py", '    if not item.persistent:\n        return "skip"', '    if not item.persistent and False:\n        return "skip"', "averager", "frozen"),
+    bug("ties by object alone", "_engine/memory.py", "    if start is None:\n        return id(part)", "    if True:\n        return id(part)", "shared_memory"),
+    bug("a wrapper's prefix that stays", "_engine/tracking.py", 'WRAPPERS = {"_orig_mod", ', "WRAPPERS = {", "wrappers", "averager"),
+    bug("EMA: ignored names that are never copied", "ema.py", '("copy", "skip") if copying or fresh else ("copy",)', '("copy",)', "ema"),
+    # checkpoints and files
+    bug("a file without its last copies", "checkpoints/_own_format.py", 'copies = stored.under("copies/")', 'copies = stored.under("copied/")', *FILES),
+    bug("a mark of rule changes that is lost", "checkpoints/_own_format.py", 'for name in ("run", "mixed") if stored.has(name)', 'for name in ("run",) if stored.has(name)', *FILES),
+    bug("statistics of a file read out as weights", "checkpoints/_readout.py", "(convex if is_statistic(name) else plain)", "plain", *FILES, "running_statistics"),
+    bug("a readout in the narrowest dtype", "checkpoints/_readout.py", "widest = max(held", "widest = min(held", *FILES),
+    bug("a tied name that a file forgets", "checkpoints/_own_format.py", 'for n in (first, *e["aliases"])}', "for n in (first,)}", *FILES),
+    bug("checksums that nobody compares", "checkpoints/_safetensor_files.py", "            span.checksum = int(sums", "            _ = int(sums", *FILES),
+    bug("a digest that nobody compares", "checkpoints/_safetensor_files.py", "if digest != wanted or not", "if not", *FILES),
+    bug("files of two saves in one folder", "checkpoints/_own_format.py", "            _require_one_save(stored, held)\n", "", "saving", "saving_distributed", slow=True),
+    bug("snapshots in the order of their names", "checkpoints/_snapshots.py", "key=lambda each: each.updates)", "key=lambda each: each.path.name)", "recording", "theory_synthesis"),
+    bug("snapshots of two runs taken together", "checkpoints/_snapshots.py", "    if a.run != b.run:", "    if False:", "recording"),
+    bug("names given twice", "checkpoints/_names.py", "    if len(set(order)) < len(order):", "    if False:", "peers_files", "peers_files_extra", "reading"),
+    bug("a window's file with too few slots", "checkpoints/_own_format.py", "or _filled(rule, tick) > len(held[\"slots\"])", "", *FILES, "hostile"),
+    bug("a bootstrap of coefficients that do not sum to 1", "offline/_combination.py", "        self.coefficients = _checked(coefficients, len(sources))", "        self.coefficients = np.asarray(coefficients, dtype=np.float64)", *OFFLINE),
+    bug("integers from the first file", "offline/_combination.py", "        self._last = sources[-1].weights", "        self._last = sources[0].weights", *OFFLINE),
+    # sharding
+    bug("rows that begin one rank late", "_ranks/sharding.py", "start = min(mesh.get_local_rank() * length, whole.shape[0])", "start = min(mesh.get_local_rank() * length + 1, whole.shape[0])", "replicas", "sharding", slow=True),
+    bug("boxes that meet by one row too many", "_ranks/shard_geometry.py", "return Box(starts, tuple(max(e - s, 0)", "return Box(starts, tuple(max(e - s, 1)", "places", "saving_distributed", slow=True),
+    bug("runs of a box that begin at 0", "_ranks/shard_geometry.py", "begin = sum(first * step for first, step in zip(box.offsets, steps, strict=True))", "begin = 0", "places", "export_sharded", slow=True),
+    bug("fingerprints without the place", "_ranks/replicas.py", "        mixed += torch.arange(start, start + mixed.numel(), device=tensor.device).mul_(_OTHER)\n", "", "replicas"),
+    bug("the last rank's rows that are not gathered", "_ranks/replicas.py", "        if len(rest):\n", "        if False:\n", "replicas", slow=True),
+    # the study
+    bug("an early stop that waits one epoch less", "study/_trainer.py", "return self._waited >= self._patience", "return self._waited > self._patience - 2", *STUDY),
+    bug("a verdict from too few seeds", "study/_statistics.py", "FEWEST_SEEDS = 8", "FEWEST_SEEDS = 2", *STUDY),
+    bug("a claim that holds by its estimate", "study/_statistics.py", "if interval.low in claimed and interval.high in claimed:", "if interval.estimate in claimed:", *STUDY),
+    bug("a gap over one epoch more", "study/_quantities.py", "return float((average - live)[:EARLY].mean())", "return float((average - live)[: EARLY + 1].mean())", *STUDY),
+    bug("R2 with the unbiased variance", "study/_model.py", "var(correction=0)", "var(correction=1)", *STUDY),
+    bug("SWA of one epoch more", "study/_arms.py", "return min(math.ceil(SWA_SHARE * epochs), epochs - 1)", "return min(math.floor(SWA_SHARE * epochs), epochs - 1)", *STUDY),
+    bug("a ring of steps that is read from its start", "study/_arms.py", "for i in range(max(self._count - size, 0), self._count)", "for i in range(min(self._count, size))", *STUDY),
+    bug("the last of equal epochs taken for the best", "study/_trainer.py", 'first = min(range(len(metrics)), key=lambda i: metrics[i]["mse"])', 'first = min(reversed(range(len(metrics))), key=lambda i: metrics[i]["mse"])', *STUDY),
+)  # fmt: skip
+
+FAULTS: tuple[Bug, ...] = (
+    bug("1. tensors of one storage are two tensors", "_engine/memory.py", "    if start is None:\n        return id(part)", "    if True:\n        return id(part)", "shared_memory"),
+    bug("1. overlaps are not looked for", "_engine/tracking.py", "    if (pair := overlap(stored)) is not None:", "    if False:", "shared_memory"),
+    bug("1. expanded parameters are taken", "_engine/tracking.py", "        if overlaps_itself(local(tensor)):", "        if False:", "shared_memory"),
+    bug("1. conjugate and negative views are taken", "_engine/tracking.py", "    if tensor.is_conj() or tensor.is_neg():", "    if False:", "shared_memory"),
+    bug("2. blocks above are not taken back first", "_engine/lending.py", "for each in reversed(_involved(loan, wanted)):", "for each in [loan]:", *BLOCKS),
+    bug("3. writes in a block are not looked for", "_engine/lent.py", "if now is not None or seen != [self._version] * len(seen):", "if now is not None:", *BLOCKS),
+    bug("3. optimizers step in a block", "_engine/lending.py", "        _hooks.append(register_optimizer_step_pre_hook(_refuse_step))", "        pass", *BLOCKS),
+    bug("3. replaced modules keep the average", "_engine/loans.py", "now = None if same else self._model.by_name()", "now = None if same else {e.name: t for p in self._pairs for i in p.items for e in i.entries if (t := e.now()) is not None}", *BLOCKS),
+    bug("4. autograd does not see the exchange", "_engine/lent.py", "        set_versions(self._pairs.counted, [version] * len(self._pairs.counted))\n", "", *BLOCKS),
+    bug("4. the versions of blocks are counted to", "_engine/lent.py", "[before[i] + 1 for i in changed]", "[VERSIONS.fresh() for i in changed]", *BLOCKS),
+    bug("5. no turns between threads", "_engine/lending.py", "TURN = threading.RLock()", "import contextlib\n\n\nclass _Free(contextlib.nullcontext[None]):\n    def _at_fork_reinit(self) -> None: ...\n\n\nTURN = _Free()", *BLOCKS),
+    bug("5. another thread's block is not refused", "_engine/lending.py", "    if mine.thread != loan.owner.thread or len(tasks) > 1:", "    if False:", *BLOCKS),
+    bug("6. handlers run amid an exchange", "_engine/signals.py", "        if runs_below(frame, _critical, deliver.__code__):", "        if False:", "applied_signals", "applied_interrupted"),
+    bug("6. an update that a signal stops is left there", "_engine/moving.py", "        self._journal.again()\n        self.run()", "        pass", "failing_updates"),
+    bug("7. a replaced table of parameters is not seen", "_engine/live.py", "            if module._parameters is not table:\n                return True", "            if False:\n                return True", "replaced_weights"),
+    bug("7. shapes are not looked at", "_engine/live.py", "            and list(map(FORM, tensors)) == forms\n", "", "failing_updates", "replaced_weights"),
+    bug("7. a refused update leaves its slots", "_engine/slots.py", "if n > tick.n]:", "if n > tick.n and False]:", "failing_updates"),
+    bug("7. a copied buffer of another shape is taken", "_engine/updating.py", '            self._live.check("update")\n            self.copies = self._empty_copies()', "            self.copies = self._empty_copies()", "failing_updates"),
+    bug("8. each call of step is an update", "_engine/attachment.py", "        if self._depth == 0 and self._flags:", "        if self._flags:", "attach"),
+    bug("10. statistics are extrapolated", "rules.py", "        return convex(self.readout(tick))", "        return self.readout(tick)", "running_statistics"),
+    bug("10. Bema's clock is that of the run", "rules.py", "since = (tick.inner or START).t", "since = tick.t", "plain_formulas", "rules"),
+    bug("11. a constant infinity becomes NaN", "_engine/moving.py", "        if self._kept:\n            tensors.keep_(self._kept)", "", "infinities"),
+)  # fmt: skip
