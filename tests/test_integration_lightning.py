@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import load_model
 
 from integration_contract import (
     EVERY,
@@ -26,13 +29,15 @@ from integration_contract import (
     EvaluationError,
     Host,
     Outcome,
+    evaluate,
 )  # fmt: skip
 from launching import launched
-from lightning_modules import WARNINGS, Busy, Fused, Module, expected, made, trainer_of
+from lightning_modules import QUIET, WARNINGS, Busy, Fused, Module, expected, made, trainer_of
 from patience import HANG
 from polyak.integrations.lightning import AveragerCallback
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
+ROOT = Path(__file__).parents[1]
 RANKS = Path(__file__).with_name("lightning_ranks.py")
 
 
@@ -171,3 +176,37 @@ def test_spawned_ranks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("checked") == 4
+
+
+def blocks(title: str) -> list[str]:
+    """The Python code under a title of the page."""
+    page = (ROOT / "docs" / "lightning.md").read_text()
+    return re.findall(
+        r"```python\n(.*?)```", page.partition(f"## {title}\n")[2].partition("\n## ")[0], re.S
+    )
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("The Trainer of Lightning")
+    scope: dict[str, Any] = {"model": (model := made())}
+    settings = {**QUIET, "max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
+    monkeypatch.setattr("lightning.pytorch.Trainer", partial(Trainer, **settings))
+    exec(code.replace("max_epochs=4, ", ""), scope)
+    fresh = made()
+    load_model(fresh, scope["exported"])
+    (got,) = scope["trainer"].test(model, ckpt_path="best", verbose=False)
+    assert got["test_loss/ema"] == pytest.approx(evaluate(fresh.state_dict()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "digits_lightning.py")]
+    command += ["--out", str(tmp_path), "--epochs", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.findall(r"(live|ema): test loss ([.\d]+), accuracy ([.\d]+)", done.stdout)
+    assert [name for name, _, _ in found] == ["live", "ema"]
+    assert all(float(accuracy) > 0.8 for _, _, accuracy in found)
+    assert (tmp_path / "best.ema.safetensors").exists() and (tmp_path / "best.ckpt").exists()

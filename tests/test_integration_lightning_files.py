@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from safetensors.torch import load_file, load_model
 
 from integration_contract import EVERY, LR, RULES, STEPS, batches, evaluate, net, plain
@@ -164,6 +165,19 @@ class Two(Module):
         return [torch.optim.SGD(self.body[i].parameters(), lr=LR) for i in (0, 3)]
 
 
+class Gan(Two):
+    """Each optimizer in turn, while the other's parameters need no gradient."""
+
+    def training_step(self, batch: Any, number: int) -> None:
+        optimizers: Any = self.optimizers()
+        for each in optimizers:
+            self.toggle_optimizer(each)
+            Module.training_step(self, batch, number).backward()
+            each.step()
+            each.zero_grad()
+            self.untoggle_optimizer(each)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "rules", "count"),
     [
@@ -171,6 +185,7 @@ class Two(Module):
         (Module, {}, {"every": 4}, 3),
         (Two, {}, {"select": "body.0.*"}, 12),
         (Two, {}, {"select": "body.3.*"}, 8),
+        (Gan, {}, {}, 12),
         (Two, {}, {}, 8),  # an update follows when each optimizer has stepped
     ],
 )
@@ -326,6 +341,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "last.ckpt has no averages and is of step 6, .* pass start=6 to begin them here",
     ),
 }
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy])
+def test_strategies_that_hide_the_weights_are_refused(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither runs here, so the Trainer is given one that was not set up."""
+    average = AveragerCallback(ONE)
+    trainer = trainer_of(average, enable_checkpointing=False)
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", object.__new__(kind))
+    with pytest.raises(ValueError, match=r"use ModelParallelStrategy \(FSDP2\)"):
+        average.setup(trainer)
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -12,8 +12,8 @@ from polyak import checkpoints
 from polyak.averager import Averager
 
 
-def exported(checkpoint: Path | str, name: str) -> Path:
-    """The file in which an average is exported."""
+def exported(checkpoint: Path | str, name: str = "average") -> Path:
+    """Return the file beside a checkpoint in which an average is exported."""
     return Path(f"{str(checkpoint).removesuffix('.ckpt')}.{name}.safetensors")
 
 
@@ -22,8 +22,10 @@ def parts(checkpoint: Path | str, names: Sequence[str]) -> Path:
     return exported(Path(checkpoint).resolve(), "-".join(names)).with_suffix(".dcp")
 
 
-def write(checkpoint: str, averager: Averager, *, first: bool) -> None:
+def write(checkpoint: str, averager: Averager | None, *, first: bool) -> None:
     """Export every average; the first rank alone, or all ranks together if they are sharded."""
+    if averager is None:
+        return
     if "://" in checkpoint:
         warnings.warn(
             f"{checkpoint} is not a local path: no average is written beside it", stacklevel=2

@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from polyak.rules import Rule
 
 with extra("lightning", "lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
     from polyak.integrations._lightning_passes import Contents, renaming, unnoticed, wrap
@@ -51,8 +51,8 @@ class AveragerCallback(Callback):
     state. Beside it each average is exported: `best.ckpt` and `best.ema.safetensors`.
 
     Raises `ValueError` or `TypeError` for bad arguments. When a run begins it raises `ValueError` for
-    a name that another callback has, for a checkpoint of other averages or rules, and for one
-    without averages after step `start`.
+    a name that another callback has, for DeepSpeed and FSDP 1, for a checkpoint of other averages or
+    rules, and for one without averages after step `start`.
     """
 
     def __init__(
@@ -78,10 +78,7 @@ class AveragerCallback(Callback):
         self._attachment: Any = None
         self._metrics: dict[str, Contents] = {}
 
-    @staticmethod
-    def exported(checkpoint: Path | str, name: str = "average") -> Path:
-        """Return the file beside a checkpoint in which an average is exported."""
-        return files.exported(checkpoint, name)
+    exported = staticmethod(files.exported)
 
     @property
     def state_key(self) -> str:
@@ -96,6 +93,10 @@ class AveragerCallback(Callback):
         others = [name for each in _callbacks(trainer) if each is not self for name in each.names]
         if taken := [name for name in self.names if name in others]:
             raise ValueError(f"two callbacks average {taken[0]!r}; give each average its own name")
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+            raise ValueError(
+                "DeepSpeed and FSDP 1 hide the weights; use ModelParallelStrategy (FSDP2)"
+            )
         self._restored, self._metrics = False, {}
         in_fit = trainer.fit_loop.epoch_loop.val_loop
         for loop in (in_fit, trainer.validate_loop, trainer.test_loop):
@@ -214,8 +215,7 @@ def _evaluate(trainer: Trainer, loop: Any, run: Callable[[], Any]) -> list[dict[
 def _save(trainer: Trainer, save: Callable[..., None], state: Any, path: Any, **more: Any) -> None:
     place = str(trainer.strategy.broadcast(path))
     for each in _callbacks(trainer):
-        if each.averager is not None:
-            files.write(place, each.averager, first=trainer.is_global_zero)
+        files.write(place, each.averager, first=trainer.is_global_zero)
     save(state, path, **more)
 
 
