@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from polyak import _tensors as tensors
-from polyak._checks import difference, report, require, require_positive
-from polyak._engine import changes, lending
+from polyak._checks import require, require_positive
+from polyak._engine import changes, copying, lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
-from polyak._engine.memory import identity
 from polyak._engine.policies import TRAINABLE, Buffers, Choose, Select
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
@@ -33,33 +32,26 @@ from polyak._engine.slots import Average
 from polyak._engine.states import STATE_FORMAT, State, checked, set_together
 from polyak._engine.summary import Summary, summarise
 from polyak._engine.swap import Applied, Lender
-from polyak._engine.tracking import Source, Tracked, track
+from polyak._engine.tracking import Source, Tracked
 from polyak._engine.twins import Twins, plain_copy
 from polyak._engine.updating import Nonfinite, Updating
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import Agreement, digest, together
-from polyak._ranks.replicas import gather_, require_same
+from polyak._ranks.replicas import require_same
 from polyak._ranks.sharding import (
-    Layout,
-    Shape,
     is_distributed,
     local,
     one_mesh,
     require_beside,
-    reshard,
-    shape,
 )
 from polyak.rules import Rule, Tick
-from polyak.specs import as_rule, as_specs, require_spelled
+from polyak.specs import ONLY, as_specs, named_rules, savable_rule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Averager"]
-
-ONLY = "average"
-"""The name of the average if there is only one."""
 
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -156,7 +148,7 @@ class Averager:
             self._refuse_sharded(place, nonfinite)
             self._averages = {
                 name: Average(rule, dtype=dtype, device=place, rounding=rounding, name=name)
-                for name, rule in _named(rule).items()
+                for name, rule in named_rules(rule).items()
             }
             first = next(iter(self._averages.values()))
             require_rounding(rounding, {spec.dtype for spec in first.specs(self._live).values()})
@@ -389,24 +381,12 @@ class Averager:
         with self._together("copy_to") as agreement:
             whole = self.weights(name).beside()
             average = {name: local(tensor) for name, tensor in whole.items()}
-            reshard(model)
-            found = [i for i in track(model, self._choice).tracked if i.policy != "skip"]
-            _require_fit(self._live.readable(), found, average)
-            theirs = {name: item.local() for item in found for name in item.names}
-            divided = [item.name for item in self._live.averaged if item.mesh is not None]
-            forms = [(name, theirs[name].shape, theirs[name].dtype) for name in divided]
+            found = copying.places(model, self._choice, self._live, average)
+            forms = copying.gathered_forms(self._live, found)
             agreement.told = (
                 f"{self._lender.label(name)!r}, {self._get(name).tick}, {digest(forms)}"
             )
-            lending.refuse_lent("copy_to", found)
-        if self._mesh is not None:
-            gather_([(theirs[name], average[name]) for name in divided], self._mesh)
-        gathered = {id(theirs[name]) for name in divided}
-        with lending.TURN:
-            for item in found:
-                to, content = theirs[item.name], average[item.name]
-                if id(to) not in gathered and identity(to) != identity(content):
-                    to.copy_(content)
+        copying.write_(found, average, self._live, self._mesh)
 
     @lending.in_turn
     def state_dict(self) -> dict[str, Any]:
@@ -497,7 +477,7 @@ class Averager:
         """
         average = self._get(name)
         self._same_model("change_rule")
-        other = changes.ruled(average, _rule(rule))
+        other = changes.ruled(average, savable_rule(rule))
         rule_and_clock = {"rule": other.rule, "tick": other.tick}
         changed = other.rule != average.rule and average.tick.n > 0
         mixed: dict[str, object] = {"mixed": self.mixed or changed}
@@ -648,47 +628,3 @@ def _device(model: object) -> torch.device:
     held: Iterable[object] = model.values() if isinstance(model, Mapping) else ()
     tensors = model.parameters() if isinstance(model, nn.Module) else held
     return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
-
-
-def _require_fit(
-    ours: Sequence[Tracked], theirs: Sequence[Tracked], average: Mapping[str, Tensor]
-) -> None:
-    """Raise `ValueError` unless a model can hold an average: names, shapes, one value per tensor."""
-    if lines := difference(_shapes(ours), _shapes(theirs)):
-        if any(isinstance(each, Layout) for each in _shapes(ours).values()):
-            lines.append("between layouts: polyak.save, or checkpoints.export, and load there")
-        raise ValueError(report("copy_to: the model's tensors are not the average's", lines))
-    for item in theirs:
-        first = average[item.name]
-        for name in item.aliases:
-            if average[name] is not first and not torch.equal(average[name], first):
-                raise ValueError(
-                    f"copy_to: {name} is tied to {item.name} in the model, and its average is "
-                    "another: wanted a model in which they are two tensors"
-                )
-
-
-def _shapes(tracked: Sequence[Tracked]) -> dict[str, Shape]:
-    """name -> shape in the model, under all names of tied tensors."""
-    return {n: shape(item.found()) for item in tracked for n in (item.name, *item.aliases)}
-
-
-def _named(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
-    """name -> rule; a single rule is called "average"."""
-    if not isinstance(rule, Mapping):
-        return {ONLY: _rule(rule)}
-    if not rule:
-        raise ValueError("rule is an empty mapping, wanted at least one name -> rule")
-    for name in rule:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"an average's name is {name!r}, wanted a string that is not empty")
-        if "/" in name:
-            raise ValueError(f"an average's name is {name!r}, wanted one without a slash")
-    return {name: _rule(each) for name, each in rule.items()}
-
-
-def _rule(rule: Rule | str) -> Rule:
-    """The rule; raises `ValueError` for one that would fail at the first save, hours later."""
-    made = as_rule(rule)
-    require_spelled(made)
-    return made

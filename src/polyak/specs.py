@@ -21,7 +21,13 @@ from polyak._spelling import KNOWN
 from polyak.decays import SCHEDULES, Schedule
 from polyak.rules import RULES, Rule
 
-__all__ = ["as_rule", "as_specs", "class_of", "own_classes", "parse", "path_of", "require_spelled"]
+__all__ = [
+    "ONLY", "as_rule", "as_specs", "class_of", "named_rules", "own_classes", "parse", "path_of",
+    "savable_rule",
+]  # fmt: skip
+
+ONLY = "average"
+"""The name of the average if there is only one."""
 
 _LONGEST = 1000
 _CLASSES: dict[str, type] = {cls.spec_name(): cls for cls in (*RULES, *SCHEDULES)}
@@ -127,25 +133,6 @@ def _is_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
 
 
-def require_spelled(rule: Rule) -> None:
-    """Raise `ValueError` unless the text of a rule reads as the rule, so that a file can hold it.
-
-    It asks nothing of a rule that says that it is not saved.
-    """
-    try:
-        if not rule.savable() or (again := parse(str(rule))) == rule:
-            return
-        problem = f"its text {str(rule)!r} reads as {again!r}"
-    except (ValueError, TypeError) as error:
-        problem = str(error)
-    kind = type(rule).__name__
-    raise ValueError(
-        f"{kind} could not be saved, which would fail at the first save: {problem}. Make it a frozen "
-        "dataclass of numbers, rules and schedules at the top of a module; or write SAVABLE = False "
-        "in the class, if it is never saved"
-    )
-
-
 def _known() -> str:
     rules = ", ".join(cls.spec_name() for cls in RULES)
     schedules = ", ".join(cls.spec_name() for cls in SCHEDULES)
@@ -167,3 +154,37 @@ def as_rule(rule: Rule | str) -> Rule:
             hint = f"Exponential({rule})"
         raise TypeError(f"a rule is {rule!r}, wanted a polyak rule such as {hint}, or its spec")
     return rule
+
+
+def savable_rule(rule: Rule | str) -> Rule:
+    """A rule, or that of a spec; raises `ValueError` unless its text reads as the rule.
+
+    A file holds the text, so such a rule would fail at the first save. Nothing is asked of a rule that
+    says that it is not saved.
+    """
+    made = as_rule(rule)
+    try:
+        if not made.savable() or (again := parse(str(made))) == made:
+            return made
+        problem = f"its text {str(made)!r} reads as {again!r}"
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    raise ValueError(
+        f"{type(made).__name__} could not be saved, which would fail at the first save: {problem}. Make "
+        "it a frozen dataclass of numbers, rules and schedules at the top of a module; or write SAVABLE "
+        "= False in the class, if it is never saved"
+    )
+
+
+def named_rules(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
+    """name -> rule that can be saved; a single rule is called "average"."""
+    if not isinstance(rule, Mapping):
+        return {ONLY: savable_rule(rule)}
+    if not rule:
+        raise ValueError("rule is an empty mapping, wanted at least one name -> rule")
+    for name in rule:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"an average's name is {name!r}, wanted a string that is not empty")
+        if "/" in name:
+            raise ValueError(f"an average's name is {name!r}, wanted one without a slash")
+    return {name: savable_rule(each) for name, each in rule.items()}
