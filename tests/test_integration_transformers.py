@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import re
 import signal
 import time
@@ -446,9 +448,11 @@ def test_every_training_has_its_own_averages(tmp_path: Path) -> None:
     callback = averaged(one)
     for rate in (0.01, 0.05):  # as a hyper-parameter search does
         one.args.learning_rate = rate
+        earlier = callback.averager
         one.train()
         assert callback.averager is not None and callback.averager.count == tiny.STEPS
         assert_close(average_of(callback), ema(steps.taken, DECAY))
+        assert callback.averager is not earlier
 
 
 @pytest.mark.slow
@@ -472,7 +476,11 @@ def test_an_evaluation_that_ends_early_leaves_the_live_weights(
     assert_same(weights(one.model), steps.taken[-1])
     assert_close(average_of(callback), ema(steps.taken, DECAY))
     assert "eval_ema_loss" in one.evaluate()
-    one.train()  # the optimizer of the interrupted training is used again
+    interrupted = callback.averager
+    assert interrupted is not None
+    count = interrupted.count
+    one.train()  # with the optimizer of the interrupted training
+    assert interrupted.count == count
     assert callback.averager is not None and callback.averager.count == tiny.STEPS
 
 
@@ -699,6 +707,28 @@ def test_what_is_wrong_is_an_error_with_its_cure(
 ) -> None:
     with pytest.raises(error, match=words):
         wrong(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_of_a_callback_averages_another_training(
+    copied: Callable[[AveragerCallback], AveragerCallback], tmp_path: Path
+) -> None:
+    steps = Steps()
+    first = averaged(one := tiny.trainer(tmp_path / "1", callbacks=[steps]), start=1, every=2)
+    one.train()
+    twin = copied(first)
+    assert twin.averager is None
+    twin.attach(two := tiny.trainer(tmp_path / "2"))
+    two.train()
+    assert_same(average_of(twin), average_of(first))
+    by_hand = {name: tensor.clone() for name, tensor in steps.taken[0].items()}
+    averager = polyak.Averager(by_hand, EMA, every=2)
+    for taken in steps.taken[1:]:
+        for name, tensor in taken.items():
+            by_hand[name].copy_(tensor)
+        averager.update()
+    assert_same(average_of(first), averager.average("ema"))
 
 
 @pytest.mark.slow

@@ -69,6 +69,11 @@ class AveragerCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._attachment: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the rules and options. It is attached to no Trainer and has no averager yet."""
+        options = {"start": self._start, "change_rule": self._change_rule, **self._options}
+        return vars(AveragerCallback(self.rules, **options))
+
     def attach(self, trainer: Trainer) -> Self:
         """Add the callback to a Trainer, which then evaluates and saves the averages."""
         if self not in trainer.callback_handler.callbacks:
