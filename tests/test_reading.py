@@ -599,6 +599,43 @@ def test_what_is_not_read_is_said_to_be_what_it_looks_like(
     assert str(tmp_path / "it") in str(caught.value)
 
 
+def with_a_dtype(path: Path, code: str, nbytes: int) -> None:
+    """A safetensors file with a tensor of a dtype that we do not know between two others."""
+    entries = {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "q": {"dtype": code, "shape": [8], "data_offsets": [8, 8 + nbytes]},
+        "z": {"dtype": "F32", "shape": [1], "data_offsets": [8 + nbytes, 12 + nbytes]},
+    }
+    text = json.dumps(entries).encode()
+    content = torch.tensor([1.0, 2.0]).numpy().tobytes() + bytes(nbytes)
+    content += torch.tensor([3.0]).numpy().tobytes()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+@pytest.mark.parametrize(("code", "nbytes"), [("F4", 4), ("F6_E2M3", 6), ("F3_NEW", 3), ("X", 0)])
+def test_a_tensor_of_a_dtype_that_is_not_known_is_named_and_left_aside(
+    tmp_path: Path, code: str, nbytes: int
+) -> None:
+    path = tmp_path / "it.safetensors"
+    with_a_dtype(path, code, nbytes)
+    found = checkpoints.read(path)
+    assert found.live is not None and found.left == {f"q ({code})": 1}
+    assert {name: t.tolist() for name, t in found.live.items()} == {"a": [1.0, 2.0], "z": [3.0]}
+    out = tmp_path / "mean.safetensors"
+    assert f"left aside: q ({code})" in run("average", path, "--out", out).stderr
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="the safetensors file cannot be read"):
+        checkpoints.read(path)
+
+
+def test_a_tensor_of_a_dtype_that_is_not_known_in_a_file_of_torch(tmp_path: Path) -> None:
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({"model": {"w": torch.ones(2), "q": packed}}, tmp_path / "it.pt")
+    found = checkpoints.read(tmp_path / "it.pt")
+    assert found.live is not None and list(found.live) == ["w"]
+    assert list(found.left) == ["q (a tensor of the dtype torch.float4_e2m1fn_x2)"]
+
+
 def in_shards(folder: Path, state: Weights) -> None:
     folder.mkdir()
     save_file(state, folder / "a.safetensors")

@@ -17,29 +17,19 @@ from typing import BinaryIO, NamedTuple
 from zlib import crc32
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak import _files as files
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak._tensors import refuse_wrapper
 from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified
+from polyak.checkpoints._safetensor_headers import CODES, read_header
 
 KEY = "polyak"  # the entry of a header that only files of ours have
 _DIGEST, _NO_DIGEST = "digest", "0" * 64
 _CHECKSUMS = "checksums"
 
-_CODES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    _CODES["F8_E8M0"] = torch.float8_e8m0fnu
-_CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+_CODE_OF = {dtype: code for code, dtype in CODES.items()}
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +52,8 @@ class TensorFile(LazyTensors):
     """A safetensors file as a mapping name -> tensor: views of the mapped file, in file order.
 
     What is written to a view stays in memory: the file does not change. `release` gives the pages
-    of a tensor back that reading it has made resident; they are read again when needed.
+    of a tensor back that reading it has made resident; they are read again when needed. `unread` are the
+    tensors of a dtype that is not known here, with that dtype.
 
     Raises `ValueError` naming a file that is not in the format, or is damaged.
     """
@@ -70,24 +61,14 @@ class TensorFile(LazyTensors):
     def __init__(self, file: OpenFile) -> None:
         self.path = file.path
         self._file = file
-        try:
-            # By its handle: under its path there may be another file by now. As "np" only the
-            # header is read; as "pt" memory for the whole file would be reserved.
-            with (
-                self._file.handle.use() as handle,
-                safe_open(f"/dev/fd/{handle}", framework="np") as opened,
-            ):
-                self.metadata: dict[str, str] = opened.metadata() or {}
-                self._specs = {name: _spec_of(opened, name) for name in opened.offset_keys()}
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{self.path}: the safetensors file cannot be read ({error})"
-            ) from None
+        self.metadata, self._specs, self.unread = read_header(file)
         self._spans: dict[str, FileSpan] = {}
         place = self._content = 8 + int.from_bytes(self._file.read(0, 8), "little")
         for name, spec in self._specs.items():
             self._spans[name] = FileSpan(self._file, f"tensor {name!r}", place, spec.nbytes)
             place += spec.nbytes
+        for name in self.unread:
+            del self._specs[name]
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -256,11 +237,6 @@ def _header(
     if sums is None:
         return header
     return header.replace(_key(_NO_DIGEST), _key(sha256(header).hexdigest()), 1)
-
-
-def _spec_of(opened: safe_open, name: str) -> TensorSpec:
-    view = opened.get_slice(name)
-    return TensorSpec(tuple(view.get_shape()), _CODES[view.get_dtype()])
 
 
 def _key(digest: str) -> bytes:

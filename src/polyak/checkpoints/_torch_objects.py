@@ -35,6 +35,10 @@ _MOST = 1 << 60
 _DIMENSIONS = 64
 
 
+OF_DTYPE = "a tensor of the dtype "
+"""How the objects are called that stand for tensors of a dtype that is not known here."""
+
+
 class Storage(Inert):
     """A storage as a pickle describes it, and its place in the file once that is known."""
 
@@ -179,6 +183,8 @@ class Objects:
         """rest: [requires_grad, hooks[, flags]]"""
         if _is_aside(type(storage)):
             return aside("a tensor of an unknown kind", tensor=True)(storage)
+        if _is_aside(dtype):
+            return aside(OF_DTYPE + dtype.name, tensor=True)(storage)
         flags = (rest[2] if len(rest) > 2 else None) or {}
         if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
             raise ValueError("a tensor that is described as torch.save never does")
@@ -319,7 +325,8 @@ _OF_A_CLASS = (
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
 )  # fmt: skip
 KNOWN: dict[str, object] = {
-    **DTYPES,
+    # A tensor of packed halves of bytes is left aside: torch can neither add nor convert it.
+    **{name: dtype for name, dtype in DTYPES.items() if "float4" not in name},
     **_TENSORS,
     **{name: _named(name, storage_dtype=dtype) for name, dtype in _STORAGES.items()},
     **{_REBUILD + name: aside(what, tensor=True) for name, what in _STRANGE.items()},

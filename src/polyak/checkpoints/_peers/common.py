@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from polyak.checkpoints._checkpoint import Weights
 from polyak.checkpoints._names import Names, canonical
 from polyak.checkpoints._pickles import Aside, name_of
 from polyak.checkpoints._torch_files import StoredTensors
-from polyak.checkpoints._torch_objects import Storage, StoredTensor
+from polyak.checkpoints._torch_objects import OF_DTYPE, Storage, StoredTensor
 
 NO_CODE = (
     "only its own code could make it, and polyak runs no code from a file: load the file in the "
@@ -64,7 +64,9 @@ def state(value: Any) -> LazyTensors:
     if not isinstance(value, Mapping):
         raise ValueError(f"a {type_of(value)} where a state dict belongs")
     for key, part in value.items():
-        if not str(key).endswith("_extra_state") and holds_tensors(part):
+        if str(key).endswith("_extra_state") or is_unread(part):
+            continue
+        if holds_tensors(part):
             raise ValueError(f"{key} is {part.name}: {NO_CODE}")
     return StoredTensors({k: part for k, part in value.items() if isinstance(part, StoredTensor)})
 
@@ -78,6 +80,11 @@ def part(held: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A mapping within; an empty one if there is none."""
     value = held.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def is_unread(value: object) -> TypeGuard[Aside]:
+    """Whether a value is a tensor of a dtype that is not known here."""
+    return isinstance(value, Aside) and value.name.startswith(OF_DTYPE)
 
 
 def holds_tensors(value: object) -> bool:

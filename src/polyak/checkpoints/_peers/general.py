@@ -11,11 +11,12 @@ import torch
 from polyak._lazy import LazyTensors, joined
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
 from polyak.checkpoints._names import NamesNeededError, canonical_names, named
-from polyak.checkpoints._peers.common import Found, count, tensors, weights
+from polyak.checkpoints._peers.common import Found, count, is_unread, tensors, weights
 from polyak.checkpoints._peers.libraries import described
 from polyak.checkpoints._peers.own_state import own_state
 from polyak.checkpoints._peers.walk import Part, live_part, walk, words
 from polyak.checkpoints._peers.within import split
+from polyak.checkpoints._safetensor_files import TensorFile
 from polyak.checkpoints._torch_files import StoredTensors
 from polyak.rules import AVERAGE, Rule, Tick
 
@@ -206,7 +207,13 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
         for name in held
         for origin in held.origins(name)
     }
-    left: dict[str, int] = {}
+    within = top.values() if isinstance(top, dict) else [top]
+    left = {
+        f"{name} ({dtype})": 1
+        for held in within
+        if isinstance(held, TensorFile)
+        for name, dtype in held.unread.items()
+    }
     for part in walk(top):
         for name, number in _unused(part, used).items():
             left[name] = left.get(name, 0) + number
@@ -217,9 +224,11 @@ def _unused(part: Part, used: set[Any]) -> dict[str, int]:
     if not isinstance(part.held, (LazyTensors, list)) and not part.named and not part.loose:
         return {f"{part.label} (a pickled {part.held.name})": 1}
     held = part.tensors()
+    unread = part.held.items() if isinstance(part.held, dict) else ()
+    left = {f"{name} ({one.name})": 1 for name, one in unread if is_unread(one)}
     names = [name for name in held if not used & set(held.origins(name))]
     names = [name for name in names if held.specs[name].numel > 1]
     if not part.label or part.loose:
         firsts = [".".join(filter(None, (part.label, name.split(".")[0]))) for name in names]
-        return {first: firsts.count(first) for first in dict.fromkeys(firsts)}
-    return {part.label: len(names)} if names else {}
+        return left | {first: firsts.count(first) for first in dict.fromkeys(firsts)}
+    return left | ({part.label: len(names)} if names else {})
