@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OUT    ?= study-article
 SEEDS  ?= 64
 
-.PHONY: study test test-fast check format constraints clean
+.PHONY: study test test-fast test-range check format constraints clean
 
 study: $(READY)
 	$(BIN)/polyak study article --seeds $(SEEDS) --out $(OUT)
@@ -16,6 +16,10 @@ test: check
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 -m "not slow"
+
+# Other versions of Python and torch, each in an environment of some gigabytes: docs/versions.md.
+test-range:
+	$(PYTHON) tools/test_range.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -27,7 +31,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "polyak is developed with Python 3.11: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "polyak needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; print("The environment is made with", sys.executable, sys.version.split()[0])'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

@@ -25,8 +25,10 @@ def run(*arguments: str) -> Any:
 def test_explain_prints_a_table_and_writes_the_chart(tmp_path: Path) -> None:
     done = run("explain", "exponential(0.9)", "--steps", "300", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
-    for name, value, _ in explain("exponential(0.9)", 300).rows():
-        assert name in done.stdout and value in done.stdout
+    for name, value, unit, share in explain("exponential(0.9)", 300).rows():
+        line = next(line for line in done.stdout.splitlines() if line.startswith(name))
+        assert value in line and unit in line and share in line
+        assert share == (f"{float(value) / 3:.3g} %" if unit == "steps" else "")
     assert "diffusers.training_utils.EMAModel(model.parameters(), decay=0.9" in done.stdout
     assert "# construct it where the rule makes its first update" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"rule.png", "rule.svg", "rule.html"}
@@ -38,6 +40,27 @@ def test_explain_says_where_no_library_has_it(tmp_path: Path) -> None:
     assert "No other library known has it." in done.stdout
 
 
+def test_explain_compares_rules(tmp_path: Path) -> None:
+    rules = ["exponential(0.9)", "window(20)"]
+    done = run("explain", *rules, "--steps", "300", "--out", str(tmp_path))
+    first, second = (explain(rule, 300).rows() for rule in rules)
+    for one, other in zip(first, second, strict=True):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(one.name))
+        assert line.index(one.value) < line.rindex(other.value)
+    assert "AveragedModel" not in done.stdout
+    assert all(rule in (tmp_path / "rule.svg").read_text() for rule in rules)
+    both = json.loads(run("explain", *rules, "--json").stdout)
+    assert [each["rule"] for each in both] == rules
+
+
+def test_explain_writes_no_file_unless_a_folder_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("explain", "exponential(0.9)").exit_code == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_explain_prints_json(tmp_path: Path) -> None:
     done = run("explain", "uniform()", "--steps", "99", "--json", "--out", str(tmp_path))
     found = json.loads(done.stdout)
@@ -47,7 +70,7 @@ def test_explain_prints_json(tmp_path: Path) -> None:
 
 
 ERRORS = [
-    (["exponential(2)"], "polyak: Exponential.decay is 2, wanted a decay in [0, 1)"),
+    (["exponential(2)"], "polyak: Exponential.decay is 2, wanted a decay in [0, 1]"),
     (["exponential("], "polyak: spec 'exponential(' does not read as name(arguments)"),
     (["ema(0.9)"], "polyak: 'ema' in spec 'ema(0.9)' is unknown; rules: exponential,"),
     (["uniform()", "--steps", "0"], "polyak: steps is 0, wanted an integer >= 1"),
@@ -114,8 +137,12 @@ def test_the_table_is_printed_where_the_chart_cannot_be_written(
 SEE = "; see polyak explain --help\n"
 USAGE_ERRORS = [
     (["explain"], "polyak: Missing argument ", SEE),
-    (["explain", "uniform()", "3"], "polyak: Got unexpected extra argument", SEE),
-    (["explain", "uniform()", "3\n4"], "polyak: Got unexpected extra argument", SEE),
+    (
+        ["diff", "a", "b", "3"],
+        "polyak: Got unexpected extra argument",
+        "; see polyak diff --help\n",
+    ),
+    (["explain", "uniform()", "3\n4"], "polyak: spec '3\\n4' does not read as", "\n"),
     (["explain", "uniform()", "--stepp", "3"], "polyak: No such option: --stepp", SEE),
     (["explain", "uniform()", "--steps", "x"], "polyak: Invalid value for '--steps': ", SEE),
     (["explain", "uniform()", "--steps"], "polyak: Option '--steps' requires an argument", "\n"),
@@ -151,7 +178,8 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("polyak.charts", "altair"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delattr(polyak, "charts", raising=False)
-    done = run("explain", "uniform()", "--steps", "99")
+    assert run("explain", "uniform()", "--steps", "99").exit_code == 0
+    done = run("explain", "uniform()", "--steps", "99", "--out", "chart")
     assert done.exit_code == 2 and "half-life" in done.stdout
     assert done.stderr.count("\n") == 1 and 'pip install "polyak[study]"' in done.stderr
 

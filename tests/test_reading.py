@@ -363,8 +363,11 @@ class Point(collections.namedtuple("Point", "x y")):
 
 
 OBJECTS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
-    "a path": (lambda: Path("/data/x"), {"pathlib.PosixPath": 1}),
-    "a pure path": (lambda: pathlib.PureWindowsPath("x"), {"pathlib.PureWindowsPath": 1}),
+    "a path": (lambda: Path("/data/x"), {f"{Path.__module__}.PosixPath": 1}),
+    "a pure path": (
+        lambda: pathlib.PureWindowsPath("x"),
+        {f"{Path.__module__}.PureWindowsPath": 1},
+    ),
     "an enum": (lambda: Color.RED, {"test_reading.Color": 1}),
     "a date": (lambda: datetime.datetime(2026, 1, 1), {"datetime.datetime": 1}),
     "a time": (lambda: datetime.timedelta(3), {"datetime.timedelta": 1}),
@@ -418,7 +421,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "a version": (lambda: torch.__version__, {"torch.torch_version.TorchVersion": 1}),
     "several": (
         lambda: [Path("a"), {"b": Path("c"), "d": (uuid.UUID(int=1),)}],
-        {"pathlib.PosixPath": 2, "uuid.UUID": 1},
+        {f"{Path.__module__}.PosixPath": 2, "uuid.UUID": 1},
     ),
 }
 """An object that is saved beside weights, and what is set aside for it."""

@@ -10,7 +10,7 @@ import pytest
 
 from polyak.charts import rule_chart, save
 from polyak.rules import Rule
-from polyak.theory import cutoff, profile
+from polyak.theory import cutoff, frequency_response, profile
 from polyak.theory._curves import gain_curve, learning_rate_curve, profile_curve, step_curve
 from rule_examples import RULE_EXAMPLES
 
@@ -85,3 +85,38 @@ def test_a_chart_is_saved_as_png_svg_and_html(tmp_path: Path) -> None:
     assert (tmp_path / "new/rule.png").read_bytes().startswith(b"\x89PNG")
     assert "Step response" in (tmp_path / "new/rule.svg").read_text()
     assert "https://cdn" not in (tmp_path / "new/rule.html").read_text()[:2000]
+
+
+def test_a_gain_that_crosses_half_power_many_times_is_an_envelope() -> None:
+    """BEMA: a low pass plus alpha times what left the anchor, which adds to it or takes from it."""
+    c = profile("bema()", 20_000)
+    gain = gain_curve(c)
+    assert gain.cutoff is None and gain.lower is not None
+    frequencies, wanted, _ = frequency_response(c, np.array(gain.curve.x))
+    inside = [
+        low * 0.97 <= value <= high * 1.03  # few points make a stretch of low frequencies
+        for low, value, high in zip(gain.lower.y, wanted, gain.curve.y, strict=True)
+        if value > gain.bottom
+    ]
+    assert all(inside) and len(inside) > 50
+    widths = np.array(gain.curve.y) / np.array(gain.lower.y)
+    assert np.all(widths[frequencies > 0.1] > 10)
+    assert [layer["mark"]["type"] for layer in _layers("bema()", 20_000)] == ["line", "area"]
+
+
+def _layers(*rules: str | int) -> list[dict[str, Any]]:
+    *specs, steps = rules
+    chart = rule_chart([str(each) for each in specs], int(steps)).to_dict()
+    layers: list[dict[str, Any]] = chart["concat"][2]["layer"]
+    return layers
+
+
+def test_several_rules_are_lines_of_several_colours() -> None:
+    rules = ["exponential(0.9)", "window(10)"]
+    chart = rule_chart(rules, 300).to_dict()
+    for panel in chart["concat"]:
+        points = rows(panel, chart)
+        assert list(dict.fromkeys(point["rule"] for point in points)) == rules
+    assert len(_layers(*rules, 300)) == 1
+    with pytest.raises(ValueError, match="rules is 0, wanted 1 to 6 of them"):
+        rule_chart([])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altair as alt
 
+from polyak._checks import require
 from polyak._files import making_folder, writing
 from polyak.rules import Rule
 from polyak.theory import Explanation, explain
@@ -30,6 +31,7 @@ __all__ = ["rule_chart", "save", "sweep_chart"]
 
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
+_COLOURS = (_BLUE, *_OTHERS)
 _WIDTH, _HEIGHT = 420, 240
 _WIDE, _HIGH = 560, 320
 # Plain numbers down to 0.001, powers of ten below.
@@ -61,32 +63,68 @@ def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
 
 
 def rule_chart(
-    rule: Rule | str | Explanation, steps: int | None = None, *, every: int = 1
+    rule: Rule | str | Explanation | Sequence[Rule | str | Explanation],
+    steps: int | None = None,
+    *,
+    every: int = 1,
 ) -> alt.TopLevelMixin:
-    """Four panels on what a rule averages after `steps` steps, updated every `every` steps.
+    """Four panels on what a rule, or each of several, averages after `steps` steps.
 
     The profile by age, the step response by the age of the jump, the frequency response with its
-    -3 dB point, the equivalent learning-rate schedule by step. An `Explanation` may stand for the
-    rule, with its steps and cadence. Errors: those of `theory.explain`.
+    -3 dB point, the equivalent learning-rate schedule by step. Several rules are lines of several
+    colours. An `Explanation` may stand for a rule, with its steps and cadence. Errors: those of
+    `theory.explain`; `ValueError` for no rule, and for more than six.
     """
-    about = rule if isinstance(rule, Explanation) else explain(rule, steps, every=every)
-    every, unit = about.every, about.unit
-    c, _ = profile_at(about.rule, Horizon(about.steps, unit), every)
+    rules = [rule] if isinstance(rule, Rule | str | Explanation) else list(rule)
+    require(1 <= len(rules) <= len(_COLOURS), "rules", len(rules), f"1 to {len(_COLOURS)} of them")
+    abouts = [
+        each if isinstance(each, Explanation) else explain(each, steps, every=every)
+        for each in rules
+    ]
+    drawn = {_label(about, abouts): _Drawn.of(about) for about in abouts}
     coefficient = alt.Axis(labelExpr=_NUMBER, title="coefficient of the step's live weights")
     shown, rate = "share of a jump that the average shows", "multiplier of the learning rate"
     panels = (
-        _panel(profile_curve(c, every=every, unit=unit), "Profile", "age (steps before the last)", coefficient),
-        _panel(step_curve(c, unit=unit), "Step response", "age of the jump (steps)", alt.Axis(title=shown)),
-        _frequency_panel(gain_curve(c, unit=unit)),
-        _panel(learning_rate_curve(c, unit=unit), "Equivalent learning-rate schedule", "step", alt.Axis(title=rate)),
+        _panel({k: d.profile for k, d in drawn.items()}, "Profile", "age (steps before the last)", coefficient),
+        _panel({k: d.step for k, d in drawn.items()}, "Step response", "age of the jump (steps)", alt.Axis(title=shown)),
+        _frequency_panel({k: d.gain for k, d in drawn.items()}),
+        _panel({k: d.rate for k, d in drawn.items()}, "Equivalent learning-rate schedule", "step", alt.Axis(title=rate)),
     )  # fmt: skip
-    title = alt.TitleParams(about.title(), anchor="middle", fontSize=16)
+    told = abouts[0].title() if len(abouts) == 1 else f"What {len(abouts)} rules average"
+    title = alt.TitleParams(told, anchor="middle", fontSize=16)
     chart: alt.ConcatChart = (
         alt.concat(*panels, columns=2, spacing=30, title=title)
         .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
         .configure_view(stroke=None)
+        .configure_legend(labelFontSize=12, labelLimit=400, orient="top", direction="vertical")
     )
     return chart
+
+
+class _Drawn(NamedTuple):
+    """The curves of one rule."""
+
+    profile: Curve
+    step: Curve
+    gain: GainCurve
+    rate: Curve
+
+    @classmethod
+    def of(cls, about: Explanation) -> _Drawn:
+        every, unit = about.every, about.unit
+        c, _ = profile_at(about.rule, Horizon(about.steps, unit), every)
+        return cls(
+            profile_curve(c, every=every, unit=unit),
+            step_curve(c, unit=unit),
+            gain_curve(c, unit=unit),
+            learning_rate_curve(c, unit=unit),
+        )
+
+
+def _label(about: Explanation, among: Sequence[Explanation]) -> str:
+    """The rule, and its steps where they are not the same for all."""
+    alike = len({(each.steps, each.every) for each in among}) == 1
+    return str(about.rule) if alike else about.title()
 
 
 def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
@@ -128,7 +166,7 @@ def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
         if p.quality is not None
     ]
     kinds = list(dict.fromkeys(str(row["kind"]) for row in rows))
-    scale = alt.Scale(domain=kinds, range=[_BLUE, *_OTHERS][: len(kinds)])
+    scale = alt.Scale(domain=kinds, range=_COLOURS[: len(kinds)])
     legend = alt.Legend(title="rule") if len(kinds) > 1 else None
     base = _chart(rows).encode(
         x=x, y=y, color=alt.Color("kind:N", scale=scale, legend=legend), tooltip=["rule:N", "y:Q"]
@@ -208,20 +246,38 @@ def _kind(point: Point) -> str:
     return point.rule.partition("(")[0]
 
 
-def _panel(curve: Curve, title: str, x_title: str, y_axis: alt.Axis) -> alt.Chart:
-    """A line over steps."""
+def _panel(curves: Mapping[str, Curve], title: str, x_title: str, y_axis: alt.Axis) -> alt.Chart:
+    """A line over steps for each rule."""
     axis = alt.Axis(title=x_title, labelExpr="format(datum.value, '~s')", tickCount=7)
     x = alt.X("x:Q", scale=alt.Scale(nice=False), axis=axis)
-    return _line(curve, title, x, alt.Y("y:Q", axis=y_axis))
+    return _lines(curves, title, x, alt.Y("y:Q", axis=y_axis))
 
 
-def _frequency_panel(gain: GainCurve) -> alt.LayerChart:
-    """The gain on two logarithmic axes, with a line at every power of ten."""
-    frequencies, gains = (gain.curve.x[0], gain.curve.x[-1]), (gain.bottom, gain.top)
+def _frequency_panel(gains: Mapping[str, GainCurve]) -> alt.LayerChart:
+    """The gains on two logarithmic axes, with a line at every power of ten; a band for an envelope."""
+    curves = {name: gain.curve for name, gain in gains.items()}
+    frequencies = min(c.x[0] for c in curves.values()), max(c.x[-1] for c in curves.values())
+    limits = min(gain.bottom for gain in gains.values()), max(gain.top for gain in gains.values())
     x = alt.X("x:Q", scale=_log(frequencies), axis=_decades(frequencies, "frequency (rad/step)"))
-    y = alt.Y("y:Q", scale=_log(gains), axis=_decades(gains, "gain"))
-    marks = [] if gain.cutoff is None else _half_power_mark(gain.cutoff, x, y)
-    return alt.LayerChart(layer=[_line(gain.curve, "Frequency response", x, y), *marks])
+    y = alt.Y("y:Q", scale=_log(limits), axis=_decades(limits, "gain"))
+    layers = [_lines(curves, "Frequency response", x, y)]
+    for colour, gain in zip(_COLOURS, gains.values(), strict=False):
+        if gain.lower is not None:
+            layers.append(_band(gain.lower, gain.curve, x, y, colour))
+        elif gain.cutoff is not None and len(gains) == 1:
+            layers += _half_power_mark(gain.cutoff, x, y)
+    return alt.LayerChart(layer=layers)
+
+
+def _band(lower: Curve, upper: Curve, x: alt.X, y: alt.Y, colour: str) -> alt.Chart:
+    rows = [
+        {"x": place, "y": low, "high": high}
+        for place, low, high in zip(lower.x, lower.y, upper.y, strict=True)
+    ]
+    band: alt.Chart = (
+        _chart(rows).mark_area(color=colour, opacity=0.3).encode(x=x, y=y, y2="high:Q")
+    )
+    return band
 
 
 def _half_power_mark(cutoff: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
@@ -249,15 +305,21 @@ def _decades(limits: tuple[float, float], title: str) -> alt.Axis:
     return alt.Axis(title=title, labelExpr=_NUMBER, values=powers)
 
 
-def _line(curve: Curve, title: str, x: alt.X, y: alt.Y) -> alt.Chart:
-    rows = [{"x": place, "y": value} for place, value in zip(*curve, strict=True)]
-    chart: alt.Chart = (
-        _chart(rows)
-        .mark_line(color=_BLUE)
-        .encode(x=x, y=y)
-        .properties(title=title, width=_WIDTH, height=_HEIGHT)
-    )
-    return chart
+def _lines(curves: Mapping[str, Curve], title: str, x: alt.X, y: alt.Y) -> alt.Chart:
+    rows = [
+        {"x": place, "y": value, **({"rule": name} if len(curves) > 1 else {})}
+        for name, curve in curves.items()
+        for place, value in zip(*curve, strict=True)
+    ]
+    chart: alt.Chart = _chart(rows).mark_line(color=_BLUE).encode(x=x, y=y)
+    if len(curves) > 1:
+        scale = alt.Scale(domain=list(curves), range=_COLOURS[: len(curves)])
+        chart = chart.encode(
+            color=alt.Color("rule:N", scale=scale, legend=alt.Legend(title=None)),
+            strokeDash=alt.StrokeDash("rule:N", sort=list(curves), legend=None),
+        )
+    sized: alt.Chart = chart.properties(title=title, width=_WIDTH, height=_HEIGHT)
+    return sized
 
 
 def _chart(rows: list[dict[str, Any]]) -> alt.Chart:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyak._tensors import chunk_length, parts
+from polyak._tensors import chunk_length, clones, parts
 
 _FAILURES = (RuntimeError, MemoryError)  # no memory, a tensor that cannot be written
 
@@ -103,7 +103,7 @@ class Exchange:
         # `_progress` says what is about to be written before it is written. So at any point `kept`
         # or the other list still holds, whole, whatever may be half written.
         if self._staging is None:
-            kept = list(torch._foreach_clone(a))
+            kept = clones(a)
         else:
             kept = self._staging
             torch._foreach_copy_(kept, a)

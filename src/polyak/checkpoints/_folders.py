@@ -8,8 +8,9 @@ on all. A process without a process group is a group of one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
@@ -94,8 +95,7 @@ def save_folder(
             # Otherwise torch spreads what several ranks have over them, and buffers that differ between
             # ranks would come from several.
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-            process_group=group,
-            no_dist=alone(group),
+            **_ranks(save, group),
         )
 
 
@@ -114,9 +114,14 @@ def load_folder(
         load(
             content,
             storage_reader=FolderReader(folder),
-            process_group=group,
-            no_dist=alone(group),
+            **_ranks(load, group),
         )
+
+
+def _ranks(function: Callable[..., object], group: ProcessGroup | None) -> dict[str, Any]:
+    """Which ranks take part. Older versions of torch have no `no_dist`, and find out for themselves."""
+    told = {"no_dist": alone(group)} if "no_dist" in signature(function).parameters else {}
+    return {"process_group": group, **told}
 
 
 @contextmanager

@@ -8,66 +8,79 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli._options import Json
-from polyak.cli._output import print_json, say
+from polyak.cli._output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from polyak.theory import Explanation
 
 
 def explain(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help='A rule, such as "exponential(0.999)".')
+    specs: Annotated[
+        list[str], typer.Argument(metavar="SPEC...", help='Rules, such as "exponential(0.999)".')
     ],
     steps: Annotated[
-        int | None, typer.Option(help="Steps of training.", show_default="a long run")
+        int | None,
+        typer.Option(
+            help="Steps of the run: measures are given in % of it, too.", show_default="a long run"
+        ),
     ] = None,
     every: Annotated[int, typer.Option(help="Steps between updates.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the chart.")] = Path("explain"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show what a rule averages, and the same average in other libraries.
+    """Show what a rule averages, and the same average in other libraries; or compare rules.
 
     \b
     Examples:
-      polyak explain "exponential(half_life=1000)"
-      polyak explain "power(relative_std=0.1)" --steps 20000 --json
-    """
+      polyak explain "exponential(half_life=1000)" --steps 20000
+      polyak explain "power(relative_std=0.1)" "window(100)" --steps 20000 --out rules
+    """  # fmt: skip
     from polyak import theory
 
-    about = theory.explain(spec, steps, every=every)
-    calls = theory.equivalents(about.rule)
+    abouts = [theory.explain(spec, steps, every=every) for spec in specs]
     if json:
-        print_json({**about.as_dict(), "equivalents": calls})
+        described = [{**a.as_dict(), "equivalents": theory.equivalents(a.rule)} for a in abouts]
+        print_json(described[0] if len(described) == 1 else described)
     else:
-        _print_table(about, calls)
-    _write_chart(about, out, json=json)
+        _print_table(abouts)
+        if len(abouts) == 1:
+            _print_equivalents(abouts[0])
+    if out is not None:
+        _write_chart(abouts, out, json=json)
 
 
-def _write_chart(about: Explanation, out: Path, *, json: bool) -> None:
+def _print_table(abouts: list[Explanation]) -> None:
+    """One row a measure, one column a rule."""
+    several = len(abouts) > 1
+    for number, about in enumerate(abouts, 1):
+        say(f"{number}: {about.title()}" if several else about.title())
+    rows = [
+        [
+            row[0].name,
+            row[0].unit,
+            *(f"{each.value} {each.share and f'({each.share})'}" for each in row),
+        ]
+        for row in zip(*(about.rows() for about in abouts), strict=True)
+    ]
+    heads = [str(number) for number in range(1, len(abouts) + 1)] if several else ["value"]
+    of_run = " (% of the run)" if abouts[0].of_run else ""
+    print_table(["measure", f"unit{of_run}", *heads], rows, left=2)
+
+
+def _write_chart(abouts: list[Explanation], out: Path, *, json: bool) -> None:
     """Comes last: the table is printed even if altair is missing or the folder cannot be written."""
     from polyak import charts
 
-    charts.save(charts.rule_chart(about), out, "rule")
+    charts.save(charts.rule_chart(abouts), out, "rule")
     say(f"chart: {out}/rule.html (also .png, .svg)", err=json)
 
 
-def _print_table(about: Explanation, calls: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print_equivalents(about: Explanation) -> None:
+    from polyak.theory import CONVENTIONS, equivalents
 
-    from polyak.theory import CONVENTIONS
-
-    table = Table(title=about.title(), title_justify="left")
-    for name, justify in (("measure", "left"), ("value", "right"), ("unit", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # it takes three words
-    for row in about.rows():
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    headline = (
-        "The same average, updated every step:" if calls else "No other library known has it."
-    )
-    console.print(f"\n{headline}")
+    calls = equivalents(about.rule)
+    say("\nThe same average, updated every step:" if calls else "\nNo other library known has it.")
     for name, call in calls.items():
-        convention = f"   # {CONVENTIONS[name]}" if name in CONVENTIONS else ""
-        console.print(f"  {call}{convention}", soft_wrap=True)
+        say(f"  {call}" + (f"   # {CONVENTIONS[name]}" if name in CONVENTIONS else ""))

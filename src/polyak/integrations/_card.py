@@ -21,7 +21,7 @@ def write_card(folder: Path, averager: Averager, name: str, step: int) -> None:
 def _section(averager: Averager, name: str, step: int) -> str:
     rule, every = averager.rules[name], averager.every
     found = explain(rule, max(round(averager.clock.t), every), every=every)
-    rows = "\n".join(f"| {title} | {value} | {unit} |" for title, value, unit in found.rows())
+    rows = "\n".join(f"| {row.name} | {row.value} | {row.unit} |" for row in found.rows())
     return (
         f"{TITLE}\n\n"
         f"The average `{name}` of the weights after each optimizer step, at step {step} of training: "

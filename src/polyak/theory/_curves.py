@@ -20,6 +20,8 @@ from polyak.theory._measures import (
 )
 
 _BINS = 500
+_FEW = 3  # crossings of -3 dB: with more the gain is drawn as an envelope
+_STRETCHES = 80  # of an envelope
 _SHOWN = 0.999  # of the weight: the rest of a long profile is a flat line
 
 
@@ -59,9 +61,14 @@ def learning_rate_curve(c: Array, *, unit: int = 1) -> Curve:
 
 
 class GainCurve(NamedTuple):
-    """The gain by frequency for a page of whole decades; `cutoff` is its -3 dB point or None."""
+    """The gain by frequency for a page of whole decades.
+
+    Where it crosses -3 dB many times, `lower` has the lowest gain of each stretch of frequencies,
+    `curve` the highest, and `cutoff`, which would mark one crossing of many, is None.
+    """
 
     curve: Curve
+    lower: Curve | None
     bottom: float
     top: float
     cutoff: float | None
@@ -72,9 +79,24 @@ def gain_curve(c: Array, *, unit: int = 1) -> GainCurve:
     frequencies, gain, _ = frequency_response(c)
     lowest = max(float(np.quantile(gain, 0.02)), 1e-12)
     bottom, top = 10.0 ** math.floor(math.log10(lowest)), max(1.0, float(gain.max()))
+    frequencies, gain = frequencies / unit, np.maximum(gain, bottom)
+    if np.count_nonzero(np.diff(gain > math.sqrt(0.5))) > _FEW:
+        return GainCurve(*_envelope(c, bottom, unit), bottom, top, None)
     cut = cutoff(c)
-    curve = _thinned(frequencies / unit, np.maximum(gain, bottom))
-    return GainCurve(curve, bottom, top, None if cut is None else cut / unit)
+    curve = _thinned(frequencies, gain)
+    return GainCurve(curve, None, bottom, top, None if cut is None else cut / unit)
+
+
+def _envelope(c: Array, bottom: float, unit: int) -> tuple[Curve, Curve]:
+    """The highest and the lowest gain of each stretch of frequencies, from a spectrum that is dense."""
+    gain = np.maximum(np.abs(np.fft.rfft(c, 4 << (len(c) - 1).bit_length())), bottom)[1:]
+    frequencies = np.linspace(0, math.pi / unit, len(gain) + 1)[1:]
+    cuts = np.geomspace(frequencies[0], frequencies[-1], _STRETCHES)
+    places = np.unique(np.searchsorted(frequencies, cuts[1:-1]))
+    parts = [part for part in np.split(np.arange(len(gain)), places) if len(part)]
+    middles = [float(frequencies[part].mean()) for part in parts]
+    highest = Curve(middles, [float(gain[part].max()) for part in parts])
+    return highest, Curve(middles, [float(gain[part].min()) for part in parts])
 
 
 def _oldest(c: Array) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from polyak._checks import require_count
 from polyak.rules import Rule
@@ -24,24 +25,34 @@ _ROWS = (
 _GROWING = 10_000
 
 
+class Row(NamedTuple):
+    """A measure, its value to six digits or "none", its unit, and its share of the run or nothing."""
+
+    name: str
+    value: str
+    unit: str
+    share: str
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What a rule averages after `steps` steps, updated every `every`: the measures of its profile.
 
     `cutoff` is None where the gain never falls to -3 dB, `relative_std` where there is no spread.
     `unit` is the number of steps that one coefficient of the profile stands for, more than 1 for a
-    long average. `growing` says that no number of steps was found after which they stay the same.
+    long average. `growing` says that no number of steps was found after which they stay the same,
+    `of_run` that `steps` is the length of a run.
 
     >>> print(explain("window(100)", 1000))
     window(100) after 1000 steps, updated every step
-      half-life                   50           steps
-      mean age                    49.5         steps
-      effective window            100          steps
+      half-life                   50           steps, 5 % of the run
+      mean age                    49.5         steps, 4.95 % of the run
+      effective window            100          steps, 10 % of the run
       noise gain                  0.01         of the variance of white noise
       relative std                0.0288661    of the steps so far
       weight of the first update  0            of 1
       -3 dB cutoff                0.0278323    rad/step
-      lag on a ramp               49.5         steps
+      lag on a ramp               49.5         steps, 4.95 % of the run
     """
 
     rule: Rule
@@ -57,14 +68,19 @@ class Explanation:
     ramp_lag: float
     unit: int
     growing: bool
+    of_run: bool
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(name, value to six digits or "none", unit) of every measure, for a table."""
+    def rows(self) -> list[Row]:
+        """All measures, for a table."""
+        values = [(getattr(self, field), name, unit) for field, name, unit in _ROWS]
         return [
-            (name, "none" if value is None else f"{value:.6g}", unit)
-            for field, name, unit in _ROWS
-            for value in (getattr(self, field),)
+            Row(name, "none" if value is None else f"{value:.6g}", unit, self._share(unit, value))
+            for value, name, unit in values
         ]
+
+    def _share(self, unit: str, value: float | None) -> str:
+        in_steps = unit == "steps" and self.of_run and value is not None
+        return f"{100 * value / self.steps:.3g} %" if in_steps else ""  # type: ignore[operator]
 
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Everything by name, the rule as its spec: ready for JSON."""
@@ -80,7 +96,10 @@ class Explanation:
         return f"{self.rule} after {self.steps} steps, updated every {cadence}{grows}"
 
     def __str__(self) -> str:
-        rows = [f"  {name:26}  {value:11}  {unit}" for name, value, unit in self.rows()]
+        rows = [
+            f"  {row.name:26}  {row.value:11}  {row.unit}{f', {row.share} of the run' * bool(row.share)}"
+            for row in self.rows()
+        ]
         return "\n".join([self.title(), *rows])
 
 
@@ -125,4 +144,5 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
         ramp_lag=age,
         unit=where.unit,
         growing=found is None and not copies(rule, every=every),
+        of_run=steps is not None,
     )
