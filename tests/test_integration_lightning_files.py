@@ -11,13 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from safetensors.torch import load_file, load_model
+from tensorboard.backend.event_processing.event_file_loader import (  # type: ignore[import-untyped]
+    EventFileLoader,
+)
+from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
 
-from integration_contract import EVERY, LR, RULES, STEPS, batches, evaluate, net, plain
+from integration_contract import (
+    EVERY,
+    IN_AN_AVERAGE,
+    LR,
+    RULES,
+    STEPS,
+    EvaluationError,
+    batches,
+    evaluate,
+    net,
+    plain,
+)
 from lightning_modules import WARNINGS, Module, made, trainer_of
 from polyak import Averager, theory
 from polyak.integrations.lightning import AveragerCallback
@@ -272,6 +288,81 @@ def test_hyper_parameters_say_what_is_averaged(tmp_path: Path) -> None:
     seen = theory.explain("exponential(0.6)", STEPS, every=2)
     assert told["ema/rule"] == "exponential(0.6)"
     assert (told["ema/half_life"], told["ema/mean_age"]) == (seen.half_life, seen.mean_age)
+
+
+def test_tensorboard_has_the_module_s_hyper_parameters_too(tmp_path: Path) -> None:
+    """It shows what was logged last, so this has both."""
+
+    class Known(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"width": 6, "nested": {"depth": 1}})
+
+    logger = TensorBoardLogger(tmp_path)
+    average = AveragerCallback({"ema": ONE})
+    trainer_of(average, logger=logger, enable_checkpointing=False, log_every_n_steps=1).fit(
+        made(Known)
+    )
+    (path,) = tmp_path.rglob("events*")
+    events = list(EventFileLoader(str(path)).Load())
+    contents = [v.metadata.plugin_data.content for event in events for v in event.summary.value]
+    plugins = [plugin_data_pb2.HParamsPluginData.FromString(each) for each in contents]
+    told = [p.session_start_info.hparams for p in plugins if p.HasField("session_start_info")][-1]
+    assert told["ema/half_life"].number_value == theory.explain(ONE, STEPS).half_life
+    assert (told["width"].number_value, told["nested/depth"].number_value) == (6, 1)
+
+
+def test_a_trial_run_and_no_validation() -> None:
+    for options in ({"fast_dev_run": True, "logger": True}, {"limit_val_batches": 0}):
+        average = AveragerCallback(RULES)
+        trainer_of(average, **options, enable_checkpointing=False).fit(made())
+        assert average.averager is not None
+        assert average.averager.count == (1 if "fast_dev_run" in options else STEPS)
+
+
+@pytest.mark.filterwarnings(r"ignore:`\.fit\(ckpt_path=None\)` was called without a model")
+def test_a_run_resumes_from_the_checkpoint_of_its_failure(tmp_path: Path) -> None:
+    """`OnExceptionCheckpoint` saves when an average's evaluation has failed: live weights, all updates."""
+    average = AveragerCallback(RULES)
+    with pytest.raises(EvaluationError):
+        trainer_of(average, OnExceptionCheckpoint(tmp_path)).fit(made(Module, IN_AN_AVERAGE))
+    path = tmp_path / "on_exception.ckpt"
+    require_equal(torch.load(path, weights_only=True)["state_dict"], plain(EVERY).live)
+    again = AveragerCallback(RULES)
+    trainer_of(again, enable_checkpointing=False).fit(made(), ckpt_path=path, weights_only=True)
+    for name in RULES:
+        require_equal(averages(again)[name], plain().averages[name])
+
+
+def test_no_checkpoint_is_saved_while_the_module_carries_an_average(tmp_path: Path) -> None:
+    """It would have the average under the names of the live weights."""
+
+    class Saving(Module):
+        def validation_step(self, batch: Any, number: int) -> None:
+            super().validation_step(batch, number)
+            self.trainer.save_checkpoint(
+                tmp_path / "step.ckpt", weights_only=self.trainer.current_epoch == 0
+            )
+
+    trainer, module = trainer_of(AveragerCallback(RULES), enable_checkpointing=False), made(Saving)
+    with pytest.raises(RuntimeError, match=r"inside applied\('fast'\)"):
+        trainer.fit(module)
+    require_equal(
+        torch.load(tmp_path / "step.ckpt", weights_only=True)["state_dict"], net().state_dict()
+    )
+
+
+def test_compiled_modules_are_not_compiled_anew_for_every_average() -> None:
+    frames = []
+    for callbacks in ([], [AveragerCallback(RULES)]):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = trainer_of(*callbacks, enable_checkpointing=False)
+        trainer.fit(torch.compile(made(), backend="eager"))  # type: ignore[arg-type]
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+    assert frames[1] <= frames[0]
+    require_equal(averages(callbacks[0])["fast"], plain().averages["fast"])
+    torch._dynamo.reset()
 
 
 def fitted(folder: Path, *callbacks: Any, **options: Any) -> tuple[Trainer, Any]:

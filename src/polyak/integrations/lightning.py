@@ -131,7 +131,8 @@ class AveragerCallback(Callback):
             )
         told = measures(self._bound(trainer), trainer.estimated_stepping_batches - self.start)
         for logger in trainer.loggers:
-            logger.log_hyperparams({**getattr(logger, "hparams", {}), **told})
+            known = getattr(logger, "hparams", None)  # TensorBoard shows the last ones alone
+            logger.log_hyperparams({**(known if isinstance(known, Mapping) else {}), **told})
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._attachment is None and trainer.global_step >= self.start:
