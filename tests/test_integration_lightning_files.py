@@ -320,7 +320,7 @@ def test_a_trial_run_and_no_validation() -> None:
         assert average.averager.count == (1 if "fast_dev_run" in options else STEPS)
 
 
-@pytest.mark.filterwarnings(r"ignore:`\.fit\(ckpt_path=None\)` was called without a model")
+@pytest.mark.filterwarnings(r"ignore:.*\.fit\(ckpt_path=")
 def test_a_run_resumes_from_the_checkpoint_of_its_failure(tmp_path: Path) -> None:
     """`OnExceptionCheckpoint` saves when an average's evaluation has failed: live weights, all updates."""
     average = AveragerCallback(RULES)
