@@ -303,12 +303,11 @@ def test_wider_slots_hold_the_same_and_go_on_as_wide_ones(rule: polyak.Rule) -> 
 def test_slots_to_come_have_the_dtype_too() -> None:
     model = Everything()
     averager = Averager(model, Window(3))
-    averager.to(dtype=torch.float64)
-    train(model, averager, range(2))
-    averager.to(dtype=torch.float32)
-    train(model, averager, range(2, 4))
-    slots = averager.state_dict()["averages"]["average"]["slots"]
-    assert {slot["scale"].dtype for slot in slots.values()} == {torch.float32}
+    for dtype, steps in ((torch.float64, range(2)), (torch.float32, range(2, 4))):
+        averager.to(dtype=dtype)
+        train(model, averager, steps)
+        slots = averager.state_dict()["averages"]["average"]["slots"]
+        assert {slot["scale"].dtype for slot in slots.values()} == {dtype}
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "compensated", "stochastic"])

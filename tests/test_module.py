@@ -443,6 +443,7 @@ def test_a_deep_copy_is_a_plain_module(make: Callable[[], nn.Module]) -> None:
     assert not set(pointers(copied).values()) & set(pointers(averager.module()).values())
 
 
+@pytest.mark.slow
 def test_a_pickle_is_a_plain_module(tmp_path: Path) -> None:
     averager = begun(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     torch.save(averager.module(), tmp_path / "module.pt")

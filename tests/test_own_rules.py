@@ -62,6 +62,7 @@ def test_a_file_holds_it_and_goes_on_bit_for_bit(tmp_path: Path, rule: Rule) -> 
     assert_same(again.average("own"), averager.average("own"))
 
 
+@pytest.mark.slow
 def test_where_it_is_not_imported_the_file_says_what_to_import(tmp_path: Path) -> None:
     averager = Averager({"w": torch.zeros(2)}, Exponential(Stairs()))
     averager.update()
