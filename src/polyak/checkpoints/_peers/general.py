@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -176,9 +177,11 @@ def _shapes(told: Any) -> dict[str, tuple[int, ...]]:
 def _by_label(averages: list[_Average]) -> dict[str, _Average]:
     """Averages by their labels; a number tells those of one label apart."""
     named: dict[str, _Average] = {}
+    seen: Counter[str] = Counter()
     for each in averages:
-        several = sum(name.partition("#")[0] == each.label for name in named)
-        named[f"{each.label}#{several + 1}" if several else each.label] = each
+        seen[each.label] += 1
+        several = seen[each.label] > 1
+        named[f"{each.label}#{seen[each.label]}" if several else each.label] = each
     return named
 
 
@@ -198,7 +201,7 @@ def _refuse(parts: Sequence[Part], refused: Mapping[str, str]) -> None:
 def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
     """What of a file is neither in the live weights nor in an average -> its number of tensors.
 
-    Counters and other single numbers are left out.
+    What is only counters and other single numbers is left out.
     """
     live = [] if reading.live is None else [reading.live]
     used = {
@@ -227,8 +230,9 @@ def _unused(part: Part, used: set[Any]) -> dict[str, int]:
     unread = part.held.items() if isinstance(part.held, dict) else ()
     left = {f"{name} ({one.name})": 1 for name, one in unread if is_unread(one)}
     names = [name for name in held if not used & set(held.origins(name))]
-    names = [name for name in names if held.specs[name].numel > 1]
     if not part.label or part.loose:
         firsts = [".".join(filter(None, (part.label, name.split(".")[0]))) for name in names]
-        return left | {first: firsts.count(first) for first in dict.fromkeys(firsts)}
-    return left | ({part.label: len(names)} if names else {})
+    else:
+        firsts = [part.label] * len(names)
+    large = {first for first, name in zip(firsts, names, strict=True) if held.specs[name].numel > 1}
+    return left | {first: n for first, n in Counter(firsts).items() if first in large}
