@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from polyak.integrations.transformers import AveragerCallback
@@ -51,7 +52,9 @@ def main():
     parser.add_argument("--every", type=int, default=60, help="steps from evaluation to evaluation")
     parser.add_argument("--held-out", type=int, default=400, help="sentences to judge by")
     parser.add_argument("--lora", action="store_true", help="train an adapter only")
+    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    set_seed(given.seed)  # of the new classifier
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     rows = [{**tokenizer(text), "labels": label} for text, label in sentences()]
@@ -68,6 +71,7 @@ def main():
         load_best_model_at_end=True,
         metric_for_best_model="eval_ema_loss",
         report_to="none",
+        seed=given.seed,
     )
 
     def trainer_of(model):

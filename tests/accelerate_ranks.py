@@ -54,7 +54,13 @@ class Run:
     """A training of the network by a fresh Accelerator; `fsdp` shards it."""
 
     def __init__(
-        self, *, fsdp: bool, averaged: bool = True, early: bool = False, **options: Any
+        self,
+        *,
+        fsdp: bool,
+        averaged: bool = True,
+        early: bool = False,
+        attached: bool = True,
+        **options: Any,
     ) -> None:
         forget_accelerators()
         self.accelerator = Accelerator(cpu=True)
@@ -68,8 +74,9 @@ class Run:
         if averaged and not early:
             self.averager = Averager(self.model, RULE)
         if averaged:
-            self.averager.attach(self.optimizer)
             register(self.accelerator, self.averager, **options)
+        if averaged and attached:
+            self.averager.attach(self.optimizer)
 
     def train(self, first: int, last: int) -> Run:
         for step in range(first, last):
@@ -160,7 +167,12 @@ def a_folder_without_averages_is_refused_on_all_ranks_or_passed_over() -> None:
         raise AssertionError("it was loaded")
     except FileNotFoundError as error:
         assert "missing_ok=True" in str(error)
-    Run(fsdp=True, missing_ok=True).accelerator.load_state(str(folder))
+    joined = Run(fsdp=True, attached=False, missing_ok=True)
+    joined.accelerator.load_state(str(folder))
+    joined.averager.attach(joined.optimizer)
+    assert joined.averager.count == 0
+    joined.train(1, 2)
+    assert joined.averager.count == 1
 
 
 def an_averager_made_before_prepare_follows_ddp_and_refuses_fsdp2() -> None:

@@ -654,6 +654,10 @@ def best_by_an_average_that_no_one_evaluates(folder: Path) -> None:
     one.train()
 
 
+def two_trainers(folder: Path) -> None:
+    averaged(tiny.trainer(folder)).attach(tiny.trainer(folder))
+
+
 def deepspeed(folder: Path) -> None:
     averaged(one := tiny.trainer(folder))
     one.args.deepspeed = "zero.json"
@@ -693,6 +697,7 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (another_model_saved, RuntimeError, r"not the model that was trained.*remove_callback"),
     (new_weights, RuntimeError, r"(?s)not the tensors that.*more.weight"),
     (best_by_an_average_that_no_one_evaluates, ValueError, r"call attach\(trainer\)"),
+    (two_trainers, ValueError, r"attached to another Trainer.*deepcopy"),
     (deepspeed, ValueError, r"DeepSpeed keeps the weights.*use FSDP2"),
     (a_start_that_is_no_step, ValueError, r"start is -1, wanted"),
     (a_rule_that_does_not_parse, ValueError, r"decay"),
@@ -729,6 +734,35 @@ def test_a_copy_of_a_callback_averages_another_training(
             by_hand[name].copy_(tensor)
         averager.update()
     assert_same(average_of(first), averager.average("ema"))
+
+
+@pytest.mark.slow
+def test_two_callbacks_average_and_save_side_by_side(tmp_path: Path) -> None:
+    steps = Steps()
+    one = tiny.trainer(tmp_path, callbacks=[steps])
+    first, second = averaged(one), averaged(one, {"other": "exponential(0.5)"}, start=1)
+    one.train()
+    assert_close(average_of(first), ema(steps.taken, DECAY))
+    assert_close(average_of(second, "other"), ema(steps.taken[1:], 0.5))
+    logged = {key for e in one.state.log_history for key in e if key.endswith("_loss")}
+    assert logged == {"train_loss", "eval_loss", "eval_ema_loss", "eval_other_loss"}
+    made = {path.name for path in (tmp_path / f"checkpoint-{tiny.STEPS}/averages").iterdir()}
+    assert made == {"ema", "ema.safetensors", "other", "other.safetensors"}
+
+
+@pytest.mark.slow
+def test_options_of_an_evaluation_reach_every_average(tmp_path: Path) -> None:
+    class Told(Trainer):
+        def evaluate(self, *args: Any, told: str = "", **kwargs: Any) -> dict[str, float]:
+            heard.append((told, kwargs.get("metric_key_prefix", "eval")))
+            return super().evaluate(*args, **kwargs)
+
+    heard: list[tuple[str, str]] = []
+    averaged(one := tiny.trainer(tmp_path, kind=Told, max_steps=2))
+    one.train()
+    heard.clear()
+    cast(Told, one).evaluate(told="it")
+    assert heard == [("it", "eval"), ("it", "eval_ema")]
 
 
 @pytest.mark.slow

@@ -6,10 +6,9 @@ the hub, and of a save on SIGTERM never. So `hook` wraps these methods of one Tr
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import update_wrapper, wraps
+from functools import partial, update_wrapper, wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -86,17 +85,15 @@ class _Evaluate:
 
     def _evaluate_all(self, *args: Any, **kwargs: Any) -> Metrics:
         due = [(each, name) for each in self._callbacks() for name in each.ready()]
-        call = inspect.signature(self._evaluate).bind(*args, **kwargs)
-        call.apply_defaults()
-        prefix = call.arguments["metric_key_prefix"]
-        live: Metrics = self._evaluate(*args, **kwargs)
+        prefix = args[2] if len(args) > 2 else kwargs.pop("metric_key_prefix", "eval")
+        evaluate = partial(self._evaluate, *args[:2], **kwargs)
+        live: Metrics = evaluate(metric_key_prefix=prefix)
         metrics = dict(live)
         for callback, name in due:
             own = f"{prefix}_{name}"
             _require_free(own, live)
-            call.arguments["metric_key_prefix"] = own
             with callback.averager.applied(name), _same_randomness(self._trainer.args.device):
-                found = self._evaluate(*call.args, **call.kwargs)
+                found = evaluate(metric_key_prefix=own)
             metrics |= {key: value for key, value in found.items() if key.startswith(own)}
         return metrics
 

@@ -43,6 +43,7 @@ def register(
     Args:
         averager: with FSDP2, made after `prepare`, which replaces the parameters.
         missing_ok: whether `load_state` leaves the averager as it is if the folder has no state of it.
+            With FSDP2 then call `attach` after `load_state`, in which torch steps a new optimizer once.
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
     Raises `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already. `load_state` then

@@ -75,7 +75,14 @@ class AveragerCallback(TrainerCallback):
         return vars(AveragerCallback(self.rules, **options))
 
     def attach(self, trainer: Trainer) -> Self:
-        """Add the callback to a Trainer, which then evaluates and saves the averages."""
+        """Add the callback to a Trainer, which then evaluates and saves the averages.
+
+        Raises `ValueError` if it is attached to another Trainer.
+        """
+        if self._trainer not in (None, trainer):
+            raise ValueError(
+                "this callback is attached to another Trainer: give this one a deepcopy"
+            )
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
