@@ -387,6 +387,18 @@ def test_an_update_that_a_signal_stops_was_made_or_not(
     assert averager.every > 1 or sum(stopped) > 3
 
 
+def test_a_module_that_has_the_slots_follows_an_update_that_a_signal_stops() -> None:
+    model, averager = begun("plain")
+    module = averager.module()
+    moment, came = 0, True
+    while came:
+        moment += 1
+        wander(model, moment)
+        came = interrupted(averager.update, moment)
+        assert_same(snapshot(module), averager.average())
+    assert moment > 20
+
+
 @pytest.mark.parametrize("calls", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_call_of_the_articles_class_that_a_signal_stops_was_made_or_not(

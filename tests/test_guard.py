@@ -106,6 +106,18 @@ def test_finite_weights_of_every_kind_pass(nonfinite: Nonfinite) -> None:
         assert_same(guarded.average(name), plain.average(name))
 
 
+@pytest.mark.parametrize("poisoned", ["half", "whole", "double"])
+def test_each_group_of_weights_is_looked_at(poisoned: str) -> None:
+    """Weights of one dtype are one group, and the first that is not finite may be in any."""
+    dtypes = {"half": torch.bfloat16, "whole": torch.float32, "double": torch.float64}
+    weights = {name: torch.ones(3, dtype=dtype) for name, dtype in dtypes.items()}
+    averager = Averager(weights, Uniform(), nonfinite="skip")
+    averager.update()
+    weights[poisoned][1] = torch.nan
+    averager.update()
+    assert (averager.count, averager.skipped) == (1, 1)
+
+
 def test_empty_and_huge_weights_are_finite() -> None:
     weights = {
         "empty": torch.zeros(0),

@@ -119,10 +119,10 @@ class Journal:
 
     def begin(self, tensor: Tensor) -> bool:
         """Whether a write by one call, whose first tensor this is, is still to be made."""
-        self._at += 1
-        if self._at <= self._done:
+        at = self._at = self._at + 1
+        if at <= self._done:
             return False
-        self._last = self._at, tensor, tensor._version
+        self._last = at, tensor, tensor._version
         return True
 
     def copy_(self, copies: Copies) -> None:

@@ -161,11 +161,11 @@ class Twins:
         self.check("update")
         try:
             self._updating.call(elapsed, found_inf)
+            self.settle()
         except BaseException:  # slots may have moved: an update that a signal stops goes on
             for twin in self._followed():
                 twin.note()
             raise
-        self.settle()
 
     def check(self, call: str) -> None:
         """Raises `RuntimeError` once for a module that was moved or written to."""
