@@ -110,6 +110,8 @@ def test_quantities_against_numpy() -> None:
     live, average = generator.uniform(0.001, 0.01, (2, 80))
     found = record(0, live, average)
     assert q.early_gap(found) == pytest.approx(np.mean(average[:30] - live[:30]))
+    wanted = np.mean(average[:30] - live[:30]) / np.mean(live[:30])
+    assert q.early_share(found) == pytest.approx(wanted)
     assert q.late_lead(found) == pytest.approx(np.mean(average[59:] < live[59:]))
     assert q.deviation(q.last_epochs(live)) == pytest.approx(np.std(live[-20:], ddof=1))
     assert len(q.from_50(live)) == 31

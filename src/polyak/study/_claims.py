@@ -117,7 +117,11 @@ def _early(records: Records) -> list[Part]:
             "loss", POSITIVE, "above 0",
         ),
         Part(
-            "the same as a share of the live loss (geometric mean)",
+            "the same as a share of the live model's mean loss there",
+            bootstrap([q.early_share(r) for r in records]), "share",
+        ),
+        Part(
+            "EMA loss / live loss − 1 of an epoch, geometric mean of epochs 1–30",
             excess, "share", ClaimedRange(high=most),
             f"at most {100 * most:.0f} %, the article's largest early excess (“slightly”)",
         ),

@@ -29,6 +29,12 @@ def early_gap(record: Record) -> float:
     return float((average - live)[:EARLY].mean())
 
 
+def early_share(record: Record) -> float:
+    """Mean over epochs 1 to 30 of EMA loss - live loss, as a share of the mean live loss there."""
+    live, _ = curves(record)
+    return early_gap(record) / float(live[:EARLY].mean())
+
+
 def early_log_ratio(record: Record) -> float:
     """Mean over epochs 1 to 30 of log(EMA loss / live loss)."""
     live, average = curves(record)

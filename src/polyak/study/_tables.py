@@ -83,13 +83,20 @@ def epochs(records: Records) -> Table:
         rows.append((str(epoch), "the article", *(number(value) for value in figures)))
         cells = (between(mean, number) if running else "—" for mean in ours)
         rows.append(("", f"{len(running)} seeds", *cells))
+        below = [
+            percent(float(np.mean([h[name][epoch - 1] < value for h in running])), 0)
+            for name, value in zip(names, figures, strict=True)
+            if running
+        ]
+        rows.append(("", "seeds below the article", *(below or ["—"] * len(names))))
     return Table(
         "epochs",
         "The article's table 4.1, beside ours",
         ("epoch", "runs", "train loss", "live loss", "live R²", "EMA loss", "EMA R²"),
         tuple(rows),
-        "The article's single run, and our mean [95 % interval] over the seeds that are still running "
-        "at that epoch.",
+        "The article's single run; our mean [95 % interval] over the seeds that are still running at that "
+        "epoch; and the share of these seeds whose figure is below the article's, which places its run "
+        "among ours.",
     )
 
 
