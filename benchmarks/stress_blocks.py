@@ -117,6 +117,8 @@ class Graph(NamedTuple):
 def record(world: World, random: Random) -> None:
     """Records a graph that keeps the weights for its backward pass."""
     del random
+    if world.undo:
+        return  # torch keeps the shapes that leaves had in graphs that modules hold
     inputs, terms = [], []
     for entry in floats(world.model, ("parameter", "tensor", "buffer")):
         tensor = entry.tensor

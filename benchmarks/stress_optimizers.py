@@ -88,4 +88,11 @@ def trainable(tensors: list[Tensor], name: str) -> list[Tensor]:
     found = [t for t in unique if t.is_floating_point() or (t.is_complex() and "fused" not in name)]
     if "fused" in name:
         found = [t for t in found if t.dtype in (torch.float32, torch.float64)]
-    return [t for t in found if t.is_leaf and not t.is_conj() and not t.is_neg()]
+    kept = [t for t in found if t.is_leaf and not t.is_conj() and not t.is_neg()]
+    # torch's fused steps take a tensor with gaps for one without, and write into the gaps.
+    return [t for t in kept if _has_no_gaps(t)] if "fused" in name else kept
+
+
+def _has_no_gaps(tensor: Tensor) -> bool:
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() in (0, reach + 1)

@@ -20,6 +20,7 @@ from stress_mutations import (
     TRAINING,
     Change,
     floats,
+    lazy_views,
     noise,
     swap_tensors,
 )
@@ -143,6 +144,8 @@ def change(world: World, random: Random) -> None:
     what, seed = random.choice(CHANGES), random.random()
     if not world.trains or (not world.kind.copies and (what in COPYING or world.blocks)):
         return
+    if world.blocks and what is lazy_views:
+        return  # the memory stays where it was, so a block cannot see it
     world.graphs.clear()
     world.tell(f"change: {what.__name__}", "inside" if world.blocks else "")
     if not world.blocks:

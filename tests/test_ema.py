@@ -432,3 +432,20 @@ def test_the_averager_gives_the_same_numbers() -> None:
         ema.update()
         averager.update()
     assert_same(averager.average(), averaged(ema))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_ignored_names_are_copied_up_to_the_first_averaging_call(every: int) -> None:
+    """Copying calls are those up to update_after_step + 1; the first call behind them copies once more."""
+    model = nn.Linear(3, 2)
+    ema = EMA(model, update_after_step=2, update_every=every, ignore_names={"bias"})
+    kept = model.bias.detach().clone()
+    copied = []
+    for call in range(1, 9):
+        wander(model, call)
+        ema.update()
+        if torch.equal(ema.ema_model.get_parameter("bias"), model.bias):
+            copied.append(call)
+            kept = model.bias.detach().clone()
+        assert torch.equal(ema.ema_model.get_parameter("bias"), kept)
+    assert copied == ([1, 2, 3, 4] if every == 1 else [1, 3, 5])
