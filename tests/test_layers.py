@@ -17,6 +17,7 @@ SOURCE = Path(polyak.__file__).parent
 LAYERS: list[tuple[str, set[str]]] = [
     ("_checks", set()),
     ("_spelling", set()),
+    ("_shown", set()),
     ("decays", set()),
     ("rules", set()),
     ("_contract", set()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from polyak.charts import rule_chart, save
 from polyak.rules import Rule
-from polyak.theory import cutoff, frequency_response, profile
+from polyak.theory import cutoff, explain, frequency_response, profile
 from polyak.theory._curves import gain_curve, learning_rate_curve, profile_curve, step_curve
 from rule_examples import RULE_EXAMPLES
 
@@ -120,3 +121,19 @@ def test_several_rules_are_lines_of_several_colours() -> None:
     assert len(_layers(*rules, 300)) == 1
     with pytest.raises(ValueError, match="rules is 0, wanted 1 to 6 of them"):
         rule_chart([])
+
+
+def test_a_result_has_its_chart_in_a_notebook() -> None:
+    about = explain("window(10)", 100)
+    assert about.chart().to_dict() == rule_chart("window(10)", 100).to_dict()
+    shown = about._repr_mimebundle_()
+    assert shown["text/plain"] == str(about)
+    assert "text/html" in shown
+
+
+def test_without_altair_a_notebook_has_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "polyak.charts", None)
+    about = explain("window(10)", 100)
+    assert about._repr_mimebundle_() == {"text/plain": str(about)}
+    with pytest.raises(ModuleNotFoundError):
+        about.chart()

@@ -27,7 +27,7 @@ from polyak.theory._long import Horizon, profile_at
 if TYPE_CHECKING:
     from polyak.offline._sweep import Point, Sweep
 
-__all__ = ["rule_chart", "save", "sweep_chart"]
+__all__ = ["chart_of", "rule_chart", "save", "sweep_chart"]
 
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
@@ -60,6 +60,11 @@ def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
     chart.save(out, format=kind, **settings)
     content = out.getvalue()
     return content if isinstance(content, bytes) else content.encode()
+
+
+def chart_of(result: Explanation | Sweep) -> alt.TopLevelMixin:
+    """The chart of a result, `rule_chart` or `sweep_chart`."""
+    return rule_chart(result) if isinstance(result, Explanation) else sweep_chart(result)
 
 
 def rule_chart(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polyak import theory
 from polyak._checks import require, require_count
+from polyak._shown import Charted
 from polyak.offline._average import average, opened
 from polyak.offline._quality import Better, Evaluate, Judged, interval, judged, sign_of
 from polyak.offline._run import Run, StoredSlot
@@ -49,7 +50,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Charted):
     """The points of a sweep, the shortest average (by mean age) first; at least one has a quality.
 
     `baselines` are the last live weights and the best ones, if checkpoints with live weights are there.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from polyak._checks import require_count
+from polyak._shown import Charted
 from polyak.rules import Rule
 from polyak.specs import as_rule
 from polyak.theory._long import Horizon, copies, horizon, mean_age_at, profile_at
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Charted):
     """What a rule averages after `steps` steps, updated every `every`: the measures of its profile.
 
     `cutoff` is None where the gain never falls to -3 dB, `relative_std` where there is no spread.
