@@ -121,6 +121,29 @@ LAYOUTS: dict[str, Laid] = {
         clock=Clock(50),
         format="averaged-model",
     ),
+    "an AveragedModel that counts by a number": Laid(
+        {"model": {"n_averaged": 50, **state(2, "module.")}}, None, clock=Clock(50),
+        format="averaged-model",
+    ),
+    "Megatron, in parts": Laid(
+        {"model": {"lm": {"embedding": {"word": {"weight": torch.ones(4, 2)}}, "net": state(1)}},
+         "optimizer": optimizer_state()},
+        averages={}, left={"optimizer": 3}, inner="lm.net.",
+    ),
+    "a model in parts and its average": Laid(
+        {"model": {"a": state(1), "b": state(1)}, "ema": {"a": state(2), "b": state(2)}}, inner="a.",
+    ),
+    "averages of two models": Laid(
+        {"unet": state(1), "unet_ema": state(2), "text": state(1), "text_ema": state(3)}, None,
+        {"unet_ema": 2.0, "text_ema": 3.0}, left={"unet": ALL, "text": ALL},
+    ),
+    "averages by decay below one key": Laid(
+        {"model": state(1), "ema": {"0.99": state(2), "0.999": state(3)}},
+        averages={"ema.0.99": 2.0, "ema.0.999": 3.0},
+    ),
+    "one state dict among others in a tuple": Laid(
+        {"ckpt": (state(1), optimizer_state(), 3)}, averages={}, left={"ckpt.1": 3}
+    ),
     "an AveragedModel under the key of live weights": Laid(
         {"model_state_dict": averaged()}, None, clock=Clock(50), format="averaged-model"
     ),

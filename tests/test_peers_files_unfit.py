@@ -75,12 +75,20 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
         {"e.down_proj_blocks": torch.ones(2, 8, dtype=torch.uint8),
          "e.down_proj_scales": torch.ones(2, dtype=torch.uint8)}, "down_proj_blocks",
     ),
+    "quanto": ({"l.weight._data": torch.ones(4, 8, dtype=torch.int8), "l.weight._scale": torch.ones(4, 1)},
+               r"l\.weight\._data"),
+    "AQLM": (packed("l.codes", torch.int16, "l.codebooks", "l.scales"), r"l\.codes"),
+    "EXL2": (packed("l.q_weight", torch.int32, "l.q_scale", "l.q_scale_max"), r"l\.q_weight"),
     "at the top": (packed("weight", torch.int8, "weight_scale"), r"weight \(int8"),
     "peft": (lora(), r"lora_A\.weight is a factor of an adapter \(LoRA\).* merge_and_unload"),
     "kohya": ({"lora_unet_q.lora_down.weight": torch.ones(2, 4),
                "lora_unet_q.lora_up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
     "diffusers": ({"q.processor.to_q_lora.down.weight": torch.ones(2, 4),
                    "q.lora.up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
+    "diffusers' old processors": (
+        {"to_q_lora.down.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
+    "diffusers' layers": ({"q.lora_layer.up.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
+    "torchtune": ({"q.lora_a.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
     "LoKr": ({"q.lokr_w1": torch.ones(2, 4), "q.lokr_w2": torch.ones(4, 2)}, "is a factor of an adapter"),
     "LoHa": ({"q.hada_w1_a": torch.ones(2, 4)}, "is a factor of an adapter"),
 }  # fmt: skip
@@ -97,7 +105,7 @@ ALIKE: dict[str, State] = {
     "a norm of one feature": {"n.weight": torch.ones(1), "n.bias": torch.ones(1), "l.weight": torch.ones(1, 3)},
     "an empty buffer": {**net(1), "cache": torch.ones(0)},
     "8-bit floats alone": {"l.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)},
-    "a module called lora": {"explorer.weight": torch.ones(2, 2), "lora.weight": torch.ones(2)},
+    "a module called lora": {"flora.a.weight": torch.ones(2), "explorer.weight": torch.ones(2, 2), "lora.weight": torch.ones(2)},
 }  # fmt: skip
 
 

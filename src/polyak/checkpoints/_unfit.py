@@ -13,7 +13,8 @@ import torch
 from polyak._lazy import TensorSpec
 
 _FACTORS = re.compile(
-    r"lora_(A|B|embedding_A|embedding_B|down|up|magnitude_vector)\b|\blora\.(up|down|A|B)\b|lokr_w|hada_w"
+    r"(?<![a-z])lora(_(a|b|embedding_[ab]|down|up|magnitude_vector)\b|\w*\.(up|down|a|b)\b)|lokr_w|hada_w",
+    re.IGNORECASE,
 )
 _PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int16, torch.uint16})
 _FLOAT8 = frozenset(
@@ -23,7 +24,9 @@ _SCALES = re.compile(
     r"(^|[._]|q|weight)(scales?|scale_inv|absmax|scb|zeros|zero_points?|zero|quant_map|quant_state\w*)($|[._])",
     re.IGNORECASE,
 )
-_WEIGHT = re.compile(r"weight|packed|blocks|kernel|codes|(^|_)w(_|$)|(^|_)q(_|$)", re.IGNORECASE)
+_WEIGHT = re.compile(
+    r"weight|data|packed|blocks|kernel|codes|(^|_)w(_|$)|(^|_)q(_|$)", re.IGNORECASE
+)
 _FEW = 4  # so many numbers alone are a small model's, not placeholders
 
 

@@ -15,7 +15,7 @@ from polyak.checkpoints._names import NamesNeededError, canonical_names, named
 from polyak.checkpoints._peers.common import Found, count, is_unread, tensors, weights
 from polyak.checkpoints._peers.libraries import described
 from polyak.checkpoints._peers.own_state import own_state
-from polyak.checkpoints._peers.walk import Part, live_part, walk, words
+from polyak.checkpoints._peers.walk import Part, joined_like, live_part, walk, words
 from polyak.checkpoints._peers.within import split
 from polyak.checkpoints._safetensor_files import TensorFile
 from polyak.checkpoints._torch_files import StoredTensors
@@ -45,6 +45,7 @@ def general(found: Found) -> Checkpoint | None:
     parts = list(walk(found.top, describe, found.keys))
     averaging = [part for part in parts if part.role == "average"]
     part = live_part(parts, averaging)
+    averaging = joined_like(averaging, part)
     live = None if part is None else weights(part.held)
     within: list[_Average] = []
     refused: dict[str, str] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from polyak._checks import is_integer
 from polyak._lazy import LazyTensors
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._names import named, under
@@ -31,11 +32,23 @@ _FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is no
 
 def module_state(found: Found) -> Checkpoint | None:
     """The state dict of a module that averages, in any kind of file."""
+    if isinstance(found.top, dict) and is_integer(found.top.get("n_averaged"), 0):
+        return _counted(found, found.top)
     if not is_state(found.top) or not _tells_average(found.top):
         return None
     held = state(found.top)
     readings = (reading(found.path, held) for reading in _READINGS)
     return next((reading for reading in readings if reading is not None), None)
+
+
+def _counted(found: Found, top: dict[str, Any]) -> Checkpoint | None:
+    """An `AveragedModel` whose counter was saved as a number."""
+    rest = {key: part for key, part in top.items() if key != "n_averaged"}
+    if not is_state(rest) or not all(key.startswith("module.") for key in rest):
+        return None
+    clock = Clock(count("n_averaged", top["n_averaged"]))
+    averages = {AVERAGE: under(state(rest), "module.")}
+    return Checkpoint(found.path, "averaged-model", None, averages, {}, clock)
 
 
 def ema_pytorch(path: Path, held: LazyTensors) -> Checkpoint | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from polyak._lazy import LazyTensors, renamed
+from polyak._lazy import LazyTensors, Renamed, renamed
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._peers.common import holds_tensors, is_state, state
 from polyak.checkpoints._pickles import Aside
@@ -34,6 +34,7 @@ _MOMENTS = frozenset(
     {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg",
      "grad_avg", "acc_delta", "fp32_param", "master_param"}
 )  # fmt: skip
+_MOST_PARTS = 1000  # of an average: more are not joined
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
@@ -185,27 +186,60 @@ def under_keys(value: Any, keys: str) -> Any:
     return value
 
 
-def required_state(part: Part) -> LazyTensors:
-    """The tensors of a state dict; raises `ValueError` for one that only unknown code could make."""
-    return state(part.held)
-
-
 def live_part(parts: Sequence[Part], averages: Sequence[Part]) -> Part | None:
     """The part that is the live weights; None if there is none, or the file does not tell.
 
-    It is the state dict under one of `LIVE_KEYS`, at the outermost place; else the one that an average
-    has its name from, as "g" and "g_ema"; else the only one.
+    It is the state dict under one of `LIVE_KEYS`, at the outermost place; else those that lie together
+    under such a key, as one; else the one that an average has its name from, as "g" and "g_ema"; else
+    the only one.
     """
     states = [part for part in parts if part.role == "other" and part.named]
-    keyed = [part for part in states if part.path[-1:] == () or part.path[-1] in LIVE_KEYS]
+    keyed = [part for part in states if not part.path or set(LIVE_KEYS) & set(part.path)]
     if keyed:
-        order = lambda part: (len(part.path), LIVE_KEYS.index(part.path[-1] if part.path else ""))  # noqa: E731
-        return min(keyed, key=order)
+        root = min((_root(part.path) for part in keyed), key=_order)
+        below = [part for part in keyed if part.path[: len(root)] == root]
+        alone = [part for part in below if set(part.path[len(root) :]) <= set(LIVE_KEYS)]
+        return min(alone, key=lambda part: _order(part.path)) if alone else _joined(below, root)
     averaged = {_plain_words(part.path) for part in averages}
     named = [part for part in states if _plain_words(part.path) in averaged]
     if len(named) == 1:
         return named[0]
     return states[0] if len(states) == 1 and not named else None
+
+
+def _root(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The path to the first of `LIVE_KEYS`."""
+    return path[: 1 + next((i for i, key in enumerate(path) if key in LIVE_KEYS), -1)]
+
+
+def _order(path: tuple[str, ...]) -> tuple[int, int]:
+    """The outermost first; of equal ones by their last key."""
+    return len(path), LIVE_KEYS.index(path[-1] if path else "")
+
+
+def _joined(parts: Sequence[Part], root: tuple[str, ...]) -> Part:
+    """State dicts under a key as one, their names behind the keys that lead to them."""
+    held = {
+        ".".join((*part.path[len(root) :], name)): (tensors, name)
+        for part in parts
+        for tensors in [state(part.held)]
+        for name in tensors
+    }
+    return parts[0]._replace(path=root, label=".".join(root), held=Renamed(held))
+
+
+def joined_like(parts: Sequence[Part], live: Part | None) -> list[Part]:
+    """Averages of which each holds a part of live weights that were joined, as one."""
+    named = [part for part in parts if part.reading is None and part.named]
+    if live is None or len(named) > _MOST_PARTS:
+        return list(parts)
+    names = set(live.tensors())
+    for root in dict.fromkeys(part.path[:i] for part in named for i in range(len(part.path))):
+        below = [part for part in named if part.path[: len(root)] == root]
+        if len(below) > 1 and names <= set((whole := _joined(below, root)).tensors()):
+            rest = [part for part in parts if not any(part is other for other in below)]
+            return [*rest, whole]
+    return list(parts)
 
 
 def _plain_words(path: tuple[str, ...]) -> tuple[frozenset[str], ...]:
