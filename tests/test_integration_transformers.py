@@ -618,8 +618,12 @@ def two_of_one_name(folder: Path) -> None:
 
 
 def a_set_named_like_an_average(folder: Path) -> None:
-    averaged(one := tiny.trainer(folder, eval_dataset={"ema": Sentences(4), "b": Sentences(4)}))
-    one.train()
+    sets = {"ema": Sentences(4), "b": Sentences(4)}
+    averaged(one := tiny.trainer(folder, eval_dataset=sets, callbacks=[steps := Steps()]))
+    try:
+        one.train()
+    finally:
+        assert not steps.taken  # it is known before the first step
 
 
 def a_metric_named_like_an_average(folder: Path) -> None:

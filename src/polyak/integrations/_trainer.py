@@ -6,7 +6,7 @@ the hub, and of a save on SIGTERM never. So `hook` wraps these methods of one Tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper, wraps
 from os import PathLike
@@ -42,6 +42,10 @@ def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> 
             f"metric_for_best_model is {args.metric_for_best_model!r}, but a callback alone evaluates "
             f"no average {best!r}: call attach(trainer)"
         )
+    sets = getattr(callback.trainer, "eval_dataset", None)
+    if isinstance(sets, dict):
+        for name in callback.rules:
+            _require_free(f"eval_{name}", [f"eval_{each}_loss" for each in sets])
     taken = vars(state).setdefault("averages", {})  # each training has its own TrainerState
     for name in callback.rules:
         if taken.setdefault(name, callback) is not callback:
@@ -98,7 +102,7 @@ class _Evaluate:
         return metrics
 
 
-def _require_free(own: str, live: Metrics) -> None:
+def _require_free(own: str, live: Iterable[str]) -> None:
     """Raise `ValueError` if a metric of the live weights could be taken for one of the average."""
     if taken := [key for key in live if key.startswith(f"{own}_")]:
         raise ValueError(

@@ -66,7 +66,8 @@ class AveragerCallback(TrainerCallback):
         self.rules = Averager({"w": torch.zeros(1)}, rule).rules
         self._start, self._options = start, options
         self._change_rule = change_rule
-        self._trainer: Trainer | None = None
+        self.trainer: Trainer | None = None
+        """The Trainer that the callback is attached to."""
         self._attachment: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,34 +80,34 @@ class AveragerCallback(TrainerCallback):
 
         Raises `ValueError` if it is attached to another Trainer.
         """
-        if self._trainer not in (None, trainer):
+        if self.trainer not in (None, trainer):
             raise ValueError(
                 "this callback is attached to another Trainer: give this one a deepcopy"
             )
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        self._trainer = trainer
+        self.trainer = trainer
         hook(trainer, AveragerCallback)
         return self
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **at: Any) -> None:
         self._stop()
         self._args, self._state, self._model = args, state, at["model"]
-        require_possible(self, args, state, None if self._trainer else self._best())
+        require_possible(self, args, state, None if self.trainer else self._best())
         self.averager = Averager(self._model, self.rules, **self._options)
         if state.global_step:
             self._load(self.resume_from or self._checkpoint(), state.global_step > self._start)
         self.on_step_begin(**at)
-        if self._trainer is not None:
+        if self.trainer is not None:
             told = measures(self.averager, state.max_steps - self._start)
-            self._trainer.log({key: n for key, n in told.items() if not isinstance(n, str)})
+            self.trainer.log({key: n for key, n in told.items() if not isinstance(n, str)})
 
     def on_step_begin(self, *_: Any, **at: Any) -> None:
         if self.averager and self._attachment is None and self._state.global_step >= self._start:
             self._attachment = self.averager.attach(at["optimizer"])
 
     def on_save(self, *_: Any, **at: Any) -> None:
-        if self._trainer is None:
+        if self.trainer is None:
             self.write(self._checkpoint(), at["model"].save_pretrained)
 
     def on_push_begin(self, *_: Any, **__: Any) -> None:
@@ -129,7 +130,7 @@ class AveragerCallback(TrainerCallback):
         """The names of the averages that can be evaluated or saved now."""
         if self.averager is None or self.averager.count == 0:
             return []
-        require_trained(self._model, self._trainer)
+        require_trained(self._model, self.trainer)
         return list(self.rules)
 
     def write(self, folder: Path, save_model: Callable[[Path], object]) -> None:
@@ -154,7 +155,7 @@ class AveragerCallback(TrainerCallback):
     def _load(self, folder: Path, required: bool) -> None:
         assert self.averager is not None
         cure = f"to begin them here, pass start={self._state.global_step}"
-        if self._trainer is None:
+        if self.trainer is None:
             cure += "; to resume from another folder than output_dir, call attach(trainer)"
         load_state(
             folder, self.averager, change_rule=self._change_rule, cure=cure if required else None
