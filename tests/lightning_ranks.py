@@ -63,17 +63,21 @@ def fit(folder: Path, steps: int, strategy: Any, ckpt: Path | None = None) -> Av
     return average
 
 
-def replicas(folder: Path, strategy: str = "ddp") -> None:
-    """Every rank has whole averages, the first writes them, and a run resumes."""
+def begins(folder: Path, strategy: str) -> None:
     fit(folder, 2 * EVERY, strategy)
     for name in RULES:
         exported = AveragerCallback.exported(folder / "last.ckpt", name)
         require_equal(load_file(exported), plain(2 * EVERY).averages[name])
-    fit(folder, STEPS, strategy, folder / "last.ckpt")
+
+
+def replicas(folder: Path) -> None:
+    """Every rank has whole averages, the first writes them, and a run resumes."""
+    begins(folder, "ddp")
+    fit(folder, STEPS, "ddp", folder / "last.ckpt")
 
 
 def spawned(folder: Path) -> None:
-    replicas(folder, "ddp_spawn")
+    begins(folder, "ddp_spawn")
 
 
 class Sharded(Module):

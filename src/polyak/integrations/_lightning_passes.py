@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -60,30 +59,18 @@ def _alone(trainer: Any, loop: Any, callbacks: list[Callback]) -> Iterator[None]
 @contextmanager
 def renaming(module: LightningModule, rename: Callable[[str], str]) -> Iterator[None]:
     """A block in which `module.log` gives every metric another name."""
-    log = _LOGS.setdefault(module, _Log(module))
-    log.rename, vars(module)["log"] = rename, log
+    log = module.log
+
+    # A compiled step that calls it would be compiled anew for every name.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def renamed(name: str, *args: Any, **kwargs: Any) -> None:
+        log(rename(name), *args, **kwargs)
+
+    vars(module)["log"] = renamed
     try:
         yield
     finally:
         del vars(module)["log"]
-
-
-class _Log:
-    """A module's `log` for all blocks: another object for each would make compiled steps compile anew."""
-
-    rename: Callable[[str], str]
-
-    def __init__(self, module: LightningModule) -> None:
-        self._module = weakref.ref(module)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> None:
-        module = self._module()
-        assert module is not None
-        type(module).log(module, self.rename(name), *args, **kwargs)
-
-
-_LOGS: weakref.WeakKeyDictionary[LightningModule, _Log] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
