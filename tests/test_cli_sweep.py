@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cli_runs import finished, place, run
-from polyak import offline
+from polyak import Averager, Recorder, offline
 from polyak.charts import save, sweep_chart
 from polyak.cli._users_function import users_function
 from polyak.offline import Point, Sweep
@@ -36,10 +37,7 @@ def test_it_is_the_librarys_sweep() -> None:
     assert {path.name for path in Path("sweep").iterdir()} == {
         "sweep.json", "sweep.png", "sweep.svg", "sweep.html",
     }  # fmt: skip
-    assert done.stderr.splitlines() == [
-        "note: no checkpoint has the live weights to compare with: give --checkpoint TIME=FILE",
-        "chart: sweep/sweep.html (also .png, .svg), sweep/sweep.json",
-    ]
+    assert done.stderr == "chart: sweep/sweep.html (also .png, .svg), sweep/sweep.json\n"
 
 
 def test_for_people() -> None:
@@ -55,7 +53,8 @@ def test_for_people() -> None:
         "amplification",
         "quality",
     ]
-    assert rows[1].endswith("refused") and "2" in rows[1]
+    assert rows[1].startswith("live, last (1500)")
+    assert rows[2].endswith("refused") and "2" in rows[2]
     found = json.loads(Path("sweep/sweep.json").read_text())
     (best,) = [row for row in rows if row.endswith("best")]
     assert best.startswith(found["best"]["rule"])
@@ -121,6 +120,36 @@ class TestTheLiveWeightsBeside:
         assert rows[1].startswith("live, last (3)") and rows[2].startswith("live, best (")
         labels = Path("s/sweep.svg").read_text()
         assert "last live weights (3)" in labels or "best single checkpoint" in labels
+
+    def test_snapshots_have_the_live_weights(self) -> None:
+        """Those of the last update, with its buffers; and the means of the last ones."""
+        done = run(
+            *SWEEP, "--rule", "uniform()", "--windows", "2", "--evaluate", "mine:f", "--json"
+        )
+        assert done.exit_code == 2
+        Path("mine.py").write_text(
+            "def f(weights):\n    return float(weights['0.weight'].sum() + weights['1.num_batches_tracked'])\n"
+        )
+        done = run(
+            *SWEEP, "--rule", "uniform()", "--windows", "2", "--evaluate", "mine:f", "--json"
+        )
+        found = json.loads(done.stdout)
+        live = offline.average(["step-3.pt"])
+        wanted = float(live["0.weight"].sum()) + 2000
+        (last,) = found["baselines"]
+        assert (last["name"], last["at"], last["quality"]) == ("last", 2000, pytest.approx(wanted))
+        assert "last(2 checkpoints)" in [point["rule"] for point in found["points"]]
+
+    def test_snapshots_without_them(self) -> None:
+        weights = {"0.weight": torch.zeros(6, 4)}
+        averager = Averager(weights, "power(relative_std=0.1)")
+        recorder = Recorder(averager, "bare", every=10, live=False)
+        for _ in range(200):
+            averager.update()
+            recorder.update()
+        done = run("sweep", "bare", *SWEEP[2:], "--rule", "power(relative_std=0.1)")
+        assert "no live weights were stored to compare with" in done.stderr, done.output
+        assert json.loads(Path("sweep/sweep.json").read_text())["baselines"] == []
 
     def test_snapshots_with_checkpoints(self) -> None:
         files = [("--checkpoint", f"{100 * i}=step-{i}.pt") for i in (1, 2, 3)]
@@ -198,12 +227,15 @@ ERRORS = [
     (("--evaluate", "judges:loss", "--rule", "uniform()"), "there is no module judges in "),
     (("--evaluate", "judge.of:loss", "--rule", "uniform()"), "there is no module judge.of in "),
     (("--evaluate", "judge:best", "--rule", "uniform()"), "module judge has no function best"),
-    (("--evaluate", "judge:silent", "--rule", "uniform()"), "evaluate gave None for uniform()"),
+    (
+        ("--evaluate", "judge:silent", "--rule", "uniform()"),
+        "evaluate gave None for the live weights of snapshots/snapshot-",
+    ),
     ((), "no average to try: give --rule, --half-lives, --relative-stds or --windows"),
     (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),
     (("--relative-stds", "0.1:0.9:3"), "Power.relative_std is 0.9, wanted 0 < s <= 0.300283"),
     (("--windows", "2,x"), "--windows is '2,x', wanted integers above 0, such as 2,5,10"),
-    (("--windows", "2"), "windows is 2, wanted at most 0, the checkpoints there are"),
+    (("--windows", "200"), "windows is 200, wanted at most 41, the checkpoints there are"),
     (("--rule", "ema()"), "'ema' in spec 'ema()' is unknown"),
     (("--rule", "uniform()", "--checkpoint", "x"), "--checkpoint is 'x', wanted TIME=FILE"),
     (("--rule", "uniform()", "--out", "judge.py"), "judge.py is a file, wanted a folder"),

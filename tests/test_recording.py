@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -249,7 +250,11 @@ def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
     recorded(tmp_path, 30)
     path = snapshots(tmp_path)[-1].path
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 4]))
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    key = next(key for key in header if key.startswith("averages/0.05/average"))
+    damaged = 8 + length + header[key]["data_offsets"][0]
+    path.write_bytes(whole[:damaged] + bytes([whole[damaged] ^ 4]) + whole[damaged + 1 :])
     made = synthesize(tmp_path, "power(relative_std=0.07)", max_error=1)
     with pytest.raises(ValueError, match="damaged"):
         made.average()

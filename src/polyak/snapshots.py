@@ -27,7 +27,7 @@ from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
 from polyak.checkpoints import _save as native
 from polyak.checkpoints._safetensor_files import narrowed
-from polyak.checkpoints._save import Packed
+from polyak.checkpoints._save import NARROWED, Packed
 from polyak.checkpoints._snapshots import ELAPSED, UPDATES, Snapshot, snapshots, stored_in
 from polyak.rules import Tick
 from polyak.specs import as_specs
@@ -68,7 +68,9 @@ class Recorder:
             be spread evenly.
         folder: a folder for the snapshots of this run only. One recorder at a time has it.
         every: time between snapshots, in the unit of the rule: steps, samples, tokens.
-        dtype: of the stored slots: float32, bfloat16 or float16; by default that of the slots. The
+        live: store the live weights too, so that `sweep` shows each average beside them. They are as
+            large as one slot.
+        dtype: of what is stored: float32, bfloat16 or float16; by default that of the slots. The
             amplification of a synthesis multiplies the error of rounding to it.
         resume: go on in the folder of this averager's run, after you loaded its state. A state carries
             the run that its recorder gave it. Snapshots of updates that will be made again are renamed
@@ -90,6 +92,7 @@ class Recorder:
         folder: Path | str,
         *,
         every: float,
+        live: bool = True,
         dtype: torch.dtype | None = None,
         resume: bool = False,
         group: ProcessGroup | None = None,
@@ -98,12 +101,14 @@ class Recorder:
             got = type(averager).__name__
             raise TypeError(f"Recorder: averager is {got}, wanted a polyak.Averager")
         require_flag("Recorder resume", resume, "whether to go on in the folder of this run")
+        require_flag("Recorder live", live, "whether to store the live weights")
         if dtype not in (None, *SNAPSHOT_DTYPES):
             wanted = ", ".join(map(str, SNAPSHOT_DTYPES))
             raise ValueError(f"Recorder dtype is {dtype!r}, wanted one of {wanted}")
         self.folder = Path(folder).absolute()  # the process may change its working folder
         self.every = float(require_positive("Recorder every", every))
         self._averager = averager
+        self._live = live
         self._dtype = dtype
         self._group = group
         self._hold: Hold | None = None
@@ -172,17 +177,17 @@ class Recorder:
         return path
 
     def _packed(self, averager: Averager) -> Packed:
-        described, stored = native.packed(averager, "snapshot")
+        described, stored = native.packed(averager, "snapshot", live=self._live)
         described["run"] = self.run
         # What compensated summation carries over is needed to resume an average, not to combine it.
         kept = {key: t for key, t in stored.items() if COMPENSATION not in key.split("/")[2:3]}
         return described, kept | _runs(self._elapsed)
 
     def _packed_narrow(self, averager: Averager) -> Packed:
-        """The same, with averages rounded to the snapshots' dtype."""
+        """The same, with averages and live weights rounded to the snapshots' dtype."""
         described, stored = self._packed(averager)
         for key, tensor in stored.items():
-            if self._dtype and key.startswith("averages/") and tensor.is_floating_point():
+            if self._dtype and key.startswith(NARROWED) and tensor.is_floating_point():
                 part = narrowed(key, local(tensor), self._dtype)
                 stored[key] = as_distributed(part, tensor)
         return described, stored

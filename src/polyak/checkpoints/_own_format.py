@@ -271,7 +271,8 @@ def checkpoint(stored: Stored) -> Checkpoint:
     return Checkpoint(
         path=stored.path,
         format="polyak",
-        live=stored.under("live/") or None,
+        # A snapshot's are beside what it is for; they lack the buffers.
+        live=(stored.value("kind") != "snapshot" and stored.under("live/")) or None,
         averages={
             n: _read_out(stored, n, average) for n, average in averages.items() if average.tick.n
         },

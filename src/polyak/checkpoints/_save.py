@@ -83,6 +83,9 @@ def save(
     write(path, described, stored, overwrite=overwrite)
 
 
+NARROWED = ("averages/", "live/")
+"""How the keys begin of tensors that snapshots may store in another dtype."""
+
 Packed = tuple[dict[str, Any], dict[str, Tensor]]
 """What is saved: the description, and the tensors by key."""
 
@@ -144,13 +147,13 @@ def write(
 ) -> None:
     """Write a file of ours from a description and tensors by key.
 
-    `narrow` is another dtype for the averages' real tensors. Raises `ValueError` for a value that it
+    `narrow` is another dtype for the real tensors of averages and live weights. Raises `ValueError` for a value that it
     cannot hold.
     """
     # safetensors has no complex128, so these tensors are stored as pairs of float64.
     pairs = [key for key, tensor in stored.items() if tensor.dtype == torch.complex128]
     plain = {**stored, **{key: torch.view_as_real(stored[key].resolve_conj()) for key in pairs}}
-    cast = [k for k, t in plain.items() if k.startswith("averages/") and t.is_floating_point()]
+    cast = [k for k, t in plain.items() if k.startswith(NARROWED) and t.is_floating_point()]
     dtypes = {key: tensor.dtype for key, tensor in plain.items()} | (
         dict.fromkeys(set(cast) - set(pairs), narrow) if narrow else {}
     )
@@ -175,8 +178,11 @@ def _packed(averager: Averager | EMA) -> Packed:
     return packed(averager)
 
 
-def packed(averager: Averager, kind: str = "averager") -> Packed:
-    """What is saved of an averager: its state, and a description of its model."""
+def packed(averager: Averager, kind: str = "averager", *, live: bool = False) -> Packed:
+    """What is saved of an averager: its state, and a description of its model.
+
+    With `live` also the live weights of what it averages, which some rules need in any case.
+    """
     for name, rule in averager.rules.items():
         if not rule.savable():
             raise ValueError(f"save: average {name!r}: {rule} is not saved (SAVABLE is False)")
@@ -189,10 +195,10 @@ def packed(averager: Averager, kind: str = "averager") -> Packed:
             for slot, tensors_of in held["slots"].items()
             for name, tensor in tensors_of.items()
         }
-    if averager.clock.n and any(map(_needs_live, averages.values())):
+    if averager.clock.n and (live or any(map(_needs_live, averages.values()))):
         items = [item for item in tracked if item.policy == "average"]
-        live = named(items, [item.local().detach() for item in items])
-        stored |= {f"live/{name}": tensor for name, tensor in live.items()}
+        weights = named(items, [item.local().detach() for item in items])
+        stored |= {f"live/{name}": tensor for name, tensor in weights.items()}
     described = {
         name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
         for name, held in averages.items()

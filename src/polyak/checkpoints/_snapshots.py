@@ -32,6 +32,8 @@ class Snapshot:
         slots: the names of the slots of each average.
         model: name -> shape, dtype, policy and other names of the model's tensors.
         dtypes: of the stored slots.
+        live: the keys of the live weights and of what is copied, by name, other names of tied weights
+            too; none if it has no live weights.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Snapshot:
     slots: dict[str, list[str]]
     model: dict[str, Any]
     dtypes: frozenset[torch.dtype]
+    live: dict[str, str]
 
     def elapsed(self) -> list[float]:
         """The time that each update up to this one spans."""
@@ -97,7 +100,17 @@ def _opened(path: Path) -> Snapshot:
         slots={name: each.slots for name, each in averages.items()},
         model=stored.model(),
         dtypes=frozenset(f.dtype for key, f in stored.specs.items() if key.startswith("averages/")),
+        live=_live(stored),
     )
+
+
+def _live(stored: Stored) -> dict[str, str]:
+    """The keys of a snapshot's live weights by name, if it has them all."""
+    model = stored.model()
+    parts = {n: "copies" if e["policy"] == "copy" else "live" for n, e in model.items()}
+    keys = {n: f"{part}/{n}" for n, part in parts.items()}
+    aliases = {alias: keys[n] for n, e in model.items() for alias in e["aliases"]}
+    return keys | aliases if all(key in stored.specs for key in keys.values()) else {}
 
 
 def _foreign(a: Snapshot, b: Snapshot) -> list[str]:

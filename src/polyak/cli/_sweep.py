@@ -157,7 +157,7 @@ def _notes(result: Sweep) -> None:
     if result.best is None:
         note("all averages but one were refused, so none is the best")
     if not result.baselines:
-        note("no checkpoint has the live weights to compare with: give --checkpoint TIME=FILE")
+        note("no live weights were stored to compare with: give --checkpoint TIME=FILE")
     for baseline in result.baselines:
         if result.worse_than(baseline):
             note(f"no average is better than the live weights of {baseline.path} ({baseline.name})")

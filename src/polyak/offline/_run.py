@@ -14,8 +14,10 @@ import torch
 
 from polyak._checks import require, require_count
 from polyak._engine.tracking import is_statistic
+from polyak._lazy import LazyTensors, renamed
 from polyak._runs.choosing import choose
 from polyak.checkpoints._own_format import Stored
+from polyak.checkpoints._read import read
 from polyak.checkpoints._snapshots import Snapshot, snapshots, stored_in
 from polyak.rules import LIVE
 from polyak.theory._synthesis import Column
@@ -42,13 +44,16 @@ class Run:
     """All slots that were stored of a run, in the order of time, and the times that its updates span.
 
     `model` has the dtype, the policy and the other names of each tensor, if there are snapshots.
-    `opened` holds the files that are open, so that several averages share them.
+    `live` are the live weights, of checkpoints and of snapshots, which those of snapshots are not fitted
+    with; `keys` are their names in snapshots. `opened` holds the files that are open, so that several averages share them.
     """
 
     slots: list[StoredSlot]
     elapsed: list[float]
     model: Mapping[str, Any]
     dtypes: frozenset[torch.dtype]
+    live: list[StoredSlot]
+    keys: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
     opened: dict[Path, Stored] = field(default_factory=dict)
 
     @classmethod
@@ -70,14 +75,16 @@ class Run:
         elapsed = recorded[-1].elapsed() if recorded else _grid(checkpoints)
         plain = [
             StoredSlot(Column(None, LIVE, _update_at(elapsed, time)), Path(path), LIVE, float(time))
-            for time, path in checkpoints.items()
+            for time, path in sorted(checkpoints.items())
         ]
         slots = [*(slot for snapshot in recorded for slot in _slots(snapshot)), *plain]
         in_order = sorted(slots, key=lambda slot: slot.column.updates)
         if not recorded:
-            return cls(in_order, elapsed, {}, frozenset({torch.bfloat16}))
+            return cls(in_order, elapsed, {}, frozenset({torch.bfloat16}), plain)
         dtypes = frozenset().union(*(snapshot.dtypes for snapshot in recorded))
-        return cls(in_order, elapsed, recorded[-1].model, dtypes)
+        keys = {snapshot.path: snapshot.live for snapshot in recorded if snapshot.live}
+        live = plain or [_live(snapshot) for snapshot in recorded if snapshot.live]
+        return cls(in_order, elapsed, recorded[-1].model, dtypes, live, keys)
 
     @property
     def precision(self) -> float:
@@ -90,6 +97,12 @@ class Run:
             self.opened[path] = Stored.open(path)
         return self.opened[path]
 
+    def live_weights(self, slot: StoredSlot) -> LazyTensors:
+        """The live weights at one of the places in `live`."""
+        if slot.path in self.keys:
+            return renamed(self.snapshot(slot.path), self.keys[slot.path])
+        return read(slot.path).weights()
+
     def has_statistics(self) -> bool:
         """Whether the model has running statistics, or may have: checkpoints alone do not tell."""
         return not self.model or any(map(is_statistic, self.model))
@@ -101,6 +114,11 @@ class Run:
         wanted = f"a time up to {times[-1]:g}, the last known"
         require(0 < at <= times[-1] + slack, "at", at, wanted)
         return self.elapsed[: int(np.searchsorted(times, at + slack, side="right"))]
+
+
+def _live(snapshot: Snapshot) -> StoredSlot:
+    """The live weights in a snapshot."""
+    return StoredSlot(Column(None, LIVE, snapshot.updates), snapshot.path, LIVE, snapshot.time)
 
 
 def _of_folder(folder: Path) -> dict[int, Path]:

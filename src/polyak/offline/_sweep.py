@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from polyak import theory
 from polyak._checks import require, require_count
 from polyak._shown import Charted
-from polyak.offline._average import average, opened
+from polyak.offline._combination import Combination
+from polyak.offline._findings import Source
 from polyak.offline._quality import Better, Evaluate, Judged, interval, judged, sign_of
 from polyak.offline._run import Run, StoredSlot
 from polyak.offline._synthesis import MAX_ERROR, Synthesis, of_run
-from polyak.rules import LIVE, Rule
+from polyak.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Live weights, as a checkpoint has them: the last, or those of the best quality."""
+    """Live weights, as a checkpoint or a snapshot has them: the last, or those of the best quality."""
 
     name: str
     path: str
@@ -53,7 +55,7 @@ class Baseline:
 class Sweep(Charted):
     """The points of a sweep, the shortest average (by mean age) first; at least one has a quality.
 
-    `baselines` are the last live weights and the best ones, if checkpoints with live weights are there.
+    `baselines` are the last live weights and the best ones, if any were stored.
     """
 
     points: tuple[Point, ...]
@@ -111,7 +113,7 @@ def sweep(
     arguments are those of `synthesize`.
 
     The live weights of every checkpoint are judged too, so that each average is seen beside the last ones
-    and the best ones.
+    and the best ones. Where there are only snapshots, the last one's live weights are judged.
 
     The best of many averages looks better than it is on the data that chose it: report its quality
     on other data.
@@ -124,17 +126,19 @@ def sweep(
     run = Run.of(folder, checkpoints or {})
     made = [of_run(run, rule, at) for rule in rules]
     live = _live(run, at)
+    # Snapshots are many, and none is a file to use: only the last is judged.
+    single = live[-1:] if any(slot.path in run.keys for slot in live) else live
     trials = [
-        *_alone(live),
+        *_alone(run, single),
         *_synthesized(made, max_error, max_amplification),
-        *_means(live, windows),
+        *_means(run, live, windows),
     ]
     found: list[Judged | None] = []
     for count, (where, weights, _) in enumerate(trials, 1):
         found.append(None if weights is None else judged(evaluate, weights(), where))
         if progress is not None:
             progress(count, len(trials))
-    alone = [each for each in found[: len(live)] if each is not None]
+    alone = [each for each in found[: len(single)] if each is not None]
     points = [
         _beside(point, quality, alone[-1] if alone else None)
         for (_, _, point), quality in zip(trials, found, strict=True)
@@ -142,7 +146,7 @@ def sweep(
     ]
     if all(point.quality is None for point in points):
         raise ValueError(f"none of {len(points)} averages can be made; {points[0].refused}")
-    baselines = _baselines(live, [each.quality for each in alone], better)
+    baselines = _baselines(single, [each.quality for each in alone], better)
     return Sweep(tuple(sorted(points, key=lambda point: point.mean_age)), better, baselines)
 
 
@@ -151,18 +155,21 @@ Trial = tuple[str, Callable[[], dict[str, Tensor]] | None, Point | None]
 
 
 def _live(run: Run, at: float | None) -> list[StoredSlot]:
-    """The checkpoints with live weights up to a time, in order."""
+    """The live weights that were stored up to a time, in order."""
     end = run.slots[-1].time if at is None else at
-    return [slot for slot in run.slots if slot.column.slot == LIVE and slot.time <= end]
+    return [slot for slot in run.live if slot.time <= end]
 
 
-def _alone(live: Sequence[StoredSlot]) -> Iterator[Trial]:
+def _alone(run: Run, live: Sequence[StoredSlot]) -> Iterator[Trial]:
     for slot in live:
-        yield f"for the live weights of {slot.path}", lambda s=slot: _weights(s), None  # type: ignore[misc]
+        weights = partial(_in_memory, run, [slot])
+        yield f"for the live weights of {slot.path}", weights, None
 
 
-def _weights(slot: StoredSlot) -> dict[str, Tensor]:
-    return dict(opened([slot.path], None)[0].weights)
+def _in_memory(run: Run, live: Sequence[StoredSlot]) -> dict[str, Tensor]:
+    """The mean of live weights."""
+    sources = [Source(str(slot.path), run.live_weights(slot)) for slot in live]
+    return dict(Combination(sources, np.full(len(live), 1 / len(live))))
 
 
 def _synthesized(
@@ -182,7 +189,7 @@ def _synthesized(
         yield f"for {each.rule}", None if refused else each.average, point
 
 
-def _means(live: Sequence[StoredSlot], windows: Sequence[int]) -> Iterator[Trial]:
+def _means(run: Run, live: Sequence[StoredSlot], windows: Sequence[int]) -> Iterator[Trial]:
     """The means of the last checkpoints; times are taken to be evenly spaced, as between the checkpoints."""
     for count in windows:
         require_count("windows", count, "checkpoints")
@@ -194,8 +201,7 @@ def _means(live: Sequence[StoredSlot], windows: Sequence[int]) -> Iterator[Trial
         even = np.full(count, 1 / count)
         lengths = theory.half_life(even) * between, theory.mean_age(even) * between
         point = Point(f"last({count} checkpoints)", *lengths, 0.0, 1.0, None)
-        paths = [slot.path for slot in files]
-        yield f"for {point.rule}", lambda p=paths: dict(average(p)), point  # type: ignore[misc]
+        yield f"for {point.rule}", partial(_in_memory, run, files), point
 
 
 def _beside(point: Point, found: Judged | None, last: Judged | None) -> Point:
@@ -214,7 +220,7 @@ def _baselines(
         return ()
     sign = sign_of(better)
     best = max(range(len(live)), key=lambda index: (sign * qualities[index], index))
-    named = {"last": len(live) - 1, "best": best}
+    named = {"last": len(live) - 1} | ({"best": best} if len(live) > 1 else {})
     return tuple(
         Baseline(name, str(live[i].path), live[i].time, qualities[i]) for name, i in named.items()
     )
