@@ -33,6 +33,40 @@ def test_the_newest_is_chosen_among_what_is_a_checkpoint(tmp_path: Path) -> None
         assert checkpoints.latest(tmp_path) == wanted[-1]
 
 
+def test_older_folders_go_when_the_new_one_is_complete(tmp_path: Path) -> None:
+    def save(name: str, keep: int, error: type[Exception] | None = None) -> list[str]:
+        with checkpoints.saving(tmp_path / name, keep=keep) as folder:
+            (folder / "it").write_text(name)
+            if error is not None:
+                raise error
+        return sorted(each.name for each in tmp_path.iterdir())
+
+    for other in ("step-x", "epoch-1", "step-1.pt", "notes"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "step-2").write_text("a file")
+    others = {"step-x", "epoch-1", "step-1.pt", "notes", "step-2"}
+    for step in (98, 99, 100):
+        found = save(f"step-{step}", keep=2)
+    assert set(found) == others | {"step-99", "step-100"}
+    with pytest.raises(KeyError):  # nothing goes for a save that failed
+        save("step-101", keep=1, error=KeyError)
+    assert {each.name for each in tmp_path.iterdir()} == others | {"step-99", "step-100"}
+    assert set(save("step-5", keep=1)) == others | {
+        "step-5",
+        "step-100",
+    }  # what was just saved stays
+
+
+def test_what_keep_wants(tmp_path: Path) -> None:
+    for name, keep, words in (
+        ("step-1", 0, "keep is 0, wanted an integer >= 1"),
+        ("last", 2, "the name is 'last', wanted a name with a number at its end"),
+    ):
+        with pytest.raises(ValueError, match=words), checkpoints.saving(tmp_path / name, keep=keep):
+            pass
+        assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_begin_at_odd_places_of_a_file_are_read(tmp_path: Path) -> None:
     """Of 16 bytes each: torch's kernels fault on some of them."""
     torch.manual_seed(0)

@@ -263,13 +263,13 @@ def _may_be_abandoned(path: Path, host: str) -> bool:
 def _remove_unlocked(path: Path) -> None:
     """Remove a file or folder, unless someone has it locked or there are no locks (then `OSError`)."""
     if system.WINDOWS:  # the system refuses to remove what is open
-        _remove(path)
+        remove(path)
         return
     # NFS locks a file only for a process that may write it.
     handle = os.open(path, system.READ if path.is_dir() else system.READ_WRITE)
     try:
         if system.locked(handle, missing=False):
-            _remove(path)
+            remove(path)
     finally:
         os.close(handle)
 
@@ -311,7 +311,7 @@ def _place_folder(part: Path, place: Path, overwrite: bool) -> None:
     if overwrite and os.path.lexists(place):
         _target(place)
         if _rename(part, place, system.EXCHANGE):
-            _remove(part)
+            remove(part)
         else:
             _replace_in_two_steps(part, place)
         return
@@ -336,12 +336,12 @@ def _replace_in_two_steps(part: Path, place: Path) -> None:
             part.rename(place)
         except OSError as error:
             if _is_in_the_way(error):  # what another process wrote since then is replaced too
-                _remove(aside)
+                remove(aside)
                 continue
             with suppress(FileNotFoundError):
                 aside.rename(place)
             raise
-        _remove(aside)
+        remove(aside)
         return
 
 
@@ -360,7 +360,7 @@ def _exists_by_now(place: Path) -> FileExistsError:
     return FileExistsError(f"{place} exists by now: another process wrote it; it is not replaced")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove as much as possible: another process may be doing the same, and what is left goes later."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

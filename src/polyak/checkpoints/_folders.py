@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
-from polyak._files import naming
-from polyak._files import writing_folder as saving
+from polyak._checks import require, require_count
+from polyak._files import naming, remove, writing_folder
 from polyak._ranks.agreement import agree, alone, chosen, raise_failures, rank_of, together
 from polyak._ranks.sharding import is_distributed
 from polyak.checkpoints._dcp import DistributedTensors
@@ -32,6 +32,55 @@ __all__ = ["latest", "saving"]
 
 _FILE = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
 _NUMBER = re.compile(r"(?<![\d.])\d+$")
+
+
+@contextmanager
+def saving(path: Path | str, *, overwrite: bool = False, keep: int | None = None) -> Iterator[Path]:
+    """Make a folder to fill that appears at `path` when the block ends, with all its files; or not at all.
+
+    Missing parent folders are made. With `overwrite` the old folder (or file) is removed when the new
+    folder is complete; through a symbolic link, the folder that it points to is replaced. An
+    exception within the block leaves everything as it was.
+
+    With `keep`, the older folders beside it are removed when the new one is complete: those whose names
+    differ from its name in the number at the end only, but for the `keep` largest numbers.
+
+    >>> import tempfile
+    >>> run = Path(tempfile.mkdtemp())
+    >>> for step in (8, 9, 10):
+    ...     with saving(run / f"step-{step}", keep=2) as folder:
+    ...         _ = (folder / "note").write_text("all of it")
+    >>> sorted(each.name for each in run.iterdir())
+    ['step-10', 'step-9']
+
+    Raises `FileExistsError` if `path` exists, unless `overwrite`; `ValueError` if `keep` is not an integer
+    >= 1, or the name has no number at its end; `OSError` if `path` is a device, a pipe or a socket, and
+    if the system cannot write: the error names `path`.
+    """
+    path = Path(path)
+    if keep is not None:
+        require_count("keep", keep, "how many folders stay")
+        wanted = 'a name with a number at its end, such as "step-1000"'
+        require(
+            _NUMBER.search(path.name) is not None, "saving with keep: the name", path.name, wanted
+        )
+    with writing_folder(path, overwrite=overwrite) as folder:
+        yield folder
+    if keep is not None:
+        _remove_older(path, keep)
+
+
+def _remove_older(path: Path, keep: int) -> None:
+    """Remove folders named like this one but for the number, except the newest and this one."""
+    alike: dict[int, Path] = {}
+    for each in path.parent.iterdir():
+        number = _NUMBER.search(each.name)
+        same = _NUMBER.sub("", each.name) == _NUMBER.sub("", path.name)
+        if number and same and each.is_dir() and not each.is_symlink():
+            alike[int(number[0])] = each
+    for older in [alike[number] for number in sorted(alike)[:-keep]]:
+        if older != path:
+            remove(older)
 
 
 def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None:
