@@ -163,7 +163,8 @@ def test_without_weights_it_begins_from_the_model_as_it_is() -> None:
     """As classes do that copy the model when they are made: there is an average before any call."""
     model = Everything()
     averager = Averager(model, {"a": Exponential(0.5), "b": Window(2)}, every=4)
-    with pytest.raises(RuntimeError, match=r"before the first update.*or begin\(\)"):
+    averager.update()
+    with pytest.raises(RuntimeError, match=r"before the first update.*every=n.*or begin\(\)"):
         averager.average("a")
     averager.begin()
     state = copy.deepcopy(dict(model.state_dict()))

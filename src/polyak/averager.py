@@ -68,8 +68,7 @@ class Averager:
             communication; shard the model first.
         rule: a `Rule` or its spec, or a mapping name -> rule for several averages.
         every: calls of `update` per update. Time counts every call, so the horizon stays the same:
-            `Exponential(d)` with every=4 updates with decay d^4. The first call copies the weights,
-            so that there is an average until the first update.
+            `Exponential(d)` with every=4 updates with decay d^4.
         dtype: dtype of the slots. Default: that of the weights, and float32 for narrower weights.
         rounding: rounding of the slots: "nearest", "stochastic" (bfloat16 and float16 slots; correct
             in the mean) or "compensated" (a second tensor per slot holds what rounding drops).
@@ -479,11 +478,10 @@ class Averager:
         average = self._get(name)
         self._same_model("change_rule")
         other = changes.ruled(average, savable_rule(rule))
-        kept = ("rule", "tick", "slots", "early")
-        new = {name: vars(other)[name] for name in kept} | {"_grouped": {}}
+        rule_and_clock = {"rule": other.rule, "tick": other.tick}
         changed = other.rule != average.rule and average.tick.n > 0
         mixed: dict[str, object] = {"mixed": self.mixed or changed}
-        set_together([(average, new), (self, mixed)])
+        set_together([(average, rule_and_clock), (self, mixed)])
 
     @lending.in_turn
     def to(
@@ -574,7 +572,7 @@ class Averager:
         self._same_model("load_state_dict")
         new = checked(state, self._live, self._averages)
         for name, average in self._averages.items():
-            if average.shared() and not new.averages[name].slots:
+            if average.shared() and not new.averages[name].tick.n:
                 raise ValueError(
                     f"load_state_dict: average {name!r} has no update yet, and module({name!r}) has "
                     "its slots; let go of the module first"

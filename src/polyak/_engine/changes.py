@@ -102,9 +102,7 @@ def ruled(average: Average, rule: Rule) -> Average:
     """
     other = copy.copy(average)
     other.rule, other.tick = rule, tick_under(rule, average.tick)
-    if not average.tick.n and not average.shared():
-        other.slots, other.early = {}, None  # the first update, which is still to come, copies
-    held, needed = set(other.slots), other.needed_slots(other.tick)
+    held, needed = set(average.slots), other.needed_slots(other.tick)
     if not needed <= held <= other.known_slots():
         raise ValueError(
             f"change_rule: the average of {average.rule} has the slots {sorted(held)}, and {rule} needs "

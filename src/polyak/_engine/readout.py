@@ -23,7 +23,7 @@ class AverageWeights(LazyTensors):
     def __init__(self, live: ModelTensors, average: Average, copies: Sequence[Tensor]) -> None:
         self._live = live
         self._average = average
-        self._tick = average.now
+        self._tick = average.tick
         self._copies = {item.name: copy for item, copy in zip(live.copied, copies, strict=True)}
         self._frozen = {item.name: item for item in live.frozen}
         self._places = {item.name: i for i, item in enumerate(live.averaged)}
@@ -90,7 +90,7 @@ class AverageWeights(LazyTensors):
                 f"{name}: the model carries this average, inside applied(), and its slots may hold "
                 "the live weights; leave the block first"
             )
-        if self._average.now != self._tick:
+        if self._average.tick != self._tick:
             raise RuntimeError(
                 f"{name}: the average was updated after weights() was called; call it again"
             )

@@ -49,8 +49,6 @@ class Average:
     ) -> None:
         self.rule = rule
         self.tick: Tick = START
-        self.early: Tick | None = None
-        """The clock of a copy that was made before the first update was due, which replaces it."""
         self.slots: dict[str, list[Tensor]] = {}
         self.spoilt = ""
         self.lent = False
@@ -85,19 +83,8 @@ class Average:
             moves.append(self.move(live, slot, fraction))
         return moves
 
-    @property
-    def now(self) -> Tick:
-        """The clock by which the average is read: the last update's, or before it that of the copy."""
-        return self.early if self.early is not None and not self.tick.n else self.tick
-
-    def rewound(self) -> dict[str, object]:
-        """The attributes of this average if its first update is a copy that the next one replaces."""
-        return {"early": self.tick, "tick": START, "_born": dict.fromkeys(self._born, 0)}
-
     def back_to(self, tick: Tick) -> None:
         """Turns the clock back, and drops the slots that were allocated since."""
-        if not tick.n:
-            self.early = None
         for slot in [slot for slot, n in self._born.items() if n > tick.n]:
             for each in self._with_residues({slot}):
                 self.slots.pop(each, None)
@@ -193,7 +180,7 @@ class Average:
     def readout(self, *, convex: bool = False) -> dict[str, float]:
         """The coefficients of the average, or those of running statistics, checked."""
         readout = self.rule.convex_readout if convex else self.rule.readout
-        return checked_readout(self.rule, self.now, readout(self.now), self.slots, convex=convex)
+        return checked_readout(self.rule, self.tick, readout(self.tick), self.slots, convex=convex)
 
     def shared(self) -> bool:
         """Whether a module has the slots, so that they must hold the average at all times."""
@@ -207,10 +194,11 @@ class Average:
     def require_usable(self, call: str) -> None:
         """Raises `RuntimeError` if there is no average yet, or none any more."""
         self.refuse_spoilt(call)
-        if self.now.n == 0:
+        if self.tick.n == 0:
             raise RuntimeError(
                 f"{call}: there is no average before the first update; call update() after each "
-                "optimizer step, or begin() to have an average at once"
+                "optimizer step (with every=n, the n-th call is the first update), or begin() to have "
+                "an average at once"
             )
 
     def refuse_spoilt(self, call: str) -> None:
@@ -259,15 +247,7 @@ class Average:
         for slot, held in slots.items():
             filled[slot] = self._empty(live, dtypes)
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
-        early = self.rule.tick(START, 1.0) if slots and not tick.n else None
-        fresh: dict[str, object] = {
-            "early": early,
-            "spoilt": "",
-            "moving": False,
-            "torn": {},
-            "_grouped": {},
-            "_born": {},
-        }
+        fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}, "_born": {}}
         return {"tick": tick, "slots": filled, **fresh}
 
     def kept(self, before: Mapping[str, list[Tensor]]) -> dict[str, object]:

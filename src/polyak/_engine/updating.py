@@ -22,7 +22,6 @@ from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Motion, Move, undisturbed
 from polyak._engine.offload import Courier, courier_for
 from polyak._engine.slots import Average, named
-from polyak._engine.states import set_together
 from polyak._tensors import Groups
 from polyak.rules import Tick
 
@@ -84,8 +83,6 @@ class Updating:
         if found_inf or self._nonfinite != "allow":
             self._guarded_call(groups, calls, time, found_inf)
         elif calls < self.every:
-            if self._is_first(calls):
-                self._update(groups, time, early=True)
             self._since = calls, time
         else:
             self._update(groups, time)
@@ -113,30 +110,12 @@ class Updating:
         if clean is not None and not _deferred(clean) and not clean:
             self._refuse(called)
             return
-        if not due and self._is_first(calls) and self._sound(groups, took):
-            self._update(groups, time, early=True)
         verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]
         self._pending = _Pending(verdicts[0], verdicts[1], before, called)
         if due:
             self._update(groups, time, _both(took, clean))
         else:
             self._since = calls, time
-
-    def _is_first(self, calls: int) -> bool:
-        return calls == 1 and not self._averages[0].tick.n
-
-    def _rewound(self, since: tuple[int, float]) -> list[tuple[object, dict[str, object]]]:
-        """What to set after a copy that was made before an update was due, at the first call.
-
-        The first update copies again, so all averages are as if this had not been.
-        """
-        averages = ((average, average.rewound()) for average in self._averages)
-        return [(self, {"_since": since}), *averages]
-
-    def _sound(self, groups: Groups, took: Tensor | None) -> bool:
-        """Whether an optimizer stepped and weights may be copied. The host waits for it, once."""
-        clean = self._nonfinite == "allow" or bool(finite(groups))
-        return clean and (took is None or bool(took))
 
     def settle(self) -> None:
         """Waits for slots that still move, and for the verdict of the call before."""
@@ -195,12 +174,8 @@ class Updating:
             self._courier.before_write()
             self._courier.held = False
 
-    def _update(
-        self, groups: Groups, time: float, ok: Tensor | None = None, *, early: bool = False
-    ) -> None:
+    def _update(self, groups: Groups, time: float, ok: Tensor | None = None) -> None:
         """One update of every average and of the copies, `time` after the last.
-
-        An `early` one is a copy at the first call, before an update is due.
 
         An exception that comes before slots have moved undoes it, and one that comes later lets it
         go on to its end. Where that fails too, it marks the averages; they can be read again once
@@ -210,11 +185,9 @@ class Updating:
         moves: list[Move] = []
         copied: list[Tensor] = []
         motion = None
-        ends: list[tuple[object, dict[str, object]]] = []
         try:
             for average in self._averages:
                 moves += average.advance(self._live, time)
-            ends = self._rewound((1, time)) if early else []
             if self._live.copied:
                 copied = self._copied_now()
             if self._generation != self._live.generation:
@@ -226,26 +199,18 @@ class Updating:
                 motion.run()
                 if copied:
                     self._copy(copied, ok)
-            self._end(ends)
+            self._end()
         except BaseException as error:
             self._stopped(
-                error,
-                _Moment(*since, ticks),
-                copies,
-                motion,
-                partial(self._copy, copied, ok),
-                partial(self._end, ends),
+                error, _Moment(*since, ticks), copies, motion, partial(self._copy, copied, ok)
             )
             if isinstance(error, RuntimeError):
                 self._live.check("update")  # it names the tensor that has changed, if one has
             raise
 
-    def _end(self, ends: list[tuple[object, dict[str, object]]]) -> None:
-        """What follows when all has moved. A signal may come at any line, and this be called again."""
-        if ends:
-            set_together(ends)
-        else:
-            self._since = _START
+    def _end(self) -> None:
+        """What follows when all has moved."""
+        self._since = _START
         for average in self._averages:
             average.moving = False
             if average.torn:
@@ -258,7 +223,6 @@ class Updating:
         copies: list[Tensor],
         motion: Motion | None,
         copy: Callable[[], None],
-        end: Callable[[], None],
     ) -> None:
         """After an exception: goes on to the end, or else back to the moment before."""
 
@@ -266,7 +230,7 @@ class Updating:
             assert motion is not None
             motion.finish()
             copy()
-            end()
+            self._end()
 
         try:
             if motion is not None:
