@@ -356,3 +356,20 @@ class TestVerify:
         put(tmp_path / "wrong.pt", {**wrong, "n": torch.tensor(4)})
         with pytest.raises(ValueError, match=r"n: 4.0 was written"):
             offline.verify(made, checkpoints.read(tmp_path / "wrong.pt").weights())
+
+
+def test_a_run_is_synthesized_and_swept_as_its_checkpoints_are(tmp_path: Path) -> None:
+    """By their steps; where epochs count from 0, by their place in the order."""
+    for step in (500, 1000, 1500, 2000):
+        put(tmp_path / "steps" / f"step-{step}.pt", {"w": torch.full((3,), float(step))})
+        put(
+            tmp_path / "epochs" / f"epoch-{step // 500 - 1}.pt",
+            {"w": torch.full((3,), float(step))},
+        )
+    for run, times in (("steps", (500, 1000, 1500, 2000)), ("epochs", (1, 2, 3, 4))):
+        paths = [file.path for file in offline.choose(tmp_path / run).files]
+        mapping = dict(zip(times, paths, strict=True))
+        wanted = offline.synthesize(None, "uniform()", checkpoints=mapping, max_error=9)
+        made = offline.synthesize(tmp_path / run, "uniform()", max_error=9)
+        assert tuple(slot.time for slot in made.run.slots) == times
+        assert torch.equal(made.average()["w"], wanted.average()["w"])
