@@ -54,7 +54,7 @@ def by_tests(bug: Bug, sources: Path) -> str:
     slow = [] if bug.slow else ["-m", "not slow"]
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *slow]
     printed = run([sys.executable, "-m", "pytest", *options, *files], sources)
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", printed, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/([^\s\[]+)", printed, re.MULTILINE)
     return f"`{failed[1]}`" if failed else SURVIVED
 
 

@@ -24,10 +24,6 @@ def bug(name: str, path: str, old: str, new: str, *tests: str, slow: bool = Fals
 RULES = ("plain_formulas", "rules", "decays")
 ENGINE = ("averager", "failing_updates", "guard", "rounding", "infinities", "cadence")
 BLOCKS = ("applied", "applied_writes", "applied_graphs", "applied_orders", "applied_threads")
-FILES = ("saving", "loading", "safetensor_files", "recording", "reading")
-RANKS = ("places", "replicas", "sharding")
-STUDY = ("study_arms", "study_statistics", "study_trainer", "study_claims", "study_records")
-OFFLINE = ("offline_average", "theory_synthesis", "running_statistics")
 
 BUGS: tuple[Bug, ...] = (
     # the core: rules and decays
@@ -62,35 +58,35 @@ BUGS: tuple[Bug, ...] = (
     bug("a wrapper's prefix that stays", "_engine/tracking.py", 'WRAPPERS = {"_orig_mod", ', "WRAPPERS = {", "wrappers", "averager"),
     bug("EMA: ignored names that are never copied", "ema.py", '("copy", "skip") if copying or fresh else ("copy",)', '("copy",)', "ema"),
     # checkpoints and files
-    bug("a file without its last copies", "checkpoints/_own_format.py", 'copies = stored.under("copies/")', 'copies = stored.under("copied/")', *FILES),
-    bug("a mark of rule changes that is lost", "checkpoints/_own_format.py", 'for name in ("run", "mixed") if stored.has(name)', 'for name in ("run",) if stored.has(name)', *FILES),
-    bug("statistics of a file read out as weights", "checkpoints/_readout.py", "(convex if is_statistic(name) else plain)", "plain", *FILES, "running_statistics"),
-    bug("a readout in the narrowest dtype", "checkpoints/_readout.py", "widest = max(held", "widest = min(held", *FILES),
-    bug("a tied name that a file forgets", "checkpoints/_own_format.py", 'for n in (first, *e["aliases"])}', "for n in (first,)}", *FILES),
-    bug("checksums that nobody compares", "checkpoints/_safetensor_files.py", "            span.checksum = int(sums", "            _ = int(sums", *FILES),
-    bug("a digest that nobody compares", "checkpoints/_safetensor_files.py", "if digest != wanted or not", "if not", *FILES),
+    bug("a file without its last copies", "checkpoints/_own_format.py", 'copies = stored.under("copies/")', 'copies = stored.under("copied/")', "saving"),
+    bug("a mark of rule changes that is lost", "checkpoints/_own_format.py", 'for name in ("run", "mixed") if stored.has(name)', 'for name in ("run",) if stored.has(name)', "changes", "recording", "saving"),
+    bug("statistics of a file read out as weights", "checkpoints/_readout.py", "(convex if is_statistic(name) else plain)", "plain", "running_statistics", "saving"),
+    bug("a readout in the narrowest dtype", "checkpoints/_readout.py", "widest = max(held", "widest = min(held", "saving", "reading"),
+    bug("a tied name that a file forgets", "checkpoints/_own_format.py", 'for n in (first, *e["aliases"])}', "for n in (first,)}", "saving", "shared_memory"),
+    bug("checksums that nobody compares", "checkpoints/_safetensor_files.py", "            span.checksum = int(sums", "            _ = int(sums", "safetensor_files", "saving"),
+    bug("a digest that nobody compares", "checkpoints/_safetensor_files.py", "if digest != wanted or not", "if not", "safetensor_files", "saving"),
     bug("files of two saves in one folder", "checkpoints/_own_format.py", "            _require_one_save(stored, held)\n", "", "saving", "saving_distributed", slow=True),
     bug("snapshots in the order of their names", "checkpoints/_snapshots.py", "key=lambda each: each.updates)", "key=lambda each: each.path.name)", "recording", "theory_synthesis"),
     bug("snapshots of two runs taken together", "checkpoints/_snapshots.py", "    if a.run != b.run:", "    if False:", "recording"),
     bug("names given twice", "checkpoints/_names.py", "    if len(set(order)) < len(order):", "    if False:", "peers_files", "peers_files_extra", "reading"),
-    bug("a window's file with too few slots", "checkpoints/_own_format.py", "or _filled(rule, tick) > len(held[\"slots\"])", "", *FILES, "hostile"),
-    bug("a bootstrap of coefficients that do not sum to 1", "offline/_combination.py", "        self.coefficients = _checked(coefficients, len(sources))", "        self.coefficients = np.asarray(coefficients, dtype=np.float64)", *OFFLINE),
-    bug("integers from the first file", "offline/_combination.py", "        self._last = sources[-1].weights", "        self._last = sources[0].weights", *OFFLINE),
+    bug("a window's file with too few slots", "checkpoints/_own_format.py", "or _filled(rule, tick) > len(held[\"slots\"])", "", "saving", "hostile"),
+    bug("coefficients that do not sum to 1", "offline/_combination.py", "        self.coefficients = _checked(coefficients, len(sources))", "        self.coefficients = np.asarray(coefficients, dtype=np.float64)", "offline_average"),
+    bug("integers from the first file", "offline/_combination.py", "        self._last = sources[-1].weights", "        self._last = sources[0].weights", "offline_average"),
     # sharding
-    bug("rows that begin one rank late", "_ranks/sharding.py", "start = min(mesh.get_local_rank() * length, whole.shape[0])", "start = min(mesh.get_local_rank() * length + 1, whole.shape[0])", "replicas", "sharding", slow=True),
-    bug("boxes that meet by one row too many", "_ranks/shard_geometry.py", "return Box(starts, tuple(max(e - s, 0)", "return Box(starts, tuple(max(e - s, 1)", "places", "saving_distributed", slow=True),
-    bug("runs of a box that begin at 0", "_ranks/shard_geometry.py", "begin = sum(first * step for first, step in zip(box.offsets, steps, strict=True))", "begin = 0", "places", "export_sharded", slow=True),
+    bug("rows that begin one rank late", "_ranks/sharding.py", "start = min(mesh.get_local_rank() * length, whole.shape[0])", "start = min(mesh.get_local_rank() * length + 1, whole.shape[0])", "replicas", slow=True),
+    bug("boxes that meet by one row too many", "_ranks/shard_geometry.py", "return Box(starts, tuple(max(e - s, 0)", "return Box(starts, tuple(max(e - s, 1)", "saving_distributed", slow=True),
+    bug("runs of a box that begin at 0", "_ranks/shard_geometry.py", "begin = sum(first * step for first, step in zip(box.offsets, steps, strict=True))", "begin = 0", "export_sharded", slow=True),
     bug("fingerprints without the place", "_ranks/replicas.py", "        mixed += torch.arange(start, start + mixed.numel(), device=tensor.device).mul_(_OTHER)\n", "", "replicas"),
     bug("the last rank's rows that are not gathered", "_ranks/replicas.py", "        if len(rest):\n", "        if False:\n", "replicas", slow=True),
     # the study
-    bug("an early stop that waits one epoch less", "study/_trainer.py", "return self._waited >= self._patience", "return self._waited > self._patience - 2", *STUDY),
-    bug("a verdict from too few seeds", "study/_statistics.py", "FEWEST_SEEDS = 8", "FEWEST_SEEDS = 2", *STUDY),
-    bug("a claim that holds by its estimate", "study/_statistics.py", "if interval.low in claimed and interval.high in claimed:", "if interval.estimate in claimed:", *STUDY),
-    bug("a gap over one epoch more", "study/_quantities.py", "return float((average - live)[:EARLY].mean())", "return float((average - live)[: EARLY + 1].mean())", *STUDY),
-    bug("R2 with the unbiased variance", "study/_model.py", "var(correction=0)", "var(correction=1)", *STUDY),
-    bug("SWA of one epoch more", "study/_arms.py", "return min(math.ceil(SWA_SHARE * epochs), epochs - 1)", "return min(math.floor(SWA_SHARE * epochs), epochs - 1)", *STUDY),
-    bug("a ring of steps that is read from its start", "study/_arms.py", "for i in range(max(self._count - size, 0), self._count)", "for i in range(min(self._count, size))", *STUDY),
-    bug("the last of equal epochs taken for the best", "study/_trainer.py", 'first = min(range(len(metrics)), key=lambda i: metrics[i]["mse"])', 'first = min(reversed(range(len(metrics))), key=lambda i: metrics[i]["mse"])', *STUDY),
+    bug("an early stop that waits one epoch less", "study/_trainer.py", "return self._waited >= self._patience", "return self._waited > self._patience - 2", "study_trainer"),
+    bug("a verdict from too few seeds", "study/_statistics.py", "FEWEST_SEEDS = 8", "FEWEST_SEEDS = 2", "study_statistics"),
+    bug("a claim that holds by its estimate", "study/_statistics.py", "if interval.low in claimed and interval.high in claimed:", "if interval.estimate in claimed:", "study_statistics"),
+    bug("a gap over one epoch more", "study/_quantities.py", "return float((average - live)[:EARLY].mean())", "return float((average - live)[: EARLY + 1].mean())", "study_claims"),
+    bug("R2 with the unbiased variance", "study/_model.py", "var(correction=0)", "var(correction=1)", "study_trainer"),
+    bug("SWA of one epoch more", "study/_arms.py", "return min(math.ceil(SWA_SHARE * epochs), epochs - 1)", "return min(math.floor(SWA_SHARE * epochs), epochs - 1)", "study_arms"),
+    bug("a ring of steps that is read from its start", "study/_arms.py", "for i in range(max(self._count - size, 0), self._count)", "for i in range(min(self._count, size))", "study_arms"),
+    bug("the last of equal epochs taken for the best", "study/_trainer.py", 'first = min(range(len(metrics)), key=lambda i: metrics[i]["mse"])', 'first = min(reversed(range(len(metrics))), key=lambda i: metrics[i]["mse"])', "study_trainer"),
 )  # fmt: skip
 
 FAULTS: tuple[Bug, ...] = (

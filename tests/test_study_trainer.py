@@ -16,7 +16,7 @@ from polyak.study._gradient import loss_and_gradient
 from polyak.study._live import Live
 from polyak.study._model import Probe, as_layers, initial_weights, views
 from polyak.study._settings import Settings
-from polyak.study._trainer import EarlyStop, alone, run_seed
+from polyak.study._trainer import EarlyStop, _best, alone, run_seed
 from study_cases import SMALL, plain_article
 
 
@@ -173,3 +173,9 @@ def losses(*values: float) -> Callable[[EarlyStop], list[bool]]:
 def test_early_stop_wants_a_strictly_lower_loss() -> None:
     assert losses(3.0, 2.0, 2.0, 2.5)(EarlyStop(2)) == [False, False, False, True]
     assert losses(3.0, 3.5, 2.9, 2.9, 2.9)(EarlyStop(2)) == [False] * 4 + [True]
+
+
+def test_the_best_epoch_is_the_first_of_the_lowest_loss() -> None:
+    losses = [3.0, 1.0, 2.0, 1.0]
+    metrics = [{"mse": mse, "mae": i + 0.5, "r2": -mse} for i, mse in enumerate(losses)]
+    assert _best(metrics) == {"epoch": 2, **metrics[1]}
