@@ -282,6 +282,8 @@ def test_every_state_dict_is_found_and_accounted_for(tmp_path: Path, layout: Lai
         assert_value(found.live, layout.inner, layout.live)
     for name, value in layout.averages.items():
         assert_value(found.averages[name], layout.inner, value)
+        if layout.inner and found.live is not None:  # what is not averaged is the live weights'
+            assert set(found.averages[name]) == set(found.live)
     if layout.rule is not None:
         assert found.rules == {"average": layout.rule}
 
