@@ -257,6 +257,14 @@ class TestWhatCannotBeKnown:
 
 
 class TestMetrics:
+    def test_what_lightning_remembers_is_exact_where_names_are_rounded(
+        self, tmp_path: Path
+    ) -> None:
+        """Both names say 0.25; of equal ones the later would be taken."""
+        lightning(tmp_path)
+        (file,) = offline.choose(tmp_path, best=1, by="val_loss").files
+        assert (file.at, file.quality) == (64, pytest.approx(0.2499))
+
     def test_an_unknown_one(self, tmp_path: Path) -> None:
         lightning(tmp_path)
         with pytest.raises(ValueError, match=r"no such metric: they have .*val_loss"):
