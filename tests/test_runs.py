@@ -263,7 +263,7 @@ class TestMetrics:
         """Both names say 0.25; of equal ones the later would be taken."""
         lightning(tmp_path)
         (file,) = offline.choose(tmp_path, best=1, by="val_loss").files
-        assert (file.at, file.quality) == (64, pytest.approx(0.2499))
+        assert file.at == 64 and file.quality == pytest.approx(0.2499)
 
     def test_an_unknown_one(self, tmp_path: Path) -> None:
         lightning(tmp_path)
