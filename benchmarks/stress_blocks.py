@@ -29,8 +29,6 @@ def enter(world: World, random: Random) -> None:
 
 def open_block(world: World, subject: Subject, name: str) -> None:
     facts = world.facts(subject, name)
-    if "early" in facts:
-        return  # the average is a copy that the first update replaces
     repeated = any(block.name == name for block in world.open_blocks(subject))
     carries = np.zeros(0)
     if subject.history.times and not repeated and not facts & {"applied", "spoilt", "changed"}:

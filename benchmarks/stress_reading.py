@@ -41,7 +41,7 @@ def read_average(world: World, subject: Subject, name: str, *, lazily: bool = Fa
     if lazily:
         call = partial(_one_by_one, subject, name)
     held = world.ask("average", world.facts(subject, name), call)
-    if isinstance(held, Refused) or name in subject.tainted or not subject.history.times:
+    if isinstance(held, Refused) or name in subject.tainted:
         return
     if held.keys() != subject.readable():
         raise Fault("names", f"average() has {sorted(held)}, wanted {sorted(subject.readable())}")
@@ -73,8 +73,6 @@ def copy_to(world: World, random: Random) -> None:
     """Writes the average for good, into the live model or into another one."""
     subject, name = pick(world, random)
     facts = world.facts(subject, name)
-    if "early" in facts:
-        return
 
     def refuses(target: Source) -> bool:
         call = partial(subject.averager.copy_to, target, *given(subject, name))

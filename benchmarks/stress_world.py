@@ -46,7 +46,7 @@ _STRUCTURE = {
     "lazy view": MAY,
 }
 _BLOCKS = {"applied": MUST, "left out of order": MAY, "other block": MAY, "other thread": MAY}
-_READS = {**_STRUCTURE, **_BLOCKS, "wrong rule later": MAY, "early": MAY}
+_READS = {**_STRUCTURE, **_BLOCKS, "wrong rule later": MAY}
 
 REFUSALS: Mapping[str, Mapping[str, str]] = {
     "make": {
@@ -145,9 +145,7 @@ class World:
 
     def facts(self, subject: Subject, name: str | None = None) -> set[str]:
         """The situations that an averager is in."""
-        facts = set()
-        if not subject.history.times:
-            facts.add("early" if subject.history.calls else "no update")
+        facts = set() if subject.history.times else {"no update"}
         own = self.open_blocks(subject)
         if own:
             facts.add("applied" if self.ordered else "left out of order")
