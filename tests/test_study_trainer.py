@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 from torch import nn
 
 from polyak.study._arms import ARTICLE, Tracker, all_arms, article_arm
@@ -179,3 +180,13 @@ def test_the_best_epoch_is_the_first_of_the_lowest_loss() -> None:
     losses = [3.0, 1.0, 2.0, 1.0]
     metrics = [{"mse": mse, "mae": i + 0.5, "r2": -mse} for i, mse in enumerate(losses)]
     assert _best(metrics) == {"epoch": 2, **metrics[1]}
+
+
+def test_the_metrics_are_those_of_scikit_learn(data: Data) -> None:
+    torch.manual_seed(0)
+    wanted = data.valid_y.double().numpy()
+    prediction = data.valid_y + torch.randn_like(data.valid_y)
+    got, seen = Probe([], data).judge(prediction), prediction.double().numpy()
+    assert got["r2"] == pytest.approx(r2_score(wanted, seen), rel=1e-5)
+    assert got["mse"] == pytest.approx(mean_squared_error(wanted, seen), rel=1e-5)
+    assert got["mae"] == pytest.approx(mean_absolute_error(wanted, seen), rel=1e-5)
