@@ -144,6 +144,21 @@ def test_another_shape_is_refused_before_anything_moves(way: str, setup: str) ->
     assert same(state(averager), state(undisturbed))
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1, 1)])
+def test_a_copied_buffer_of_another_shape_is_refused_at_the_first_update(
+    shape: tuple[int, ...],
+) -> None:
+    model = network()
+    averager = Averager(model, Uniform(), buffers="copy")
+    model.get_buffer("1.running_var").data = torch.ones(shape)
+    with pytest.raises(RuntimeError, match=r"different: 1.running_var"):
+        averager.update()
+    assert averager.count == 0
+    model.get_buffer("1.running_var").data = torch.ones(2)
+    averager.update()
+    assert averager.average()["1.running_var"].shape == (2,)
+
+
 def test_the_law_fails_where_shapes_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: one row is stretched over all rows of its slot."""
     model, averager = begun("plain")
