@@ -24,6 +24,7 @@ _DEEPEST = (
     3  # submodules between an average and the model's copy: `ema.module.`, `ema.ema_model.module.`
 )
 _MOST = 100  # places at which a copy may belong; more are not compared
+_MOST_GROUPS = 1000  # submodules that may be averages; of more, none is taken for one
 
 Names = dict[str, str]
 """A name of the model -> the key of its average."""
@@ -78,7 +79,7 @@ def _groups(held: LazyTensors) -> dict[str, list[str]]:
         place = next((i for i, part in enumerate(parts) if words(part) & AVERAGES), None)
         if place is not None:
             groups.setdefault(".".join(parts[: place + 1]) + ".", []).append(name)
-    return groups
+    return groups if len(groups) <= _MOST_GROUPS else {}
 
 
 def _apart(matched: Mapping[str, Names]) -> bool:
