@@ -193,3 +193,17 @@ def test_frozen_tensors_are_read_from_the_model_as_it_is() -> None:
     before = snapshot(model)
     assert torch.equal(averager.average()["base.bias"], torch.full((64,), 7.0))
     assert torch.equal(before["base.bias"], model.base.bias)
+
+
+def test_a_file_says_that_frozen_parameters_are_not_in_it(tmp_path: Path) -> None:
+    """The average of a model can be exported whole; that of a file lacks them, and says so."""
+    _, averager = averaged()
+    path = tmp_path / "average.safetensors"
+    polyak.save(path, averager)
+    found = checkpoints.read(path)
+    assert list(found.left.values()) == [4]
+    assert next(iter(found.left)).startswith("frozen parameters")
+    whole = Averager(Everything(), "uniform()", select="*")
+    whole.update()
+    polyak.save(path, whole)
+    assert not checkpoints.read(path).left

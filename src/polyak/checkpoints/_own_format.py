@@ -27,6 +27,7 @@ from polyak.specs import class_of, parse, path_of
 _PARTS = {"averages", "copies", "live", "times"}
 FORMAT = 2
 SAVE = "save"  # the mark of one save, which every rank's file of a folder has
+_FROZEN = "frozen parameters, which are the model's and not in this file"
 PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as pairs of float64
 
 
@@ -268,6 +269,7 @@ def checkpoint(stored: Stored) -> Checkpoint:
     if stored.value("kind") == "ema":
         return _ema_checkpoint(stored)
     averages, model = stored.averages(), stored.model()
+    frozen = stored.mapping("frozen", list) if stored.has("frozen") else []
     return Checkpoint(
         path=stored.path,
         format="polyak",
@@ -280,6 +282,7 @@ def checkpoint(stored: Stored) -> Checkpoint:
         clock=Clock(max((average.tick.n for average in averages.values()), default=0)),
         dtypes={name: getattr(torch, entry["dtype"]) for name, entry in model.items()},
         ticks={name: average.tick for name, average in averages.items()},
+        left={_FROZEN: len(frozen)} if frozen else {},
     )
 
 

@@ -207,9 +207,12 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
         if classes := own_classes(held["rule"]):
             held["classes"] = classes
     del state["format"]  # the file has its own
+    # Their weights are the model's own and not in the file, which says so to who exports it.
+    frozen = [item.name for item in tracked if item.policy == "frozen"]
     return {
         "kind": kind,
         "every": averager.every,
+        **({"frozen": frozen} if frozen else {}),
         **state,
         "averages": described,
         "model": described_model(tracked),

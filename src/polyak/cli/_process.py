@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from pathlib import Path
 from typing import NoReturn
 
 from polyak._system import flush_c_streams
@@ -37,7 +36,7 @@ def unchanged_process() -> Iterator[None]:
     if ours:
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        with warnings.catch_warnings():
+        with _open_streams(), warnings.catch_warnings():
             yield
     finally:
         if ours:
@@ -47,6 +46,25 @@ def unchanged_process() -> Iterator[None]:
         for name in [name for name in os.environ if name not in environment]:
             del os.environ[name]
         os.environ.update(environment)
+
+
+@contextmanager
+def _open_streams() -> Iterator[None]:
+    """A standard stream that is closed leads to nothing for a while.
+
+    Otherwise the next file that is opened gets its number, and what is printed goes into that file.
+    """
+    opened = []
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened.append(os.open(os.devnull, os.O_RDWR))  # the lowest number that is free
+    try:
+        yield
+    finally:
+        for number in opened:
+            os.close(number)
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -61,17 +79,15 @@ def prints_on_stderr() -> Iterator[None]:
     so file descriptor 1 becomes a copy of descriptor 2 for a while.
     """
     _flush()
-    kept = _duplicate(1)
-    with redirect_stdout(sys.stderr):
-        if kept is not None:
-            _point(1, at=2)
-        try:
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
             yield
-        finally:
-            _flush()  # what is buffered was printed within the block
-            if kept is not None:
-                os.dup2(kept, 1)
-                os.close(kept)
+    finally:
+        _flush()  # what is buffered was printed within the block
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _flush() -> None:
@@ -80,20 +96,3 @@ def _flush() -> None:
         with suppress(AttributeError, ValueError, OSError):  # it is None, closed, or broken
             stream.flush()  # type: ignore[union-attr]
     flush_c_streams()
-
-
-def _duplicate(descriptor: int) -> int | None:
-    """A copy of a file descriptor; None if it is closed."""
-    try:
-        return os.dup(descriptor)
-    except OSError:
-        return None
-
-
-def _point(descriptor: int, *, at: int) -> None:
-    """Makes a file descriptor a copy of another, or if that is closed, of nothing."""
-    try:
-        os.dup2(at, descriptor)
-    except OSError:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), descriptor)
