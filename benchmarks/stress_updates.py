@@ -29,10 +29,14 @@ def due_facts(world: World, subject: Subject) -> set[str]:
     if subject.history.calls + 1 < subject.every:  # it only counts
         return {"changed elsewhere" if fact == "changed" else fact for fact in facts}
     n = len(subject.history.times) + 1
+    option = subject.options["nonfinite"]
+    guarded = option != "allow" and "changed" not in facts
+    finite = not guarded or bool(np.isfinite(subject.weights(world.model)).all())
+    if not finite and option == "skip":
+        return facts  # the rule is not asked
     if any(case.wrong and n >= case.wrong for case in subject.cases.values()):
         facts.add("wrong rule")
-    checked = subject.options["nonfinite"] == "error" and "changed" not in facts
-    if checked and not np.isfinite(subject.weights(world.model)).all():
+    if not finite:
         facts.add("not finite")
     return facts
 
