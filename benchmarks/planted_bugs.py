@@ -66,7 +66,6 @@ BUGS: tuple[Bug, ...] = (
     bug("checksums that nobody compares", "checkpoints/_safetensor_files.py", "            span.checksum = int(sums", "            _ = int(sums", "safetensor_files", "saving"),
     bug("a digest that nobody compares", "checkpoints/_safetensor_files.py", "if digest != wanted or not", "if not", "safetensor_files", "saving"),
     bug("files of two saves in one folder", "checkpoints/_own_format.py", "            _require_one_save(stored, held)\n", "", "saving", "saving_distributed", slow=True),
-    bug("snapshots in the order of their names", "checkpoints/_snapshots.py", "key=lambda each: each.updates)", "key=lambda each: each.path.name)", "recording", "theory_synthesis"),
     bug("snapshots of two runs taken together", "checkpoints/_snapshots.py", "    if a.run != b.run:", "    if False:", "recording"),
     bug("names given twice", "checkpoints/_names.py", "    if len(set(order)) < len(order):", "    if False:", "peers_files", "peers_files_extra", "reading"),
     bug("a window's file with too few slots", "checkpoints/_own_format.py", "or _filled(rule, tick) > len(held[\"slots\"])", "", "saving", "hostile"),
