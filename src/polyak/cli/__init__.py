@@ -14,7 +14,7 @@ try:
     import typer
     from typer.main import get_command
 except ModuleNotFoundError:
-    raise SystemExit('the command line needs typer: pip install "polyak[cli]"') from None
+    raise SystemExit('the command line needs typer: install polyak with its extra "cli"') from None
 
 from polyak.cli._average import average
 from polyak.cli._commands import EPILOG, WIDTH, Commands

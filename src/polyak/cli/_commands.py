@@ -56,7 +56,7 @@ def _one_line_errors() -> Iterator[None]:
     except _UsageError as error:
         _fail_usage(error)
     except ModuleNotFoundError as error:
-        fail(f'{error.name} is missing: pip install "polyak[study]"')
+        fail(f'{error.name} is missing: install polyak with its extra "study"')
     except MemoryError as error:
         fail(f"out of memory: {error}")
     except _WRONG_INPUT as error:

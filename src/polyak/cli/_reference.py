@@ -17,7 +17,7 @@ from polyak.cli._commands import WIDTH
 _HEAD = """\
 # The command line
 
-`pip install "polyak[cli]"`; charts and studies need `"polyak[study]"`. This page is written by
+The extra `cli` brings it (`pip install ".[cli]"`); charts and studies need the extra `study`. This page is written by
 `python -m polyak.cli._reference`.
 """
 

@@ -1,7 +1,7 @@
 """Averages in training frameworks: hooks that call an `Averager`, one module for each framework.
 
 A module imports its framework, and no other module of polyak does: `polyak.integrations.lightning`
-needs `pip install "polyak[lightning]"`.
+needs the extra `lightning`.
 """
 
 from __future__ import annotations

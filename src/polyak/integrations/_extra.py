@@ -16,6 +16,6 @@ def extra(name: str, *packages: str) -> Iterator[None]:
             raise
         raise ModuleNotFoundError(
             f"polyak.integrations.{name} needs {error.name}, which is not installed: "
-            f'pip install "polyak[{name}]"',
+            f'install polyak with its extra "{name}"',
             name=error.name,
         ) from None

@@ -2,7 +2,7 @@
 
     run_article(seeds=64, out=Path("study-article"))
 
-It needs the extra `study`: `pip install polyak[study]`. docs/study.md tells what is run, what the folder
+It needs the extra `study`. docs/study.md tells what is run, what the folder
 holds, and how the verdicts are decided.
 """
 
