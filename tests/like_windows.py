@@ -61,21 +61,21 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     return refuses
 
 
-_system.fcntl = None  # type: ignore[assignment,attr-defined]
-_system.resource = None  # type: ignore[assignment,attr-defined]
-_system._LINUX = False
-_system.WINDOWS = True
-for _module in (_system, _files, _hold, _handles):
-    _module.os = _Os()  # type: ignore[attr-defined]
-for _name in ("replace", "rename", "unlink", "remove"):
-    setattr(os, _name, _refusing(getattr(os, _name)))
-_rename = os.rename
+def pytest_configure() -> None:
+    """Takes it away in this process. Importing this module, as for its doctests, changes nothing."""
+    _system.fcntl = None  # type: ignore[assignment,attr-defined]
+    _system.resource = None  # type: ignore[assignment,attr-defined]
+    _system._LINUX = False
+    _system.WINDOWS = True
+    for module in (_system, _files, _hold, _handles):
+        module.os = _Os()  # type: ignore[attr-defined]
+    for name in ("replace", "rename", "unlink", "remove"):
+        setattr(os, name, _refusing(getattr(os, name)))
+    rename = os.rename
 
+    def rename_to_nothing(old: Any, new: Any, **keywords: Any) -> None:
+        if os.path.lexists(new):
+            raise FileExistsError(17, "The file exists", str(new))
+        rename(old, new, **keywords)
 
-def _rename_to_nothing(old: Any, new: Any, **keywords: Any) -> None:
-    if os.path.lexists(new):
-        raise FileExistsError(17, "The file exists", str(new))
-    _rename(old, new, **keywords)
-
-
-os.rename = _rename_to_nothing  # type: ignore[assignment]
+    os.rename = rename_to_nothing  # type: ignore[assignment]

@@ -39,6 +39,8 @@ HOLDS = """
 import sys
 from pathlib import Path
 import like_windows
+
+like_windows.pytest_configure()
 from polyak._system import Claim
 
 claim = Claim(Path(sys.argv[1]))
