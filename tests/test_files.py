@@ -20,9 +20,10 @@ from patience import HANG
 from polyak import _files as files
 from polyak._files import making_folder, writing, writing_folder
 
-# A process without torch: it starts in a moment, so many can be killed.
-LOAD = """
+# A process without torch, started without site-packages: it is there in a moment, so many can be killed.
+LOAD = f"""
 import os, sys, time
+sys.path.insert(0, {str(Path(polyak._files.__file__).parent.parent)!r})
 from pathlib import Path
 from polyak import _files as files
 place = Path(sys.argv[1])
