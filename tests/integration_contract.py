@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -103,6 +103,11 @@ def evaluate(state: Mapping[str, Tensor]) -> float:
     model = Net()
     model.load_state_dict(dict(state))
     model.eval()
+    return mean_loss(model)
+
+
+def mean_loss(model: Any) -> float:
+    """The mean loss over the held-out batches of a network as it is, in its mode."""
     return sum(loss(model, batch).item() for batch in held_out()) / len(held_out())
 
 

@@ -23,8 +23,8 @@ from integration_contract import (
     Host,
     Outcome,
     batches,
-    held_out,
     loss,
+    mean_loss,
     net,
     optimizer,
 )
@@ -85,10 +85,6 @@ def judged(model: nn.Module, averager: Averager) -> dict[str, float]:
             with averager.applied(name):
                 found[name] = mean_loss(model)
     return found
-
-
-def mean_loss(model: nn.Module) -> float:
-    return sum(loss(model, batch).item() for batch in held_out()) / len(held_out())
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

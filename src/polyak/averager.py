@@ -438,9 +438,9 @@ class Averager:
 
         Without weights it begins from the model's, so that there is an average before the first call
         of `update`. Give weights for a target network that begins apart from its model, for the
-        average of another program, or after a change that `load_state_dict` refuses. Buffers that are not given are the
-        model's. With several averages and no `name`, all of them begin so. A rule of several slots
-        takes count=1: the weights of its first update.
+        average of another program, or after a change that `load_state_dict` refuses. Buffers that are
+        not given are the model's. With several averages and no `name`, all of them begin so. A rule of
+        several slots takes count=1: the weights of its first update.
 
         Raises `ValueError` for names, shapes or dtypes that do not fit, and a count below 1;
         `RuntimeError` inside `applied()`.

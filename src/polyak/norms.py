@@ -313,9 +313,7 @@ def _surely(restore: Callable[[], object]) -> None:
         restore()
         raise
     finally:
-        if not lending.OPEN:  # a block of `applied()` holds them until it ends
-            signals.release()
-        signals.deliver()
+        lending.hear_signals()
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

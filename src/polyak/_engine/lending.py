@@ -17,9 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from polyak._engine import signals
 from polyak._engine.loans import Loan, Owner
 from polyak._engine.memory import meeting, of_one_storage
-from polyak._engine.signals import runs_below
 from polyak._engine.tracking import Tracked
 from polyak._ranks.sharding import local
 
@@ -60,6 +60,13 @@ def owner() -> Owner:
     return Owner(thread.ident or 0, id(task) if task else None, name)
 
 
+def hear_signals() -> None:
+    """Let the handlers that have waited run; an open block holds later ones until it ends."""
+    if not OPEN:
+        signals.release()
+    signals.deliver()
+
+
 def enter(loan: Loan, block: object) -> None:
     """Lets the model carry the average of a loan, for a block. If it raises, `leave` undoes it.
 
@@ -79,7 +86,7 @@ def leave(loan: Loan, block: object) -> bool:
 
     A call that an exception has broken off can be repeated.
     """
-    if runs_below(sys._getframe(1), {_arrange.__code__}):
+    if signals.runs_below(sys._getframe(1), {_arrange.__code__}):
         # The garbage collector closes a generator, with a block in it, amid an exchange.
         _late.append((loan, block))
         return False

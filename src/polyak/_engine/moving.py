@@ -102,9 +102,7 @@ def undisturbed(action: Callable[[], object]) -> None:
         signals.hold()
         action()
     finally:
-        if not lending.OPEN:
-            signals.release()
-        signals.deliver()
+        lending.hear_signals()
 
 
 def _generator(move: Move, g: int) -> torch.Generator | None:

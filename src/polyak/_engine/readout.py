@@ -16,8 +16,9 @@ from polyak._ranks.sharding import as_distributed
 class AverageWeights(LazyTensors):
     """An average as it is now: name -> a fresh tensor, computed when it is read.
 
-    Tied tensors appear under all their names; frozen ones are read from the model. `read` gives this rank's shard; `[name]` gives a DTensor
-    where the model has one. Raises `RuntimeError` after the next update.
+    Tied tensors appear under all their names; frozen ones are read from the model. `read` gives this
+    rank's shard; `[name]` gives a DTensor where the model has one. Raises `RuntimeError` after the next
+    update.
     """
 
     def __init__(self, live: ModelTensors, average: Average, copies: Sequence[Tensor]) -> None:

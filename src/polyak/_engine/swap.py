@@ -307,9 +307,7 @@ def _leave(hold: Hold, error: BaseException | None) -> None:
         elif report:
             raise RuntimeError(report)
     finally:
-        if not lending.OPEN:
-            signals.release()
-        signals.deliver()
+        lending.hear_signals()
 
 
 def _end(hold: Hold) -> str:

@@ -147,8 +147,8 @@ def write(
 ) -> None:
     """Write a file of ours from a description and tensors by key.
 
-    `narrow` is another dtype for the real tensors of averages and live weights. Raises `ValueError` for a value that it
-    cannot hold.
+    `narrow` is another dtype for the real tensors of averages and live weights. Raises `ValueError` for
+    a value that it cannot hold.
     """
     # safetensors has no complex128, so these tensors are stored as pairs of float64.
     pairs = [key for key, tensor in stored.items() if tensor.dtype == torch.complex128]

@@ -32,9 +32,9 @@ class Source(NamedTuple):
     """What is at a path, opened.
 
     `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: an `OpenFile` of
-    torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, and `key` if the path names one part of
-    it; `snapshots`, `post-hoc`: a folder of snapshots, not opened. Where `path` is a folder that holds
-    one file of weights, that file is what was opened.
+    torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, and `key`
+    if the path names one part of it; `snapshots`, `post-hoc`: a folder of snapshots, not opened. Where
+    `path` is a folder that holds one file of weights, that file is what was opened.
     """
 
     kind: Kind

@@ -22,6 +22,7 @@ _AT_CONSTRUCTION = (
 _UNSCALED = (
     "its decay is not rescaled when it updates less often; ours is, so this decay is its {k}th root"
 )
+_FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is not a copy
 _IN_LIGHTNING = "in Lightning, use polyak.integrations.lightning.AveragerCallback"
 
 
@@ -151,15 +152,37 @@ def _diffusers(parameters: Any = None, decay: Any = 0.9999, min_decay: Any = 0.0
                power: Any = 2 / 3, **others: Any) -> Meaning:  # fmt: skip
     low, high = _number("min_decay", min_decay), _number("decay", decay)
     start = _count("update_after_step", update_after_step)
-    if use_ema_warmup is True or low == high:
-        shape = _number("inv_gamma", inv_gamma), _number("power", power)
-        return _ramp(*shape, low, high, start, 1)
-    # Its first (1 + s) / (10 + s) that is no copy is 2 / 11.
-    require(
-        low <= 2 / 11, "min_decay", low, "at most 2/11, or decay: no rule of ours has this ramp"
+    shape = (
+        (_number("inv_gamma", inv_gamma), _number("power", power))
+        if use_ema_warmup is True
+        else None
     )
-    changes = ("its warm-up (1 + n) / (10 + n) is on by default: the decay is reached late",)
-    return Meaning(_begun(Exponential(Ratio(high)), start), changes=changes)
+    rule = diffusers_rule(low, high, start, shape)
+    if rule is None:
+        wanted = "at most 2/11, or decay: no rule of ours has this ramp"
+        raise ValueError(f"min_decay is {low!r}, wanted {wanted}")
+    by_default = shape is None and low != high
+    late = "its warm-up (1 + n) / (10 + n) is on by default: the decay is reached late"
+    return Meaning(rule, changes=(late,) if by_default else ())
+
+
+def diffusers_rule(
+    low: float, high: float, start: int, shape: tuple[float, float] | None
+) -> Rule | None:
+    """The rule of diffusers' `EMAModel`; None if no rule of ours is exactly it.
+
+    Step t copies while s = t - start - 1 <= 0; then the decay is (1 + s) / (10 + s), or with the shape
+    (inv_gamma, power) of use_ema_warmup 1 - (1 + s / inv_gamma) ** -power, within [low, high].
+    """
+    if shape is not None:
+        rule = Exponential(InversePower(*shape, min_decay=low, max_decay=high))
+    elif low == high:
+        rule = Exponential(high)
+    elif low <= _FIRST_RATIO:
+        rule = Exponential(Ratio(high))
+    else:
+        return None
+    return _begun(rule, start)
 
 
 def _timm(model: Any = None, decay: Any = 0.9999, min_decay: Any = 0.0, update_after_step: Any = 0,

@@ -22,12 +22,12 @@ from polyak.checkpoints._peers.common import (
 )
 from polyak.checkpoints._sniff import POST_HOC
 from polyak.checkpoints._torch_files import StoredTensors
-from polyak.decays import InversePower, Ratio
-from polyak.rules import AVERAGE, Exponential, Rule, Tail
+from polyak.decays import Ratio
+from polyak.rules import AVERAGE, Exponential, Rule
+from polyak.theory._peer_classes import diffusers_rule
 
 _EMA, _ONLINE = "ema_model.", "online_model."
 _MEMBER = re.compile(r"ema_models\.(\d+)\.")
-_FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is not a copy
 
 
 def module_state(found: Found) -> Checkpoint | None:
@@ -125,27 +125,18 @@ def diffusers(found: Found) -> Checkpoint | None:
 
 
 def diffusers_rules(settings: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rule of an `EMAModel`, if one of ours is exactly it.
-
-    Step t copies while s = t - update_after_step - 1 <= 0; then the decay is (1 + s) / (10 + s), or
-    1 - (1 + s / inv_gamma) ** -power with use_ema_warmup, at most `decay`, at least `min_decay`.
-    """
+    """The rule of an `EMAModel` with these settings, if one of ours is exactly it."""
     low = number("min_decay", settings.get("min_decay"))
     high = max(number("decay", settings.get("decay")), low)
     start = count("update_after_step", settings.get("update_after_step"))
+    shape = None
     if flag("use_ema_warmup", settings.get("use_ema_warmup")):
         shape = (
             number("inv_gamma", settings.get("inv_gamma")),
             number("power", settings.get("power")),
         )
-        rule = Exponential(InversePower(*shape, min_decay=low, max_decay=high))
-    elif low == high < 1:
-        rule = Exponential(high)
-    elif low <= _FIRST_RATIO and high < 1:
-        rule = Exponential(Ratio(high))
-    else:
-        return {}
-    return {AVERAGE: Tail(rule, start) if start else rule}
+    rule = diffusers_rule(low, high, start, shape) if shape or high < 1 else None
+    return {} if rule is None else {AVERAGE: rule}
 
 
 def _unnamed(found: Found, key: str) -> LazyTensors:
