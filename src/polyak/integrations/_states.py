@@ -11,6 +11,7 @@ from pathlib import Path
 from polyak.averager import Averager
 from polyak.checkpoints import load, save
 
+NO_DEEPSPEED = "DeepSpeed keeps the weights where no averager sees them: use FSDP2"
 AVERAGES = "averages"
 _SUFFIXES = (".safetensors", ".dcp")
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from polyak.integrations._states import NO_DEEPSPEED
+
 Callbacks = Callable[[], list[Any]]
 Metrics = dict[str, float]
 
@@ -36,7 +38,7 @@ def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> 
     if args.deepspeed or getattr(
         args, "hf_deepspeed_config", None
     ):  # accelerate's launcher sets it
-        raise ValueError("DeepSpeed keeps the weights where no averager sees them: use FSDP2")
+        raise ValueError(NO_DEEPSPEED)
     if best is not None:
         raise ValueError(
             f"metric_for_best_model is {args.metric_for_best_model!r}, but a callback alone evaluates "

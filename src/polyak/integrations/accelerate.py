@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from polyak.averager import Averager
 from polyak.integrations._extra import extra
-from polyak.integrations._states import load_state, save_state
+from polyak.integrations._states import NO_DEEPSPEED, load_state, save_state
 
 with extra("accelerate", "accelerate"):
     from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
@@ -46,11 +46,12 @@ def register(
             With FSDP2 then call `attach` after `load_state`, in which torch steps a new optimizer once.
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
-    Raises `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already. `load_state` then
-    raises `FileNotFoundError` for a folder without the state, and what `polyak.load` raises.
+    Raises `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already.
+    `load_state` then raises `FileNotFoundError` for a folder without the state, and what `polyak.load`
+    raises.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed keeps the weights where no averager sees them: use FSDP2")
+        raise ValueError(NO_DEEPSPEED)
     names = _NAMES.setdefault(accelerator, [])
     if taken := [name for name in averager.rules if name in names]:
         raise ValueError(

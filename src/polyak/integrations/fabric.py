@@ -39,8 +39,8 @@ def average(
     """Return an averager of a model that Fabric has set up; it updates after each optimizer step.
 
     Names are those of the plain model. A step that Fabric's `GradScaler` skips makes no update, and
-    gradient accumulation with `no_backward_sync` counts optimizer steps. Each average's rule, half-life and mean age go to
-    Fabric's loggers as hyper-parameters.
+    gradient accumulation with `no_backward_sync` counts optimizer steps. Each average's rule, half-life
+    and mean age go to Fabric's loggers as hyper-parameters.
 
     Args:
         model: what `fabric.setup` or `fabric.setup_module` returned.

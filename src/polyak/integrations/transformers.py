@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 
+from polyak._checks import is_integer, require
 from polyak.averager import Averager
 from polyak.integrations._card import write_card
 from polyak.integrations._extra import extra
@@ -61,8 +62,7 @@ class AveragerCallback(TrainerCallback):
         change_rule: bool = False,
         **options: Any,
     ) -> None:
-        if type(start) is not int or start < 0:
-            raise ValueError(f"start is {start!r}, wanted a number of steps: an integer >= 0")
+        require(is_integer(start, 0), "start", start, "a number of steps: an integer >= 0")
         self.rules = Averager({"w": torch.zeros(1)}, rule).rules
         self._start, self._options = start, options
         self._change_rule = change_rule
