@@ -12,9 +12,54 @@ import time
 from pathlib import Path
 
 from polyak._checks import is_integer, require
+from polyak.study._result import Result, Seed, difference, gain, log_ratio
+from polyak.study._schedules import (
+    Plateau,
+    Schedule,
+    constant,
+    cosine,
+    inverse_sqrt,
+    linear,
+    wsd,
+)
 from polyak.study._settings import Settings
+from polyak.study._study import (
+    Arm,
+    Claim,
+    Data,
+    Ensemble,
+    Metric,
+    Published,
+    Region,
+    Study,
+    mean_probability,
+)
 
-__all__ = ["Settings", "run_article"]
+__all__ = [
+    "Arm",
+    "Claim",
+    "Data",
+    "Ensemble",
+    "Metric",
+    "Plateau",
+    "Published",
+    "Region",
+    "Result",
+    "Schedule",
+    "Seed",
+    "Settings",
+    "Study",
+    "constant",
+    "cosine",
+    "difference",
+    "gain",
+    "inverse_sqrt",
+    "linear",
+    "log_ratio",
+    "mean_probability",
+    "run_article",
+    "wsd",
+]
 
 
 def run_article(

@@ -1,0 +1,83 @@
+"""Schedules: the factor of the learning rate over a run.
+
+A schedule is a function of the share of the run that is done: 0 at the first step, (steps - 1) / steps at
+the last. `Plateau` follows the validation of an arm instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from polyak._checks import is_integer, require, require_positive
+from polyak.rules import LIVE
+
+Factor = Callable[[float], float]
+
+
+def constant(share: float) -> float:  # noqa: ARG001  # every schedule is called so
+    """The factor 1."""
+    return 1.0
+
+
+def inverse_sqrt(share: float) -> float:
+    """`(1 + 30 share)^-1/2`: from 1 to .18, as in Anytime Pretraining (arXiv 2602.03702)."""
+    return float((1 + 30 * share) ** -0.5)
+
+
+def cosine(share: float) -> float:
+    """`(1 + cos(pi share)) / 2`: from 1 to 0."""
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+def linear(share: float) -> float:
+    """`1 - share`: from 1 to 0."""
+    return 1 - share
+
+
+def wsd(share: float) -> float:
+    """1 for 80 % of the run, then `1 - sqrt` of the share of the rest: from 1 to 0."""
+    return 1 - math.sqrt(max(share - 0.8, 0.0) / 0.2)
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Lower the learning rate when the validation of an arm stalls, and stop when it stalls for longer.
+
+    Args:
+        arm: the arm whose validation value of the main metric decides.
+        factor: what the learning rate is multiplied with.
+        patience: evaluations without an improvement before it is lowered, as torch's
+            `ReduceLROnPlateau` counts them.
+        stop: evaluations in a row without a strictly better value before the run stops; None never
+            stops.
+        after: evaluations for which the run goes on after the stop. They are recorded as
+            "after_stop", and are no part of the run.
+
+    Raises `ValueError` for a factor outside (0, 1) and for counts that are not positive.
+    """
+
+    arm: str = LIVE
+    factor: float = 0.5
+    patience: int = 10
+    stop: int | None = None
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive("factor", self.factor)
+        require(self.factor < 1, "factor", self.factor, "a number below 1")
+        require(is_integer(self.patience, 0), "patience", self.patience, "an integer >= 0")
+        require(is_integer(self.after, 0), "after", self.after, "an integer >= 0")
+        wanted = "an integer >= 1, or None"
+        require(self.stop is None or is_integer(self.stop, 1), "stop", self.stop, wanted)
+
+
+Schedule = Factor | Plateau
+
+
+def described(schedule: Schedule) -> str:
+    """A schedule as text, with its factor at nine places, so that two schedules can be compared."""
+    if isinstance(schedule, Plateau):
+        return repr(schedule)
+    return " ".join(f"{schedule(i / 8.001):.4g}" for i in range(9))

@@ -1,0 +1,308 @@
+"""Study: an experiment as data, from the model to the claims.
+
+A recipe is a Python file of about a screen with one module-level `study = Study(...)`.
+docs/own-study.md writes one from the beginning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polyak._checks import is_integer, is_number, require
+from polyak.rules import LIVE, Rule
+from polyak.specs import parse
+from polyak.study._schedules import Plateau, Schedule, constant
+
+if TYPE_CHECKING:
+    from polyak.study._result import Seed
+
+Part = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three parts of a data set. A part is a tuple of tensors, e.g. (inputs, targets).
+
+    The tensors of a part have the same number of rows; a batch is the same rows of each. Training uses
+    `train`, every choice uses `validation`, and only the reported values use `test`.
+
+    Raises `ValueError` for a part without tensors or rows, or whose tensors differ in rows.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            part = getattr(self, name)
+            if not isinstance(part, tuple) or not all(isinstance(t, Tensor) for t in part):
+                raise ValueError(f"{name} is {type(part).__name__}, wanted a tuple of tensors")
+            rows = [len(tensor) if tensor.ndim else 0 for tensor in part]
+            one_length = len(set(rows)) == 1 and rows[0] > 0
+            require(one_length, f"rows of {name}", rows, "the same number >= 1 in each tensor")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`function(model, *part)` -> a scalar tensor or float, computed in eval mode without gradients.
+
+    The function must not draw from torch's global generator; give it a generator of its own.
+    """
+
+    function: Callable[..., Tensor]
+    lower_is_better: bool = True
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An average that every run tracks.
+
+    Args:
+        rule: the rule or its spec.
+        every: optimizer steps per update; a window counts updates.
+        start: the share of the run after which averaging begins. Until then the arm is a copy of the
+            live weights.
+        recalibrate: whether BatchNorm's statistics are estimated anew, from training batches, each
+            time before the arm is judged.
+
+    Raises `ValueError` for a bad rule, every < 1, and a start outside [0, 1).
+    """
+
+    rule: Rule
+    every: int = 1
+    start: float = 0.0
+    recalibrate: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "rule", parse(self.rule) if isinstance(self.rule, str) else self.rule
+        )
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule is {type(self.rule).__name__}, wanted a polyak.Rule or its spec")
+        require(is_integer(self.every, 1), "every", self.every, "an integer >= 1")
+        require(
+            is_number(self.start) and 0 <= self.start < 1, "start", self.start, "a share in [0, 1)"
+        )
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The mean prediction of the networks of the last `size` snapshots, one every `every` steps.
+
+    `combine` makes one output of the stacked outputs (size, ...): by default their mean. For logits
+    give `polyak.study.mean_probability`.
+
+    Raises `ValueError` for size or every < 1.
+    """
+
+    size: int
+    every: int = 1
+    combine: Callable[[Tensor], Tensor] = field(default=lambda outputs: outputs.mean(0))
+
+    def __post_init__(self) -> None:
+        for name in ("size", "every"):
+            require(
+                is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1"
+            )
+
+
+def mean_probability(logits: Tensor) -> Tensor:
+    """The log of the mean softmax of stacked logits (size, ..., classes): logits of an ensemble."""
+    return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))
+
+
+@dataclass(frozen=True)
+class Region:
+    """The values of a quantity for which a sentence is true, bounds included.
+
+    >>> 0.0 in Region.above(0), 0.5 in Region.above(0), str(Region.between(0, 2))
+    (False, True, 'from 0 to 2')
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    @classmethod
+    def above(cls, bound: float) -> Region:
+        """Values > bound."""
+        return cls(low=math.nextafter(bound, math.inf))
+
+    @classmethod
+    def below(cls, bound: float) -> Region:
+        """Values < bound."""
+        return cls(high=math.nextafter(bound, -math.inf))
+
+    @classmethod
+    def between(cls, low: float, high: float) -> Region:
+        """Values from low to high, both included."""
+        return cls(low, high)
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"below {_bound(self.high)}"
+        if math.isinf(self.high):
+            return f"above {_bound(self.low)}"
+        return f"from {_bound(self.low)} to {_bound(self.high)}"
+
+
+def _bound(value: float) -> str:
+    """A bound as it was given: without the last bit that makes it open."""
+    return "0" if abs(value) < 1e-300 else f"{value:.6g}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, a quantity with one number per seed, and the region in which the sentence is true.
+
+    `form` says how the report prints the quantity: "share", "number", "ratio" or "steps".
+    """
+
+    sentence: str
+    quantity: Callable[[Seed], float]
+    region: Region
+    source: str = ""
+    form: str = "share"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure that somebody published about one run, to be compared with the quantity over seeds."""
+
+    what: str
+    quantity: Callable[[Seed], float]
+    figure: float
+    source: str = ""
+    form: str = "number"
+
+
+def _adam(parameters: Any, learning_rate: float) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """An experiment: what is trained, which averages are compared, and what is claimed.
+
+    A run is one (seed, schedule, learning rate), and tracks all arms. Every function must be callable
+    in another process.
+
+    Args:
+        name: the name of its folder and its command: a word of letters, digits, "-" and "_".
+        title: one line for the report.
+        model: called without arguments; torch's global generator is seeded for it.
+        data: called with the seed of the split. Calls with one seed give equal data.
+        loss: `loss(model, *batch)` -> the scalar mean loss of a batch, in train mode.
+        metrics: name -> `Metric`. The first is the main one: it selects and tunes. Default: the loss.
+        optimizer: called with the parameters and a learning rate. Default: Adam.
+        learning_rates: each is run; every arm is judged at its own best one.
+        schedules: name -> `Schedule`. The first is the default of all helpers.
+        arms: name -> `Arm`, `Ensemble`, a rule or its spec. "live" is always there.
+        claims: sentences that the report judges.
+        published: figures of others that the report compares.
+        steps: optimizer steps of a run.
+        batch_size: rows of a batch; the last batch of an epoch may be smaller.
+        evaluations: evenly spaced evaluations of all arms; the last is at the last step.
+        seeds: runs of each schedule and learning rate.
+        quick: the fields that a quick run replaces, e.g. {"steps": 200, "seeds": 4}.
+        source: where the data come from, and their licence.
+
+    Raises `ValueError` for a bad field, with its name.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: Callable[[int], Data]
+    loss: Callable[..., Tensor]
+    arms: Mapping[str, Any]
+    steps: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    title: str = ""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    optimizer: Callable[[Any, float], Optimizer] = _adam
+    schedules: Mapping[str, Schedule] = field(default_factory=lambda: {"constant": constant})
+    claims: tuple[Claim, ...] = ()
+    published: tuple[Published, ...] = ()
+    evaluations: int = 20
+    seeds: int = 16
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        arms = {name: _as_arm(name, arm) for name, arm in dict(self.arms).items()}
+        object.__setattr__(self, "arms", arms)
+        object.__setattr__(self, "metrics", dict(self.metrics) or {"loss": Metric(self.loss)})
+        object.__setattr__(self, "learning_rates", tuple(float(r) for r in self.learning_rates))
+        self._require_fields()
+
+    def _require_fields(self) -> None:
+        plain = isinstance(self.name, str) and self.name.replace("-", "_").isidentifier()
+        require(plain, "name", self.name, "a word of letters, digits, - and _")
+        for name in ("steps", "batch_size", "evaluations", "seeds"):
+            require(
+                is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1"
+            )
+        few = self.evaluations <= self.steps
+        require(few, "evaluations", self.evaluations, f"at most the {self.steps} steps")
+        rates = self.learning_rates
+        distinct = len(set(rates)) == len(rates) and all(r > 0 and is_number(r) for r in rates)
+        require(distinct and bool(rates), "learning_rates", rates, "different numbers > 0")
+        require(bool(self.schedules), "schedules", self.schedules, "at least one")
+        for name, schedule in self.schedules.items():
+            if isinstance(schedule, Plateau):
+                self.require_arm(schedule.arm, f"schedule {name!r}")
+        if unknown := set(self.quick) - set(self.__dataclass_fields__):
+            raise ValueError(f"quick has {sorted(unknown)}, wanted fields of Study")
+
+    def require_arm(self, arm: str, where: str) -> None:
+        """Raise `ValueError` unless an arm of this name exists."""
+        if arm not in self.arm_names:
+            raise ValueError(
+                f"{where}: there is no arm {arm!r}, wanted {', '.join(self.arm_names)}"
+            )
+
+    def require_metric(self, metric: str | None) -> str:
+        """The metric, or the main one for None. Raise `ValueError` if there is no such metric."""
+        metric = self.main if metric is None else metric
+        require(metric in self.metrics, "metric", metric, ", ".join(self.metrics))
+        return metric
+
+    def require_schedule(self, schedule: str | None) -> str:
+        """The schedule, or the first one for None. Raise `ValueError` if there is no such schedule."""
+        schedule = next(iter(self.schedules)) if schedule is None else schedule
+        require(schedule in self.schedules, "schedule", schedule, ", ".join(self.schedules))
+        return schedule
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The names of all arms, "live" first."""
+        return (LIVE, *self.arms)
+
+    @property
+    def main(self) -> str:
+        """The name of the main metric."""
+        return next(iter(self.metrics))
+
+    def quickly(self) -> Study:
+        """The study with the fields of `quick`."""
+        return replace(self, **self.quick)
+
+
+def _as_arm(name: str, arm: Any) -> Arm | Ensemble:
+    require(name != LIVE, "an arm's name", name, "another name: the live weights are always there")
+    try:
+        return arm if isinstance(arm, Arm | Ensemble) else Arm(arm)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"arm {name!r}: {error}") from None
