@@ -18,7 +18,7 @@ NAMES = {
 THEORY = {
     "profile", "half_life", "mean_age", "effective_window", "noise_gain", "relative_std",
     "frequency_response", "cutoff", "learning_rate_profile", "explain", "match", "equivalents",
-    "fit", "wsm", "qam", "learning_rate_decay",
+    "fit", "wsm", "qam", "learning_rate_decay", "learning_rates", "quadratic_moments", "feedback",
 }  # fmt: skip
 
 MODULES = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from polyak.theory._cadence import cadence, displacement
 from polyak.theory._explaining import Explanation, explain
+from polyak.theory._feedback import Feedback, feedback
 from polyak.theory._libraries import CONVENTIONS, equivalents
 from polyak.theory._matching import match
 from polyak.theory._measures import (
@@ -38,15 +39,19 @@ from polyak.theory._measures import (
 from polyak.theory._merging import learning_rate_decay, qam, wsm
 from polyak.theory._migration import Migration, from_library
 from polyak.theory._profiles import Profile, coefficients, profile
+from polyak.theory._quadratic import Moments, quadratic_moments
+from polyak.theory._rates import learning_rates
 from polyak.theory._synthesis import Column, Fit, fit
 
 __all__ = [
     "CONVENTIONS",
     "Column",
     "Explanation",
+    "Feedback",
     "Fit",
     "FrequencyResponse",
     "Migration",
+    "Moments",
     "Profile",
     "cadence",
     "coefficients",
@@ -55,6 +60,7 @@ __all__ = [
     "effective_window",
     "equivalents",
     "explain",
+    "feedback",
     "fit",
     "frequency_response",
     "from_library",
@@ -62,11 +68,13 @@ __all__ = [
     "initial_weight",
     "learning_rate_decay",
     "learning_rate_profile",
+    "learning_rates",
     "match",
     "mean_age",
     "noise_gain",
     "profile",
     "qam",
+    "quadratic_moments",
     "ramp_lag",
     "relative_std",
     "step_response",

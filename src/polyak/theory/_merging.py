@@ -20,7 +20,7 @@ import numpy.typing as npt
 from polyak._checks import require, require_count
 from polyak.theory._profiles import Profile
 
-_SHAPES: dict[str, Callable[[Profile], Profile]] = {
+SHAPES: dict[str, Callable[[Profile], Profile]] = {
     "linear": lambda x: 1 - x,
     "sqrt": lambda x: 1 - np.sqrt(x),
     "cosine": lambda x: (1 + np.cos(math.pi * x)) / 2,
@@ -45,9 +45,9 @@ def learning_rate_decay(shape: str, checkpoints: int) -> Profile:
     Raises `ValueError` for another shape, or unless `checkpoints` is an integer >= 2.
     Source: WSM (arXiv 2507.17634); sqrt: Hägele et al. (arXiv 2405.18392).
     """
-    require(shape in _SHAPES, "shape", shape, f"one of {', '.join(map(repr, _SHAPES))}")
+    require(shape in SHAPES, "shape", shape, f"one of {', '.join(map(repr, SHAPES))}")
     count = require_count("checkpoints", checkpoints, "a decay is between checkpoints", least=2)
-    return _SHAPES[shape](np.arange(1, count) / count)
+    return SHAPES[shape](np.arange(1, count) / count)
 
 
 def wsm(multipliers: npt.ArrayLike) -> Profile:

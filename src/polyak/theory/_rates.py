@@ -1,0 +1,59 @@
+"""Learning-rate schedules: the multiplier of the peak learning rate at every step of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from polyak._checks import as_number, is_number, require, require_count
+from polyak.theory._merging import SHAPES
+from polyak.theory._profiles import Profile
+
+_COOLDOWN = 0.2  # the share of the run in which "wsd" falls
+_FASTER = 30.0  # "inverse_sqrt" ends at 1 / sqrt(1 + 30) = 0.18
+
+# The multiplier at a share of the run, from 0 to 1; those that anneal go from 1 to 0.
+_FACTORS: dict[str, Callable[[Profile], Profile]] = {
+    "constant": np.ones_like,
+    "inverse_sqrt": lambda x: 1 / np.sqrt(1 + _FASTER * x),
+    "cosine": SHAPES["cosine"],
+    "linear": SHAPES["linear"],
+    "wsd": lambda x: SHAPES["sqrt"](np.clip((x - 1) / _COOLDOWN + 1, 0, 1)),
+}
+ANNEALING = ("cosine", "linear", "wsd")
+
+
+def learning_rates(
+    schedule: str, steps: int, *, final: float = 0.0, warmup: float = 0.0
+) -> Profile:
+    """The multiplier of the peak learning rate at each step of a run: shape (steps,).
+
+    With x = step / steps: "constant" 1; "inverse_sqrt" 1 / sqrt(1 + 30 x); "linear" 1 - x; "cosine"
+    (1 + cos(pi x)) / 2; "wsd" 1 until the last 20 % of the run, there 1 - sqrt of the share of them
+    that is over. The last three fall from 1 to `final`: final + (1 - final) * the formula. In the
+    share `warmup` of the run all are multiplied by a linear rise.
+
+    >>> learning_rates("linear", 4), learning_rates("cosine", 4, final=0.5)[-1]
+    (array([0.75, 0.5 , 0.25, 0.  ]), np.float64(0.5))
+    >>> learning_rates("constant", 4, warmup=0.5)
+    array([0.5, 1. , 1. , 1. ])
+
+    Raises `ValueError` for another name, for steps < 1, for a final or warmup outside [0, 1], and for
+    a final of a schedule that has no end of its own.
+    Source: wsd: Hägele et al. (arXiv 2405.18392); inverse_sqrt: arXiv 2602.03702.
+    """
+    require(schedule in _FACTORS, "schedule", schedule, f"one of {', '.join(_FACTORS)}")
+    steps = require_count("steps", steps)
+    final, warmup = _share("final", final), _share("warmup", warmup)
+    wanted = f"0: only {', '.join(ANNEALING)} fall to a final learning rate"
+    require(final == 0 or schedule in ANNEALING, f"final of {schedule}", final, wanted)
+    done = np.arange(1, steps + 1)
+    factor = final + (1 - final) * _FACTORS[schedule](done / steps)
+    return factor * np.minimum(1.0, done / max(warmup * steps, 1.0))
+
+
+def _share(name: str, got: float) -> float:
+    number = as_number(got)
+    require(is_number(number) and 0 <= number <= 1, name, got, "a number in [0, 1]")
+    return float(number)
