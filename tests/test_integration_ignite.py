@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import Checkpoint, DiskSaver, TensorboardLogger
 from ignite.metrics import Average
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from integration_contract import (
     EVERY,
@@ -29,8 +30,8 @@ from integration_contract import (
     net,
     optimizer,
 )  # fmt: skip
-from polyak import Averager
-from polyak.integrations.ignite import Weights, evaluators
+from polyak import Averager, theory
+from polyak.integrations.ignite import Weights, evaluators, log_measures
 
 
 def evaluator(model: Net) -> Engine:
@@ -121,6 +122,24 @@ def test_an_evaluator_of_an_average_can_run_again_and_needs_an_average() -> None
     first = [engines["fast"].run(held_out()).metrics for _ in range(2)]
     assert first[0] == first[1]
     assert len(handlers[Events.EPOCH_COMPLETED]) == before
+
+
+def test_a_logger_gets_what_is_averaged(tmp_path: Path) -> None:
+    logger = TensorboardLogger(str(tmp_path))
+    trainer = Engine(lambda *_: None)
+    log_measures(logger, trainer, Averager(net(), RULES, every=2), steps=STEPS)
+    trainer.run([0] * 3, max_epochs=2)
+    logger.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    told = {
+        name: [event.value for event in found.Scalars(name)] for name in found.Tags()["scalars"]
+    }
+    wanted = {}
+    for name, rule in RULES.items():
+        seen = theory.explain(rule, STEPS, every=2)
+        wanted[f"averages/{name}/half_life"] = [pytest.approx(seen.half_life)]
+        wanted[f"averages/{name}/mean_age"] = [pytest.approx(seen.mean_age)]
+    assert told == wanted
 
 
 def test_bad_input_is_an_error_with_its_cure() -> None:

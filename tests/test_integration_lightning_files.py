@@ -85,6 +85,19 @@ def test_checkpoints_hold_live_weights_and_the_averages_lie_beside(
     )
 
 
+def test_a_link_to_the_last_checkpoint_finds_its_averages(tmp_path: Path) -> None:
+    average = AveragerCallback(RULES)
+    last = ModelCheckpoint(tmp_path, save_last="link", filename="{step}")
+    trainer, module = trainer_of(average, last), made()
+    trainer.fit(module)
+    assert Path(last.last_model_path).is_symlink()
+    for name in RULES:
+        exported = load_file(average.exported(last.last_model_path, name))
+        require_equal(exported, plain().averages[name])
+    (got,) = trainer.test(module, ckpt_path="last", verbose=False, weights_only=True)
+    assert got["test_loss/fast"] == pytest.approx(evaluate(plain().averages["fast"]))
+
+
 def test_a_checkpoint_by_hand_and_one_average(tmp_path: Path) -> None:
     average = AveragerCallback("exponential(0.6)")
     trainer, module = trainer_of(average, enable_checkpointing=False), made()
@@ -389,6 +402,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "an unknown option": (lambda _: AveragerCallback(ONE, evry=2), TypeError, "evry"),
     "a bad rule": (lambda _: AveragerCallback("mean()"), ValueError, "mean"),
     "a bad start": (lambda _: AveragerCallback(ONE, start=-1), ValueError, "start is -1, wanted"),
+    "a bad cadence": (lambda _: AveragerCallback(ONE, every=0), ValueError, "every is 0, wanted"),
     "no separator": (lambda _: AveragerCallback(ONE, separator=""), ValueError, "separator is ''"),
     "the same callback twice": (
         lambda _: trainer_of(AveragerCallback(ONE), AveragerCallback(ONE)),

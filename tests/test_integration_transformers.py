@@ -680,9 +680,12 @@ def a_name_that_is_no_folder(_: Path) -> None:
     AveragerCallback({"a/b": "uniform()"})
 
 
-def an_option_that_averagers_lack(folder: Path) -> None:
-    averaged(one := tiny.trainer(folder), decay=0.9)
-    one.train()
+def an_option_that_averagers_lack(_: Path) -> None:
+    AveragerCallback(EMA, decay=0.9)
+
+
+def a_cadence_that_is_none(_: Path) -> None:
+    AveragerCallback(EMA, every=0)
 
 
 BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
@@ -707,6 +710,7 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (a_rule_that_does_not_parse, ValueError, r"decay"),
     (a_name_that_is_no_folder, ValueError, r"'a/b', wanted one without a slash"),
     (an_option_that_averagers_lack, TypeError, r"decay"),
+    (a_cadence_that_is_none, ValueError, r"every is 0, wanted an integer >= 1"),
 ]
 
 

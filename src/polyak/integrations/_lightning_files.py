@@ -14,12 +14,17 @@ from polyak.averager import Averager
 
 def exported(checkpoint: Path | str, name: str = "average") -> Path:
     """Return the file beside a checkpoint in which an average is exported."""
+    path = Path(checkpoint)
+    if (
+        path.is_symlink()
+    ):  # `save_last="link"`: the averages lie beside the checkpoint that it names
+        checkpoint = path.resolve()
     return Path(f"{str(checkpoint).removesuffix('.ckpt')}.{name}.safetensors")
 
 
 def parts(checkpoint: Path | str, names: Sequence[str]) -> Path:
-    """The folder with the ranks' parts of sharded averages; `last.ckpt` may be a link to the checkpoint."""
-    return exported(Path(checkpoint).resolve(), "-".join(names)).with_suffix(".dcp")
+    """The folder with the ranks' parts of sharded averages."""
+    return exported(checkpoint, "-".join(names)).with_suffix(".dcp")
 
 
 def write(checkpoint: str, averager: Averager | None, *, first: bool) -> None:

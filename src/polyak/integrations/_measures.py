@@ -22,3 +22,9 @@ def measures(averager: Averager, steps: float) -> dict[str, Any]:
         told |= {f"{name}/rule": str(rule), f"{name}/half_life": seen.half_life}
         told |= {f"{name}/mean_age": seen.mean_age}
     return told
+
+
+def numbers(averager: Averager, steps: float) -> dict[str, float]:
+    """Return the measures without the rules, for a logger that takes no text."""
+    told = measures(averager, steps)
+    return {name: value for name, value in told.items() if not isinstance(value, str)}

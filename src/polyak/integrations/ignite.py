@@ -22,11 +22,13 @@ from torch import Tensor
 
 from polyak.averager import Averager
 from polyak.integrations._extra import extra
+from polyak.integrations._measures import numbers
 
 with extra("ignite", "ignite"):
     from ignite.engine import Engine, Events
+    from ignite.handlers.base_logger import BaseLogger
 
-__all__ = ["Weights", "evaluators"]
+__all__ = ["Weights", "evaluators", "log_measures"]
 
 
 def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engine]:
@@ -62,6 +64,19 @@ def _run(
             return run(*args, **kwargs)
         finally:
             event.remove()
+
+
+def log_measures(
+    logger: BaseLogger, trainer: Engine, averager: Averager, *, steps: float = 0
+) -> None:
+    """Let a logger of ignite have each average's half-life and mean age when a training starts.
+
+    They are in steps, `averages/<name>/half_life` and `averages/<name>/mean_age`. `steps` is the length of
+    the whole training; 0 if it is unknown.
+    """
+    logger.attach_output_handler(
+        trainer, Events.STARTED, "averages", output_transform=lambda _: numbers(averager, steps)
+    )
 
 
 class Weights:

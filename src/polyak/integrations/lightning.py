@@ -9,18 +9,16 @@ A module that logs `val_loss` then has `val_loss` of the live weights and `val_l
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import torch
-
 from polyak import checkpoints
-from polyak._checks import is_integer, require
+from polyak._checks import require
 from polyak.averager import Averager
 from polyak.integrations import _lightning_files as files
+from polyak.integrations._arguments import checked
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
 from polyak.integrations._optimizers import moving
@@ -64,14 +62,12 @@ class AveragerCallback(Callback):
         separator: str = "/",
         **options: Any,
     ) -> None:
-        inspect.signature(Averager).bind(None, rule, every=every, **options)
-        require(is_integer(start, 0), "start", start, "an integer >= 0")
+        self._arguments = {"rule": rule, "every": every, **options}
+        rules, self.start = checked(rule, start, {"every": every, **options})
         require(bool(separator), "separator", separator, "a string that is not empty")
-        self.names = list(Averager({"w": torch.zeros(1)}, rule, every=every).rules)
-        self.start, self.separator = start, separator
+        self.names, self.separator = list(rules), separator
         self.averager: Averager | None = None
         """The averager, once training has begun or a checkpoint with averages was evaluated."""
-        self._arguments = {"rule": rule, "every": every, **options}
         self._module: LightningModule | None = None
         self._state: dict[str, Any] = {}  # of a checkpoint, until there is a model to load it for
         self._restored = False  # whether this run's checkpoint had a state

@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
-from polyak._checks import is_integer, require
 from polyak.averager import Averager
+from polyak.integrations._arguments import checked
 from polyak.integrations._card import write_card
 from polyak.integrations._extra import extra
-from polyak.integrations._measures import measures
+from polyak.integrations._measures import numbers
 from polyak.integrations._states import AVERAGES, load_state, save_state
 from polyak.integrations._trainer import hook, require_possible, require_trained
 from polyak.rules import Rule
@@ -62,9 +60,8 @@ class AveragerCallback(TrainerCallback):
         change_rule: bool = False,
         **options: Any,
     ) -> None:
-        require(is_integer(start, 0), "start", start, "a number of steps: an integer >= 0")
-        self.rules = Averager({"w": torch.zeros(1)}, rule).rules
-        self._start, self._options = start, options
+        self.rules, self._start = checked(rule, start, options)
+        self._options = options
         self._change_rule = change_rule
         self.trainer: Trainer | None = None
         """The Trainer that the callback is attached to."""
@@ -99,8 +96,7 @@ class AveragerCallback(TrainerCallback):
             self._load(self.resume_from or self._checkpoint(), state.global_step > self._start)
         self.on_step_begin(**at)
         if self.trainer is not None:
-            told = measures(self.averager, state.max_steps - self._start)
-            self.trainer.log({key: n for key, n in told.items() if not isinstance(n, str)})
+            self.trainer.log(numbers(self.averager, state.max_steps - self._start))
 
     def on_step_begin(self, *_: Any, **at: Any) -> None:
         if self.averager and self._attachment is None and self._state.global_step >= self._start:
