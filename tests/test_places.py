@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from polyak.study._report import _write
 
 import polyak
 from polyak import Averager, Recorder, checkpoints
 from polyak.offline import average
 from polyak.study._records import opened
-from polyak.study._report import _write
 
 
 def averager(size: int = 8) -> Averager:

@@ -81,8 +81,8 @@ def run_article(
     require(jobs != 0, "jobs", jobs, "a number of processes, or -1 for one per core")
     from rich.console import Console
 
+    from polyak.study import _article_report as report
     from polyak.study import _costs as costs
-    from polyak.study import _report as report
     from polyak.study import _runner as runner
     from polyak.study import _terminal as terminal
     from polyak.study._arms import all_arms

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table as RichTable
 
-from polyak.study._report import Report
+from polyak.study._article_report import Report
 from polyak.study._text import Table
 
 COLOURS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}

@@ -6,19 +6,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from polyak.study._claims import Part
 from polyak.study._statistics import Interval
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text with a title, and a note for its reader."""
+    """A table of text with a title, and a note for its reader; a page lets its reader sort it or not."""
 
     name: str
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    sortable: bool = False
 
     def markdown(self) -> str:
         """The table as Markdown, with title and note."""
@@ -34,12 +34,22 @@ def number(value: float, digits: int = 4) -> str:
     return text.replace("-", "−")
 
 
+def significant(value: float, digits: int = 4) -> str:
+    """A number with so many significant digits, and a real minus sign; words for NaN and infinity."""
+    if math.isnan(value):
+        return "—"
+    if math.isinf(value):
+        return "never" if value > 0 else "−∞"
+    text = f"{value:.{digits}g}"
+    return ("0" if not float(text) else text).replace("-", "−")
+
+
 def percent(value: float, digits: int = 1) -> str:
     """A share as a percentage."""
     return f"{number(100 * value, digits)} %"
 
 
-_FORMS: dict[str, Callable[[float], str]] = {
+FORMS: dict[str, Callable[[float], str]] = {
     "loss": lambda v: number(v, 5),
     "mse": lambda v: number(v, 5),
     "mae": lambda v: number(v, 5),
@@ -48,17 +58,14 @@ _FORMS: dict[str, Callable[[float], str]] = {
     "share": percent,
     "change": lambda v: percent(v, 2),
     "ratio": lambda v: number(v, 3),
+    "number": significant,
+    "steps": lambda v: significant(v, 4),
 }
 
 
-def between(interval: Interval, form: Callable[[float], str]) -> str:
+def between(interval: Interval, form: Callable[[float], str] = significant) -> str:
     """`estimate [low, high]`, or "no seed" for a quantity without values."""
     if math.isnan(interval.estimate):
         return "no seed"
     low, high = form(interval.low), form(interval.high)
     return f"{form(interval.estimate)} [{low}, {high}]"
-
-
-def figure(part: Part) -> str:
-    """A part's estimate and interval as text."""
-    return between(part.interval, _FORMS[part.form])

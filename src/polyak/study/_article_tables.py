@@ -15,7 +15,7 @@ from polyak.study._claims import Judgement, Part
 from polyak.study._costs import Costs
 from polyak.study._record_format import Record
 from polyak.study._statistics import bootstrap, share
-from polyak.study._text import Table, between, figure, number, percent
+from polyak.study._text import FORMS, Table, between, number, percent
 
 Records = Sequence[Record]
 THOUSANDTHS = 1000
@@ -40,7 +40,11 @@ def verdicts(judgements: Sequence[Judgement]) -> Table:
 
 
 def _reason(part: Part) -> str:
-    return f"{part.quantity}: {figure(part)} ({part.verdict})"
+    return f"{part.quantity}: {_figure(part)} ({part.verdict})"
+
+
+def _figure(part: Part) -> str:
+    return between(part.interval, FORMS[part.form])
 
 
 def evidence(judgements: Sequence[Judgement]) -> Table:
@@ -50,7 +54,7 @@ def evidence(judgements: Sequence[Judgement]) -> Table:
         "The quantities of each claim, and their results",
         ("claim", "quantity, one value per seed", "estimate [95 % interval]", "seeds", "holds if", "verdict"),
         tuple(
-            (j.claim, p.quantity, figure(p), str(p.interval.seeds), p.wanted or "—", p.verdict or "—")
+            (j.claim, p.quantity, _figure(p), str(p.interval.seeds), p.wanted or "—", p.verdict or "—")
             for j in judgements
             for p in j.parts
         ),
@@ -82,13 +86,13 @@ def epochs(records: Records) -> Table:
         ours = [bootstrap([h[name][epoch - 1] for h in running]) for name in names]
         rows.append((str(epoch), "the article", *(number(value) for value in figures)))
         cells = (between(mean, number) if running else "—" for mean in ours)
-        rows.append(("", f"{len(running)} seeds", *cells))
+        rows.append((str(epoch), f"{len(running)} seeds", *cells))
         below = [
             percent(float(np.mean([h[name][epoch - 1] < value for h in running])), 0)
             for name, value in zip(names, figures, strict=True)
             if running
         ]
-        rows.append(("", "seeds below the article", *(below or ["—"] * len(names))))
+        rows.append((str(epoch), "seeds below the article", *(below or ["—"] * len(names))))
     return Table(
         "epochs",
         "The article's table 4.1, beside ours",

@@ -1,0 +1,164 @@
+"""The report in a real browser: accessible, narrow, silent, and offline, in light, dark and print."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from polyak.study import run_article
+from study_cases import SMALL
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+RULES = {"rules": {"target-size": {"enabled": True}}}  # of WCAG 2.2, not in axe's default
+PATIENCE = 300_000  # ms; a busy machine is no fault
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+def article(folder: Path) -> Path:
+    return run_article(9, folder, jobs=1, settings=SMALL)
+
+
+PAGES = {"article": article}
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return PAGES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+def opened(browser: Browser, report: Path, **options: Any) -> Page:
+    page = browser.new_page(**options)
+    page.set_default_timeout(PATIENCE)
+    page.goto(report.as_uri(), wait_until="load")
+    return page
+
+
+def open_details(page: Page) -> None:
+    page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser: Browser, report: Path, scheme: Any) -> None:
+    page = opened(browser, report, color_scheme=scheme)
+    open_details(page)
+    found = Axe().run(page, options=RULES).response
+    problems = {v["id"]: [n["html"] for n in v["nodes"]] for v in found["violations"]}
+    page.close()
+    assert problems == {}
+    assert {"target-size", "color-contrast"} <= {rule["id"] for rule in found["passes"]}
+
+
+@pytest.mark.parametrize("width", [320, 390, 768])
+def test_no_page_is_wider_than_the_screen(browser: Browser, report: Path, width: int) -> None:
+    page = opened(browser, report, viewport={"width": width, "height": 800})
+    open_details(page)
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    page.close()
+    assert wide <= width
+
+
+def test_the_page_is_silent_and_loads_nothing(browser: Browser, report: Path) -> None:
+    page = browser.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri(), wait_until="networkidle", timeout=PATIENCE)
+    page.close()
+    assert said == [] and asked == [report.as_uri()]
+    assert report.stat().st_size < 5_000_000
+
+
+def test_the_first_key_skips_to_the_results_and_shows_where_it_is(
+    browser: Browser, report: Path
+) -> None:
+    page = opened(browser, report)
+    page.keyboard.press("Tab")
+    focus = "getComputedStyle(document.activeElement)"
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.evaluate(f"parseFloat({focus}.outlineWidth)") >= 2
+    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#main"
+    page.keyboard.press("Tab")
+    inside = page.evaluate("document.querySelector('main').contains(document.activeElement)")
+    page.close()
+    assert inside
+
+
+def test_keys_sort_a_table(browser: Browser, report: Path) -> None:
+    page = opened(browser, report)
+    open_details(page)
+    table = page.locator("table.sortable").first
+    headings = table.locator("thead th").count()
+    for column in range(headings):
+        cells = table.locator(f"tbody tr :nth-child({column + 1})")
+        before = cells.all_inner_texts()
+        button = table.locator("thead button").nth(column)
+        for key, falling in (("Enter", False), ("Space", True)):
+            button.press(key)
+            after = cells.all_inner_texts()
+            numbers = [float(text.replace("−", "-")) for text in after]
+            assert numbers == sorted(numbers, reverse=falling)
+            assert sorted(after) == sorted(before)
+            wanted = "descending" if falling else "ascending"
+            heading = table.locator("thead th").nth(column)
+            assert heading.get_attribute("aria-sort") == wanted
+            assert table.locator("thead th[aria-sort]").count() == 1
+    page.close()
+
+
+def test_a_reader_s_wishes_are_followed(browser: Browser, report: Path) -> None:
+    """Reduced motion, the system's own colours, and paper, which is white and has no menu."""
+    page = opened(browser, report, color_scheme="dark", reduced_motion="reduce")
+    style = "getComputedStyle(document.{})"
+    assert page.evaluate(f"{style.format('documentElement')}.scrollBehavior") == "auto"
+    dark = page.evaluate(f"{style.format('body')}.backgroundColor")
+    page.emulate_media(media="print")
+    paper = page.evaluate(f"{style.format('body')}.backgroundColor")
+    menu = page.evaluate("getComputedStyle(document.querySelector('nav')).display")
+    page.emulate_media(media="screen", forced_colors="active")
+    line = "getComputedStyle(document.querySelector('.chart [stroke=\"#b3401a\"]')).stroke"
+    ink = page.evaluate(f"{style.format('body')}.color")
+    stroke = page.evaluate(line)
+    page.close()
+    assert (paper, menu) == ("rgb(255, 255, 255)", "none") and dark != paper
+    assert stroke == ink
+
+
+def test_every_chart_has_words_and_its_data(browser: Browser, report: Path) -> None:
+    page = opened(browser, report)
+    figures = page.locator("figure")
+    count = figures.count()
+    assert count > 0
+    for i in range(count):
+        figure = figures.nth(i)
+        words = figure.locator("[role=img]").get_attribute("aria-label") or ""
+        assert len(words) > 40 and any(c.isdigit() for c in words)
+        assert figure.locator("table caption").count() == 1
+        assert figure.locator("tbody tr").count() > 0
+        assert figure.locator("svg").count() == 1
+    page.close()
