@@ -64,6 +64,11 @@ def without_dots(front: str, names: Mapping[str, Tensor], **more: Tensor) -> Sta
     return flat | {front + name: tensor for name, tensor in more.items()}
 
 
+def beside_as(form: str, names: Mapping[str, Tensor]) -> State:
+    """Buffers at the top, whose names may have no dots."""
+    return {form.format(name.replace(".", "_")): tensor for name, tensor in names.items()}
+
+
 def with_article_ema() -> State:
     """The state of a module that keeps ema-pytorch's `EMA` of a part, which holds that part too."""
     module: Any = nn.Module()
@@ -237,6 +242,23 @@ LAYOUTS: dict[str, Laid] = {
         lightning(state(1), callbacks={"EMACallback{'decay': 0.9}": {"ema_state_dict": state(2)}}),
         format="lightning",
     ),
+    "mmcv 1": Laid({"meta": {"epoch": 3}, "state_dict": {**state(1, "net."), **beside_as("ema_{}", state(2, "net."))}},
+                   inner="net."),
+    "mmcv 1, parameters only": Laid(
+        {"state_dict": {**state(1), **beside_as("ema_{}", parameters(2))}}
+    ),
+    "an average in front of the last names": Laid(
+        {**state(1), **{".swa_".join(n.rsplit(".", 1)): t for n, t in parameters(2).items()}}
+    ),
+    "an average behind the names": Laid({**state(1), **{f"{n}_ema": t for n, t in state(2).items()}}),
+    "an average below the names": Laid({**state(1), **{f"{n}.shadow": t for n, t in parameters(2).items()}}),
+    "without dots and without counters": Laid(
+        lightning(state(1, "net.") | without_dots("net_ema.", parameters(2))), format="lightning", inner="net."
+    ),
+    "a layer that averages one tensor": Laid(
+        {**state(1), "vq.embed": torch.ones(2, 3), "vq.embed_avg": torch.ones(2, 3), "ema_scale": torch.ones(2),
+         "scale": torch.ones(2)}, averages={},
+    ),
     "a submodule that is no copy": Laid(
         {**state(1), "avg.weight": torch.ones(7), "quantize.embed_avg": torch.ones(2, 3)}, averages={}
     ),
@@ -304,6 +326,10 @@ def test_what_is_flat_may_be_safetensors(tmp_path: Path, name: str) -> None:
 
 
 AMBIGUOUS: dict[str, tuple[State, str]] = {
+    "one name of mmcv for two": (
+        {"a.b_c": torch.ones(2), "a_b.c": torch.ones(2), "ema_a_b_c": torch.ones(2)},
+        r"'ema_a_b_c' may be the average of 'a\.b_c' or of 'a_b\.c'",
+    ),
     "one name for two": (
         {"net.a.b": torch.ones(2), "net.ab": torch.ones(2)}
         | without_dots("ema.", {"a.b": torch.ones(2)}, **LIT),
@@ -327,7 +353,7 @@ def test_an_average_that_may_be_of_several_parts_is_refused(
     """Its live weights are read all the same."""
     torch.save(content, tmp_path / "it.pt")
     found = read(tmp_path / "it.pt")
-    assert found.live is not None and not any(name.startswith("ema.") for name in found.live)
+    assert found.live is not None and not any(name.startswith("ema") for name in found.live)
     with pytest.raises(ValueError, match=rf"it\.pt: .*{message}"):
         found.average()
     assert "ema was not read: " in done("inspect", tmp_path / "it.pt")
@@ -388,6 +414,32 @@ class TestNamingThePart:
         assert_value(
             read(tmp_path / "it.pt", list(parameters(2)), key="ema_params").average(), "", 2
         )
+
+    @pytest.mark.parametrize("front", ["ema.", "net_ema.shadow_params."])
+    def test_a_list_of_parameters_in_the_model(self, tmp_path: Path, front: str) -> None:
+        listed = {f"{front}{i}": tensor for i, tensor in enumerate(parameters(2).values())}
+        torch.save({"state_dict": {**state(1), **listed}}, tmp_path / "it.pt")
+        found = read(tmp_path / "it.pt")
+        assert found.live is not None and list(found.live) == list(state(1))
+        with pytest.raises(ValueError, match=r"it\.pt: \w+: it has 4 tensors in the order"):
+            found.average()
+        named = read(tmp_path / "it.pt", list(parameters(2)))
+        assert_value(named.average(), "", 2)
+        assert named.left == {} and found.left == {"state_dict": 4}
+
+    def test_a_trainer_that_keeps_the_average_in_its_optimizer(self, tmp_path: Path) -> None:
+        """NeMo: without names the live weights are read, and averaged."""
+        ema = {
+            "ema": list(parameters(2).values()),
+            "current_step": 3,
+            "decay": 0.9,
+            "every_n_steps": 1,
+        }
+        torch.save(lightning(state(1), optimizer_states=[ema]), tmp_path / "it.ckpt")
+        assert_value(offline.average([tmp_path / "it.ckpt"] * 2), "", 1)
+        with pytest.raises(ValueError, match=r"it\.ckpt: it has 4 tensors in the order"):
+            read(tmp_path / "it.ckpt").average()
+        assert_value(read(tmp_path / "it.ckpt", list(parameters(2))).average(), "", 2)
 
     def test_live_weights_beside_tensors_without_names_are_averaged(self, tmp_path: Path) -> None:
         for value in (1, 3):

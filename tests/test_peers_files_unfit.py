@@ -80,6 +80,8 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "AQLM": (packed("l.codes", torch.int16, "l.codebooks", "l.scales"), r"l\.codes"),
     "EXL2": (packed("l.q_weight", torch.int32, "l.q_scale", "l.q_scale_max"), r"l\.q_weight"),
     "at the top": (packed("weight", torch.int8, "weight_scale"), r"weight \(int8"),
+    "torchao": (packed("l.weight:qdata", torch.int8, "l.weight:scale"), r"l\.weight:qdata \(int8"),
+    "NVFP4": (packed("l.weight", torch.uint8, "l.weight_scale", "l.weight_scale_2"), r"l\.weight \(uint8"),
     "peft": (lora(), r"lora_A\.weight is a factor of an adapter \(LoRA\).* merge_and_unload"),
     "kohya": ({"lora_unet_q.lora_down.weight": torch.ones(2, 4),
                "lora_unet_q.lora_up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
@@ -90,6 +92,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "diffusers' layers": ({"q.lora_layer.up.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
     "torchtune": ({"q.lora_a.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
     "LoKr": ({"q.lokr_w1": torch.ones(2, 4), "q.lokr_w2": torch.ones(4, 2)}, "is a factor of an adapter"),
+    "VeRA": ({"q.vera_lambda_b": torch.ones(4), "q.vera_lambda_d": torch.ones(2)}, "is a factor of an adapter"),
     "LoHa": ({"q.hada_w1_a": torch.ones(2, 4)}, "is a factor of an adapter"),
 }  # fmt: skip
 ALIKE: dict[str, State] = {

@@ -510,6 +510,13 @@ def pointer_of_metadata(path: Path) -> None:
     (path / ".metadata").write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
+def folder_with(path: Path, *names: str) -> None:
+    """A folder with files that hold nothing of use."""
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"\1nothing")
+
+
 SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda _: None, "No such file"),
     "empty": (lambda path: path.touch(), "the file is empty"),
@@ -584,6 +591,59 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a training": (
         training,
         r"is a folder that holds training\.pt: read one of its files, such as .*training\.pt",
+    ),
+    "parts of a model without their index": (
+        lambda path: folder_with(
+            path, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+        ),
+        r"parts of one model \(model-00001-.*\) without their index",
+    ),
+    "one part alone": (
+        lambda path: folder_with(path, "pytorch_model-00002-of-00003.bin"),
+        r"parts of one model \(pytorch_model-00002-of-00003\.bin\) without their index",
+    ),
+    "parts of DeepSpeed's ranks": (
+        lambda path: folder_with(
+            path,
+            "mp_rank_00_model_states.pt",
+            "mp_rank_01_model_states.pt",
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        ),
+        r"several ranks or stages wrote \(mp_rank_00_model_states\.pt, mp_rank_01_model_states\.pt\)",
+    ),
+    "parts of a pipeline": (
+        lambda path: folder_with(path, "layer_00-model_states.pt", "layer_01-model_states.pt"),
+        r"several ranks or stages wrote",
+    ),
+    "parts of Megatron's ranks": (
+        lambda path: folder_with(
+            path, "mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"
+        ),
+        r"several ranks or stages wrote \(mp_rank_00, mp_rank_01\)",
+    ),
+    "one rank's model beside optimizers": (
+        lambda path: folder_with(
+            path,
+            "mp_rank_00_model_states.pt",
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        ),
+        r"read one of its files, such as .*/mp_rank_00_model_states\.pt",
+    ),
+    "a folder of torch.distributed.checkpoint among others": (
+        lambda path: folder_with(
+            path, "optimizer.bin", "pytorch_model_fsdp_0/.metadata", "zlast/note"
+        ),
+        r"read one of its folders, such as .*pytorch_model_fsdp_0",
+    ),
+    "zarr": (lambda path: folder_with(path, "common.pt", "decoder.w/.zarray"), "arrays of zarr"),
+    "Orbax": (
+        lambda path: folder_with(path, "_CHECKPOINT_METADATA", "d/0"),
+        "a checkpoint of Orbax",
+    ),
+    "a folder of TensorFlow": (
+        lambda path: folder_with(path, "ckpt.index", "ckpt.data-00000-of-00001"),
+        r"holds no weights .*: ckpt\.data-00000-of-00001 is a checkpoint of TensorFlow",
     ),
     "a run of snapshots": (
         lambda path: polyak.Recorder(averager("exponential(0.9)"), path, every=1).update(),

@@ -9,15 +9,10 @@ from typing import NamedTuple
 
 from polyak._runs.naming import SUFFIX, named
 from polyak.checkpoints._dcp_metadata import METADATA
+from polyak.checkpoints._sniff import BESIDE
 
 _LEVELS = 4
 _SHOWN = 6
-# Files beside the weights: states of optimizers, schedulers, random numbers, loaders.
-_BESIDE = re.compile(
-    r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
-    r"|trainer_state|custom_checkpoint|tokenizer|^initial",
-    re.IGNORECASE,
-)
 _PART = re.compile(
     r"\d-of-\d|rank_?[1-9]", re.IGNORECASE
 )  # of one checkpoint, whose first rank is 0
@@ -93,7 +88,7 @@ def _of_a_run(held: Found) -> list[Entry]:
 def _held(folder: Path, file: str | None) -> Found:
     entries, aside = [], {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or _BESIDE.search(SUFFIX.sub("", path.name)):
+        if path.name.startswith(".") or BESIDE.search(SUFFIX.sub("", path.name)):
             continue
         if path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
             if _RANK.search(path.name) and path.with_name(_RANK.sub("1", path.name)).exists():
@@ -129,7 +124,7 @@ def _weights(folder: Path, file: str | None, *, deeper: bool = True) -> Path | N
         return folder
     if files := _torch_files(folder):
         return _chosen(files)
-    within = [each for each in _folders(folder) if not _BESIDE.search(each.name)] if deeper else []
+    within = [each for each in _folders(folder) if not BESIDE.search(each.name)] if deeper else []
     held = {each: weights for each in within if (weights := _weights(each, None, deeper=False))}
     if len(held) > 1 and not any(named(each).clock for each in held):
         raise ValueError(_several([each.name for each in held]))
@@ -162,7 +157,7 @@ def _torch_files(folder: Path) -> list[Path]:
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and SUFFIX.search(path.name)
-        if not _BESIDE.search(SUFFIX.sub("", path.name))
+        if not BESIDE.search(SUFFIX.sub("", path.name))
     ]
 
 

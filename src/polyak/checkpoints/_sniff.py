@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._indexed import IndexedTensors
-from polyak.checkpoints._looks import refusal
+from polyak.checkpoints._looks import looks, refusal
 from polyak.checkpoints._open_file import OpenFile, Verified
 from polyak.checkpoints._safetensor_files import KEY, TensorFile, is_safetensors
 from polyak.checkpoints._tar import Member, is_tar, span_of, weights_within
@@ -25,6 +25,16 @@ SNAPSHOT = re.compile(r"snapshot-\d+(\.safetensors)?")
 POST_HOC = re.compile(r"(\d+)\.(\d+)\.pt")
 """A snapshot of ema-pytorch's `PostHocEMA`."""
 _WEIGHTS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
+_TORCH = re.compile(r"\.(pt|pth|ckpt|bin)(\.tar)?$")
+_SHARD = re.compile(r"\d+-of-(\d+)")
+_RANK = re.compile(r"(rank|layer|stage)[-_]?\d+", re.IGNORECASE)
+_TEXTS = {".json", ".yaml", ".yml", ".txt", ".md", ".py", ".csv", ".log"}
+BESIDE = re.compile(
+    r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
+    r"|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
+    re.IGNORECASE,
+)
+"""Names of files beside the weights: states of optimizers, schedulers, random numbers, loaders."""
 _ATTEMPTS = 5
 
 
@@ -92,30 +102,61 @@ def _folder(path: Path) -> Source:
         return Source("post-hoc", path)
     for pattern in _WEIGHTS:
         files = sorted(path.glob(pattern))
+        if _are_shards([file.name for file in files]):
+            raise ValueError(
+                f"{path} holds parts of one model ({_listed(files)}) without their index: fetch or save it "
+                "beside them (model.safetensors.index.json)"
+            )
         if len(files) == 1:
             return _file(files[0])._replace(path=path)
         if files:
-            listed = ", ".join(file.name for file in files)
-            raise ValueError(
-                f"{path} holds {listed}: read one of them, or save an index beside them"
-            )
+            raise ValueError(f"{path} holds {_listed(files)}: read one of them")
     raise ValueError(f"{path} {_contents(path, names)}")
+
+
+def _are_shards(names: list[str]) -> bool:
+    """Whether files are parts of a model, as model-00001-of-00002.safetensors is; one may be alone."""
+    numbers = [_SHARD.search(name) for name in names]
+    return bool(numbers) and all(number and int(number[1]) > 1 for number in numbers)
+
+
+def _listed(paths: list[Path], most: int = 8) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(path.name for path in paths[:most]) + more
 
 
 def _contents(path: Path, names: list[str]) -> str:
     """What to say of a folder that holds no weights itself."""
     listed = ", ".join(names[:20]) or "nothing"
-    files = [name for name in names if Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin")]
-    if files:
-        return f"is a folder that holds {listed}: read one of its files, such as {path / files[-1]}"
-    if any((path / name / METADATA).exists() or (path / name).is_dir() for name in names):
+    folders = [path / name for name in names if (path / name).is_dir()]
+    files = [
+        path / name for name in names if _TORCH.search(name) and not BESIDE.search(Path(name).stem)
+    ]
+    parts = [each for each in (*files, *folders) if _RANK.search(each.name)]
+    if len(parts) > 1:
+        return (
+            f"holds parts of one model that several ranks or stages wrote ({_listed(parts)}): let their "
+            "trainer merge them (DeepSpeed: run zero_to_fp32.py)"
+        )
+    if any((folder / ".zarray").exists() for folder in folders):
+        return "holds arrays of zarr, as Megatron once wrote: let it convert them to torch_dist"
+    if "_CHECKPOINT_METADATA" in names:
+        return "is a checkpoint of Orbax (JAX): read it there, and save the weights as safetensors"
+    if within := [folder for folder in folders if (folder / METADATA).exists()] or files:
+        kind = "folders" if within[0].is_dir() else "files"
+        return f"is a folder that holds {listed}: read one of its {kind}, such as {within[-1]}"
+    if folders:
         return (
             f"is a folder of folders ({listed}) without weights of its own: read one of them, such as "
-            f"{path / names[-1]} (polyak.checkpoints.latest gives the last complete one)"
+            f"{folders[-1]} (polyak.checkpoints.latest gives the last complete one)"
         )
+    others = [path / name for name in names if Path(name).suffix not in _TEXTS]
+    told = next(
+        (f": {file.name} is {what}" for file in others if (what := looks(OpenFile(file)))), ""
+    )
     return (
-        f"holds no weights ({listed}); wanted a folder of torch.distributed.checkpoint, or one with a "
-        "file or an index of weights"
+        f"holds no weights ({listed}){told}; wanted a folder of torch.distributed.checkpoint, or one with "
+        "a file or an index of weights"
     )
 
 

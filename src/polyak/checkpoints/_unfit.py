@@ -13,7 +13,7 @@ import torch
 from polyak._lazy import TensorSpec
 
 _FACTORS = re.compile(
-    r"(?<![a-z])lora(_(a|b|embedding_[ab]|down|up|magnitude_vector)\b|\w*\.(up|down|a|b)\b)|lokr_w|hada_w",
+    r"(?<![a-z])lora(_(a|b|embedding_[ab]|down|up|magnitude_vector)\b|\w*\.(up|down|a|b)\b)|lokr_w|hada_w|vera_lambda",
     re.IGNORECASE,
 )
 _PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int16, torch.uint16})
@@ -21,7 +21,7 @@ _FLOAT8 = frozenset(
     {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 )
 _SCALES = re.compile(
-    r"(^|[._]|q|weight)(scales?|scale_inv|absmax|scb|zeros|zero_points?|zero|quant_map|quant_state\w*)($|[._])",
+    r"(^|[._:]|q|weight)(scales?|scale_inv|absmax|scb|zeros|zero_points?|zero|quant_map|quant_state\w*)($|[._])",
     re.IGNORECASE,
 )
 _WEIGHT = re.compile(
@@ -74,7 +74,7 @@ def _packed(specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     scaled: set[str] = set()
     for name in filter(_SCALES.search, specs):
         module, _, leaf = name.rpartition(".")
-        scaled |= {module, f"{module}.{_SCALES.split(leaf)[0].rstrip('_')}"}
+        scaled |= {module, f"{module}.{_SCALES.split(leaf)[0].rstrip('_:')}"}
     for name, (shape, dtype) in specs.items():
         module, _, leaf = name.rpartition(".")
         narrow = dtype in _PACKED or dtype in _FLOAT8

@@ -104,9 +104,10 @@ def in_order(files: Sequence[Path]) -> Sequence[Path]:
     except (ValueError, OSError):  # they have no order of their own, or reading them will tell more
         return files
     chosen = [file.path for file in choice.files]
-    if choice.aside or chosen == list(files):
+    if choice.aside:
         return files
-    note(f"the files are taken in the order of their {choice.unit}s")
+    if not all(path.is_relative_to(file) for path, file in zip(chosen, files, strict=True)):
+        note(f"the files are taken in the order of their {choice.unit}s")
     return chosen
 
 

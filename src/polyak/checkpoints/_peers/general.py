@@ -11,7 +11,7 @@ import torch
 
 from polyak._lazy import LazyTensors, joined
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
-from polyak.checkpoints._names import NamesNeededError, canonical_names, named
+from polyak.checkpoints._names import Names, NamesNeededError, canonical_names, named
 from polyak.checkpoints._peers.common import Found, count, is_unread, tensors, weights
 from polyak.checkpoints._peers.libraries import described
 from polyak.checkpoints._peers.own_state import own_state
@@ -53,7 +53,7 @@ def general(found: Found) -> Checkpoint | None:
         inner = [p.reading.live for p in averaging if p.reading and p.reading.live is not None]
         live = inner[0] if len(inner) == 1 else None
     elif not found.whole:
-        live, within, refused = _without_averages(live)
+        live, within, refused = _without_averages(live, found.names)
     averaging = [_with_live(found, part, live) for part in averaging]
     averages = [each for part in averaging for each in _averages(found, part)]
     refused |= {name: why for part in averaging for name, why in _refused(found, part).items()}
@@ -117,9 +117,11 @@ def _refused(found: Found, part: Part) -> Mapping[str, str]:
     return {}
 
 
-def _without_averages(live: Weights) -> tuple[Weights, list[_Average], dict[str, str]]:
+def _without_averages(
+    live: Weights, names: Names
+) -> tuple[Weights, list[_Average], dict[str, str]]:
     """Live weights without the averages in them, and these."""
-    found = split(live)
+    found = split(live, names)
     if not found.averages and not found.refused:
         return live, [], {}
     averages = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from polyak._lazy import LazyTensors, joined, renamed
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
-from polyak.checkpoints._names import named, under
+from polyak.checkpoints._names import NamesNeededError, named, under
 from polyak.checkpoints._peers.common import (
     Found,
     count,
@@ -115,7 +115,10 @@ def nemo(found: Found) -> Checkpoint | None:
     if _are_within(averaged, live):
         return Checkpoint(path, "nemo", None, {AVERAGE: live}, rules, clock)
     by_position = StoredTensors({str(place): tensor for place, tensor in enumerate(averaged)})
-    averages = {AVERAGE: named(by_position, found.names)}
+    try:
+        averages = {AVERAGE: named(by_position, found.names)}
+    except NamesNeededError as error:
+        return Checkpoint(path, "nemo", live, {}, {}, clock, refused={AVERAGE: str(error)})
     return Checkpoint(path, "nemo", live, averages, rules, clock)
 
 

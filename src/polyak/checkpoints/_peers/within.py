@@ -1,33 +1,34 @@
 """Averages that lie in the state dict of the model that they average.
 
 A module may keep an average of itself, or of a part of it, as a submodule: `ema.`, `model_ema.`,
-`net_ema.ema_model.`. It is known by a word of its name, and only if each of its tensors has a
-counterpart of the same shape among the other tensors.
+`net_ema.ema_model.`; or as tensors beside its own: `ema_conv_weight`, `conv.weight_ema`. It is known by a
+word of its name, and only if its tensors have counterparts of the same shapes among the other tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, joined, renamed
 from polyak.checkpoints._checkpoint import Clock
+from polyak.checkpoints._names import Names, NamesNeededError, named
 from polyak.checkpoints._peers.common import count
 from polyak.checkpoints._peers.walk import AVERAGES, words
 from polyak.decays import Ratio
 from polyak.rules import AVERAGE, Exponential, Rule
 
 _COUNTERS = frozenset({"decay", "num_updates", "n_averaged", "initted", "step", "updates"})
-_DEEPEST = (
-    3  # submodules between an average and the model's copy: `ema.module.`, `ema.ema_model.module.`
-)
+_DEEPEST = 3  # submodules between an average and the model's copy: `ema.ema_model.module.`
 _MOST = 100  # places at which a copy may belong; more are not compared
 _MOST_GROUPS = 1000  # submodules that may be averages; of more, none is taken for one
 
-Names = dict[str, str]
-"""A name of the model -> the key of its average."""
+_T = TypeVar("_T")
+Keys = dict[str, str]
+"""A name, of the model or within an average -> the key of the average's tensor."""
 
 
 class Split(NamedTuple):
@@ -40,81 +41,174 @@ class Split(NamedTuple):
     clock: Clock | None
 
 
-def split(held: LazyTensors) -> Split:
+def split(held: LazyTensors, names: Names = None) -> Split:
     """Tell a model's state dict from the averages that it keeps in it.
 
     What an average does not hold, such as frozen weights and buffers, it has from the live weights, as
-    when the module that keeps it applies it.
+    when the module that keeps it applies it. `names` are those of an average whose tensors have only
+    an order.
     """
     groups = _groups(held)
-    within = {key for keys in groups.values() for key in keys}
+    within = {key for keys in groups.values() for key in keys.values()}
     rest = renamed(held, {name: name for name in held if name not in within})
-    matched: dict[str, Names] = {}
+    matched: dict[str, Keys] = {}
+    listed: dict[str, LazyTensors] = {}
     refused: dict[str, str] = {}
-    for prefix, keys in groups.items():
+    for mark, keys in groups.items():
         try:
-            names = _matched(rest, held, prefix, keys)
+            if order := _in_order(rest, held, keys):
+                listed[mark] = named(renamed(held, order), names)
+            elif found := _matched(rest, held, mark, keys):
+                matched[mark] = found
+        except NamesNeededError as error:
+            refused[mark] = f"{mark.strip('._')}: {error}"
         except ValueError as error:
-            refused[prefix[:-1]] = str(error)
-        else:
-            if names:
-                matched[prefix] = names
-    ours = {k for p, keys in groups.items() if p in matched or p[:-1] in refused for k in keys}
+            refused[mark] = str(error)
+    _drop_few(rest, matched)
+    ours = {*_keys(matched, groups), *(k for m in (*listed, *refused) for k in groups[m].values())}
     live = renamed(held, {name: name for name in held if name not in ours})
-    averages = {p[:-1]: joined(live, renamed(held, names)) for p, names in matched.items()}
-    clocks = [_clock(held, prefix) for prefix in matched]
-    rules = {p[:-1]: rule for p in matched if (rule := _rule(held, p)) is not None}
-    if _apart(matched):
+    averages = {m: joined(live, renamed(held, names)) for m, names in matched.items()} | listed
+    clocks = [_clock(held, groups[mark]) for mark in averages]
+    rules = {m: rule for m in averages if (rule := _rule(held, groups[m])) is not None}
+    if not listed and _apart(matched):
         every = {name: key for names in matched.values() for name, key in names.items()}
         averages = {AVERAGE: joined(live, renamed(held, every))}
         rules = {AVERAGE: next(iter(rules.values()))} if len({*rules.values()}) == 1 else {}
-    return Split(live, averages, refused, rules, clocks[0] if len({*clocks}) == 1 else None)
+    clock = clocks[0] if len({*clocks}) == 1 else None
+    return Split(live, _plain(averages), _plain(refused), _plain(rules), clock)
 
 
-def _groups(held: LazyTensors) -> dict[str, list[str]]:
-    """The prefix of each submodule whose name has a word for averages -> its keys."""
-    groups: dict[str, list[str]] = {}
-    for name in held:
-        parts = name.split(".")[:-1]
-        place = next((i for i, part in enumerate(parts) if words(part) & AVERAGES), None)
-        if place is not None:
-            groups.setdefault(".".join(parts[: place + 1]) + ".", []).append(name)
+def _plain(found: Mapping[str, _T]) -> dict[str, _T]:
+    """By the names of averages: their marks without dots and "_" around them."""
+    return {mark.strip("._"): one for mark, one in found.items()}
+
+
+def _groups(held: LazyTensors) -> dict[str, Keys]:
+    """The mark of each average -> the names of its tensors without the mark -> their keys."""
+    groups: dict[str, Keys] = {}
+    for key in held:
+        mark, name = _marked(key)
+        if mark:
+            groups.setdefault(mark, {})[name] = key
     return groups if len(groups) <= _MOST_GROUPS else {}
 
 
-def _apart(matched: Mapping[str, Names]) -> bool:
+def _marked(key: str) -> tuple[str, str]:
+    """The part of a key that says that it is an average's, with its dot or "_", and the rest of the key.
+
+    >>> [_marked(key) for key in ("net_ema.w", "ema_net_w", "net.w_ema", "net.w.ema", "net.w")]
+    [('net_ema.', 'w'), ('ema_', 'net_w'), ('_ema', 'net.w'), ('.ema', 'net.w'), ('', 'net.w')]
+    """
+    *path, leaf = key.split(".")
+    place = next((i for i, part in enumerate(path) if words(part) & AVERAGES), None)
+    if place is not None:
+        mark = ".".join(path[: place + 1]) + "."
+        return mark, key.removeprefix(mark)
+    first, _, behind = leaf.partition("_")
+    before, _, last = leaf.rpartition("_")
+    if behind and first.lower() in AVERAGES:
+        return f"{first}_", ".".join((*path, behind))
+    if before and last.lower() in AVERAGES:
+        return f"_{last}", ".".join((*path, before))
+    return (f".{leaf}", ".".join(path)) if path and leaf.lower() in AVERAGES else ("", key)
+
+
+def _keys(matched: Mapping[str, Keys], groups: Mapping[str, Keys]) -> set[str]:
+    """The keys of averages that were matched; all of a submodule's, since what it has beside is its own."""
+    whole = [
+        groups[mark].values() if _is_submodule(mark) else matched[mark].values() for mark in matched
+    ]
+    return {key for keys in whole for key in keys}
+
+
+def _is_submodule(mark: str) -> bool:
+    return mark.endswith(".")
+
+
+def _apart(matched: Mapping[str, Keys]) -> bool:
     """Whether there are averages, and each is of other tensors than the others."""
-    named = [name for names in matched.values() for name in names]
-    return bool(named) and len({*named}) == len(named)
+    every = [name for names in matched.values() for name in names]
+    return bool(every) and len({*every}) == len(every)
 
 
-def _matched(live: LazyTensors, held: LazyTensors, prefix: str, keys: list[str]) -> Names:
+def _drop_few(live: LazyTensors, matched: dict[str, Keys]) -> None:
+    """Drop tensors that are averages by their names, unless most of the model's have one.
+
+    A layer may keep an average of one tensor for its own use, as `embed_avg` of a quantizer.
+    """
+    beside = [mark for mark in matched if not _is_submodule(mark)]
+    if not beside:
+        return
+    averaged = {name for names in matched.values() for name in names}
+    weights = {
+        name
+        for name, spec in live.specs.items()
+        if spec.dtype.is_floating_point and not is_statistic(name)
+    }
+    if 2 * len(weights & averaged) <= len(weights):
+        for mark in beside:
+            del matched[mark]
+
+
+def _in_order(live: LazyTensors, held: LazyTensors, keys: Keys) -> Keys:
+    """The tensors of an average that have only numbers for names, in their order; or nothing."""
+    tensors = {name: key for name, key in keys.items() if name not in _COUNTERS}
+    numbers = [name.rpartition(".")[2] for name in tensors]
+    fronts = {name.rpartition(".")[0] for name in tensors}
+    if len(fronts) != 1 or not all(number.isdecimal() for number in numbers):
+        return {}
+    shapes = [spec.shape for spec in live.specs.values()]
+    of_average = [held.specs[key].shape for key in tensors.values()]
+    if any(of_average.count(shape) > shapes.count(shape) for shape in {*of_average}):
+        return {}
+    pairs = sorted(zip(map(int, numbers), tensors.values(), strict=True))
+    return {str(number): key for number, key in pairs}
+
+
+def _matched(live: LazyTensors, held: LazyTensors, mark: str, keys: Keys) -> Keys:
     """Which tensor of the model each key averages; empty if they are no copies of it.
 
     Raises `ValueError` if they may be copies of several parts of it.
     """
-    rests = {key.removeprefix(prefix): key for key in keys}
-    rests = {rest: key for rest, key in rests.items() if rest not in _COUNTERS}
-    copies = {rest: key for rest, key in rests.items() if rest.startswith("ema_model.")}
-    rests = copies or rests
-    if not rests:
+    names = {name: key for name, key in keys.items() if name not in _COUNTERS}
+    copies = {name: key for name, key in names.items() if name.startswith("ema_model.")}
+    names = copies or names
+    if not names:
         return {}
-    flat = {"decay", "num_updates"} <= {key.removeprefix(prefix) for key in keys}
-    if flat and not any("." in rest for rest in rests):
-        return _without_dots(live, held, prefix, rests)
-    return _with_dots(live, held, prefix, rests)
+    if not _is_submodule(mark):
+        return _beside(live, held, names)
+    has_dots = any("." in name for name in names)
+    counted = {"decay", "num_updates"} <= keys.keys()
+    if has_dots or not counted:
+        found = _with_dots(live, held, mark, names)
+        if found or has_dots:
+            return found
+    return _without_dots(live, held, mark, names, required=counted)
 
 
-def _with_dots(
-    live: LazyTensors, held: LazyTensors, prefix: str, rests: Mapping[str, str]
-) -> Names:
+def _beside(live: LazyTensors, held: LazyTensors, names: Keys) -> Keys:
+    """Copies beside the model's own tensors: under their names, or with "_" for each dot, as mmcv's."""
+    found = {name: key for name, key in names.items() if _alike(live, name, held, key)}
+    if found:
+        return found
+    flat: dict[str, list[str]] = {}
+    for name in live:
+        flat.setdefault(name.replace(".", "_"), []).append(name)
+    fits = {
+        key: [one for one in flat.get(name, ()) if _alike(live, one, held, key)]
+        for name, key in names.items()
+    }
+    return _only({key: several for key, several in fits.items() if several})
+
+
+def _with_dots(live: LazyTensors, held: LazyTensors, mark: str, names: Keys) -> Keys:
     """Copies under the model's own names, from some submodule on."""
-    longest = max(rests, key=len).split(".")
+    longest = max(names, key=len).split(".")
     for skip in range(min(len(longest), _DEEPEST + 1)):
         front = "".join(f"{part}." for part in longest[:skip])
-        if not all(rest.startswith(front) for rest in rests):
+        if not all(name.startswith(front) for name in names):
             return {}
-        inner = {rest.removeprefix(front): key for rest, key in rests.items()}
+        inner = {name.removeprefix(front): key for name, key in names.items()}
         first = ".".join(longest[skip:])
         places = [n[: -len(first)] for n in live if n == first or n.endswith(f".{first}")]
         fits = [
@@ -123,21 +217,24 @@ def _with_dots(
             if all(_alike(live, place + name, held, key) for name, key in inner.items())
         ]
         if fits:
-            _require_one(prefix, fits)
+            _require_one(mark, fits)
             return {fits[0] + name: key for name, key in inner.items()}
     return {}
 
 
 def _without_dots(
-    live: LazyTensors, held: LazyTensors, prefix: str, rests: Mapping[str, str]
-) -> Names:
-    """Copies whose names have lost their dots, as those of `LitEma`; raises if none or several fit."""
-    longest = max(rests, key=len)
+    live: LazyTensors, held: LazyTensors, mark: str, names: Keys, *, required: bool
+) -> Keys:
+    """Copies whose names have lost their dots, as those of `LitEma`.
+
+    Raises `ValueError` if several parts of the model fit, and where one is `required` if none does.
+    """
+    longest = max(names, key=len)
     places = {
         name[: len(name) - len(end)]
         for name in live
-        for end in _ends(name)
-        if end.replace(".", "") == longest
+        for i in range(1 + name.count("."))
+        if (end := name.split(".", i)[-1]).replace(".", "") == longest
     }
     fits = {}
     for place in sorted(places)[:_MOST]:
@@ -145,58 +242,57 @@ def _without_dots(
         for name in live:
             if name.startswith(place):
                 found.setdefault(name.removeprefix(place).replace(".", ""), []).append(name)
-        names = {
-            rest: [n for n in found.get(rest, ()) if _alike(live, n, held, key)]
-            for rest, key in rests.items()
+        several = {
+            key: [one for one in found.get(name, ()) if _alike(live, one, held, key)]
+            for name, key in names.items()
         }
-        if all(names.values()):
-            fits[place] = names
-    if not fits:
-        raise ValueError(f"the names under {prefix!r} have no dots, and fit no part of the model")
-    _require_one(prefix, list(fits))
-    (names,) = fits.values()
-    for rest, several in names.items():
+        if all(several.values()):
+            fits[place] = several
+    if not fits and required:
+        raise ValueError(f"the names under {mark!r} have no dots, and fit no part of the model")
+    _require_one(mark, list(fits))
+    return _only(next(iter(fits.values()), {}))
+
+
+def _only(fits: Mapping[str, list[str]]) -> Keys:
+    """The one tensor of the model that each key averages; raises `ValueError` if one fits several."""
+    for key, several in fits.items():
         if len(several) > 1:
             raise ValueError(
-                f"{prefix + rest!r} may be the average of {' or of '.join(map(repr, several))}: the "
-                "file does not tell"
+                f"{key!r} may be the average of {' or of '.join(map(repr, several))}: the file does not "
+                "tell"
             )
-    return {several[0]: rests[rest] for rest, several in names.items()}
-
-
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    return {several[0]: key for key, several in fits.items()}
 
 
 def _alike(live: LazyTensors, name: str, held: LazyTensors, key: str) -> bool:
     return name in live and live.specs[name].shape == held.specs[key].shape
 
 
-def _require_one(prefix: str, places: list[str]) -> None:
+def _require_one(mark: str, places: list[str]) -> None:
     if len(places) > 1:
         shown = " or of ".join(map(repr, places[:4]))
-        raise ValueError(f"what lies under {prefix!r} may be the average of {shown}")
+        raise ValueError(f"what lies under {mark!r} may be the average of {shown}")
 
 
-def _clock(held: LazyTensors, prefix: str) -> Clock | None:
+def _clock(held: LazyTensors, keys: Keys) -> Clock | None:
     """The clock beside an average: that of `AveragedModel`, ema-pytorch's `EMA` or `LitEma`."""
-    if prefix + "n_averaged" in held:
-        return Clock(count("n_averaged", held[prefix + "n_averaged"]))
-    if {prefix + "initted", prefix + "step"} <= set(held):
-        return Clock(count("step", held[prefix + "step"]), "calls")
-    counted = held.get(prefix + "num_updates")
+    if "n_averaged" in keys:
+        return Clock(count("n_averaged", held[keys["n_averaged"]]))
+    if {"initted", "step"} <= keys.keys():
+        return Clock(count("step", held[keys["step"]]), "calls")
+    counted = held[keys["num_updates"]] if "num_updates" in keys else None
     if counted is None or counted.numel() != 1 or int(counted) < 0:
         return None
     return Clock(int(counted), ahead=1)
 
 
-def _rule(held: LazyTensors, prefix: str) -> Rule | None:
+def _rule(held: LazyTensors, keys: Keys) -> Rule | None:
     """The rule of a `LitEma`: the decay is min(decay, (1 + n) / (10 + n)) if it counts its updates."""
-    if not {prefix + "decay", prefix + "num_updates"} <= set(held):
+    if not {"decay", "num_updates"} <= keys.keys():
         return None
-    decay = held[prefix + "decay"]
+    decay = held[keys["decay"]]
     if decay.numel() != 1 or not 0 <= float(decay) < 1:
         return None
     exact = float(str(np.float32(float(decay))))  # .9999 was rounded to a float32
-    return Exponential(exact if _clock(held, prefix) is None else Ratio(exact))
+    return Exponential(exact if _clock(held, keys) is None else Ratio(exact))
