@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OUT    ?= study-article
 SEEDS  ?= 64
 
-.PHONY: study test test-fast test-range check format constraints clean
+.PHONY: study test test-fast test-range check format docs constraints clean
 
 study: $(READY)
 	$(BIN)/polyak study article --seeds $(SEEDS) --out $(OUT)
@@ -25,6 +25,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation site: build/docs/site/index.html opens without a server.
+docs: $(READY)
+	$(BIN)/python tools/site/build.py build/docs
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -45,4 +49,4 @@ constraints:
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -53,8 +53,8 @@ def saving(path: Path | str, *, overwrite: bool = False, keep: int | None = None
     >>> sorted(each.name for each in run.iterdir())
     ['step-10', 'step-9']
 
-    Raises `FileExistsError` if `path` exists, unless `overwrite`; `ValueError` if `keep` is not an integer
-    >= 1, or the name has no number at its end; `OSError` if `path` is a device, a pipe or a socket, and
+    Raises `FileExistsError` if `path` exists, unless `overwrite`; `ValueError` if `keep` is not a positive
+    integer, or the name has no number at its end; `OSError` if `path` is a device, a pipe or a socket, and
     if the system cannot write: the error names `path`.
     """
     path = Path(path)
