@@ -12,8 +12,8 @@ import altair as alt
 
 from polyak._checks import require
 from polyak._files import making_folder, writing
-from polyak.rules import Rule
-from polyak.theory import Explanation, explain
+from polyak.rules import Exponential, Rule
+from polyak.theory import Advice, Explanation, explain
 from polyak.theory._curves import (
     Curve,
     GainCurve,
@@ -27,7 +27,7 @@ from polyak.theory._long import Horizon, profile_at
 if TYPE_CHECKING:
     from polyak.offline._sweep import Point, Sweep
 
-__all__ = ["chart_of", "rule_chart", "save", "sweep_chart"]
+__all__ = ["advice_chart", "chart_of", "rule_chart", "save", "sweep_chart"]
 
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
@@ -62,8 +62,10 @@ def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
     return content if isinstance(content, bytes) else content.encode()
 
 
-def chart_of(result: Explanation | Sweep) -> alt.TopLevelMixin:
-    """The chart of a result, `rule_chart` or `sweep_chart`."""
+def chart_of(result: Explanation | Advice | Sweep) -> alt.TopLevelMixin:
+    """The chart of a result, `rule_chart`, `advice_chart` or `sweep_chart`."""
+    if isinstance(result, Advice):
+        return advice_chart(result)
     return rule_chart(result) if isinstance(result, Explanation) else sweep_chart(result)
 
 
@@ -130,6 +132,36 @@ def _label(about: Explanation, among: Sequence[Explanation]) -> str:
     """The rule, and its steps where they are not the same for all."""
     alike = len({(each.steps, each.every) for each in among}) == 1
     return str(about.rule) if alike else about.title()
+
+
+def advice_chart(advice: Advice) -> alt.TopLevelMixin:
+    """The gain of EMAs over their half-life in % of the run, with a line for each noise of the model.
+
+    One panel is at the live weights' best learning rate, the other at each average's own best.
+    """
+    emas = [gain for gain in advice.gains if isinstance(gain.rule, Exponential)]
+    shares = [100 * gain.half_life / advice.steps for gain in emas]
+    ends = min(shares) / 1.2, max(shares) * 1.2
+    x = alt.X("x:Q", scale=_log(ends), axis=_few_decades(ends, "half-life (% of the run)"))
+    # A gain below -50 % would press the others together.
+    low = max(min(min(gain.same, gain.own) for gain in emas), -0.5)
+    scale = alt.Scale(nice=False, zero=False, domainMin=low - 0.05, domainMax=1.0, clamp=True)
+    y = alt.Y("y:Q", scale=scale, axis=alt.Axis(title="gain (share of the loss)", format="%"))
+    panels = []
+    for at, title in (("same", "At the same learning rate"), ("own", "At its own learning rate")):
+        curves: dict[str, Curve] = {}
+        for batch in advice.batches:
+            points = [
+                (s, getattr(g, at)) for s, g in zip(shares, emas, strict=True) if g.batch == batch
+            ]
+            curves[f"batch {batch:g}"] = Curve(*map(list, zip(*points, strict=True)))
+        zero = _chart([{"y": 0}]).mark_rule(strokeDash=[6, 4], color=_GREY).encode(y="y:Q")
+        panels.append(alt.LayerChart(layer=[_lines(curves, title, x, y), zero]))
+    told = f"EMA over {advice.steps} steps, {advice.schedule}: the noisy quadratic model"
+    title_ = alt.TitleParams(told, anchor="middle", fontSize=16)
+    chart = alt.hconcat(*panels, spacing=30, title=title_)
+    drawn: alt.HConcatChart = chart.configure_view(stroke=None)
+    return drawn
 
 
 def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:

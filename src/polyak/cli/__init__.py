@@ -1,4 +1,4 @@
-"""The command line: `polyak explain`, `inspect`, `average`, `synthesize`, `sweep`, ...
+"""The command line: `polyak explain`, `advise`, `inspect`, `average`, `synthesize`, `sweep`, ...
 
 A command parses its options, calls a function of the library, and prints what it returns. It imports
 what it needs when it runs, so that `polyak --help` loads neither torch nor a chart. Errors are caught
@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit('the command line needs typer: install polyak with its extra "cli"') from None
 
+from polyak.cli._advise import advise
 from polyak.cli._average import average
 from polyak.cli._commands import EPILOG, WIDTH, Commands
 from polyak.cli._diff import diff
@@ -50,7 +51,18 @@ app = _App(
 study = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(study, name="study", help="Measure whether averaging helps.")
 study.command()(article)
-for command in (explain, migrate, inspect, average, synthesize, sweep, export, convert, diff):
+for command in (
+    explain,
+    advise,
+    migrate,
+    inspect,
+    average,
+    synthesize,
+    sweep,
+    export,
+    convert,
+    diff,
+):
     app.command()(command)
 
 

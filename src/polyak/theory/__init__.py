@@ -17,6 +17,7 @@ Units are steps, and radians per step for frequencies. This package does not loa
 
 from __future__ import annotations
 
+from polyak.theory._advice import Advice, Gain, advise
 from polyak.theory._cadence import cadence, displacement
 from polyak.theory._explaining import Explanation, explain
 from polyak.theory._feedback import Feedback, feedback
@@ -39,20 +40,25 @@ from polyak.theory._measures import (
 from polyak.theory._merging import learning_rate_decay, qam, wsm
 from polyak.theory._migration import Migration, from_library
 from polyak.theory._profiles import Profile, coefficients, profile
+from polyak.theory._published import Published
 from polyak.theory._quadratic import Moments, quadratic_moments
 from polyak.theory._rates import learning_rates
 from polyak.theory._synthesis import Column, Fit, fit
 
 __all__ = [
     "CONVENTIONS",
+    "Advice",
     "Column",
     "Explanation",
     "Feedback",
     "Fit",
     "FrequencyResponse",
+    "Gain",
     "Migration",
     "Moments",
     "Profile",
+    "Published",
+    "advise",
     "cadence",
     "coefficients",
     "cutoff",

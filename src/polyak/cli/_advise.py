@@ -1,0 +1,70 @@
+"""`polyak advise`: which average for a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polyak.cli._options import Json
+from polyak.cli._output import print_json, say
+
+if TYPE_CHECKING:
+    from polyak.theory import Advice
+
+
+def advise(
+    steps: Annotated[int, typer.Option(help="Steps of the run.")],
+    schedule: Annotated[
+        str, typer.Option(help="constant, inverse_sqrt, cosine, linear or wsd (20 % cooldown).")
+    ],
+    batch: Annotated[
+        float | None,
+        typer.Option(
+            help="Batch size of the model: 1 is full of noise.", show_default="1, 10, 100"
+        ),
+    ] = None,
+    final: Annotated[float, typer.Option(help="Last learning rate, as a share of the peak.")] = 0.0,
+    warmup: Annotated[float, typer.Option(help="Share of the run that warms up.")] = 0.01,
+    lr: Annotated[
+        float | None, typer.Option(help="AdamW's learning rate: its own average.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Advise which average a run needs: the exact answer of a model, beside what papers report.
+
+    \b
+    Examples:
+      polyak advise --steps 20000 --schedule cosine --lr 1e-3 --weight-decay 0.1
+      polyak advise --steps 3000 --schedule constant --batch 10 --out advice
+    """  # fmt: skip
+    from polyak import theory
+
+    advice = theory.advise(
+        steps,
+        schedule=schedule,
+        batch=batch,
+        final=final,
+        warmup=warmup,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+    print_json(advice.as_dict()) if json else _print(advice)
+    if out is not None:
+        from polyak import charts
+
+        charts.save(charts.advice_chart(advice), out, "advice")
+        say(f"chart: {out}/advice.html (also .png, .svg)", err=json)
+
+
+def _print(advice: Advice) -> None:
+    from polyak.theory import equivalents
+
+    say(f"{advice}\n\nThe same average ({advice.rule}), updated every step:")
+    for call in equivalents(advice.rule).values():
+        say(f"  {call}")
