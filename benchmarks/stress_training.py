@@ -12,7 +12,7 @@ from torch import nn
 
 from polyak._engine.watch import LEAST_LOOKS
 from stress_averagers import Subject
-from stress_models import Entry, entries
+from stress_models import Entry, Source, entries
 from stress_mutations import (
     BY_DATA,
     CHANGES,
@@ -117,11 +117,11 @@ def _step_inside(world: World, optimizer: Any) -> None:
 
 
 def _step_outside(world: World, optimizer: Any, subject: Subject | None) -> None:
-    due = set() if subject is None else due_facts(world, subject)
     try:
         world.writing(optimizer.step)
     except Exception as error:
-        if subject is None or not due & UPDATE_REFUSALS:
+        # The weights that count are those after the step, which may have made them infinite.
+        if subject is None or not due_facts(world, subject) & UPDATE_REFUSALS:
             raise Fault("refused step", f"{type(error).__name__}: {error}") from error
         if isinstance(error, FloatingPointError):
             subject.history = subject.history.left_out(1.0)
@@ -180,12 +180,11 @@ def tie(world: World, random: Random) -> None:
     world.tell(f"tie {first} and {second} by {how}")
     world.drop_optimizers()
     for source in (world.model, world.twin):
-        by_name = {entry.name: entry for entry in entries(source)}
-        one, other = by_name[first], by_name[second]
+        one, other = _entry(source, first), _entry(source, second)
         before = other.tensor.data
         if how == "data":
             other.tensor.data = one.tensor.data
-            world.undo.append(partial(setattr, other.tensor, "data", before))
+            world.undo.append(partial(_set_data, source, second, before))
         else:
             held = other.tensor
             new = (
@@ -193,15 +192,25 @@ def tie(world: World, random: Random) -> None:
                 if how == "object"
                 else nn.Parameter(one.tensor, one.tensor.requires_grad)
             )
-            _set(other, new)
-            world.undo.append(partial(_set, other, held))
+            _set(source, second, new)
+            world.undo.append(partial(_set, source, second, held))
 
 
-def _set(entry: Entry, tensor: torch.Tensor) -> None:
+def _entry(source: Source, name: str) -> Entry:
+    """Where a name is now: modules and tensors may have been replaced since."""
+    return next(entry for entry in entries(source) if entry.name == name)
+
+
+def _set(source: Source, name: str, tensor: torch.Tensor) -> None:
+    entry = _entry(source, name)
     if entry.owner is None:
         entry.holder[entry.leaf] = tensor
     else:
         setattr(entry.owner, entry.leaf, tensor)
+
+
+def _set_data(source: Source, name: str, data: torch.Tensor) -> None:
+    _entry(source, name).tensor.data = data
 
 
 def _alike(world: World) -> list[tuple[str, str]]:
@@ -227,7 +236,7 @@ def resize(world: World, random: Random) -> None:
     world.graphs.clear()  # torch keeps what leaves were like in the graphs that are alive
     world.drop_optimizers()
     for source in (world.model, world.twin):
-        tensor = next(entry.tensor for entry in entries(source) if entry.name == name)
+        tensor = _entry(source, name).tensor
         before, shape = tensor.data, list(tensor.shape)
         shapes = {
             "one": [1] * len(shape),
@@ -240,7 +249,7 @@ def resize(world: World, random: Random) -> None:
         if new.is_floating_point():
             new += noise(new, torch.Generator().manual_seed(drawn))
         tensor.data = new
-        world.undo.append(partial(setattr, tensor, "data", before))
+        world.undo.append(partial(_set_data, source, name, before))
 
 
 def mend(world: World, random: Random) -> None:

@@ -388,8 +388,9 @@ class World:
             if entry.name not in names:
                 continue
             new, old = now[entry.name].detach(), entry.tensor.data
-            if (new.shape, new.dtype) == (old.shape, old.dtype):
-                old.copy_(new)  # another name may have the same memory
+            alike = (new.shape, new.dtype) == (old.shape, old.dtype)
+            if alike and not self.restructured:
+                old.copy_(new)  # another name may have the same memory, as in the model
             else:
                 entry.tensor.data = new.clone()
 
