@@ -105,6 +105,38 @@ def test_a_holder_is_copied_with_its_averager(
     assert before.keys() == again.averager.average().keys()
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+@pytest.mark.parametrize("now", DTYPES, ids=str)
+@pytest.mark.parametrize("then", DTYPES, ids=str)
+@pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
+def test_a_copy_has_the_same_state_whatever_dtype_the_model_has_by_then(
+    copier: Callable[[Any], Any], then: torch.dtype, now: torch.dtype
+) -> None:
+    holder = Holder({"a": "bema()", "b": "exponential(0.5)"}, buffers="copy")
+    to_dtype(holder.model, then)
+    holder.averager = Averager(holder.model, holder.averager.rules, buffers="copy")
+    holder.train(range(3))
+    to_dtype(holder.model, now)
+    again = copier(holder)
+    assert_same(flat(again.averager.state_dict()), flat(holder.averager.state_dict()))
+    for each in (holder, again):
+        each.train(range(3, 5))
+    assert_same(flat(again.averager.state_dict()), flat(holder.averager.state_dict()))
+
+
+def flat(data: Any, path: str = "") -> dict[str, Tensor]:
+    """path -> tensor in a state; numbers and texts are tensors of their own."""
+    if isinstance(data, dict):
+        return {k: v for key, each in data.items() for k, v in flat(each, f"{path}/{key}").items()}
+    return {path: data if isinstance(data, Tensor) else torch.tensor(list(str(data).encode()))}
+
+
 @pytest.mark.parametrize("rule", EXAMPLES, ids=str)
 def test_every_rule_is_copied(rule: polyak.Rule) -> None:
     holder = Holder({"a": rule, "b": Window(2)})

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -603,7 +603,11 @@ class Averager:
 
 
 def _restored(
-    model: Source, rules: dict[str, Rule], choice: Choose, options: dict[str, Any], state: object
+    model: Source,
+    rules: dict[str, Rule],
+    choice: Choose,
+    options: dict[str, Any],
+    state: dict[str, Any],
 ) -> Averager:
     """An averager as it was; raises `TypeError` for a model that is not there yet."""
     if isinstance(model, nn.Module) and "_modules" not in vars(model):
@@ -614,7 +618,8 @@ def _restored(
         )
     averager = Averager.__new__(Averager)
     averager._make(model, rules, choice, **options)
-    averager.load_state_dict(cast("dict[str, Any]", state))
+    changes.alike(state, averager._live, averager._averages, averager._updating)
+    averager.load_state_dict(state)
     return averager
 
 

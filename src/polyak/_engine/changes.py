@@ -6,7 +6,7 @@ Each function returns what is to be set on which object, so that the averager ca
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -17,6 +17,7 @@ from polyak import _tensors as tensors
 from polyak._checks import difference, report, require_count
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import COMPENSATION, Average, tick_data
+from polyak._engine.tracking import Tracked
 from polyak._engine.twins import refuse_unlike
 from polyak._engine.updating import Updating
 from polyak._ranks.sharding import as_distributed, is_distributed, local, spread
@@ -85,6 +86,29 @@ def given(
         lines = difference(dict.fromkeys([*found, *missing]), dict.fromkeys(found))
         raise ValueError(report("begin: weights are missing", lines))
     return found
+
+
+@torch.inference_mode(False)
+def alike(
+    state: Mapping[str, Any],
+    live: ModelTensors,
+    averages: Mapping[str, Average],
+    updating: Updating,
+) -> None:
+    """Gives an averager, not yet used, tensors in the forms of a state that it then loads.
+
+    The model may have had another dtype when those of the state were made.
+    """
+
+    def empty(items: Sequence[Tracked], held: Mapping[str, Tensor]) -> list[Tensor]:
+        there = all(item.name in held for item in items)  # if not, the load says so
+        return [torch.empty_like(local(held[i.name])) for i in items] if there else []
+
+    for name, average in averages.items():
+        for slot, held in state["averages"][name]["slots"].items():
+            if made := empty(live.averaged, held):
+                average.adopt(slot, made)
+    updating.copies = empty(live.copied, state["copies"])
 
 
 def _in_slot_dtype(
