@@ -144,18 +144,24 @@ def test_another_shape_is_refused_before_anything_moves(way: str, setup: str) ->
     assert same(state(averager), state(undisturbed))
 
 
+@pytest.mark.parametrize("nonfinite", ["allow", "skip", "error"])
 @pytest.mark.parametrize("shape", [(), (3,), (1, 1)])
 def test_a_copied_buffer_of_another_shape_is_refused_at_the_first_update(
-    shape: tuple[int, ...],
+    shape: tuple[int, ...], nonfinite: Any
 ) -> None:
+    """Also where the update would be left out."""
     model = network()
-    averager = Averager(model, Uniform(), buffers="copy")
+    averager = Averager(model, Uniform(), buffers="copy", nonfinite=nonfinite)
     model.get_buffer("1.running_var").data = torch.ones(shape)
+    bias = model.get_parameter("0.bias").data
+    bias.fill_(torch.inf)
     with pytest.raises(RuntimeError, match=r"different: 1.running_var"):
         averager.update()
     assert averager.count == 0
     model.get_buffer("1.running_var").data = torch.ones(2)
+    bias.zero_()
     averager.update()
+    assert (averager.count, averager.skipped) == (1, 0)
     assert averager.average()["1.running_var"].shape == (2,)
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from polyak import EMA, Averager, Uniform
+from polyak import EMA, Averager, Uniform, Window
 from polyak._engine import memory
 
 ROWS = 600  # of 600 float32 numbers: more than the MiB that is exchanged at once
@@ -252,6 +252,14 @@ def untie_by_loading(model: Any) -> None:
     model.load_state_dict(state, assign=True)
 
 
+def resize_one_name(model: Any) -> None:
+    model.w.data = torch.zeros(2)
+
+
+def move_one_name(model: Any) -> None:
+    model.w.data = model.w.data.clone()
+
+
 LATER: dict[str, tuple[bool, Callable[[nn.Module], None], str]] = {
     "tied": (False, tie, "tied since: w to v"),
     "tied through .data": (False, tie_by_data, "tied since: w to v"),
@@ -260,35 +268,69 @@ LATER: dict[str, tuple[bool, Callable[[nn.Module], None], str]] = {
     "a negative view": (False, negate, "w is a negative view"),
     "no longer tied": (True, untie, "no longer tied: w to v"),
     "no longer tied, by loading": (True, untie_by_loading, "no longer tied: w to v"),
+    "one name resized": (True, resize_one_name, "no longer tied: w to v"),
+    "one name moved": (True, move_one_name, "no longer tied: w to v"),
 }
+
+MADE: dict[str, dict[str, Any]] = {
+    "plain": {"rule": Uniform()},
+    "narrow slots": {"rule": Uniform(), "dtype": torch.float16},
+    "several slots": {"rule": Window(2)},
+    "copied": {"rule": Uniform(), "buffers": {"v": "copy"}},
+    "guarded": {"rule": Uniform(), "nonfinite": "skip"},
+}
+"""How the averager is made: not all tensors exchange contents with slots."""
+
+
+def begun(tied: bool, made: str) -> tuple[nn.Module, Averager]:
+    """A model and an averager of it, after two updates and a block."""
+    first = base(4, 4)
+    model = holding(v=first, w=first if tied else base(4, 4), x=base(2))
+    averager = Averager(model, **MADE[made])
+    averager.update()
+    averager.update()
+    with averager.applied():
+        pass
+    return model, averager
 
 
 @pytest.mark.parametrize("situation", LATER)
+@pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("call", ["average", "state_dict", "summary", "applied"])
-def test_what_arises_later_is_noticed(situation: str, call: str) -> None:
+def test_what_arises_later_is_noticed(situation: str, made: str, call: str) -> None:
     tied, change, message = LATER[situation]
-    first = base(4, 4)
-    model = holding(v=first, w=first if tied else base(4, 4))
-    averager = Averager(model, Uniform())
-    averager.update()
-    averager.update()
+    model, averager = begun(tied, made)
     change(model)
     with pytest.raises(RuntimeError, match=message):
         called = getattr(averager, call)()
         called.__enter__()
 
 
-def test_a_tie_that_is_undone_is_noticed_by_the_update() -> None:
-    first = base(4, 4)
-    model = holding(v=first, w=first)
-    averager = Averager(model, Uniform())
-    averager.update()
-    untie(model)
+UNDONE = [situation for situation, (tied, *_) in LATER.items() if tied]
+
+
+@pytest.mark.parametrize("situation", UNDONE)
+@pytest.mark.parametrize("made", MADE)
+def test_a_tie_that_is_undone_is_noticed_by_the_update(situation: str, made: str) -> None:
+    model, averager = begun(True, made)
+    LATER[situation][1](model)
     with pytest.raises(RuntimeError, match=r"update: not the tensors(?s:.*)no longer tied: w to v"):
         averager.update()
     tie(model)
     averager.update()
-    assert averager.count == 2
+    assert averager.count == 3
+
+
+@pytest.mark.parametrize("situation", UNDONE)
+@pytest.mark.parametrize("options", [{}, {"param_or_buffer_names_no_ema": {"v"}}], ids=str)
+def test_the_articles_class_notices_it_too(situation: str, options: Any) -> None:
+    first = base(4, 4)
+    model = holding(v=first, w=first, x=base(2))
+    ema = EMA(model, update_after_step=0, update_every=1, **options)
+    ema.update()
+    LATER[situation][1](model)
+    with pytest.raises(RuntimeError, match="no longer tied: w to v"):
+        ema.update()
 
 
 def test_the_first_name_of_a_tie_may_change_with_the_models_order() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from polyak._checks import difference, listed, report
 from polyak._engine import lending
@@ -42,6 +42,7 @@ class ModelTensors:
     streams: list[str]
     stages: Stages
     _groups: Groups
+    _shapes: list[Size]
     _watch: Watch
     _inventory: Inventory
 
@@ -114,6 +115,7 @@ class ModelTensors:
             and list(map(FORM, tensors)) == forms
             and not self._replaced()
             and (watch.shards is None or watch.shards.unmoved())
+            and (watch.tied is None or watch.tied.same())
         )
 
     def _replaced(self) -> bool:
@@ -138,10 +140,14 @@ class ModelTensors:
         return [[flat[i] for i in indices] for indices in self.indices]
 
     def copied_now(self) -> list[Tensor]:
-        """The tensors to copy, in the order of `copied`; raises `RuntimeError` if one is gone."""
+        """The tensors to copy, in the order of `copied`.
+
+        Raises `RuntimeError` if one is gone or has another shape.
+        """
         found = [item.own() for item in self.copied]
-        if any(tensor is None for tensor in found):
+        if [None if tensor is None else tensor.shape for tensor in found] != self._shapes:
             self.check("update")
+            found = [item.local() for item in self.copied]
         return cast("list[Tensor]", found)
 
     def check(self, call: str) -> None:
@@ -208,17 +214,20 @@ class ModelTensors:
         for i, (item, tensor) in enumerate(zip(averaged, here, strict=True)):
             indices.setdefault((kind(tensor), item.stream()), []).append(i)
         groups = [[here[i] for i in each] for each in indices.values()]
+        copied = [item for item in tracked if item.policy == "copy"]
+        stored = [item for item in tracked if item.stored]
         new = {
             "tracked": tracked,
             "averaged": averaged,
-            "copied": [item for item in tracked if item.policy == "copy"],
+            "copied": copied,
             "frozen": [item for item in tracked if item.policy == "frozen"],
             "indices": list(indices.values()),
             "streams": [f"{dtype} {each}" for (dtype, _), each in indices],
             "stages": Stages(),
             "generation": self.generation + 1,
             "_groups": groups,
-            "_watch": Watch(self.model, averaged, found.modules, groups),
+            "_shapes": [item.local().shape for item in copied],
+            "_watch": Watch(self.model, stored, found.modules, groups),
             "_inventory": Inventory(found.modules),
         }
         vars(self).update(new)  # in one step, in which no signal handler can raise

@@ -28,7 +28,7 @@ MOST_STEPS = 10_000
 def identity(tensor: Tensor) -> Hashable:
     """What all tensors that are one tensor agree in: where its elements are, and how they are read."""
     part = local(tensor)
-    start = _address(part)
+    start = address(part)
     if start is None:
         return id(part)
     sizes: tuple[int, ...] = part.shape
@@ -42,7 +42,7 @@ def identity(tensor: Tensor) -> Hashable:
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether a tensor has elements and no memory for them, as while a framework keeps them away."""
-    gone = _address(tensor) is None and tensor.numel() > 0
+    gone = address(tensor) is None and tensor.numel() > 0
     return gone and tensor.untyped_storage().nbytes() == 0
 
 
@@ -67,7 +67,7 @@ def overlap(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
     devices: dict[torch.device, list[_Stretch]] = {}
     for name, tensor in tensors:
         part = local(tensor)
-        start = _address(part)
+        start = address(part)
         if start is not None:
             bytes_ = part.nbytes if part.is_contiguous() else _reach(part)
             stretch = _Stretch(start, start + bytes_, name, part)
@@ -89,7 +89,7 @@ def meeting(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
     """The places in `a` of tensors whose stretch of memory, gaps included, meets that of one in `b`."""
     taken: dict[torch.device, list[tuple[int, int]]] = {}
     for tensor in b:
-        if (start := _address(tensor)) is not None:
+        if (start := address(tensor)) is not None:
             taken.setdefault(tensor.device, []).append((start, start + _reach(tensor)))
     ends = {}
     for device, stretches in taken.items():
@@ -97,7 +97,7 @@ def meeting(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
         ends[device] = list(accumulate((end for _, end in stretches), max))
     found = []
     for i, tensor in enumerate(a):
-        start = _address(tensor)
+        start = address(tensor)
         if start is not None and tensor.device in taken:
             begun = bisect_left(taken[tensor.device], (start + _reach(tensor),))
             if begun and ends[tensor.device][begun - 1] > start:
@@ -138,7 +138,7 @@ def _reach(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _address(tensor: Tensor) -> int | None:
+def address(tensor: Tensor) -> int | None:
     """Where a tensor's content begins; None where it has none, as an empty or a fake tensor."""
     try:
         return tensor.data_ptr() or None if tensor.numel() else None

@@ -22,6 +22,7 @@ from polyak._engine.pairs import Pairs
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked
 from polyak._engine.updating import Updating
+from polyak._engine.watch import Places
 from polyak._ranks.agreement import Agreement, digest, together
 from polyak._ranks.replicas import gather_
 from polyak._tensors import Kind, kind
@@ -41,6 +42,7 @@ class _Slots(NamedTuple):
     slots: list[Tensor] | None
     pairs: list[Pairs]
     rest: list[int]
+    places: Places
 
 
 class _Rows(NamedTuple):
@@ -153,7 +155,7 @@ class Lender:
             or known.slots is not slots
             or known.shared != shared
             or known.generation != self._model.generation
-            or not all(pairs.fit() for pairs in known.pairs)
+            or not known.places.same()
             or self._model.thawed()
         ):
             self._model.check(call)
@@ -162,8 +164,9 @@ class Lender:
 
     def _sorted(self, slots: list[Tensor] | None, shared: bool) -> _Slots:
         items, generation = self._model.averaged, self._model.generation
+        places = Places(self._model.stored())
         if slots is None or shared:
-            return _Slots(generation, shared, slots, [], list(range(len(items))))
+            return _Slots(generation, shared, slots, [], list(range(len(items))), places)
         alike: dict[Kind, list[int]] = {}
         rest = []
         for i, item in enumerate(items):
@@ -173,10 +176,10 @@ class Lender:
             else:
                 rest.append(i)
         pairs = [
-            Pairs([items[i] for i in places], [slots[i] for i in places], slots=True)
-            for places in alike.values()
+            Pairs([items[i] for i in each], [slots[i] for i in each], slots=True)
+            for each in alike.values()
         ]
-        return _Slots(generation, shared, slots, pairs, rest)
+        return _Slots(generation, shared, slots, pairs, rest, places)
 
     def _beside(
         self, average: Average, known: _Slots, call: str

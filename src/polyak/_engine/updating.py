@@ -106,6 +106,8 @@ class Updating:
             return
         called = before._replace(calls=calls, elapsed=time)
         due = calls >= self.every
+        if due:
+            self._live.copied_now()  # an update that is left out refuses another model too
         clean = finite(groups) if due and self._nonfinite != "allow" else None
         if clean is not None and not _deferred(clean) and not clean:
             self._refuse(called)
@@ -151,7 +153,8 @@ class Updating:
         self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]
     ) -> dict[str, object]:
         """The attributes of this object with copies of what `state` returned, which was checked."""
-        filled = self._empty_copies() if copies else []
+        like = self.copies or [item.local() for item in self._live.copied]
+        filled = self._empty_copies(like) if copies else []
         if copies:
             tensors.lerp_(filled, [copies[item.name] for item in self._live.copied], 1.0)
         new: dict[str, object] = {"_since": (calls, elapsed), "skipped": skipped}
@@ -246,14 +249,10 @@ class Updating:
                     average.moving = False
 
     def _copied_now(self) -> list[Tensor]:
-        """The tensors to copy, with copies of their shapes; raises `RuntimeError` for another shape."""
+        """The tensors to copy, with copies of their shapes; raises what `copied_now` raises."""
         copied = self._live.copied_now()
-        if not self.copies:
-            self._live.check("update")
-            self.copies = self._empty_copies()
+        self.copies = self.copies or self._empty_copies(copied)
         pairs = list(zip(self.copies, copied, strict=True))
-        if any(a.shape != b.shape for a, b in pairs):
-            self._live.check("update")
         if any(a.dtype != b.dtype for a, b in pairs):  # a copy in another dtype would be rounded
             self.copies = [a.to(b.dtype) for a, b in pairs]
         return copied
@@ -299,9 +298,8 @@ class Updating:
         tensors.lerp_(self.copies, live, 1.0)
 
     @torch.inference_mode(False)
-    def _empty_copies(self) -> list[Tensor]:
-        live = [item.local() for item in self._live.copied]
-        return [torch.empty_like(t, device=self._device) for t in live]
+    def _empty_copies(self, like: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.empty_like(t, device=self._device) for t in like]
 
     def _moment(self) -> _Moment:
         return _Moment(*self._since, tuple(map(_TICK, self._averages)))

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from polyak._engine.memory import address
 from polyak._engine.tracking import Entry, Source, Table, Tracked
 from polyak._ranks.sharding import Shards, is_distributed, local
 from polyak._tensors import Groups
@@ -39,10 +40,11 @@ class Watch:
     def __init__(
         self,
         model: Source,
-        averaged: Sequence[Tracked],
+        stored: Sequence[Tracked],
         modules: Sequence[nn.Module],
         groups: Groups,
     ) -> None:
+        averaged = [item for item in stored if item.policy == "average"]
         entries = [entry for item in averaged for entry in item.entries]
         self.parameters = _tables(entries, "_parameters")
         self.buffers = _tables(entries, "_buffers")
@@ -56,6 +58,8 @@ class Watch:
         divided = [t for item, t in zip(averaged, whole, strict=True) if item.mesh is not None]
         spread = bool(divided) or any(map(is_distributed, whole))
         self.shards = Shards(whole, divided) if spread else None
+        several = [item for item in stored if len(item.entries) > 1]
+        self.tied = Places(several) if several else None
         self._names = [item.name for item in averaged]
         self._tensors = list(map(local, whole))
         self._forms = list(map(FORM, self._tensors))
@@ -71,6 +75,27 @@ class Watch:
             return ""
         looks = zip(self._names, self._tensors, self._forms, strict=True)
         return ", ".join([name for name, tensor, form in looks if _differs(tensor, *form)][:8])
+
+
+class Places:
+    """Where the tensors of some items are, under all their names.
+
+    A name of a tied tensor may get a tensor of its own, while the first name keeps its tensor.
+    """
+
+    def __init__(self, items: Iterable[Tracked]) -> None:
+        self._entries = [entry for item in items for entry in item.entries]
+        self._tensors = [entry.found() for entry in self._entries]
+        self._forms = self._forms_now()
+
+    def same(self) -> bool:
+        """Whether every name has the tensor that it had, in the same memory and form."""
+        now = map(Entry.now, self._entries)
+        return all(map(operator.is_, now, self._tensors)) and self._forms_now() == self._forms
+
+    def _forms_now(self) -> tuple[list[object], list[object]]:
+        parts = list(map(local, self._tensors))
+        return list(map(address, parts)), list(map(FORM, parts))
 
 
 def _tables(entries: Iterable[Entry], table: Table) -> list[tuple[nn.Module, Mapping[str, object]]]:
