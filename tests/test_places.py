@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from polyak.study._report import _write
 
 import polyak
 from polyak import Averager, Recorder, checkpoints
 from polyak.offline import average
+from polyak.study._page import _write
 from polyak.study._records import opened
 
 
@@ -99,7 +99,7 @@ WRITERS = {
         ).result(),
         folder=True,
     ),
-    "a study's page": Writer(lambda path, n: _write(path, "x" * 4 * n)),
+    "a study's page": Writer(lambda path, n: _write(path, b"x" * 4 * n)),
 }
 FOLDERS = [name for name, writer in WRITERS.items() if writer.folder]
 FILES = [name for name, writer in WRITERS.items() if not writer.folder]

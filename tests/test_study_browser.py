@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
+import browsing
 from polyak.study import run_article
 from study_cases import SMALL
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 RULES = {"rules": {"target-size": {"enabled": True}}}  # of WCAG 2.2, not in axe's default
-PATIENCE = 300_000  # ms; a busy machine is no fault
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
-        yield browser
-        browser.close()
+    with browsing.browser() as opened:
+        yield opened
 
 
 def article(folder: Path) -> Path:
@@ -50,7 +39,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def opened(browser: Browser, report: Path, **options: Any) -> Page:
     page = browser.new_page(**options)
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(browsing.PATIENCE)
     page.goto(report.as_uri(), wait_until="load")
     return page
 
@@ -86,7 +75,7 @@ def test_the_page_is_silent_and_loads_nothing(browser: Browser, report: Path) ->
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri(), wait_until="networkidle", timeout=PATIENCE)
+    page.goto(report.as_uri(), wait_until="networkidle", timeout=browsing.PATIENCE)
     page.close()
     assert said == [] and asked == [report.as_uri()]
     assert report.stat().st_size < 5_000_000
