@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from polyak.study._statistics import (
-    ClaimedRange,
     ClaimVerdict,
     Interval,
     around,
@@ -19,8 +18,9 @@ from polyak.study._statistics import (
     share,
     verdict,
 )
+from polyak.study._study import Region
 
-ABOVE = ClaimedRange(low=0.0)
+ABOVE = Region(low=0.0)
 
 
 def draw(mean: float, seeds: int = 64, generator: int = 0) -> list[float]:
@@ -48,7 +48,7 @@ def test_the_rule_finds_the_truth(mean: float, wanted: ClaimVerdict) -> None:
 def test_an_interval_is_inside_across_or_outside(
     low: float, high: float, wanted: ClaimVerdict
 ) -> None:
-    assert verdict(Interval((low + high) / 2, low, high, 64), ClaimedRange(1.0, 2.0)) == wanted
+    assert verdict(Interval((low + high) / 2, low, high, 64), Region(1.0, 2.0)) == wanted
 
 
 def test_few_seeds_decide_nothing() -> None:

@@ -17,7 +17,6 @@ from polyak.study import _article as article
 from polyak.study import _quantities as q
 from polyak.study._record_format import Record
 from polyak.study._statistics import (
-    ClaimedRange,
     ClaimVerdict,
     Interval,
     around,
@@ -26,13 +25,14 @@ from polyak.study._statistics import (
     share,
     verdict,
 )
+from polyak.study._study import Region
 
 FIGURE_TOLERANCE = 0.25
 EPOCH_TOLERANCE = 0.10
 MOST_SEEDS = 0.9
 SAME = 0.02
-POSITIVE = ClaimedRange(low=math.nextafter(0.0, 1.0))
-BELOW_ONE = ClaimedRange(high=math.nextafter(1.0, 0.0))
+POSITIVE = Region(low=math.nextafter(0.0, 1.0))
+BELOW_ONE = Region(high=math.nextafter(1.0, 0.0))
 
 Records = Sequence[Record]
 
@@ -44,7 +44,7 @@ class Part:
     quantity: str
     interval: Interval
     form: str
-    claimed: ClaimedRange | None = None
+    claimed: Region | None = None
     wanted: str = ""
 
     @property
@@ -122,7 +122,7 @@ def _early(records: Records) -> list[Part]:
         ),
         Part(
             "EMA loss / live loss − 1 of an epoch, geometric mean of epochs 1–30",
-            excess, "share", ClaimedRange(high=most),
+            excess, "share", Region(high=most),
             f"at most {100 * most:.0f} %, the article's largest early excess (“slightly”)",
         ),
         Part(
@@ -164,7 +164,7 @@ def _overtaking(records: Records) -> list[Part]:
         Part(
             "seeds in which it stays better from epoch 66 at the latest",
             share([q.overtaking(r) <= min(near.high, r["stop_epoch"]) for r in records]),
-            "share", ClaimedRange(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %",
+            "share", Region(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %",
         ),
         Part(
             "first epoch at which the EMA is better, median",
@@ -185,7 +185,7 @@ def _stopping(records: Records) -> list[Part]:
         Part(
             "optimum reached: change of the EMA's lowest loss when training continues after the stop",
             bootstrap([q.after_best(r) for r in after]),
-            "share", ClaimedRange(low=-SAME), f"no lower than −{100 * SAME:.0f} %",
+            "share", Region(low=-SAME), f"no lower than −{100 * SAME:.0f} %",
         ),
         Part(
             "over-fitting avoided: change of the EMA's loss from the stop to the end of that training",
@@ -247,7 +247,7 @@ def _late(records: Records) -> list[Part]:
     return [
         Part("seeds in which the EMA is below at every epoch from 60 to the stop",
              share([lead == 1 for lead in leads]), "share",
-             ClaimedRange(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %"),
+             Region(low=MOST_SEEDS), f"at least {100 * MOST_SEEDS:.0f} %"),
         Part("share of the epochs from 60 to the stop at which the EMA is below, mean",
              bootstrap(leads), "share"),
         Part("mean EMA loss / mean live loss over those epochs (geometric mean)",
@@ -257,7 +257,7 @@ def _late(records: Records) -> list[Part]:
 
 def _above(records: Records) -> list[Part]:
     both = [r["live"]["r2"] > 0.99 and r["average"]["r2"] > 0.99 for r in records]
-    high = ClaimedRange(low=0.99)
+    high = Region(low=0.99)
     return [
         Part("R² of the live model at the stop, mean",
              bootstrap([r["live"]["r2"] for r in records]), "r2", high, "above .99"),

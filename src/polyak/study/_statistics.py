@@ -8,21 +8,23 @@ have exact binomial intervals, because a bootstrap of a share of 0 or 1 has no w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, trim_mean
+
+from polyak.study._study import Region
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20_240_613
 FEWEST_SEEDS = 8
 
-Statistic = Literal["mean", "median"]
+Statistic = Literal["mean", "median", "iqm"]
 ClaimVerdict = Literal["holds", "does not hold", "undecided"]
 
 
@@ -40,38 +42,29 @@ class Interval:
         return Interval(change(self.estimate), change(self.low), change(self.high), self.seeds)
 
 
-@dataclass(frozen=True)
-class ClaimedRange:
-    """The values of a quantity for which a claim is true, bounds included."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-
-def around(figure: float, tolerance: float) -> ClaimedRange:
+def around(figure: float, tolerance: float) -> Region:
     """The values that differ from a figure by at most a share `tolerance` of it."""
-    return ClaimedRange(figure * (1 - tolerance), figure * (1 + tolerance))
+    return Region(figure * (1 - tolerance), figure * (1 + tolerance))
 
 
 def bootstrap(
     values: Sequence[float] | NDArray[np.float64], statistic: Statistic = "mean"
 ) -> Interval:
-    """The mean or median over seeds with its percentile bootstrap interval.
+    """The mean, median or interquartile mean over seeds with its percentile bootstrap interval.
 
     All quantities with the same number of seeds use the same resamples, so that paired quantities are
-    resampled in pairs. Without values the result is NaN.
+    resampled in pairs. Values may be infinite for a median. Without values the result is NaN.
     """
     array = np.asarray(values, dtype=float)
     if not len(array):
         return Interval(math.nan, math.nan, math.nan, 0)
-    compute = np.mean if statistic == "mean" else np.median
+    compute = _STATISTICS[statistic]
     resampled = compute(array[_resamples(len(array))], axis=1)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, (tail, 1 - tail))
-    return Interval(float(compute(array)), float(low), float(high), len(array))
+    # Between a number and infinity there is nothing to interpolate.
+    method: Any = "linear" if np.isfinite(resampled).all() else "inverted_cdf"
+    low, high = np.quantile(resampled, (tail, 1 - tail), method=method)
+    return Interval(float(compute(array, axis=0)), float(low), float(high), len(array))
 
 
 def share(wins: Sequence[bool]) -> Interval:
@@ -83,7 +76,7 @@ def share(wins: Sequence[bool]) -> Interval:
     return Interval(float(test.statistic), float(exact.low), float(exact.high), len(wins))
 
 
-def verdict(interval: Interval, claimed: ClaimedRange) -> ClaimVerdict:
+def verdict(interval: Interval, claimed: Region) -> ClaimVerdict:
     """The one rule: the claim holds if the interval is inside the claimed range, and does not if outside.
 
     It is undecided if the interval crosses a bound, and with fewer than 8 seeds, for which a bootstrap
@@ -102,6 +95,18 @@ def combined(verdicts: Sequence[ClaimVerdict]) -> ClaimVerdict:
     if "does not hold" in verdicts:
         return "does not hold"
     return "undecided" if "undecided" in verdicts else "holds"
+
+
+def _interquartile_mean(values: NDArray[np.float64], axis: int) -> Any:
+    """The mean of the middle half: a quarter of the values is cut off at each end."""
+    return trim_mean(values, 0.25, axis=axis)
+
+
+_STATISTICS: dict[str, Callable[..., Any]] = {
+    "mean": np.mean,
+    "median": np.median,
+    "iqm": _interquartile_mean,
+}
 
 
 @lru_cache(maxsize=4)
