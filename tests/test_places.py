@@ -27,6 +27,7 @@ import polyak
 from polyak import Averager, Recorder, checkpoints
 from polyak.offline import average
 from polyak.study._page import _write
+from polyak.study._record_format import article_format
 from polyak.study._records import opened
 
 
@@ -348,7 +349,7 @@ def test_torchs_own_files_in_a_folder_that_is_saved_have_its_name(tmp_path: Path
 def test_a_study_without_space_names_its_records(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     named = pytest.raises(OSError, match=r"File too large: .*results\.jsonl")
-    with opened(path, {}) as results, limited_files(tmp_path), named:
+    with opened(path, article_format({})) as results, limited_files(tmp_path), named:
         results._write(b"x" * (1 << 17))
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from polyak.study._arms import article_arm
 from polyak.study._data import make_data
+from polyak.study._record_format import article_format
 from polyak.study._records import opened
 from polyak.study._runner import run_study
 from polyak.study._settings import Settings
@@ -26,7 +27,7 @@ from polyak.study._trainer import conditions, run_seed
 from study_cases import SMALL
 
 ARMS = article_arm(SMALL)
-CONDITIONS = conditions(SMALL, ARMS)
+FORM = article_format(conditions(SMALL, ARMS))
 
 
 def study(seeds: int, path: Path, settings: Settings = SMALL) -> list[dict[str, object]]:
@@ -91,7 +92,7 @@ def changed(line: bytes, *keys: str, to: object = None) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-NOT_A_RECORD = "it is not the record of a seed"
+NOT_A_RECORD = "it is not the record of a run"
 DAMAGED: list[tuple[str, Callable[[bytes], bytes], str]] = [
     ("no seed", lambda line: changed(line, "seed"), "seed is missing"),
     ("a text as seed", lambda line: changed(line, "seed", to="0"), "seed is '0', wanted an integer"),
@@ -151,7 +152,7 @@ def test_a_line_that_is_no_record_is_refused_and_stays(
         study(1, path)
     first = str(refused.value).split("\n")[0]
     assert first.startswith(f"{path}, line {before + 1}: ")
-    assert first.endswith("; remove this line to run its seed again, or choose another folder")
+    assert first.endswith("; remove this line to run it again, or choose another folder")
     assert len(str(refused.value)) < 1000
     assert path.read_bytes() == content
 
@@ -173,8 +174,8 @@ def test_a_whole_last_line_without_its_end_is_kept(undisturbed: Path, tmp_path: 
     path = tmp_path / "results.jsonl"
     lines = undisturbed.read_bytes().splitlines(keepends=True)
     path.write_bytes((lines[2] + lines[0])[:-1])
-    with opened(path, CONDITIONS) as results:
-        assert list(results.by_seed) == [2, 0]
+    with opened(path, FORM) as results:
+        assert list(results.by_run) == [2, 0]
     assert path.read_bytes() == lines[2] + lines[0]
 
 
@@ -212,11 +213,11 @@ def test_a_training_that_diverges_is_not_recorded(tmp_path: Path) -> None:
 
 
 def test_a_study_that_fails_before_its_first_record_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), opened(tmp_path / "a/b/results.jsonl", CONDITIONS):
+    with pytest.raises(KeyError), opened(tmp_path / "a/b/results.jsonl", FORM):
         raise KeyError
     assert not list(tmp_path.iterdir())
     (tmp_path / "results.jsonl").touch()
-    with pytest.raises(KeyError), opened(tmp_path / "results.jsonl", CONDITIONS) as results:
+    with pytest.raises(KeyError), opened(tmp_path / "results.jsonl", FORM) as results:
         results.add(run_seed(0, SMALL, make_data(SMALL), ARMS))
         raise KeyError
     assert lines(tmp_path / "results.jsonl") == 1
@@ -236,7 +237,7 @@ def test_a_full_disk_is_told_with_the_file(
             return write(handle, data[:part])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, opened(path, CONDITIONS) as results:
+    with monkeypatch.context() as patch, opened(path, FORM) as results:
         patch.setattr(os, "write", full)
         with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
             results.add(record)
@@ -246,7 +247,7 @@ def test_a_full_disk_is_told_with_the_file(
 
 def test_two_studies_do_not_write_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    with opened(path, CONDITIONS), pytest.raises(OSError, match="another study is writing"):
+    with opened(path, FORM), pytest.raises(OSError, match="another study is writing"):
         study(1, path)
 
 

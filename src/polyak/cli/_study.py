@@ -7,13 +7,74 @@ from typing import Annotated
 
 import typer
 
+from polyak.cli._commands import YOURS, fail
+from polyak.cli._output import print_table, say
+
+Jobs = Annotated[int, typer.Option(help="Processes; -1 is one per core.")]
+
 
 def article(
     seeds: Annotated[int, typer.Option(help="Runs, each with its own seed.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("study-article"),
-    jobs: Annotated[int, typer.Option(help="Processes; -1 is one per core.")] = -1,
+    jobs: Jobs = -1,
 ) -> None:
     """Repeat the founding article's experiment, and judge its claims."""
     from polyak.study import run_article
 
     run_article(seeds=seeds, out=out, jobs=jobs)
+
+
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME_OR_FILE", help="A name of `polyak study list`, or a file with a `study`."
+        ),
+    ],
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds 0 to SEEDS - 1; default: the study's.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The study's small form.")] = False,
+    jobs: Jobs = -1,
+    vary: Annotated[
+        str,
+        typer.Option(help="Sources that differ between seeds: some of init,order,dropout,split."),
+    ] = "init,order,dropout,split",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: study-NAME, with -quick if quick.")
+    ] = None,
+) -> None:
+    """Run a study: every average of every run, over seeds, schedules and learning rates.
+
+    A study that was interrupted goes on where it was.
+    """
+    from rich.console import Console
+
+    from polyak.study import run as run_study
+    from polyak.study._recipes import opened_recipe
+    from polyak.study._terminal import Seeds
+
+    with opened_recipe(recipe) as study:
+        study = study.quickly() if quick else study
+        folder = out or Path(f"study-{study.name}{'-quick' if quick else ''}")
+        sources = tuple(word.strip() for word in vary.split(",") if word.strip())
+        with Seeds(Console(stderr=True), "runs") as progress:
+            result = run_study(
+                study, folder, seeds=seeds, jobs=jobs, vary=sources, progress=progress
+            )
+        for failure in result.failures:
+            where = f"seed {failure['seed']}, {failure['schedule']}, {failure['learning_rate']:g}"
+            say(f"failed: {where}: {failure['failed']}", err=True)
+        if result.failures:
+            fail(f"{len(result.failures)} runs failed; run again to try them again", YOURS)
+
+
+def listed() -> None:
+    """List the studies that ship."""
+    from polyak.study import recipes
+
+    rows = [
+        (name, study.title, f"{study.steps} steps, {len(study.arms)} arms, {study.seeds} seeds")
+        for name, study in recipes().items()
+    ]
+    print_table(("name", "title", "size"), rows, left=3)

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 from polyak._checks import is_integer, require
+from polyak.study._recipes import recipes
 from polyak.study._result import Result, Seed, difference, gain, log_ratio
+from polyak.study._run import read, run
 from polyak.study._schedules import (
     Plateau,
     Schedule,
@@ -57,6 +59,9 @@ __all__ = [
     "linear",
     "log_ratio",
     "mean_probability",
+    "read",
+    "recipes",
+    "run",
     "run_article",
     "wsd",
 ]

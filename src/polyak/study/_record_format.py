@@ -1,8 +1,8 @@
-"""The format of a record: what the line of one seed in `results.jsonl` must hold."""
+"""The format of a record: what the line of one run in `results.jsonl` must hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from reprlib import Repr
 from typing import Any, NamedTuple
 
@@ -42,19 +42,38 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 METRICS = {"mse": POSITIVE, "mae": POSITIVE, "r2": NUMBER}
 
 
-def require_record(record: object, conditions: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless a value is a record that a run under these conditions gives."""
+class RecordFormat(NamedTuple):
+    """What a line is: of which conditions, with which fields, of which run."""
+
+    conditions: Callable[[Record], Mapping[str, Any]]
+    fields: Callable[[Record], Mapping[str, Any]]
+    key: Callable[[Record], Hashable] = lambda record: record["seed"]
+    label: Callable[[Record], str] = lambda record: f"seed {record['seed']}"
+    measured: tuple[str, ...] = ()
+    """The fields that differ when a run is repeated: times."""
+
+
+def article_format(conditions: Mapping[str, Any]) -> RecordFormat:
+    """The format of the records of the article's experiment."""
+    return RecordFormat(
+        lambda _: conditions, lambda record: _fields(conditions, record.get("stop_epoch"))
+    )
+
+
+def require_record(record: object, form: RecordFormat) -> None:
+    """Raises `ValueError` unless a value is a record of this format."""
     if not isinstance(record, dict):
-        raise ValueError(f"it holds {_repr.repr(record)}, wanted the record of a seed")
+        raise ValueError(f"it holds {_repr.repr(record)}, wanted the record of a run")
     stored = record.get("conditions")
     if not isinstance(stored, dict):
         raise ValueError("it has no conditions, so it is not a record of the study")
+    conditions = form.conditions(record)
     if changed := differences(stored, conditions):
         raise ValueError("it was made under other conditions\n  " + "\n  ".join(changed))
     if record.get("fingerprint") != fingerprint(conditions):
         got, wanted = _repr.repr(record.get("fingerprint")), fingerprint(conditions)
         raise ValueError(f"its fingerprint is {got}, but its conditions have {wanted!r}")
-    if problem := next(_problems("", record, _fields(conditions, record.get("stop_epoch"))), ""):
+    if problem := next(_problems("", record, form.fields(record)), ""):
         raise ValueError(problem)
 
 
@@ -111,7 +130,7 @@ def _problems(name: str, value: Any, wanted: Any) -> Iterator[str]:
         yield f"{name} is {_repr.repr(value)}, wanted {wanted.name}"
 
 
-def _problems_of_fields(name: str, value: Any, wanted: dict[str, Any]) -> Iterator[str]:
+def _problems_of_fields(name: str, value: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(value, dict):
         yield f"{name} is {_repr.repr(value)}, wanted {', '.join(wanted)}"
         return

@@ -1,7 +1,7 @@
-"""The file of records: one JSON line per seed in `results.jsonl`, so that a study can resume.
+"""The file of records: one JSON line per run in `results.jsonl`, so that a study can resume.
 
-A line is written whole and synced to the disk before the next seed counts as done. If the process is
-killed while it writes a line, the next run cuts that torn last line off and runs its seed again.
+A line is written whole and synced to the disk before the next run counts as done. If the process is
+killed while it writes a line, the next run cuts that torn last line off and runs it again.
 Everything else that does not fit is refused, and the file stays as it was.
 """
 
@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from polyak._files import making_folder
 from polyak._system import Claim
-from polyak.study._record_format import Record, require_record
+from polyak.study._record_format import Record, RecordFormat, require_record
 
 _BEGINNING = b'{"seed": '  # of every line that `add` writes
 _LONGEST = 1 << 26  # bytes; a record of 500 epochs has 1 / 500 of this
 
 
 class Results:
-    """An open `results.jsonl`, locked: the records of the seeds that are done; `add` appends one."""
+    """An open `results.jsonl`, locked: the records of the runs that are done; `add` appends one."""
 
-    def __init__(self, file: IO[bytes], conditions: Mapping[str, Any]) -> None:
+    def __init__(self, file: IO[bytes], form: RecordFormat) -> None:
         self._file = file
-        self._conditions = conditions
-        self._lines: dict[int, int] = {}  # seed -> the number of its line, for messages
-        self.by_seed: dict[int, Record] = {}
+        self._form = form
+        self._lines: dict[Hashable, int] = {}  # run -> the number of its line, for messages
+        self.by_run: dict[Any, Record] = {}
         self._read()
 
     def add(self, record: Record) -> None:
@@ -39,11 +39,11 @@ class Results:
         that diverged to infinity or NaN.
         """
         try:
-            require_record(record, self._conditions)
+            require_record(record, self._form)
         except ValueError as error:
-            raise ValueError(f"seed {record['seed']}: {error}") from None
+            raise ValueError(f"{self._form.label(record)}: {error}") from None
         self._write(json.dumps(record).encode() + b"\n")
-        self.by_seed[record["seed"]] = record
+        self.by_run[self._form.key(record)] = record
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -61,16 +61,23 @@ class Results:
         """Keeps the record of a whole line; raises `ValueError` with the file and the line."""
         try:
             record = _parsed(line)
-            require_record(record, self._conditions)
-            seed = record["seed"]
-            if self.by_seed.setdefault(seed, record) != record:
-                raise ValueError(f"line {self._lines[seed]} has other results of seed {seed}")
+            require_record(record, self._form)
+            run = self._form.key(record)
+            if self._measurements(self.by_run.setdefault(run, record)) != self._measurements(
+                record
+            ):
+                label = self._form.label(record)
+                raise ValueError(f"line {self._lines[run]} has other results of {label}")
         except ValueError as error:
             problem, *details = str(error).split("\n")
-            remedy = "remove this line to run its seed again, or choose another folder"
+            remedy = "remove this line to run it again, or choose another folder"
             message = f"{self._file.name}, line {number}: {problem}; {remedy}"
             raise ValueError("\n".join([message, *details])) from None
-        self._lines.setdefault(seed, number)
+        self._lines.setdefault(run, number)
+
+    def _measurements(self, record: Record) -> Record:
+        """What a repeated run must give again."""
+        return {name: value for name, value in record.items() if name not in self._form.measured}
 
     def _write(self, line: bytes) -> None:
         """Appends bytes and waits until they are on the disk."""
@@ -99,9 +106,9 @@ def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line.decode(), object_pairs_hook=_without_repetition)
     except ValueError as error:
-        raise ValueError(f"it is not the record of a seed ({error})") from None
+        raise ValueError(f"it is not the record of a run ({error})") from None
     except RecursionError:
-        raise ValueError("it is not the record of a seed (nested too deep)") from None
+        raise ValueError("it is not the record of a run (nested too deep)") from None
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[Results]:
+def opened(path: Path, form: RecordFormat) -> Iterator[Results]:
     """Opens (or makes) a results file for one study at a time.
 
     If the block raises before a record was added to a new file, the file goes again, and so do the
@@ -126,7 +133,7 @@ def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[Results]:
     _require_regular(path)
     with making_folder(path.parent), path.open("a+b") as file, _claimed(path, file):
         try:
-            yield Results(file, conditions)
+            yield Results(file, form)
         except BaseException:
             if not os.fstat(file.fileno()).st_size:
                 with suppress(PermissionError):  # Windows removes nothing that is open

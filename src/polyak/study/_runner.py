@@ -9,7 +9,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 
 from polyak.study._arms import Arms, all_arms
 from polyak.study._data import make_data
-from polyak.study._record_format import Record
+from polyak.study._record_format import Record, article_format
 from polyak.study._records import opened
 from polyak.study._settings import Settings
 from polyak.study._trainer import conditions, run_seed
@@ -33,14 +33,14 @@ def run_study(
     one thread.
     """
     arms = arms or all_arms(settings)
-    with opened(path, conditions(settings, arms)) as results:
-        missing = [seed for seed in range(seeds) if seed not in results.by_seed]
+    with opened(path, article_format(conditions(settings, arms))) as results:
+        missing = [seed for seed in range(seeds) if seed not in results.by_run]
         progress(seeds - len(missing), seeds, False)
         workers = min(effective_n_jobs(-1 if jobs is None else jobs), max(len(missing), 1))
         for record in _records(missing, settings, arms, workers):
             results.add(record)
-            progress(sum(seed in results.by_seed for seed in range(seeds)), seeds, True)
-        return [results.by_seed[seed] for seed in range(seeds)]
+            progress(sum(seed in results.by_run for seed in range(seeds)), seeds, True)
+        return [results.by_run[seed] for seed in range(seeds)]
 
 
 def _records(missing: list[int], settings: Settings, arms: Arms, workers: int) -> Iterator[Record]:

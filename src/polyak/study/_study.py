@@ -94,6 +94,10 @@ class Arm:
         )
 
 
+def _mean(outputs: Tensor) -> Tensor:
+    return outputs.mean(0)
+
+
 @dataclass(frozen=True)
 class Ensemble:
     """The mean prediction of the networks of the last `size` snapshots, one every `every` steps.
@@ -106,7 +110,7 @@ class Ensemble:
 
     size: int
     every: int = 1
-    combine: Callable[[Tensor], Tensor] = field(default=lambda outputs: outputs.mean(0))
+    combine: Callable[[Tensor], Tensor] = _mean
 
     def __post_init__(self) -> None:
         for name in ("size", "every"):

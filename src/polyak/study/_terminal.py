@@ -23,14 +23,15 @@ LINES = 8
 
 
 class Seeds:
-    """Progress over seeds: a bar on a terminal, else about eight plain lines."""
+    """Progress over seeds, or over other `units`: a bar on a terminal, else about eight plain lines."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, units: str = "seeds") -> None:
+        self._units = units
         self._console = console
         self._began = time.monotonic()
         self._ran = 0
         self._bar = Progress(
-            TextColumn("seeds"),
+            TextColumn(units),
             BarColumn(),
             MofNCompleteColumn(),
             TaskProgressColumn(show_speed=True),
@@ -39,7 +40,7 @@ class Seeds:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("seeds", total=None, rate="")
+        self._task = self._bar.add_task(units, total=None, rate="")
 
     def __enter__(self) -> Seeds:
         self._bar.start()
@@ -49,14 +50,14 @@ class Seeds:
         self._bar.stop()
 
     def __call__(self, done: int, wanted: int, ran: bool) -> None:
-        """Shows that `done` of `wanted` seeds are done; `ran` tells whether one was just run."""
+        """Shows that `done` of `wanted` are done; `ran` tells whether one was just run."""
         self._ran += ran
         pace = (time.monotonic() - self._began) / max(self._ran, 1)
-        rate = f"{pace:.2f} s a seed" if self._ran else ""
+        rate = f"{pace:.2f} s each" if self._ran else ""
         self._bar.update(self._task, completed=done, total=wanted, rate=rate)
         if not self._console.is_terminal and done % max(wanted // LINES, 1) == 0:
             left = f", {rate}, {pace * (wanted - done):.0f} s left" if self._ran else ""
-            self._console.print(f"seeds {done}/{wanted}{left}")
+            self._console.print(f"{self._units} {done}/{wanted}{left}")
 
 
 def show(console: Console, report: Report, seconds: float) -> None:

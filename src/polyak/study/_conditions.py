@@ -1,0 +1,141 @@
+"""Conditions: everything that a record of a study depends on besides its seed and learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from polyak._checks import is_integer, is_number
+from polyak.rules import LIVE
+from polyak.study._loop import SOURCES, Run, alone, endless, source_seed
+from polyak.study._record_format import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    SEED,
+    Kind,
+    Listed,
+    Record,
+    RecordFormat,
+)
+from polyak.study._schedules import described
+from polyak.study._settings import fingerprint
+from polyak.study._study import Arm, Ensemble, Study
+
+TRIED_STEPS = 2
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+VALUE = Kind("a finite number or null", lambda value: value is None or is_number(value))
+STEP = Kind("an integer >= 1 or null", lambda value: value is None or is_integer(value, 1))
+BYTES = Kind("an integer >= 0", lambda value: is_integer(value, 0))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+
+
+class Conditions:
+    """The conditions of a study's runs, and the format of their records."""
+
+    def __init__(self, study: Study, vary: tuple[str, ...] = SOURCES) -> None:
+        self._study = study
+        self._common = {
+            "study": study.name,
+            "steps": study.steps,
+            "batch_size": study.batch_size,
+            "evaluations": study.evaluations,
+            "arms": {name: described_arm(arm) for name, arm in study.arms.items()},
+            "metrics": {name: metric.lower_is_better for name, metric in study.metrics.items()},
+            "vary": list(vary),
+            "torch": torch.__version__,
+            "losses of two steps": tried(study),
+        }
+
+    def of(self, schedule: str) -> dict[str, Any]:
+        """The conditions of the runs of a schedule."""
+        text = described(self._study.schedules[self._study.require_schedule(schedule)])
+        return {**self._common, "schedule": text}
+
+    def marked(self, run: Run, measured: Record) -> Record:
+        """The record of a run: what it is of, and what was measured."""
+        conditions = self.of(run.schedule)
+        head = {"seed": run.seed, "study": self._study.name}
+        head |= {"schedule": run.schedule, "learning_rate": run.learning_rate}
+        head |= {"fingerprint": fingerprint(conditions), "conditions": conditions}
+        return {**head, **measured}
+
+    def format(self) -> RecordFormat:
+        """The format of the file."""
+        return RecordFormat(
+            lambda record: self.of(str(record.get("schedule"))),
+            lambda record: fields(self._study, record.get("steps")),
+            run_of,
+            lambda record: label(run_of(record)),
+            ("seconds",),
+        )
+
+
+def run_of(record: Record) -> Run:
+    """The run that a record is of."""
+    return Run(record["seed"], record["schedule"], record["learning_rate"])
+
+
+def label(run: Run) -> str:
+    """A run as a message names it."""
+    return f"seed {run.seed}, schedule {run.schedule}, learning rate {run.learning_rate:g}"
+
+
+def described_arm(arm: Arm | Ensemble) -> str:
+    """An arm as text."""
+    if isinstance(arm, Ensemble):
+        return f"ensemble of {arm.size}, every {arm.every}"
+    start = f", from {arm.start:g} of the run" if arm.start else ""
+    return f"{arm.rule}, every {arm.every}{start}{', recalibrated' if arm.recalibrate else ''}"
+
+
+def tried(study: Study) -> list[str]:
+    """The losses of the first two steps of seed 0, which tell another model, loss, data or optimizer.
+
+    Functions cannot be compared, but what they do can. Five digits are the same on other machines.
+    """
+    with alone():
+        torch.manual_seed(source_seed(0, "init"))
+        model = study.model().train()
+        data = study.data(source_seed(0, "split"))
+        batches = endless(data.train, study.batch_size, source_seed(0, "order"))
+        torch.manual_seed(source_seed(0, "dropout"))
+        optimizer = study.optimizer(model.parameters(), study.learning_rates[0])
+        losses = []
+        for _ in range(TRIED_STEPS):
+            optimizer.zero_grad()
+            loss = study.loss(model, *next(batches))
+            loss.backward()
+            optimizer.step()
+            losses.append(f"{float(loss.detach()):.5g}")
+    return losses
+
+
+def fields(study: Study, steps: Any) -> dict[str, Any]:
+    """The fields of a record with so many evaluated steps."""
+    arms, count = study.arms, len(steps) if isinstance(steps, list) else None
+    curve = dict.fromkeys(study.metrics, Listed(VALUE, count))
+    values = dict.fromkeys(study.metrics, VALUE)
+    judged: Mapping[str, Any] = {"last": values, "selected": {"step": STEP, **values}}
+    return {
+        "seed": SEED,
+        **dict.fromkeys(("study", "schedule", "fingerprint"), TEXT),
+        "learning_rate": POSITIVE,
+        "conditions": MAPPING,
+        "steps": Listed(COUNT),
+        "train_loss": Listed(VALUE, count),
+        "rates": Listed(NUMBER, count),
+        "curves": dict.fromkeys(study.arm_names, curve),
+        "test": dict.fromkeys(study.arm_names, judged),
+        **{name: dict.fromkeys(arms, Listed(VALUE, count)) for name in ("distance", "cosine")},
+        "mean_age": dict.fromkeys(arms, VALUE),
+        "seconds": dict.fromkeys(("train", "average", "evaluate"), NUMBER),
+        "bytes": dict.fromkeys((LIVE, *arms), BYTES),
+        "forward_passes": dict.fromkeys((LIVE, *arms), COUNT),
+        "stopped_early": FLAG,
+        "after_stop": MAPPING,
+    }

@@ -1,0 +1,52 @@
+"""Rehearsal: ask every claim for its quantity before anything is trained, to find names that do not exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyak.study._result import Result, Seed
+from polyak.study._study import Claim, Published, Study
+
+
+class UnknownNameError(ValueError):
+    """A claim reads an arm, a metric or a schedule that the study does not have."""
+
+
+class _Rehearsed(Seed):
+    """A seed whose values are all 1, but whose names are checked."""
+
+    def value(
+        self, arm: str, metric: Any = None, schedule: Any = None, *_: Any, **__: Any
+    ) -> float:
+        _check(self.result.study, arm, metric, schedule)
+        return 1.0
+
+    def curve(self, arm: str, metric: Any = None, schedule: Any = None) -> list[float]:
+        _check(self.result.study, arm, metric, schedule)
+        return [1.0] * self.result.study.evaluations
+
+
+def _check(study: Study, arm: str, metric: str | None, schedule: str | None) -> None:
+    try:
+        study.require_arm(arm, "there")
+        study.require_metric(metric)
+        study.require_schedule(schedule)
+    except ValueError as error:
+        raise UnknownNameError(str(error)) from None
+
+
+def rehearse(study: Study) -> None:
+    """Raise `ValueError` if the quantity of a claim or a published figure reads what does not exist.
+
+    Other errors are left to the report: a quantity may not be defined for values that are all 1.
+    """
+    seed = _Rehearsed(Result(study, []), 0)
+    judged: list[Claim | Published] = [*study.claims, *study.published]
+    for each in judged:
+        sentence = each.sentence if isinstance(each, Claim) else each.what
+        try:
+            each.quantity(seed)
+        except UnknownNameError as error:
+            raise ValueError(f"the claim {sentence!r}: {error}") from None
+        except Exception:
+            continue

@@ -1,0 +1,181 @@
+"""Run: carry out a study in several processes, record each run when it finishes, and resume.
+
+A run that raises an error is written to failures.jsonl, and the rest goes on. A run whose process is
+killed is tried once more, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from joblib import Parallel, delayed, effective_n_jobs
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from polyak._checks import is_integer, require
+from polyak.study._conditions import Conditions
+from polyak.study._loop import SOURCES, Run, train
+from polyak.study._records import opened
+from polyak.study._rehearsal import rehearse
+from polyak.study._result import Record, Result
+from polyak.study._runner import Progress
+from polyak.study._study import Study
+
+RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
+
+
+def run(
+    study: Study,
+    out: Path | str | None = None,
+    *,
+    seeds: int | None = None,
+    jobs: int = -1,
+    vary: Collection[str] = SOURCES,
+    progress: Progress = lambda *_: None,
+) -> Result:
+    """Run what is missing of a study, and return all of its records.
+
+    Args:
+        study: the study.
+        out: the folder of results.jsonl and failures.jsonl; default "study-<name>".
+        seeds: the seeds 0 to seeds - 1; default `study.seeds`.
+        jobs: processes as joblib counts them, each on one thread; -1 is one per core, 1 is this one.
+        vary: the sources of variance that differ between seeds: "init", "order", "dropout", "split".
+        progress: called with (runs done, runs wanted, whether one was just run).
+
+    Records on the disk are never lost: each is synced before the next counts as done. Ctrl-C, a full
+    disk or a killed process ends the call; calling it again goes on.
+
+    Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, and a
+    line of results.jsonl that is not a record of this study; `BlockingIOError` while another process
+    writes there; `RuntimeError` if every run failed. What the model, data, loss or optimizer raise in
+    the first two steps of seed 0 is raised as it is.
+    """
+    seeds = study.seeds if seeds is None else seeds
+    require(is_integer(seeds, 1), "seeds", seeds, "an integer >= 1")
+    require(is_integer(jobs, 1) or jobs == -1, "jobs", jobs, "a number of processes, or -1")
+    strange = set(vary) - set(SOURCES)
+    require(not strange, "vary", sorted(vary), f"some of {', '.join(SOURCES)}")
+    rehearse(study)
+    folder = Path(f"study-{study.name}" if out is None else out)
+    sources = tuple(source for source in SOURCES if source in vary)
+    return _run(study, folder, units(study, seeds), jobs, sources, progress)
+
+
+def units(study: Study, seeds: int) -> list[Run]:
+    """All runs of a study, one seed after another."""
+    return [
+        Run(seed, schedule, rate)
+        for seed in range(seeds)
+        for schedule in study.schedules
+        for rate in study.learning_rates
+    ]
+
+
+def read(study: Study, out: Path | str) -> Result:
+    """The records of a study that a folder has; nothing is run.
+
+    Raises `FileNotFoundError` for a folder without results, and what `run` raises for bad lines.
+    """
+    folder = Path(out)
+    if not (folder / RESULTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {RESULTS}; run the study first")
+    lines = [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
+    vary = tuple(lines[0]["conditions"]["vary"]) if lines else SOURCES
+    with opened(folder / RESULTS, Conditions(study, vary).format()) as results:
+        return Result(study, list(results.by_run.values()), _failures(folder))
+
+
+def _run(
+    study: Study,
+    folder: Path,
+    wanted: list[Run],
+    jobs: int,
+    vary: tuple[str, ...],
+    progress: Progress,
+) -> Result:
+    conditions = Conditions(study, vary)
+    with opened(folder / RESULTS, conditions.format()) as results:
+        with suppress(FileNotFoundError):
+            (folder / FAILURES).unlink()  # they are run again
+        done = sum(each in results.by_run for each in wanted)
+        progress(done, len(wanted), False)
+        missing = [each for each in wanted if each not in results.by_run]
+        for each, outcome in outcomes(study, missing, vary, jobs):
+            if "failed" in outcome:
+                _add_failure(folder, study, each, outcome["failed"])
+            else:
+                results.add(conditions.marked(each, outcome))
+            done += 1
+            progress(done, len(wanted), True)
+        records = [results.by_run[each] for each in wanted if each in results.by_run]
+    failures = _failures(folder)
+    if not records:
+        raise RuntimeError(f"every run failed; the first: {failures[0]['failed']}")
+    return Result(study, records, failures)
+
+
+def outcomes(
+    study: Study, runs: Sequence[Run], vary: tuple[str, ...], jobs: int
+) -> Iterator[tuple[Run, Record]]:
+    """(run, its measurements or {"failed": why}) in the order in which they finish."""
+    waiting = list(runs)
+    workers = min(effective_n_jobs(jobs), max(len(runs), 1))
+    while waiting:
+        try:
+            for each, outcome in _parallel(study, waiting, vary, workers):
+                waiting.remove(each)
+                yield each, outcome
+        except TerminatedWorkerError:
+            # Those that were running are the first of the waiting ones. Nobody knows which killed it.
+            suspects = waiting[: 2 * workers]
+            del waiting[: 2 * workers]
+            yield from ((each, _alone(study, each, vary)) for each in suspects)
+
+
+def _parallel(
+    study: Study, runs: Sequence[Run], vary: tuple[str, ...], workers: int
+) -> Iterator[tuple[Run, Record]]:
+    tasks = (delayed(attempt)(study, each, vary) for each in list(runs))
+    parallel = Parallel(
+        n_jobs=workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
+    )
+    return iter(parallel(tasks))
+
+
+def _alone(study: Study, run: Run, vary: tuple[str, ...]) -> Record:
+    """The outcome of a run in a process in which no other runs."""
+    try:
+        ((_, outcome),) = _parallel(study, [run], vary, workers=2)
+    except TerminatedWorkerError:
+        return {"failed": "its process was killed, twice: is there too little memory?"}
+    return outcome
+
+
+def attempt(study: Study, run: Run, vary: tuple[str, ...]) -> tuple[Run, Record]:
+    """A run and its measurements, or its error in one line."""
+    try:
+        return run, train(study, run, vary)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        said = " ".join(str(error).split())
+        return run, {"failed": f"{type(error).__name__}: {said} ({place})"}
+
+
+def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:
+    line = json.dumps({"study": study.name, **run._asdict(), "failed": failed})
+    with (folder / FAILURES).open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _failures(folder: Path) -> list[Record]:
+    with suppress(FileNotFoundError):
+        return [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
+    return []
