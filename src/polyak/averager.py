@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import _tensors as tensors
-from polyak._checks import require, require_positive
+from polyak._checks import as_number, is_number, require, require_positive
 from polyak._engine import changes, copying, lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
@@ -387,6 +387,28 @@ class Averager:
                 f"{self._lender.label(name)!r}, {self._get(name).tick}, {digest(forms)}"
             )
         copying.write_(found, average, self._live, self._mesh)
+
+    @lending.in_turn
+    def pull(self, fraction: float, name: str | None = None) -> None:
+        """Move the live weights towards the average: `live <- lerp(live, average, fraction)`.
+
+        It moves what is averaged, and leaves copied buffers and the average as they are. After `update`,
+        every n steps: Switch-EMA, Hare and Tortoise and Lookahead (fraction 1). Between `backward` and
+        the optimizer's step, every step: PACE. `theory.feedback` has their variances.
+
+        Raises `ValueError` for a fraction outside (0, 1] and with `shard`, and `RuntimeError` before the
+        first update and inside `applied()`.
+        """
+        number = as_number(fraction)
+        holds = is_number(number) and 0 < number <= 1
+        require(holds, "fraction", fraction, "a number in (0, 1]; 1 continues from the average")
+        if self._mesh is not None:
+            raise ValueError(
+                "pull: with shard= a rank has only its rows; call copy_to(model) instead"
+            )
+        self._ready("pull", self._get(name))
+        self._live.reshard()
+        copying.pull_(self._live, self.weights(name), float(number))
 
     @lending.in_turn
     def state_dict(self) -> dict[str, Any]:
