@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_model
 
+import polyak
 from integration_contract import (
     EVERY,
     IN_AN_AVERAGE,
@@ -178,11 +181,11 @@ def test_spawned_ranks(tmp_path: Path) -> None:
     assert done.stdout.count("checked") == 2
 
 
-def blocks(title: str) -> list[str]:
-    """The Python code under a title of the page."""
+def blocks(title: str, kind: str = "python") -> list[str]:
+    """The code under a title of the page."""
     page = (ROOT / "docs" / "lightning.md").read_text()
     return re.findall(
-        r"```python\n(.*?)```", page.partition(f"## {title}\n")[2].partition("\n## ")[0], re.S
+        rf"```{kind}\n(.*?)```", page.partition(f"## {title}\n")[2].partition("\n## ")[0], re.S
     )
 
 
@@ -198,6 +201,43 @@ def test_the_lines_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     load_model(fresh, scope["exported"])
     (got,) = scope["trainer"].test(model, ckpt_path="best", verbose=False)
     assert got["test_loss/ema"] == pytest.approx(evaluate(fresh.state_dict()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightningCLI takes a rule's text, and every option of `Averager`, and no other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls of it
+    (text,) = blocks("The Trainer of Lightning", "yaml")
+    config: dict[str, Any] = yaml.safe_load(text)
+    config["trainer"] |= {**QUIET, "max_epochs": 1, "enable_checkpointing": False}
+    (callback,) = config["trainer"]["callbacks"]
+    given = callback["init_args"]
+
+    def run() -> AveragerCallback:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "config.yaml"])
+        cli = LightningCLI(Module, save_config_callback=None, seed_everything_default=1)
+        (average,) = (c for c in cli.trainer.callbacks if isinstance(c, AveragerCallback))
+        return average
+
+    averager = run().averager
+    assert averager is not None and averager.count == EVERY
+    assert {name: str(rule) for name, rule in averager.rules.items()} == given["rule"]
+    average = averager.average("ema")
+    assert set(average) == {"body.0.weight", "body.0.bias", "body.3.weight", "body.3.bias"}
+    assert {tensor.dtype for tensor in average.values()} == {torch.float64}
+    given |= {"every": 2, "buffers": "copy", "rounding": "nearest", "device": "cpu", "start": 1}
+    given |= {"rule": {"class_path": "polyak.Exponential", "init_args": {"decay": 0.5}}}
+    averager = run().averager
+    assert averager is not None and (averager.count, averager.every) == (1, 2)
+    assert averager.rule == polyak.Exponential(0.5)
+    given["evry"] = 2
+    with pytest.raises(SystemExit):
+        run()
+    assert "Option 'evry' is not accepted" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from integration_contract import (
     EVERY,
     IN_AN_AVERAGE,
     LR,
+    MOMENTUM,
     RULES,
     STEPS,
     EvaluationError,
@@ -430,7 +431,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
             resume(folder, AveragerCallback("exponential(0.7)")),
         ),
         ValueError,
-        "last.ckpt: load_state_dict: other rules",
+        r"(?s)last.ckpt: load_state_dict: other rules.*pass change_rule=True",
+    ),
+    "a rule that needs other slots": (
+        lambda folder: (
+            fitted(folder, AveragerCallback(ONE)),
+            resume(folder, AveragerCallback("window(3)", change_rule=True)),
+        ),
+        ValueError,
+        r"last.ckpt: change_rule: .*needs",
     ),
     "another name": (
         lambda folder: (
@@ -465,6 +474,24 @@ def test_bad_input_is_an_error_with_its_cure(what: str, tmp_path: Path) -> None:
     call, kind, words = BAD[what]
     with pytest.raises(kind, match=words):
         call(tmp_path)
+
+
+def test_a_run_goes_on_with_another_rule(tmp_path: Path) -> None:
+    """The cure that the error names: as `change_rule` of an averager in a plain loop."""
+    fitted(tmp_path, AveragerCallback({"ema": ONE}))
+    average = AveragerCallback({"ema": "exponential(0.7)"}, change_rule=True)
+    resume(tmp_path, average)
+    model = net()
+    steps, wanted = torch.optim.SGD(model.parameters(), LR, MOMENTUM), Averager(model, ONE)
+    for number, batch in enumerate(batches()):
+        torch.nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+        steps.step()
+        steps.zero_grad()
+        if number == 6:
+            wanted.change_rule("exponential(0.7)")
+        wanted.update()
+    require_equal(averages(average)["ema"], wanted.average())
+    assert average.averager is not None and average.averager.mixed
 
 
 def test_an_average_can_begin_in_an_old_run(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class AveragerCallback(Callback):
         every: optimizer steps per update, as for `Averager`.
         start: optimizer steps (`trainer.global_step`) before the first update.
         separator: stands between a metric's name and the average's: `val_loss/ema`.
+        change_rule: whether a resumed run may have another rule, as `polyak.load` takes it.
         options: the other arguments of `Averager`, such as `select`, `dtype` and `device`.
 
     Every validation and test runs once for each average, without other callbacks, and then with the live
@@ -60,10 +61,13 @@ class AveragerCallback(Callback):
         every: int = 1,
         start: int = 0,
         separator: str = "/",
+        change_rule: bool = False,
         **options: Any,
     ) -> None:
-        self._arguments = {"rule": rule, "every": every, **options}
-        rules, self.start = checked(rule, start, {"every": every, **options})
+        self._rule, self._change_rule = rule, change_rule
+        # LightningCLI reads the source to find the options of `Averager`; it follows `dict(...)` alone.
+        self._options = dict(every=every, **options)
+        rules, self.start = checked(rule, start, self._options)
         require(bool(separator), "separator", separator, "a string that is not empty")
         self.names, self.separator = list(rules), separator
         self.averager: Averager | None = None
@@ -82,7 +86,8 @@ class AveragerCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the state instead of the averager, which is bound to its model."""
-        new = AveragerCallback(**self._arguments, start=self.start, separator=self.separator)
+        own = {"start": self.start, "separator": self.separator, "change_rule": self._change_rule}
+        new = AveragerCallback(self._rule, **own, **self._options)
         return {**vars(new), "_state": deepcopy(self.state_dict())}
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -151,16 +156,28 @@ class AveragerCallback(Callback):
         """The averager of the trainer's model, with the state that a checkpoint had for it."""
         module = trainer.lightning_module
         if self.averager is None or self._module is not module:
-            self.averager, self._module = Averager(module, **self._arguments), module
+            self.averager = Averager(module, self._rule, **self._options)
+            self._module = module
         if self._state.get("sharded"):
-            checkpoints.load(files.parts(str(trainer.ckpt_path), self.names), self.averager)
+            path = files.parts(str(trainer.ckpt_path), self.names)
+            checkpoints.load(path, self.averager, change_rule=self._change_rule)
         elif self._state:
-            try:
-                self.averager.load_state_dict(self._state)
-            except ValueError as error:
-                raise ValueError(f"{trainer.ckpt_path}: {error}") from error
+            self._load(self.averager, f"{trainer.ckpt_path}")
         self._state = {}
         return self.averager
+
+    def _load(self, averager: Averager, checkpoint: str) -> None:
+        """Load the state of a checkpoint; with `change_rule` by its rules, before the callback's follow."""
+        held, own = self._state["averages"], averager.rules if self._change_rule else {}
+        try:
+            for name in own:
+                averager.change_rule(held[name]["rule"], name)
+            averager.load_state_dict(self._state)
+            for name, rule in own.items():
+                averager.change_rule(rule, name)
+        except ValueError as error:
+            cure = "" if own else "\n  to go on with another rule, pass change_rule=True"
+            raise ValueError(f"{checkpoint}: {error}{cure}") from error
 
     def _ready(self, trainer: Trainer) -> Averager | None:
         """The averager, if it has averages of the weights that are evaluated."""
