@@ -56,7 +56,8 @@ def register(
     if taken := [name for name in averager.rules if name in names]:
         raise ValueError(
             f"the accelerator carries an average {taken[0]!r} already: make the Averager with a mapping "
-            "name -> rule that has other names"
+            "name -> rule that has other names; or, to begin anew, first call what the earlier register "
+            "returned"
         )
 
     def saving(_models: Any, _weights: Any, folder: str) -> None:
