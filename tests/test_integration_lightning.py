@@ -220,7 +220,8 @@ def test_the_configuration_of_the_docs(
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "config.yaml"])
         cli = LightningCLI(Module, save_config_callback=None, seed_everything_default=1)
-        (average,) = (c for c in cli.trainer.callbacks if isinstance(c, AveragerCallback))
+        trainer: Any = cli.trainer
+        (average,) = (c for c in trainer.callbacks if isinstance(c, AveragerCallback))
         return average
 
     averager = run().averager

@@ -1,4 +1,4 @@
-"""The exact states of averagers in a framework's checkpoint folder.
+"""The exact states of averagers in a framework's checkpoint: in its folder, or in its file.
 
 `folder/averages/<names>.safetensors` is the state of one averager, named after its averages. If it is
 sharded it is a folder, `<names>.dcp`, which all ranks write.
@@ -6,7 +6,9 @@ sharded it is a folder, `<names>.dcp`, which all ranks write.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from polyak.averager import Averager
 from polyak.checkpoints import load, save
@@ -39,6 +41,25 @@ def load_state(
             f"{folder} has no state of the averages {', '.join(averager.rules)} (there: "
             f"{', '.join(sorted(there)) or 'none'}); {cure}"
         )
+
+
+def take(
+    state: Mapping[str, Any], averager: Averager, checkpoint: object, *, change_rule: bool
+) -> None:
+    """Load a state that a checkpoint's file had; with `change_rule` it may be of other rules.
+
+    Raises `ValueError`, with the checkpoint's name, for a state that does not fit.
+    """
+    own = averager.rules if change_rule else {}
+    try:
+        for name in own:  # the state loads by its own rules
+            averager.change_rule(state["averages"][name]["rule"], name)
+        averager.load_state_dict(state)
+        for name, rule in own.items():
+            averager.change_rule(rule, name)
+    except ValueError as error:
+        cure = "" if own else "\n  to go on with another rule, pass change_rule=True"
+        raise ValueError(f"{checkpoint}: {error}{cure}") from error
 
 
 def _path(folder: Path, averager: Averager, suffix: str) -> Path:

@@ -22,6 +22,7 @@ from polyak.integrations._arguments import checked
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
 from polyak.integrations._optimizers import moving
+from polyak.integrations._states import take
 from polyak.rules import Rule
 
 with extra("lightning", "lightning"):
@@ -86,9 +87,8 @@ class AveragerCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the state instead of the averager, which is bound to its model."""
-        own = {"start": self.start, "separator": self.separator, "change_rule": self._change_rule}
-        new = AveragerCallback(self._rule, **own, **self._options)
-        return {**vars(new), "_state": deepcopy(self.state_dict())}
+        unbound = {"averager": None, "_module": None, "_attachment": None, "_metrics": {}}
+        return {**vars(self), **unbound, "_state": deepcopy(self.state_dict())}
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         others = [name for each in _callbacks(trainer) if each is not self for name in each.names]
@@ -162,22 +162,9 @@ class AveragerCallback(Callback):
             path = files.parts(str(trainer.ckpt_path), self.names)
             checkpoints.load(path, self.averager, change_rule=self._change_rule)
         elif self._state:
-            self._load(self.averager, f"{trainer.ckpt_path}")
+            take(self._state, self.averager, trainer.ckpt_path, change_rule=self._change_rule)
         self._state = {}
         return self.averager
-
-    def _load(self, averager: Averager, checkpoint: str) -> None:
-        """Load the state of a checkpoint; with `change_rule` by its rules, before the callback's follow."""
-        held, own = self._state["averages"], averager.rules if self._change_rule else {}
-        try:
-            for name in own:
-                averager.change_rule(held[name]["rule"], name)
-            averager.load_state_dict(self._state)
-            for name, rule in own.items():
-                averager.change_rule(rule, name)
-        except ValueError as error:
-            cure = "" if own else "\n  to go on with another rule, pass change_rule=True"
-            raise ValueError(f"{checkpoint}: {error}{cure}") from error
 
     def _ready(self, trainer: Trainer) -> Averager | None:
         """The averager, if it has averages of the weights that are evaluated."""
