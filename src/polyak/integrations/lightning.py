@@ -87,7 +87,12 @@ class AveragerCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the state instead of the averager, which is bound to its model."""
-        unbound = {"averager": None, "_module": None, "_attachment": None, "_metrics": {}}
+        unbound: dict[str, Any] = {
+            "averager": None,
+            "_module": None,
+            "_attachment": None,
+            "_metrics": {},
+        }
         return {**vars(self), **unbound, "_state": deepcopy(self.state_dict())}
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
