@@ -87,13 +87,8 @@ class AveragerCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the state instead of the averager, which is bound to its model."""
-        unbound: dict[str, Any] = {
-            "averager": None,
-            "_module": None,
-            "_attachment": None,
-            "_metrics": {},
-        }
-        return {**vars(self), **unbound, "_state": deepcopy(self.state_dict())}
+        unbound = dict.fromkeys(("averager", "_module", "_attachment"))
+        return {**vars(self), **unbound, "_metrics": {}, "_state": deepcopy(self.state_dict())}
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         others = [name for each in _callbacks(trainer) if each is not self for name in each.names]
