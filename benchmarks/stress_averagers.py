@@ -212,7 +212,9 @@ class Subject:
         """The dtype of a slot that is made now, for weights of a dtype."""
         wanted: torch.dtype | None = self.options["dtype"]
         if wanted is not None:
-            return wanted.to_complex() if dtype.is_complex else wanted
+            double = wanted == torch.float64
+            wide = torch.complex128 if double else torch.complex64
+            return wide if dtype.is_complex else wanted
         return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
     def spoilt(self, name: str) -> str:

@@ -209,8 +209,6 @@ def draw_options(random: Random, source: Source, *, whole: bool) -> dict[str, An
     dtype = random.choice(DTYPES)
     if rounding == "stochastic" and random.random() < 0.8:
         dtype = random.choice([torch.bfloat16, torch.float16])
-    if dtype == torch.float16 and any(entry.tensor.is_complex() for entry in entries(source)):
-        dtype = None
     return {
         "every": count(random, random.choice([1, 1, 1, 2, 3])),
         "dtype": dtype,

@@ -68,6 +68,7 @@ RESIZED: dict[str, tuple[Callable[[Any], None], str]] = {
     "a running statistic": (data("1.running_mean", 1), "1.running_mean"),
     "a copied buffer": (lambda m: m[1].num_batches_tracked.resize_(3), "1.num_batches_tracked"),
     "a copied buffer set": (lambda m: m[1].num_batches_tracked.set_(torch.ones(2).long()), "1.num_"),
+    "a copied buffer, complex": (lambda m: setattr(m[1].num_batches_tracked, "data", torch.ones((), dtype=torch.complex64)), "1.num_"),
     "resize_": (resized, "1.running_mean"),
     "set_": (set_to_another, "2.weight"),
     "transposed": (data("0.weight", 3, 2), "0.weight"),

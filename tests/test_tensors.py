@@ -215,6 +215,9 @@ def test_combine_is_the_weighted_sum(weights: list[float]) -> None:
         (torch.complex32, None, torch.complex64),
         (torch.bfloat16, torch.bfloat16, torch.bfloat16),
         (torch.complex64, torch.float64, torch.complex128),
+        (torch.complex64, torch.bfloat16, torch.complex64),
+        (torch.complex128, torch.float16, torch.complex64),
+        (torch.complex32, torch.float16, torch.complex64),
     ],
 )
 def test_the_dtype_of_a_slot(

@@ -43,16 +43,15 @@ def kind(tensor: Tensor) -> Kind:
 def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of the average of weights: `wanted`, or float32 if `dtype` is narrower than that.
 
-    A bfloat16 average with decay .999 never moves: half a unit in its last place is more than a step.
+    Complex averages are complex64 at least: torch has no `lerp` of narrower ones. A bfloat16 average with decay .999 never moves: half a unit in its last place is more than a step.
 
     >>> slot_dtype(torch.bfloat16, None), slot_dtype(torch.complex64, torch.float64)
     (torch.float32, torch.complex128)
     """
-    if wanted is not None:
-        return wanted.to_complex() if dtype.is_complex else wanted
-    if dtype == torch.complex32:
-        return torch.complex64
-    return torch.float32 if not dtype.is_complex and dtype.itemsize < 4 else dtype
+    if dtype.is_complex:
+        wide = dtype if wanted is None else wanted.to_complex()
+        return torch.complex64 if wide == torch.complex32 else wide
+    return wanted or (torch.float32 if dtype.itemsize < 4 else dtype)
 
 
 def refuse_wrapper(name: str, tensor: Tensor) -> None:

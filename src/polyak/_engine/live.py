@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Size, Tensor
+from torch import Tensor
 
 from polyak._checks import difference, listed, report
 from polyak._engine import lending
@@ -42,7 +42,7 @@ class ModelTensors:
     streams: list[str]
     stages: Stages
     _groups: Groups
-    _shapes: list[Size]
+    _copied_forms: list[tuple[object, ...]]
     _watch: Watch
     _inventory: Inventory
 
@@ -142,10 +142,10 @@ class ModelTensors:
     def copied_now(self) -> list[Tensor]:
         """The tensors to copy, in the order of `copied`.
 
-        Raises `RuntimeError` if one is gone or has another shape.
+        Raises `RuntimeError` if one is gone, has another shape, or became complex.
         """
         found = [item.own() for item in self.copied]
-        if [None if tensor is None else tensor.shape for tensor in found] != self._shapes:
+        if [None if tensor is None else FORM(tensor) for tensor in found] != self._copied_forms:
             self.check("update")
             found = [item.local() for item in self.copied]
         return cast("list[Tensor]", found)
@@ -226,7 +226,7 @@ class ModelTensors:
             "stages": Stages(),
             "generation": self.generation + 1,
             "_groups": groups,
-            "_shapes": [item.local().shape for item in copied],
+            "_copied_forms": [FORM(item.local()) for item in copied],
             "_watch": Watch(self.model, stored, found.modules, groups),
             "_inventory": Inventory(found.modules),
         }
