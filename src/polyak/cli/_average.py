@@ -6,11 +6,10 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
-from polyak._files import refuse_existing
 from polyak.cli._averaged import (
     dtypes_of,
     print_forecast,
@@ -18,32 +17,17 @@ from polyak.cli._averaged import (
     verified,
     write_like,
 )
-from polyak.cli._choosing import (
-    Best,
-    By,
-    File,
-    Last,
-    Steps,
-    TokensPerStep,
-    Wanted,
-    WindowTokens,
-    in_order,
-    require_chosen,
-)
+from polyak.cli._choosing import Wanted, in_order, require_chosen
+from polyak.cli._grouped import grouped
 from polyak.cli._options import (
-    As,
+    AllowNonfinite,
     Dtype,
-    Force,
     Json,
-    Key,
-    Names,
-    Prefix,
-    ShardSize,
-    Torchrun,
+    Part,
+    Writing,
     bytes_of,
     dtype_of,
     numbers_of,
-    reader,
 )
 from polyak.cli._output import (
     note,
@@ -62,15 +46,72 @@ Shape = Literal["sqrt", "linear", "cosine"]
 _ROUNDING = 1e-9
 
 
+class Shares(NamedTuple):
+    """What chooses the coefficients of the files: one of these, and what goes with it."""
+
+    rule: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Each file is one update.", show_default="uniform()"),
+    ] = None
+    coefficients: Annotated[
+        str | None, typer.Option(metavar="C,C,...", help="One a file, of sum 1.")
+    ] = None
+    wsm: Annotated[
+        Shape | None,
+        typer.Option(help="Equivalent to a learning-rate decay (arXiv 2507.17634)."),
+    ] = None
+    qam: Annotated[Shape | None, typer.Option(help="The same, for a quadratic loss.")] = None
+    greedy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Keep the files that improve this function (greedy soup).",
+        ),
+    ] = None
+    elapsed: Annotated[
+        str | None,
+        typer.Option(metavar="T,T,...", help="Time between files."),
+    ] = None
+
+    @property
+    def listed(self) -> bool:
+        """Whether they are given for the files as they are listed."""
+        return self.coefficients is not None or (self.elapsed is not None and "," in self.elapsed)
+
+    def of(self, files: int) -> str | Sequence[float] | Profile:
+        """The rule or the coefficients, from the one option that is given."""
+        from polyak import theory
+
+        given = self._replace(elapsed=None)._asdict().items()
+        names = [f"--{name}" for name, value in given if value is not None]
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} each choose the coefficients: give one of them"
+            )
+        if self.coefficients is not None:
+            return numbers_of(self.coefficients, "--coefficients")
+        if self.wsm is not None:
+            return theory.wsm(theory.learning_rate_decay(self.wsm, files))
+        if self.qam is not None:
+            return theory.qam(theory.learning_rate_decay(self.qam, files))
+        return "uniform()" if self.rule is None else self.rule
+
+    def times(self, files: int) -> list[float] | None:
+        """The time between a file and the one before it."""
+        if self.elapsed is None:
+            return None
+        times = numbers_of(self.elapsed, "--elapsed")
+        return times * files if len(times) == 1 else times
+
+
+@grouped
 def average(
     files: Annotated[
         list[Path],
         typer.Argument(metavar="FILE", help="Checkpoints, or the folder of a run."),
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
-    ] = None,
+    *,
+    writing: Writing,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -78,41 +119,13 @@ def average(
             help="Write in the form of this checkpoint: all but the weights is its own.",
         ),
     ] = None,
-    last: Last = None,
-    best: Best = None,
-    by: By = None,
-    steps: Steps = None,
-    window_tokens: WindowTokens = None,
-    tokens_per_step: TokensPerStep = None,
-    file: File = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="Each file is one update.", show_default="uniform()"),
-    ] = None,
-    coefficients: Annotated[
-        str | None, typer.Option(metavar="C,C,...", help="One a file, of sum 1.")
-    ] = None,
-    wsm: Annotated[
-        Shape | None,
-        typer.Option(help="Equivalent to a learning-rate decay (arXiv 2507.17634)."),
-    ] = None,
-    qam: Annotated[Shape | None, typer.Option(help="The same, for a quadratic loss.")] = None,
-    greedy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Keep the files that improve this function (greedy soup).",
-        ),
-    ] = None,
+    wanted: Wanted,
+    shares: Shares,
     better: Annotated[
         Better | None,
         typer.Option(
             help="Which quality is better.", show_default="lower, or usual for the name of --by"
         ),
-    ] = None,
-    elapsed: Annotated[
-        str | None,
-        typer.Option(metavar="T,T,...", help="Time between files."),
     ] = None,
     which: Annotated[
         str | None,
@@ -123,27 +136,15 @@ def average(
             show_default="the live weights",
         ),
     ] = None,
-    key: Key = None,
-    prefix: Prefix = None,
-    names: Names = None,
-    as_: As = None,
+    part: Part,
     dtype: Dtype = None,
     accumulate: Annotated[
         str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
     ] = "float32",
-    allow_nonfinite: Annotated[
-        bool,
-        typer.Option("--allow-nonfinite", help="Average values that are infinite or NaN too."),
-    ] = False,
-    shard_size: ShardSize = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print files, coefficients, bytes and time.")
-    ] = False,
+    allow_nonfinite: AllowNonfinite = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare what was written with direct sums.")
     ] = False,
-    force: Force = False,
-    torchrun: Torchrun = False,
     json: Json = False,
 ) -> None:
     """Average checkpoint files of any format, or chosen ones of a run.
@@ -161,39 +162,36 @@ def average(
     """
     from polyak import offline
 
-    began, shard_bytes = time.monotonic(), bytes_of(shard_size)
-    if out is None and not dry_run:
-        raise ValueError("nothing to do: give --out, or --dry-run to see what would be done")
-    if out is not None:
-        refuse_existing(out, force)
-    if like is not None and (shard_size or dtype or torchrun):
+    began, out, shard_bytes = time.monotonic(), writing.place, bytes_of(writing.shard_size)
+    if like is not None and (writing.shard_size or dtype or writing.torchrun):
         raise ValueError(
             "--like tells files and dtypes: leave --shard-size, --dtype, --torchrun out"
         )
-    wanted = Wanted(last, best, by, better, steps, window_tokens, tokens_per_step, file)
-    listed = coefficients is not None or (elapsed is not None and "," in elapsed)
-    with shared(torchrun) as group:
-        if group is not None and greedy is not None:
+    with shared(writing.torchrun) as group:
+        if group is not None and shares.greedy is not None:
             raise ValueError("--greedy tries one model after the other: leave --torchrun out")
-        chosen = _files(files, wanted, listed=listed)
-        read = reader(key, prefix, names, as_)
+        chosen = _files(files, wanted, shares, better)
+        read = part.reader()
         found = list(map(read, chosen))
-        rule_or_shares = _chosen(len(chosen), rule, coefficients, wsm, qam, greedy)
-        soup = None if greedy is None else _soup(found, greedy, better or "lower", which)
+        rule_or_shares = shares.of(len(chosen))
+        soup = None
+        if shares.greedy is not None:
+            soup = _soup(found, shares.greedy, better or "lower", which)
         made = offline.average(
             found,
             rule_or_shares if soup is None else soup.coefficients,
-            elapsed=_times(elapsed, len(chosen)),
+            elapsed=shares.times(len(chosen)),
             which=which,
             dtype=dtypes_of(like, which, read) if dtype is None else dtype_of(dtype),
             accumulate=dtype_of(accumulate, "--accumulate"),
             allow_nonfinite=allow_nonfinite,
         )
-        if listed:
+        if shares.listed:
             _note_order(chosen, made)
-        if out is None or dry_run:
+        if out is None:
             print_forecast(chosen, made, soup, json=json)
             return
+        force = writing.force
         with progress_shown(f"writing {out}") as progress:
             if like is None:
                 made.write(
@@ -205,37 +203,16 @@ def average(
         print_written(chosen, made, soup, out, time.monotonic() - began, checked, json=json)
 
 
-def _files(files: Sequence[Path], wanted: Wanted, *, listed: bool) -> Sequence[Path]:
+def _files(
+    files: Sequence[Path], wanted: Wanted, shares: Shares, better: Better | None
+) -> Sequence[Path]:
     """The files that the options choose, or those that are listed, in order."""
     if wanted.some:
-        return [file.path for file in wanted.of(files).files]
+        choice = wanted.of(files, better, judged=shares.greedy is not None)
+        return [file.path for file in choice.files]
     if len(files) == 1 and files[0].is_dir():
         require_chosen(files[0])
-    return files if listed else in_order(files)
-
-
-def _chosen(
-    files: int,
-    rule: str | None,
-    coefficients: str | None,
-    wsm: Shape | None,
-    qam: Shape | None,
-    greedy: str | None,
-) -> str | Sequence[float] | Profile:
-    """The rule or the coefficients, from the one option that is given."""
-    from polyak import theory
-
-    given = {"rule": rule, "coefficients": coefficients, "wsm": wsm, "qam": qam, "greedy": greedy}
-    names = [f"--{name}" for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} each choose the coefficients: give one of them")
-    if coefficients is not None:
-        return numbers_of(coefficients, "--coefficients")
-    if wsm is not None:
-        return theory.wsm(theory.learning_rate_decay(wsm, files))
-    if qam is not None:
-        return theory.qam(theory.learning_rate_decay(qam, files))
-    return "uniform()" if rule is None else rule
+    return files if shares.listed else in_order(files)
 
 
 def _soup(
@@ -259,13 +236,6 @@ def _soup(
         f"single file has {best:g}, the last {last:g}"
     )
     return soup
-
-
-def _times(text: str | None, files: int) -> list[float] | None:
-    if text is None:
-        return None
-    times = numbers_of(text, "--elapsed")
-    return times * files if len(times) == 1 else times
 
 
 def _note_order(files: Sequence[Path], made: Combination) -> None:

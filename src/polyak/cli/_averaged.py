@@ -124,12 +124,11 @@ def print_written(
         said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
         say(f"{out}: {done}{said}")
     _note_findings(made)
-    note_left(made.left)
-    note_norms(made.norms)
+    note_spoiled(made)
 
 
 def _note_findings(made: Combination) -> None:
-    """What was done to tensors that have no mean, and what in the files spoils the average."""
+    """What was done to tensors that have no mean, and which files are the same."""
     from polyak.offline._findings import duplicates
 
     if made.copied:
@@ -139,13 +138,19 @@ def _note_findings(made: Combination) -> None:
             f"{len(made.copied)} of {len(made)} tensors ({100 * copied / max(size, 1):.2g} % of the bytes) are the "
             f"last file's: integers and booleans have no mean ({_some(made.copied)})"
         )
+    for file, other in duplicates(made.sources):
+        note(f"{file} holds the same weights as {other}, which so count twice")
+
+
+def note_spoiled(made: Combination) -> None:
+    """Notes what in the files spoils their sum, what was left aside, and which norms no longer fit."""
     for name, files in list(made.nonfinite.items())[:_FEW]:
         if shown := ", ".join(f"{n} in {file}" for file, n in files.items()):
             note(f"{name} has values that are infinite or NaN, {shown}")
     if made.negative:
         note(f"negative coefficients made variances negative: {_some(sorted(made.negative))}")
-    for file, other in duplicates(made.sources):
-        note(f"{file} holds the same weights as {other}, which so count twice")
+    note_left(made.left)
+    note_norms(made.norms)
 
 
 def _some(names: Sequence[str]) -> str:

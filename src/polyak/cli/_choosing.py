@@ -9,63 +9,67 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from polyak.cli._options import Part
 from polyak.cli._output import note
 from polyak.cli._users_function import Better
 
 if TYPE_CHECKING:
     from polyak.offline import Choice
 
-Last = Annotated[
-    int | None, typer.Option(metavar="N", help="Of a run: the last N checkpoints.", min=1)
-]
-Best = Annotated[
-    int | None, typer.Option(metavar="N", help="Of a run: the N best, by --by.", min=1)
-]
-By = Annotated[
-    str | None,
-    typer.Option(metavar="METRIC", help="A metric that the trainer wrote: valid.loss, eval_loss."),
-]
-Steps = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FIRST:LAST:DISTANCE", help="Of a run: these steps (each may be left out)."
-    ),
-]
-WindowTokens = Annotated[
-    str | None,
-    typer.Option(metavar="TOKENS", help="Of a run: the last so many tokens (125B)."),
-]
-TokensPerStep = Annotated[
-    str | None, typer.Option(metavar="TOKENS", help="Tokens in a step, for --window-tokens (4M).")
-]
-File = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="The file of weights in each checkpoint's folder."),
-]
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _SHOWN = 5
 
 
 class Wanted(NamedTuple):
-    """Which checkpoints of a run the options ask for."""
+    """Which checkpoints of a run are taken."""
 
-    last: int | None = None
-    best: int | None = None
-    by: str | None = None
-    better: Better | None = None
-    steps: str | None = None
-    window_tokens: str | None = None
-    tokens_per_step: str | None = None
-    file: str | None = None
+    last: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a run: the last N checkpoints.", min=1)
+    ] = None
+    best: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a run: the N best, by --by.", min=1)
+    ] = None
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC", help="A metric that the trainer wrote: valid.loss, eval_loss."
+        ),
+    ] = None
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST:DISTANCE", help="Of a run: these steps (each may be left out)."
+        ),
+    ] = None
+    window_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Of a run: the last so many tokens (125B)."),
+    ] = None
+    tokens_per_step: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Tokens in a step, for --window-tokens (4M)."),
+    ] = None
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The file of weights in each checkpoint's folder."),
+    ] = None
 
     @property
     def some(self) -> bool:
         """Whether any option chooses."""
-        return any(value is not None for value in self._replace(better=None, file=None))
+        return any(value is not None for value in self._replace(file=None))
 
-    def of(self, files: Sequence[Path]) -> Choice:
-        """The checkpoints of a run's folder, or of a list; what was left aside is noted."""
+    def of(self, files: Sequence[Path], better: Better | None, *, judged: bool = False) -> Choice:
+        """The checkpoints of a run's folder, or of a list; what was left aside is noted.
+
+        `better` is that of `by`. If something else is `judged` by it too, it counts only for a metric
+        whose name does not tell.
+        """
+        if judged and better is not None:
+            try:
+                return self.of(files, None)
+            except ValueError:
+                pass
         from polyak import offline
 
         choice = offline.choose(
@@ -73,7 +77,7 @@ class Wanted(NamedTuple):
             last=self.last,
             best=self.best,
             by=self.by,
-            better=self.better if self.best else None,
+            better=better if self.best else None,
             steps=None if self.steps is None else steps_of(self.steps),
             window=self._window(),
             file=self.file,
@@ -88,6 +92,33 @@ class Wanted(NamedTuple):
             return None
         tokens = count_of(self.window_tokens, "--window-tokens")
         return tokens / count_of(self.tokens_per_step, "--tokens-per-step")
+
+
+def stored(
+    folder: Path | None, wanted: Wanted, part: Part, better: Better | None = None
+) -> Path | Choice | None:
+    """A folder of snapshots or of a run, or the chosen checkpoints of a run.
+
+    Raises `ValueError` for options that choose or name what a folder of snapshots does not have.
+    """
+    from polyak.checkpoints._snapshots import stored_in
+
+    given = [
+        f"--{name.strip('_').replace('_', '-')}"
+        for group in (wanted, part)
+        for name, value in group._asdict().items()
+        if value is not None
+    ]
+    if folder is not None and given and folder.is_dir() and stored_in(folder):
+        raise ValueError(
+            f"{folder} has snapshots of polyak.Recorder, all of which are used by their own names: leave "
+            f"{', '.join(given)} out"
+        )
+    if not any(value is not None for value in wanted):
+        return folder
+    if folder is None:
+        raise ValueError(f"{given[0]} is for the checkpoints of a run: give its folder")
+    return wanted.of([folder], better, judged=True)
 
 
 def in_order(files: Sequence[Path]) -> Sequence[Path]:

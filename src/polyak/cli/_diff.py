@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli._commands import DIFFERENT
-from polyak.cli._options import As, Json, Key, Names, Prefix, reader
+from polyak.cli._grouped import grouped
+from polyak.cli._options import Json, Part
 from polyak.cli._output import number_text, print_json, print_table, progress_shown, say
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _MOST = 20
 
 
+@grouped
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.")],
@@ -28,10 +30,8 @@ def diff(
             show_default="the live weights",
         ),
     ] = [],  # noqa: B006
-    key: Key = None,
-    prefix: Prefix = None,
-    names: Names = None,
-    as_: As = None,
+    *,
+    part: Part,
     all: Annotated[bool, typer.Option("--all", help="List equal tensors too.")] = False,
     json: Json = False,
 ) -> None:
@@ -48,7 +48,7 @@ def diff(
             f"--average is given {len(average)} times, wanted once, or for A and for B"
         )
     of_a, of_b = (average[0], average[-1]) if average else (None, None)
-    read = reader(key, prefix, names, as_, positions=True)
+    read = part.reader(positions=True)
     first, second = read(a).weights(of_a), read(b).weights(of_b)
     with progress_shown("comparing") as progress:
         compared = offline.compare(first, second, progress=progress)

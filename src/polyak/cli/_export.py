@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from polyak.cli._grouped import grouped
 from polyak.cli._options import (
-    As,
     Dtype,
     Force,
     Json,
-    Key,
-    Names,
-    Prefix,
+    Part,
     ShardSize,
     Source,
     bytes_of,
     dtype_of,
-    reader,
 )
 from polyak.cli._output import note_left, note_norms, print_json, progress_shown, say, size_text
 from polyak.rules import LIVE
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
     from polyak.checkpoints import Checkpoint
 
 
+@grouped
 def export(
     file: Source,
     out: Annotated[
@@ -40,10 +38,8 @@ def export(
             metavar="NAME", help='The average, or "live".', show_default="the only average"
         ),
     ] = None,
-    key: Key = None,
-    prefix: Prefix = None,
-    names: Names = None,
-    as_: As = None,
+    *,
+    part: Part,
     dtype: Dtype = None,
     shard_size: ShardSize = None,
     force: Force = False,
@@ -61,7 +57,7 @@ def export(
     """
     from polyak import checkpoints
 
-    checkpoint = reader(key, prefix, names, as_)(file)
+    checkpoint = part.reader()(file)
     with progress_shown(f"writing {out}") as progress:
         checkpoints.export(
             out,
@@ -78,13 +74,12 @@ def export(
     _note_norms(checkpoint, [written])
 
 
+@grouped
 def convert(
     file: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
-    key: Key = None,
-    prefix: Prefix = None,
-    names: Names = None,
-    as_: As = None,
+    *,
+    part: Part,
     rule: Annotated[
         list[str],
         typer.Option(
@@ -115,7 +110,7 @@ def convert(
     from polyak import checkpoints
 
     checkpoint = checkpoints.convert(
-        reader(key, prefix, names, as_)(file),
+        part.reader()(file),
         out,
         _rules(rule),
         count=count,

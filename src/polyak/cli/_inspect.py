@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli._options import As, Json, Key, Names, Prefix, reader
+from polyak.cli._grouped import grouped
+from polyak.cli._options import Json, Part
 from polyak.cli._output import (
     left_text,
     note_norms,
@@ -27,15 +28,14 @@ _LARGEST = 5
 _MOST = 10
 
 
+@grouped
 def inspect(
     path: Annotated[
         Path,
         typer.Argument(metavar="PATH", help="A checkpoint, or a folder of snapshots."),
     ],
-    key: Key = None,
-    prefix: Prefix = None,
-    names: Names = None,
-    as_: As = None,
+    *,
+    part: Part,
     tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all checksums.")] = False,
     json: Json = False,
@@ -52,8 +52,7 @@ def inspect(
     """
     from polyak import offline
 
-    chosen = any(option is not None for option in (key, prefix, names, as_))
-    found = reader(key, prefix, names, as_, positions=True)(path) if chosen else path
+    found = path if part == Part() else part.reader(positions=True)(path)
     description = offline.describe(found, verify=verify)
     if json:
         print_json(description.as_dict())

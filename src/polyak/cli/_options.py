@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
+
+from polyak._files import refuse_existing
 
 if TYPE_CHECKING:
     import torch
@@ -24,35 +26,12 @@ ShardSize = Annotated[
         help="Write a folder of files up to this size (2GB, 1GiB).",
     ),
 ]
-Torchrun = Annotated[
-    bool,
-    typer.Option(
-        "--torchrun",
-        help="Share the work: torchrun ... -m polyak ... --torchrun.",
-    ),
-]
 Dtype = Annotated[
     str | None,
     typer.Option(metavar="DTYPE", help="float64, float32, bf16 or fp16."),
 ]
-Names = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Names of the tensors, one a line, for a checkpoint without names.",
-    ),
-]
-Key = Annotated[
-    str | None,
-    typer.Option(metavar="KEYS", help="Read only this part of a file: its keys, joined by dots."),
-]
-Prefix = Annotated[
-    str | None,
-    typer.Option(metavar="TEXT", help="Take the tensors whose names begin so, and strip it."),
-]
-As = Annotated[
-    Literal["live", "average"] | None,
-    typer.Option("--as", help="What the weights are, where a file does not tell."),
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Average values that are infinite or NaN too.")
 ]
 At = Annotated[
     float | None,
@@ -77,6 +56,77 @@ Snapshots = Annotated[
         metavar="FOLDER", help="Snapshots of polyak.Recorder, or a run.", show_default=False
     ),
 ]
+
+
+class Part(NamedTuple):
+    """Which part of a checkpoint is read, and what it is."""
+
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEYS", help="Read only this part of a file: its keys, joined by dots."
+        ),
+    ] = None
+    prefix: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Take the tensors whose names begin so, and strip it."),
+    ] = None
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Names of the tensors, one a line, for a checkpoint without names.",
+        ),
+    ] = None
+    as_: Annotated[
+        Literal["live", "average"] | None,
+        typer.Option("--as", help="What the weights are, where a file does not tell."),
+    ] = None
+
+    def reader(self, *, positions: bool = False) -> Callable[[Path], Checkpoint]:
+        """`checkpoints.read` with these options.
+
+        With `positions`, tensors without names are named by their positions if no names are given.
+        """
+        from functools import partial
+
+        from polyak import checkpoints
+
+        names = names_of(self.names) or ("positions" if positions else None)
+        return partial(
+            checkpoints.read, names=names, key=self.key, prefix=self.prefix, role=self.as_
+        )
+
+
+class Writing(NamedTuple):
+    """Where weights are written, and how."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
+    ] = None
+    shard_size: ShardSize = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; print what would be done.")
+    ] = False
+    force: Force = False
+    torchrun: Annotated[
+        bool,
+        typer.Option("--torchrun", help="Share the work: torchrun ... -m polyak ... --torchrun."),
+    ] = False
+
+    @property
+    def place(self) -> Path | None:
+        """Where to write; None if nothing is to be written.
+
+        Raises `ValueError` if nothing is to be done, and `FileExistsError` for what may not be replaced.
+        """
+        if self.out is None and not self.dry_run:
+            raise ValueError("nothing to do: give --out, or --dry-run to see what would be done")
+        if self.out is not None:
+            refuse_existing(self.out, self.force)
+        return None if self.dry_run else self.out
+
 
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -162,23 +212,3 @@ def names_of(file: Path | None) -> list[str] | None:
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file, wanted one name a line") from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def reader(
-    key: str | None,
-    prefix: str | None,
-    names: Path | None,
-    role: Literal["live", "average"] | None,
-    *,
-    positions: bool = False,
-) -> Callable[[Path], Checkpoint]:
-    """`checkpoints.read` with the options that name a part of a file.
-
-    With `positions`, tensors without names are named by their positions if no names are given.
-    """
-    from functools import partial
-
-    from polyak import checkpoints
-
-    order = names_of(names) or ("positions" if positions else None)
-    return partial(checkpoints.read, names=order, key=key, prefix=prefix, role=role)

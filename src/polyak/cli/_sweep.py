@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak._files import making_folder, refuse_existing, writing
+from polyak.cli._choosing import Wanted, stored
+from polyak.cli._grouped import grouped
 from polyak.cli._options import (
     At,
     Checkpoints,
@@ -15,6 +17,7 @@ from polyak.cli._options import (
     Json,
     MaxAmplification,
     MaxError,
+    Part,
     Snapshots,
     checkpoints_of,
     counts_of,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from polyak.offline import Sweep
 
 
+@grouped
 def sweep(
     evaluate: Annotated[
         str,
@@ -45,6 +49,7 @@ def sweep(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="For sweep.json and the chart.")],
     folder: Snapshots = None,
+    *,
     rule: Annotated[
         list[str], typer.Option(metavar="SPEC", help="An average to try (repeatable).")
     ] = [],  # noqa: B006
@@ -62,6 +67,8 @@ def sweep(
     ] = None,
     at: At = None,
     checkpoint: Checkpoints = [],  # noqa: B006
+    wanted: Wanted,
+    part: Part,
     better: BetterOption = "lower",
     max_error: MaxError = 0.05,
     max_amplification: MaxAmplification = None,
@@ -95,13 +102,14 @@ def sweep(
     with making_folder(out):  # before the work, so that a place that cannot be made fails at once
         with users_function(evaluate) as function, progress_shown("trials", bytes=False) as show:
             result = offline.sweep(
-                folder,
+                stored(folder, wanted, part, better),
                 rules,
                 function,
                 at,
                 windows=counts,
                 better=better,
                 checkpoints=checkpoints_of(checkpoint),
+                read=part.reader(),
                 max_error=max_error,
                 max_amplification=max_amplification,
                 progress=show,

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak._files import refuse_existing
+from polyak.cli._averaged import note_spoiled
+from polyak.cli._choosing import Wanted, stored
+from polyak.cli._grouped import grouped
 from polyak.cli._options import (
+    AllowNonfinite,
     At,
     Checkpoints,
-    Force,
     Json,
     MaxAmplification,
     MaxError,
-    ShardSize,
+    Part,
     Snapshots,
-    Torchrun,
+    Writing,
     bytes_of,
     checkpoints_of,
 )
-from polyak.cli._output import note_norms, number_text, print_json, print_table, progress_shown, say
+from polyak.cli._output import number_text, print_json, print_table, progress_shown, say
 from polyak.cli._torchrun import shared
 
 if TYPE_CHECKING:
@@ -31,24 +32,22 @@ if TYPE_CHECKING:
 _MOST = 10
 
 
+@grouped
 def synthesize(
     rule: Annotated[str, typer.Option(metavar="SPEC", help="The average to make.")],
     folder: Snapshots = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
-    ] = None,
+    *,
+    writing: Writing,
     at: At = None,
     checkpoint: Checkpoints = [],  # noqa: B006  # typer makes a new one
+    wanted: Wanted,
+    part: Part,
     max_error: MaxError = 0.05,
     max_amplification: MaxAmplification = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print how exact it is.")] = False,
-    shard_size: ShardSize = None,
-    force: Force = False,
-    torchrun: Torchrun = False,
+    allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
 ) -> None:
-    """Make any average of a finished run from its snapshots.
+    """Make any average of a finished run from its snapshots or checkpoints.
 
     The relative error holds for a random walk, as a share of the average's distance from the live
     weights. The amplification, the sum of |coefficients|, multiplies the stored rounding.
@@ -57,35 +56,38 @@ def synthesize(
     Examples:
       polyak synthesize snapshots --rule "power(relative_std=0.15)" --dry-run
       polyak synthesize snapshots --rule "uniform()" --at 1500 --out mean.safetensors --json
+      polyak synthesize . --last 2 --rule "uniform()" --max-error 0.5 --out last.safetensors
     """
-    from polyak import norms, offline
+    from polyak import offline
 
-    began, shard_bytes = time.monotonic(), bytes_of(shard_size)
-    if out is None and not dry_run:
-        raise ValueError("nothing to do: give --out, or --dry-run to see how exact it would be")
-    if out is not None:
-        refuse_existing(out, force)
-    with shared(torchrun) as group:
+    began, out, shard_bytes = time.monotonic(), writing.place, bytes_of(writing.shard_size)
+    with shared(writing.torchrun) as group:
         made = offline.synthesize(
-            folder,
+            stored(folder, wanted, part),
             rule,
             at,
             checkpoints=checkpoints_of(checkpoint),
+            read=part.reader(),
             max_error=max_error,
             max_amplification=max_amplification,
         )
         if not json:
             _print(made)
-        if out is not None and not dry_run:
+        if out is not None:
             with progress_shown(f"writing {out}") as progress:
-                made.save(
-                    out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
+                weights = made.save(
+                    out,
+                    shard_bytes=shard_bytes,
+                    overwrite=writing.force,
+                    allow_nonfinite=allow_nonfinite,
+                    progress=progress,
+                    group=group,
                 )
-            note_norms(norms.statistics(made.model))
-        written = {"out": None if dry_run else str(out), "seconds": time.monotonic() - began}
+            note_spoiled(weights)
+        written = {"out": out and str(out), "seconds": time.monotonic() - began}
         if json:
             print_json({**made.as_dict(), **written})
-        elif not dry_run:
+        elif out is not None:
             say(f"{out}: {written['seconds']:.1f} s")
 
 

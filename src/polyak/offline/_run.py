@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import gcd
@@ -15,13 +15,17 @@ import torch
 from polyak._checks import require, require_count
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, renamed
-from polyak._runs.choosing import choose
+from polyak._runs.choosing import Choice, choose
+from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._read import read
 from polyak.checkpoints._snapshots import Snapshot, snapshots, stored_in
+from polyak.offline._average import opened
+from polyak.offline._findings import Source
 from polyak.rules import LIVE
 from polyak.theory._synthesis import Column
 
+Read = Callable[[Path], Checkpoint]
 _FINEST = 50_000  # updates into which the time of a run with checkpoints only is divided
 
 
@@ -45,7 +49,8 @@ class Run:
 
     `model` has the dtype, the policy and the other names of each tensor, if there are snapshots.
     `live` are the live weights, of checkpoints and of snapshots, which those of snapshots are not fitted
-    with; `keys` are their names in snapshots. `opened` holds the files that are open, so that several averages share them.
+    with; `keys` are their names in snapshots. `read` reads a checkpoint. `opened` holds the snapshots
+    that are open, so that several averages share them.
     """
 
     slots: list[StoredSlot]
@@ -54,12 +59,20 @@ class Run:
     dtypes: frozenset[torch.dtype]
     live: list[StoredSlot]
     keys: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
+    read: Read = read
     opened: dict[Path, Stored] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path | str | None, checkpoints: Mapping[int, Path | str]) -> Run:
+    def of(
+        cls,
+        folder: Path | str | Choice | None,
+        checkpoints: Mapping[int, Path | str],
+        read: Read = read,
+    ) -> Run:
         """What a folder of snapshots or a run, and checkpoints (time -> file), hold; only headers are read."""
-        if folder is not None and not stored_in(Path(folder)):
+        if isinstance(folder, Choice):
+            checkpoints, folder = {**_by_time(folder), **checkpoints}, None
+        elif folder is not None and not stored_in(Path(folder)):
             checkpoints, folder = {**_of_folder(Path(folder)), **checkpoints}, None
         if folder is None and not checkpoints:
             raise ValueError(
@@ -80,11 +93,11 @@ class Run:
         slots = [*(slot for snapshot in recorded for slot in _slots(snapshot)), *plain]
         in_order = sorted(slots, key=lambda slot: slot.column.updates)
         if not recorded:
-            return cls(in_order, elapsed, {}, frozenset({torch.bfloat16}), plain)
+            return cls(in_order, elapsed, {}, frozenset({torch.bfloat16}), plain, read=read)
         dtypes = frozenset().union(*(snapshot.dtypes for snapshot in recorded))
         keys = {snapshot.path: snapshot.live for snapshot in recorded if snapshot.live}
         live = plain or [_live(snapshot) for snapshot in recorded if snapshot.live]
-        return cls(in_order, elapsed, recorded[-1].model, dtypes, live, keys)
+        return cls(in_order, elapsed, recorded[-1].model, dtypes, live, keys, read)
 
     @property
     def precision(self) -> float:
@@ -101,7 +114,11 @@ class Run:
         """The live weights at one of the places in `live`."""
         if slot.path in self.keys:
             return renamed(self.snapshot(slot.path), self.keys[slot.path])
-        return read(slot.path).weights()
+        return self.source(slot.path).weights
+
+    def source(self, path: Path) -> Source:
+        """The weights of a checkpoint."""
+        return opened([self.read(path)], None)[0]
 
     def has_statistics(self) -> bool:
         """Whether the model has running statistics, or may have: checkpoints alone do not tell."""
@@ -122,15 +139,19 @@ def _live(snapshot: Snapshot) -> StoredSlot:
 
 
 def _of_folder(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their steps; where none are known, by their place in the order."""
+    """The checkpoints of a run's folder by their times."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of snapshots or of a run")
     try:
-        choice = choose(folder)
+        return _by_time(choose(folder))
     except ValueError as error:
         raise ValueError(
             f"{folder} has no snapshots of polyak.Recorder; as a run, {error}"
         ) from None
+
+
+def _by_time(choice: Choice) -> dict[int, Path]:
+    """Chosen checkpoints by their steps; where none are known, by their place in the order."""
     counts = [int(file.at) for file in choice.files]
     known = choice.unit != "time" and counts[0] > 0
     return {

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from polyak import theory
 from polyak._checks import require, require_count
+from polyak._runs.choosing import Choice
 from polyak._shown import Charted
+from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
 from polyak.offline._quality import Better, Evaluate, Judged, interval, judged, sign_of
-from polyak.offline._run import Run, StoredSlot
+from polyak.offline._run import Read, Run, StoredSlot
 from polyak.offline._synthesis import MAX_ERROR, Synthesis, of_run
 from polyak.rules import Rule
 
@@ -92,7 +94,7 @@ class Sweep(Charted):
 
 
 def sweep(
-    folder: Path | str | None,
+    folder: Path | str | Choice | None,
     rules: Sequence[Rule | str],
     evaluate: Evaluate,
     at: float | None = None,
@@ -100,6 +102,7 @@ def sweep(
     windows: Sequence[int] = (),
     better: Better = "lower",
     checkpoints: Mapping[int, Path | str] | None = None,
+    read: Read = read,
     max_error: float = MAX_ERROR,
     max_amplification: float | None = None,
     progress: Callable[[int, int], object] | None = None,
@@ -123,7 +126,7 @@ def sweep(
     """
     sign_of(better)
     require(len(rules) + len(windows) > 0, "rules", rules, "one rule or more, or windows")
-    run = Run.of(folder, checkpoints or {})
+    run = Run.of(folder, checkpoints or {}, read)
     made = [of_run(run, rule, at) for rule in rules]
     live = _live(run, at)
     # Snapshots are many, and none is a file to use: only the last is judged.

@@ -15,10 +15,11 @@ from torch import Tensor
 from polyak._checks import as_number, require, require_positive
 from polyak._lazy import renamed
 from polyak._ranks.agreement import together
-from polyak.offline._average import opened
+from polyak._runs.choosing import Choice
+from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
-from polyak.offline._run import Run, StoredSlot
+from polyak.offline._run import Read, Run, StoredSlot
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule
 from polyak.theory import half_life, mean_age
@@ -110,11 +111,12 @@ class Synthesis:
             "time with more snapshots around it, or raise max_error and max_amplification"
         )
 
-    def weights(self) -> Combination:
+    def weights(self, *, allow_nonfinite: bool = True) -> Combination:
         """The average as a mapping that computes a tensor when it is asked for, in the model's dtypes.
 
         Tied weights appear once. Sums are computed in float64. Each tensor is compared with its
-        checksum when it is read; raises `ValueError` for a damaged one.
+        checksum when it is read; raises `ValueError` for a damaged one, and unless `allow_nonfinite`
+        for values that are infinite or NaN.
         """
         needed = {term.place for term in (*self.terms, *self.statistics)}
         places = [slot.place for slot in self.run.slots if slot.place in needed]
@@ -126,13 +128,14 @@ class Synthesis:
             dtype=dtypes or None,
             accumulate=torch.float64,
             copy=[name for name, about in self.model.items() if about["policy"] == "copy"],
+            allow_nonfinite=allow_nonfinite,
         )
 
     def _source(self, place: Place) -> Source:
         """The weights at a place; tensors that are copied are those of the same snapshot."""
         path, average, slot = place
         if slot == LIVE:
-            return opened([path], None)[0]
+            return self.run.source(path)
         keys = {
             name: f"copies/{name}"
             if about["policy"] == "copy"
@@ -153,23 +156,26 @@ class Synthesis:
         *,
         shard_bytes: int | None = None,
         overwrite: bool = False,
+        allow_nonfinite: bool = True,
         progress: Callable[[int, int], object] | None = None,
         group: ProcessGroup | None = None,
-    ) -> None:
+    ) -> Combination:
         """Write the average as plain safetensors; arguments and errors as in `Combination.write`."""
         with together("save", group) if group is not None else nullcontext():
-            weights = self.weights()
+            weights = self.weights(allow_nonfinite=allow_nonfinite)
         weights.write(
             path, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, group=group
         )
+        return weights
 
 
 def synthesize(
-    folder: Path | str | None,
+    folder: Path | str | Choice | None,
     rule: Rule | str,
     at: float | None = None,
     *,
     checkpoints: Mapping[int, Path | str] | None = None,
+    read: Read = read,
     max_error: float = MAX_ERROR,
     max_amplification: float | None = None,
 ) -> Synthesis:
@@ -180,12 +186,14 @@ def synthesize(
     result.
 
     Args:
-        folder: of snapshots that `Recorder` wrote, or of a run with plain checkpoints (`choose`), or None.
+        folder: of snapshots that `Recorder` wrote, or of a run with plain checkpoints; or those that
+            `choose` found in it; or None.
         rule: a rule or its spec; it is updated at the same steps as the recorded averages.
         at: the time, in the run's unit; by default that of the last snapshot or checkpoint.
         checkpoints: step -> file with the live weights at that step, in any format that
             `checkpoints.read` reads. Each stands for the steps around it, so a long average over
             many checkpoints is exact and a short one is refused.
+        read: what reads a checkpoint, such as `functools.partial(checkpoints.read, key="g_ema")`.
         max_error: the largest relative error that is allowed.
         max_amplification: the largest amplification that is allowed; by default it amplifies the
             rounding of the coarsest stored dtype to 2 %: 5 for bfloat16, 41 for float16, 335 544 for
@@ -207,7 +215,7 @@ def synthesize(
     Raises `ValueError` for an error or an amplification above the limits, with both numbers; for a
     time without snapshots, and for snapshots of different runs.
     """
-    synthesis = of_run(Run.of(folder, checkpoints or {}), rule, at)
+    synthesis = of_run(Run.of(folder, checkpoints or {}, read), rule, at)
     if problem := synthesis.problem(max_error, max_amplification):
         raise ValueError(problem)
     return synthesis
