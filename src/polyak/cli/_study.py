@@ -78,3 +78,41 @@ def listed() -> None:
         for name, study in recipes().items()
     ]
     print_table(("name", "title", "size"), rows, left=3)
+
+
+def reproduce(
+    studies: Annotated[
+        bool, typer.Option("--studies", help="Train small models too: minutes, not seconds.")
+    ] = False,
+    jobs: Jobs = -1,
+    out: Annotated[Path, typer.Option(help="Folder for the table and for the runs.")] = Path(
+        "study-reproduced"
+    ),
+) -> None:
+    """Compute published figures anew: what was expected, within which tolerance, and what came out.
+
+    Exact lines and simulations with the averager take half a minute.
+    """
+    from rich.console import Console
+
+    from polyak.study import _reproduce_engine, _reproduce_exact, _reproduce_trained
+    from polyak.study._reproduce import reproduce
+    from polyak.study._terminal import Seeds
+
+    lines = [*_reproduce_exact.lines(), *_reproduce_engine.lines()]
+    if studies:
+        lines += _reproduce_trained.lines(out, jobs=jobs)
+    with Seeds(Console(stderr=True), "lines") as progress:
+        found = reproduce(lines, progress=progress)
+    table = found.table()
+    print_table(("verdict", "expected", "got", "what"), [_short(row) for row in table.rows], left=4)
+    say(f"{table.note}\nsources and conditions: {out}/reproduced.md, .json")
+    found.write(out)
+    if found.missed:
+        fail(f"{len(found.missed)} of {len(found.outcomes)} lines do not hold", YOURS)
+
+
+def _short(row: tuple[str, ...]) -> tuple[str, ...]:
+    """A row without its topic and source, for a terminal."""
+    _, what, expected, got, verdict, _ = row
+    return verdict, expected, got, what

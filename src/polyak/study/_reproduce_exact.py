@@ -1,0 +1,279 @@
+"""Lines that follow exactly: the noisy quadratic, scaling rules, feedback, post-hoc averages, two seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache, partial
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from polyak.rules import Exponential, Power
+from polyak.study._reproduce import Line
+from polyak.study._study import Region
+from polyak.theory import (
+    Column,
+    Profile,
+    coefficients,
+    feedback,
+    fit,
+    learning_rates,
+    noise_gain,
+    profile,
+    quadratic_moments,
+    ramp_lag,
+)
+
+_EXACT = 0.002  # the figures have three or four digits
+_STEP = 0.1  # learning rate * curvature
+
+
+def lines() -> list[Line]:
+    """All exact lines."""
+    return [
+        *_quadratic(), *_acting(), *_scaling(), *_cadence(), *_post_hoc(), *_schedules(), *_two_seeds(),
+    ]  # fmt: skip
+
+
+def _quadratic() -> Iterator[Line]:
+    topic = "noisy quadratic, learning rate * h = .1"
+    closed = "closed form (1 - b)(1 + b rho) / ((1 + b)(1 - b rho))"
+    for decay, ratio in ((0.9, 0.50139), (0.99, 0.08718), (0.999, 0.00942)):
+        yield Line.figure(
+            topic, f"variance of an EMA of decay {decay} / of SGD", closed, ratio, _EXACT,
+            partial(_kept, decay),
+        )  # fmt: skip
+    yield Line.figure(
+        topic, "variance of the mean of 3000 steps that start stationary",
+        "Polyak and Juditsky 1992: tends to 1 / steps", 3.323e-4, _EXACT, _variance_of_a_mean,
+    )  # fmt: skip
+    yield Line.figure(
+        "anytime tail averaging", "variance of the average * (share of the steps * steps), white noise",
+        "Le Roux 2019, arXiv 1902.05083", 1.0, 1e-9,
+        lambda: 500 * noise_gain(profile("exponential(anytime_tail(0.5))", 1000)),
+    )  # fmt: skip
+
+
+def _kept(decay: float) -> float:
+    """The variance of an EMA as a share of that of SGD, after 20 000 steps on a curvature of 1."""
+    rules = [profile(Exponential(each), 20_000) for each in (decay, 0.0)]
+    average, live = quadratic_moments(rules, [[_STEP] * 20_000], [1.0]).noise.ravel()
+    return float(average / live)
+
+
+def _variance_of_a_mean() -> float:
+    found = quadratic_moments([profile("uniform()", 3000)], [[_STEP] * 3000], [1.0])
+    return float((found.start**2 * _STEP / (2 - _STEP) + found.noise).item())
+
+
+def _acting() -> Iterator[Line]:
+    topic = "averages that act on the live weights, learning rate * h = .1"
+    yield Line.figure(
+        topic, "Lookahead(k=5, alpha=.5): variance / SGD's", "arXiv 1907.08610, proposition 2", 0.4430, _EXACT,
+        lambda: feedback(_STEP, 0.5 ** (1 / 5), pull=1, every=5, update_every=5).average
+        / feedback(_STEP, 0, pull=0).live,
+    )  # fmt: skip
+    for pull, variance in ((0.0, 0.004588), (0.02, 0.003883), (0.1, 0.002405), (0.3, 0.001232)):
+        yield Line.figure(
+            topic, f"PACE, decay .99, pull {pull:g}: variance of the average",
+            "the Lyapunov equation of arXiv 2606.25086's update", variance, _EXACT,
+            partial(_pace, pull),
+        )  # fmt: skip
+
+
+def _pace(pull: float) -> float:
+    return feedback(_STEP, 0.99, pull=pull, with_step=True).average
+
+
+def _scaling() -> Iterator[Line]:
+    source = "Busbridge et al. 2023, arXiv 2307.13813; the table follows from their rule"
+    topic = (
+        "batch * kappa, learning rate * kappa, decay^kappa; learning rate * h = .001, decay .999"
+    )
+    table = ((8, 1.002, 996), (32, 1.008, 984), (128, 1.037, 937), (512, 1.230, 765))
+    for kappa, ratio, lag in table:
+        yield Line.figure(
+            topic, f"variance of the EMA at kappa {kappa} / at 1", source, ratio, 5e-4,
+            partial(_scaled_variance, kappa),
+        )  # fmt: skip
+        yield Line.figure(
+            topic, f"lag of the EMA at kappa {kappa}, in steps of the small batch", source, lag, 1e-3,
+            partial(_scaled_lag, kappa),
+        )  # fmt: skip
+
+
+def _scaled(kappa: int) -> Profile:
+    """The profile of an EMA whose each update stands for kappa steps of the small batch."""
+    return coefficients(Exponential(0.999), [float(kappa)] * (40_000 // kappa))
+
+
+def _scaled_lag(kappa: int) -> float:
+    return kappa * ramp_lag(_scaled(kappa))
+
+
+def _scaled_variance(kappa: int) -> float:
+    return _variance(kappa) / _variance(1)
+
+
+@cache
+def _variance(kappa: int) -> float:
+    c, rate = _scaled(kappa), 0.001 * kappa
+    return float(quadratic_moments([c], [[rate] * len(c)], [1.0]).noise.item()) / kappa
+
+
+def _cadence() -> Iterator[Line]:
+    def ratio() -> float:
+        rule, steps = Exponential(0.99), 16_000
+        often, seldom = (profile(rule, steps, every=every) for every in (1, 16))
+        return noise_gain(seldom, correlation=0.999) / noise_gain(often, correlation=0.999)
+
+    yield Line.figure(
+        "updates every 16 steps", "noise kept by an EMA of decay .99, every 16 steps / every step, correlated steps",
+        "no difference: Morales-Brotons et al. 2024, arXiv 2411.18704", 1.0, 0.005, ratio,
+    )  # fmt: skip
+
+
+def _post_hoc() -> Iterator[Line]:
+    topic, source = "post-hoc EMA", "EDM2, arXiv 2312.02696"
+    for std, gamma in ((0.05, 16.97), (0.1, 6.94)):
+        yield Line.figure(
+            topic, f"gamma of a power average of relative std {std:g}", source, gamma, _EXACT,
+            partial(_gamma, std),
+        )  # fmt: skip
+    two, one = (0.05, 0.1), (0.1,)
+    yield Line.figure(
+        topic, "squared error of post-hoc averages ~ snapshots^-p, two EMAs stored: p", source, 4, 0.05,
+        lambda: math.log2(_squared_error(32, two) / _squared_error(64, two)),
+    )  # fmt: skip
+    yield Line.figure(
+        topic, "squared error of post-hoc averages ~ snapshots^-p, one EMA stored: p", "EDM2: much lower accuracy; the order is ours", 2, 0.05,
+        lambda: math.log2(_squared_error(32, one) / _squared_error(64, one)),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "relative squared error of relative std .15 from 32 snapshots of two EMAs",
+        "EDM2: a few dozen snapshots are enough", Region.below(1e-5), lambda: _squared_error(32, two),
+    )  # fmt: skip
+    yield Line.figure(
+        topic, "inner product of two power profiles / its closed form", "EDM2, algorithm 3", 1.0, 1e-4, _inner_product,
+    )  # fmt: skip
+
+
+def _gamma(std: float) -> float:
+    return Power(relative_std=std).gamma
+
+
+def _squared_error(snapshots: int, stds: tuple[float, ...], wanted: float = 0.15) -> float:
+    steps = 8192
+    every = steps // snapshots
+    columns = [
+        Column(Power(relative_std=std), "average", step)
+        for std in stds
+        for step in range(every, steps + 1, every)
+    ]
+    return fit(columns, Power(relative_std=wanted), [1.0] * steps).relative_error ** 2
+
+
+def _inner_product() -> float:
+    first, second, steps = Power(relative_std=0.05), Power(relative_std=0.1), 20_000
+    product = float(profile(first, steps) @ profile(second, steps))
+    a, b = first.gamma, second.gamma
+    return product / ((a + 1) * (b + 1) / ((a + b + 1) * steps))
+
+
+class Least(NamedTuple):
+    """The least losses over learning rates: live, the best EMA at that rate, the best EMA at its own."""
+
+    live: float
+    same: float
+    own: float
+    raised: float
+
+
+@cache
+def _least(schedule: str, batch: int, steps: int = 3000) -> Least:
+    """Of 300 directions h = 1/i with gradient noise h / batch, after 3000 steps with 1 % warm-up."""
+    h, peaks = 1 / np.arange(1, 301), np.geomspace(0.02, 1.9, 20)
+    shares = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
+    rules = [Exponential(0.0), *(Exponential(half_life=share * steps) for share in shares)]
+    rates = np.outer(peaks, learning_rates(schedule, steps, warmup=0.01))
+    moments = quadratic_moments([profile(rule, steps) for rule in rules], rates, h)
+    losses = moments.loss(h, h / batch)
+    base, emas = int(losses[0].argmin()), losses[1:]
+    own = float(peaks[int(emas.min(axis=0).argmin())] / peaks[base])
+    return Least(float(losses[0, base]), float(emas[:, base].min()), float(emas.min()), own)
+
+
+def _schedules() -> Iterator[Line]:
+    topic, noises = "schedules on the quadratic, best learning rates, three noises", (1, 10, 100)
+
+    def over(measure: str, schedule: str, worst: object) -> float:
+        found = [_least(schedule, batch) for batch in noises]
+        gains = [1 - getattr(each, measure) / each.live for each in found]
+        return float(worst(gains))  # type: ignore[operator]
+
+    yield Line.claim(
+        topic, "constant rate: least gain of an EMA at the live weights' rate",
+        "large: Nemotron 3 Super 2026, arXiv 2604.12374", Region.above(0.2), lambda: over("same", "constant", min),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "cosine to 0: largest gain of an EMA at the live weights' rate",
+        "gone: arXiv 2604.12374; Ajroldi et al. 2025, arXiv 2502.06761", Region.below(0.09),
+        lambda: over("same", "cosine", max),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "cosine to 0: largest gain of an EMA at its own rate", "arXiv 2502.06761", Region.below(0.09),
+        lambda: over("own", "cosine", max),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "1/sqrt with an EMA / cosine to 0 without: largest ratio of losses",
+        "comparable: Anytime Pretraining 2026, arXiv 2602.03702", Region.below(1.05),
+        lambda: max(_least("inverse_sqrt", b).own / _least("cosine", b).live for b in noises),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "constant rate with an EMA / cosine to 0 without: largest ratio of losses",
+        "comparable: Anytime Pretraining 2026, arXiv 2602.03702", Region.below(1.05),
+        lambda: max(_least("constant", b).own / _least("cosine", b).live for b in noises),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "constant rate: best rate of an EMA / of the live weights, least",
+        "an EMA needs less decay of the rate: arXiv 2411.18704", Region.above(1.5),
+        lambda: min(_least("constant", b).raised for b in noises),
+    )  # fmt: skip
+
+
+# The change of four metrics, in %, by one decay (.999 -> .9995), in two comparisons over 2 seeds each.
+_TWICE = ((-0.5, 2.2), (-2.7, -0.4), (-0.4, 2.6), (1.4, 2.7))
+
+
+def _two_seeds() -> Iterator[Line]:
+    topic, source = (
+        "one decay, judged over 2 seeds, twice",
+        "wandb/senpai, pull requests 2141 and 2244",
+    )
+    yield Line.claim(
+        topic, "metrics of 4 whose sign should flip, by the spread of the 8 figures; 2 did", source,
+        Region.between(1, 3), _expected_flips,
+    )  # fmt: skip
+    yield Line.figure(
+        topic, "probability that two such verdicts contradict, for a change that helps in 3 of 4 seeds",
+        "2 p (1 - p), p = Phi(sqrt 2 Phi^-1(.75))", 0.282, 0.005, lambda: _contradict(0.75, 2),
+    )  # fmt: skip
+    yield Line.claim(
+        topic, "the same over 16 seeds", "2 p (1 - p), p = Phi(4 Phi^-1(.75))", Region.below(0.01),
+        lambda: _contradict(0.75, 16),
+    )  # fmt: skip
+
+
+def _expected_flips() -> float:
+    """Each metric's mean is its effect; the difference of a pair has twice the variance of one figure."""
+    deviation = math.sqrt(sum((a - b) ** 2 for a, b in _TWICE) / (2 * len(_TWICE)))
+    up = [NormalDist().cdf((a + b) / 2 / deviation) for a, b in _TWICE]
+    return math.fsum(2 * p * (1 - p) for p in up)
+
+
+def _contradict(share: float, seeds: int) -> float:
+    """Normal differences that help in a share of seeds: two means over so many seeds differ in sign."""
+    p = NormalDist().cdf(math.sqrt(seeds) * NormalDist().inv_cdf(share))
+    return 2 * p * (1 - p)
