@@ -49,7 +49,9 @@ def unfit(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]
     if name := next(filter(_FACTORS.search, specs), ""):
         return (
             f"{name} is a factor of an adapter (LoRA), and the mean of the factors is not the mean of "
-            "their products. Merge each adapter into its model (peft: merge_and_unload), and average those"
+            "their products. Merge each adapter into its model (peft: merge_and_unload), and average those; or "
+            "write one adapter whose rank is the sum of theirs (offline.concatenate, polyak average ... "
+            "--lora concatenate)"
         )
     return ""
 

@@ -6,10 +6,11 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from polyak.cli._adapters import concatenated
 from polyak.cli._averaged import (
     dtypes_of,
     print_forecast,
@@ -27,81 +28,20 @@ from polyak.cli._options import (
     Writing,
     bytes_of,
     dtype_of,
-    numbers_of,
 )
 from polyak.cli._output import (
     note,
     progress_shown,
 )
+from polyak.cli._shares import Shares
 from polyak.cli._torchrun import shared
 from polyak.cli._users_function import Better, users_function
 
 if TYPE_CHECKING:
     from polyak.checkpoints import Checkpoint
     from polyak.offline import Combination, Soup
-    from polyak.theory._profiles import Profile
-
-Shape = Literal["sqrt", "linear", "cosine"]
 
 _ROUNDING = 1e-9
-
-
-class Shares(NamedTuple):
-    """What chooses the coefficients of the files: one of these, and what goes with it."""
-
-    rule: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="Each file is one update.", show_default="uniform()"),
-    ] = None
-    coefficients: Annotated[
-        str | None, typer.Option(metavar="C,C,...", help="One a file, of sum 1.")
-    ] = None
-    wsm: Annotated[
-        Shape | None,
-        typer.Option(help="Equivalent to a learning-rate decay (arXiv 2507.17634)."),
-    ] = None
-    qam: Annotated[Shape | None, typer.Option(help="The same, for a quadratic loss.")] = None
-    greedy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Keep the files that improve this function (greedy soup).",
-        ),
-    ] = None
-    elapsed: Annotated[
-        str | None,
-        typer.Option(metavar="T,T,...", help="Time between files."),
-    ] = None
-
-    @property
-    def listed(self) -> bool:
-        """Whether they are given for the files as they are listed."""
-        return self.coefficients is not None or (self.elapsed is not None and "," in self.elapsed)
-
-    def of(self, files: int) -> str | Sequence[float] | Profile:
-        """The rule or the coefficients, from the one option that is given."""
-        from polyak import theory
-
-        given = self._replace(elapsed=None)._asdict().items()
-        names = [f"--{name}" for name, value in given if value is not None]
-        if len(names) > 1:
-            raise ValueError(
-                f"{' and '.join(names)} each choose the coefficients: give one of them"
-            )
-        if self.coefficients is not None:
-            return numbers_of(self.coefficients, "--coefficients")
-        if self.wsm is not None:
-            return theory.wsm(theory.learning_rate_decay(self.wsm, files))
-        if self.qam is not None:
-            return theory.qam(theory.learning_rate_decay(self.qam, files))
-        return "uniform()" if self.rule is None else self.rule
-
-    def times(self, files: int) -> list[float] | None:
-        """The time between a file and the one before it."""
-        if self.elapsed is None:
-            return None
-        times = numbers_of(self.elapsed, "--elapsed")
-        return times * files if len(times) == 1 else times
 
 
 @grouped
@@ -137,6 +77,12 @@ def average(
         ),
     ] = None,
     part: Part,
+    lora: Annotated[
+        Literal["concatenate"] | None,
+        typer.Option(
+            help="Average adapters of PEFT as one adapter, whose rank is the sum of theirs."
+        ),
+    ] = None,
     dtype: Dtype = None,
     accumulate: Annotated[
         str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
@@ -171,6 +117,21 @@ def average(
         if group is not None and shares.greedy is not None:
             raise ValueError("--greedy tries one model after the other: leave --torchrun out")
         chosen = _files(files, wanted, shares, better)
+        if lora is not None:
+            others: dict[str, object] = {
+                "like": like,
+                "greedy": shares.greedy,
+                "better": better if wanted.best is None else None,
+                "average": which,
+                **part._asdict(),
+                "dtype": dtype,
+                "allow-nonfinite": allow_nonfinite or None,
+                "shard-size": shard_bytes,
+                "verify": verify or None,
+                "torchrun": group,
+            }
+            concatenated(chosen, shares, writing, others, json=json)
+            return
         read = part.reader()
         found = list(map(read, chosen))
         rule_or_shares = shares.of(len(chosen))

@@ -2,6 +2,7 @@
 
 offline.choose(run, last=10)                   choose checkpoints of a run, in the order of their steps
 offline.average(files, "exponential(0.9)")     average checkpoint files
+offline.concatenate(adapters)                  average LoRA adapters as one adapter
 offline.verify(made, written)                  compare what was written with direct sums
 offline.synthesize(folder, rule)               make any average from snapshots, with a known error
 offline.sweep(folder, rules, evaluate)         make many averages, and find the best
@@ -13,6 +14,7 @@ offline.compare(a, b)                          compare two sets of weights
 from __future__ import annotations
 
 from polyak._runs.choosing import Choice, RunFile, choose
+from polyak.offline._adapters import Concatenation, concatenate
 from polyak.offline._average import average
 from polyak.offline._combination import Combination
 from polyak.offline._comparison import Comparison, compare
@@ -27,6 +29,7 @@ __all__ = [
     "Choice",
     "Combination",
     "Comparison",
+    "Concatenation",
     "Description",
     "Forecast",
     "Point",
@@ -38,6 +41,7 @@ __all__ = [
     "average",
     "choose",
     "compare",
+    "concatenate",
     "describe",
     "forecast",
     "greedy_soup",

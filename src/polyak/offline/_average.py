@@ -68,7 +68,7 @@ def average(
     """
     require(not isinstance(files, (str, Path)), "files", files, "a list of files")
     require(len(files) > 0, "files", files, "one file or more")
-    shares, statistics = _coefficients(rule, len(files), elapsed)
+    shares, statistics = shares_of(rule, len(files), elapsed)
     return Combination(
         opened(files, which),
         shares,
@@ -91,7 +91,7 @@ def _source(found: Checkpoint, which: str | None) -> Source:
     return Source(str(found.path), held, found.left)
 
 
-def _coefficients(
+def shares_of(
     rule: Rule | str | Sequence[float] | Profile, files: int, elapsed: Sequence[float] | None
 ) -> tuple[npt.ArrayLike, npt.ArrayLike | None]:
     """The coefficients of weights, and those of running statistics if a rule gives them."""

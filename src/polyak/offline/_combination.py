@@ -79,9 +79,9 @@ class Combination(LazyTensors):
         require(accumulate in (torch.float32, torch.float64), "accumulate", accumulate, wanted)
         holds = not isinstance(dtype, torch.dtype) or dtype.is_floating_point
         require(holds, "dtype", dtype, "a floating-point dtype, or None for that of the files")
-        self.coefficients = _checked(coefficients, len(sources))
+        self.coefficients = checked(coefficients, len(sources))
         of_statistics = _convex(self.coefficients) if statistics is None else statistics
-        self.statistics = _checked(of_statistics, len(sources))
+        self.statistics = checked(of_statistics, len(sources))
         of_files = [source.weights.specs for source in sources]
         _require_alike(sources, of_files)
         last = of_files[-1]
@@ -261,7 +261,7 @@ def _shares(coefficients: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
     return shares
 
 
-def _checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
+def checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
     """Coefficients that sum to 1, as float64, or `ValueError`."""
     given = np.asarray(coefficients, dtype=np.float64)
     require(files > 0, "files", [], "one file or more")

@@ -1,0 +1,295 @@
+"""Adapters: the average of LoRA adapters as one adapter, exact, whose rank is the sum of theirs.
+
+An adapter adds `s B A` to a weight, with `s = alpha / r`. The mean of products is one product:
+`sum_i c_i s_i B_i A_i = s [f_1 B_1, ..., f_k B_k] [A_1; ...; A_k]` with `f_i = c_i s_i / s`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyak._checks import difference, report, require
+from polyak._files import writing_folder
+from polyak._lazy import LazyTensors, TensorSpec, Where, joined, renamed
+from polyak.checkpoints import _safetensor_files as tensorfile
+from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._read import read
+from polyak.checkpoints._weight_files import METADATA
+from polyak.offline._average import shares_of
+from polyak.offline._combination import Combination, checked
+from polyak.offline._findings import Source
+from polyak.rules import Rule
+from polyak.theory._profiles import Profile
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_MOST_BYTES = 10_000_000
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<leaf>weight|bias))?"
+)
+_SCALE = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+# Of the training and of its first step: they change nothing of what a finished adapter adds.
+_OF_TRAINING = {"lora_dropout", "inference_mode", "peft_version", "auto_mapping", "loftq_config", "eva_config",
+                "corda_config", "lora_ga_config", "init_lora_weights"}  # fmt: skip
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class Factor(NamedTuple):
+    """A tensor of an adapter by its name: of which module, the side A or B, and whether it is a bias."""
+
+    module: str
+    side: str
+    bias: bool
+
+
+class Adapter:
+    """A folder of PEFT with a LoRA adapter: its tensors by name, and its settings.
+
+    Raises `ValueError` that names the folder for an adapter of another kind, or of a variant that adds
+    something else than `s B A`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path if path.is_dir() else path.parent
+        self.config = _config(self.path)
+        self.tensors = read(path).weights()
+        self.factors = {name: factor for name in self.tensors if (factor := _factor(name))}
+        if problem := self._problem():
+            raise ValueError(
+                f"{self.path}: {problem}; merge each adapter into its model, and average those"
+            )
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor of the product of a module: `alpha / r`, or `alpha / sqrt(r)`."""
+        alpha = _of_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _problem(self) -> str:
+        """What makes it more than products of two factors; "" if nothing does."""
+        for name, setting in self.config.items():
+            if name.startswith("use_") and name != "use_rslora" and setting:
+                return f"{name} is {setting!r}, whose adapters have no exact average as one adapter"
+        start = self.config.get("init_lora_weights", True)
+        if start not in _HARMLESS_STARTS:
+            return f"init_lora_weights is {start!r}, which changes the model's weights by the rank"
+        if self.config.get("target_parameters"):
+            return "target_parameters are set, whose factors belong to several weights each"
+        for name in self.tensors:
+            if "lora_" in name and name not in self.factors:
+                return f"{name} is no factor of a product"
+        ranks = {(f.module, f.side): self.tensors.specs[n].shape[f.side == "B"]
+                 for n, f in self.factors.items() if not f.bias}  # fmt: skip
+        for (module, _), rank in ranks.items():
+            if {ranks.get((module, "A")), ranks.get((module, "B"))} != {rank}:
+                return f"the factors of {module} have no common rank"
+        return ""
+
+
+class Concatenation(LazyTensors):
+    """Several adapters as one: the average of what they add, exact but for the rounding of its dtype.
+
+    The scales are in the settings (`config`) where all adapters have one, else in the factors B. What
+    else the adapters hold, such as biases and `modules_to_save`, is averaged.
+
+    Attributes:
+        paths: the folders of the adapters.
+        coefficients: one for each.
+        config: the settings of the new adapter.
+        ranks: of each module.
+        factors: how many of the tensors are factors.
+    """
+
+    def __init__(
+        self, adapters: Sequence[Adapter], coefficients: Profile, rest: LazyTensors
+    ) -> None:
+        self.paths = [adapter.path for adapter in adapters]
+        self.coefficients = coefficients
+        counting = [(a, c) for a, c in zip(adapters, coefficients.tolist(), strict=True) if c]
+        self._adapters = [adapter for adapter, _ in counting]
+        self._rest, self._factors = rest, adapters[-1].factors
+        self.factors = len(self._factors)
+        self.ranks: dict[str, int] = {}
+        self._shares: dict[str, list[float]] = {}
+        scales: dict[str, float] = {}
+        for name, factor in self._factors.items():
+            if factor.side == "A":
+                ranks = [a.tensors.specs[name].shape[0] for a in self._adapters]
+                shares = [
+                    c * a.scale(factor.module, r) for (a, c), r in zip(counting, ranks, strict=True)
+                ]
+                scales[factor.module] = scale = abs(max(shares, key=abs)) or 1.0
+                self._shares[factor.module] = [share / scale for share in shares]
+                self.ranks[factor.module] = sum(ranks)
+        alphas = {module: _whole(scales[module] * rank) for module, rank in self.ranks.items()}
+        self.config = adapters[-1].config | _settings(self.ranks, alphas)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """name -> shape and dtype: those of the last adapter, but for the rank."""
+        last = self._adapters[-1].tensors.specs
+        specs = {}
+        for name, (module, side, bias) in self._factors.items():
+            shape = list(last[name].shape)
+            if not bias:
+                shape[side == "B"] = self.ranks[module]
+            specs[name] = TensorSpec(tuple(shape), last[name].dtype)
+        return specs | dict(self._rest.specs)
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        if name not in self._factors:
+            return self._rest.read(name, where)
+        module, side, bias = self._factors[name]
+        held = [adapter.tensors[name] for adapter in self._adapters]
+        for adapter, tensor in zip(self._adapters, held, strict=True):
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{adapter.path}: {name} has values that are infinite or NaN: leave it out"
+                )
+        shares = [1.0] * len(held) if side == "A" else self._shares[module]
+        parts = [t if f == 1 else t.double() * f for t, f in zip(held, shares, strict=True)]
+        made = torch.stack(parts).sum(0) if bias else torch.cat(parts, dim=int(side == "B"))
+        made = made.to(self.specs[name].dtype)
+        return made[where] if where else made
+
+    def write(self, out: Path | str, *, overwrite: bool = False) -> None:
+        """Write a folder as PEFT does, complete or not at all; `peft.PeftModel.from_pretrained` loads it.
+
+        Raises `FileExistsError` if `out` exists, unless `overwrite`.
+        """
+        with writing_folder(out, overwrite=overwrite) as folder:
+            pieces = lambda name: iter([self.read(name)])  # noqa: E731
+            tensorfile.write(folder / _WEIGHTS, self.specs, pieces, METADATA)
+            (folder / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True))
+
+
+def concatenate(
+    adapters: Sequence[os.PathLike[str] | str],
+    rule: Rule | str | Sequence[float] | Profile = "uniform()",
+    *,
+    elapsed: Sequence[float] | None = None,
+) -> Concatenation:
+    """Average LoRA adapters of one model: one adapter whose rank is the sum of their ranks.
+
+    The mean of the factors is not the mean of the products, but one adapter can hold the mean of the
+    products: `sum_i c_i s_i B_i A_i = s [f_1 B_1, ..., f_k B_k] [A_1; ...; A_k]`, `f_i = c_i s_i / s`, with
+    `s_i = alpha_i / r_i`, or `alpha_i / sqrt(r_i)` (rsLoRA). `merge_and_unload` of PEFT makes it a weight.
+
+    Args:
+        adapters: folders that PEFT's `save_pretrained` wrote; they may differ in rank, alpha and rsLoRA.
+        rule, elapsed: the coefficients, as for `average`; an adapter with coefficient 0 is left out.
+
+    Raises `ValueError` that names the folder for one that is no LoRA adapter of PEFT; for variants that
+    add something else than such products (DoRA and the like); for adapters of other modules.
+    Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
+    """
+    require(not isinstance(adapters, (str, Path)), "adapters", adapters, "a list of folders")
+    require(len(adapters) > 0, "adapters", adapters, "one folder or more")
+    given, of_statistics = shares_of(rule, len(adapters), elapsed)
+    coefficients = checked(given, len(adapters))
+    held = [Adapter(Path(path)) for path in adapters]
+    for adapter in held:
+        _require_alike(held[0], adapter)
+    names = {n: n for n in held[0].tensors if n not in held[0].factors}
+    sources = [Source(str(a.path), renamed(a.tensors, names)) for a in held]
+    rest: LazyTensors = joined()
+    if names:
+        rest = Combination(sources, coefficients, statistics=of_statistics, allow_nonfinite=False)
+    return Concatenation(held, coefficients, rest)
+
+
+def _require_alike(first: Adapter, other: Adapter) -> None:
+    """Raises `ValueError` with the settings and modules in which adapters differ."""
+    wanted, got = (_comparable(adapter) for adapter in (first, other))
+    if lines := difference(wanted, got):
+        raise ValueError(report(f"{other.path} is not of the same model as {first.path}", lines))
+
+
+def _comparable(adapter: Adapter) -> dict[str, str]:
+    """The settings that must be equal, and of each tensor the shape without the rank."""
+    settings = {
+        name: str(sorted(map(str, value)) if isinstance(value, list) else value)
+        for name, value in adapter.config.items()
+        if name not in _SCALE | _OF_TRAINING and value not in (None, False, [], {})
+    }
+    shapes = {}
+    for name, spec in adapter.tensors.specs.items():
+        shape: list[object] = list(spec.shape)
+        factor = adapter.factors.get(name)
+        if factor and not factor.bias:
+            shape[factor.side == "B"] = "r"
+        shapes[name] = str(tuple(shape))
+    return settings | shapes
+
+
+def _factor(name: str) -> Factor | None:
+    found = _FACTOR.fullmatch(name)
+    return Factor(found["module"], found["side"], found["leaf"] == "bias") if found else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter of LoRA; raises `ValueError` for a folder without them."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG}: wanted a folder that PEFT's save_pretrained wrote"
+        )
+    file = OpenFile(folder / CONFIG)
+    try:
+        config = json.loads(file.read(0, min(file.size, _MOST_BYTES)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.path}: the settings cannot be read ({str(error)[:200]})") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"{file.path}: the adapter is of the kind {kind!r}, wanted LORA")
+    alpha = config.get("lora_alpha")
+    require(isinstance(alpha, (int, float)), f"{file.path}: lora_alpha", alpha, "a number")
+    try:
+        _of_pattern(config.get("alpha_pattern"), "", None)
+    except re.error as error:
+        raise ValueError(
+            f"{file.path}: alpha_pattern has no regular expressions ({error})"
+        ) from None
+    return dict(config)
+
+
+def _of_pattern(pattern: object, module: str, otherwise: Any) -> Any:
+    """The value of the first key that fits the end of a module's name, as PEFT finds it."""
+    for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return otherwise
+
+
+def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """The settings that give each module its rank and its alpha; the most frequent are the default."""
+    require(bool(ranks), "adapters", "without a factor", "adapters of LoRA")
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    exact = lambda values, usual: {  # noqa: E731  # "^" makes PEFT compare the whole name
+        f"^{re.escape(module)}": value for module, value in values.items() if value != usual
+    }
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": exact(ranks, rank),
+        "alpha_pattern": exact(alphas, alpha),
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _whole(number: float) -> float:
+    """An alpha, as an integer if it is one but for rounding."""
+    nearest = round(number)
+    return nearest if math.isclose(nearest, number, rel_tol=1e-12) else number
