@@ -1,0 +1,66 @@
+"""The examples of one screen, cut short: what they write is the average that they name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+
+from models import assert_same
+from patience import HANG
+from polyak import checkpoints
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = ["diffusion_digits", "skorch_digits"]
+"""Those of one screen: fewer than 60 lines."""
+
+
+def run(name: str, *arguments: object) -> str:
+    """What an example prints."""
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_an_example_is_one_screen(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
+
+
+@pytest.mark.slow
+def test_diffusion(tmp_path: Path) -> None:
+    found = re.findall(r"(\w+): held-out loss ([.\d]+)", run("diffusion_digits", 40, tmp_path))
+    assert [name for name, _ in found] == ["live", "ema"]
+    assert all(0 < float(loss) < 1 for _, loss in found)  # 1 is the loss of no prediction at all
+    state = checkpoints.read(tmp_path / "state" / "averages" / "ema.safetensors")
+    wanted = {"ema": dict(state.average("ema").items())}
+    wanted["live"] = load_file(tmp_path / "state" / "model.safetensors")
+    for name, weights in wanted.items():
+        unet = UNet2DModel.from_pretrained(tmp_path / name, subfolder="unet")
+        assert_same(dict(unet.state_dict()), weights)
+    assert not torch.equal(wanted["ema"]["conv_in.weight"], wanted["live"]["conv_in.weight"])
+
+
+@pytest.mark.slow
+def test_skorch() -> None:
+    printed = re.sub(r"\x1b\[\d+m", "", run("skorch_digits", 3))
+    title = re.search(r"epoch +.*", printed)
+    assert title is not None
+    columns = title.group().split()
+    rows = [line.split() for line in re.findall(r"^ +\d+ +[\d. ]+$", printed, re.MULTILINE)]
+    losses = [
+        [float(row[columns.index(name)]) for name in ("valid_loss", "ema_loss")] for row in rows
+    ]
+    assert len(losses) == 3
+    assert all(live < ema for live, ema in losses)  # the average lags
+    assert losses[2][1] < losses[1][1] < losses[0][1]
+    found = re.findall(r"(\w+): test accuracy ([.\d]+)", printed)
+    assert [name for name, _ in found] == ["live", "ema"]
+    assert all(float(accuracy) > 0.7 for _, accuracy in found)
