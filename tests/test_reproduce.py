@@ -101,6 +101,7 @@ study = Study(
 """
 
 
+@pytest.mark.slow
 def test_the_claims_of_a_study_are_lines_over_eight_seeds(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.py"
     recipe.write_text(RECIPE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,26 @@ def test_a_wrong_schedule_is_one_line_of_the_command() -> None:
     assert done.stderr == (
         "polyak: schedule is 'cosinus', wanted one of constant, inverse_sqrt, cosine, linear, wsd\n"
     )
+
+
+PAGE = Path(__file__).parent.parent / "docs/how-to-choose.md"
+ROWS = [
+    ("constant", 0),
+    ("inverse_sqrt", 0),
+    ("cosine", 0.1),
+    ("wsd", 0),
+    ("linear", 0),
+    ("cosine", 0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "final"), ROWS)
+def test_the_page_has_the_figures_of_the_command(schedule: str, final: float) -> None:
+    advice = advise(20_000, schedule=schedule, final=final)
+    same, own = (advice.of(rule) for rule in (advice.rule, advice.retuned))
+    lives = [f"{100 * gains[0].half_life / 20_000:g} %" for gains in (same, own)]
+    first, second = (f"{lives[0]} of the run", lives[1]) if advice.worth else ("none", "none")
+    gains = [model._percents([g.same for g in same]), model._percents([g.own for g in own])]
+    row = f"| {advice.schedule} | {first} | {gains[0]} | {second} | {gains[1]} | x {model._times(own)} |"
+    assert row in PAGE.read_text()
