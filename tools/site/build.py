@@ -50,7 +50,9 @@ def public_modules() -> list[str]:
     source = ROOT / "src"
     files = [path.relative_to(source).with_suffix("") for path in source.rglob("*.py")]
     names = {".".join(file.parts).removesuffix(".__init__") for file in files}
-    return sorted(n for n in names if "._" not in n and n not in ("polyak", *NOT_OF_THE_API))
+    # Recipes are found by name, as data: `polyak study list` shows them.
+    api = {n for n in names if "._" not in n and not n.startswith("polyak.study.recipes")}
+    return sorted(api - {"polyak", *NOT_OF_THE_API})
 
 
 if __name__ == "__main__":
