@@ -98,7 +98,7 @@ CALLS: dict[str, Callable[[Case], object]] = {
     "summary(), printed": lambda case: str(case.averager.summary()),
     "state_dict()": lambda case: case.averager.state_dict(),
     "load_state_dict()": lambda case: case.averager.load_state_dict(case.state),
-    "save()": lambda case: polyak.save(case.path("again"), case.averager),
+    "save()": lambda case: polyak.save(case.path("again"), case.averager, overwrite=True),
     "load()": lambda case: polyak.load(case.path("saved"), case.averager),
     "checkpoints.export()": lambda case: checkpoints.export(
         case.path("anew"), case.averager, overwrite=True

@@ -283,10 +283,10 @@ def _save(world: World, subject: Subject, name: str, sent: Interruption) -> None
     path = world.folder / "interrupted.safetensors"
     if any(case.own for case in subject.cases.values()):
         return
-    polyak.save(path, subject.averager)
+    polyak.save(path, subject.averager, overwrite=True)
     before = world.fingerprint()
     state = copy.deepcopy(subject.averager.state_dict())
-    sent.run(lambda: polyak.save(path, subject.averager))
+    sent.run(lambda: polyak.save(path, subject.averager, overwrite=True))
     if world.fingerprint() != before:
         raise Fault("signal", "saving changed something")
     polyak.load(path, subject.averager)

@@ -25,7 +25,7 @@ for step in range(first + 1, 10**6):
     for tensor in weights.values():
         tensor.fill_(float(step))
     averager.update()
-    polyak.save(path, averager)
+    polyak.save(path, averager, overwrite=True)
     print(step, flush=True)
 """
 

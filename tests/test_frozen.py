@@ -205,5 +205,5 @@ def test_a_file_says_that_frozen_parameters_are_not_in_it(tmp_path: Path) -> Non
     assert next(iter(found.left)).startswith("frozen parameters")
     whole = Averager(Everything(), "uniform()", select="*")
     whole.update()
-    polyak.save(path, whole)
+    polyak.save(path, whole, overwrite=True)
     assert not checkpoints.read(path).left

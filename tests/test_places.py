@@ -76,8 +76,8 @@ class Writer(NamedTuple):
 
 
 WRITERS = {
-    "save": Writer(lambda path, n: polyak.save(path, averager(n))),
-    "save an EMA": Writer(lambda path, n: polyak.save(path, polyak.EMA(torch.nn.Linear(n, 1)))),
+    "save": Writer(lambda path, n: polyak.save(path, averager(n), overwrite=True)),
+    "save an EMA": Writer(lambda path, n: polyak.save(path, polyak.EMA(torch.nn.Linear(n, 1)), overwrite=True)),
     "export": Writer(
         lambda path, n: checkpoints.export(path, averager(n), overwrite=True), suffix=".safetensors"
     ),

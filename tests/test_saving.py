@@ -104,7 +104,7 @@ def test_the_articles_class_resumes_bit_for_bit(tmp_path: Path, dtype: torch.dty
         ema = EMA(model, beta=0.9, update_after_step=3, update_every=2)
         for step in range(20):
             if step == stop:
-                polyak.save(tmp_path / "ema.safetensors", ema)
+                polyak.save(tmp_path / "ema.safetensors", ema, overwrite=True)
                 ema = EMA(model, beta=0.9, update_after_step=3, update_every=2)
                 polyak.load(tmp_path / "ema.safetensors", ema)
             wander(model, step)
@@ -208,7 +208,7 @@ class TestRefusals(Refusals):
         path = tmp_path / "a.safetensors"
         polyak.save(path, averager)
         self.refused(path, Averager(model, "uniform()"), "every=2, this averager has every=1")
-        polyak.save(path, EMA(model, update_every=2))
+        polyak.save(path, EMA(model, update_every=2), overwrite=True)
         with pytest.raises(ValueError, match="update_every=2, this one 7"):
             polyak.load(path, EMA(model, update_every=7))
 
@@ -291,8 +291,8 @@ class TestRefusals(Refusals):
         with averager.applied(), pytest.raises(RuntimeError, match="inside applied"):
             polyak.save(tmp_path / "a.safetensors", averager)
         polyak.save(tmp_path / "a.safetensors", averager)
-        with pytest.raises(FileExistsError):
-            polyak.save(tmp_path / "a.safetensors", averager, overwrite=False)
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            polyak.save(tmp_path / "a.safetensors", averager)
 
 
 class TestExport:

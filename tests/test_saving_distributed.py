@@ -302,7 +302,7 @@ def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
     checkpoints.save_distributed(tmp_path / "it", {"average": made}, overwrite=True)
     assert (tmp_path / "it").is_dir()
     with pytest.raises(IsADirectoryError):
-        polyak.save(tmp_path / "it", made)
+        polyak.save(tmp_path / "it", made, overwrite=True)
 
 
 @pytest.mark.slow

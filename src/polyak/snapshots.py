@@ -169,10 +169,12 @@ class Recorder:
         path = self.folder / f"snapshot-{tick.n:010d}"
         if self._averager.sharded:
             pack = self._packed_narrow
-            native.save_parts("Recorder", path, self._averager, pack, group=self._group)
+            native.save_parts(
+                "Recorder", path, self._averager, pack, group=self._group, overwrite=True
+            )
         else:
             path = path.with_suffix(".safetensors")
-            native.write(path, *self._packed(self._averager), narrow=self._dtype)
+            native.write(path, *self._packed(self._averager), narrow=self._dtype, overwrite=True)
         self._stored[tick.n] = _Kept(tick.t, path)
         return path
 

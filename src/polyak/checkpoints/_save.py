@@ -48,12 +48,12 @@ def save(
     averager: Averager | EMA,
     *,
     group: ProcessGroup | None = None,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write the state of an averager, or of the article's `EMA`, from which `load` goes on bit for bit.
 
-    The file appears when it is complete and on the disk. A process that is killed before that leaves the
-    file that was there. Missing folders are made; through a symbolic link its target is written. Save
+    The file appears when it is complete and on the disk. With `overwrite` it replaces what exists at the
+    path; a process that is killed before that leaves the old file. Missing folders are made; through a symbolic link its target is written. Save
     the model, the optimizer and the position in the data yourself, in one folder with this file
     (`saving`), so that they belong to the same step.
 
@@ -72,7 +72,7 @@ def save(
     tensor([0., 0.])
 
     Raises `RuntimeError` inside `applied()`; `TypeError` for another object, or a dtype that safetensors
-    does not have; `FileExistsError` if the path exists and `overwrite` is False; `OSError` if it cannot
+    does not have; `FileExistsError` if the path exists, unless `overwrite`; `OSError` if it cannot
     be written, or is a device, a pipe or a socket; `ValueError` if the ranks are at different updates or
     have different tensors. An error on one rank is raised on all.
     """
@@ -100,7 +100,7 @@ def save_parts(
     pack: Pack,
     *,
     group: ProcessGroup | None,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write a folder with what each rank of the group packs of its averager. Collective."""
     content = encoded(call, {"": averager}, pack, group)[""]
@@ -142,7 +142,7 @@ def write(
     described: Mapping[str, Any],
     stored: Mapping[str, Tensor],
     *,
-    overwrite: bool = True,
+    overwrite: bool = False,
     narrow: torch.dtype | None = None,
 ) -> None:
     """Write a file of ours from a description and tensors by key.

@@ -38,7 +38,7 @@ def write(checkpoint: str, averager: Averager | None, *, first: bool) -> None:
         return
     names = list(averager.rules)
     if averager.sharded:
-        checkpoints.save(parts(checkpoint, names), averager)
+        checkpoints.save(parts(checkpoint, names), averager, overwrite=True)
     if averager.clock.n and (averager.sharded or first):
         for name in names:
             checkpoints.export(exported(checkpoint, name), averager, name, overwrite=True)

@@ -21,7 +21,7 @@ _SUFFIXES = (".safetensors", ".dcp")
 def save_state(folder: Path, averager: Averager, *, writes: bool) -> None:
     """Save an averager in a checkpoint folder; `writes` says whether this process writes files."""
     if writes or averager.sharded:
-        save(_path(folder, averager, _SUFFIXES[averager.sharded]), averager)
+        save(_path(folder, averager, _SUFFIXES[averager.sharded]), averager, overwrite=True)
 
 
 def load_state(
