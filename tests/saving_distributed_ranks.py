@@ -472,8 +472,12 @@ def the_first_rank_finds_the_latest() -> None:
         (folder / ".step-12.0123456789abcdef.part").mkdir()
     dist.barrier()
     mine = folder if on(0) else folder / "elsewhere"
-    assert checkpoints.latest(mine, group=dist.group.WORLD) == folder / "step-10"
-    assert checkpoints.latest(folder) == folder / "step-10"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert checkpoints.latest(mine, group=dist.group.WORLD) == folder / "step-10"
+        assert checkpoints.latest(folder) == folder / "step-10"
+    assert all("passed over step-11 in" in str(each.message) for each in told)
+    assert len(told) == (2 if on(0) else 1)
     assert checkpoints.latest(folder / "elsewhere", group=dist.group.WORLD) is None
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from polyak import Averager, checkpoints, load
+
+
+def fill(path: Path, file: str = "it") -> Path:
+    """A file, or a folder with a file: by whether the name has a suffix of a checkpoint."""
+    if path.suffix:
+        path.write_text("it")
+    else:
+        path.mkdir()
+        (path / file).write_text("it")
+    return path
 
 
 def test_the_newest_is_chosen_among_what_is_a_checkpoint(tmp_path: Path) -> None:
@@ -17,20 +28,40 @@ def test_the_newest_is_chosen_among_what_is_a_checkpoint(tmp_path: Path) -> None
     for name in ("step-10.stale", "step-11.tmp", "step-12.25", "run-3-notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "it").write_text("no checkpoint either")
-    (tmp_path / "step-999").mkdir()
+    (tmp_path / "step-13.tmp").mkdir()
+    (tmp_path / "step-13.tmp" / "it.pt").write_text("not yet")
     (tmp_path / "step-1000").symlink_to(tmp_path / "gone")
-    (tmp_path / "step-998").mkdir()
-    (tmp_path / "step-998" / "__0_0.distcp").write_text("without its metadata")
     assert checkpoints.latest(tmp_path) is None
-    wanted = []
     for name in ("step-8.safetensors", "step-9.pt", "step-09", "step-100.ckpt"):
-        wanted.append(tmp_path / name)
-        if "." in name:
-            wanted[-1].write_text("it")
-        else:
-            wanted[-1].mkdir()
-            (wanted[-1] / "it").write_text("it")
-        assert checkpoints.latest(tmp_path) == wanted[-1]
+        wanted = fill(tmp_path / name)
+        assert checkpoints.latest(tmp_path) == wanted
+
+
+def test_without_numbers_the_newest_is_the_one_that_changed_last(tmp_path: Path) -> None:
+    files = {"best": "model.pt", "last": "weights.safetensors", "dcp": ".metadata", "now.ckpt": ""}
+    for times in (range(len(files)), reversed(range(len(files)))):
+        for name, file, time in zip(files, files.values(), times, strict=True):
+            path = tmp_path / name
+            if not path.exists():
+                fill(path, file)
+            os.utime(path, (time, time))
+        newest = max(files, key=lambda name: (tmp_path / name).stat().st_mtime)
+        assert checkpoints.latest(tmp_path) == tmp_path / newest
+    numbered = fill(tmp_path / "step-1")
+    os.utime(numbered, (0, 0))
+    assert checkpoints.latest(tmp_path) == numbered
+
+
+def test_interrupted_saves_are_passed_over_with_their_names(tmp_path: Path) -> None:
+    (tmp_path / "step-5").mkdir()
+    fill(tmp_path / "step-8", "__0_0.distcp")
+    with pytest.warns(UserWarning, match=r"passed over step-5, step-8 in .*interrupted"):
+        assert checkpoints.latest(tmp_path) is None
+    whole = fill(tmp_path / "step-7")
+    with pytest.warns(UserWarning, match=r"passed over step-8 in"):
+        assert checkpoints.latest(tmp_path) == whole
+    newer = fill(tmp_path / "step-9")
+    assert checkpoints.latest(tmp_path) == newer  # the older one is no one's concern
 
 
 def test_older_folders_go_when_the_new_one_is_complete(tmp_path: Path) -> None:

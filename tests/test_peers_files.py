@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import swa_utils
 
+import polyak
 from models import wander
 from peer_files import (
     SAVED,
@@ -192,6 +195,21 @@ def assert_near(got: State, wanted: Mapping[str, Tensor], dtype: torch.dtype) ->
     for name, tensor in got.items():
         most = TOLERANCE[dtype] * max(1.0, float(wanted[name].abs().max()))
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=most)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_load_says_which_rule_it_assumed(tmp_path: Path, case: Case) -> None:
+    model = Net()
+    run = follow(tmp_path / "average.pt", case.make(model, **case.options), model)
+    averager = Averager(model, {"average": case.rule}, every=case.every)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        polyak.load(run.path, averager, count=None if case.clock else 1)
+    words = (
+        f"does not tell its rule.*assumed \\(average: {re.escape(str(case.rule))}\\).*from_library"
+    )
+    assert len(said) == (not case.told)
+    assert all(re.search(words, str(each.message)) and each.filename == __file__ for each in said)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str, indirect=True)

@@ -77,7 +77,9 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "save": Writer(lambda path, n: polyak.save(path, averager(n), overwrite=True)),
-    "save an EMA": Writer(lambda path, n: polyak.save(path, polyak.EMA(torch.nn.Linear(n, 1)), overwrite=True)),
+    "save an EMA": Writer(
+        lambda path, n: polyak.save(path, polyak.EMA(torch.nn.Linear(n, 1)), overwrite=True)
+    ),
     "export": Writer(
         lambda path, n: checkpoints.export(path, averager(n), overwrite=True), suffix=".safetensors"
     ),
@@ -119,6 +121,28 @@ def old(place: Path, writer: Writer) -> dict[str, bytes]:
     else:
         place.write_bytes(b"old")
     return content(place)
+
+
+ASKED: dict[str, Callable[[Path], object]] = {
+    "save": lambda path: polyak.save(path, averager()),
+    "export": lambda path: checkpoints.export(path, averager()),
+    "convert": lambda path: checkpoints.convert(theirs(8), path, "uniform()", count=1),
+    "average of files": lambda path: average([ours(8)] * 2).write(path),
+    "saving": lambda path: checkpoints.saving(path).__enter__(),
+    "save_distributed": lambda path: checkpoints.save_distributed(path, {"a": averager()}),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_exists_is_replaced_only_on_request(tmp_path: Path, name: str) -> None:
+    place = tmp_path / "new" / f"it{WRITERS[name].suffix}"
+    WRITERS[name].write(place, 8)  # missing parents are made
+    before = content(place)
+    with pytest.raises(FileExistsError, match="already exists; pass overwrite=True to replace it"):
+        ASKED[name](place)
+    assert content(place) == before
+    WRITERS[name].write(place, 16)
+    assert content(place) != before
 
 
 def make_socket(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,7 +214,7 @@ def convert(
         every=_cadence(found, every, count),
         buffers=dict.fromkeys(copied, "copy") if copied else "auto",
     )
-    load(found, averager, count=count)
+    load(replace(found, rules=averager.rules), averager, count=count)
     save(out, averager, overwrite=overwrite)
     return found
 

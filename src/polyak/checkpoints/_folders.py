@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from warnings import catch_warnings, filterwarnings
+from warnings import catch_warnings, filterwarnings, warn
 
 from polyak._checks import require, require_count
 from polyak._files import naming, remove, writing_folder
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["latest", "saving"]
 
 _FILE = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
+_PART = re.compile(rf"{_FILE.pattern}|\.distcp$|^{re.escape(METADATA)}$")
+_UNFINISHED = {".tmp", ".part", ".incomplete"}
 _NUMBER = re.compile(r"(?<![\d.])\d+$")
 
 
@@ -86,10 +88,14 @@ def _remove_older(path: Path, keep: int) -> None:
 def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None:
     """Find the newest checkpoint in a folder: the path whose name ends in the largest number, or None.
 
-    A checkpoint is a folder, or a file named `*.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin`. What
-    `saving` wrote has its name only when it is complete. An empty folder is passed over, and so is a
-    folder of torch.distributed.checkpoint without its metadata: its save was interrupted. If a folder
-    and a file have the same number, the folder is chosen.
+    Where no name ends in a number (`last.ckpt`, `best`), it is the one that was changed last. A checkpoint is
+    a file named `*.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin`, or a folder: one whose name ends in a
+    number, or that holds such a file or a part of torch.distributed.checkpoint. If a folder and a file have
+    the same number, the folder is chosen.
+
+    What `saving` wrote has its name only when it is complete. An empty folder, and one of
+    torch.distributed.checkpoint without its metadata, are interrupted saves: they are passed over, and a
+    warning names those that are newer than the result.
 
     With a `group` it is collective: the first rank looks, and all ranks get the same absolute path.
 
@@ -103,19 +109,40 @@ def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None
     """
     if group is not None:
         return chosen("latest", lambda: latest(Path(folder).absolute()), group)
-    found = []
-    for path in sorted(Path(folder).glob("*")):
-        name = path.name if path.is_dir() else _FILE.sub("", path.name)
-        number = _NUMBER.search(name)
-        if number and not path.name.startswith(".") and _is_complete(path):
-            found.append((int(number[0]), path.is_dir(), path))
-    return max(found)[-1] if found else None
+    saves = sorted(filter(_is_save, Path(folder).glob("*")), key=_age)
+    whole = [path for path in saves if _is_complete(path)]
+    torn = saves[saves.index(whole[-1]) + 1 :] if whole else saves
+    if torn:
+        names = ", ".join(path.name for path in torn)
+        warn(f"latest: passed over {names} in {folder}: the save was interrupted", stacklevel=2)
+    return whole[-1] if whole else None
+
+
+def _is_save(path: Path) -> bool:
+    """Whether the name, or what a folder holds, says that it is a checkpoint."""
+    if path.name.startswith(".") or not path.is_dir():
+        return path.is_file() and _FILE.search(path.name) is not None
+    if path.suffix in _UNFINISHED:
+        return False
+    return _number(path) is not None or any(_PART.search(each.name) for each in path.iterdir())
+
+
+def _age(path: Path) -> tuple[int, float, float, str]:
+    """What sorts checkpoints, the newest last: by number, before these by time."""
+    number, changed, folder = _number(path), path.stat().st_mtime, path.is_dir()
+    return (-1, changed, folder, path.name) if number is None else (number, folder, 0, path.name)
+
+
+def _number(path: Path) -> int | None:
+    """The number at the end of a checkpoint's name."""
+    found = _NUMBER.search(path.name if path.is_dir() else _FILE.sub("", path.name))
+    return int(found[0]) if found else None
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether it may be whole: a file by its name, a folder that is neither empty nor torn."""
+    """Whether it may be whole: a file, or a folder that is neither empty nor torn."""
     if not path.is_dir():
-        return path.is_file() and _FILE.search(path.name) is not None
+        return True
     torn = any(path.glob("*.distcp")) and not (path / METADATA).exists()
     return any(path.iterdir()) and not torn
 

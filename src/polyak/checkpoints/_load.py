@@ -39,7 +39,8 @@ def load(
 
     `path` may also be what `read` read, such as `read(path, key="ema")`. From a file of another library
     (`read` lists them) it goes on as that library would, if the averager
-    has the rule and `every` that the library had: `polyak.theory.equivalents` names them. Give what the
+    has the rule and `every` that the library had: `polyak.theory.from_library` gives them from the
+    library's call. A warning names the rule that is assumed if the file does not tell it. Give what the
     file does not tell: `count`, the number of updates so far; `names`, the order of tensors without
     names (by default that of the model's parameters). Buffers and frozen parameters that the library
     does not average are taken from the file's live weights, or else from the model. If a file

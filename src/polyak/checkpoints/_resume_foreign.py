@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def foreign_state(
     rules = averager.rules
     told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
     require_rules(found.path, rules, told, change_rule)
+    _say_assumed(found, rules)
     clock = _clock(found, count)
     tracked = averager.tracked
     weights = {name: _complete(found, name, tracked) for name in rules}
@@ -63,6 +65,19 @@ def foreign_state(
         "copies": {item.name: last[item.name] for item in tracked if item.policy == "copy"},
         "averages": averages,
     }
+
+
+def _say_assumed(found: Checkpoint, rules: Mapping[str, Rule]) -> None:
+    """Warn with the rules that the file does not tell: the averager's are assumed."""
+    assumed = {name: rule for name, rule in rules.items() if name not in found.rules}
+    if assumed:
+        told = ", ".join(f"{name}: {rule}" for name, rule in as_specs(assumed).items())
+        warn(
+            f"{found.path}: a {found.format} file does not tell its rule, so this averager's is assumed "
+            f"({told}). If the file was made by another, make the averager with that one: "
+            "polyak.theory.from_library(call) gives it from the call that made the library's average",
+            stacklevel=5,
+        )
 
 
 def require_rules(
