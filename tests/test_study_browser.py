@@ -12,7 +12,9 @@ from playwright.sync_api import Browser, Page
 
 import browsing
 from polyak.study import run_article
+from polyak.study._report import write
 from study_cases import SMALL
+from study_results import CLAIMS, result
 
 RULES = {"rules": {"target-size": {"enabled": True}}}  # of WCAG 2.2, not in axe's default
 
@@ -26,10 +28,14 @@ def browser() -> Iterator[Browser]:
 
 
 def article(folder: Path) -> Path:
-    return run_article(9, folder, jobs=1, settings=SMALL)
+    return run_article(3, folder, jobs=1, settings=SMALL)
 
 
-PAGES = {"article": article}
+def study(folder: Path) -> Path:
+    return write(result(claims=CLAIMS), folder, "polyak study run made").page
+
+
+PAGES = {"article": article, "study": study}
 
 
 @pytest.fixture(scope="module", params=PAGES)

@@ -12,10 +12,11 @@ from polyak.rules import LIVE
 from polyak.study import _article as article
 from polyak.study import _figures as charts
 from polyak.study import _quantities as q
+from polyak.study._curves import lines
 from polyak.study._page import Figure
 from polyak.study._record_format import Record
 from polyak.study._statistics import Interval, bootstrap
-from polyak.study._text import Table, between, number, significant
+from polyak.study._text import Table, between, number
 
 Records = Sequence[Record]
 
@@ -148,33 +149,7 @@ def _curves(
     name: str, rows: charts.Rows, title: str, caption: str, *, log: bool = False,
     domain: Sequence[float] = (), x: str = "epoch",
 ) -> Figure:  # fmt: skip
-    last = {row["curve"]: row for row in rows}
-    ends = ", ".join(f"{label} {significant(row['middle'])}" for label, row in last.items())
-    chart = charts.bands(rows, x, title, log=log, domain=domain)
-    words = f"At {x} {max(row['x'] for row in rows)}: {ends}."
-    return Figure(name, chart, f"{_sentence(title)}. {caption}", words, _wide(name, title, x, rows))
-
-
-def _wide(name: str, title: str, x: str, rows: charts.Rows) -> Table:
-    """The rows of a chart as a table with a column for each curve."""
-    labels = list(dict.fromkeys(row["curve"] for row in rows))
-    cells: dict[int, dict[str, str]] = {}
-    for row in rows:
-        cells.setdefault(row["x"], {})[row["curve"]] = _cell(row)
-    body = tuple(
-        (f"{at}".replace("-", "−"), *(found.get(label, "—") for label in labels))
-        for at, found in cells.items()
-    )
-    return Table(name, _sentence(title), (x, *labels), body)
-
-
-def _cell(row: Mapping[str, float]) -> str:
-    middle = significant(row["middle"])
-    return (
-        f"{middle} [{significant(row['low'])}, {significant(row['high'])}]"
-        if "low" in row
-        else middle
-    )
+    return lines(name, rows, title, f"{_sentence(title)}. {caption}", x, log=log, domain=domain)
 
 
 def _around_stop(record: Record, name: str) -> list[float]:

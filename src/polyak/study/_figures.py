@@ -12,6 +12,7 @@ from typing import Any
 
 import altair as alt
 
+from polyak.rules import LIVE
 from polyak.study._statistics import Interval
 
 Rows = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def bands(
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=_x("x:Q", x_title, nice=False), color=_series(rows, alt.Color)
     )
-    kind: dict[str, Any] = {"type": "log"} if log else {"zero": False}
+    kind: dict[str, Any] = {"type": "log", "nice": False} if log else {"zero": False}
     scale = alt.Scale(**kind | ({"domain": list(domain)} if domain else {}))
     line = base.mark_line(strokeWidth=2, clip=True).encode(
         y=alt.Y("middle:Q", title=None, scale=scale), strokeDash=_series(rows, alt.StrokeDash)
@@ -114,9 +115,9 @@ def ladder(points: Mapping[float, Interval], live: Interval, x_title: str, title
     bar = base.mark_rule(strokeWidth=2, color=SERIES[1]).encode(
         y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"
     )
-    line = base.mark_line(point=alt.OverlayMarkDef(size=50, opacity=1), color=SERIES[1]).encode(
-        y=alt.Y("middle:Q", title=None, scale=scale)
-    )
+    line = base.mark_line(
+        point=alt.OverlayMarkDef(size=50, opacity=1, color=SERIES[1]), color=SERIES[1]
+    ).encode(y=alt.Y("middle:Q", title=None, scale=scale))
     level = [
         {"x": end, "middle": live.estimate, "low": live.low, "high": live.high} for end in ends
     ]
@@ -165,7 +166,10 @@ def _x(field: str, title: str, nice: bool = True) -> alt.X:
 def _series(rows: Rows, channel: Any) -> Any:
     """The channel that tells the curves apart, colour or line style, in the order of the rows."""
     names = list(dict.fromkeys(row["curve"] for row in rows))
-    styles: Any = SERIES if channel is alt.Color else DASHES
+    first = (
+        0 if LIVE in names else 1
+    )  # the live weights have the first style wherever they are shown
+    styles: Any = (SERIES if channel is alt.Color else DASHES)[first:]
     scale = alt.Scale(domain=names, range=list(styles[: len(names)]))
     return channel("curve:N", title=None, scale=scale, sort=None)
 

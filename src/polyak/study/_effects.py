@@ -1,0 +1,221 @@
+"""Effects: how much better than the live weights each arm is, by schedule, from the records of a study.
+
+An arm is chosen by validation values and reported by test values, each at its own best learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import numpy as np
+
+from polyak import theory
+from polyak.rules import LIVE, Rule
+from polyak.study import _comparisons as comparisons
+from polyak.study._result import Result, When
+from polyak.study._statistics import Interval, bootstrap
+from polyak.study._study import Arm, Ensemble
+from polyak.study._text import percent, significant
+from polyak.study._tracking import rule_of
+
+SAME = 1e-9
+LARGEST_LOG = 700.0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An arm against the live weights over the seeds that have both.
+
+    `gain` is positive if the arm is better: a share where all values are above 0, else in the metric's
+    unit. `p` is Holm's p-value among the arms of the schedule. `needed` is the number of seeds that a
+    5 % effect would need; None where the gain is no share.
+    """
+
+    arm: str
+    gain: Interval
+    improvement: Interval
+    size: Interval
+    p: float
+    needed: int | None
+
+
+class Effects:
+    """The effects of all arms of a result, under each schedule, of one metric."""
+
+    def __init__(self, result: Result, metric: str | None = None) -> None:
+        self.result = result
+        self.study = result.study
+        self.metric = result.study.require_metric(metric)
+        self.lower = result.study.metrics[self.metric].lower_is_better
+        self.arms = tuple(result.study.arms)
+        self.is_share = all(
+            value > 0
+            for schedule in self.study.schedules
+            for arm in self.study.arm_names
+            for value in self.values(arm, schedule)
+            if not math.isnan(value)
+        )
+
+    def values(self, arm: str, schedule: str, when: When = "last") -> list[float]:
+        """The test values of an arm by seed; NaN where a seed has none."""
+        return [seed.value(arm, self.metric, schedule, when) for seed in self.result.seeds]
+
+    def mean(self, arm: str, schedule: str, when: When = "last") -> Interval:
+        """The mean test value over the seeds that have one."""
+        return bootstrap([v for v in self.values(arm, schedule, when) if not math.isnan(v)])
+
+    def pairs(
+        self, arm: str, schedule: str, when: When = "last"
+    ) -> tuple[list[float], list[float]]:
+        """The values of an arm and of the live weights, of the seeds that have both."""
+        both = zip(self.values(arm, schedule, when), self.values(LIVE, schedule, when), strict=True)
+        kept = [pair for pair in both if not any(map(math.isnan, pair))]
+        return [ours for ours, _ in kept], [theirs for _, theirs in kept]
+
+    def gain(self, arm: str, schedule: str, when: When = "last") -> Interval:
+        """How much better an arm is than the live weights; positive is better."""
+        return bootstrap(self._gains(arm, schedule, when)).map(self._as_gain)
+
+    def of(self, schedule: str) -> list[Effect]:
+        """The effects of all arms under a schedule at the last step, with Holm's p-values."""
+        found = [self._effect(arm, schedule) for arm in self.arms]
+        corrected = comparisons.holm({effect.arm: effect.p for effect in found})
+        return [replace(effect, p=corrected[effect.arm]) for effect in found]
+
+    def best(self, schedule: str) -> str | None:
+        """The arm with the best mean validation value at the last step; None if no arm has one."""
+        return next(iter(self.ranked(schedule)), None)
+
+    def ranked(self, schedule: str) -> list[str]:
+        """The arms with validation values, the best first."""
+        means = {arm: self._validation(arm, schedule) for arm in self.arms}
+        known = [arm for arm in self.arms if not math.isnan(means[arm])]
+        return sorted(known, key=lambda arm: means[arm] if self.lower else -means[arm])
+
+    def form(self, value: float) -> str:
+        """A gain as text."""
+        return percent(value) if self.is_share else significant(value, 3)
+
+    def _effect(self, arm: str, schedule: str) -> Effect:
+        ours, theirs = self.pairs(arm, schedule)
+        gains = self._gains(arm, schedule, "last")
+        deviation = float(np.std(gains, ddof=1)) if len(gains) > 1 else math.nan
+        known = self.is_share and math.isfinite(deviation)
+        return Effect(
+            arm,
+            bootstrap(gains).map(self._as_gain),
+            comparisons.improvement(ours, theirs, self.lower),
+            comparisons.effect_size(gains),
+            comparisons.sign_flip(gains),
+            comparisons.seeds_needed(deviation) if known else None,
+        )
+
+    def _gains(self, arm: str, schedule: str, when: When) -> Sequence[float]:
+        """Log ratios or differences by seed, positive where the arm is better."""
+        ours, theirs = map(np.array, self.pairs(arm, schedule, when))
+        gains = np.log(ours) - np.log(theirs) if self.is_share else ours - theirs
+        signed: list[float] = ((-gains if self.lower else gains) + 0.0).tolist()
+        return signed
+
+    def _as_gain(self, value: float) -> float:
+        """A mean of log ratios as a share of the live weights' value."""
+        if not self.is_share:
+            return value
+        sign = -1 if self.lower else 1
+        return sign * math.expm1(min(sign * value, LARGEST_LOG))
+
+    def _validation(self, arm: str, schedule: str) -> float:
+        values = [
+            seed.value(arm, self.metric, schedule, part="validation") for seed in self.result.seeds
+        ]
+        known = [value for value in values if not math.isnan(value)]
+        return math.fsum(known) / len(known) if known else math.nan
+
+
+def half_lives(result: Result) -> dict[str, float]:
+    """arm -> the half-life of its average at the end of a run, as a share of the run."""
+    steps = result.study.steps
+    return {
+        name: theory.half_life(theory.profile(rule, steps, every=every)) / steps
+        for name, (rule, every) in _rules(result).items()
+        if steps >= every
+    }
+
+
+@lru_cache(maxsize=256)
+def nominal_age(rule: Rule, every: int) -> float:
+    """The mean age in steps at which an average settles in a run without an end; infinite if it grows."""
+    about = theory.explain(rule, every=every)
+    return math.inf if about.growing else about.mean_age
+
+
+def identical(result: Result) -> list[str]:
+    """Sentences that name the averages that are one and the same, by their rules or by their values."""
+    by_rule = _same_rules(result)
+    sentences = [
+        f"{_listed(group)} are one average: their rules give every step the same weight."
+        for group in by_rule
+    ]
+    known = [set(group) for group in by_rule]
+    for group in _same_values(result):
+        if not any(set(group) <= each for each in known):
+            sentences.append(f"{_listed(group)} have equal values in every run.")
+    return sentences
+
+
+def _same_rules(result: Result) -> list[list[str]]:
+    """Groups of arms whose profiles agree at the end of a run, the live weights among them."""
+    steps = result.study.steps
+    last = np.zeros(steps)
+    last[-1] = 1.0
+    profiles = {LIVE: last}
+    for name, (rule, every) in _rules(result).items():
+        if steps >= every:
+            profiles[name] = theory.profile(rule, steps, every=every)
+    return _grouped(list(profiles), partial(_same_profile, result, profiles))
+
+
+def _same_profile(result: Result, profiles: dict[str, comparisons.Array], a: str, b: str) -> bool:
+    arms = result.study.arms
+    anew = [getattr(arms.get(name), "recalibrate", False) for name in (a, b)]
+    return anew[0] == anew[1] and bool(np.abs(profiles[a] - profiles[b]).max() < SAME)
+
+
+def _same_values(result: Result) -> list[list[str]]:
+    def same(a: str, b: str) -> bool:
+        return bool(result.records) and all(
+            r["curves"][a] == r["curves"][b] and r["test"][a]["last"] == r["test"][b]["last"]
+            for r in result.records
+        )
+
+    return _grouped(list(result.study.arm_names), same)
+
+
+def _grouped(names: list[str], same: Callable[[str, str], bool]) -> list[list[str]]:
+    """Groups of two names or more, each the same as the first of its group."""
+    groups: list[list[str]] = []
+    for name in names:
+        for group in groups:
+            if same(group[0], name):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [group for group in groups if len(group) > 1]
+
+
+def _rules(result: Result) -> dict[str, tuple[Rule, int]]:
+    """arm -> its rule in a run of the study, and its steps per update; ensembles have no rule."""
+    arms: dict[str, Arm | Ensemble] = dict(result.study.arms)
+    return {
+        name: (rule_of(arm, result.study.steps), arm.every)
+        for name, arm in arms.items()
+        if isinstance(arm, Arm)
+    }
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

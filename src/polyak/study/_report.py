@@ -1,0 +1,209 @@
+"""Report: from the result of any study to a folder with one page that opens offline."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyak._files import writing
+from polyak.rules import LIVE
+from polyak.study import _judging as judging
+from polyak.study import _methods as methods
+from polyak.study import _page as pages
+from polyak.study import _study_figures as figures
+from polyak.study import _study_tables as tables
+from polyak.study._effects import Effects, identical
+from polyak.study._page import (
+    Block,
+    Bullets,
+    Claimed,
+    Claims,
+    Figure,
+    Figures,
+    Grid,
+    Page,
+    Reason,
+    Section,
+    Text,
+)
+from polyak.study._result import Result
+from polyak.study._schedules import described
+from polyak.study._text import Table, between, percent
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of a study by name, its judged claims, and the path of its page."""
+
+    tables: dict[str, Table]
+    judged: list[judging.Judged]
+    page: Path
+
+
+def write(result: Result, folder: Path, command: str) -> Report:
+    """Write report.html, verdicts.json, tables/ and charts/ of a result into a folder."""
+    judged = judging.judge(result)
+    page = _page(result, judged, command)
+    text = json.dumps(judging.as_json(judged), indent=2, ensure_ascii=False, allow_nan=False)
+    with writing(folder / "verdicts.json") as file:
+        file.write((text + "\n").encode())
+    return Report(page.tables(), judged, pages.write(page, folder))
+
+
+def _page(result: Result, judged: list[judging.Judged], command: str) -> Page:
+    study, effects = result.study, Effects(result)
+    first = next(iter(study.schedules))
+    about = (
+        f"{len(result.seeds)} seeds, {len(study.schedules)} schedules, {len(study.learning_rates)} learning rates, "
+        f"{len(study.arms)} averages, runs of {study.steps} steps."
+    )
+    sections: dict[str, tuple[str, tuple[Block, ...]]] = {
+        "verdicts": ("Verdicts", _verdicts(judged)),
+        "effects": ("Gains", (Text(_GAINS), *_figures(figures.forests(effects)), *(Grid(tables.arms(effects, s)) for s in study.schedules), Text(tables.arms_note(effects)))),
+        "curves": ("Learning curves", _figures(figures.curves(effects))),
+        "half-life": ("Half-life", _figures(figures.by_half_life(effects))),
+        "schedules": ("Schedules", _figures(figures.by_schedule(effects))),
+        "geometry": ("Distance to the live weights", _figures(figures.geometry(effects, first))),
+        "speed": ("Time to the target", _figures(figures.speed(effects))),
+        "published": ("Published figures", (Grid(tables.published(result)),) if study.published else ()),
+        "metrics": ("All metrics", tuple(Grid(tables.metrics(effects, s)) for s in study.schedules) if len(study.metrics) > 1 else ()),
+        "costs": ("Rules, ages and costs", (Grid(tables.costs(effects)),)),
+        "seeds": ("Seed by seed", tuple(Grid(tables.seeds(effects, s)) for s in study.schedules)),
+        "caveats": ("Caveats", (Bullets(_caveats(effects)),)),
+        "failures": ("Failures", (Grid(tables.failures(result)),) if result.failures else ()),
+    }  # fmt: skip
+    return Page(
+        study.title or study.name,
+        about,
+        _summary(effects, judged),
+        (
+            *(Section(name, title, blocks) for name, (title, blocks) in sections.items() if blocks),
+            methods.made(command, _conditions(result)),
+        ),
+    )
+
+
+_GAINS = (
+    "Every average is compared with the live weights of the same run, each at the learning rate that is best for it: the best "
+    "mean validation value over the seeds, with the same rates tried for all. Test values are reported; they choose nothing."
+)
+
+
+def _figures(made: tuple[Figure, ...]) -> tuple[Block, ...]:
+    return (Figures(made),) if made else ()
+
+
+def _verdicts(judged: list[judging.Judged]) -> tuple[Block, ...]:
+    if not judged:
+        return ()
+    claimed = tuple(
+        Claimed("", each.claim.sentence, each.verdict, (_reason(each),), each.claim.source)
+        for each in judged
+    )
+    return Text(methods.RULE), Claims(claimed), Grid(tables.verdicts(judged))
+
+
+def _reason(each: judging.Judged) -> Reason:
+    missing = f", {each.missing} more without a value" if each.missing else ""
+    quantity = f"mean over {each.interval.seeds} seeds{missing}"
+    return Reason(quantity, each.figure, each.wanted, each.verdict)
+
+
+def _summary(effects: Effects, judged: list[judging.Judged]) -> tuple[str, ...]:
+    """Three sentences: the first schedule, the schedules beside each other, and the claims."""
+    schedules = list(effects.study.schedules)
+    said = [_best(effects, schedules[0]), _others(effects, schedules[1:]), _counts(judged)]
+    return tuple(sentence for sentence in said if sentence)
+
+
+def _best(effects: Effects, schedule: str) -> str:
+    best = effects.best(schedule)
+    if best is None:
+        return f"Under the schedule {schedule} no average has a value."
+    effect = next(e for e in effects.of(schedule) if e.arm == best)
+    wins = between(effect.improvement, lambda v: percent(v, 0))
+    return (
+        f"Under the schedule {schedule}, validation chooses the average {best}: its {effects.metric} on the test part is "
+        f"{between(effects.mean(best, schedule))} against {between(effects.mean(LIVE, schedule))} of the live weights, a gain "
+        f"of {between(effect.gain, effects.form)}, and it is better in {wins} of the seeds."
+    )
+
+
+def _others(effects: Effects, schedules: list[str]) -> str:
+    gains = [
+        f"{between(effects.gain(arm, s), effects.form)} under {s} ({arm})"
+        for s in schedules
+        if (arm := effects.best(s))
+    ]
+    return (
+        f"The gain of the average that validation chooses is {', '.join(gains)}." if gains else ""
+    )
+
+
+def _counts(judged: list[judging.Judged]) -> str:
+    counts = Counter(each.verdict for each in judged)
+    if not judged:
+        return ""
+    said = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
+    return f"Verdicts on {len(judged)} claims: {said}."
+
+
+def _caveats(effects: Effects) -> tuple[str, ...]:
+    result, study = effects.result, effects.study
+    found = [*identical(result), *_edges(result)]
+    missing = sum(
+        v is None
+        for r in result.records
+        for arm in r["test"].values()
+        for v in arm["last"].values()
+    )
+    if missing:
+        found.append(
+            f"{missing} test values are not numbers (NaN or infinite); they are left out of all means."
+        )
+    if result.failures:
+        found.append(f"{len(result.failures)} runs failed and are left out.")
+    found.append(
+        f"Between seeds {_vary(result)} vary; the intervals say nothing about other tasks, models or budgets."
+    )
+    if len(study.claims) > 1:
+        found.append(
+            f"Each verdict has its own 95 % interval; the {len(study.claims)} claims are not corrected for their number. The p-values of the arms are."
+        )
+    return tuple(found)
+
+
+def _edges(result: Result) -> list[str]:
+    """Sentences about best learning rates that are the smallest or the largest of those tried."""
+    rates = sorted(result.study.learning_rates)
+    said = []
+    for schedule in result.study.schedules if len(rates) > 1 else ():
+        for end, word in ((rates[0], "smallest"), (rates[-1], "largest")):
+            at = [arm for arm in result.study.arm_names if result.tuned(arm, schedule) == end]
+            if at:
+                said.append(
+                    f"Under {schedule}, the best learning rate of {', '.join(at)} is the {word} one tried, {end:g}; a better one may lie beyond it."
+                )
+    return said
+
+
+def _vary(result: Result) -> str:
+    return ", ".join(result.records[0]["conditions"]["vary"]) or "nothing"
+
+
+def _conditions(result: Result) -> dict[str, Any]:
+    study = result.study
+    return {
+        "study": study.name,
+        "data": study.source or "not stated",
+        "seeds": ", ".join(str(seed.number) for seed in result.seeds),
+        "what varies": _vary(result),
+        "steps": f"{study.steps} of {study.batch_size} rows, {study.evaluations} evaluations",
+        "learning rates": ", ".join(f"{rate:g}" for rate in study.learning_rates),
+        "schedules": "; ".join(f"{name}: {described(s)}" for name, s in study.schedules.items()),
+        "metrics": "; ".join(f"{n} ({'lower' if m.lower_is_better else 'higher'} is better)" for n, m in study.metrics.items()),
+        "conditions": ", ".join(sorted({str(r["fingerprint"]) for r in result.records})),
+    }  # fmt: skip

@@ -1,0 +1,284 @@
+"""Figures of any study: curves, effects, half-lives, schedules, geometry, and time to a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from polyak.rules import LIVE
+from polyak.study import _figures as charts
+from polyak.study._comparisons import performance_profile, profile_score, time_to_target
+from polyak.study._curves import lines
+from polyak.study._effects import Effects, half_lives
+from polyak.study._page import Figure
+from polyak.study._result import Result, Seed
+from polyak.study._statistics import Interval
+from polyak.study._study import Arm
+from polyak.study._text import Table, between, significant
+
+LIMITS = tuple(float(v) for v in np.linspace(1, 4, 31))
+
+
+def curves(effects: Effects) -> tuple[Figure, ...]:
+    """The validation values of the main metric by step, under each schedule."""
+    title = effects.study.metrics[effects.metric].title or effects.metric
+    return tuple(
+        figure
+        for schedule in effects.study.schedules
+        if (figure := _curves(effects, schedule, f"{title}, validation: {schedule}"))
+    )
+
+
+def forests(effects: Effects) -> tuple[Figure, ...]:
+    """The gains of all arms under each schedule."""
+    return tuple(_forest(effects, schedule) for schedule in effects.study.schedules)
+
+
+def by_half_life(effects: Effects) -> tuple[Figure, ...]:
+    """The test value over the half-life in % of the run, for the largest family of rules."""
+    shares = _family(effects.result)
+    if len(shares) < 2:
+        return ()
+    made = (_by_half_life(effects, schedule, shares) for schedule in effects.study.schedules)
+    return tuple(figure for figure in made if figure)
+
+
+def by_schedule(effects: Effects) -> tuple[Figure, ...]:
+    """The gain of the best arm under each schedule; nothing for a single schedule."""
+    chosen = {s: arm for s in effects.study.schedules if (arm := effects.best(s))}
+    if len(chosen) < 2:
+        return ()
+    gains = {f"{s}: {arm}": _scaled(effects, effects.gain(arm, s)) for s, arm in chosen.items()}
+    table = _intervals(
+        "by_schedule", "Gain of the best average under each schedule", "schedule: average", gains
+    )
+    chart = charts.forest(gains, _axis(effects), "schedule: best average")
+    largest = max(gains, key=lambda name: gains[name].estimate)
+    words = (
+        f"The gain is largest under {largest}: {between(gains[largest], _short)}{_unit(effects)}."
+    )
+    caption = "Gain of the average that validation chose under each schedule, with its 95 % interval. Right of 0 the average is better."
+    return (Figure("by_schedule", chart, caption, words, table),)
+
+
+def geometry(effects: Effects, schedule: str) -> tuple[Figure, ...]:
+    """Distance and cosine between each average and the live weights by step, under a schedule."""
+    about = {
+        "distance": ("‖average − live‖ / ‖live‖", "Distance between the averages and the live weights"),
+        "cosine": ("cosine of the ways from the start", "Cosine between the way of an average and the way of the live weights from the start"),
+    }  # fmt: skip
+    made = []
+    for name, (title, caption) in about.items():
+        read = _reader(name, schedule)
+        rows = [
+            row
+            for arm in _shown(effects, schedule)
+            for row in _medians(effects.result, arm, schedule, read)
+        ]
+        if rows:
+            made.append(
+                lines(
+                    name, rows, title, f"{caption}; median over seeds, schedule {schedule}.", "step"
+                )
+            )
+    return tuple(made)
+
+
+def speed(effects: Effects) -> tuple[Figure, ...]:
+    """Performance profiles of the time to the live weights' last validation value, over seeds and schedules."""
+    times = _times(effects)
+    if not any(math.isfinite(t) for each in times.values() for t in each):
+        return ()
+    shares = performance_profile(times, LIMITS)
+    ranked = sorted(times, key=lambda arm: -float(shares[arm].mean()))
+    shown = [LIVE, *[arm for arm in ranked if arm != LIVE][: charts.MOST_SERIES - 1]]
+    rows: charts.Rows = [
+        {"x": round(limit, 1), "curve": arm, "middle": float(value)}
+        for arm in shown
+        for limit, value in zip(LIMITS, shares[arm], strict=True)
+    ]
+    caption = (
+        "Share of the runs (a seed under a schedule) in which an arm reaches the target within so many times the fastest "
+        "arm's steps. The target is the live weights' median validation value at the last step."
+    )
+    figure = lines(
+        "speed",
+        rows,
+        "share of runs that reach the target",
+        caption,
+        "times the fastest arm's steps",
+    )
+    return (figure,)
+
+
+def scores(effects: Effects) -> dict[str, float]:
+    """arm -> the area under its performance profile up to 4 times the fastest arm's steps."""
+    times = _times(effects)
+    best = np.min(list(times.values()), axis=0)
+    return {
+        arm: profile_score([t / b if math.isfinite(t) else math.inf for t, b in zip(own, best, strict=True)])
+        for arm, own in times.items()
+    }  # fmt: skip
+
+
+def _times(effects: Effects) -> dict[str, list[float]]:
+    return {
+        arm: [t for s in effects.study.schedules for t in times_to_target(effects, arm, s)]
+        for arm in effects.study.arm_names
+    }
+
+
+def times_to_target(effects: Effects, arm: str, schedule: str) -> list[float]:
+    """By seed, the first evaluated step at which an arm is as good as the live weights at last, in median."""
+    seeds = effects.result.seeds
+    last = [seed.value(LIVE, effects.metric, schedule, part="validation") for seed in seeds]
+    known = [value for value in last if not math.isnan(value)]
+    target = float(np.median(known)) if known else math.nan
+    return [
+        time_to_target(
+            seed.curve(arm, effects.metric, schedule),
+            seed.steps(arm, schedule),
+            target,
+            effects.lower,
+        )
+        for seed in seeds
+    ]
+
+
+def _curves(effects: Effects, schedule: str, title: str) -> Figure | None:
+    def read(seed: Seed, arm: str) -> list[float]:
+        return seed.curve(arm, effects.metric, schedule)
+
+    rows = [
+        row
+        for arm in (LIVE, *_shown(effects, schedule))
+        for row in _medians(effects.result, arm, schedule, read, band=True)
+    ]
+    if not rows:
+        return None
+    caption = "Line: median over seeds; band: the middle 80 % of seeds; each arm at its own learning rate."
+    low = min(row["low"] for row in rows)
+    log = low > 0 and max(row["high"] for row in rows) > 5 * low
+    return lines(f"curves_{schedule}", rows, title, caption, "step", log=log)
+
+
+def _forest(effects: Effects, schedule: str) -> Figure:
+    gains = {
+        effect.arm: _scaled(effects, effect.gain)
+        for effect in effects.of(schedule)
+        if effect.gain.seeds
+    }
+    better = [name for name, gain in gains.items() if gain.low > 0]
+    worse = [name for name, gain in gains.items() if gain.high < 0]
+    name = f"gains_{schedule}"
+    table = _intervals(name, f"Gain over the live weights: {schedule}", "average", gains)
+    caption = (
+        "Mean paired gain over the live weights at the last step, on the test part, with its 95 % interval. Right of 0 "
+        "the average is better. A hollow point: the interval holds 0."
+    )
+    words = f"Of {len(gains)} averages {len(better)} are better, {len(worse)} are worse."
+    chart = charts.forest(gains, _axis(effects), f"average: {schedule}")
+    return Figure(name, chart, caption, words, table)
+
+
+def _by_half_life(effects: Effects, schedule: str, shares: Mapping[str, float]) -> Figure | None:
+    points = {100 * share: effects.mean(arm, schedule) for arm, share in shares.items()}
+    points = {share: value for share, value in points.items() if value.seeds}
+    if not points:
+        return None
+    live = effects.mean(LIVE, schedule)
+    name, title = f"half_life_{schedule}", f"{effects.metric} on test: {schedule}"
+    rows = [(f"{share:.3g} %", between(value)) for share, value in sorted(points.items())]
+    table = Table(
+        name,
+        f"{title}, by half-life",
+        ("half-life, % of the run", "mean [95 % interval]"),
+        (*rows, ("live weights", between(live))),
+    )
+    best = (min if effects.lower else max)(points, key=lambda share: points[share].estimate)
+    caption = (
+        "Mean over seeds with its 95 % interval. Dashed line and band: the live weights. No point was chosen here by "
+        "validation, so the best one looks a little better than it is."
+    )
+    words = f"The best of these is {best:.3g} % of the run: {between(points[best])}; live weights {between(live)}."
+    chart = charts.ladder(points, live, "half-life, % of the run", title)
+    return Figure(name, chart, caption, words, table)
+
+
+def _family(result: Result) -> dict[str, float]:
+    """The arms of the largest family with their half-lives: one kind of rule, the same in all else."""
+    families: dict[tuple[object, ...], dict[str, float]] = {}
+    for name, share in half_lives(result).items():
+        arm = result.study.arms[name]
+        if isinstance(arm, Arm) and share > 0:
+            key = type(arm.rule), arm.every, arm.start, arm.recalibrate
+            families.setdefault(key, {})[name] = share
+    return max(families.values(), key=len, default={})
+
+
+def _shown(effects: Effects, schedule: str) -> list[str]:
+    """The arms that a chart of lines has room for beside the live weights: the best on validation."""
+    best = effects.ranked(schedule)[: charts.MOST_SERIES - 1]
+    return [arm for arm in effects.arms if arm in best]
+
+
+def _reader(name: str, schedule: str) -> Callable[[Seed, str], list[float]]:
+    """Reads the distances or cosines of an arm from the run in which it is judged."""
+
+    def read(seed: Seed, arm: str) -> list[float]:
+        record = seed.record(arm, schedule)
+        return [] if record is None else [math.nan if v is None else v for v in record[name][arm]]
+
+    return read
+
+
+def _medians(
+    result: Result,
+    arm: str,
+    schedule: str,
+    read: Callable[[Seed, str], list[float]],
+    band: bool = False,
+) -> charts.Rows:
+    """The median of a curve over seeds at every evaluated step that at least half of the seeds reach."""
+    found: dict[int, list[float]] = {}
+    for seed in result.seeds:
+        for step, value in zip(seed.steps(arm, schedule), read(seed, arm), strict=False):
+            if math.isfinite(value):
+                found.setdefault(step, []).append(value)
+    rows: charts.Rows = []
+    for step, values in sorted(found.items()):
+        if 2 * len(values) >= len(result.seeds):
+            ends = {"low": float(np.quantile(values, 0.1)), "high": float(np.quantile(values, 0.9))}
+            rows.append(
+                {
+                    "x": step,
+                    "curve": arm,
+                    "middle": float(np.median(values)),
+                    **(ends if band else {}),
+                }
+            )
+    return rows
+
+
+def _intervals(name: str, title: str, first: str, values: Mapping[str, Interval]) -> Table:
+    rows = tuple((label, between(value, _short)) for label, value in values.items())
+    return Table(name, title, (first, "mean [95 % interval]"), rows)
+
+
+def _short(value: float) -> str:
+    return significant(value, 3)
+
+
+def _scaled(effects: Effects, gain: Interval) -> Interval:
+    """A gain in % where it is a share."""
+    return gain.map(lambda value: 100 * value) if effects.is_share else gain
+
+
+def _axis(effects: Effects) -> str:
+    return f"gain in {effects.metric}{', %' if effects.is_share else ''}"
+
+
+def _unit(effects: Effects) -> str:
+    return " %" if effects.is_share else ""

@@ -1,0 +1,191 @@
+"""The report of any study: its figures equal plain computations, and it survives what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from polyak.study import Metric, Published, Result, constant, cosine
+from polyak.study._effects import Effects, half_lives, identical, nominal_age
+from polyak.study._judging import as_json, judge
+from polyak.study._report import write
+from polyak.study._study import Arm
+from polyak.study._study_figures import times_to_target
+from study_results import CLAIMS, Truth, loss, result, truth
+
+
+def constantly(value: float | None) -> Truth:
+    return lambda *_: value
+
+
+@pytest.fixture(scope="module")
+def made() -> Result:
+    published = (Published("loss of live", lambda s: s.value("live"), 1.0, "a table"),)
+    return result(claims=CLAIMS, published=published)
+
+
+def test_verdicts_are_right_where_the_truth_is_known(made: Result) -> None:
+    judged = judge(made)
+    found = [each.verdict for each in judged]
+    assert found == ["holds", "does not hold", "undecided", "holds", "undecided"]
+    assert judged[3].interval.low == pytest.approx(0.025 ** (1 / 9))  # exact, of 9 seeds of 9
+    assert [each.missing for each in judged] == [0, 0, 0, 0, 9]
+    assert judged[0].wanted == "above 0.0 %" and judged[4].figure == "no seed"
+    text = json.dumps(as_json(judged), allow_nan=False)
+    assert json.loads(text)[0]["claim"] == "Short is better."
+
+
+def test_effects_are_plain_computations(made: Result) -> None:
+    effects = Effects(made)
+    live = [truth("live", seed, "constant", 0.1, "test") for seed in range(9)]
+    found = {each.arm: each for each in effects.of("constant")}
+    pvalues = {}
+    for arm in made.study.arms:
+        ours = [truth(arm, seed, "constant", 0.1, "test") for seed in range(9)]
+        ratios = np.array(ours) / live
+        effect = found[arm]
+        assert effects.mean(arm, "constant").estimate == pytest.approx(np.mean(ours))
+        assert effect.gain.estimate == pytest.approx(1 - stats.gmean(ratios))
+        assert effect.improvement.estimate == np.mean(ratios < 1)
+        exact = stats.permutation_test(
+            (np.log(ratios),), np.mean, permutation_type="samples", vectorized=True, n_resamples=np.inf
+        ).pvalue  # fmt: skip
+        pvalues[arm] = exact
+    most = min(1.0, len(pvalues) * min(pvalues.values()))  # Holm's first step
+    assert min(e.p for e in found.values()) == pytest.approx(most, abs=0.02)
+    assert all(found[arm].p >= p * 0.5 for arm, p in pvalues.items())
+
+
+def test_validation_chooses_and_the_test_part_does_not(made: Result) -> None:
+    """The test values are better at the other learning rate, and `short` is best on validation."""
+    assert {made.tuned(arm, s) for arm in made.study.arm_names for s in made.study.schedules} == {
+        0.1
+    }
+    assert Effects(made).best("constant") in ("short", "half_life_1")
+
+
+def test_a_metric_of_which_more_is_better_has_the_same_gains(made: Result) -> None:
+    """accuracy = 1 / loss here, so that each log ratio changes its sign."""
+    losses, scores = Effects(made).of("constant"), Effects(made, "accuracy").of("constant")
+    for a, b in zip(losses, scores, strict=True):
+        assert -math.log1p(-a.gain.estimate) == pytest.approx(math.log1p(b.gain.estimate))
+        assert a.improvement == b.improvement and a.p == b.p
+
+
+def test_values_below_zero_are_compared_by_difference() -> None:
+    def score(*place: Any) -> float:
+        return truth(*place) - 1.0
+
+    effects = Effects(result(value=score))
+    pairs = effects.pairs("long", "constant")
+    found = effects.gain("long", "constant").estimate
+    assert not effects.is_share and found == pytest.approx(np.mean(pairs[1]) - np.mean(pairs[0]))
+    assert [each.needed for each in effects.of("constant")] == [None] * 5
+
+
+def test_one_average_under_two_names_is_pointed_out(made: Result) -> None:
+    sentences = identical(made)
+    assert sentences == [
+        "short and half_life_1 are one average: their rules give every step the same weight."
+    ]
+    arms = {
+        "a": "window(1)",
+        "b": Arm("exponential(0.5)", recalibrate=True),
+        "c": "exponential(0.5)",
+    }
+    found = identical(result(value=constantly(1.0), arms=arms))
+    assert found[0].startswith("live and a are one average")
+    assert found[1] == "live, a, b and c have equal values in every run."
+
+
+def test_ages_and_half_lives() -> None:
+    arms = {"ema": Arm("exponential(0.9)", every=2), "all": "uniform()", "window": "window(5)"}
+    made = result(arms=arms)
+    lives = half_lives(made)
+    assert lives["all"] * 40 == pytest.approx(20, abs=1) and 0 < lives["window"] * 40 < 3
+    ages = {name: nominal_age(arm.rule, arm.every) for name, arm in made.study.arms.items()}
+    assert ages == {
+        "ema": pytest.approx(2 * 0.81 / 0.19),
+        "all": math.inf,
+        "window": pytest.approx(2),
+    }
+
+
+def test_the_target_is_the_live_weights_last_value(made: Result) -> None:
+    effects = Effects(made)
+    last = [s.value("live", part="validation") for s in made.seeds]
+    times = times_to_target(effects, "live", "constant")
+    assert [math.isfinite(t) for t in times] == [v <= np.median(last) for v in last]
+    assert set(times_to_target(effects, "long", "constant")) == {math.inf}
+    assert set(times_to_target(effects, "short", "constant")) <= {40.0, math.inf}
+
+
+@pytest.fixture(scope="module")
+def page(made: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(made, tmp_path_factory.mktemp("any"), "polyak study run made").page
+
+
+@pytest.mark.slow
+def test_the_page_has_every_section(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r'<section id="([\w-]+)"', text)
+    assert found == [
+        "verdicts", "effects", "curves", "half-life", "schedules", "geometry", "speed", "published",
+        "metrics", "costs", "seeds", "caveats", "made",
+    ]  # fmt: skip
+    for claim in CLAIMS:
+        assert claim.sentence in text
+    for wanted in ("polyak study run made", "made up", "torch 2.", "init, order vary", "a table"):
+        assert wanted in text
+    assert "of the live weights, a gain of 1" in text and "Verdicts on 5 claims" in text
+
+
+@pytest.mark.slow
+def test_charts_and_tables_lie_beside_the_page(page: Path) -> None:
+    names = {path.stem for path in (page.parent / "charts").glob("*.svg")}
+    assert names == {path.stem for path in (page.parent / "charts").glob("*.png")}
+    assert {
+        "gains_constant",
+        "curves_cosine",
+        "half_life_constant",
+        "by_schedule",
+        "speed",
+    } <= names
+    arms = (page.parent / "tables" / "arms_constant.md").read_text(encoding="utf-8")
+    assert "| late_mean |" in arms and "| never [" in arms
+    assert "| loss of live | 1 |" in (page.parent / "tables" / "published.md").read_text()
+    assert len(json.loads((page.parent / "verdicts.json").read_text())) == len(CLAIMS)
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "one seed": {"seeds": 1},
+    "two seeds, two schedules": {"seeds": 2, "schedules": {"constant": constant, "cosine": cosine}},
+    "one learning rate, one arm": {"learning_rates": (0.1,), "arms": {"a": "uniform()"}},
+    "no arm": {"arms": {}},
+    "an arm without a number": {"value": lambda arm, *rest: None if arm == "long" else truth(arm, *rest)},
+    "live without a number": {"value": lambda arm, *rest: None if arm == "live" else truth(arm, *rest)},
+    "no number at all": {"value": constantly(None)},
+    "all equal": {"value": constantly(1.0)},
+    "all zero": {"value": constantly(0.0), "metrics": {"loss": Metric(loss)}},
+    "huge and tiny": {"value": lambda *place: 1e300 if place[0] == "live" else 1e-300},
+    "HTML in names": {"title": "<b>&", "arms": {"<i>a</i>": "uniform()", '"x"': "window(2)"}},
+    "one evaluated value each": {"claims": CLAIMS[4:]},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", BAD.values(), ids=BAD)
+def test_a_report_of_a_poor_result_is_written(fields: dict[str, Any], tmp_path: Path) -> None:
+    made = result(**{"seeds": 3, "schedules": {"constant": constant}} | fields)
+    failed = {"seed": 3, "schedule": "constant", "learning_rate": 0.1, "failed": "ValueError: <x>"}
+    page = write(Result(made.study, made.records, [failed]), tmp_path, "command").page
+    text = page.read_text(encoding="utf-8")
+    assert "<x>" not in text and "&lt;x&gt;" in text and "<i>a</i>" not in text
+    assert not re.search(r">[^<]*\b(nan|inf)\b[^<]*<", text[: text.index("<script>")])
