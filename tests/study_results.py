@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polyak.rules import Uniform
 from polyak.study import (
     Arm,
     Claim,
@@ -51,7 +52,7 @@ def study(**fields: Any) -> Study:
             "short": "exponential(0.5)",
             "long": "exponential(0.9)",
             "half_life_1": "exponential(half_life=1)",
-            "late_mean": Arm("uniform()", start=0.5),
+            "late_mean": Arm(Uniform(), start=0.5),
             "ensemble": Ensemble(3),
         },
         "metrics": {"loss": Metric(loss), "accuracy": Metric(loss, lower_is_better=False)},

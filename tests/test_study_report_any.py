@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from polyak.rules import Exponential
 from polyak.study import Metric, Published, Result, constant, cosine
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
@@ -97,7 +98,7 @@ def test_one_average_under_two_names_is_pointed_out(made: Result) -> None:
     ]
     arms = {
         "a": "window(1)",
-        "b": Arm("exponential(0.5)", recalibrate=True),
+        "b": Arm(Exponential(0.5), recalibrate=True),
         "c": "exponential(0.5)",
     }
     found = identical(result(value=constantly(1.0), arms=arms))
@@ -106,7 +107,7 @@ def test_one_average_under_two_names_is_pointed_out(made: Result) -> None:
 
 
 def test_ages_and_half_lives() -> None:
-    arms = {"ema": Arm("exponential(0.9)", every=2), "all": "uniform()", "window": "window(5)"}
+    arms = {"ema": Arm(Exponential(0.9), every=2), "all": "uniform()", "window": "window(5)"}
     made = result(arms=arms)
     lives = half_lives(made)
     assert lives["all"] * 40 == pytest.approx(20, abs=1) and 0 < lives["window"] * 40 < 3
@@ -144,7 +145,10 @@ def test_the_page_has_every_section(page: Path) -> None:
         assert claim.sentence in text
     for wanted in ("polyak study run made", "made up", "torch 2.", "init, order vary", "a table"):
         assert wanted in text
-    assert "of the live weights, a gain of 1" in text and "Verdicts on 5 claims" in text
+    assert (
+        "of the live weights, a gain of 1" in text
+        and "Verdicts on the claims: 2 holds, 2 undecided, 1 does" in text
+    )
 
 
 @pytest.mark.slow
@@ -183,7 +187,8 @@ BAD: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", BAD.values(), ids=BAD)
 def test_a_report_of_a_poor_result_is_written(fields: dict[str, Any], tmp_path: Path) -> None:
-    made = result(**{"seeds": 3, "schedules": {"constant": constant}} | fields)
+    given: dict[str, Any] = {"seeds": 3, "schedules": {"constant": constant}}
+    made = result(**given | fields)
     failed = {"seed": 3, "schedule": "constant", "learning_rate": 0.1, "failed": "ValueError: <x>"}
     page = write(Result(made.study, made.records, [failed]), tmp_path, "command").page
     text = page.read_text(encoding="utf-8")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from polyak.cli._commands import YOURS, fail
 from polyak.cli._output import print_table, say
 
+SOURCES = "init,order,dropout,split"
 Jobs = Annotated[int, typer.Option(help="Processes; -1 is one per core.")]
 
 
@@ -39,14 +41,14 @@ def run(
     vary: Annotated[
         str,
         typer.Option(help="Sources that differ between seeds: some of init,order,dropout,split."),
-    ] = "init,order,dropout,split",
+    ] = SOURCES,
     out: Annotated[
         Path | None, typer.Option(help="Folder; default: study-NAME, with -quick if quick.")
     ] = None,
 ) -> None:
     """Run a study: every average of every run, over seeds, schedules and learning rates.
 
-    A study that was interrupted goes on where it was.
+    A study that was interrupted goes on where it was. The folder's report.html opens offline.
     """
     from rich.console import Console
 
@@ -62,11 +64,34 @@ def run(
             result = run_study(
                 study, folder, seeds=seeds, jobs=jobs, vary=sources, progress=progress
             )
+        _report(result, folder, _command(recipe, seeds, quick, vary, out))
         for failure in result.failures:
             where = f"seed {failure['seed']}, {failure['schedule']}, {failure['learning_rate']:g}"
             say(f"failed: {where}: {failure['failed']}", err=True)
         if result.failures:
             fail(f"{len(result.failures)} runs failed; run again to try them again", YOURS)
+
+
+def _report(result: Any, folder: Path, command: str) -> None:
+    """Writes the report, and prints its summary, its verdicts and its path."""
+    from polyak.study._report import write
+
+    written = write(result, folder, command)
+    for sentence in written.summary:
+        say(sentence)
+    for each in written.judged:
+        say(f"{each.verdict}: {each.claim.sentence} {each.figure}, wanted {each.wanted}")
+    say(f"Report: {written.page}")
+
+
+def _command(recipe: str, seeds: int | None, quick: bool, vary: str, out: Path | None) -> str:
+    """The command of a run, without its processes, which change nothing."""
+    words = ["polyak", "study", "run", recipe]
+    words += ["--seeds", str(seeds)] if seeds is not None else []
+    words += ["--quick"] if quick else []
+    words += ["--vary", vary] if vary != SOURCES else []
+    words += ["--out", str(out)] if out else []
+    return shlex.join(words)
 
 
 def listed() -> None:

@@ -61,10 +61,22 @@ __all__ = [
     "mean_probability",
     "read",
     "recipes",
+    "report",
     "run",
     "run_article",
     "wsd",
 ]
+
+
+def report(result: Result, out: Path | str, command: str = "polyak.study.report") -> Path:
+    """Write the report of a result into a folder, and return the path of its page, report.html.
+
+    Beside it are verdicts.json, the tables as Markdown and the charts as PNG and SVG. `command` is
+    what the page says about how it was made. Files of the same names are replaced.
+    """
+    from polyak.study._report import write
+
+    return write(result, Path(out), command).page
 
 
 def run_article(
@@ -86,7 +98,7 @@ def run_article(
     require(jobs != 0, "jobs", jobs, "a number of processes, or -1 for one per core")
     from rich.console import Console
 
-    from polyak.study import _article_report as report
+    from polyak.study import _article_report
     from polyak.study import _costs as costs
     from polyak.study import _runner as runner
     from polyak.study import _terminal as terminal
@@ -100,6 +112,6 @@ def run_article(
         )
     measured = costs.measure(settings, make_data(settings), all_arms(settings))
     command = f"polyak study article --seeds {seeds} --out {out}"
-    made = report.write_report(records, settings, measured, out, command)
+    made = _article_report.write_report(records, settings, measured, out, command)
     terminal.show(Console(), made, time.monotonic() - began)
     return made.page

@@ -36,7 +36,9 @@ from polyak.study._text import Table, between, percent
 
 @dataclass(frozen=True)
 class Report:
-    """The tables of a study by name, its judged claims, and the path of its page."""
+    """The summary, the tables by name and the judged claims of a study, and the path of its page."""
+
+    summary: tuple[str, ...]
 
     tables: dict[str, Table]
     judged: list[judging.Judged]
@@ -50,7 +52,7 @@ def write(result: Result, folder: Path, command: str) -> Report:
     text = json.dumps(judging.as_json(judged), indent=2, ensure_ascii=False, allow_nan=False)
     with writing(folder / "verdicts.json") as file:
         file.write((text + "\n").encode())
-    return Report(page.tables(), judged, pages.write(page, folder))
+    return Report(page.summary, page.tables(), judged, pages.write(page, folder))
 
 
 def _page(result: Result, judged: list[judging.Judged], command: str) -> Page:
@@ -147,8 +149,8 @@ def _counts(judged: list[judging.Judged]) -> str:
     counts = Counter(each.verdict for each in judged)
     if not judged:
         return ""
-    said = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
-    return f"Verdicts on {len(judged)} claims: {said}."
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    return f"Verdicts on the claims: {said}."
 
 
 def _caveats(effects: Effects) -> tuple[str, ...]:
