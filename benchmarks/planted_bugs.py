@@ -72,11 +72,11 @@ BUGS: tuple[Bug, ...] = (
     bug("coefficients that do not sum to 1", "offline/_combination.py", "        self.coefficients = _checked(coefficients, len(sources))", "        self.coefficients = np.asarray(coefficients, dtype=np.float64)", "offline_average"),
     bug("integers from the first file", "offline/_combination.py", "        self._last = sources[-1].weights", "        self._last = sources[0].weights", "offline_average"),
     # sharding
-    bug("rows that begin one rank late", "_ranks/sharding.py", "start = min(mesh.get_local_rank() * length, whole.shape[0])", "start = min(mesh.get_local_rank() * length + 1, whole.shape[0])", "replicas", slow=True),
+    bug("rows that begin one rank late", "_ranks/sharding.py", "start = min(mesh.get_local_rank() * length, whole.shape[0])", "start = min(mesh.get_local_rank() * length + 1, whole.shape[0])", "sharding", slow=True),
     bug("boxes that meet by one row too many", "_ranks/shard_geometry.py", "return Box(starts, tuple(max(e - s, 0)", "return Box(starts, tuple(max(e - s, 1)", "saving_distributed", slow=True),
     bug("runs of a box that begin at 0", "_ranks/shard_geometry.py", "begin = sum(first * step for first, step in zip(box.offsets, steps, strict=True))", "begin = 0", "export_sharded", slow=True),
     bug("fingerprints without the place", "_ranks/replicas.py", "        mixed += torch.arange(start, start + mixed.numel(), device=tensor.device).mul_(_OTHER)\n", "", "replicas"),
-    bug("the last rank's rows that are not gathered", "_ranks/replicas.py", "        if len(rest):\n", "        if False:\n", "replicas", slow=True),
+    bug("the last rank's rows that are not gathered", "_ranks/replicas.py", "        if len(rest):\n", "        if False:\n", "sharding", slow=True),
     # the study
     bug("an early stop that waits one epoch less", "study/_trainer.py", "return self._waited >= self._patience", "return self._waited > self._patience - 2", "study_trainer"),
     bug("a verdict from too few seeds", "study/_statistics.py", "FEWEST_SEEDS = 8", "FEWEST_SEEDS = 2", "study_statistics"),
