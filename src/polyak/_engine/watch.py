@@ -58,8 +58,8 @@ class Watch:
         divided = [t for item, t in zip(averaged, whole, strict=True) if item.mesh is not None]
         spread = bool(divided) or any(map(is_distributed, whole))
         self.shards = Shards(whole, divided) if spread else None
-        several = [item for item in stored if len(item.entries) > 1]
-        self.tied = Places(several) if several else None
+        tied = list(filter(_is_unseen_tie, stored))
+        self.tied = Places(tied) if tied else None
         self._names = [item.name for item in averaged]
         self._tensors = list(map(local, whole))
         self._forms = list(map(FORM, self._tensors))
@@ -96,6 +96,12 @@ class Places:
     def _forms_now(self) -> tuple[list[object], list[object]]:
         parts = list(map(local, self._tensors))
         return list(map(address, parts)), list(map(FORM, parts))
+
+
+def _is_unseen_tie(item: Tracked) -> bool:
+    """Whether one name of an item may lose the tensor, and the tables and first names stay the same."""
+    objects = {id(entry.found()) for entry in item.entries}
+    return len(objects) > 1 or (item.policy == "copy" and len(item.entries) > 1)
 
 
 def _tables(entries: Iterable[Entry], table: Table) -> list[tuple[nn.Module, Mapping[str, object]]]:
