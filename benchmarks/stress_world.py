@@ -171,7 +171,8 @@ class World:
             before, after = _stored(subject.form), _stored(now)
             firsts = before.keys() & {*subject.averaged, *subject.copied}
             lost = any(after.get(name) != before[name] for name in firsts)
-            untied = (_stored(by_storage).keys() & after.keys() - before.keys()) & subject.carried()
+            own = _stored(by_storage).keys() - _stored(subject.storage_form).keys()
+            untied = own & subject.carried()
             yield "changed" if lost or untied else "changed elsewhere"
         if by_storage != subject.storage_form:
             yield "aliased"
