@@ -14,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import polyak
 from cli_runs import run as command
 from polyak import Averager, checkpoints, offline
-from polyak.checkpoints._like import _far_place
+from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._zip_checksums import _far_place
+from test_distributed import TILINGS, WHOLE, split
 
 
 class Strange:
@@ -177,18 +181,12 @@ class TestWhatIsRefused:
         assert torch.load(tmp_path / "new.pt")["b"].tolist() == [0, 0]
 
     def test_a_form_that_cannot_be_filled(self, tmp_path: Path) -> None:
-        from torch.distributed.checkpoint.state_dict_saver import save
-
         averager = Averager(nn.Linear(2, 1), "uniform()")
         averager.update()
         polyak.save(tmp_path / "ours.safetensors", averager)
         weights = dict(checkpoints.read(tmp_path / "ours.safetensors").averages["average"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            save(weights, checkpoint_id=tmp_path / "dcp", no_dist=True)
-        for like in ("ours.safetensors", "dcp"):
-            with pytest.raises(ValueError, match="so it cannot be replaced there; wanted a file"):
-                checkpoints.write_like(tmp_path / "new", tmp_path / like, weights)
+        with pytest.raises(ValueError, match="so it cannot be replaced there; wanted a file"):
+            checkpoints.write_like(tmp_path / "new", tmp_path / "ours.safetensors", weights)
         assert not (tmp_path / "new").exists()
 
 
@@ -247,6 +245,68 @@ def test_a_tied_head_of_the_inputs_is_written_once(folder: Path, tmp_path: Path)
     done = command("average", *files, "--like", folder, "--out", tmp_path / "by", "--verify")
     assert done.exit_code == 0, done.output
     assert "not copied from" in done.stderr and "optimizer.pt" in done.stderr
+
+
+class TestFoldersOfTorchDistributed:
+    """Chunks of ranks, an optimizer and objects stay as they are, but for the weights' own bytes."""
+
+    def loaded(self, folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+        """What torch itself loads, in the form of `like`."""
+        found: dict[str, Any] = {
+            k: torch.empty_like(v) if torch.is_tensor(v) else v for k, v in like.items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            load(found, checkpoint_id=folder, no_dist=True)
+        return found
+
+    def saved(self, folder: Path, value: float) -> Path:
+        """As Megatron's `torch_dist` lays it out."""
+        w = torch.arange(6.0).reshape(2, 3) + value
+        held: dict[str, Any] = {"decoder.w": w, "half": torch.full((5,), value, dtype=torch.bfloat16),
+                                "by_columns": (w * 2).t(), "step": int(value),
+                                "optimizer.state.fp32_param.decoder.w": w + 100}  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            save(held, checkpoint_id=folder, no_dist=True)
+        torch.save({"iteration": int(value)}, folder / "common.pt")
+        return folder
+
+    def test_only_the_weights_change(self, tmp_path: Path) -> None:
+        files = [self.saved(tmp_path / f"iter_000000{v:g}", v) for v in (1.0, 2.0, 6.0)]
+        made = offline.average(files, [0.5, 0.25, 0.25])
+        assert checkpoints.write_like(tmp_path / "new", files[1], made) == []
+        names = {path.name for path in files[1].iterdir()}
+        assert {path.name for path in (tmp_path / "new").iterdir()} == names
+        for name in names - {"__0_0.distcp"}:
+            assert (tmp_path / "new" / name).read_bytes() == (files[1] / name).read_bytes()
+        old, w = dict(DistributedTensors(files[1])), torch.arange(6.0).reshape(2, 3)
+        found = self.loaded(tmp_path / "new", {**old, "step": 0})
+        assert torch.equal(found["decoder.w"], w + 2.5) and torch.equal(
+            found["half"], torch.full_like(found["half"], 2.5)
+        )
+        assert torch.equal(found["by_columns"], (2 * (w + 2.5)).t()) and found["step"] == 2
+        assert torch.equal(found["optimizer.state.fp32_param.decoder.w"], w + 102)
+        checkpoints.read(tmp_path / "new").verify()
+
+    @pytest.mark.parametrize("parts", TILINGS.values(), ids=TILINGS)
+    def test_tensors_in_chunks(self, tmp_path: Path, parts: list[tuple[list[int], Tensor]]) -> None:
+        split(tmp_path / "like", parts, [4, 6])
+        split(tmp_path / "other", [(o, 3 * part.clone() + 1) for o, part in parts], [4, 6])
+        made = offline.average([tmp_path / "like", tmp_path / "other"])
+        checkpoints.write_like(tmp_path / "new", tmp_path / "like", made)
+        assert torch.equal(self.loaded(tmp_path / "new", {"w": WHOLE})["w"], 2 * WHOLE + 0.5)
+        checkpoints.read(tmp_path / "new").verify()
+
+    def test_by_the_command(self, tmp_path: Path) -> None:
+        """What is kept of the training is said: an optimizer's own copy of the weights is the old one."""
+        files = [self.saved(tmp_path / f"iter_000000{v:g}", v) for v in (1.0, 2.0, 6.0)]
+        options = ("--wsm", "sqrt", "--like", files[-1], "--out", tmp_path / "new", "--verify")
+        done = command("average", tmp_path, "--last", "3", *options)
+        assert done.exit_code == 0, done.output
+        assert "verified: 3 tensors are the direct sums" in done.stdout
+        assert f"kept as in {files[-1]}: optimizer (1 tensor)" in done.stderr
+        assert checkpoints.read(tmp_path / "new").left == {"optimizer": 1}
 
 
 def test_places_of_archives_beyond_4_gib() -> None:

@@ -48,9 +48,11 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a file: in a storage of `nbytes` bytes from byte `start` on.
+    """Where a tensor, or a part of it, lies: in a storage of `nbytes` bytes from byte `start` on.
 
-    `offset` and `stride` count elements, as torch's `as_strided` does.
+    `offset` and `stride` count elements, as torch's `as_strided` does. The storage lies in a file, or
+    in an archive within a file: then `archive` is where that begins and its length. `ranges` are the first
+    index of a part and the end, for each dimension; `()` means all of the tensor.
     """
 
     path: Path
@@ -58,6 +60,13 @@ class Place(NamedTuple):
     nbytes: int
     offset: int
     stride: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...] = ()
+    archive: tuple[int, int] | None = None
+
+    @property
+    def where(self) -> Where:
+        """The part of the tensor that lies here."""
+        return tuple(slice(start, end) for start, end in self.ranges)
 
     def is_plain(self, spec: TensorSpec) -> bool:
         """Whether the tensor lies row by row, without gaps."""
@@ -118,9 +127,9 @@ class LazyTensors(Mapping[str, Tensor]):
         """What a tensor is made of: equal for two names, here or elsewhere, of the same stored tensor."""
         return ((id(self), name),)
 
-    def place(self, name: str) -> Place | None:  # noqa: ARG002
-        """Where a tensor with elements lies in a file; None if it lies in none as it is read."""
-        return None
+    def places(self, name: str) -> tuple[Place, ...]:  # noqa: ARG002
+        """Where the parts of a tensor with elements lie in files; none if it is not stored as it is read."""
+        return ()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -194,9 +203,9 @@ class Renamed(LazyTensors):
         source, key = self._sources[name]
         return source.origins(key)
 
-    def place(self, name: str) -> Place | None:
+    def places(self, name: str) -> tuple[Place, ...]:
         source, key = self._sources[name]
-        return source.place(key)
+        return source.places(key)
 
     def __getitem__(self, name: str) -> Tensor:
         source, key = self._sources[name]

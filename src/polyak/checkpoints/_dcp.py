@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where
+from polyak._lazy import Elements, LazyTensors, Place, Renamed, TensorSpec, Where
 from polyak._ranks.shard_geometry import Box, whole
 from polyak.checkpoints._dcp_metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._looks import looks
@@ -84,6 +84,17 @@ class DistributedTensors(LazyTensors):
         for chunk in self.chunks[name]:
             if (name, *chunk.offsets) in self._opened:
                 self._opened[name, *chunk.offsets].release()
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        outer, found = whole(self._specs[name].shape), []
+        for chunk in self.chunks[name]:
+            place = self._chunk(name, chunk).place()
+            if place is None:
+                return ()
+            ranges = tuple((part.start, part.stop) for part in chunk.within(outer))
+            _, start, length = self._places[name, *chunk.offsets]
+            found.append(place._replace(ranges=ranges, archive=(start, length)))
+        return tuple(found)
 
     def verify(self) -> Verified:
         """Compare every entry with its checksum; raises `ValueError` that names a damaged one."""

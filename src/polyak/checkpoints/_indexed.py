@@ -57,8 +57,8 @@ class IndexedTensors(LazyTensors):
     def identity(self, name: str) -> Hashable:
         return self._holder(name).identity(name)
 
-    def place(self, name: str) -> Place | None:
-        return self._holder(name).place(name)
+    def places(self, name: str) -> tuple[Place, ...]:
+        return self._holder(name).places(name)
 
     def verify(self) -> Verified:
         """Compare all files with their checksums, if they have any."""

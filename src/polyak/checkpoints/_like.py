@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,21 +22,19 @@ from torch import Tensor
 from polyak import _system as system
 from polyak._checks import difference, report
 from polyak._files import naming, writing, writing_folder
-from polyak._lazy import LazyTensors, Place, as_lazy
+from polyak._lazy import LazyTensors, Place, TensorSpec, as_lazy
 from polyak.checkpoints._checkpoint import Checkpoint
+from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._read import read as read_checkpoint
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import totalled
+from polyak.checkpoints._zip_checksums import renew_checksums, write_at
 
 Read = Callable[[Path], Checkpoint]
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|h5|msgpack|onnx)$")
 _OF_TRAINING = re.compile(r"trainer_state\.json|.*\.distcp|latest|zero_to_fp32\.py|\..*")
 _PIECE = 1 << 20
-_DESCRIPTOR = b"PK\7\10"
-_ENTRY = struct.Struct(
-    "<4s12xI8xHHH8xI"
-)  # of a zip archive's directory: signature, CRC-32, lengths, place
 
 
 def write_like(
@@ -56,8 +52,9 @@ def write_like(
     `like` is a file of torch.save: then everything else in it stays, and torch.load gives the same
     objects with other weights. Or it is a file of safetensors, or a folder as Hugging Face writes: then
     its configurations, tokenizer and index are copied, and its weights are laid out in the same files.
-    States of the training in a folder are left out; their names are returned. What shares memory with a
-    weight in a file changes with it.
+    States of the training in a folder are left out; their names are returned. Or it is a folder of
+    torch.distributed.checkpoint: then everything else in it stays. What shares memory with a weight in a
+    file changes with it.
 
     `which` are the weights of `like` that are replaced, as `Checkpoint.weights` takes it, and `read` reads
     it, by default `checkpoints.read`. Of tied weights, one name is enough.
@@ -82,7 +79,11 @@ def write_like(
             file.flush()
             _replace(Path(file.name), out, lazy, which, read, progress)
         return []
-    files = {place.path.name for _, _, place in _matched(read(like).weights(which), lazy, like)}
+    files = {
+        place.path.name
+        for _, places in _matched(read(like).weights(which), lazy, like)
+        for place in places
+    }
     with writing_folder(out, overwrite=overwrite) as folder:
         left = _copy(like, folder, files)
         _replace(folder, out, lazy, which, read, progress)
@@ -90,8 +91,14 @@ def write_like(
 
 
 def _copy(like: Path, folder: Path, files: set[str]) -> list[str]:
-    """Copy the files of a folder that belong to its weights; the names of the others."""
-    left = []
+    """Copy the files of a folder that belong to its weights; the names of the others.
+
+    In a folder of torch.distributed.checkpoint all belong together.
+    """
+    left: list[str] = []
+    if (like / METADATA).exists():
+        shutil.copytree(like, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        return left
     for path in sorted(like.iterdir()):
         beside = path.is_file() and not _WEIGHTS.search(path.name)
         if path.name in files or (beside and not _OF_TRAINING.fullmatch(path.name)):
@@ -111,35 +118,39 @@ def _replace(
 ) -> None:
     """Write weights to their places in a copy, which has its own places read from it."""
     matched = _matched(read(copy).weights(which), weights, out)
-    add = totalled(progress, sum(weights.specs[name].nbytes for _, name, _ in matched))
-    changed: dict[Path, list[Place]] = {}
-    written: dict[Place, str] = {}
+    add = totalled(progress, sum(weights.specs[name].nbytes for name, _ in matched))
+    changed: dict[tuple[Path, tuple[int, int] | None], list[Place]] = {}
+    written: dict[tuple[Place, ...], str] = {}
     with naming(out, copy), ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
-        for _, name, place in matched:
-            if place.path not in files:
-                files[place.path] = stack.enter_context(place.path.open("r+b"))
-            if place in written:
-                _require_same(weights, written[place], name, out)
+        for name, places in matched:
+            for place in places:
+                if place.path not in files:
+                    files[place.path] = stack.enter_context(place.path.open("r+b"))
+                changed.setdefault((place.path, place.archive), []).append(place)
+            if places in written:
+                _require_same(weights, written[places], name, out)
                 continue
-            _write(files[place.path], place, weights, name)
-            changed.setdefault(place.path, []).append(place)
-            written[place] = name
+            _write(files, places, weights, name)
+            written[places] = name
             if add is not None:
                 add(weights.specs[name].nbytes)
-        for path, places in changed.items():
-            _renew_checksums(files[path], places)
-            files[path].flush()
-            os.fsync(files[path].fileno())
+        for (path, archive), places_of in changed.items():
+            renew_checksums(files[path], places_of, *(archive or (0, path.stat().st_size)))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _matched(held: LazyTensors, weights: LazyTensors, like: Path) -> list[tuple[str, str, Place]]:
-    """(the name in `like`, the name of the new tensor, the place) of each tensor that has elements."""
-    places = {name: held.place(name) for name, spec in held.specs.items() if spec.numel}
-    if lost := [name for name, place in places.items() if place is None]:
+def _matched(
+    held: LazyTensors, weights: LazyTensors, like: Path
+) -> list[tuple[str, tuple[Place, ...]]]:
+    """The name and the places of each tensor that has elements."""
+    places = {name: held.places(name) for name, spec in held.specs.items() if spec.numel}
+    if lost := [name for name, found in places.items() if not found]:
         raise ValueError(
-            f"{like}: {lost[0]} does not lie in the file as it is read, so it cannot be replaced there; "
-            "wanted a file of torch.save or safetensors, or a folder of Hugging Face's"
+            f"{like}: {lost[0]} is not stored as it is read, so it cannot be replaced there; wanted a file of "
+            "torch.save or safetensors, or a folder of Hugging Face's or torch.distributed.checkpoint"
         )
     of_place = {places[name]: name for name in held if name in weights and places.get(name)}
     of_identity = {weights.identity(name): name for name in weights if name in held}
@@ -155,29 +166,48 @@ def _matched(held: LazyTensors, weights: LazyTensors, like: Path) -> list[tuple[
     got = {name: spec for name, spec in got.items() if name not in doubled}
     if lines := difference(wanted, got):
         raise ValueError(report(f"the weights are not those of {like}", lines))
-    return [(name, name, place) for name in wanted if (place := places.get(name)) is not None]
+    return [(name, places[name]) for name in wanted if name in places]
 
 
-def _write(file: BinaryIO, place: Place, weights: LazyTensors, name: str) -> None:
-    """Write a tensor into its storage: piece by piece if it lies there row by row."""
+def _write(
+    files: Mapping[Path, BinaryIO], places: tuple[Place, ...], weights: LazyTensors, name: str
+) -> None:
+    """Write a tensor into its storages: piece by piece if whole rows lie in each, one behind the other."""
     spec = weights.specs[name]
-    if place.is_plain(spec):
-        at = place.start + place.offset * spec.dtype.itemsize
-        for piece in _pieces(weights, name):
-            data = content(piece)
-            _write_at(file, data, at)
-            at += data.nbytes
+    rows = [_rows(place, spec) for place in places]
+    if None in rows:
+        _write_parts(files, places, weights[name])
         return
-    held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))
-    storage = torch.frombuffer(held, dtype=spec.dtype)
-    storage.as_strided(spec.shape, place.stride, place.offset).copy_(weights[name])
-    _write_at(file, memoryview(held), place.start)
+    done = 0  # elements
+    for piece in _pieces(weights, name):
+        for place, (first, count) in zip(places, filter(None, rows), strict=True):
+            start, end = max(done, first), min(done + piece.numel(), first + count)
+            if start < end:
+                at = place.start + (place.offset + start - first) * spec.dtype.itemsize
+                part = piece.reshape(-1)[start - done : end - done]
+                write_at(files[place.path], content(part), at)
+        done += piece.numel()
 
 
-def _write_at(file: BinaryIO, data: memoryview, at: int) -> None:
-    while data:
-        count = system.write_at(file.fileno(), data, at)
-        data, at = data[count:], at + count
+def _rows(place: Place, spec: TensorSpec) -> tuple[int, int] | None:
+    """The first element and the number of those in a place that holds whole rows, without gaps."""
+    first, shape = 0, spec.shape
+    if place.ranges:
+        (start, end), *others = place.ranges
+        if any(o != (0, n) for o, n in zip(others, shape[1:], strict=True)):
+            return None
+        first, shape = start * prod(shape[1:]), (end - start, *shape[1:])
+    return (first, prod(shape)) if place.is_plain(TensorSpec(shape, spec.dtype)) else None
+
+
+def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tensor: Tensor) -> None:
+    """Write the parts of a tensor into their storages, of which the rest stays."""
+    for place in places:
+        file, part = files[place.path], tensor[place.where] if place.where else tensor
+        held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))
+        storage = torch.frombuffer(held, dtype=tensor.dtype)
+        storage.as_strided(part.shape, place.stride, place.offset).copy_(part)
+        write_at(file, memoryview(held), place.start)
 
 
 def _pieces(weights: LazyTensors, name: str) -> Iterator[Tensor]:
@@ -190,62 +220,3 @@ def _require_same(weights: LazyTensors, one: str, other: str, out: Path) -> None
     pairs = zip(_pieces(weights, one), _pieces(weights, other), strict=True)
     if not all(torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in pairs):
         raise ValueError(f"{out}: {one} and {other} are one tensor there, and the new ones differ")
-
-
-def _renew_checksums(file: BinaryIO, places: list[Place]) -> None:
-    """Give an archive's changed records their CRC-32, in its directory and behind the records."""
-    if file.seek(0) or file.read(4) != b"PK\3\4":
-        return
-    with zipfile.ZipFile(file) as archive:
-        start, entries = archive.start_dir, archive.infolist()
-    if not any(entry.CRC for entry in entries):
-        return  # torch was told to leave them out
-    changed = {place.start: place.nbytes for place in places}
-    while (entry := _entry(file, start)) is not None:
-        record, length = entry
-        header = system.pread(file.fileno(), 30, record)
-        names = sum(struct.unpack("<HH", header[26:]))
-        if (nbytes := changed.get(record + 30 + names)) is not None:
-            crc = _checksum(file, record + 30 + names, nbytes)
-            _write_at(file, memoryview(crc), start + 16)
-            _write_checksum(file, record, record + 30 + names + nbytes, crc)
-        start += length
-
-
-def _entry(file: BinaryIO, start: int) -> tuple[int, int] | None:
-    """Where a record of an archive begins, by the entry of the directory at `start`; the entry's length."""
-    data = system.pread(file.fileno(), _ENTRY.size, start)
-    if len(data) < _ENTRY.size or data[:4] != b"PK\1\2":
-        return None
-    _, _, name, extra, comment, place = _ENTRY.unpack(data)
-    length = _ENTRY.size + name + extra + comment
-    if place == 0xFFFFFFFF:  # beyond 4 GiB: the last 8 bytes of the extra field of ZIP64
-        field = system.pread(file.fileno(), extra, start + _ENTRY.size + name)
-        place = _far_place(field)
-    return place, length
-
-
-def _far_place(extra: bytes) -> int:
-    """The place in the extra field 1 of an entry (ZIP64), behind the sizes that are there."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            return int(struct.unpack_from("<Q", extra, at + 4 + length - 8)[0])
-        at += 4 + length
-    raise ValueError("the archive's directory points at no record")
-
-
-def _checksum(file: BinaryIO, start: int, nbytes: int) -> bytes:
-    crc = 0
-    for at in range(start, start + nbytes, _PIECE):
-        crc = zlib.crc32(system.pread(file.fileno(), min(_PIECE, start + nbytes - at), at), crc)
-    return crc.to_bytes(4, "little")
-
-
-def _write_checksum(file: BinaryIO, record: int, end: int, crc: bytes) -> None:
-    """Write it into the record's own header if it is there, and into the descriptor behind the content."""
-    if system.pread(file.fileno(), 4, record + 14) != bytes(4):
-        _write_at(file, memoryview(crc), record + 14)
-    if system.pread(file.fileno(), 4, end) == _DESCRIPTOR:
-        _write_at(file, memoryview(crc), end + 4)

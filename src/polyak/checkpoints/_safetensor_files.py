@@ -83,11 +83,11 @@ class TensorFile(LazyTensors):
     def elements(self, name: str) -> Elements:
         return self._spans[name].elements(self._specs[name])
 
-    def place(self, name: str) -> Place | None:
-        """Where a tensor lies; None in a file of ours, whose header has checksums."""
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where a tensor lies; nothing in a file of ours, whose header has checksums."""
         span = self._spans[name]
         rows = torch.empty(self._specs[name].shape, device="meta").stride()
-        return None if KEY in self.metadata else Place(self.path, span.start, span.nbytes, 0, rows)
+        return () if KEY in self.metadata else (Place(self.path, span.start, span.nbytes, 0, rows),)
 
     def verify(self) -> Verified:
         """Compare every tensor with its checksum, if the file is one of ours."""

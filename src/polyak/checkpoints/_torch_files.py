@@ -94,8 +94,9 @@ class StoredTensors(LazyTensors):
     def origins(self, name: str) -> Iterable[Hashable]:
         return (self.identity(name) or id(self._tensors[name]),)
 
-    def place(self, name: str) -> Place | None:
-        return self._tensors[name].place()
+    def places(self, name: str) -> tuple[Place, ...]:
+        place = self._tensors[name].place()
+        return () if place is None else (place,)
 
 
 class _Region(io.RawIOBase):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polyak.cli._output import (
     Progress,
+    left_text,
     note,
     note_left,
     note_norms,
@@ -54,6 +55,10 @@ def write_like(
     )
     if left:
         note(f"not copied from {like}: {', '.join(left)}")
+    elif kept := _reader(like, read)(like).left:
+        note(
+            f"kept as in {like}: {left_text(kept)}; an optimizer's own copy of the weights there is the old one"
+        )
 
 
 def verified(made: Combination, out: Path, which: str | None, like: Path | None, read: Read) -> int:
