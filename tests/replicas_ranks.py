@@ -229,6 +229,9 @@ def what_fails_on_one_rank_before_the_gather_fails_on_all() -> None:
     other = Net() if dist.get_rank() == 0 else nn.Linear(2, 2)
     with raises(ValueError if dist.get_rank() else RuntimeError, "copy_to"):
         averager.copy_to(other)
+    with raises(ValueError, "pull: with shard= a rank has only its rows; call copy_to(model)"):
+        averager.pull(0.5)
+    require_same(run.weights(), before)
 
 
 def _fail(*_: Any) -> Any:

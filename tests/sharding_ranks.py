@@ -619,6 +619,25 @@ def copy_to_writes_parts(sharded: Sharded) -> None:
         averager.copy_to(plain())
 
 
+def a_pull_moves_parts(sharded: Sharded) -> None:
+    """Every rank pulls its own shards, also where FSDP2 has left the root whole; none communicates."""
+    run = Training(sharded)
+    averager = polyak.Averager(run.model, RULES)
+    run.train(4, averager)
+    run.evaluate()
+    for name in RULES:
+        before = {key: t.clone() for key, t in whole(run.model.state_dict()).items()}
+        average = whole(averager.average(name))
+        with CommDebugMode() as communication:
+            averager.pull(0.3, name)
+        assert communication.get_total_counts() == 0
+        copied = {i.name for i in averager.tracked if i.policy == "copy"}
+        for key, tensor in whole(run.model.state_dict()).items():
+            moved = before[key] if key in copied else torch.lerp(before[key], average[key], 0.3)
+            assert torch.equal(tensor, moved), key
+    run.train(1, averager)
+
+
 def the_summary_tells_parts(sharded: Sharded) -> None:
     run = Training(sharded)
     averager = polyak.Averager(run.model, "uniform()")
@@ -656,6 +675,7 @@ LAWS: list[Callable[[Sharded], None]] = [
     replaced_weights_are_followed,
     states_hold_the_slots_and_are_loaded_back,
     copy_to_writes_parts,
+    a_pull_moves_parts,
     the_summary_tells_parts,
     what_a_rank_would_decide_alone_is_refused,
 ]
