@@ -25,7 +25,7 @@ from polyak.study._schedules import described
 from polyak.study._settings import fingerprint
 from polyak.study._study import Arm, Ensemble, Study
 
-TRIED_STEPS = 2
+TRIED_STEPS = 4
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
 VALUE = Kind("a finite number or null", lambda value: value is None or is_number(value))
@@ -48,7 +48,7 @@ class Conditions:
             "metrics": {name: metric.lower_is_better for name, metric in study.metrics.items()},
             "vary": list(vary),
             "torch": torch.__version__,
-            "losses of two steps": tried(study),
+            "first losses": tried(study),
         }
 
     def of(self, schedule: str) -> dict[str, Any]:
@@ -94,9 +94,9 @@ def described_arm(arm: Arm | Ensemble) -> str:
 
 
 def tried(study: Study) -> list[str]:
-    """The losses of the first two steps of seed 0, which tell another model, loss, data or optimizer.
+    """The losses of the first four steps of seed 0, which tell another model, loss, data or optimizer.
 
-    Functions cannot be compared, but what they do can. Five digits are the same on other machines.
+    Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the same on most machines.
     """
     with alone():
         torch.manual_seed(source_seed(0, "init"))
@@ -111,7 +111,7 @@ def tried(study: Study) -> list[str]:
             loss = study.loss(model, *next(batches))
             loss.backward()
             optimizer.step()
-            losses.append(f"{float(loss.detach()):.5g}")
+            losses.append(f"{float(loss.detach()):.6g}")
     return losses
 
 

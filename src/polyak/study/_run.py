@@ -53,7 +53,7 @@ def run(
     Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, and a
     line of results.jsonl that is not a record of this study; `BlockingIOError` while another process
     writes there; `RuntimeError` if every run failed. What the model, data, loss or optimizer raise in
-    the first two steps of seed 0 is raised as it is.
+    the first four steps of seed 0 is raised as it is.
     """
     seeds = study.seeds if seeds is None else seeds
     require(is_integer(seeds, 1), "seeds", seeds, "an integer >= 1")

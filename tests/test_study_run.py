@@ -1,0 +1,390 @@
+"""A study resumes, reports what fails, and refuses what does not fit before it trains."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from polyak.study import Claim, Data, Metric, Plateau, Region, Seed, Study, gain, read, recipes, run
+from polyak.study._loop import Run, source_seed, train
+from polyak.study._recipes import opened_recipe
+from polyak.study._run import units
+from study_models import ARMS, cross_entropy, images, mlp, study
+
+ONE = {"schedules": {"constant": lambda _: 1.0}}
+
+
+def lines(folder: Path, name: str = "results.jsonl") -> list[dict[str, Any]]:
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measured(records: Any) -> list[dict[str, Any]]:
+    """Records without their times."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_every_seed_schedule_and_rate_is_run_once(tmp_path: Path) -> None:
+    small = study(steps=8, evaluations=2, learning_rates=(0.01, 0.1))
+    first = run(small, tmp_path, seeds=1, jobs=1)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    result = run(small, tmp_path, jobs=1)
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
+    assert len(first.records) == 4 and len(lines(tmp_path)) == 8
+    assert [(r["seed"], r["schedule"], r["learning_rate"]) for r in result.records] == units(
+        small, 2
+    )
+    assert measured(result.records) == measured(read(small, tmp_path).records)
+    assert measured(result.records[:1]) == measured(
+        [{**result.records[0], **train(small, Run(0, "constant", 0.01))}]
+    )
+
+
+def test_progress_counts_runs(tmp_path: Path) -> None:
+    told: list[tuple[int, int, bool]] = []
+    small = study(steps=4, evaluations=1)
+    for seeds in (1, 2):
+        run(small, tmp_path, seeds=seeds, jobs=1, progress=lambda *now: told.append(now))
+    assert told == [
+        (0, 2, False),
+        (1, 2, True),
+        (2, 2, True),
+        (2, 4, False),
+        (3, 4, True),
+        (4, 4, True),
+    ]
+
+
+def test_a_run_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    marker.touch()
+    metric = Metric(partial(_metric, 1, marker))
+    small = study(**ONE, steps=4, evaluations=1, seeds=3, metrics={"loss": metric})
+    result = run(small, tmp_path, jobs=1)
+    assert [r["seed"] for r in result.records] == [0, 2]
+    (failure,) = lines(tmp_path, "failures.jsonl")
+    assert failure == result.failures[0] and failure["seed"] == 1
+    assert failure["failed"].startswith(
+        "ZeroDivisionError: this seed fails (test_study_run.py, line "
+    )
+    marker.unlink()
+    again = run(small, tmp_path, jobs=1)
+    assert not again.failures and [r["seed"] for r in again.records] == [0, 1, 2]
+    assert not (tmp_path / "failures.jsonl").exists()
+
+
+def _metric(seed: int, marker: Path, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    if marker.exists() and torch.equal(x, images(4 * seed + 3).validation[0]):
+        raise ZeroDivisionError("this seed\nfails")
+    return cross_entropy(model, x, y)
+
+
+def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
+    small = study(steps=4, evaluations=1, metrics={"loss": Metric(_wrong)})
+    with pytest.raises(
+        RuntimeError, match="every run failed; the first: TypeError: a metric or los"
+    ):
+        run(small, tmp_path, jobs=1)
+    assert len(lines(tmp_path, "failures.jsonl")) == 4
+
+
+def _wrong(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
+    return model(x)  # type: ignore[no-any-return]
+
+
+def test_a_metric_that_is_nan_is_null_and_the_run_is_kept(tmp_path: Path) -> None:
+    metrics = {"loss": Metric(cross_entropy), "nan": Metric(lambda *_: torch.tensor(math.nan))}
+    small = study(**ONE, steps=8, evaluations=2, seeds=1, metrics=metrics)
+    result = run(small, tmp_path, jobs=1)
+    assert result.records[0]["curves"]["ema"]["nan"] == [None, None]
+    assert math.isnan(result.seeds[0].value("ema", "nan"))
+    assert result.seeds[0].value("ema") > 0
+    assert len(run(small, tmp_path, jobs=1).records) == 1
+
+
+def test_a_training_that_diverges_is_kept(tmp_path: Path) -> None:
+    small = study(**ONE, seeds=1, learning_rates=(1e-2, 1e30))
+    result = run(small, tmp_path, jobs=1)
+    assert result.records[1]["train_loss"][-1] is None
+    assert {result.tuned(arm) for arm in small.arm_names} == {1e-2}
+
+
+def killing(folder: Path, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A metric that kills its process: always with the data of seed 1, once with those of seed 2."""
+    always, once = (torch.equal(x, images(4 * seed + 3).validation[0]) for seed in (1, 2))
+    if always or (once and not (folder / "killed").exists()):
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cross_entropy(model, x, y)
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_is_tried_once_more(tmp_path: Path) -> None:
+    metrics = {"loss": Metric(partial(killing, tmp_path))}
+    small = study(**ONE, steps=4, evaluations=1, seeds=4, metrics=metrics)
+    result = run(small, tmp_path / "out", jobs=2)
+    assert [r["seed"] for r in result.records] == [0, 2, 3]
+    (failure,) = result.failures
+    assert failure["seed"] == 1 and "its process was killed, twice" in failure["failed"]
+
+
+WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"seeds": 0}, "seeds is 0, wanted an integer >= 1"),
+    ({}, {"jobs": 0}, "jobs is 0, wanted a number of processes, or -1"),
+    ({}, {"vary": ("data",)}, r"vary is \['data'\], wanted some of init, order, dropout, split"),
+    ({"claims": gain("emma")}, {}, "the claim 'A claim.': there: there is no arm 'emma', wanted live"),
+    ({"claims": gain("ema", metric="f1")}, {}, "metric is 'f1', wanted loss, accuracy"),
+    ({"claims": gain("ema", schedule="wsd")}, {}, "schedule is 'wsd', wanted constant, cosine"),
+    ({"claims": lambda seed: seed.curve("emma")[0]}, {}, "there is no arm 'emma'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "options", "message"), WRONG, ids=[w[2] for w in WRONG])
+def test_what_does_not_fit_is_refused_before_the_training(
+    tmp_path: Path, fields: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    if claim := fields.get("claims"):
+        fields = {"claims": (Claim("A claim.", claim, Region.above(0)),)}
+    with pytest.raises(ValueError, match=message):
+        run(study(**fields), tmp_path / "out", **{"jobs": 1, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantity_that_is_not_defined_for_ones_is_no_error(tmp_path: Path) -> None:
+    def quantity(seed: Seed) -> float:
+        return 1 / (seed.value("ema") - 1)
+
+    claims = (Claim("A claim.", quantity, Region.above(0)),)
+    run(study(claims=claims, steps=4, evaluations=1), tmp_path, seeds=1, jobs=1)
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"name": "a b"}, "name is 'a b', wanted a word"),
+    ({"steps": 0}, "steps is 0, wanted an integer >= 1"),
+    ({"evaluations": 41}, "evaluations is 41, wanted at most the 40 steps"),
+    ({"learning_rates": ()}, "learning_rates is (), wanted different numbers > 0"),
+    ({"learning_rates": (0.1, 0.1)}, "wanted different numbers > 0"),
+    ({"schedules": {}}, "schedules is {}, wanted at least one"),
+    ({"schedules": {"p": Plateau("emma")}}, "schedule 'p': there is no arm 'emma'"),
+    ({"arms": {"live": "uniform()"}}, "an arm's name is 'live', wanted another name"),
+    ({"arms": {"ema": "exponentia(0.9)"}}, "arm 'ema': "),
+    ({"arms": {"ema": 0.9}}, "arm 'ema': rule is float, wanted a polyak.Rule or its spec"),
+    ({"quick": {"stepps": 1}}, "quick has ['stepps'], wanted fields of Study"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), FIELDS, ids=[f[1] for f in FIELDS])
+def test_a_bad_field_is_refused_with_its_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as refused:
+        study(**fields)
+    assert message in str(refused.value)
+
+
+def test_parts_must_have_equal_rows() -> None:
+    x, y = torch.zeros(3, 2), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"rows of validation is \[3, 2\], wanted the same number"):
+        Data((x, x), (x, y), (x, x))
+
+
+OTHER: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 8}, "steps: 4 there, 8 now"),
+    ({"arms": {**ARMS, "ema": "exponential(0.8)"}}, "arms: ema: 'exponential(0.9), every 1' there"),
+    ({"model": partial(mlp, 0.5)}, "first losses: "),
+    ({"optimizer": lambda p, lr: torch.optim.SGD(p, lr)}, "first losses: "),
+    ({"schedules": {"constant": lambda _: 0.5}}, "schedule: '1 1 1 1 1 1 1 1 1' there"),
+    ({"schedules": {"other": lambda _: 0.5}}, "schedule is 'constant', wanted other"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER, ids=[o[1] for o in OTHER])
+def test_records_of_another_study_are_refused_and_stay(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    fields = {**ONE, "steps": 4, "evaluations": 1, "seeds": 1}
+    run(study(**fields), tmp_path, jobs=1)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: ") as refused:
+        run(study(**{**fields, **changes}), tmp_path, jobs=1)
+    assert message in str(refused.value)
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda r: r.pop("seconds"), "seconds is missing"),
+    (lambda r: r["curves"].pop("ema"), "ema is missing in curves"),
+    (lambda r: r["curves"]["ema"]["loss"].append(1.0), "has 2 values, wanted 1"),
+    (lambda r: r["test"]["ema"]["last"].update(loss="x"), "loss is 'x', wanted a finite number or nu"),
+    (lambda r: r.update(learning_rate=-1.0), "learning_rate is -1.0, wanted a finite number > 0"),
+    (lambda r: r.update(more=1), "['more'] is unknown"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[d[1] for d in DAMAGES])
+def test_a_damaged_record_is_refused_with_its_line(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    small = study(**ONE, steps=4, evaluations=1, seeds=1)
+    run(small, tmp_path, jobs=1)
+    (record,) = lines(tmp_path)
+    damage(record)
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: ") as refused:
+        run(small, tmp_path, jobs=1)
+    assert message in str(refused.value)
+
+
+def test_vary_holds_the_other_sources(tmp_path: Path) -> None:
+    assert [source_seed(5, s) for s in ("init", "order", "dropout", "split")] == [20, 21, 22, 23]
+    assert [source_seed(5, s, ("init",)) for s in ("init", "order", "split")] == [20, 1, 3]
+    small = study(**ONE, steps=4, evaluations=1)
+    still = run(small, tmp_path / "none", jobs=1, vary=())
+    assert len(measured(still.records)) == 2
+    first, second = still.records
+    assert first["curves"] == second["curves"] and first["test"] == second["test"]
+    for source in ("init", "order", "dropout", "split"):
+        moved = run(small, tmp_path / source, jobs=1, vary=(source,)).records
+        assert moved[0]["curves"] == first["curves"] != moved[1]["curves"], source
+
+
+def test_arms_evaluations_and_metrics_that_draw_do_not_change_the_training() -> None:
+    noisy = {"loss": Metric(lambda m, x, y: cross_entropy(m, x, y) + 0 * torch.rand(()))}
+    few = train(study(arms={}), Run(0, "cosine", 0.05))
+    for changes in ({}, {"metrics": noisy}):
+        many = train(study(**changes), Run(0, "cosine", 0.05))
+        assert many["train_loss"] == few["train_loss"]
+        assert many["curves"]["live"]["loss"] == few["curves"]["live"]["loss"]
+    often = train(study(evaluations=40), Run(0, "cosine", 0.05))
+    assert often["curves"]["live"]["loss"][9::10] == few["curves"]["live"]["loss"]
+
+
+def test_the_caller_s_stream_and_threads_are_left_alone() -> None:
+    torch.manual_seed(11)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(study(), Run(0, "constant", 0.05))
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+def test_an_arm_is_selected_on_validation_and_reported_on_test() -> None:
+    record = train(study(evaluations=20), Run(1, "constant", 0.3))
+    for arm, curve in record["curves"].items():
+        place = curve["loss"].index(min(v for v in curve["loss"] if v is not None))
+        assert record["test"][arm]["selected"]["step"] == record["steps"][place]
+
+
+SCRIPT = """
+from pathlib import Path
+from polyak.study import run
+from study_models import study
+if __name__ == "__main__":
+    run(study(steps=20, evaluations=2, seeds=500), Path({out!r}), jobs={jobs})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("jobs", "sent"), [(1, signal.SIGKILL), (2, signal.SIGINT)])
+def test_an_interrupted_study_goes_on_to_the_same_results(
+    tmp_path: Path, jobs: int, sent: signal.Signals
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, "-c", SCRIPT.format(out=str(tmp_path), jobs=jobs)]
+    process = subprocess.Popen(
+        script, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
+    )
+    while process.poll() is None and len(lines_whole(tmp_path)) < 3:
+        time.sleep(0.01)
+    os.killpg(process.pid, sent)
+    process.wait()
+    done = lines_whole(tmp_path)
+    assert 3 <= len(done) < 1000
+    seeds = max(r["seed"] for r in map(json.loads, done)) + 1
+    long = study(steps=20, evaluations=2, seeds=500)
+    result = run(long, tmp_path, seeds=seeds, jobs=1)
+    assert len(result.records) == 2 * seeds
+    first = train(long, Run(0, "constant", 0.05))
+    assert result.records[0]["curves"] == first["curves"]
+
+
+def lines_whole(folder: Path) -> list[bytes]:
+    path = folder / "results.jsonl"
+    return (
+        [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        if path.exists()
+        else []
+    )
+
+
+RECIPE = """
+from dataclasses import dataclass
+from torch import nn
+from beside import WIDTH
+from polyak.study import Data, Study
+import torch
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, WIDTH)
+    def forward(self, x):
+        return self.layer(x)
+
+def data(seed):
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(seed))
+    return Data((x, x), (x, x), (x, x))
+
+study = Study(name="mine", model=Net, data=data, loss=lambda m, x, y: nn.functional.mse_loss(m(x), y),
+              arms={"ema": "exponential(0.9)"}, steps=4, batch_size=8, evaluations=2, seeds=2, learning_rates=(0.1,))
+"""
+
+
+@pytest.mark.slow
+def test_a_file_is_a_recipe_also_in_other_processes(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(RECIPE)
+    (tmp_path / "beside.py").write_text("WIDTH = 2\n")
+    before = [*sys.path]
+    with opened_recipe(str(tmp_path / "mine.py")) as mine:
+        result = run(mine, tmp_path / "out", jobs=2)
+    assert len(result.records) == 2 and not result.failures
+    assert sys.path == before
+
+
+FILES: list[tuple[str, str]] = [
+    ("import nothing_of_this_name", r"file.py does not run: ModuleNotFoundError: .* \(line 1\)"),
+    ("\nstudy = (", r"file.py does not run: SyntaxError: .* \(line 2\)"),
+    ("x = 1\nx / 0", r"file.py does not run: ZeroDivisionError: .* \(line 2\)"),
+    ("", "has no `study`, wanted a module-level study = Study"),
+    ("study = 3", "has `study`, a int, wanted a module-level study"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "file.py").write_text(content)
+    with pytest.raises(ValueError, match=message), opened_recipe(str(tmp_path / "file.py")):
+        pass
+
+
+def test_an_unknown_name_lists_the_names(tmp_path: Path) -> None:
+    wanted = r"no study 'digit', wanted .*digits_mlp.*, or a file that"
+    with pytest.raises(ValueError, match=wanted), opened_recipe("digit"):
+        pass
+    missing = pytest.raises(FileNotFoundError, match="there is no file")
+    with missing, opened_recipe(str(tmp_path / "none.py")):
+        pass
+
+
+def test_shipped_recipes_have_their_module_s_name() -> None:
+    shipped = recipes()
+    assert all(isinstance(s, Study) and s.name == name for name, s in shipped.items())
