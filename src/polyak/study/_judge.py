@@ -4,59 +4,89 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyak.norms import recalibrate
+from polyak.rules import LIVE
 from polyak.study._study import Arm, Data, Ensemble, Part, Study
-from polyak.study._tracking import Weights, tensors_of
+from polyak.study._tracking import Tracking, Weights, tensors_of
 
 Values = dict[str, float | None]
+Geometry = tuple[float | None, float | None]
 
 RECALIBRATION_BATCHES = 16
 
 
+class Judging(Protocol):
+    """What a logbook asks about the arms as they are now."""
+
+    def validation(self, arm: str) -> Values:
+        """name -> value of every metric on the validation part; None where it is not a finite number."""
+
+    def test(self, arm: str) -> Values:
+        """The same on the test part."""
+
+    def geometry(self, arm: str) -> Geometry:
+        """(relative distance to the live weights, cosine with their way from the start)."""
+
+
 class Judge:
-    """The metrics of an arm's networks on the validation or the test part.
+    """The metrics of the arms of one run.
 
     It restores torch's global generator after each evaluation, whatever a metric draws.
     """
 
-    def __init__(self, study: Study, model: nn.Module, data: Data) -> None:
-        self._study = study
-        self._data = data
+    def __init__(self, study: Study, model: nn.Module, data: Data, arms: Tracking) -> None:
+        self._study, self._data, self._arms = study, data, arms
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._tensors = tensors_of(self._model)
+        self._initial = flat(arms.networks(LIVE)[0], arms.trained)
+
+    def validation(self, arm: str) -> Values:
+        """The metrics on the validation part."""
+        return self._values(arm, self._data.validation)
+
+    def test(self, arm: str) -> Values:
+        """The metrics on the test part."""
+        return self._values(arm, self._data.test)
+
+    def geometry(self, arm: str) -> Geometry:
+        """The place of an average between the start and the live weights; None for an ensemble."""
+        networks = self._arms.networks(arm)
+        if not networks or isinstance(self._study.arms[arm], Ensemble):
+            return None, None
+        live, average = (
+            flat(weights, self._arms.trained)
+            for weights in (self._arms.networks(LIVE)[0], networks[0])
+        )
+        distance, cosine = geometry(self._initial, live, average)
+        return finite(distance), finite(cosine)
 
     @torch.no_grad()
-    def evaluate(self, arm: str, networks: Sequence[Weights], *parts: Part) -> list[Values]:
-        """name -> value of every metric, for each part; None where it is not a finite number."""
-        nothing: Values = dict.fromkeys(self._study.metrics)
+    def _values(self, arm: str, part: Part) -> Values:
+        networks = self._arms.networks(arm)
         if not networks:
-            return [nothing for _ in parts]
+            return dict.fromkeys(self._study.metrics)
         with torch.random.fork_rng(devices=[]):
             model = self._network(self._study.arms.get(arm), networks)
-            return [self._values(model, part) for part in parts]
+            metrics = self._study.metrics.items()
+            return {name: finite(metric.function(model, *part)) for name, metric in metrics}
 
     def _network(self, arm: Any, networks: Sequence[Weights]) -> nn.Module:
         if isinstance(arm, Ensemble):
             return MeanPrediction(self._model, networks, arm.combine)
-        weights = networks[0]
         for name, tensor in self._tensors.items():
-            if name in weights:
-                tensor.copy_(weights[name])
+            if name in networks[0]:
+                tensor.copy_(networks[0][name])
         if isinstance(arm, Arm) and arm.recalibrate:
-            batches = [p.split(self._study.batch_size) for p in self._data.train]
+            batches = [tensor.split(self._study.batch_size) for tensor in self._data.train]
             chosen = list(zip(*batches, strict=True))[:RECALIBRATION_BATCHES]
             recalibrate(self._model, chosen, call=lambda m, batch: self._study.loss(m, *batch))
         return self._model
-
-    def _values(self, model: nn.Module, part: Part) -> Values:
-        metrics = self._study.metrics.items()
-        return {name: finite(metric.function(model, *part)) for name, metric in metrics}
 
 
 class MeanPrediction(nn.Module):
@@ -85,6 +115,17 @@ class MeanPrediction(nn.Module):
         return self._combine(torch.stack(outputs))
 
 
+def geometry(initial: Tensor, live: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+    """`|average - live| / |live|`, and the cosine of `average - initial` and `live - initial`."""
+    distance = (average - live).norm(dim=-1) / live.norm(dim=-1)
+    return distance, torch.cosine_similarity(average - initial, live - initial, dim=-1)
+
+
+def flat(weights: Weights, names: Sequence[str], batch: int = 0) -> Tensor:
+    """Some tensors as one vector; the first `batch` dimensions stay."""
+    return torch.cat([weights[name].flatten(batch) for name in names], dim=-1)
+
+
 def finite(value: Any) -> float | None:
     """A scalar as a float; None for NaN and infinity, which JSON has no numbers for.
 
@@ -93,8 +134,7 @@ def finite(value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
-        kind = (
-            f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        )
+        shaped = isinstance(value, Tensor)
+        kind = f"a tensor {tuple(value.shape)}" if shaped else type(value).__name__
         raise TypeError(f"a metric or loss is {kind}, wanted a scalar") from None
     return number if number - number == 0 else None

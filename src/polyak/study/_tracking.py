@@ -99,6 +99,11 @@ def tensors_of(model: nn.Module) -> Weights:
     return {name: tensor.detach() for name, tensor in named}
 
 
+def size_of(weights: Weights) -> int:
+    """The bytes of a network."""
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
 def rule_of(arm: Arm, steps: int) -> Rule:
     """The rule of an arm in a run of so many steps."""
     return Tail(arm.rule, start=round(arm.start * steps)) if arm.start else arm.rule
