@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,12 @@ def run(
         str,
         typer.Option(help="Sources that differ between seeds: some of init,order,dropout,split."),
     ] = SOURCES,
+    stacked: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs trained at once in a process, 0: one by one; default: the study's."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder; default: study-NAME, with -quick if quick.")
     ] = None,
@@ -58,13 +65,14 @@ def run(
 
     with opened_recipe(recipe) as study:
         study = study.quickly() if quick else study
+        study = study if stacked is None else replace(study, stacked=stacked)
         folder = out or Path(f"study-{study.name}{'-quick' if quick else ''}")
         sources = tuple(word.strip() for word in vary.split(",") if word.strip())
         with Seeds(Console(stderr=True), "runs") as progress:
             result = run_study(
                 study, folder, seeds=seeds, jobs=jobs, vary=sources, progress=progress
             )
-        _report(result, folder, _command(recipe, seeds, quick, vary, out))
+        _report(result, folder, _command(recipe, seeds, quick, vary, stacked, out))
         for failure in result.failures:
             where = f"seed {failure['seed']}, {failure['schedule']}, {failure['learning_rate']:g}"
             say(f"failed: {where}: {failure['failed']}", err=True)
@@ -84,12 +92,20 @@ def _report(result: Any, folder: Path, command: str) -> None:
     say(f"Report: {written.page}")
 
 
-def _command(recipe: str, seeds: int | None, quick: bool, vary: str, out: Path | None) -> str:
+def _command(
+    recipe: str,
+    seeds: int | None,
+    quick: bool,
+    vary: str,
+    stacked: int | None,
+    out: Path | None,
+) -> str:
     """The command of a run, without its processes, which change nothing."""
     words = ["polyak", "study", "run", recipe]
     words += ["--seeds", str(seeds)] if seeds is not None else []
     words += ["--quick"] if quick else []
     words += ["--vary", vary] if vary != SOURCES else []
+    words += ["--stacked", str(stacked)] if stacked is not None else []
     words += ["--out", str(out)] if out else []
     return shlex.join(words)
 

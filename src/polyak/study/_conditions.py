@@ -47,6 +47,7 @@ class Conditions:
             "arms": {name: described_arm(arm) for name, arm in study.arms.items()},
             "metrics": {name: metric.lower_is_better for name, metric in study.metrics.items()},
             "vary": list(vary),
+            "stacked": study.stacked > 0,
             "torch": torch.__version__,
             "first losses": tried(study),
         }

@@ -23,7 +23,11 @@ from polyak.study._records import opened
 from polyak.study._rehearsal import rehearse
 from polyak.study._result import Record, Result
 from polyak.study._runner import Progress
+from polyak.study._stackable import require_stackable
+from polyak.study._stacked import train_stacked
 from polyak.study._study import Study
+
+Group = tuple[Run, ...]
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 
@@ -51,7 +55,7 @@ def run(
     disk or a killed process ends the call; calling it again goes on.
 
     Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, and a
-    line of results.jsonl that is not a record of this study; `BlockingIOError` while another process
+    line of results.jsonl that is not a record of this study, and a study that cannot be stacked; `BlockingIOError` while another process
     writes there; `RuntimeError` if every run failed. What the model, data, loss or optimizer raise in
     the first four steps of seed 0 is raised as it is.
     """
@@ -98,6 +102,8 @@ def _run(
     vary: tuple[str, ...],
     progress: Progress,
 ) -> Result:
+    if study.stacked:
+        require_stackable(study)
     conditions = Conditions(study, vary)
     with opened(folder / RESULTS, conditions.format()) as results:
         with suppress(FileNotFoundError):
@@ -119,52 +125,67 @@ def _run(
     return Result(study, records, failures)
 
 
+def grouped(study: Study, runs: Sequence[Run], workers: int) -> list[Group]:
+    """The runs in groups that are trained at once; each process gets one at least."""
+    size = max(min(study.stacked, -(-len(runs) // workers)), 1)
+    return [tuple(runs[first : first + size]) for first in range(0, len(runs), size)]
+
+
 def outcomes(
     study: Study, runs: Sequence[Run], vary: tuple[str, ...], jobs: int
 ) -> Iterator[tuple[Run, Record]]:
     """(run, its measurements or {"failed": why}) in the order in which they finish."""
-    waiting = list(runs)
     workers = min(effective_n_jobs(jobs), max(len(runs), 1))
+    waiting = grouped(study, runs, workers)
     while waiting:
         try:
-            for each, outcome in _parallel(study, waiting, vary, workers):
-                waiting.remove(each)
-                yield each, outcome
+            for group, records in _parallel(study, waiting, vary, workers):
+                waiting.remove(group)
+                yield from zip(group, records, strict=True)
         except TerminatedWorkerError:
             # Those that were running are the first of the waiting ones. Nobody knows which killed it.
             suspects = waiting[: 2 * workers]
             del waiting[: 2 * workers]
-            yield from ((each, _alone(study, each, vary)) for each in suspects)
+            for group in suspects:
+                yield from zip(group, _alone(study, group, vary), strict=True)
 
 
 def _parallel(
-    study: Study, runs: Sequence[Run], vary: tuple[str, ...], workers: int
-) -> Iterator[tuple[Run, Record]]:
-    tasks = (delayed(attempt)(study, each, vary) for each in list(runs))
+    study: Study, groups: Sequence[Group], vary: tuple[str, ...], workers: int
+) -> Iterator[tuple[Group, list[Record]]]:
+    tasks = (delayed(attempt)(study, group, vary) for group in list(groups))
     parallel = Parallel(
         n_jobs=workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
     )
     return iter(parallel(tasks))
 
 
-def _alone(study: Study, run: Run, vary: tuple[str, ...]) -> Record:
-    """The outcome of a run in a process in which no other runs."""
+def _alone(study: Study, group: Group, vary: tuple[str, ...]) -> list[Record]:
+    """The outcomes of a group in a process in which nothing else runs."""
     try:
-        ((_, outcome),) = _parallel(study, [run], vary, workers=2)
+        ((_, records),) = _parallel(study, [group], vary, workers=2)
     except TerminatedWorkerError:
-        return {"failed": "its process was killed, twice: is there too little memory?"}
-    return outcome
+        why = "its process was killed, twice: is there too little memory?"
+        return [{"failed": why} for _ in group]
+    return records
 
 
-def attempt(study: Study, run: Run, vary: tuple[str, ...]) -> tuple[Run, Record]:
-    """A run and its measurements, or its error in one line."""
+def attempt(study: Study, group: Group, vary: tuple[str, ...]) -> tuple[Group, list[Record]]:
+    """A group and the measurements of its runs; a run that raises has its error in one line."""
+    if len(group) > 1:
+        with suppress(Exception):  # one run of many has failed: which, the runs one by one tell
+            return group, train_stacked(study, group, vary)
+    return group, [_attempt_one(study, each, vary) for each in group]
+
+
+def _attempt_one(study: Study, run: Run, vary: tuple[str, ...]) -> Record:
     try:
-        return run, train(study, run, vary)
+        return train(study, run, vary)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         said = " ".join(str(error).split())
-        return run, {"failed": f"{type(error).__name__}: {said} ({place})"}
+        return {"failed": f"{type(error).__name__}: {said} ({place})"}
 
 
 def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:

@@ -219,6 +219,9 @@ class Study:
         batch_size: rows of a batch; the last batch of an epoch may be smaller.
         evaluations: evenly spaced evaluations of all arms; the last is at the last step.
         seeds: runs of each schedule and learning rate.
+        stacked: runs of a small model that are trained at once in one process, as one batched
+            computation; 0 trains one after another. The results are the same up to rounding, with
+            dropout in distribution.
         quick: the fields that a quick run replaces, e.g. {"steps": 200, "seeds": 4}.
         source: where the data come from, and their licence.
 
@@ -241,6 +244,7 @@ class Study:
     published: tuple[Published, ...] = ()
     evaluations: int = 20
     seeds: int = 16
+    stacked: int = 0
     quick: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
@@ -258,6 +262,7 @@ class Study:
             require(
                 is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1"
             )
+        require(is_integer(self.stacked, 0), "stacked", self.stacked, "an integer >= 0")
         few = self.evaluations <= self.steps
         require(few, "evaluations", self.evaluations, f"at most the {self.steps} steps")
         rates = self.learning_rates

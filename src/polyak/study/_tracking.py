@@ -17,14 +17,16 @@ from polyak.rules import LIVE, Rule, Tail, Uniform, Window
 from polyak.study._study import Arm, Ensemble, Study
 
 Weights = dict[str, Tensor]
+Source = nn.Module | Mapping[str, Tensor]
 
 
 class Tracking:
     """The arms of a run on a model. They draw no random numbers and write nothing to the model."""
 
-    def __init__(self, study: Study, model: nn.Module) -> None:
+    def __init__(self, study: Study, model: Source, buffers: Any = "auto") -> None:
+        self._study, self._buffers = study, buffers
         self._live = tensors_of(model)
-        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = trained(model)
         """The names of the parameters that are trained."""
         self._arms: Mapping[str, Any] = study.arms
         self._sizes = {name: ring_size(arm) for name, arm in study.arms.items()}
@@ -33,10 +35,10 @@ class Tracking:
         for every in sorted({arm.every for arm in study.arms.values()}):
             names = [name for name, arm in study.arms.items() if arm.every == every]
             if size := max(self._sizes[name] for name in names):
-                self._rings[every] = Ring(model, size, every)
+                self._rings[every] = Ring(model, size, every, buffers)
             rules = {n: rule_of(study.arms[n], study.steps) for n in names if not self._sizes[n]}
             if rules:
-                self._averagers[every] = Averager(model, rules, every=every)
+                self._averagers[every] = Averager(model, rules, every=every, buffers=buffers)
         self._updates: list[Callable[[], None]] = [a.update for a in self._averagers.values()]
         self._updates += [ring.update for ring in self._rings.values()]
 
@@ -44,6 +46,16 @@ class Tracking:
         """Count one step in every arm."""
         for update in self._updates:
             update()
+
+    def keep(self, weights: Weights, rows: Tensor) -> Tracking:
+        """The arms of some of the runs of a stack; `weights` are these runs' new tensors."""
+        kept = Tracking(self._study, weights, self._buffers)
+        for every, averager in self._averagers.items():
+            state = _rows_of(averager.state_dict(), rows)
+            kept._averagers[every].load_state_dict(state)
+        for every, ring in self._rings.items():
+            ring.keep_in(kept._rings[every], rows)
+        return kept
 
     def networks(self, arm: str) -> list[Weights]:
         """The networks of an arm, as tensors by name: one, several of an ensemble, none before an update."""
@@ -61,9 +73,9 @@ class Tracking:
 class Ring:
     """The last `size` snapshots of a model's averaged tensors, one every `every` steps."""
 
-    def __init__(self, model: nn.Module, size: int, every: int) -> None:
-        policies = {item.name: item.policy for item in Averager(model, Uniform()).tracked}
-        self._live = {n: t for n, t in tensors_of(model).items() if policies.get(n) == "average"}
+    def __init__(self, model: Source, size: int, every: int, buffers: Any = "auto") -> None:
+        known = policies(model, buffers)
+        self._live = {n: t for n, t in tensors_of(model).items() if known.get(n) == "average"}
         self._kept = {n: t.new_empty((size, *t.shape)) for n, t in self._live.items()}
         self._every, self._steps, self._size = every, 0, size
 
@@ -74,6 +86,12 @@ class Ring:
             place = (self._steps // self._every - 1) % self._size
             for name, tensor in self._live.items():
                 self._kept[name][place].copy_(tensor)
+
+    def keep_in(self, other: Ring, rows: Tensor) -> None:
+        """Copy the snapshots of some runs of a stack to another ring, and its count."""
+        other._steps = self._steps
+        for name, kept in self._kept.items():
+            other._kept[name].copy_(kept[:, rows])
 
     def last(self, size: int) -> list[Weights]:
         """The last `size` snapshots, or all if there are fewer, the oldest first."""
@@ -93,10 +111,22 @@ class Ring:
         return [i % self._size for i in range(max(count - size, 0), count)]
 
 
-def tensors_of(model: nn.Module) -> Weights:
-    """The parameters and buffers of a model by name, detached; they share its memory."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach() for name, tensor in named}
+def tensors_of(model: Source) -> Weights:
+    """The parameters and buffers of a model, or of a mapping, by name; detached, with shared memory."""
+    if isinstance(model, nn.Module):
+        model = dict([*model.named_parameters(), *model.named_buffers()])
+    return {name: tensor.detach() for name, tensor in model.items()}
+
+
+def trained(model: Source) -> list[str]:
+    """The names of the parameters that are trained."""
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    return [name for name, tensor in named if tensor.requires_grad]
+
+
+def policies(model: Source, buffers: Any = "auto") -> dict[str, Any]:
+    """What an averager does with each tensor: name -> "average", "copy" or "skip"."""
+    return {item.name: item.policy for item in Averager(model, Uniform(), buffers=buffers).tracked}
 
 
 def size_of(weights: Weights) -> int:
@@ -119,3 +149,10 @@ def ring_size(arm: Arm | Ensemble) -> int:
 def copies(arm: Arm | Ensemble) -> int:
     """The copies of the weights that an arm keeps."""
     return ring_size(arm) or len(arm.rule.slots)  # type: ignore[union-attr]
+
+
+def _rows_of(state: Any, rows: Tensor) -> Any:
+    """Some runs of a state of stacked tensors."""
+    if isinstance(state, dict):
+        return {name: _rows_of(value, rows) for name, value in state.items()}
+    return state[rows] if isinstance(state, Tensor) else state
