@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,7 +102,7 @@ def _record(made: Study, seed: int, schedule: str, rate: float, value: Truth) ->
     test = {a: value(a, seed, schedule, rate, "test") for a in names}
     return {
         "study": made.name, "seed": seed, "schedule": schedule, "learning_rate": rate,
-        "fingerprint": "0123456789ab", "conditions": {"vary": ["init", "order"]},
+        "fingerprint": "0123456789ab", "conditions": _conditions(made, schedule),
         "steps": EVALUATED, "train_loss": [1.0] * 4, "rates": [rate] * 4, "stopped_early": False,
         "curves": {a: _metrics(made, validation[a], (3.0, 2.0, 1.5, 1.0)) for a in names},
         "test": {a: {"last": _at(made, test[a]), "selected": {"step": 40, **_at(made, test[a])}} for a in names},
@@ -111,6 +113,23 @@ def _record(made: Study, seed: int, schedule: str, rate: float, value: Truth) ->
         "bytes": dict.fromkeys(names, 1024), "forward_passes": {a: 3 if a == "ensemble" else 1 for a in names},
         "after_stop": {},
     }  # fmt: skip
+
+
+def _conditions(made: Study, schedule: str) -> dict[str, Any]:
+    return {
+        "study": made.name, "steps": made.steps, "batch_size": made.batch_size,
+        "evaluations": made.evaluations, "arms": {name: str(arm) for name, arm in made.arms.items()},
+        "metrics": {name: metric.lower_is_better for name, metric in made.metrics.items()},
+        "vary": ["init", "order"], "schedule": schedule,
+    }  # fmt: skip
+
+
+def folder(path: Path, made: Result, first: int = 0) -> Path:
+    """A folder with the records of a result; its seeds are counted from `first`."""
+    path.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record | {"seed": record["seed"] + first}) for record in made.records]
+    (path / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def _at(made: Study, value: float | None) -> dict[str, float | None]:

@@ -10,10 +10,11 @@ import pytest
 from scipy import stats
 
 from polyak.study._comparisons import (
+    as_share,
     effect_size,
+    gains,
     holm,
     improvement,
-    paired_log_ratio,
     performance_profile,
     profile_score,
     seeds_needed,
@@ -50,17 +51,26 @@ def test_a_median_may_be_infinite() -> None:
     assert bootstrap([math.inf] * 9, "median").low == math.inf
 
 
-def test_a_geometric_mean_of_ratios() -> None:
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_gain_is_a_geometric_mean_of_ratios(lower: bool) -> None:
     ours, theirs = pairs()
-    found = paired_log_ratio(ours, theirs)
-    assert found.estimate == pytest.approx(stats.gmean(np.array(ours) / theirs))
-    resampled = [
-        stats.gmean((np.array(ours) / theirs)[rows])
-        for rows in np.random.default_rng(1).integers(0, 16, (4000, 16))
-    ]
-    assert (found.low, found.high) == pytest.approx(
-        np.quantile(resampled, (0.025, 0.975)), rel=0.02
+    ratios = np.array(ours) / theirs
+    mean = bootstrap(gains(ours, theirs, lower, is_share=True))
+    found = mean.map(lambda value: as_share(value, lower))
+    sign = -1 if lower else 1
+    assert found.estimate == pytest.approx(sign * (stats.gmean(ratios) - 1))
+    rows = np.random.default_rng(1).integers(0, 16, (2000, 16))
+    resampled = sign * (stats.gmean(ratios[rows], axis=1) - 1)
+    wanted = np.quantile(resampled, (0.025, 0.975))
+    assert (found.low, found.high) == pytest.approx(wanted, abs=0.02)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_gain_in_the_metric_s_unit_is_a_difference(lower: bool) -> None:
+    assert gains([1.0, -2.0, 0.0], [0.5, -1.0, 0.0], lower, is_share=False) == (
+        [-0.5, 1.0, 0.0] if lower else [0.5, -1.0, 0.0]
     )
+    assert as_share(-1e9, True) == -as_share(1e9, False) == -math.expm1(700.0)
 
 
 @pytest.mark.parametrize("lower", [True, False])

@@ -24,7 +24,7 @@ from polyak.cli._explain import explain
 from polyak.cli._export import convert, export
 from polyak.cli._inspect import inspect
 from polyak.cli._migrate import migrate
-from polyak.cli._study import article, listed, reproduce, run
+from polyak.cli._study import article, compare, listed, reproduce, run
 from polyak.cli._sweep import sweep
 from polyak.cli._synthesize import synthesize
 
@@ -53,6 +53,7 @@ app.add_typer(study, name="study", help="Measure whether averaging helps.")
 study.command()(article)
 study.command()(run)
 study.command("list")(listed)
+study.command()(compare)
 study.command()(reproduce)
 for command in (
     explain,

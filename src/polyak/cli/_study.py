@@ -121,6 +121,26 @@ def listed() -> None:
     print_table(("name", "title", "size"), rows, left=3)
 
 
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a study.", metavar="FIRST")],
+    second: Annotated[Path, typer.Argument(help="Folder of another study.", metavar="SECOND")],
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("study-compared"),
+) -> None:
+    """Compare two studies arm by arm, within the seeds that both have.
+
+    They may differ in anything, such as the model, the data or the rules: the page lists it.
+    """
+    from polyak.study import _compare
+
+    comparison = _compare.compare(first, second)
+    table = comparison.table()
+    print_table(table.header, table.rows, left=2)
+    for line in comparison.differences:
+        say(f"differs: {line}")
+    command = shlex.join(["polyak", "study", "compare", str(first), str(second), "--out", str(out)])
+    say(f"Report: {_compare.write(comparison, out, command)}")
+
+
 def reproduce(
     studies: Annotated[
         bool, typer.Option("--studies", help="Train small models too: minutes, not seconds.")

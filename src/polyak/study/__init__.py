@@ -51,6 +51,7 @@ __all__ = [
     "Seed",
     "Settings",
     "Study",
+    "compare",
     "constant",
     "cosine",
     "difference",
@@ -77,6 +78,21 @@ def report(result: Result, out: Path | str, command: str = "polyak.study.report"
     from polyak.study._report import write
 
     return write(result, Path(out), command).page
+
+
+def compare(first: Path | str, second: Path | str, out: Path | str) -> Path:
+    """Compare the results of two folders within the seeds that both have, and return the path of the page.
+
+    The folder `out` gets report.html, the table as Markdown and the charts. The main metric of the first
+    study counts; each arm has the learning rate that is best for it in its study.
+
+    Raises `FileNotFoundError` for a folder without results.jsonl; `ValueError` for a line that is not a
+    record of a study, and for studies that have no seed, metric, or arm under a schedule in common.
+    """
+    from polyak.study import _compare
+
+    command = f"polyak.study.compare({str(first)!r}, {str(second)!r})"
+    return _compare.write(_compare.compare(Path(first), Path(second)), Path(out), command)
 
 
 def run_article(

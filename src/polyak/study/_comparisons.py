@@ -27,11 +27,30 @@ EFFECT = 0.05
 POWER = 0.8
 MOST_SEEDS = 100_000
 MOST_RATIO = 4.0
+LARGEST_LOG = 700.0  # exp of more is no float
 
 
-def paired_log_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """`exp(mean(log(ours / theirs)))`, the geometric mean of the ratios, with its bootstrap interval."""
-    return bootstrap(np.log(np.asarray(ours) / np.asarray(theirs))).map(math.exp)
+def gains(
+    ours: Sequence[float] | Array,
+    theirs: Sequence[float] | Array,
+    lower_is_better: bool,
+    is_share: bool,
+) -> list[float]:
+    """How much better ours is by seed, positive if it is better: log ratios for a share, else differences."""
+    a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    change = np.log(a) - np.log(b) if is_share else a - b
+    signed: list[float] = ((-change if lower_is_better else change) + 0.0).tolist()
+    return signed
+
+
+def as_share(gain: float, lower_is_better: bool) -> float:
+    """A gain that is a (mean) log ratio, as a share of the other's value.
+
+    >>> round(as_share(0.1, True), 3), round(as_share(0.1, False), 3)
+    (0.095, 0.105)
+    """
+    sign = -1 if lower_is_better else 1
+    return sign * math.expm1(min(sign * gain, LARGEST_LOG))
 
 
 def improvement(ours: Sequence[float], theirs: Sequence[float], lower_is_better: bool) -> Interval:

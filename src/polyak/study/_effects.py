@@ -22,7 +22,6 @@ from polyak.study._text import percent, significant
 from polyak.study._tracking import rule_of
 
 SAME = 1e-9
-LARGEST_LOG = 700.0
 
 
 @dataclass(frozen=True)
@@ -115,17 +114,11 @@ class Effects:
 
     def _gains(self, arm: str, schedule: str, when: When) -> Sequence[float]:
         """Log ratios or differences by seed, positive where the arm is better."""
-        ours, theirs = map(np.array, self.pairs(arm, schedule, when))
-        gains = np.log(ours) - np.log(theirs) if self.is_share else ours - theirs
-        signed: list[float] = ((-gains if self.lower else gains) + 0.0).tolist()
-        return signed
+        return comparisons.gains(*self.pairs(arm, schedule, when), self.lower, self.is_share)
 
     def _as_gain(self, value: float) -> float:
         """A mean of log ratios as a share of the live weights' value."""
-        if not self.is_share:
-            return value
-        sign = -1 if self.lower else 1
-        return sign * math.expm1(min(sign * value, LARGEST_LOG))
+        return comparisons.as_share(value, self.lower) if self.is_share else value
 
     def _validation(self, arm: str, schedule: str) -> float:
         values = [

@@ -1,0 +1,123 @@
+"""Two studies compared: paired within common seeds, and what cannot be compared is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from polyak.cli import app
+from polyak.study import Metric
+from polyak.study._compare import compare, write
+from study_results import folder, loss, result, truth
+
+
+def better(arm: str, seed: int, *rest: Any) -> float:
+    """A second study whose seed n is the first's seed n + 3, 20 % better, and `long` 10 % worse."""
+    return truth(arm, seed + 3, *rest) * (1.1 if arm == "long" else 0.8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("compare")
+    second = result(12, better, batch_size=2)
+    return folder(place / "one", result()), folder(place / "two", second, first=3)
+
+
+def test_pairs_are_plain_computations(folders: tuple[Path, Path]) -> None:
+    found = compare(*folders)
+    assert found.seeds == (3, 4, 5, 6, 7, 8)
+    gains = {(p.schedule, p.arm): p for p in found.pairings}
+    assert len(gains) == 2 * 6
+    for (schedule, arm), pairing in gains.items():
+        first = [truth(arm, n, schedule, 0.1, "test") for n in found.seeds]
+        second = [better(arm, n - 3, schedule, 0.1, "test") for n in found.seeds]
+        assert pairing.first.estimate == pytest.approx(np.mean(first))
+        assert pairing.second.estimate == pytest.approx(np.mean(second))
+        ratio = stats.gmean(np.array(second) / first)
+        assert (
+            pairing.gain.estimate
+            == pytest.approx(1 - ratio)
+            == pytest.approx(0.2 if arm != "long" else -0.1)
+        )
+        assert pairing.improvement.estimate == (arm != "long")
+
+
+def test_the_other_way_round_every_gain_is_the_opposite(folders: tuple[Path, Path]) -> None:
+    there, back = compare(*folders), compare(*reversed(folders))
+    for a, b in zip(there.pairings, back.pairings, strict=True):
+        assert (1 - a.gain.estimate) * (1 - b.gain.estimate) == pytest.approx(1)
+        assert a.improvement.estimate + b.improvement.estimate == 1 and a.p == b.p
+
+
+def test_conditions_that_differ_are_listed(folders: tuple[Path, Path]) -> None:
+    assert compare(*folders).differences == ("batch_size: 1 there, 2 now",)
+    assert compare(folders[0], folders[0]).differences == ()
+
+
+def test_a_study_is_as_good_as_itself(folders: tuple[Path, Path]) -> None:
+    for pairing in compare(folders[0], folders[0]).pairings:
+        assert (pairing.gain.estimate, pairing.p, pairing.improvement.estimate) == (0.0, 1.0, 0.5)
+
+
+def test_a_seed_without_a_number_is_left_out(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def holed(arm: str, seed: int, *rest: Any) -> float | None:
+        return None if (arm, seed) == ("long", 4) else truth(arm, seed, *rest)
+
+    found = compare(folders[0], folder(tmp_path / "holed", result(value=holed)))
+    seeds = {(p.schedule, p.arm): p.gain.seeds for p in found.pairings}
+    assert {arm for (_, arm), count in seeds.items() if count == 8} == {"long"}
+    assert {count for (_, arm), count in seeds.items() if arm != "long"} == {9}
+
+
+def broken(place: Path, text: str) -> Path:
+    place.mkdir()
+    (place / "results.jsonl").write_text(text)
+    return place
+
+
+BAD = {
+    "no folder": (lambda place: place / "x", "has no results.jsonl"),
+    "no record": (lambda place: broken(place / "x", ""), "has no records"),
+    "no JSON": (lambda place: broken(place / "x", "{"), "line 1: not JSON"),
+    "a record of the article": (
+        lambda place: broken(place / "x", json.dumps({"seed": 0, "live": {}})),
+        "line 1: wanted a record of `polyak study run`",
+    ),
+    "no common seed": (lambda place: folder(place / "x", result(2), first=50), "a seed"),
+    "no common metric": (
+        lambda place: folder(place / "x", result(2, metrics={"other": Metric(loss)})),
+        "the metric 'loss'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_compared_is_an_error(
+    make: Any, message: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = make(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compare(folders[0], other)
+    done = CliRunner().invoke(
+        app, ["study", "compare", str(folders[0]), str(other), "--out", str(tmp_path / "o")]
+    )
+    assert done.exit_code != 0 and not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_table_and_writes_the_page(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    done = CliRunner().invoke(app, ["study", "compare", *map(str, folders), "--out", out])
+    assert done.exit_code == 0, done.output
+    assert "20.0 % [20.0 %, 20.0 %]" in done.output and "differs: batch_size" in done.output
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "better in 10 and worse in 2" in text and "--out" in text
+    assert write(compare(*folders), tmp_path / "again", "c").is_file()
