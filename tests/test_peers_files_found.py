@@ -107,7 +107,7 @@ def averager_state() -> dict[str, Any]:
 class Laid(NamedTuple):
     """A file's content, and what must be found: the value of each state by name, clock, rule, the rest."""
 
-    content: dict[str, Any]
+    content: Any
     live: float | None = 1.0
     averages: dict[str, float] = {"average": 2.0}  # noqa: RUF012
     clock: Clock | None = None
@@ -145,6 +145,17 @@ LAYOUTS: dict[str, Laid] = {
     "averages by decay below one key": Laid(
         {"model": state(1), "ema": {"0.99": state(2), "0.999": state(3)}},
         averages={"ema.0.99": 2.0, "ema.0.999": 3.0},
+    ),
+    "averages by decay that is a number": Laid(
+        {"model": state(1), "ema": {0.99: state(2), 0.999: state(3)}},
+        averages={"ema.0.99": 2.0, "ema.0.999": 3.0},
+    ),
+    "weights that were kept while the model had the average": Laid(
+        {"model": state(1), "ema": {"shadow": state(2), "backup": state(9)}}, left={"ema.backup": ALL},
+    ),
+    "the same, without a model beside": Laid({"ema": {"shadow": state(2), "backup": state(1)}}),
+    "a model and an optimizer in a tuple": Laid(
+        (state(1), optimizer_state()), averages={}, left={"1": 3}
     ),
     "one state dict among others in a tuple": Laid(
         {"ckpt": (state(1), optimizer_state(), 3)}, averages={}, left={"ckpt.1": 3}
@@ -311,7 +322,9 @@ def test_every_state_dict_is_found_and_accounted_for(tmp_path: Path, layout: Lai
 
 
 FLAT = [
-    name for name, layout in LAYOUTS.items() if all(map(torch.is_tensor, layout.content.values()))
+    name
+    for name, layout in LAYOUTS.items()
+    if isinstance(layout.content, dict) and all(map(torch.is_tensor, layout.content.values()))
 ]
 
 

@@ -184,6 +184,8 @@ def _content(source: Source, names: Names) -> Found:
         return Found(path, plain, opened, names)
     assert isinstance(opened, (OpenFile, Member))
     held, aside, _ = _loaded(path, opened)
+    if isinstance(held, (list, tuple)) and any(isinstance(one, Mapping) for one in held):
+        held = {str(place): one for place, one in enumerate(held)}
     if not isinstance(held, Mapping) or (type_of(held) in aside and not held):
         raise ValueError(
             f"{path} holds a {type_of(held)}, wanted a dictionary: load it in the project that wrote it, "

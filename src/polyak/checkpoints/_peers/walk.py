@@ -26,6 +26,8 @@ AVERAGES = frozenset(
 """Words of a key under which an average lies."""
 OPTIMIZERS = frozenset({"opt", "optim", "optims", "optimizer", "optimizers"})
 """Words of a key under which an optimizer's state lies."""
+_KEPT = frozenset({"backup", "backups", "collected"})
+"""Words of a key, beside an average, of the live weights that were kept while the model had the average."""
 LIVE_KEYS = (
     "", "state_dict", "model", "model_state_dict", "net", "weights", "module", "params",
 )  # fmt: skip
@@ -129,7 +131,7 @@ def _inner(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {}
     return {
-        str(key) if type(key) in (str, int) else f"[{place}]": one
+        str(key) if type(key) in (str, int, float) else f"[{place}]": one
         for place, (key, one) in enumerate(value.items())
     }
 
@@ -139,6 +141,8 @@ def _role(key: str, role: Role) -> Role:
     found = words(key)
     if role == "optimizer" or found & OPTIMIZERS:
         return "optimizer"
+    if found & _KEPT:
+        return "other"
     return "average" if role == "average" or found & AVERAGES else "other"
 
 
