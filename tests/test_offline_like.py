@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from polyak import Averager, checkpoints, offline
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._zip_checksums import _far_place
 from test_distributed import TILINGS, WHOLE, split
+from test_reading import saved_bytes, tarred
 
 
 class Strange:
@@ -245,6 +247,22 @@ def test_a_tied_head_of_the_inputs_is_written_once(folder: Path, tmp_path: Path)
     done = command("average", *files, "--like", folder, "--out", tmp_path / "by", "--verify")
     assert done.exit_code == 0, done.output
     assert "not copied from" in done.stderr and "optimizer.pt" in done.stderr
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_checkpoint_in_a_tar_archive(tmp_path: Path, old: bool) -> None:
+    for value in (1.0, 3.0):
+        weights = saved_bytes(value, old=old)
+        tarred(
+            tmp_path / f"{value:g}.nemo", {"config.yaml": b"a: 1", "model_weights.ckpt": weights}
+        )
+    files, out = [tmp_path / "1.nemo", tmp_path / "3.nemo"], tmp_path / "new.nemo"
+    made = offline.average(files)
+    checkpoints.write_like(out, files[1], made)
+    checkpoints.read(out).verify()
+    assert offline.verify(made, checkpoints.read(out).weights()) == len(made)
+    with tarfile.open(out) as archive:
+        assert archive.getnames() == ["config.yaml", "model_weights.ckpt"]
 
 
 class TestFoldersOfTorchDistributed:

@@ -92,8 +92,7 @@ class DistributedTensors(LazyTensors):
             if place is None:
                 return ()
             ranges = tuple((part.start, part.stop) for part in chunk.within(outer))
-            _, start, length = self._places[name, *chunk.offsets]
-            found.append(place._replace(ranges=ranges, archive=(start, length)))
+            found.append(place._replace(ranges=ranges))
         return tuple(found)
 
     def verify(self) -> Verified:

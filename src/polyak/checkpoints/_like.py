@@ -136,7 +136,8 @@ def _replace(
             if add is not None:
                 add(weights.specs[name].nbytes)
         for (path, archive), places_of in changed.items():
-            renew_checksums(files[path], places_of, *(archive or (0, path.stat().st_size)))
+            if archive is not None:
+                renew_checksums(files[path], places_of, *archive)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

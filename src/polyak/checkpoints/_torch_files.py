@@ -145,7 +145,7 @@ def _load_archive(region: _Region) -> Loaded:
         if record is None or record.nbytes != storage.nbytes:
             has = "is missing" if record is None else f"has {record.nbytes}"
             raise ValueError(f"storage {storage.key[:100]!r} of {storage.nbytes} bytes {has}")
-        storage.span = record
+        storage.span, storage.archive = record, (region.start, region.length)
     return Loaded(value, pickles.survey(value, len(data)), list(records.values()))
 
 

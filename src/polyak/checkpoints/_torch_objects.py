@@ -42,13 +42,14 @@ OF_DTYPE = "a tensor of the dtype "
 class Storage(Inert):
     """A storage as a pickle describes it, and its place in the file once that is known."""
 
-    __slots__ = ("dtype", "key", "nbytes", "span")
+    __slots__ = ("archive", "dtype", "key", "nbytes", "span")
 
     def __init__(self, key: str, nbytes: int, dtype: torch.dtype) -> None:
         self.key = key
         self.nbytes = nbytes
         self.dtype = dtype
         self.span: FileSpan
+        self.archive: tuple[int, int] | None = None
 
 
 class StoredTensor(Inert):
@@ -95,8 +96,8 @@ class StoredTensor(Inert):
 
     def place(self) -> Place | None:
         """Where it lies in its file, if its elements are stored as they are."""
-        span = self._storage.span
-        at = Place(span.file.path, span.start, span.nbytes, self._offset, self._stride)
+        span, archive = self._storage.span, self._storage.archive
+        at = Place(span.file.path, span.start, span.nbytes, self._offset, self._stride, (), archive)
         return None if self._flags else at
 
     @property

@@ -53,10 +53,8 @@ class _Slice(io.RawIOBase):
 def renew_checksums(file: BinaryIO, places: Iterable[Place], begin: int, size: int) -> None:
     """Give the changed records of an archive their CRC-32, in its directory and behind the records.
 
-    The archive lies in the file from byte `begin` on. Nothing is done for a file that is no archive.
+    The archive lies in the file from byte `begin` on.
     """
-    if system.pread(file.fileno(), 4, begin) != b"PK\3\4":
-        return
     with zipfile.ZipFile(_Slice(file, begin, size)) as archive:
         start, entries = begin + archive.start_dir, archive.infolist()
     if not any(entry.CRC for entry in entries):
