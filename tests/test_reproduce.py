@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from polyak.cli import app
 from polyak.study import Region
+from polyak.study import _reproduce_decisions as decisions
 from polyak.study import _reproduce_engine as engine
 from polyak.study import _reproduce_exact as exact
 from polyak.study import _reproduce_trained as trained
@@ -18,17 +19,18 @@ from polyak.study._reproduce import Line, Reproduced, reproduce
 from polyak.study._statistics import Interval, bootstrap
 
 PAGE = Path(__file__).parent.parent / "docs/reproduced.md"
-ALL = [*exact.lines(), *engine.lines()]
+ALL = [*exact.lines(), *decisions.lines(), *engine.lines()]
 FAST = [
     *exact._acting(),
-    *exact._two_seeds(),
+    *exact._merging(),
+    *decisions._two_seeds(),
     *(line for line in ALL if "lag of the EMA" in line.sentence or "gamma" in line.sentence),
 ]
 
 
 def test_fast_lines_hold() -> None:
     found = reproduce(FAST)
-    assert len(found.outcomes) >= 14 and not found.missed
+    assert len(found.outcomes) >= 18 and not found.missed
     assert {outcome.verdict for outcome in found.outcomes} == {"holds"}
 
 
@@ -138,6 +140,7 @@ def test_the_command_ends_with_1_where_a_line_does_not_hold(
     wrong = [Line.figure("t", "wrong", "s", 1, 0.1, lambda: 2.0)]
     monkeypatch.setattr(exact, "lines", lambda: wrong)
     monkeypatch.setattr(engine, "lines", list)
+    monkeypatch.setattr(decisions, "lines", list)
     done = CliRunner().invoke(app, ["study", "reproduce", "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "polyak: 1 of 1 lines do not hold" in done.stderr

@@ -156,13 +156,16 @@ def reproduce(
     """
     from rich.console import Console
 
-    from polyak.study import _reproduce_engine, _reproduce_exact, _reproduce_trained
+    from polyak.study import _reproduce_decisions as decisions
+    from polyak.study import _reproduce_engine as engine
+    from polyak.study import _reproduce_exact as exact
+    from polyak.study import _reproduce_trained as trained
     from polyak.study._reproduce import reproduce
     from polyak.study._terminal import Seeds
 
-    lines = [*_reproduce_exact.lines(), *_reproduce_engine.lines()]
+    lines = [*exact.lines(), *decisions.lines(), *engine.lines()]
     if studies:
-        lines += _reproduce_trained.lines(out, jobs=jobs)
+        lines += trained.lines(out, jobs=jobs)
     with Seeds(Console(stderr=True), "lines") as progress:
         found = reproduce(lines, progress=progress)
     table = found.table()

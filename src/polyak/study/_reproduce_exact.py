@@ -1,12 +1,10 @@
-"""Lines that follow exactly: the noisy quadratic, scaling rules, feedback, post-hoc averages, two seeds."""
+"""Lines that follow exactly: the noisy quadratic, scaling rules, feedback, post-hoc averages, merges."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from functools import cache, partial
-from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,11 +17,13 @@ from polyak.theory import (
     coefficients,
     feedback,
     fit,
-    learning_rates,
+    learning_rate_decay,
     noise_gain,
     profile,
+    qam,
     quadratic_moments,
     ramp_lag,
+    wsm,
 )
 
 _EXACT = 0.002  # the figures have three or four digits
@@ -33,7 +33,7 @@ _STEP = 0.1  # learning rate * curvature
 def lines() -> list[Line]:
     """All exact lines."""
     return [
-        *_quadratic(), *_acting(), *_scaling(), *_cadence(), *_post_hoc(), *_schedules(), *_two_seeds(),
+        *_quadratic(), *_acting(), *_scaling(), *_cadence(), *_post_hoc(), *_merging(),
     ]  # fmt: skip
 
 
@@ -182,98 +182,32 @@ def _inner_product() -> float:
     return product / ((a + 1) * (b + 1) / ((a + b + 1) * steps))
 
 
-class Least(NamedTuple):
-    """The least losses over learning rates: live, the best EMA at that rate, the best EMA at its own."""
-
-    live: float
-    same: float
-    own: float
-    raised: float
-
-
-@cache
-def _least(schedule: str, batch: int, steps: int = 3000) -> Least:
-    """Of 300 directions h = 1/i with gradient noise h / batch, after 3000 steps with 1 % warm-up."""
-    h, peaks = 1 / np.arange(1, 301), np.geomspace(0.02, 1.9, 20)
-    shares = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
-    rules = [Exponential(0.0), *(Exponential(half_life=share * steps) for share in shares)]
-    rates = np.outer(peaks, learning_rates(schedule, steps, warmup=0.01))
-    moments = quadratic_moments([profile(rule, steps) for rule in rules], rates, h)
-    losses = moments.loss(h, h / batch)
-    base, emas = int(losses[0].argmin()), losses[1:]
-    own = float(peaks[int(emas.min(axis=0).argmin())] / peaks[base])
-    return Least(float(losses[0, base]), float(emas[:, base].min()), float(emas.min()), own)
-
-
-def _schedules() -> Iterator[Line]:
-    topic, noises = "schedules on the quadratic, best learning rates, three noises", (1, 10, 100)
-
-    def over(measure: str, schedule: str, worst: object) -> float:
-        found = [_least(schedule, batch) for batch in noises]
-        gains = [1 - getattr(each, measure) / each.live for each in found]
-        return float(worst(gains))  # type: ignore[operator]
-
+def _merging() -> Iterator[Line]:
+    topic = "merging 8 checkpoints as if the learning rate had decayed"
     yield Line.claim(
-        topic, "constant rate: least gain of an EMA at the live weights' rate",
-        "large: Nemotron 3 Super 2026, arXiv 2604.12374", Region.above(0.2), lambda: over("same", "constant", min),
+        topic, "weights of a linear decay: largest distance from the plain mean", "WSM, arXiv 2507.17634",
+        Region.below(1e-12), lambda: float(np.abs(wsm(learning_rate_decay("linear", 8)) - 1 / 8).max()),
     )  # fmt: skip
     yield Line.claim(
-        topic, "cosine to 0: largest gain of an EMA at the live weights' rate",
-        "gone: arXiv 2604.12374; Ajroldi et al. 2025, arXiv 2502.06761", Region.below(0.09),
-        lambda: over("same", "cosine", max),
+        topic, "quadratic-accurate weights, cosine: distance from gradient descent with that decay",
+        "QAM 2026: exact on a quadratic", Region.below(1e-12), partial(_merging_error, quadratic=True),
     )  # fmt: skip
     yield Line.claim(
-        topic, "cosine to 0: largest gain of an EMA at its own rate", "arXiv 2502.06761", Region.below(0.09),
-        lambda: over("own", "cosine", max),
-    )  # fmt: skip
-    yield Line.claim(
-        topic, "1/sqrt with an EMA / cosine to 0 without: largest ratio of losses",
-        "comparable: Anytime Pretraining 2026, arXiv 2602.03702", Region.below(1.05),
-        lambda: max(_least("inverse_sqrt", b).own / _least("cosine", b).live for b in noises),
-    )  # fmt: skip
-    yield Line.claim(
-        topic, "constant rate with an EMA / cosine to 0 without: largest ratio of losses",
-        "comparable: Anytime Pretraining 2026, arXiv 2602.03702", Region.below(1.05),
-        lambda: max(_least("constant", b).own / _least("cosine", b).live for b in noises),
-    )  # fmt: skip
-    yield Line.claim(
-        topic, "constant rate: best rate of an EMA / of the live weights, least",
-        "an EMA needs less decay of the rate: arXiv 2411.18704", Region.above(1.5),
-        lambda: min(_least("constant", b).raised for b in noises),
-    )  # fmt: skip
-
-
-# The change of four metrics, in %, by one decay (.999 -> .9995), in two comparisons over 2 seeds each.
-_TWICE = ((-0.5, 2.2), (-2.7, -0.4), (-0.4, 2.6), (1.4, 2.7))
-
-
-def _two_seeds() -> Iterator[Line]:
-    topic, source = (
-        "one decay, judged over 2 seeds, twice",
-        "wandb/senpai, pull requests 2141 and 2244",
-    )
-    yield Line.claim(
-        topic, "metrics of 4 whose sign should flip, by the spread of the 8 figures; 2 did", source,
-        Region.between(1, 3), _expected_flips,
+        topic, "the plain weights of the same decay: the distance that is left", "WSM keeps the gradients of the run",
+        Region.above(1e-3), partial(_merging_error, quadratic=False),
     )  # fmt: skip
     yield Line.figure(
-        topic, "probability that two such verdicts contradict, for a change that helps in 3 of 4 seeds",
-        "2 p (1 - p), p = Phi(sqrt 2 Phi^-1(.75))", 0.282, 0.005, lambda: _contradict(0.75, 2),
-    )  # fmt: skip
-    yield Line.claim(
-        topic, "the same over 16 seeds", "2 p (1 - p), p = Phi(4 Phi^-1(.75))", Region.below(0.01),
-        lambda: _contradict(0.75, 16),
+        "warm-up min(d, (1 + n) / (10 + n))", "mean age after 1000 steps / steps", "TensorFlow's num_updates; derived: 1 / 10",
+        0.1, 0.01, lambda: ramp_lag(profile("exponential(ratio(0.9999))", 1000)) / 1000,
     )  # fmt: skip
 
 
-def _expected_flips() -> float:
-    """Each metric's mean is its effect; the difference of a pair has twice the variance of one figure."""
-    deviation = math.sqrt(sum((a - b) ** 2 for a, b in _TWICE) / (2 * len(_TWICE)))
-    up = [NormalDist().cdf((a + b) / 2 / deviation) for a, b in _TWICE]
-    return math.fsum(2 * p * (1 - p) for p in up)
-
-
-def _contradict(share: float, seeds: int) -> float:
-    """Normal differences that help in a share of seeds: two means over so many seeds differ in sign."""
-    p = NormalDist().cdf(math.sqrt(seeds) * NormalDist().inv_cdf(share))
-    return 2 * p * (1 - p)
+def _merging_error(quadratic: bool) -> float:
+    """Gradient descent on curvatures 1 and .1 with rate .5: a merge against a run whose rate decays."""
+    multipliers, curvatures = learning_rate_decay("cosine", 8), np.array([1.0, 0.1])
+    checkpoints, decayed = [np.ones(2)], np.ones(2)
+    for w in multipliers:
+        checkpoints.append(checkpoints[-1] * (1 - 0.5 * curvatures))
+        decayed = decayed * (1 - 0.5 * w * curvatures)
+    weights = (qam if quadratic else wsm)(multipliers)
+    return float(np.abs(weights @ np.stack(checkpoints) - decayed).max())
