@@ -13,12 +13,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import schedulefree  # type: ignore[import-untyped]
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from accelerate.state import GradientState  # type: ignore[import-untyped]
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from schedulefree import AdamWScheduleFree  # type: ignore[import-untyped]
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -429,6 +430,50 @@ def test_an_optimizer_that_averages_itself_is_told(
     ):
         attachment = Averager(model, "exponential(0.9)").attach(wrap(inner))
     attachment.remove()
+
+
+SCHEDULE_FREE = {
+    kind
+    for name, kind in vars(schedulefree).items()
+    if "ScheduleFree" in name and isinstance(kind, type)
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: inner, accelerated], ids=["alone", "accelerate's"])
+@pytest.mark.parametrize("kind", sorted(SCHEDULE_FREE, key=lambda kind: kind.__name__))
+def test_every_schedule_free_optimizer_is_told_and_followed(
+    kind: Any, wrap: Callable[[Any], Any]
+) -> None:
+    """Also those that take a closure, and those around another optimizer."""
+    torch.manual_seed(0)
+    model, wraps = nn.Linear(2, 1), "Wrapper" in kind.__name__
+    inner = kind(plain(model)) if wraps else kind(model.parameters(), lr=0.1)
+    closed = kind.__name__.endswith("Closure")
+    where = "the weights after each step are that" if closed else r"eval\(\) writes that"
+    averager = Averager(model, Uniform())
+    with pytest.warns(
+        UserWarning, match=f"{kind.__name__} averages the weights itself, and {where}"
+    ):
+        averager.attach(optimizer := wrap(inner))
+    if not closed:
+        inner.train()
+    taken = []
+    for _ in range(3):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 2)).square().mean()
+            loss.backward()
+            return loss  # type: ignore[no-any-return]
+
+        if closed:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        taken.append(model.weight.detach().clone())
+    assert averager.count == 3
+    torch.testing.assert_close(averager.average()["weight"], torch.stack(taken).mean(0))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_INSIDE = ("optimizer", "base_optimizer", "optim")
+_INSIDE = ("optimizer", "base_optimizer", "optim", "base")
 """The attributes in which optimizers and their wrappers keep the optimizer inside them."""
 
 Flags = list[Tensor | None]
@@ -45,7 +45,7 @@ class Attachment:
                 f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
             )
         for chain in chains:
-            _warn_of_own_average(chain[-1])
+            _warn_of_own_average(chain)
         scalers = (scaler, *(getattr(member, "scaler", None) for member in members))
         self._scaled = any(each is not None for each in scalers)
         self._step = step
@@ -180,21 +180,33 @@ def _nested(optimizer: Any) -> Iterator[Any]:
         optimizer = next((each for each in inside if callable(getattr(each, "step", None))), None)
 
 
-def _warn_of_own_average(optimizer: Any) -> None:
+def _warn_of_own_average(chain: Sequence[Any]) -> None:
     """Warn if an optimizer averages the weights itself: it is one of schedule-free, or ASGD."""
-    modes = (getattr(optimizer, name, None) for name in ("train", "eval"))
-    if all(map(callable, modes)):
-        own = "eval() writes that average into the model"
-    elif isinstance(optimizer, torch.optim.ASGD):
-        own = 'state[parameter]["ax"] is that average'
-    else:
-        return
-    warnings.warn(
-        f"attach: {type(optimizer).__name__} averages the weights itself, and {own}. This averager "
-        "makes a second average, of the weights after each step, at which the next gradients are taken. "
-        "Evaluate the optimizer's own average first: you may not need another",
-        stacklevel=4,
+    for optimizer in reversed(chain):  # accelerate's wrapper has what the optimizer inside has
+        if own := _own_average(optimizer, innermost=optimizer is chain[-1]):
+            warnings.warn(
+                f"attach: {type(optimizer).__name__} averages the weights itself, and {own}. Evaluate "
+                "the optimizer's own average first: you may not need another",
+                stacklevel=4,
+            )
+            return
+
+
+def _own_average(optimizer: Any, *, innermost: bool) -> str:
+    """Where an optimizer has its average, and what an averager would average; empty if it has none."""
+    second = (
+        "This averager makes a second average, of the weights after each step, at which the next "
+        "gradients are taken"
     )
+    if isinstance(optimizer, torch.optim.ASGD):
+        return f'state[parameter]["ax"] is that average. {second}'
+    modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+    known = "weight_lr_power" in {*vars(optimizer), *getattr(optimizer, "defaults", ())}
+    if modes and (known or innermost):
+        return f"eval() writes that average into the model. {second}"
+    if known:  # schedule-free with a closure, in which alone the model has other weights
+        return "the weights after each step are that average. This averager makes an average of averages"
+    return ""
 
 
 def _runs_hooks(optimizer: Any) -> bool:
