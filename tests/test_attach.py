@@ -432,7 +432,7 @@ def test_an_optimizer_that_averages_itself_is_told(
     attachment.remove()
 
 
-SCHEDULE_FREE = {
+SCHEDULE_FREE: set[Any] = {
     kind
     for name, kind in vars(schedulefree).items()
     if "ScheduleFree" in name and isinstance(kind, type)
