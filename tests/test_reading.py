@@ -241,7 +241,7 @@ averager = polyak.Averager({"w": torch.zeros(1 << 18), "v": torch.zeros(1 << 18)
 for i in range(4):
     averager.update()
 while True:
-    polyak.save(sys.argv[1], averager)
+    polyak.save(sys.argv[1], averager, overwrite=True)
     averager = polyak.Averager({k: torch.full((1 << 18,), averager.average()["w"][0] + 1) for k in "wv"}, "window(4)")
     for i in range(4):
         averager.update()
