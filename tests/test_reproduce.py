@@ -149,3 +149,24 @@ def test_the_command_ends_with_1_where_a_line_does_not_hold(
 
 def test_a_table_needs_no_outcome() -> None:
     assert "0 of 0 hold" in Reproduced(()).table().note
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--out", "file"], "file is a file, wanted a folder"),
+        (
+            ["--studies", "--jobs", "0", "--out", "new"],
+            "jobs is 0, wanted a number of processes, or -1",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(
+    options: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    monkeypatch.setattr("polyak.study._reproduce.reproduce", lambda *_, **__: pytest.fail("ran"))
+    done = CliRunner().invoke(app, ["study", "reproduce", *options])
+    assert done.exit_code == 2 and wanted in done.stderr and not done.stdout
+    assert not Path("new").exists()

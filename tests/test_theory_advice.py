@@ -159,13 +159,15 @@ def test_what_cannot_be_advised_on_is_refused(options: dict[str, Any], wanted: s
     assert wanted in str(caught.value)
 
 
-def test_the_command_prints_the_advice_and_the_peers_calls() -> None:
-    options = ["--steps", "400", "--schedule", "cosine", "--batch", "10"]
-    done = CliRunner().invoke(app, ["advise", *options])
-    advice = advise(400, schedule="cosine", batch=10)
-    assert done.exit_code == 0, done.output
-    assert done.stdout.startswith(str(advice))
-    assert all(call in done.stdout for call in equivalents(advice.rule).values())
+def test_the_command_prints_the_advice_and_the_peers_calls_of_an_average_that_is_worth_it() -> None:
+    for schedule, worth in (("constant", True), ("cosine", False)):
+        options = ["--steps", "400", "--schedule", schedule, "--batch", "10"]
+        done = CliRunner().invoke(app, ["advise", *options])
+        advice = advise(400, schedule=schedule, batch=10)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith(str(advice)) and advice.worth == worth
+        calls = equivalents(advice.rule).values()
+        assert calls and all((call in done.stdout) == worth for call in calls)
     found = CliRunner().invoke(app, ["advise", *options, "--json"])
     assert json.loads(found.stdout) == json.loads(json.dumps(advice.as_dict()))
 

@@ -65,6 +65,8 @@ def advise(
 def _print(advice: Advice) -> None:
     from polyak.theory import equivalents
 
-    say(f"{advice}\n\nThe same average ({advice.rule}), updated every step:")
-    for call in equivalents(advice.rule).values():
-        say(f"  {call}")
+    say(str(advice))
+    if advice.worth:
+        say(f"\nThe same average ({advice.rule}), updated every step:")
+        for call in equivalents(advice.rule).values():
+            say(f"  {call}")

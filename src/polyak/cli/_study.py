@@ -156,6 +156,7 @@ def reproduce(
     """
     from rich.console import Console
 
+    from polyak._files import making_folder
     from polyak.study import _reproduce_decisions as decisions
     from polyak.study import _reproduce_engine as engine
     from polyak.study import _reproduce_exact as exact
@@ -166,7 +167,7 @@ def reproduce(
     lines = [*exact.lines(), *decisions.lines(), *engine.lines()]
     if studies:
         lines += trained.lines(out, jobs=jobs)
-    with Seeds(Console(stderr=True), "lines") as progress:
+    with making_folder(out), Seeds(Console(stderr=True), "lines") as progress:
         found = reproduce(lines, progress=progress)
     table = found.table()
     print_table(("verdict", "expected", "got", "what"), [_short(row) for row in table.rows], left=4)

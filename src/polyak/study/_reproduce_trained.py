@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+from polyak._checks import is_integer, require
 from polyak.study._judging import interval, over_seeds
 from polyak.study._recipes import opened_recipe
 from polyak.study._reproduce import Line
@@ -19,7 +20,11 @@ _SEEDS = 8  # with fewer, no claim is decided
 
 
 def lines(folder: Path, *, jobs: int = -1, names: tuple[str, ...] = NAMES) -> list[Line]:
-    """The claims of the recipes; their runs are stored below a folder, and resumed from there."""
+    """The claims of the recipes; their runs are stored below a folder, and resumed from there.
+
+    Raises `ValueError` for a number of processes that is not one.
+    """
+    require(is_integer(jobs, 1) or jobs == -1, "jobs", jobs, "a number of processes, or -1")
     found = []
     for name in names:
         with opened_recipe(name) as recipe:
