@@ -101,12 +101,21 @@ def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, fl
     }
 
 
-def train(seed: int, max_epochs: int = 500) -> Outcome:
+def train(
+    seed: int,
+    max_epochs: int = 500,
+    order: torch.Generator | None = None,
+    dropout: int | None = None,
+) -> Outcome:
+    """One run. The article seeds everything at once; `order` and `dropout` seed their draws apart."""
     x_train, x_val, y_train, y_val = load_data()
     torch.manual_seed(seed)
     model = Network()
     ema = copy.deepcopy(model)
-    loader = DataLoader(TensorDataset(x_train, y_train), batch_size=32, shuffle=True)
+    data = TensorDataset(x_train, y_train)
+    loader = DataLoader(data, batch_size=32, shuffle=True, generator=order)
+    if dropout is not None:
+        torch.manual_seed(dropout)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
     criterion = nn.MSELoss()
