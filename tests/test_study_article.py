@@ -9,7 +9,8 @@ import torch
 
 from polyak.study import Study, recipes
 from polyak.study._loop import Run, alone, train
-from polyak.study.recipes.article import data, study
+from polyak.study.recipes._regression import data
+from polyak.study.recipes.article import study
 from study_cases import plain_article
 
 
