@@ -51,10 +51,13 @@ class Article:
 
     def facts(self, world: World) -> set[str]:
         """The situations that say whether the next call is refused."""
-        now, facts = _form(world.model), set()
+        (firsts, shapes), facts = _form(world.model), set()
         due = self.calls.calls % self.every == 0
-        if now != self.form:
-            facts = {"changed" if due and now[1] != self.form[1] else "changed elsewhere"}
+        if (firsts, shapes) != self.form:
+            names = {*self.names["average"], *self.names["copy"]}  # ignored ones are left alone
+            changed = {n for n, first in self.form[0].items() if first in names}
+            lost = any(shapes.get(name) != self.form[1][name] for name in changed)
+            facts = {"changed" if due and lost else "changed elsewhere"}
         facts |= set(shared(entries(world.model))) & {"lazy view"}
         return facts | ({"other block"} if world.blocks else set())
 
