@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -144,6 +145,11 @@ def expose(write: Callable[[Tensor], object]) -> Callable[[Net], object]:
     return do
 
 
+def narrow_and_replace(model: Net) -> None:
+    model.first.half()
+    model.first = copy.deepcopy(model.first).float()
+
+
 WAYS = {
     "written in place": Way(expose(lambda w: w.add_(1.0)), "first.weight was written to"),
     "a row of it": Way(expose(lambda w: w[0].zero_()), "first.weight was written to"),
@@ -158,6 +164,7 @@ WAYS = {
     "another dtype": Way(lambda m: set_data(m, torch.ones(2, 3).double()), "weight was moved"),
     "transposed": Way(lambda m: set_data(m, m.first.weight.data.view(3, 2)), "weight was moved"),
     "through another dtype": Way(lambda m: m.half().float(), "first.weight was moved"),
+    "narrowed, then replaced by a wide copy": Way(narrow_and_replace, "first.weight was replaced"),
     "freed memory": Way(free, "first.weight was moved"),
     "replaced by name": Way(
         lambda m: setattr(m.first, "weight", nn.Parameter(torch.zeros(2, 3))),

@@ -104,7 +104,7 @@ class Lent:
         for i in misfits:
             self._write(i, self._pairs.live[i], self._pairs.asides[i])
         if self._now is not None:
-            self._follow(self._now)
+            self._follow(self._now, misfits)
 
     def restore(self) -> None:
         """Sets the old versions, where the old contents are back."""
@@ -187,13 +187,14 @@ class Lent:
         if error := failure(write):
             self._tell(f"{self._pairs.items[i].name} could not be given back", error)
 
-    def _follow(self, now: Mapping[str, Tensor]) -> None:
+    def _follow(self, now: Mapping[str, Tensor], misfits: set[int]) -> None:
         """Writes the live content also into the tensors that have replaced those of the start."""
+        live, asides = self._pairs.live, self._pairs.asides
         strays = [(i, tensor) for i, tensor, _ in self._pairs.strays(now)]
         for i, tensor in [*self._pairs.renewed(now), *strays]:
-            live = self._pairs.live[i]
-            if tensor is not None and tensor is not live:
-                self._write(i, tensor, live)
+            if tensor is not None and tensor is not live[i]:
+                # A misfit may have a narrower dtype by now: the content is whole beside it alone.
+                self._write(i, tensor, asides[i] if i in misfits else live[i])
 
 
 def _fills_storage(tensor: Tensor) -> bool:
