@@ -162,6 +162,17 @@ def test_tensors_that_are_apart_are_averaged_apart(kind: str) -> None:
     assert_the_average_comes_and_goes(model)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in APART if isinstance(APART[kind], Mapping)])
+def test_a_block_on_one_lets_the_others_be_updated(kind: str) -> None:
+    model = APART[kind]
+    first, *rest = [item.name for item in Averager(model, Uniform()).tracked if item.stored]
+    one, other = Averager(model, Uniform(), select=first), Averager(model, Uniform(), select=rest)
+    one.update()
+    with one.applied():
+        other.update()
+    assert other.count == 1
+
+
 @pytest.mark.parametrize("kind", OVERLAPPING)
 def test_tensors_that_overlap_are_refused_by_name(kind: str) -> None:
     model, message = OVERLAPPING[kind]
@@ -393,6 +404,8 @@ def test_overlaps_are_those_found_byte_by_byte(drawn: list[Tensor], marking: boo
         for (a, x), (b, y) in combinations(plain, 2)
         if not touched(x).isdisjoint(touched(y))
     }
+    for x, y in combinations(drawn, 2):
+        assert bool(memory.meeting([x], [y])) == (not touched(x).isdisjoint(touched(y)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "FEW", 0 if marking else 32)
         found = memory.overlap(plain)

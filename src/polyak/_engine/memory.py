@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import accumulate, combinations
 from math import gcd
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -86,23 +87,34 @@ def of_one_storage(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
 
 
 def meeting(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
-    """The places in `a` of tensors whose stretch of memory, gaps included, meets that of one in `b`."""
-    taken: dict[torch.device, list[tuple[int, int]]] = {}
+    """The places in `a` of tensors that share memory with one in `b`."""
+    taken: dict[torch.device, list[_Stretch]] = {}
     for tensor in b:
         if (start := address(tensor)) is not None:
-            taken.setdefault(tensor.device, []).append((start, start + _reach(tensor)))
+            stretch = _Stretch(start, start + _reach(tensor), "", tensor)
+            taken.setdefault(tensor.device, []).append(stretch)
     ends = {}
     for device, stretches in taken.items():
-        stretches.sort()
-        ends[device] = list(accumulate((end for _, end in stretches), max))
+        stretches.sort(key=_START)
+        ends[device] = list(accumulate((stretch.stop for stretch in stretches), max))
     found = []
     for i, tensor in enumerate(a):
         start = address(tensor)
         if start is not None and tensor.device in taken:
-            begun = bisect_left(taken[tensor.device], (start + _reach(tensor),))
-            if begun and ends[tensor.device][begun - 1] > start:
+            stretch = _Stretch(start, start + _reach(tensor), "", tensor)
+            if _meets(stretch, taken[tensor.device], ends[tensor.device]):
                 found.append(i)
     return found
+
+
+def _meets(stretch: _Stretch, others: Sequence[_Stretch], ends: Sequence[int]) -> bool:
+    """Whether a tensor shares memory with another one; `ends` are the furthest stops up to each."""
+    at = bisect_left(others, stretch.stop, key=_START)
+    while at and ends[at - 1] > stretch.start:
+        at -= 1
+        if others[at].stop > stretch.start and _overlap(_span(stretch), _span(others[at])):
+            return True
+    return False
 
 
 class _Stretch(NamedTuple):
@@ -112,6 +124,9 @@ class _Stretch(NamedTuple):
     stop: int
     name: str
     tensor: Tensor
+
+
+_START = attrgetter("start")
 
 
 class _Span(NamedTuple):
