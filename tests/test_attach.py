@@ -432,23 +432,23 @@ def test_an_optimizer_that_averages_itself_is_told(
     attachment.remove()
 
 
-SCHEDULE_FREE: set[Any] = {
-    kind
+SCHEDULE_FREE = {
+    kind.__name__: kind
     for name, kind in vars(schedulefree).items()
     if "ScheduleFree" in name and isinstance(kind, type)
 }
 
 
 @pytest.mark.parametrize("wrap", [lambda inner: inner, accelerated], ids=["alone", "accelerate's"])
-@pytest.mark.parametrize("kind", sorted(SCHEDULE_FREE, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("name", sorted(SCHEDULE_FREE))
 def test_every_schedule_free_optimizer_is_told_and_followed(
-    kind: Any, wrap: Callable[[Any], Any]
+    name: str, wrap: Callable[[Any], Any]
 ) -> None:
     """Also those that take a closure, and those around another optimizer."""
     torch.manual_seed(0)
-    model, wraps = nn.Linear(2, 1), "Wrapper" in kind.__name__
+    kind: Any = SCHEDULE_FREE[name]
+    model, wraps, closed = nn.Linear(2, 1), "Wrapper" in name, name.endswith("Closure")
     inner = kind(plain(model)) if wraps else kind(model.parameters(), lr=0.1)
-    closed = kind.__name__.endswith("Closure")
     where = "the weights after each step are that" if closed else r"eval\(\) writes that"
     averager = Averager(model, Uniform())
     with pytest.warns(
