@@ -183,3 +183,44 @@ def test_a_pull_at_the_wrong_time_is_refused() -> None:
         averager.pull(0.5)
     with pytest.raises(KeyError, match="slow"):
         averager.pull(0.5, "slow")
+
+
+@pytest.mark.slow
+def test_in_a_trainer_it_is_one_line_of_a_hook() -> None:
+    """Lightning with the callback and a hook that pulls is the plain loop, bit for bit."""
+    import warnings
+
+    from lightning.pytorch import Callback
+
+    from integration_contract import RULES as AVERAGES
+    from integration_contract import STEPS, batches, loss, net, optimizer
+    from lightning_modules import made, trainer_of
+    from polyak.integrations.lightning import AveragerCallback
+
+    averages = AveragerCallback(AVERAGES)
+
+    class Pulls(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step % 2 == 0:
+                assert averages.averager is not None
+                averages.averager.pull(0.5, "fast")
+
+    module = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning, on a small run
+        trainer_of(averages, Pulls()).fit(module)
+    model = net()
+    steps, averager = optimizer(model), Averager(model, AVERAGES)
+    for step, batch in enumerate(batches()[:STEPS], 1):
+        loss(model, batch).backward()
+        steps.step()
+        steps.zero_grad()
+        averager.update()
+        if step % 2 == 0:
+            averager.pull(0.5, "fast")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    assert averages.averager is not None
+    for name in AVERAGES:
+        ours, wanted = averages.averager.average(name), averager.average(name)
+        assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())
