@@ -53,6 +53,8 @@ def test_effects_are_plain_computations(made: Result) -> None:
         ratios = np.array(ours) / live
         effect = found[arm]
         assert effects.mean(arm, "constant").estimate == pytest.approx(np.mean(ours))
+        middle = effects.mean(arm, "constant", "last", "iqm").estimate
+        assert middle == pytest.approx(stats.trim_mean(ours, 0.25))
         assert effect.gain.estimate == pytest.approx(1 - stats.gmean(ratios))
         assert effect.improvement.estimate == np.mean(ratios < 1)
         exact = stats.permutation_test(
@@ -180,6 +182,7 @@ BAD: dict[str, dict[str, Any]] = {
     "all zero": {"value": constantly(0.0), "metrics": {"loss": Metric(loss)}},
     "huge and tiny": {"value": lambda *place: 1e300 if place[0] == "live" else 1e-300},
     "HTML in names": {"title": "<b>&", "arms": {"<i>a</i>": "uniform()", '"x"': "window(2)"}},
+    "odd names of schedules": {"schedules": {"1/sqrt √": constant, "../a|b": cosine}},
     "one evaluated value each": {"claims": CLAIMS[4:]},
 }  # fmt: skip
 
@@ -192,5 +195,7 @@ def test_a_report_of_a_poor_result_is_written(fields: dict[str, Any], tmp_path: 
     failed = {"seed": 3, "schedule": "constant", "learning_rate": 0.1, "failed": "ValueError: <x>"}
     page = write(Result(made.study, made.records, [failed]), tmp_path, "command").page
     text = page.read_text(encoding="utf-8")
+    assert {path.parent.name for path in tmp_path.rglob("*.svg")} == {"charts"}
+    assert all(chart.stat().st_size > 500 for chart in (tmp_path / "charts").iterdir())
     assert "<x>" not in text and "&lt;x&gt;" in text and "<i>a</i>" not in text
     assert not re.search(r">[^<]*\b(nan|inf)\b[^<]*<", text[: text.index("<script>")])

@@ -26,7 +26,7 @@ from polyak.study._result import Record, Result
 from polyak.study._schedules import constant
 from polyak.study._statistics import Interval, bootstrap
 from polyak.study._study import Arm, Metric, Study
-from polyak.study._text import Table, between, percent, significant
+from polyak.study._text import Table, between, file_name, percent, significant
 
 FIELDS = ("study", "seed", "schedule", "learning_rate", "conditions", "curves", "test", "steps")
 
@@ -227,8 +227,8 @@ def _forest(schedule: str, pairings: list[Pairing]) -> Figure:
     unit = "gain of the second study" + (", %" if scale == 100 else "")
     above = sum(p.gain.low > 0 for p in pairings)
     return Figure(
-        f"compared_{schedule}", charts.forest(gains, unit, f"arm: {schedule}"),
+        f"compared_{file_name(schedule)}", charts.forest(gains, unit, f"arm: {schedule}"),
         "Paired gain with its 95 % interval; right of 0 the second study is better. A hollow point: the interval holds 0.",
         f"Wholly right of 0: {above} of {len(pairings)}.",
-        Table(f"compared_{schedule}", title, ("arm", "gain [95 % interval]"), rows),
+        Table(f"compared_{file_name(schedule)}", title, ("arm", "gain [95 % interval]"), rows),
     )  # fmt: skip

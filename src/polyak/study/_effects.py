@@ -16,7 +16,7 @@ from polyak import theory
 from polyak.rules import LIVE, Rule
 from polyak.study import _comparisons as comparisons
 from polyak.study._result import Result, When
-from polyak.study._statistics import Interval, bootstrap
+from polyak.study._statistics import Interval, Statistic, bootstrap
 from polyak.study._study import Arm, Ensemble
 from polyak.study._text import percent, significant
 from polyak.study._tracking import rule_of
@@ -62,9 +62,12 @@ class Effects:
         """The test values of an arm by seed; NaN where a seed has none."""
         return [seed.value(arm, self.metric, schedule, when) for seed in self.result.seeds]
 
-    def mean(self, arm: str, schedule: str, when: When = "last") -> Interval:
-        """The mean test value over the seeds that have one."""
-        return bootstrap([v for v in self.values(arm, schedule, when) if not math.isnan(v)])
+    def mean(
+        self, arm: str, schedule: str, when: When = "last", statistic: Statistic = "mean"
+    ) -> Interval:
+        """The mean, or another statistic, of the test values over the seeds that have one."""
+        known = [v for v in self.values(arm, schedule, when) if not math.isnan(v)]
+        return bootstrap(known, statistic)
 
     def pairs(
         self, arm: str, schedule: str, when: When = "last"

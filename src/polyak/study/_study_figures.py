@@ -16,7 +16,7 @@ from polyak.study._page import Figure
 from polyak.study._result import Result, Seed
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
-from polyak.study._text import Table, between, significant
+from polyak.study._text import Table, between, file_name, significant
 
 LIMITS = tuple(float(v) for v in np.linspace(1, 4, 31))
 
@@ -161,7 +161,7 @@ def _curves(effects: Effects, schedule: str, title: str) -> Figure | None:
     caption = "Line: median over seeds; band: the middle 80 % of seeds; each arm at its own learning rate."
     low = min(row["low"] for row in rows)
     log = low > 0 and max(row["high"] for row in rows) > 5 * low
-    return lines(f"curves_{schedule}", rows, title, caption, "step", log=log)
+    return lines(f"curves_{file_name(schedule)}", rows, title, caption, "step", log=log)
 
 
 def _forest(effects: Effects, schedule: str) -> Figure:
@@ -172,7 +172,7 @@ def _forest(effects: Effects, schedule: str) -> Figure:
     }
     better = [name for name, gain in gains.items() if gain.low > 0]
     worse = [name for name, gain in gains.items() if gain.high < 0]
-    name = f"gains_{schedule}"
+    name = f"gains_{file_name(schedule)}"
     table = _intervals(name, f"Gain over the live weights: {schedule}", "average", gains)
     caption = (
         "Mean paired gain over the live weights at the last step, on the test part, with its 95 % interval. Right of 0 "
@@ -189,7 +189,7 @@ def _by_half_life(effects: Effects, schedule: str, shares: Mapping[str, float]) 
     if not points:
         return None
     live = effects.mean(LIVE, schedule)
-    name, title = f"half_life_{schedule}", f"{effects.metric} on test: {schedule}"
+    name, title = f"half_life_{file_name(schedule)}", f"{effects.metric} on test: {schedule}"
     rows = [(f"{share:.3g} %", between(value)) for share, value in sorted(points.items())]
     table = Table(
         name,

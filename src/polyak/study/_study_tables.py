@@ -15,7 +15,7 @@ from polyak.study._result import Result
 from polyak.study._statistics import bootstrap
 from polyak.study._study import Arm, Published
 from polyak.study._study_figures import scores, times_to_target
-from polyak.study._text import FORMS, Table, between, number, percent, significant
+from polyak.study._text import FORMS, Table, between, file_name, number, percent, significant
 
 
 def verdicts(judged: Sequence[Judged]) -> Table:
@@ -32,12 +32,13 @@ def verdicts(judged: Sequence[Judged]) -> Table:
 def arms(effects: Effects, schedule: str) -> Table:
     """Every arm under a schedule against the live weights, at the last step and at the selected one."""
     header = (
-        "arm", f"{effects.metric}, test", "gain over live", "gain, each at its best step", "probability of improvement",
+        "arm", f"{effects.metric}, test", "interquartile mean", "gain over live", "gain, each at its best step", "probability of improvement",
         "effect size", "p (Holm)", "seeds for a 5 % effect", "learning rate", "step of live's last value",
     )  # fmt: skip
     live = (
         LIVE,
         between(effects.mean(LIVE, schedule)),
+        between(effects.mean(LIVE, schedule, "last", "iqm")),
         "—",
         "—",
         "—",
@@ -50,6 +51,7 @@ def arms(effects: Effects, schedule: str) -> Table:
         (
             e.arm,
             between(effects.mean(e.arm, schedule)),
+            between(effects.mean(e.arm, schedule, "last", "iqm")),
             between(e.gain, effects.form),
             between(effects.gain(e.arm, schedule, "selected"), effects.form),
             between(e.improvement, lambda v: percent(v, 0)),
@@ -60,7 +62,7 @@ def arms(effects: Effects, schedule: str) -> Table:
         )
         for e in effects.of(schedule)
     ]
-    return Table(f"arms_{schedule}", f"All arms: {schedule}", header, (live, *rows))
+    return Table(f"arms_{file_name(schedule)}", f"All arms: {schedule}", header, (live, *rows))
 
 
 def arms_note(effects: Effects) -> str:
@@ -72,7 +74,7 @@ def arms_note(effects: Effects) -> str:
     )
     return (
         f"Test values at the last step, mean over seeds [95 % interval], each arm at the learning rate that is best for it on "
-        f"validation. Gain: {gain}; positive is better. The best step of each arm is that of its best validation value. "
+        f"validation. Interquartile mean: of the middle half of the seeds. Gain: {gain}; positive is better. The best step of each arm is that of its best validation value. "
         "Probability of improvement: share of seeds in which the arm is better, ties by half. Effect size: mean / standard "
         "deviation of the paired gains. p: random signs of the gains, corrected over the arms of this table. Seeds for a 5 % "
         "effect: a paired t-test finds it with 80 % probability. The last column is the median evaluated step at which an "
@@ -102,7 +104,7 @@ def metrics(effects: Effects, schedule: str) -> Table:
         ),
     )
     return Table(
-        f"metrics_{schedule}",
+        f"metrics_{file_name(schedule)}",
         f"All metrics on test: {schedule}",
         header,
         rows,
@@ -176,7 +178,7 @@ def seeds(effects: Effects, schedule: str) -> Table:
         for i, seed in enumerate(effects.result.seeds)
     )
     title = f"{effects.metric} on test, seed by seed: {schedule}"
-    return Table(f"seeds_{schedule}", title, ("seed", *names), rows, sortable=True)
+    return Table(f"seeds_{file_name(schedule)}", title, ("seed", *names), rows, sortable=True)
 
 
 def published(result: Result) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,9 +23,24 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown, with title and note."""
-        cells = [self.header, tuple("---" for _ in self.header), *self.rows]
+        rows = [tuple(map(_markdown, row)) for row in (self.header, *self.rows)]
+        cells = [rows[0], tuple("---" for _ in self.header), *rows[1:]]
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join([f"# {self.title}", "", *lines, "", self.note]).rstrip() + "\n"
+
+
+def _markdown(cell: str) -> str:
+    """A cell in one line; a bar in it would begin another cell."""
+    return " ".join(cell.split()).replace("|", r"\|")
+
+
+def file_name(name: str) -> str:
+    """A name as part of a file's name and of an id: other characters than letters, digits, - and _ as code.
+
+    >>> file_name("inverse_sqrt"), file_name("1/sqrt")
+    ('inverse_sqrt', '1-2f-sqrt')
+    """
+    return re.sub(r"[^A-Za-z0-9_-]", lambda found: f"-{ord(found[0]):x}-", name)
 
 
 def number(value: float, digits: int = 4) -> str:
