@@ -76,6 +76,7 @@ def test_validation_chooses_and_the_test_part_does_not(made: Result) -> None:
 
 def test_a_metric_of_which_more_is_better_has_the_same_gains(made: Result) -> None:
     """accuracy = 1 / loss here, so that each log ratio changes its sign."""
+    assert Effects(made).ranked("constant") == Effects(made, "accuracy").ranked("constant")
     losses, scores = Effects(made).of("constant"), Effects(made, "accuracy").of("constant")
     for a, b in zip(losses, scores, strict=True):
         assert -math.log1p(-a.gain.estimate) == pytest.approx(math.log1p(b.gain.estimate))
