@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,7 +187,7 @@ def test_a_pull_at_the_wrong_time_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_in_a_trainer_it_is_one_line_of_a_hook() -> None:
+def test_in_a_trainer_it_is_one_line_of_a_hook(tmp_path: Path) -> None:
     """Lightning with the callback and a hook that pulls is the plain loop, bit for bit."""
     import warnings
 
@@ -208,7 +209,7 @@ def test_in_a_trainer_it_is_one_line_of_a_hook() -> None:
     module = made()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning, on a small run
-        trainer_of(averages, Pulls()).fit(module)
+        trainer_of(averages, Pulls(), default_root_dir=tmp_path).fit(module)
     model = net()
     steps, averager = optimizer(model), Averager(model, AVERAGES)
     for step, batch in enumerate(batches()[:STEPS], 1):
