@@ -97,6 +97,8 @@ FAULTS: tuple[Bug, ...] = (
     bug("3. writes in a block are not looked for", "_engine/lent.py", "if now is not None or seen != [self._version] * len(seen):", "if now is not None:", *BLOCKS),
     bug("3. optimizers step in a block", "_engine/lending.py", "        _hooks.append(register_optimizer_step_pre_hook(_refuse_step))", "        pass", *BLOCKS),
     bug("3. replaced modules keep the average", "_engine/loans.py", "now = None if same else self._model.by_name()", "now = None if same else {e.name: t for p in self._pairs for i in p.items for e in i.entries if (t := e.now()) is not None}", *BLOCKS),
+    bug("3. what replaced a narrowed weight gets the narrowed content", "_engine/lent.py", "asides[i] if i in misfits else live[i]", "live[i]", *BLOCKS),
+    bug("3. tensors between each other count as one", "_engine/memory.py", " and _overlap(_span(stretch), _span(others[at]))", "", "shared_memory"),
     bug("4. autograd does not see the exchange", "_engine/lent.py", "        set_versions(self._pairs.counted, [version] * len(self._pairs.counted))\n", "", *BLOCKS),
     bug("4. the versions of blocks are counted to", "_engine/lent.py", "[before[i] + 1 for i in changed]", "[VERSIONS.fresh() for i in changed]", *BLOCKS),
     bug("5. no turns between threads", "_engine/lending.py", "TURN = threading.RLock()", "import contextlib\n\n\nclass _Free(contextlib.nullcontext[None]):\n    def _at_fork_reinit(self) -> None: ...\n\n\nTURN = _Free()", *BLOCKS),
