@@ -5,6 +5,7 @@ A new writer, or a new thing that may lie at a path, is one line in a table.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -22,10 +24,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import polyak
 from polyak import Averager, Recorder, checkpoints
-from polyak.offline import average
+from polyak.offline import average, concatenate
 from polyak.study._page import _write
 from polyak.study._record_format import article_format
 from polyak.study._records import opened
@@ -63,6 +66,32 @@ def ours(size: int) -> Path:
     return path
 
 
+@cache
+def an_adapter(size: int) -> Path:
+    """A folder as PEFT writes it."""
+    path = Path(SOURCES.name) / f"adapter-{size}"
+    path.mkdir()
+    factors = {"A": torch.ones(1, size), "B": torch.ones(size, 1)}
+    held = {f"base_model.model.q.lora_{side}.weight": tensor for side, tensor in factors.items()}
+    torch.save(held, path / "adapter_model.bin")
+    settings = {"peft_type": "LORA", "lora_alpha": 1, "target_modules": ["q"]}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@cache
+def distributed(size: int) -> Path:
+    path = Path(SOURCES.name) / f"distributed-{size}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        save({"w": torch.ones(size)}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def like(path: Path, size: int) -> None:
+    checkpoints.write_like(path, distributed(size), {"w": torch.zeros(size)}, overwrite=True)
+
+
 def convert(path: Path, size: int) -> None:
     checkpoints.convert(theirs(size), path, "uniform()", count=1, overwrite=True)
 
@@ -91,6 +120,10 @@ WRITERS = {
     "average of files": Writer(
         lambda path, n: average([ours(n)] * 2).write(path, overwrite=True), suffix=".safetensors"
     ),
+    "adapters": Writer(
+        lambda path, n: concatenate([an_adapter(n)] * 2).write(path, overwrite=True), folder=True
+    ),
+    "like a distributed folder": Writer(like, folder=True),
     "saving": Writer(saving, folder=True),
     "save_distributed": Writer(
         lambda path, n: checkpoints.save_distributed(path, {"a": averager(n)}, overwrite=True),
@@ -128,6 +161,10 @@ ASKED: dict[str, Callable[[Path], object]] = {
     "export": lambda path: checkpoints.export(path, averager()),
     "convert": lambda path: checkpoints.convert(theirs(8), path, "uniform()", count=1),
     "average of files": lambda path: average([ours(8)] * 2).write(path),
+    "adapters": lambda path: concatenate([an_adapter(8)]).write(path),
+    "like a distributed folder": lambda path: checkpoints.write_like(
+        path, distributed(8), {"w": torch.zeros(8)}
+    ),
     "saving": lambda path: checkpoints.saving(path).__enter__(),
     "save_distributed": lambda path: checkpoints.save_distributed(path, {"a": averager()}),
 }
@@ -339,7 +376,7 @@ def test_without_space_the_path_is_named_and_the_old_content_stays(
     tmp_path: Path, name: str, full: Callable[[Path], AbstractContextManager[None]], there: bool
 ) -> None:
     writer = WRITERS[name]
-    theirs(1 << 20), ours(1 << 20)
+    theirs(1 << 20), ours(1 << 20), an_adapter(1 << 20), distributed(1 << 20)
     with full(tmp_path):
         place = tmp_path / f"it{writer.suffix}"
         before = old(place, writer) if there else {}

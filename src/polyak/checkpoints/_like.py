@@ -97,15 +97,31 @@ def _copy(like: Path, folder: Path, files: set[str]) -> list[str]:
     """
     left: list[str] = []
     if (like / METADATA).exists():
-        shutil.copytree(like, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        _copy_all(like, folder)
         return left
     for path in sorted(like.iterdir()):
         beside = path.is_file() and not _WEIGHTS.search(path.name)
         if path.name in files or (beside and not _OF_TRAINING.fullmatch(path.name)):
-            shutil.copyfile(path, folder / path.name)
+            _copy_file(path, folder / path.name)
         else:
             left.append(path.name)
     return left
+
+
+def _copy_all(like: Path, folder: Path) -> None:
+    """Copy all files and folders in a folder."""
+    for path in sorted(like.iterdir()):
+        if path.is_dir():
+            (folder / path.name).mkdir()
+            _copy_all(path, folder / path.name)
+        else:
+            _copy_file(path, folder / path.name)
+
+
+def _copy_file(source: Path, copy: Path) -> None:
+    """Copy a file's content; errors of writing do not name the source, as those of `shutil.copyfile` do."""
+    with source.open("rb") as content, copy.open("xb") as file:
+        shutil.copyfileobj(content, file, _PIECE)
 
 
 def _replace(
