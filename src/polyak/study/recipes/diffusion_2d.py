@@ -39,7 +39,7 @@ study = Study(
         "precision": Metric(of_samples(samples.precision), lower_is_better=False),
         "recall": Metric(of_samples(samples.recall), lower_is_better=False),
     },
-    learning_rates=(0.001, 0.003, 0.01),
+    learning_rates=(0.003, 0.01),
     schedules={"constant": constant, "cosine": cosine},
     arms=averages(STEPS),
     claims=(
@@ -51,7 +51,7 @@ study = Study(
     ),
     steps=STEPS,
     batch_size=BATCH,
-    evaluations=8,
+    evaluations=4,
     quick={"steps": 600, "arms": averages(600), "seeds": 3},
     source="drawn from a mixture with equal weights, centres on the unit circle, deviation .1",
 )

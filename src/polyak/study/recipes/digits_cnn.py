@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from polyak.rules import Uniform
-from polyak.study import Arm, Claim, Region, Study, constant, cosine, gain, inverse_sqrt
-from polyak.study.recipes._arms import USUAL, averages
+from polyak.study import Arm, Claim, Region, Study, constant, cosine, gain
+from polyak.study.recipes._arms import AFTER_ANNEALING, AT_A_CONSTANT_RATE, averages
 from polyak.study.recipes._digits import METRICS, SOURCE, cross_entropy, digits
 from polyak.study.recipes.digits_mlp import nesterov
 
@@ -38,10 +38,11 @@ study = Study(
     metrics=METRICS,
     optimizer=nesterov,
     learning_rates=(0.01, 0.03, 0.1),
-    schedules={"constant": constant, "inverse_sqrt": inverse_sqrt, "cosine": cosine},
+    schedules={"constant": constant, "cosine": cosine},
     arms=arms(STEPS),
     claims=(
-        *USUAL,
+        AT_A_CONSTANT_RATE,
+        AFTER_ANNEALING,
         Claim(
             "The mean of the last half has a lower loss if BatchNorm's statistics are re-estimated.",
             gain(RECALIBRATED, against="mean_50%", schedule="constant"),
@@ -51,7 +52,7 @@ study = Study(
     ),
     steps=STEPS,
     batch_size=32,
-    evaluations=10,
+    evaluations=5,
     quick={"steps": 200, "arms": arms(200), "seeds": 3},
     source=SOURCE,
 )

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from polyak.study import Study, constant, cosine, inverse_sqrt
+from polyak.study import Arm, Ensemble, Study, constant, cosine, inverse_sqrt, mean_probability
 from polyak.study.recipes._arms import USUAL, averages
 from polyak.study.recipes._digits import METRICS, SOURCE, cross_entropy, digits
 
 
 def mlp() -> nn.Module:
-    """64 pixels, two hidden layers of 256, 10 digits."""
-    layers = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    """64 pixels, two hidden layers of 128, 10 digits."""
+    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(nn.Flatten(), *layers)
 
 
@@ -23,11 +23,17 @@ def nesterov(parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.
     return torch.optim.SGD(parameters, learning_rate, momentum=0.9, nesterov=True)
 
 
+def arms(steps: int) -> dict[str, Arm | Ensemble]:
+    """The usual averages, and an ensemble of the networks that LAWA averages."""
+    networks = Ensemble(5, every=steps // 50, combine=mean_probability)
+    return {**averages(steps), "ensemble": networks}
+
+
 STEPS = 1000  # 31 epochs
 
 study = Study(
     name="digits_mlp",
-    title="Digits, MLP 64-256-256-10",
+    title="Digits, MLP 64-128-128-10",
     model=mlp,
     data=digits,
     loss=cross_entropy,
@@ -35,11 +41,11 @@ study = Study(
     optimizer=nesterov,
     learning_rates=(0.01, 0.03, 0.1),
     schedules={"constant": constant, "inverse_sqrt": inverse_sqrt, "cosine": cosine},
-    arms=averages(STEPS),
+    arms=arms(STEPS),
     claims=USUAL,
     steps=STEPS,
     batch_size=32,
-    evaluations=10,
-    quick={"steps": 300, "arms": averages(300), "seeds": 4},
+    evaluations=5,
+    quick={"steps": 300, "arms": arms(300), "seeds": 4},
     source=SOURCE,
 )

@@ -21,7 +21,7 @@ LABEL_NOISE = Claim(
 study = replace(
     digits_mlp.study,
     name="digits_mlp_noisy",
-    title="Digits, MLP 64-256-256-10, 40 % wrong training labels",
+    title="Digits, MLP 64-128-128-10, 40 % wrong training labels",
     data=partial(digits, noise=0.4),
     claims=(*USUAL, LABEL_NOISE),
 )

@@ -1,7 +1,6 @@
-"""The noisy quadratic model: one weight per curvature h = 1, 1/2, ..., 1/100; every expectation is known.
+"""The noisy quadratic model (Zhang et al. 2019, arXiv 1907.04164): every expectation is known.
 
-The loss of a sample z is sum_i h_i (w_i - z_i)^2 / 2 with E z = 0 and Var z_i = 1 / h_i, so the noise of a
-batch's gradient has covariance H / batch size (Zhang et al. 2019, arXiv 1907.04164). Each is used once.
+With curvatures h_i = 1 / i, the loss of a sample z_i ~ N(0, 1 / h_i) is sum_i h_i (w_i - z_i)^2 / 2.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ study = Study(
     claims=(*USUAL, longer_runs_want_longer_averages("excess")),
     steps=STEPS,
     batch_size=BATCH,
+    stacked=64,
     quick={"steps": 300, "arms": averages(300), "seeds": 4},
     source="drawn from Gaussians",
 )

@@ -1,7 +1,6 @@
 """The river valley (Wen et al. 2024, arXiv 2410.05192): a steep noisy hillside above a river that flows slowly.
 
-The loss of a sample z is exp(-x) + (y - z)^2 / 2 with E z = 0 and Var z = .09, at the point (x, y). Along
-the river exp(-x) falls like 1 / (rate step); across it, a loss of rate Var z / (2 (2 - rate)) stays.
+The loss of a sample z ~ N(0, .09) at (x, y) is exp(-x) + (y - z)^2 / 2: exp(-x) falls like 1 / (rate step).
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ study = Study(
     claims=(*USUAL, longer_runs_want_longer_averages("excess")),
     steps=STEPS,
     batch_size=1,
+    stacked=64,
     quick={"steps": 500, "arms": averages(500), "seeds": 4},
     source="drawn from a Gaussian",
 )
