@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,41 @@ def test_an_evaluator_of_an_average_can_run_again_and_needs_an_average() -> None
         engines["fast"].run(held_out())
     averager.update()
     handlers = engines["fast"]._event_handlers
-    before = len(handlers[Events.EPOCH_COMPLETED])
+    before = len(handlers[Events.COMPLETED])
     first = [engines["fast"].run(held_out()).metrics for _ in range(2)]
     assert first[0] == first[1]
-    assert len(handlers[Events.EPOCH_COMPLETED]) == before
+    assert len(handlers[Events.COMPLETED]) == before
+
+
+@pytest.mark.parametrize("ends", ["completed", "terminated", "interrupted", "raises"])
+def test_the_average_is_there_in_every_epoch_and_live_weights_after_it(ends: str) -> None:
+    model = net()
+    averager = Averager(model, RULES)
+    averager.update()
+    weight: Any = model.body[0].weight
+    wanted = weight.detach().clone()
+    torch.nn.init.zeros_(weight)
+    engine = evaluators(averager, lambda: evaluator(model))["fast"]
+    seen: list[bool] = []
+    after: list[bool] = []
+
+    def fail() -> None:
+        raise EvaluationError
+
+    stop = {"terminated": engine.terminate, "interrupted": engine.interrupt, "raises": fail}
+
+    def look(_: Engine) -> None:
+        seen.append(torch.equal(weight, wanted))
+        if ends in stop and len(seen) == 3:
+            stop[ends]()
+
+    engine.add_event_handler(Events.ITERATION_COMPLETED, look)
+    engine.add_event_handler(Events.COMPLETED, lambda _: after.append(weight.any().item()))
+    with suppress(EvaluationError):
+        engine.run(held_out(), max_epochs=3)
+    assert seen == [True] * (6 if ends == "completed" else 3)
+    assert after == [False] * (ends in ("completed", "terminated"))
+    assert not weight.any()
 
 
 def test_a_logger_gets_what_is_averaged(tmp_path: Path) -> None:

@@ -44,26 +44,24 @@ def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engi
     if len(set(map(id, engines.values()))) < len(engines):
         raise ValueError("make returned the same engine twice, wanted a new one at each call")
     for name, engine in engines.items():
-        vars(engine)["run"] = partial(_run, averager, name, engine, engine.run)
+        block = ExitStack()
+        # Handlers that are added later, such as a checkpoint's, must see live weights.
+        engine.add_event_handler(Events.COMPLETED, block.close)
+        vars(engine)["run"] = partial(_run, averager, name, block, engine.run)
     return engines
 
 
 def _run(
     averager: Averager,
     name: str,
-    engine: Engine,
+    block: ExitStack,
     run: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    with ExitStack() as block:
+    with block:
         block.enter_context(averager.applied(name))
-        # Metrics are complete here, and a checkpoint that follows must see live weights.
-        event = engine.add_event_handler(Events.EPOCH_COMPLETED, block.close)
-        try:
-            return run(*args, **kwargs)
-        finally:
-            event.remove()
+        return run(*args, **kwargs)
 
 
 def log_measures(
