@@ -13,7 +13,8 @@ import pytest
 from scipy import stats
 
 from polyak.rules import Exponential
-from polyak.study import Metric, Published, Result, constant, cosine
+from polyak.study import Metric, Plateau, Published, Result, constant, cosine
+from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
 from polyak.study._report import write
@@ -184,8 +185,43 @@ BAD: dict[str, dict[str, Any]] = {
     "huge and tiny": {"value": lambda *place: 1e300 if place[0] == "live" else 1e-300},
     "HTML in names": {"title": "<b>&", "arms": {"<i>a</i>": "uniform()", '"x"': "window(2)"}},
     "odd names of schedules": {"schedules": {"1/sqrt √": constant, "../a|b": cosine}},
-    "one evaluated value each": {"claims": CLAIMS[4:]},
 }  # fmt: skip
+
+
+def stopped(seeds: int = 9) -> Result:
+    """Runs that stop after 2 to 4 evaluations and go on for two, with a loss 10 % higher each time."""
+    made = result(seeds, schedules={"plateau": Plateau("short", after=2)})
+    for record in made.records:
+        last = 2 + record["seed"] % 3
+        after = {"steps": [0, 0], "curves": {}}
+        for arm, curves in record["curves"].items():
+            for metric, values in curves.items():
+                del values[last:]
+                if arm in ("live", "short"):
+                    grown = [values[-1] * 1.1, values[-1] * 1.21]
+                    after["curves"].setdefault(arm, {})[metric] = grown  # type: ignore[attr-defined]
+        record["steps"] = record["steps"][:last]
+        for values in record["test"].values():
+            values["selected"]["step"] = record["steps"][-1]
+        record["after_stop"] = after
+        record["stopped_early"] = True
+    return made
+
+
+def test_what_came_after_the_stop_is_shown_and_not_used() -> None:
+    made = stopped()
+    (figure,) = after_stop(Effects(made))
+    assert figure.table.header == ("evaluations from the stop", "live", "short")
+    shown = {row[0]: row[1].split()[0] for row in figure.table.rows}
+    assert (shown["0"], shown["1"], shown["2"]) == ("1", "1.1", "1.21") and "−1" in shown
+    assert half_lives(made)["late_mean"] == pytest.approx(10 / 2 / 30, abs=0.05)
+    assert Effects(made).of("plateau") == Effects(stopped()).of("plateau")
+
+
+@pytest.mark.slow
+def test_a_report_of_runs_that_stop_early_is_written(tmp_path: Path) -> None:
+    text = write(stopped(), tmp_path, "command").page.read_text(encoding="utf-8")
+    assert 'id="after"' in text and "went on after their stop" in text
 
 
 @pytest.mark.slow

@@ -131,9 +131,14 @@ class Effects:
         return math.fsum(known) / len(known) if known else math.nan
 
 
+def run_steps(result: Result) -> int:
+    """The steps of a run, in median: runs that stop early have fewer than the study allows."""
+    return int(np.median([record["steps"][-1] for record in result.records]))
+
+
 def half_lives(result: Result) -> dict[str, float]:
     """arm -> the half-life of its average at the end of a run, as a share of the run."""
-    steps = result.study.steps
+    steps = run_steps(result)
     return {
         name: theory.half_life(theory.profile(rule, steps, every=every)) / steps
         for name, (rule, every) in _rules(result).items()
@@ -164,7 +169,7 @@ def identical(result: Result) -> list[str]:
 
 def _same_rules(result: Result) -> list[list[str]]:
     """Groups of arms whose profiles agree at the end of a run, the live weights among them."""
-    steps = result.study.steps
+    steps = run_steps(result)
     last = np.zeros(steps)
     last[-1] = 1.0
     profiles = {LIVE: last}

@@ -15,6 +15,7 @@ from polyak.study import _methods as methods
 from polyak.study import _page as pages
 from polyak.study import _study_figures as figures
 from polyak.study import _study_tables as tables
+from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, identical
 from polyak.study._page import (
     Block,
@@ -69,6 +70,7 @@ def _page(result: Result, judged: list[judging.Judged], command: str) -> Page:
         "half-life": ("Half-life", _figures(figures.by_half_life(effects))),
         "schedules": ("Schedules", _figures(figures.by_schedule(effects))),
         "geometry": ("Distance to the live weights", _figures(figures.geometry(effects, first))),
+        "after": ("After the stop", _figures(after_stop(effects))),
         "speed": ("Time to the target", _figures(figures.speed(effects))),
         "published": ("Published figures", (Grid(tables.published(result)),) if study.published else ()),
         "metrics": ("All metrics", tuple(Grid(tables.metrics(effects, s)) for s in study.schedules) if len(study.metrics) > 1 else ()),
@@ -105,7 +107,7 @@ def _verdicts(judged: list[judging.Judged]) -> tuple[Block, ...]:
         Claimed("", each.claim.sentence, each.verdict, (_reason(each),), each.claim.source)
         for each in judged
     )
-    return Text(methods.RULE), Claims(claimed), Grid(tables.verdicts(judged))
+    return Text(methods.RULE), Claims(claimed)
 
 
 def _reason(each: judging.Judged) -> Reason:

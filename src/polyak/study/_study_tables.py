@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from polyak.rules import LIVE
 from polyak.study._effects import Effects, half_lives, nominal_age
-from polyak.study._judging import Judged, interval, over_seeds
+from polyak.study._judging import interval, over_seeds
 from polyak.study._result import Result
 from polyak.study._statistics import bootstrap
 from polyak.study._study import Arm, Published
 from polyak.study._study_figures import scores, times_to_target
 from polyak.study._text import FORMS, Table, between, file_name, number, percent, significant
-
-
-def verdicts(judged: Sequence[Judged]) -> Table:
-    """The claims with their verdicts and intervals."""
-    rows = [
-        (each.claim.sentence, each.verdict, each.figure,
-         each.wanted, str(each.interval.seeds), each.claim.source or "—")
-        for each in judged
-    ]  # fmt: skip
-    header = ("claim", "verdict", "mean over seeds [95 % interval]", "holds if", "seeds", "source")
-    return Table("verdicts", "Claims and verdicts", header, tuple(rows))
 
 
 def arms(effects: Effects, schedule: str) -> Table:
