@@ -162,7 +162,8 @@ def test_other_kinds_and_other_folders_are_refused(tmp_path: Path) -> None:
     for changed, message in (
         ({"peft_type": "LOHA"}, "of the kind 'LOHA', wanted LORA"),
         ({"lora_alpha": None}, "lora_alpha is None, wanted a number"),
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern has no regular expressions"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\(', wanted a name or a plain pattern"),
+        ({"alpha_pattern": {"(.*.*)*x": 3}}, "wanted a name or a plain pattern"),
     ):
         (place / "adapter_config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=message):

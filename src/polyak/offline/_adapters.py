@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,77 +23,19 @@ from polyak._checks import difference, report, require
 from polyak._files import writing_folder
 from polyak._lazy import LazyTensors, TensorSpec, Where, joined, renamed
 from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._read import read
 from polyak.checkpoints._weight_files import METADATA
 from polyak.offline._average import shares_of
 from polyak.offline._combination import Combination, checked
 from polyak.offline._findings import Source
+from polyak.offline._lora import CONFIG, Adapter
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile
 
-CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_MOST_BYTES = 10_000_000
-_FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<leaf>weight|bias))?"
-)
 _SCALE = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 # Of the training and of its first step: they change nothing of what a finished adapter adds.
 _OF_TRAINING = {"lora_dropout", "inference_mode", "peft_version", "auto_mapping", "loftq_config", "eva_config",
                 "corda_config", "lora_ga_config", "init_lora_weights"}  # fmt: skip
-_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-class Factor(NamedTuple):
-    """A tensor of an adapter by its name: of which module, the side A or B, and whether it is a bias."""
-
-    module: str
-    side: str
-    bias: bool
-
-
-class Adapter:
-    """A folder of PEFT with a LoRA adapter: its tensors by name, and its settings.
-
-    Raises `ValueError` that names the folder for an adapter of another kind, or of a variant that adds
-    something else than `s B A`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path if path.is_dir() else path.parent
-        self.config = _config(self.path)
-        self.tensors = read(path).weights()
-        self.factors = {name: factor for name in self.tensors if (factor := _factor(name))}
-        if problem := self._problem():
-            raise ValueError(
-                f"{self.path}: {problem}; merge each adapter into its model, and average those"
-            )
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of the product of a module: `alpha / r`, or `alpha / sqrt(r)`."""
-        alpha = _of_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def _problem(self) -> str:
-        """What makes it more than products of two factors; "" if nothing does."""
-        for name, setting in self.config.items():
-            if name.startswith("use_") and name != "use_rslora" and setting:
-                return f"{name} is {setting!r}, whose adapters have no exact average as one adapter"
-        start = self.config.get("init_lora_weights", True)
-        if start not in _HARMLESS_STARTS:
-            return f"init_lora_weights is {start!r}, which changes the model's weights by the rank"
-        if self.config.get("target_parameters"):
-            return "target_parameters are set, whose factors belong to several weights each"
-        for name in self.tensors:
-            if "lora_" in name and name not in self.factors:
-                return f"{name} is no factor of a product"
-        ranks = {(f.module, f.side): self.tensors.specs[n].shape[f.side == "B"]
-                 for n, f in self.factors.items() if not f.bias}  # fmt: skip
-        for (module, _), rank in ranks.items():
-            if {ranks.get((module, "A")), ranks.get((module, "B"))} != {rank}:
-                return f"the factors of {module} have no common rank"
-        return ""
 
 
 class Concatenation(LazyTensors):
@@ -232,44 +174,6 @@ def _comparable(adapter: Adapter) -> dict[str, str]:
     return settings | shapes
 
 
-def _factor(name: str) -> Factor | None:
-    found = _FACTOR.fullmatch(name)
-    return Factor(found["module"], found["side"], found["leaf"] == "bias") if found else None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter of LoRA; raises `ValueError` for a folder without them."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG}: wanted a folder that PEFT's save_pretrained wrote"
-        )
-    file = OpenFile(folder / CONFIG)
-    try:
-        config = json.loads(file.read(0, min(file.size, _MOST_BYTES)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: the settings cannot be read ({str(error)[:200]})") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise ValueError(f"{file.path}: the adapter is of the kind {kind!r}, wanted LORA")
-    alpha = config.get("lora_alpha")
-    require(isinstance(alpha, (int, float)), f"{file.path}: lora_alpha", alpha, "a number")
-    try:
-        _of_pattern(config.get("alpha_pattern"), "", None)
-    except re.error as error:
-        raise ValueError(
-            f"{file.path}: alpha_pattern has no regular expressions ({error})"
-        ) from None
-    return dict(config)
-
-
-def _of_pattern(pattern: object, module: str, otherwise: Any) -> Any:
-    """The value of the first key that fits the end of a module's name, as PEFT finds it."""
-    for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return otherwise
-
-
 def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     """The settings that give each module its rank and its alpha; the most frequent are the default."""
     require(bool(ranks), "adapters", "without a factor", "adapters of LoRA")
@@ -290,6 +194,5 @@ def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str
 
 
 def _whole(number: float) -> float:
-    """An alpha, as an integer if it is one but for rounding."""
-    nearest = round(number)
-    return nearest if math.isclose(nearest, number, rel_tol=1e-12) else number
+    """An integer, if the number is one but for rounding."""
+    return round(number) if math.isclose(round(number), number, rel_tol=1e-12) else number
