@@ -1,9 +1,125 @@
-"""What has a chart: `chart()`, and in a notebook the chart and the text as the result of a cell."""
+"""How results look: tables of text that fit a width, tables of HTML, and charts in a notebook."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from html import escape
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
+
+# What stays on one line: a word, or an interval with the word before it.
+_TOKEN = re.compile(r"(?:\S+ )?\[[^\[\]]*\d[^\[\]]*\]\S*|\S+")
+_GAP = 2
+
+
+class Table(NamedTuple):
+    """Cells of text under a header; the first `left` columns are words, the others numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+    def lines(self, width: int | None = None) -> list[str]:
+        """Aligned columns, one line a row; in `width` columns of text, words go on in the next line.
+
+        If numbers alone are too wide, each row becomes a paragraph. Numbers and intervals never break.
+
+        >>> table = Table(("what", "loss"), [("the mean of all", "1.25 [1, 1.5]")])
+        >>> print(*table.lines(), sep="\\n")
+        what                      loss
+        the mean of all  1.25 [1, 1.5]
+        >>> print(*table.lines(width=25), sep="\\n")
+        what                 loss
+        the mean    1.25 [1, 1.5]
+        of all
+        """
+        cells = [[cell.replace("\n", "\\n") for cell in row] for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        if width is None:
+            return [self._line(row, widths) for row in cells]
+        fitted = self._fitted(cells, widths, width)
+        if fitted is None:
+            return [line for row in cells[1:] for line in _paragraph(cells[0], row, width)]
+        return [line for row in cells for line in self._folded(row, fitted)]
+
+    def html(self) -> str:
+        """The table as HTML, everything escaped."""
+        rows = [_html_row("th", self.header, self.left)]
+        rows += [_html_row("td", row, self.left) for row in self.rows]
+        return f"<table>{''.join(rows)}</table>"
+
+    def _fitted(self, cells: list[list[str]], widths: list[int], width: int) -> list[int] | None:
+        """The widths with the widest columns narrowed to fit; None if they cannot."""
+        fitted, excess = list(widths), sum(widths) + _GAP * (len(widths) - 1) - width
+        least = [
+            max(len(part) for row in rows for part in row)
+            for rows in zip(*(self._parts(row, [0] * len(row)) for row in cells), strict=True)
+        ]
+        for _ in range(excess):
+            column = max(range(len(fitted)), key=lambda i: (fitted[i] > least[i], fitted[i]))
+            if fitted[column] <= least[column]:
+                return None
+            fitted[column] -= 1
+        return fitted
+
+    def _parts(self, row: Sequence[str], widths: list[int]) -> list[list[str]]:
+        """Each cell of a row in lines of at most a width; numbers stay whole, the header is words."""
+        words = len(row) if list(row) == list(self.header) else self.left
+        return [
+            _broken(cell, width) if i < words else [cell]
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+
+    def _folded(self, row: list[str], widths: list[int]) -> list[str]:
+        """The lines of a row whose words go on in the next line."""
+        parts = self._parts(row, widths)
+        count = max(map(len, parts))
+        filled = [part + [""] * (count - len(part)) for part in parts]
+        return [self._line(line, widths) for line in zip(*filled, strict=True)]
+
+    def _line(self, row: Sequence[str], widths: list[int]) -> str:
+        aligned = [
+            cell.ljust(width) if i < self.left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return (" " * _GAP).join(aligned).rstrip()
+
+
+def _broken(text: str, width: int, indents: tuple[str, str] = ("", "")) -> list[str]:
+    """Lines of at most `width`, broken between tokens; with indents of the first and of later lines."""
+    lines: list[str] = []
+    for token in _TOKEN.findall(text):
+        if lines and len(lines[-1]) + 1 + len(token) <= width:
+            lines[-1] += f" {token}"
+        else:
+            lines.append(indents[bool(lines)] + token)
+    return lines or [""]
+
+
+def _paragraph(header: list[str], row: list[str], width: int) -> list[str]:
+    """A row as lines: its first cell, and below it each other cell with the name of its column."""
+    lines = _broken(row[0], width)
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        if cell:
+            lines += _broken(f"{name}: {cell}" if name else cell, width, ("  ", "    "))
+    return lines
+
+
+def _html_row(tag: str, row: Sequence[str], left: int) -> str:
+    sides = ("left" if i < left else "right" for i in range(len(row)))
+    cells = (
+        f'<{tag} style="text-align:{s}">{escape(c)}</{tag}>'
+        for c, s in zip(row, sides, strict=True)
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal to which the process prints; None if it prints to a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 class Charted:

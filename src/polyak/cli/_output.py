@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from polyak._shown import Table, terminal_width
+
 Progress = Callable[[int, int], object]
 _MOST = 12
 
@@ -38,15 +40,9 @@ def _finite(data: Any) -> Any:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Prints aligned columns, as wide as they are; the first `left` columns to the left."""
-    cells = [[cell.replace("\n", "\\n") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    for row in cells:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        say("  ".join(aligned).rstrip())
+    """Prints aligned columns, within the terminal if there is one; the first `left` columns are words."""
+    for line in Table(header, rows, left).lines(terminal_width()):
+        say(line)
 
 
 def note(message: str) -> None:

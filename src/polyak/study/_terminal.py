@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from rich.console import Console
@@ -13,8 +14,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table as RichTable
 
+from polyak._shown import Table as TextTable
 from polyak.study._article_report import Report
 from polyak.study._text import Table
 
@@ -62,22 +63,26 @@ class Seeds:
 
 def show(console: Console, report: Report, seconds: float) -> None:
     """Print the main tables, and the path of the report."""
-    console.print(_rich(report.tables["verdicts"], (0, 1, 2)))
-    console.print(_rich(report.tables["final"], (0, 1, 2, 3)))
-    console.print(_rich(report.tables["arms"], (0, 2, 5, 7, 8)))
+    for name, columns, left in (
+        ("verdicts", (0, 1, 2), 3),
+        ("final", (0, 1, 2, 3), 1),
+        ("arms", (0, 2, 5, 7, 8), 1),
+    ):
+        _print(console, report.tables[name], columns, left)
     console.print(f"{seconds:.0f} s. Report: {report.page.resolve()}", highlight=False)
 
 
-def _rich(table: Table, columns: tuple[int, ...]) -> RichTable:
-    """Some columns of a table, with verdicts in colour."""
-    shown = RichTable(title=table.title, title_justify="left")
-    for column in columns:
-        shown.add_column(table.header[column], no_wrap=column == 0)
-    for row in table.rows:
-        shown.add_row(*(_coloured(row[column]) for column in columns))
-    return shown
+def _print(console: Console, table: Table, columns: tuple[int, ...], left: int) -> None:
+    """Some columns of a table, with verdicts in colour on a terminal; the first `left` are words."""
+    header, *rows = ([row[column] for column in columns] for row in (table.header, *table.rows))
+    console.print(f"\n{table.title}", highlight=False, markup=False)
+    width = console.width if console.is_terminal else None
+    for line in TextTable(header, rows, left).lines(width):
+        console.print(_coloured(line), highlight=False, soft_wrap=True)
 
 
-def _coloured(cell: str) -> str:
-    cell = cell.replace("[", r"\[")
-    return f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else cell
+def _coloured(line: str) -> str:
+    line = line.replace("[", r"\[")
+    for verdict, colour in COLOURS.items():
+        line = re.sub(rf"(?<=  ){verdict}(?=  |$)", f"[{colour}]{verdict}[/]", line)
+    return line
