@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +128,3 @@ def test_a_result_has_its_chart_in_a_notebook() -> None:
     shown = about._repr_mimebundle_()
     assert shown["text/plain"] == str(about)
     assert "text/html" in shown
-
-
-def test_without_altair_a_notebook_has_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "polyak.charts", None)
-    about = explain("window(10)", 100)
-    assert about._repr_mimebundle_() == {"text/plain": str(about)}
-    with pytest.raises(ModuleNotFoundError):
-        about.chart()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 # What stays on one line: a word, or an interval with the word before it.
 _TOKEN = re.compile(r"(?:\S+ )?\[[^\[\]]*\d[^\[\]]*\]\S*|\S+")
 _GAP = 2
+_MOST = 200  # rows in a notebook
 
 
 class Table(NamedTuple):
@@ -46,9 +47,11 @@ class Table(NamedTuple):
         return [line for row in cells for line in self._folded(row, fitted)]
 
     def html(self) -> str:
-        """The table as HTML, everything escaped."""
+        """The table as HTML, everything escaped; of many rows the first."""
         rows = [_html_row("th", self.header, self.left)]
-        rows += [_html_row("td", row, self.left) for row in self.rows]
+        rows += [_html_row("td", row, self.left) for row in self.rows[:_MOST]]
+        if (more := len(self.rows) - _MOST) > 0:
+            rows.append(_html_row("td", (f"and {more} more",), 1))
         return f"<table>{''.join(rows)}</table>"
 
     def _fitted(self, cells: list[list[str]], widths: list[int], width: int) -> list[int] | None:
@@ -122,23 +125,58 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-class Charted:
-    """A result with a chart, which `polyak.charts` draws; `str` of it is a table.
+def number_text(value: float | None) -> str:
+    """A number to six digits, or a dash for None."""
+    return "-" if value is None else f"{value:.6g}"
+
+
+def size_text(count: int) -> str:
+    """A number of bytes to three digits, in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.3g} TB"
+
+
+class Tabled:
+    """A result that is tables: as text in a terminal, as HTML in a notebook."""
+
+    def heading(self) -> list[str]:
+        """The lines above the tables."""
+        return []
+
+    def tables(self) -> list[Table]:
+        """The tables; without any, a notebook shows the text."""
+        return []
+
+    def _repr_html_(self) -> str:
+        lines = [f"<p>{'<br>'.join(map(escape, self.heading()))}</p>"]
+        lines += [table.html() for table in self.tables()]
+        return "".join(lines) if len(lines) > 1 else f"<pre>{escape(str(self))}</pre>"
+
+
+class Charted(Tabled):
+    """A result with a chart, which `polyak.charts` draws.
 
     The room of charts stands above the results, so it is imported by name when a chart is asked for.
     """
 
     def chart(self) -> Any:
-        """The altair chart. Raises `ModuleNotFoundError` without altair (the extra `study`)."""
+        """The altair chart.
+
+        Raises `ModuleNotFoundError` without altair (the extra `study`), `LookupError` if there is nothing
+        to draw.
+        """
         return import_module("polyak.charts").chart_of(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """What a notebook shows: the chart where altair is installed, and the text."""
-        text = {"text/plain": str(self)}
+        """What a notebook shows: the chart where altair is installed, else the tables; and the text."""
+        told = {"text/plain": str(self), "text/html": self._repr_html_()}
         try:
             chart = self.chart()
-        except ModuleNotFoundError:
-            return text
+        except (ModuleNotFoundError, LookupError):
+            return told
         bundle = chart._repr_mimebundle_(include, exclude)
         drawn = bundle[0] if isinstance(bundle, tuple) else bundle
-        return {**drawn, **text}
+        return {**told, **drawn}

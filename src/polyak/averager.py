@@ -546,6 +546,10 @@ class Averager:
             elapsed=float(self._updating.every),
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the summary."""
+        return self.summary()._repr_html_()
+
     def _together(self, call: str) -> AbstractContextManager[Agreement]:
         """With `shard`: a block that fails on all ranks if it fails on one."""
         if self._mesh is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,9 +25,20 @@ from polyak.theory._curves import (
 from polyak.theory._long import Horizon, profile_at
 
 if TYPE_CHECKING:
+    from polyak.offline import Description, Synthesis
     from polyak.offline._sweep import Point, Sweep
+    from polyak.theory._synthesis import Fit
 
-__all__ = ["advice_chart", "chart_of", "rule_chart", "save", "sweep_chart"]
+__all__ = [
+    "advice_chart",
+    "chart_of",
+    "description_chart",
+    "fit_chart",
+    "rule_chart",
+    "save",
+    "sweep_chart",
+    "synthesis_chart",
+]
 
 _BLUE, _RED, _GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
 _OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
@@ -62,11 +73,17 @@ def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
     return content if isinstance(content, bytes) else content.encode()
 
 
-def chart_of(result: Explanation | Advice | Sweep) -> alt.TopLevelMixin:
-    """The chart of a result, `rule_chart`, `advice_chart` or `sweep_chart`."""
-    if isinstance(result, Advice):
-        return advice_chart(result)
-    return rule_chart(result) if isinstance(result, Explanation) else sweep_chart(result)
+def chart_of(result: object) -> alt.TopLevelMixin:
+    """The chart of a result of `theory` or `offline`, which are not imported for that."""
+    drawn: dict[str, Callable[[Any], alt.TopLevelMixin]] = {
+        "Explanation": rule_chart,
+        "Advice": advice_chart,
+        "Sweep": sweep_chart,
+        "Fit": fit_chart,
+        "Synthesis": synthesis_chart,
+        "Description": description_chart,
+    }
+    return drawn[type(result).__name__](result)
 
 
 def rule_chart(
@@ -162,6 +179,50 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
     chart = alt.hconcat(*panels, spacing=30, title=title_)
     drawn: alt.HConcatChart = chart.configure_view(stroke=None)
     return drawn
+
+
+def fit_chart(fit: Fit) -> alt.TopLevelMixin:
+    """The coefficient of each column, in the order in which the columns were given."""
+    rows = [{"x": i, "y": c, "of": "column"} for i, c in enumerate(fit.coefficients.tolist())]
+    return _coefficients(rows, "column", str(fit))
+
+
+def synthesis_chart(made: Synthesis) -> alt.TopLevelMixin:
+    """The coefficient of each stored tensor by its time, in a colour for each stored average."""
+    rows = [
+        {"x": t.time, "y": t.coefficient, "of": f"{t.average} {t.slot}".strip()} for t in made.terms
+    ]
+    return _coefficients(rows, "time at which it was stored", str(made).partition(", from")[0])
+
+
+def _coefficients(rows: list[dict[str, Any]], x: str, title: str) -> alt.TopLevelMixin:
+    """Coefficients as lines from 0 to a point."""
+    kinds = list(dict.fromkeys(row["of"] for row in rows))
+    scale = alt.Scale(domain=kinds, range=[_COLOURS[i % len(_COLOURS)] for i in range(len(kinds))])
+    legend = alt.Legend(title="stored") if len(kinds) > 1 else None
+    base = _chart([row | {"zero": 0.0} for row in rows]).encode(
+        x=alt.X("x:Q", title=x, scale=alt.Scale(zero=False)),
+        y=alt.Y("y:Q", title="coefficient"),
+        color=alt.Color("of:N", scale=scale, legend=legend),
+        tooltip=["of:N", "x:Q", "y:Q"],
+    )
+    layers = [base.mark_rule().encode(y2="zero:Q"), base.mark_point(filled=True, opacity=1)]
+    chart: alt.LayerChart = (
+        alt.LayerChart(layer=layers)
+        .properties(title=alt.TitleParams(title, fontSize=16), width=_WIDE, height=_HIGH)
+        .configure_view(stroke=None)
+    )
+    return chart
+
+
+def description_chart(found: Description) -> alt.TopLevelMixin:
+    """What the averages of a file average, at its clock (`rule_chart`), as far as their rules are known."""
+    rules = [
+        a.rule for a in found.averages.values() if a.rule is not None and a.half_life is not None
+    ]
+    if not rules or not found.count:
+        raise LookupError(f"{found.path} tells no rule and clock of an average to draw")
+    return rule_chart(list(dict.fromkeys(rules))[: len(_COLOURS)], found.count)
 
 
 def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:

@@ -12,6 +12,7 @@ from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec
 from polyak._ranks.sharding import is_distributed, shape
+from polyak._shown import Table, Tabled
 from polyak._tensors import dtype_name
 
 WORTH_SAYING = 0.01
@@ -35,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Tabled):
     """All that an averager decided; `str` of it is a table.
 
     `memory` is the bytes that the averager holds now; `count` its updates so far; `stalled` the
@@ -48,17 +49,20 @@ class Summary:
     stalled: dict[str, float]
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
+    def heading(self) -> list[str]:
+        """The rules, the updates, the memory, and a warning of averages that do not move."""
         head = [f"{name}: {rule}" for name, rule in self.rules.items()]
         head.append(f"{self.count} updates, {self.memory / 2**20:.1f} MiB held")
-        head += [
-            _warning(name, share) for name, share in self.stalled.items() if share > WORTH_SAYING
-        ]
-        cells = [("tensor", "shape", "dtype", "policy", "in", "because")]
-        cells += [_cells(row) for row in self.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-        return "\n".join([*head, *(line.rstrip() for line in lines)])
+        shares = self.stalled.items()
+        return head + [_warning(name, share) for name, share in shares if share > WORTH_SAYING]
+
+    def tables(self) -> list[Table]:
+        """A line for every tensor."""
+        header = ("tensor", "shape", "dtype", "policy", "in", "because")
+        return [Table(header, [_cells(row) for row in self.rows], left=len(header))]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.heading(), *self.tables()[0].lines()])
 
 
 def _warning(name: str, share: float) -> str:

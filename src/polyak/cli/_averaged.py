@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polyak._shown import size_text
 from polyak.cli._output import (
     Progress,
     left_text,
@@ -15,7 +16,6 @@ from polyak.cli._output import (
     print_json,
     print_table,
     say,
-    size_text,
 )
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polyak._shown import number_text
 from polyak.cli._commands import DIFFERENT
 from polyak.cli._grouped import grouped
 from polyak.cli._options import Json, Part
-from polyak.cli._output import number_text, print_json, print_table, progress_shown, say
+from polyak.cli._output import print_json, print_table, progress_shown, say
 
 if TYPE_CHECKING:
     from polyak.offline._comparison import Comparison, Difference

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from polyak._shown import size_text
 from polyak.cli._grouped import grouped
 from polyak.cli._options import (
     Dtype,
@@ -19,7 +20,7 @@ from polyak.cli._options import (
     bytes_of,
     dtype_of,
 )
-from polyak.cli._output import note_left, note_norms, print_json, progress_shown, say, size_text
+from polyak.cli._output import note_left, note_norms, print_json, progress_shown, say
 from polyak.rules import LIVE
 
 if TYPE_CHECKING:

@@ -74,20 +74,6 @@ def left_text(left: Mapping[str, int]) -> str:
     return ", ".join(shown[:_MOST]) + more
 
 
-def size_text(count: int) -> str:
-    """A number of bytes to three digits, in units of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.3g} TB"
-
-
-def number_text(value: float | None) -> str:
-    """A number to six digits, or a dash for None."""
-    return "-" if value is None else f"{value:.6g}"
-
-
 @contextmanager
 def progress_shown(what: str, *, bytes: bool = True) -> Iterator[Progress | None]:
     """A progress bar with the time left on stderr; None if stderr is not a terminal."""

@@ -23,15 +23,7 @@ from polyak.cli._options import (
     counts_of,
     grid_of,
 )
-from polyak.cli._output import (
-    json_text,
-    note,
-    number_text,
-    print_json,
-    print_table,
-    progress_shown,
-    say,
-)
+from polyak.cli._output import json_text, note, print_json, print_table, progress_shown, say
 from polyak.cli._users_function import BetterOption, users_function
 
 if TYPE_CHECKING:
@@ -128,36 +120,8 @@ def _print(result: Sweep, *, json: bool) -> None:
     if json:
         print_json(result.as_dict())
         return
-    live = [
-        (
-            f"live, {baseline.name} ({baseline.at:g})",
-            *["-"] * 4,
-            number_text(baseline.quality),
-            "",
-            "",
-        )
-        for baseline in result.baselines
-    ]
-    made = [
-        (
-            point.rule,
-            number_text(point.half_life),
-            number_text(point.mean_age),
-            f"{point.relative_error:.2g}",
-            f"{point.amplification:.3g}",
-            "refused" if point.quality is None else number_text(point.quality),
-            _interval(point.interval),
-            "best" if point is result.best else "",
-        )
-        for point in result.points
-    ]
-    said = "minus last live (95 %)" if any(point.interval for point in result.points) else ""
-    header = ("rule", "half-life", "mean age", "error", "amplification", "quality", said, "")  # fmt: skip
-    print_table(header, [*live, *made])
-
-
-def _interval(between: tuple[float, float] | None) -> str:
-    return "" if between is None else f"{between[0]:.3g} .. {between[1]:.3g}"
+    for table in result.tables():
+        print_table(table.header, table.rows, table.left)
 
 
 def _notes(result: Sweep) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polyak._shown import number_text
 from polyak.cli._averaged import note_spoiled
 from polyak.cli._choosing import Wanted, stored
 from polyak.cli._grouped import grouped
@@ -23,7 +24,7 @@ from polyak.cli._options import (
     bytes_of,
     checkpoints_of,
 )
-from polyak.cli._output import number_text, print_json, print_table, progress_shown, say
+from polyak.cli._output import print_json, print_table, progress_shown, say
 from polyak.cli._torchrun import shared
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Any
 from polyak import norms
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import TensorSpec
+from polyak._shown import Charted, Table, number_text, size_text
 from polyak._tensors import dtype_name
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._export import distinct
@@ -43,6 +44,12 @@ class Weighed:
     bytes: int
     dtypes: dict[str, int]
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """The sizes as text, for a table."""
+        dtypes = self.dtypes
+        shown = ", ".join(d if len(dtypes) == 1 else f"{d} x {n}" for d, n in dtypes.items())
+        return f"{self.tensors:,}", f"{self.parameters:,}", size_text(self.bytes), shown
+
 
 @dataclass(frozen=True)
 class DescribedAverage:
@@ -57,6 +64,11 @@ class DescribedAverage:
     half_life: float | None
     mean_age: float | None
 
+    def cells(self) -> tuple[str, ...]:
+        """The average as text, for a table."""
+        ages = number_text(self.half_life), number_text(self.mean_age)
+        return self.rule or "unknown", *ages, *self.weights.cells()
+
 
 @dataclass(frozen=True)
 class DescribedTensor:
@@ -66,6 +78,11 @@ class DescribedTensor:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """The tensor as text, for a table."""
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return self.name, shape, self.dtype, size_text(self.bytes)
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(Charted):
     """What a file or folder holds.
 
     `count` and `unit` are the file's clock (`checkpoints.Clock`). `norms` are the norms with running
@@ -108,6 +125,28 @@ class Description:
     unfit: str
     recorded: Recorded | None = None
     verified: Verified | None = None
+
+    def heading(self) -> list[str]:
+        """What the file is, its clock, and the run that a folder records."""
+        unit = "units of time" if self.unit == "time" else self.unit
+        clock = "" if self.count is None else f", {self.count:,} {unit}"
+        line, run = f"{self.path}: {self.format}{clock}", self.recorded
+        if run is None:
+            return [line]
+        times = f"at times {run.first:g} to {run.last:g}, {size_text(run.bytes)}"
+        return [f"{line}; {run.snapshots} snapshots of run {run.run}, {times}"]
+
+    def tables(self) -> list[Table]:
+        """The live weights and the averages; all tensors, the largest first."""
+        header = ("", "rule", "half-life", "mean age", "tensors", "parameters", "size", "dtypes")
+        live = [] if self.live is None else [("live weights", *["-"] * 3, *self.live.cells())]
+        averages = [(name, *average.cells()) for name, average in self.averages.items()]
+        tensors = [each.cells() for each in self.tensors]
+        largest = Table(("name", "shape", "dtype", "size"), tensors)
+        return [Table(header, [*live, *averages], left=2), largest]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.heading(), *self.tables()[0].lines()])
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain data, for JSON."""

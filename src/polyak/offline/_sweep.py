@@ -14,7 +14,7 @@ from torch import Tensor
 from polyak import theory
 from polyak._checks import require, require_count
 from polyak._runs.choosing import Choice
-from polyak._shown import Charted
+from polyak._shown import Charted, Table, number_text
 from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
@@ -41,6 +41,19 @@ class Point:
     quality: float | None
     refused: str = ""
     interval: tuple[float, float] | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The point as text, for a table."""
+        between = self.interval
+        return (
+            self.rule,
+            number_text(self.half_life),
+            number_text(self.mean_age),
+            f"{self.relative_error:.2g}",
+            f"{self.amplification:.3g}",
+            "refused" if self.quality is None else number_text(self.quality),
+            "" if between is None else f"{between[0]:.3g} .. {between[1]:.3g}",
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,25 @@ class Sweep(Charted):
         """Whether no average is better than these live weights."""
         sign = sign_of(self.better)
         return all(sign * (p.quality or 0.0) <= sign * baseline.quality for p in self.judged)
+
+    def heading(self) -> list[str]:
+        """Which average is best."""
+        best = "none: all averages but one were refused" if self.best is None else self.best.rule
+        return [f"best: {best} ({self.better} is better)"]
+
+    def tables(self) -> list[Table]:
+        """The live weights, and every average, the shortest first."""
+        live = [
+            (f"live, {b.name} ({b.at:g})", *["-"] * 4, number_text(b.quality), "", "")
+            for b in self.baselines
+        ]
+        made = [(*point.cells(), "best" if point is self.best else "") for point in self.points]
+        said = "minus last live (95 %)" if any(point.interval for point in self.points) else ""
+        header = ("rule", "half-life", "mean age", "error", "amplification", "quality", said, "")
+        return [Table(header, [*live, *made])]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.heading(), *self.tables()[0].lines()])
 
     def as_dict(self) -> dict[str, Any]:
         """The sweep as plain data, for JSON."""

@@ -16,6 +16,7 @@ from polyak._checks import as_number, require, require_positive
 from polyak._lazy import renamed
 from polyak._ranks.agreement import together
 from polyak._runs.choosing import Choice
+from polyak._shown import Charted, Table
 from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
@@ -51,7 +52,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Synthesis:
+class Synthesis(Charted):
     """An average that can be made from what was stored, and how exactly; no tensor is read yet.
 
     Attributes:
@@ -89,6 +90,18 @@ class Synthesis:
             f"{self.rule} at {self.at:g}, from {len(self.terms)} stored averages in {files} files: "
             f"relative error {self.relative_error:.2g}, amplification {self.amplification:.3g}"
         )
+
+    def heading(self) -> list[str]:
+        """The average, and how exact it is."""
+        return [str(self)]
+
+    def tables(self) -> list[Table]:
+        """The terms of the sum."""
+        rows = [
+            (str(t.path), t.average, t.slot, f"{t.time:g}", f"{t.coefficient:.6g}")
+            for t in self.terms
+        ]
+        return [Table(("file", "average", "slot", "time", "coefficient"), rows, left=3)]
 
     def as_dict(self) -> dict[str, Any]:
         """The rule, the measures and the terms as plain data, for JSON."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from polyak._checks import require_count
-from polyak._shown import Charted
+from polyak._shown import Charted, Table
 from polyak.rules import Rule
 from polyak.specs import as_rule
 from polyak.theory._long import Horizon, copies, horizon, mean_age_at, profile_at
@@ -95,6 +95,18 @@ class Explanation(Charted):
         cadence = "step" if self.every == 1 else f"{self.every} steps"
         grows = "; more steps change it" if self.growing else ""
         return f"{self.rule} after {self.steps} steps, updated every {cadence}{grows}"
+
+    def heading(self) -> list[str]:
+        """The title, as the line above the table."""
+        return [self.title()]
+
+    def tables(self) -> list[Table]:
+        """All measures: with their unit and, for the length of a run, their share of it."""
+        of_run = (" (% of the run)",) if self.of_run else ("",)
+        cells = [
+            (r.name, r.unit, f"{r.value} {r.share and f'({r.share})'}".strip()) for r in self.rows()
+        ]
+        return [Table(("measure", f"unit{of_run[0]}", "value"), cells, left=2)]
 
     def __str__(self) -> str:
         rows = [

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak._checks import as_number, is_integer, require
+from polyak._shown import Charted, Table
 from polyak.rules import LIVE, Rule
 from polyak.theory._profiles import (
     NOTHING,
@@ -46,7 +47,7 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class Fit(Charted):
     """The combination of stored tensors that comes closest to the wanted average.
 
     `coefficients`, one for each column, sum to 1. `relative_error` is 0 if the average is exact. By
@@ -59,6 +60,21 @@ class Fit:
     coefficients: Profile
     relative_error: float
     amplification: float
+
+    def tables(self) -> list[Table]:
+        """The coefficients, in the order of the columns."""
+        rows = [(str(i), f"{c:.6g}") for i, c in enumerate(self.coefficients.tolist())]
+        return [Table(("column", "coefficient"), rows)]
+
+    def heading(self) -> list[str]:
+        """How exact it is."""
+        return [str(self)]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.coefficients)} columns: relative error {self.relative_error:.2g}, "
+            f"amplification {self.amplification:.3g}"
+        )
 
 
 def fit(
