@@ -43,7 +43,7 @@ class Table(NamedTuple):
             return [self._line(row, widths) for row in cells]
         fitted = self._fitted(cells, widths, width)
         if fitted is None:
-            return [line for row in cells[1:] for line in _paragraph(cells[0], row, width)]
+            return [line for row in cells[1:] for line in _paragraph(self, row, width)]
         return [line for row in cells for line in self._folded(row, fitted)]
 
     def html(self) -> str:
@@ -91,10 +91,15 @@ class Table(NamedTuple):
         return (" " * _GAP).join(aligned).rstrip()
 
 
-def _broken(text: str, width: int, indents: tuple[str, str] = ("", "")) -> list[str]:
-    """Lines of at most `width`, broken between tokens; with indents of the first and of later lines."""
+def _broken(text: str, width: int) -> list[str]:
+    """Lines of at most `width`, broken between tokens."""
+    return _laid(_TOKEN.findall(text), width)
+
+
+def _laid(tokens: Sequence[str], width: int, indents: tuple[str, str] = ("", "")) -> list[str]:
+    """Tokens in lines of at most `width`, with indents of the first and of later lines."""
     lines: list[str] = []
-    for token in _TOKEN.findall(text):
+    for token in tokens:
         if lines and len(lines[-1]) + 1 + len(token) <= width:
             lines[-1] += f" {token}"
         else:
@@ -102,12 +107,14 @@ def _broken(text: str, width: int, indents: tuple[str, str] = ("", "")) -> list[
     return lines or [""]
 
 
-def _paragraph(header: list[str], row: list[str], width: int) -> list[str]:
+def _paragraph(table: Table, row: list[str], width: int) -> list[str]:
     """A row as lines: its first cell, and below it each other cell with the name of its column."""
     lines = _broken(row[0], width)
-    for name, cell in zip(header[1:], row[1:], strict=True):
-        if cell:
-            lines += _broken(f"{name}: {cell}" if name else cell, width, ("  ", "    "))
+    for i, (name, cell) in enumerate(zip(table.header, row, strict=True)):
+        if cell and i:
+            words = _TOKEN.findall(cell) if i < table.left else [cell]
+            named = [*_TOKEN.findall(f"{name}:"), *words] if name else words
+            lines += _laid(named, width, ("  ", "    "))
     return lines
 
 
