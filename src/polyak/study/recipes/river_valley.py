@@ -48,7 +48,7 @@ study = Study(
     loss=sampled_loss,
     metrics={"excess": Metric(excess_loss, title="excess loss")},
     optimizer=torch.optim.SGD,
-    learning_rates=(0.1, 0.3, 0.9),
+    learning_rates=(0.1, 0.3, 0.9, 1.5),
     schedules={"constant": constant, "inverse_sqrt": inverse_sqrt, "cosine": cosine, "wsd": wsd},
     arms=averages(STEPS),
     claims=(*USUAL, longer_runs_want_longer_averages("excess")),
