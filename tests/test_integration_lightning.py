@@ -16,7 +16,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    LambdaCallback,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_model
@@ -116,6 +121,24 @@ def test_training_is_the_same_as_without_the_callback() -> None:
     states = [each._checkpoint_connector.dump_checkpoint() for each in (one, two)]
     assert states[0]["loops"] == states[1]["loops"]
     assert str(states[0]["optimizer_states"]) == str(states[1]["optimizer_states"])
+
+
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+def test_a_progress_bar_is_there_in_every_pass(kind: type[Any]) -> None:
+    """The thread in which Rich draws needs it at any time."""
+    bar, module = kind(refresh_rate=0), made()  # it starts no thread here
+    seen, step = [], module.validation_step
+
+    def noted(*args: Any) -> None:
+        seen.append(module.trainer.progress_bar_callback is bar)
+        step(*args)
+
+    module.validation_step = noted
+    options = {"enable_checkpointing": False, "enable_progress_bar": True}
+    trainer = trainer_of(AveragerCallback(RULES), bar, epochs=2, **options)
+    trainer.fit(module)
+    sanity, batches_of_a_pass, epochs = 2, 2, 2
+    assert seen == [True] * (sanity + batches_of_a_pass * epochs * (1 + len(RULES)))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from polyak.integrations._extra import extra
 
 with extra("lightning", "lightning", "torchmetrics"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.utilities.seed import isolate_rng
     from torchmetrics import Metric, MetricCollection
 
@@ -46,9 +47,11 @@ def unnoticed(
 
 @contextmanager
 def _alone(trainer: Any, loop: Any, callbacks: list[Callback]) -> Iterator[None]:
-    """A block that other callbacks, and the loop's progress, do not notice."""
+    """A block that other callbacks, and the loop's progress, do not notice; a progress bar shows it."""
     kept = trainer.callbacks, loop.batch_progress, loop.restarting
-    trainer.callbacks = callbacks
+    # A bar draws itself in a thread of its own, which looks for it among the callbacks.
+    bars = [each for each in trainer.callbacks if isinstance(each, ProgressBar)]
+    trainer.callbacks = [*bars, *callbacks]
     loop.batch_progress, loop.restarting = deepcopy(loop.batch_progress), False
     try:
         yield
