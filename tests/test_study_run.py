@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,28 @@ def test_a_damaged_record_is_refused_with_its_line(
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1: ") as refused:
         run(small, tmp_path, jobs=1)
     assert message in str(refused.value)
+
+
+def test_a_plateau_lowers_the_rate_when_a_metric_stands_still_in_either_direction() -> None:
+    """torch's threshold is relative, so that -0.9 after -0.9 would be an improvement."""
+    for lower in (True, False):
+        metrics = {"still": Metric(lambda *_: torch.tensor(0.9), lower_is_better=lower)}
+        plateau = {"plateau": Plateau(patience=1, stop=5)}
+        several = study(metrics=metrics, schedules=plateau, evaluations=20)
+        record = train(several, Run(0, "plateau", 1.0))
+        assert record["rates"] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+        assert record["stopped_early"]
+
+
+def test_a_folder_is_read_however_it_was_made(tmp_path: Path) -> None:
+    small = study(steps=4, evaluations=1)
+    run(replace(small, stacked=2), tmp_path, jobs=1, vary=("init",))
+    assert len(read(small, tmp_path).records) == 4
+    with pytest.raises(FileNotFoundError, match=r"has no results\.jsonl; run the study first"):
+        read(small, tmp_path / "other")
+    (tmp_path / "results.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: it is not the record of a run"):
+        read(small, tmp_path)
 
 
 def test_vary_holds_the_other_sources(tmp_path: Path) -> None:

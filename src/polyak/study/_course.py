@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -68,11 +69,13 @@ class Rate:
         self._factor = None if isinstance(given, Plateau) else given
         self._study, self._optimizer = study, optimizer
         self._initial = [group["lr"] for group in optimizer.param_groups]
+        self._lower = study.metrics[study.main].lower_is_better
         self._best, self._waited = math.inf, 0
         self.stopped = False
         if self.plateau:
+            mode: Literal["min", "max"] = "min" if self._lower else "max"
             self._lowering = ReduceLROnPlateau(
-                optimizer, factor=self.plateau.factor, patience=self.plateau.patience
+                optimizer, mode, factor=self.plateau.factor, patience=self.plateau.patience
             )
 
     @property
@@ -88,13 +91,13 @@ class Rate:
                 group["lr"] = initial * factor
 
     def judged(self, values: Mapping[str, Values]) -> None:
-        """Take the validation values of an evaluation; without a number the plateau sees infinity."""
+        """Take the validation values of an evaluation; no number counts as the worst value."""
         if self.plateau is None:
             return
         value = values[self.plateau.arm][self._study.main]
-        lower = self._study.metrics[self._study.main].lower_is_better
-        loss = math.inf if value is None else value if lower else -value
-        self._lowering.step(loss)
+        sign = 1 if self._lower else -1
+        loss = math.inf if value is None else sign * value
+        self._lowering.step(sign * loss)
         self._waited = 0 if loss < self._best else self._waited + 1
         self._best = min(self._best, loss)
         self.stopped = self.stopped or self._waited == self.plateau.stop

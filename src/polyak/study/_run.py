@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from joblib import Parallel, delayed, effective_n_jobs
@@ -88,10 +89,19 @@ def read(study: Study, out: Path | str) -> Result:
     folder = Path(out)
     if not (folder / RESULTS).is_file():
         raise FileNotFoundError(f"{folder} has no {RESULTS}; run the study first")
-    lines = [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
-    vary = tuple(lines[0]["conditions"]["vary"]) if lines else SOURCES
-    with opened(folder / RESULTS, Conditions(study, vary).format()) as results:
+    how = _how(folder)
+    conditions = Conditions(replace(study, stacked=how["stacked"]), tuple(how["vary"]))
+    with opened(folder / RESULTS, conditions.format()) as results:
         return Result(study, list(results.by_run.values()), _failures(folder))
+
+
+def _how(folder: Path) -> Record:
+    """How the runs of a folder were made, from its first line; the check of all lines comes later."""
+    how: Record = {"stacked": 0, "vary": list(SOURCES)}
+    with (folder / RESULTS).open() as file, suppress(ValueError, TypeError, KeyError):
+        stored = json.loads(file.readline())["conditions"]
+        how |= {"stacked": int(stored["stacked"]), "vary": list(stored["vary"])}
+    return how
 
 
 def _run(
