@@ -300,6 +300,28 @@ def test_the_caller_s_stream_and_threads_are_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
 
 
+def zeroed(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
+    return model(x).zero_().sum()  # type: ignore[no-any-return]
+
+
+def of_one_row(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(model, x[:1], y[:1])
+
+
+@pytest.mark.parametrize("first", [zeroed, of_one_row, cross_entropy])
+def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(first: Any) -> None:
+    alone = train(study(), Run(0, "constant", 0.05))
+    metrics = {
+        "loss": Metric(cross_entropy),
+        "first": Metric(first),
+        "again": Metric(cross_entropy),
+    }
+    record = train(study(metrics=metrics), Run(0, "constant", 0.05))
+    for arm in study().arm_names:
+        for name in ("loss", "again"):
+            assert record["curves"][arm][name] == alone["curves"][arm]["loss"]
+
+
 def test_an_arm_is_selected_on_validation_and_reported_on_test() -> None:
     record = train(study(evaluations=20), Run(1, "constant", 0.3))
     for arm, curve in record["curves"].items():

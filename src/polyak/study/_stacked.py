@@ -13,7 +13,8 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from polyak.rules import LIVE
 from polyak.study._course import Course, Rate, due
-from polyak.study._judge import Geometry, MeanPrediction, Values, finite, flat, geometry
+from polyak.study._judge import Geometry, MeanPrediction, Values, finite, flat, geometry, metrics_of
 from polyak.study._logbook import Logbook
 from polyak.study._loop import SOURCES, Run, alone, epoch, source_seed
 from polyak.study._result import Record
@@ -157,25 +158,25 @@ def move_(optimizer: Optimizer, parameters: Sequence[Tensor], rates: Tensor) -> 
 class _Call(nn.Module):
     """`function(model, *part)` as a module, so that torch.func can exchange the model's tensors."""
 
-    def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
         self._function = function
 
-    def forward(self, *part: Tensor) -> Tensor:
+    def forward(self, *part: Tensor) -> Any:
         """The value of the function."""
         return self._function(self.model, *part)
 
     def stacked(self, weights: Weights, part: Rows) -> Tensor:
         """(runs,) values for stacked weights."""
-        return vmap(self._one, in_dims=(0, part.dims), randomness="different")(
-            weights, part.tensors
-        )
+        batched = vmap(self.exchanged, in_dims=(0, part.dims), randomness="different")
+        values: Tensor = batched(weights, part.tensors)
+        return values
 
-    def _one(self, weights: Weights, part: Part) -> Tensor:
+    def exchanged(self, weights: Weights, part: Part) -> Any:
+        """The value of the function for other tensors of the model."""
         named = {f"model.{name}": tensor for name, tensor in weights.items()}
-        value: Tensor = functional_call(self, named, part)
-        return value
+        return functional_call(self, named, part)
 
 
 class StackedJudge:
@@ -186,6 +187,9 @@ class StackedJudge:
     ) -> None:
         self._study, self._arms, self._runs = study, arms, len(data)
         self._parts = {name: rows_of([getattr(d, name) for d in data]) for name in PARTS}
+        parts = [(*one.validation, *one.test) for one in data]
+        pairs = [zip(p[: len(p) // 2], p[len(p) // 2 :], strict=True) for p in parts]
+        self._one_part = all(a is b for pair in pairs for a, b in pair)
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._initial = flat(arms.networks(LIVE)[0], arms.trained, 1)
         self._values: dict[tuple[str, str], list[Values]] = {}
@@ -204,30 +208,34 @@ class StackedJudge:
 
     def values(self, part: str, arm: str) -> list[Values]:
         """The metrics of an arm, for each run."""
+        part = "validation" if self._one_part else part
         if (part, arm) not in self._values:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 columns = self._columns(self._parts[part], arm)
-            named = [
-                dict(zip(self._study.metrics, row, strict=True))
-                for row in zip(*columns, strict=True)
-            ]
-            self._values[part, arm] = named
+            rows = zip(*columns.values(), strict=True)
+            self._values[part, arm] = [dict(zip(columns, row, strict=True)) for row in rows]
         return self._values[part, arm]
 
-    def _columns(self, part: Rows, arm: str) -> list[list[float | None]]:
+    def _columns(self, part: Rows, arm: str) -> dict[str, list[float | None]]:
         """Each metric's values over the runs."""
         live = self._arms.networks(LIVE)[0]
         networks = [{**live, **weights} for weights in self._arms.networks(arm)]
         if not networks:
-            return [[None] * self._runs for _ in self._study.metrics]
-        spec, columns = self._study.arms.get(arm), []
-        for metric in self._study.metrics.values():
-            if isinstance(spec, Ensemble):
-                values = _stacked_ensemble(self._model, spec, metric.function, networks, part)
-            else:
-                values = _Call(self._model, metric.function).stacked(networks[0], part)
-            columns.append([finite(value) for value in values.tolist()])
-        return columns
+            return {name: [None] * self._runs for name in self._study.metrics}
+        one = partial(self._one, self._study.arms.get(arm))
+        batched = vmap(one, in_dims=(0, part.dims), randomness="different")
+        values = batched(networks, part.tensors)
+        return {name: [finite(v) for v in column.tolist()] for name, column in values.items()}
+
+    def _one(self, spec: object, networks: list[Weights], part: Part) -> dict[str, Tensor]:
+        """The metrics of one run."""
+        if isinstance(spec, Ensemble):
+            return metrics_of(
+                self._study, MeanPrediction(self._model, networks, spec.combine), part
+            )
+        judged = _Call(self._model, lambda model, *part: metrics_of(self._study, model, part))
+        values: dict[str, Tensor] = judged.exchanged(networks[0], part)
+        return values
 
     def geometry(self, arm: str) -> list[Geometry]:
         """Distance and cosine of an arm, for each run."""
@@ -261,23 +269,6 @@ class OneOfStack:
     def geometry(self, arm: str) -> Geometry:
         """Distance and cosine."""
         return self.judge.geometry(arm)[self.run]
-
-
-def _stacked_ensemble(
-    model: nn.Module,
-    spec: Ensemble,
-    function: Callable[..., Tensor],
-    networks: list[Weights],
-    part: Rows,
-) -> Tensor:
-    """(runs,) values of a metric of the mean predictions."""
-
-    def one(networks: list[Weights], tensors: Part) -> Tensor:
-        return function(MeanPrediction(model, networks, spec.combine), *tensors)
-
-    batched = vmap(one, in_dims=(0, part.dims), randomness="different")
-    values: Tensor = batched(networks, part.tensors)
-    return values
 
 
 class Rows(NamedTuple):

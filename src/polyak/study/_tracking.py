@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from polyak.averager import Averager
@@ -35,7 +36,7 @@ class Tracking:
         for every in sorted({arm.every for arm in study.arms.values()}):
             names = [name for name, arm in study.arms.items() if arm.every == every]
             if size := max(self._sizes[name] for name in names):
-                self._rings[every] = Ring(model, size, every, buffers)
+                self._rings[every] = Ring(model, size, every, spare(study, every), buffers)
             rules = {n: rule_of(study.arms[n], study.steps) for n in names if not self._sizes[n]}
             if rules:
                 self._averagers[every] = Averager(model, rules, every=every, buffers=buffers)
@@ -71,44 +72,71 @@ class Tracking:
 
 
 class Ring:
-    """The last `size` snapshots of a model's averaged tensors, one every `every` steps."""
+    """The last snapshots of a model's averaged tensors, one every `every` steps.
 
-    def __init__(self, model: Source, size: int, every: int, buffers: Any = "auto") -> None:
+    It has room for `spare` snapshots more than `size`. So a mean that is read at least every `spare`
+    snapshots needs only those that have come and gone since it was read last.
+    """
+
+    def __init__(
+        self, model: Source, size: int, every: int, spare: int, buffers: Any = "auto"
+    ) -> None:
         known = policies(model, buffers)
         self._live = {n: t for n, t in tensors_of(model).items() if known.get(n) == "average"}
-        self._kept = {n: t.new_empty((size, *t.shape)) for n, t in self._live.items()}
-        self._every, self._steps, self._size = every, 0, size
+        self._room = size + spare
+        self._kept = {n: t.new_empty((self._room, *t.shape)) for n, t in self._live.items()}
+        self._every, self._spare, self._steps, self._count = every, spare, 0, 0
+        self._sums: dict[int, tuple[int, Weights]] = {}
+        """size of a window -> (snapshots when it was read last, its float64 sums)"""
 
     def update(self) -> None:
         """Count a step, and keep a snapshot every `every` steps."""
         self._steps += 1
         if self._steps % self._every == 0:
-            place = (self._steps // self._every - 1) % self._size
             for name, tensor in self._live.items():
-                self._kept[name][place].copy_(tensor)
+                self._kept[name][self._count % self._room].copy_(tensor)
+            self._count += 1
 
     def keep_in(self, other: Ring, rows: Tensor) -> None:
-        """Copy the snapshots of some runs of a stack to another ring, and its count."""
-        other._steps = self._steps
+        """Copy the snapshots of some runs of a stack to another ring, and its counts."""
+        other._steps, other._count = self._steps, self._count
         for name, kept in self._kept.items():
             other._kept[name].copy_(kept[:, rows])
 
     def last(self, size: int) -> list[Weights]:
         """The last `size` snapshots, or all if there are fewer, the oldest first."""
-        return [{n: kept[i] for n, kept in self._kept.items()} for i in self._places(size)]
+        first = max(self._count - size, 0)
+        places = [number % self._room for number in range(first, self._count)]
+        return [{name: kept[place] for name, kept in self._kept.items()} for place in places]
 
     def mean(self, size: int) -> list[Weights]:
         """The mean of the last `size` snapshots; nothing before the first."""
-        places = self._places(size)
-        if not places:
+        if not self._count:
             return []
-        if len(places) == self._size:  # all of the ring: its mean needs no copy
-            return [{n: kept.mean(0) for n, kept in self._kept.items()}]
-        return [{n: kept[places].mean(0) for n, kept in self._kept.items()}]
+        sums, share = self._window(size), 1 / min(self._count, size)
+        return [{name: (total * share).to(self._live[name].dtype) for name, total in sums.items()}]
 
-    def _places(self, size: int) -> list[int]:
-        count = self._steps // self._every
-        return [i % self._size for i in range(max(count - size, 0), count)]
+    def _window(self, size: int) -> Weights:
+        """The sums of a window in float64, where adding and taking away leaves no trace."""
+        read, sums = self._sums.get(size, (0, {}))
+        if not sums or self._count - read > min(self._spare, size):
+            sums = self._sum(max(self._count - size, 0), self._count)
+        elif self._count > read:
+            came = self._sum(read, self._count)
+            gone = self._sum(max(read - size, 0), max(self._count - size, 0))
+            sums = {name: total + came[name] - gone[name] for name, total in sums.items()}
+        self._sums[size] = self._count, sums
+        return sums
+
+    def _sum(self, first: int, last: int) -> Weights:
+        """The sums of the snapshots from number `first` to before `last`."""
+        places = torch.arange(first, last) % self._room
+        return {n: kept[places].sum(0, dtype=torch.float64) for n, kept in self._kept.items()}
+
+
+def spare(study: Study, every: int) -> int:
+    """The most snapshots between two evaluations."""
+    return -(-study.steps // (study.evaluations * every)) + 1
 
 
 def tensors_of(model: Source) -> Weights:
