@@ -159,6 +159,8 @@ class Subject:
         decided = policies(found, self.options, self.frozen)
         self.averaged = [name for name, policy in decided.items() if policy == "average"]
         self.copied = [name for name, policy in decided.items() if policy == "copy"]
+        stored = {*self.averaged, *self.copied}
+        self.shapes = {e.name: tuple(e.tensor.shape) for e in found if e.name in stored}
         self.left_frozen = {name for name, policy in decided.items() if policy == "frozen"}
         self.firsts = first_names(found)
         self.form = form(found, self.options, self.frozen, by_storage=False)

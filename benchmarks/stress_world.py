@@ -34,7 +34,7 @@ from stress_models import (
 from stress_rules import Fault, Vector
 
 MUST, MAY = "must", "may"
-PATIENCE = 5.0  # seconds that a call in another thread may take
+PATIENCE = 45.0  # seconds that a call in another thread may take, on a busy machine too
 ERRORS = (ValueError, TypeError, RuntimeError, KeyError, FloatingPointError)
 
 _STRUCTURE = {
@@ -167,12 +167,14 @@ class World:
         found = entries(self.model)
         now = form(found, subject.options, subject.frozen, by_storage=False)
         by_storage = form(found, subject.options, subject.frozen, by_storage=True)
-        if now != subject.form:
-            before, after = _stored(subject.form), _stored(now)
+        shapes = {entry.name: tuple(entry.tensor.shape) for entry in found}
+        if any(shapes.get(name) != shape for name, shape in subject.shapes.items()):
+            yield "changed"
+        elif now != subject.form:
+            before, after = _stored(subject.storage_form), _stored(by_storage)
             firsts = before.keys() & {*subject.averaged, *subject.copied}
             lost = any(after.get(name) != before[name] for name in firsts)
-            own = _stored(by_storage).keys() - _stored(subject.storage_form).keys()
-            untied = own & subject.carried()
+            untied = (after.keys() - before.keys()) & subject.carried()
             yield "changed" if lost or untied else "changed elsewhere"
         if by_storage != subject.storage_form:
             yield "aliased"
