@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 import torch
 from torch import nn
 
-from polyak import ArticleEMA, Uniform, Window
+from polyak.rules import ArticleEMA, Uniform, Window
 from polyak.study import Arm, Ensemble, Plateau, Study
 from polyak.study.recipes._article_claims import CLAIMS, EMA
 from polyak.study.recipes._regression import METRICS, SOURCE, data, mse
