@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from polyak.rules import Exponential
-from polyak.study import Metric, Plateau, Published, Result, constant, cosine
+from polyak.study import Claim, Metric, Plateau, Published, Region, Result, Seed, constant, cosine
 from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
@@ -42,6 +42,27 @@ def test_verdicts_are_right_where_the_truth_is_known(made: Result) -> None:
     assert judged[0].wanted == "above 0.0 %" and judged[4].figure == "no seed"
     text = json.dumps(as_json(judged), allow_nan=False)
     assert json.loads(text)[0]["claim"] == "Short is better."
+
+
+@pytest.mark.parametrize("form", ["number", "share", "ratio", "steps"])
+def test_a_region_is_told_as_it_was_given(form: str) -> None:
+    zero, percents = {"share": ("0.0 %", "5.0 %"), "ratio": ("0.000", "0.050")}.get(
+        form, ("0", "0.05")
+    )
+    regions = {
+        f"above {zero}": Region.above(0),
+        f"below {zero}": Region.below(0),
+        f"above {percents}": Region.above(0.05),
+        f"below {percents}": Region.below(0.05),
+        f"from {zero} to {percents}": Region.between(0, 0.05),
+    }
+    for wanted, region in regions.items():
+        (judged,) = judge(result(1, claims=(Claim("s", constantly_zero, region, form=form),)))
+        assert judged.wanted == wanted
+
+
+def constantly_zero(_: Seed) -> float:
+    return 0.0
 
 
 def test_effects_are_plain_computations(made: Result) -> None:
