@@ -21,18 +21,11 @@ PAGE = ROOT / "docs/versions.md"
 # Python, torch, numpy: the oldest, one in the middle, the newest.
 ENVIRONMENTS = [
     ("3.12", "2.6.0", "2.0.2"),
-    ("3.11", "2.10.0", "2.2.6"),
+    ("3.12", "2.9.1", "2.2.6"),
     ("3.13", "2.14.1", "2.5.5"),
+    ("3.14", "2.14.1", "2.5.5"),
 ]
-HEAD = """# Versions
-
-polyak declares what was tested: `make test-range` runs the fast tests in these environments. The tests of
-every commit run with torch 2.13.0 on Python 3.11. Each line is from the last time that its environment ran.
-
-| Python | torch | numpy | day | result of the fast tests |
-|---|---|---|---|---|
-"""
-ROW = re.compile(r"\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (.+) \|")
+ROW = re.compile(r"\| (3\.\d+) \| (\S+) \| .+ \|\n")
 
 
 def python_of(environment: Path, python: str, torch: str, numpy: str) -> Path:
@@ -63,23 +56,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="such as 3.13-2.14.1")
     names = parser.parse_args().names
-    rows = dict(_rows())
     for python, torch, numpy in ENVIRONMENTS:
         name = f"{python}-{torch}"
         if names and name not in names:
             continue
         interpreter = python_of(RANGES / name, python, torch, numpy)
-        rows[name] = f"| {python} | {torch} | {numpy} | {date.today()} | {result(interpreter)} |"
-        print(rows[name], flush=True)
-        PAGE.write_text(HEAD + "\n".join(rows.values()) + "\n")
+        row = f"| {python} | {torch} | {numpy} | {date.today()} | {result(interpreter)} |\n"
+        print(row, end="", flush=True)
+        PAGE.write_text(with_row(PAGE.read_text(), row))
 
 
-def _rows() -> list[tuple[str, str]]:
-    """The lines of the page as it is, by environment."""
-    if not PAGE.exists():
-        return []
-    found = [match for match in map(ROW.fullmatch, PAGE.read_text().splitlines()) if match]
-    return [(f"{match[1]}-{match[2]}", match[0]) for match in found if match[1][0].isdigit()]
+def with_row(page: str, row: str) -> str:
+    """The page with a row of its table in place of the old one of that environment, or as the last."""
+    rows = list(ROW.finditer(page))
+    environment = ROW.fullmatch(row)
+    assert environment is not None
+    for old in rows:
+        if old.group(1, 2) == environment.group(1, 2):
+            return page[: old.start()] + row + page[old.end() :]
+    return page[: rows[-1].end()] + row + page[rows[-1].end() :]
 
 
 if __name__ == "__main__":
