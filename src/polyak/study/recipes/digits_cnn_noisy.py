@@ -7,12 +7,10 @@ from functools import partial
 
 from polyak.study.recipes import digits_cnn
 from polyak.study.recipes._digits import digits
-from polyak.study.recipes.digits_mlp_noisy import LABEL_NOISE
 
 study = replace(
     digits_cnn.study,
     name="digits_cnn_noisy",
     title="Digits, convolutions with BatchNorm, 40 % wrong training labels",
     data=partial(digits, noise=0.4),
-    claims=(*digits_cnn.study.claims, LABEL_NOISE),
 )

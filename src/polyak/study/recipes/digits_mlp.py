@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from polyak.study import Arm, Ensemble, Study, constant, cosine, inverse_sqrt, mean_probability
 from polyak.study.recipes._arms import USUAL, averages
-from polyak.study.recipes._digits import METRICS, SOURCE, cross_entropy, digits
+from polyak.study.recipes._digits import FEWER_ERRORS, METRICS, SOURCE, cross_entropy, digits
 
 
 def mlp() -> nn.Module:
@@ -39,10 +39,10 @@ study = Study(
     loss=cross_entropy,
     metrics=METRICS,
     optimizer=nesterov,
-    learning_rates=(0.01, 0.03, 0.1),
+    learning_rates=(0.01, 0.03, 0.1, 0.3),
     schedules={"constant": constant, "inverse_sqrt": inverse_sqrt, "cosine": cosine},
     arms=arms(STEPS),
-    claims=USUAL,
+    claims=(*USUAL, FEWER_ERRORS),
     steps=STEPS,
     batch_size=32,
     evaluations=5,
