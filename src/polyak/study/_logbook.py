@@ -41,6 +41,10 @@ class Logbook:
         self._seconds["train"] += train
         self._seconds["average"] += average
 
+    def judged(self, seconds: float) -> None:
+        """Take the seconds of an evaluation that was made for several runs at once."""
+        self._seconds["evaluate"] += seconds
+
     def evaluate(self) -> dict[str, Values]:
         """Evaluate all arms on the validation part, and those that are better than before on the test part."""
         began = time.perf_counter()
