@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from polyak.rules import LIVE
+from polyak.study._conditions import described_arm
 from polyak.study._effects import Effects, half_lives, nominal_age
 from polyak.study._judging import interval, over_seeds
 from polyak.study._result import Result
@@ -108,11 +109,11 @@ def costs(effects: Effects) -> Table:
     rows = [
         (
             arm,
-            str(getattr(study.arms.get(arm), "rule", study.arms.get(arm, "—"))),
+            described_arm(study.arms[arm]) if arm in study.arms else "—",
             "—" if arm not in lives else f"{100 * lives[arm]:.3g} %",
             _nominal(study.arms.get(arm)),
             _effective(result, arm),
-            f"{record['bytes'].get(arm, 0) / 1024:.4g}",
+            number(record["bytes"].get(arm, 0) / 1024, 1),
             str(record["forward_passes"].get(arm, 1)),
             number(area[arm], 2),
         )
