@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyak.study import Data, Study
+from polyak.study._rehearsal import rehearse
 from polyak.study.recipes._characters import windows
 from polyak.study.recipes._digits import digits
 
@@ -57,6 +58,8 @@ def test_a_recipe_has_both_forms_sources_and_claims_that_can_be_read(name: str) 
     assert study.seeds >= 16 and 3 <= quick.seeds <= 4
     assert quick.steps < study.steps
     assert all(claim.sentence.endswith(".") for claim in study.claims)
+    for form in (study, quick):
+        rehearse(form)
 
 
 @pytest.mark.parametrize(
