@@ -222,6 +222,32 @@ def test_what_took_the_place_of_a_lent_weight_is_lent_too(
     optimizer.step()
 
 
+@pytest.mark.parametrize("way", REPLACED)
+def test_a_step_is_refused_in_blocks_that_had_to_end_early(way: str) -> None:
+    """A loan that moves beneath another, after its weights were replaced, gives them back at once."""
+    model = nn.Linear(3, 2)
+    whole, part = Averager(model, Uniform()), Averager(model, Uniform(), select="weight")
+    for averager in (whole, part, part):
+        wander(model, 1)
+        averager.update()
+    live = snapshot(model)
+    outer, between, again = whole.applied(), part.applied(), whole.applied()
+    for block in (outer, between, again):
+        block.__enter__()
+    REPLACED[way](model)
+    again.__exit__(None, None, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for block in (between, outer):
+        with pytest.raises(RuntimeError, match=r"a step of SGD inside applied"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match=r"was replaced"):
+            block.__exit__(None, None, None)
+    assert_same(snapshot(model), live)
+    optimizer.step()
+
+
 def test_a_write_in_one_block_is_told_once() -> None:
     """A loan that is taken back for another's sake, and lent again, says nothing of it to the other."""
     flat = torch.arange(8.0)

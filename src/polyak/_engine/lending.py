@@ -1,8 +1,8 @@
 """Lending: the loans of this process that are open now, over all averagers, and what they forbid.
 
 Blocks of several averagers of one model may end in any order: the loans above the one that ends are
-taken back first and put on again afterwards. While any loan is open, a step of an optimizer that has
-lent weights raises, and so does an update from lent weights.
+taken back first and put on again afterwards. While any block is open, a step of an optimizer that has
+its weights raises; while a loan is, so does an update from lent weights.
 """
 
 from __future__ import annotations
@@ -118,12 +118,12 @@ def _arrange(loan: Loan) -> None:
             each.take_back()
     # A broken one cannot be lent again. If it was taken back for another's sake, it ends here.
     OPEN[:] = [each for each in wanted if not each.broken]
-    if OPEN and not _hooks:
+    if _blocks and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
     for each in OPEN:
         if not each.out:
             each.lend()
-    if not OPEN and _hooks:
+    if not _blocks and _hooks:
         _hooks.pop().remove()
 
 
@@ -200,14 +200,19 @@ def _share(a: Loan, b: Loan) -> bool:
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """A hook before the steps of all optimizers; it is there while a loan is open."""
+    """A hook before the steps of all optimizers; it is there while a block is open.
+
+    A block whose loan ended early, since it was broken, has live weights in it: a step there would
+    train the model where its code believes that the average is judged.
+    """
     held = [local(p) for group in optimizer.param_groups for p in group["params"]]
-    for loan in OPEN:
+    for loan in _latest():
         tensors, names = loan.carriers()
         if places := meeting(tensors, held):
+            state = "carries the average" if loan.out else "was lent to an average"
             raise RuntimeError(
                 f"a step of {type(optimizer).__name__} inside applied({loan.label!r}) of "
-                f"{loan.owner.name}: {names[places[0]]} carries the average there, and a step "
+                f"{loan.owner.name}: {names[places[0]]} {state} there, and a step "
                 "would spoil it; leave the block first"
             )
 
