@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap as scipy_bootstrap
 
+from polyak.study._region import Region
 from polyak.study._statistics import (
     ClaimVerdict,
     Interval,
@@ -18,7 +19,6 @@ from polyak.study._statistics import (
     share,
     verdict,
 )
-from polyak.study._study import Region
 
 ABOVE = Region(low=0.0)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from polyak._checks import is_integer, require
 from polyak.study._recipes import recipes
+from polyak.study._region import Region
 from polyak.study._result import Result, Seed, difference, gain, log_ratio
 from polyak.study._run import read, run
 from polyak.study._schedules import (
@@ -32,7 +33,6 @@ from polyak.study._study import (
     Ensemble,
     Metric,
     Published,
-    Region,
     Study,
     mean_probability,
 )

@@ -16,6 +16,7 @@ from typing import Any
 from polyak.study import _article as article
 from polyak.study import _quantities as q
 from polyak.study._record_format import Record
+from polyak.study._region import Region
 from polyak.study._statistics import (
     ClaimVerdict,
     Interval,
@@ -25,14 +26,13 @@ from polyak.study._statistics import (
     share,
     verdict,
 )
-from polyak.study._study import Region
 
 FIGURE_TOLERANCE = 0.25
 EPOCH_TOLERANCE = 0.10
 MOST_SEEDS = 0.9
 SAME = 0.02
-POSITIVE = Region(low=math.nextafter(0.0, 1.0))
-BELOW_ONE = Region(high=math.nextafter(1.0, 0.0))
+POSITIVE = Region.above(0)
+BELOW_ONE = Region.below(1)
 
 Records = Sequence[Record]
 

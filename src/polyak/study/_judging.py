@@ -24,11 +24,7 @@ class Judged:
     @property
     def wanted(self) -> str:
         """The region in words, in the form of the quantity."""
-        form, region = FORMS[self.claim.form], self.claim.region
-        low, high = (form(_closed(bound)) for bound in (region.low, region.high))
-        if math.isinf(region.low):
-            return f"below {high}"
-        return f"above {low}" if math.isinf(region.high) else f"from {low} to {high}"
+        return self.claim.region.words(FORMS[self.claim.form])
 
     @property
     def figure(self) -> str:
@@ -62,11 +58,6 @@ def interval(values: Sequence[float]) -> Interval:
 def _judged(claim: Claim, seeds: Sequence[Seed]) -> Judged:
     values = over_seeds(claim.quantity, seeds)
     return Judged(claim, interval(values), len(seeds) - len(values))
-
-
-def _closed(bound: float) -> float:
-    """A bound as it was given: an open bound at 0 is the smallest number above or below it."""
-    return 0.0 if abs(bound) < math.ulp(0.0) * 2 else bound
 
 
 def as_json(judged: Sequence[Judged]) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak._files import making_folder, writing
+from polyak.study._region import Region
 from polyak.study._statistics import ClaimVerdict, Interval, around, verdict
-from polyak.study._study import Region
 from polyak.study._text import Table
 
 Progress = Callable[[int, int, bool], object]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak.rules import Exponential
+from polyak.study._region import Region
 from polyak.study._reproduce import Line
-from polyak.study._study import Region
 from polyak.theory import learning_rates, profile, quadratic_moments
 
 

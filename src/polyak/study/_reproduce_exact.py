@@ -9,8 +9,8 @@ from functools import cache, partial
 import numpy as np
 
 from polyak.rules import Exponential, Power
+from polyak.study._region import Region
 from polyak.study._reproduce import Line
-from polyak.study._study import Region
 from polyak.theory import (
     Column,
     Profile,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, trim_mean
 
-from polyak.study._study import Region
+from polyak.study._region import Region
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from polyak._checks import is_integer, is_number, require
 from polyak.rules import LIVE, Rule
 from polyak.specs import parse
+from polyak.study._region import Region
 from polyak.study._schedules import Plateau, Schedule, constant
 
 if TYPE_CHECKING:
@@ -122,48 +123,6 @@ class Ensemble:
 def mean_probability(logits: Tensor) -> Tensor:
     """The log of the mean softmax of stacked logits (size, ..., classes): logits of an ensemble."""
     return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))
-
-
-@dataclass(frozen=True)
-class Region:
-    """The values of a quantity for which a sentence is true, bounds included.
-
-    >>> 0.0 in Region.above(0), 0.5 in Region.above(0), str(Region.between(0, 2))
-    (False, True, 'from 0 to 2')
-    """
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    @classmethod
-    def above(cls, bound: float) -> Region:
-        """Values > bound."""
-        return cls(low=math.nextafter(bound, math.inf))
-
-    @classmethod
-    def below(cls, bound: float) -> Region:
-        """Values < bound."""
-        return cls(high=math.nextafter(bound, -math.inf))
-
-    @classmethod
-    def between(cls, low: float, high: float) -> Region:
-        """Values from low to high, both included."""
-        return cls(low, high)
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        if math.isinf(self.low):
-            return f"below {_bound(self.high)}"
-        if math.isinf(self.high):
-            return f"above {_bound(self.low)}"
-        return f"from {_bound(self.low)} to {_bound(self.high)}"
-
-
-def _bound(value: float) -> str:
-    """A bound as it was given: without the last bit that makes it open."""
-    return "0" if abs(value) < 1e-300 else f"{value:.6g}"
 
 
 @dataclass(frozen=True)
