@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from polyak.study import _figures as charts
-from polyak.study._curves import lines
+from polyak.study._curves import lines, spreads
 from polyak.study._effects import Effects
 from polyak.study._page import Figure
 
@@ -14,11 +14,7 @@ MOST_BEFORE = 20  # evaluations before the stop that the chart shows
 
 def after_stop(effects: Effects) -> tuple[Figure, ...]:
     """The validation values around an early stop, of the runs that went on after it."""
-    rows = [
-        {**row, "curve": arm}
-        for arm in effects.study.arm_names
-        for row in _around_stop(effects, arm)
-    ]
+    rows = [row for arm in effects.study.arm_names for row in _around_stop(effects, arm)]
     if not rows:
         return ()
     caption = (
@@ -42,8 +38,4 @@ def _around_stop(effects: Effects, arm: str) -> charts.Rows:
     before = min(MOST_BEFORE, min(len(b) for b, _ in known))
     after = min(len(a) for _, a in known)
     matrix = np.array([[v / b[-1] for v in (*b[-before:], *a[:after])] for b, a in known])
-    return [
-        {"x": 1 - before + i, "middle": float(np.median(column)),
-         "low": float(np.quantile(column, 0.1)), "high": float(np.quantile(column, 0.9))}
-        for i, column in enumerate(matrix.T)
-    ]  # fmt: skip
+    return spreads(1 - before, arm, matrix.T)

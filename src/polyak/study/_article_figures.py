@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from polyak.rules import LIVE
 from polyak.study import _article as article
 from polyak.study import _figures as charts
 from polyak.study import _quantities as q
-from polyak.study._curves import lines
+from polyak.study._curves import lines, spreads
 from polyak.study._page import Figure
 from polyak.study._record_format import Record
 from polyak.study._statistics import Interval, bootstrap
@@ -118,9 +117,7 @@ def after_stop(records: Records) -> tuple[Figure, ...]:
         for name, label in LOSSES.items()
         if label != "train"
     }
-    rows = [
-        row for label, matrix in around.items() for row in _quantiles(matrix, label, 1 - q.LAST)
-    ]
+    rows = [row for label, matrix in around.items() for row in spreads(1 - q.LAST, label, matrix)]
     caption = "Line: median over seeds; band: the middle 80 % of seeds. Epoch 0 is the early stop."
     title = "validation loss / the EMA's loss at the stop"
     return (
@@ -165,22 +162,8 @@ def _spread(records: Records, names: Mapping[str, str]) -> charts.Rows:
     return [
         row
         for name, label in names.items()
-        for row in _quantiles([[r["history"][name][i] for r in runs] for i, runs in enumerate(running)], label, 1)
+        for row in spreads(1, label, [[r["history"][name][i] for r in runs] for i, runs in enumerate(running)])
     ]  # fmt: skip
-
-
-def _quantiles(columns: Sequence[Any], label: str, first: int) -> charts.Rows:
-    """The median and the middle 80 % over seeds, epoch by epoch."""
-    return [
-        {
-            "x": first + i,
-            "curve": label,
-            "middle": float(np.median(column)),
-            "low": float(np.quantile(column, 0.1)),
-            "high": float(np.quantile(column, 0.9)),
-        }
-        for i, column in enumerate(columns)
-    ]
 
 
 def _single(record: Record, names: Mapping[str, str]) -> charts.Rows:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from polyak.study import _figures as charts
 from polyak.study._page import Figure
@@ -19,6 +22,17 @@ def lines(
     words = f"At the right end ({x}: {max(row['x'] for row in rows):g}): {said}."
     chart = charts.bands(rows, x, title, log=log, domain=domain)
     return Figure(name, chart, caption, words, _wide(name, title, x, rows))
+
+
+def spread(x: float, curve: str, values: Sequence[float]) -> dict[str, Any]:
+    """A row of a curve at `x`: the median of values, and the ends of their middle 80 %."""
+    low, high = (float(np.quantile(values, share)) for share in (0.1, 0.9))
+    return {"x": x, "curve": curve, "middle": float(np.median(values)), "low": low, "high": high}
+
+
+def spreads(first: int, curve: str, columns: Iterable[Sequence[float]]) -> charts.Rows:
+    """The rows of a curve at `first`, `first + 1`, ..., one for each column of values."""
+    return [spread(first + i, curve, column) for i, column in enumerate(columns)]
 
 
 def _wide(name: str, title: str, x: str, rows: charts.Rows) -> Table:

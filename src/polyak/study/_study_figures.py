@@ -10,7 +10,7 @@ import numpy as np
 from polyak.rules import LIVE
 from polyak.study import _figures as charts
 from polyak.study._comparisons import performance_profile, profile_score, time_to_target
-from polyak.study._curves import lines
+from polyak.study._curves import lines, spread
 from polyak.study._effects import Effects, half_lives
 from polyak.study._page import Figure
 from polyak.study._result import Result, Seed
@@ -250,15 +250,8 @@ def _medians(
     rows: charts.Rows = []
     for step, values in sorted(found.items()):
         if 2 * len(values) >= len(result.seeds):
-            ends = {"low": float(np.quantile(values, 0.1)), "high": float(np.quantile(values, 0.9))}
-            rows.append(
-                {
-                    "x": step,
-                    "curve": arm,
-                    "middle": float(np.median(values)),
-                    **(ends if band else {}),
-                }
-            )
+            row = spread(step, arm, values)
+            rows.append(row if band else {name: row[name] for name in ("x", "curve", "middle")})
     return rows
 
 
