@@ -13,9 +13,11 @@ from polyak.study._loop import SOURCES, Run, alone, endless, source_seed
 from polyak.study._record_format import (
     COUNT,
     FLAG,
+    MAPPING,
     NUMBER,
     POSITIVE,
     SEED,
+    TEXT,
     Kind,
     Listed,
     Record,
@@ -27,11 +29,9 @@ from polyak.study._study import Arm, Ensemble, Study
 
 TRIED_STEPS = 4
 
-TEXT = Kind("text", lambda value: isinstance(value, str))
 VALUE = Kind("a finite number or null", lambda value: value is None or is_number(value))
 STEP = Kind("an integer >= 1 or null", lambda value: value is None or is_integer(value, 1))
 BYTES = Kind("an integer >= 0", lambda value: is_integer(value, 0))
-MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 
 
 class Conditions:

@@ -38,6 +38,8 @@ NUMBER = Kind("a finite number", is_number)
 POSITIVE = Kind("a finite number > 0", lambda value: is_number(value) and value > 0)
 COUNT = Kind("an integer >= 1", lambda value: is_integer(value, 1))
 SEED = Kind("an integer >= 0", lambda value: is_integer(value, 0))
+TEXT = Kind("text", lambda value: isinstance(value, str))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 METRICS = {"mse": POSITIVE, "mae": POSITIVE, "r2": NUMBER}
 
@@ -102,8 +104,8 @@ def _fields(conditions: Mapping[str, Any], stop_epoch: Any) -> dict[str, Any]:
     best = {"epoch": COUNT, **METRICS}
     return {
         "seed": SEED,
-        "fingerprint": Kind("text", lambda value: isinstance(value, str)),
-        "conditions": Kind("a mapping", lambda value: isinstance(value, dict)),
+        "fingerprint": TEXT,
+        "conditions": MAPPING,
         "stop_epoch": COUNT,
         "stopped_early": FLAG,
         LIVE: METRICS,
