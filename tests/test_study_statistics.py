@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from polyak.study._region import Region
@@ -99,6 +100,14 @@ def test_a_share_of_all_seeds_has_an_interval() -> None:
     assert every.estimate == every.high == 1.0
     assert every.low == pytest.approx(0.025 ** (1 / 64))
     assert share([False] * 64).high == pytest.approx(1 - every.low)
+
+
+@pytest.mark.parametrize("wins", range(10))
+def test_the_interval_of_a_share_is_the_exact_binomial_one(wins: int) -> None:
+    found = share([True] * wins + [False] * (9 - wins))
+    exact = binomtest(wins, 9).proportion_ci(0.95, method="exact")
+    assert found.estimate == wins / 9
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-10)
 
 
 def test_an_interval_maps_through_an_increasing_function() -> None:

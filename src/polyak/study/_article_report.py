@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from polyak._files import writing
 from polyak.study import _article_figures as figures
 from polyak.study import _article_tables as tables
 from polyak.study import _claims as claims
@@ -45,8 +42,8 @@ def write_report(
 ) -> Report:
     """Write verdicts.json, costs.json, tables/, charts/ and report.html into a folder."""
     judgements = claims.judge(records)
-    _json(folder / "verdicts.json", claims.as_json(judgements))
-    _json(folder / "costs.json", costs.as_json(measured))
+    pages.write_json(folder / "verdicts.json", claims.as_json(judgements))
+    pages.write_json(folder / "costs.json", costs.as_json(measured))
     page = _page(records, settings, judgements, measured, made)
     return Report(page.tables(), pages.write(page, folder))
 
@@ -131,10 +128,3 @@ def _caveats(settings: Settings) -> tuple[str, ...]:
         "Seeds that stop early are missing from late epochs: curves and the epoch table include only seeds that are still running.",
         "Each verdict has its own 95 % interval. With some twenty deciding parts, expect about one wrong decision.",
     )
-
-
-def _json(path: Path, value: Any) -> None:
-    """Writes JSON that is there whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with writing(path) as file:
-        file.write(text.encode())

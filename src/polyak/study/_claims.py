@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from polyak.study import _article as article
@@ -97,11 +97,9 @@ def _judgement_json(judgement: Judgement) -> dict[str, Any]:
 
 
 def _part_json(part: Part) -> dict[str, Any]:
-    interval = asdict(part.interval)
-    numbers = {k: v if math.isfinite(v) else None for k, v in interval.items()}
     return {
         "quantity": part.quantity,
-        **numbers,
+        **part.interval.as_dict(),
         "holds if": part.wanted or None,
         "verdict": part.verdict,
     }

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, nct, t
+from scipy.stats import nct, t
 
 from polyak.study._statistics import (
     BOOTSTRAP_SEED,
@@ -19,6 +19,7 @@ from polyak.study._statistics import (
     RESAMPLES,
     Interval,
     bootstrap,
+    proportion,
 )
 
 Array = NDArray[np.float64]
@@ -59,14 +60,8 @@ def improvement(ours: Sequence[float], theirs: Sequence[float], lower_is_better:
     The interval is Clopper-Pearson's, with the beta distribution at a half where there are ties.
     """
     gains = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    count = len(gains)
-    if not count:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    wins = float(((gains < 0) if lower_is_better else (gains > 0)).sum() + (gains == 0).sum() / 2)
-    tail = (1 - CONFIDENCE) / 2
-    low = beta.ppf(tail, wins, count - wins + 1) if wins > 0 else 0.0
-    high = beta.isf(tail, wins + 1, count - wins) if wins < count else 1.0
-    return Interval(wins / count, float(low), float(high), count)
+    wins = ((gains < 0) if lower_is_better else (gains > 0)).sum() + (gains == 0).sum() / 2
+    return proportion(float(wins), len(gains))
 
 
 def effect_size(differences: Sequence[float]) -> Interval:

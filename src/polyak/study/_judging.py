@@ -68,15 +68,8 @@ def as_json(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             "source": each.claim.source,
             "verdict": each.verdict,
             "holds if": str(each.claim.region),
-            "estimate": _number(each.interval.estimate),
-            "low": _number(each.interval.low),
-            "high": _number(each.interval.high),
-            "seeds": each.interval.seeds,
+            **each.interval.as_dict(),
             "seeds without a value": each.missing,
         }
         for each in judged
     ]
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -7,6 +7,7 @@ words and a table of its data.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -158,6 +159,12 @@ def write(page: Page, folder: Path) -> Path:
         _write(folder / "tables" / f"{name}.md", table.markdown().encode())
     _write(folder / NAME, _html(page, drawn).encode())
     return folder / NAME
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; the file is there whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    _write(path, (text + "\n").encode())
 
 
 def _html(page: Page, drawn: Mapping[str, str]) -> str:

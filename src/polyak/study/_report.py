@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyak._files import writing
 from polyak.rules import LIVE
 from polyak.study import _judging as judging
 from polyak.study import _methods as methods
@@ -40,7 +38,6 @@ class Report:
     """The summary, the tables by name and the judged claims of a study, and the path of its page."""
 
     summary: tuple[str, ...]
-
     tables: dict[str, Table]
     judged: list[judging.Judged]
     page: Path
@@ -50,9 +47,7 @@ def write(result: Result, folder: Path, command: str) -> Report:
     """Write report.html, verdicts.json, tables/ and charts/ of a result into a folder."""
     judged = judging.judge(result)
     page = _page(result, judged, command)
-    text = json.dumps(judging.as_json(judged), indent=2, ensure_ascii=False, allow_nan=False)
-    with writing(folder / "verdicts.json") as file:
-        file.write((text + "\n").encode())
+    pages.write_json(folder / "verdicts.json", judging.as_json(judged))
     return Report(page.summary, page.tables(), judged, pages.write(page, folder))
 
 

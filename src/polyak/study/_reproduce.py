@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
         """Ready for JSON; numbers that are not finite are null."""
         names = ("topic", "sentence", "source", "expected")
         told = {name: getattr(self.line, name) for name in names}
-        got = {name: _finite(getattr(self.got, name)) for name in ("estimate", "low", "high")}
+        got = {name: v for name, v in self.got.as_dict().items() if name != "seeds"}
         numbers = {"got": got, "verdict": self.verdict, "seconds": round(self.seconds, 3)}
         return told | numbers | ({"error": self.error} if self.error else {})
 
@@ -143,7 +143,3 @@ def _got(outcome: Outcome) -> str:
         return value
     low, high = outcome.got.low, outcome.got.high
     return f"{value} [{low:.3g}, {high:.3g}], {outcome.got.seeds} seeds"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

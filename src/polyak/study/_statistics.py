@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, trim_mean
+from scipy.stats import beta, trim_mean
 
 from polyak.study._region import Region
 
@@ -36,6 +36,10 @@ class Interval:
     low: float
     high: float
     seeds: int
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The fields by name, for JSON: None for NaN and infinity."""
+        return {name: v if math.isfinite(v) else None for name, v in asdict(self).items()}
 
     def map(self, change: Any) -> Interval:
         """The interval of an increasing function of the quantity."""
@@ -69,11 +73,17 @@ def bootstrap(
 
 def share(wins: Sequence[bool]) -> Interval:
     """The share of seeds with a property, with its exact (Clopper-Pearson) interval."""
-    if not wins:
+    return proportion(sum(wins), len(wins))
+
+
+def proportion(wins: float, count: int) -> Interval:
+    """`wins / count` with Clopper-Pearson's interval, by the beta distribution, so that a win can be a half."""
+    if not count:
         return Interval(math.nan, math.nan, math.nan, 0)
-    test = binomtest(sum(wins), len(wins))
-    exact = test.proportion_ci(CONFIDENCE, method="exact")
-    return Interval(float(test.statistic), float(exact.low), float(exact.high), len(wins))
+    tail = (1 - CONFIDENCE) / 2
+    low = beta.ppf(tail, wins, count - wins + 1) if wins > 0 else 0.0
+    high = beta.isf(tail, wins + 1, count - wins) if wins < count else 1.0
+    return Interval(float(wins / count), float(low), float(high), count)
 
 
 def verdict(interval: Interval, claimed: Region) -> ClaimVerdict:
