@@ -6,39 +6,47 @@ the last. `Plateau` follows the validation of an arm instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from polyak._checks import is_integer, require, require_positive
 from polyak.rules import LIVE
+from polyak.theory._rates import FACTORS
 
 Factor = Callable[[float], float]
 
 
-def constant(share: float) -> float:  # noqa: ARG001  # every schedule is called so
+def constant(share: float) -> float:
     """The factor 1."""
-    return 1.0
+    return _factor("constant", share)
 
 
 def inverse_sqrt(share: float) -> float:
     """`(1 + 30 share)^-1/2`: from 1 to .18, as in Anytime Pretraining (arXiv 2602.03702)."""
-    return float((1 + 30 * share) ** -0.5)
+    return _factor("inverse_sqrt", share)
 
 
 def cosine(share: float) -> float:
     """`(1 + cos(pi share)) / 2`: from 1 to 0."""
-    return (1 + math.cos(math.pi * share)) / 2
+    return _factor("cosine", share)
 
 
 def linear(share: float) -> float:
     """`1 - share`: from 1 to 0."""
-    return 1 - share
+    return _factor("linear", share)
 
 
 def wsd(share: float) -> float:
     """1 for 80 % of the run, then `1 - sqrt` of the share of the rest: from 1 to 0."""
-    return 1 - math.sqrt(max(share - 0.8, 0.0) / 0.2)
+    return _factor("wsd", share)
+
+
+@lru_cache(maxsize=256)  # stacked runs ask for the same step one after another
+def _factor(schedule: str, share: float) -> float:
+    return float(FACTORS[schedule](np.asarray(share)))
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from polyak._checks import as_number, is_number, require, require_count
 from polyak.theory._merging import SHAPES
 from polyak.theory._profiles import Profile
 
-_COOLDOWN = 0.2  # the share of the run in which "wsd" falls
+_PEAK = 0.8  # the share of the run after which "wsd" falls
 _FASTER = 30.0  # "inverse_sqrt" ends at 1 / sqrt(1 + 30) = 0.18
 
 # The multiplier at a share of the run, from 0 to 1; those that anneal go from 1 to 0.
-_FACTORS: dict[str, Callable[[Profile], Profile]] = {
+FACTORS: dict[str, Callable[[Profile], Profile]] = {
     "constant": np.ones_like,
-    "inverse_sqrt": lambda x: 1 / np.sqrt(1 + _FASTER * x),
+    "inverse_sqrt": lambda x: (1 + _FASTER * x) ** -0.5,
     "cosine": SHAPES["cosine"],
     "linear": SHAPES["linear"],
-    "wsd": lambda x: SHAPES["sqrt"](np.clip((x - 1) / _COOLDOWN + 1, 0, 1)),
+    "wsd": lambda x: SHAPES["sqrt"](np.maximum(x - _PEAK, 0) / (1 - _PEAK)),
 }
 ANNEALING = ("cosine", "linear", "wsd")
 
@@ -43,13 +43,13 @@ def learning_rates(
     a final of a schedule that has no end of its own.
     Source: wsd: Hägele et al. (arXiv 2405.18392); inverse_sqrt: arXiv 2602.03702.
     """
-    require(schedule in _FACTORS, "schedule", schedule, f"one of {', '.join(_FACTORS)}")
+    require(schedule in FACTORS, "schedule", schedule, f"one of {', '.join(FACTORS)}")
     steps = require_count("steps", steps)
     final, warmup = _share("final", final), _share("warmup", warmup)
     wanted = f"0: only {', '.join(ANNEALING)} fall to a final learning rate"
     require(final == 0 or schedule in ANNEALING, f"final of {schedule}", final, wanted)
     done = np.arange(1, steps + 1)
-    factor = final + (1 - final) * _FACTORS[schedule](done / steps)
+    factor = final + (1 - final) * FACTORS[schedule](done / steps)
     return factor * np.minimum(1.0, done / max(warmup * steps, 1.0))
 
 
