@@ -1,9 +1,10 @@
-"""Study: repeat the founding article's experiment over many seeds, and judge each of its claims.
+"""Study: train over many seeds with averages beside the live weights, and judge claims about them.
 
-    run_article(seeds=64, out=Path("study-article"))
+    report(run(recipes()["digits_mlp"]), "out")          # any study: yours, or one that ships
+    run_article(seeds=64, out=Path("study-article"))     # the founding article's experiment
 
-It needs the extra `study`. docs/study.md tells what is run, what the folder
-holds, and how the verdicts are decided.
+It needs the extra `study`. docs/own-study.md writes a study; docs/study.md tells what the article's
+study runs, what its folder holds, and how the verdicts are decided.
 """
 
 from __future__ import annotations

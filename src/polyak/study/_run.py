@@ -55,10 +55,10 @@ def run(
     Records on the disk are never lost: each is synced before the next counts as done. Ctrl-C, a full
     disk or a killed process ends the call; calling it again goes on.
 
-    Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, and a
-    line of results.jsonl that is not a record of this study, and a study that cannot be stacked; `BlockingIOError` while another process
-    writes there; `RuntimeError` if every run failed. What the model, data, loss or optimizer raise in
-    the first four steps of seed 0 is raised as it is.
+    Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, a line of
+    results.jsonl that is not a record of this study, and a study that cannot be stacked;
+    `BlockingIOError` while another process writes there; `RuntimeError` if every run failed. What the
+    model, data, loss or optimizer raise in the first four steps of seed 0 is raised as it is.
     """
     seeds = study.seeds if seeds is None else seeds
     require(is_integer(seeds, 1), "seeds", seeds, "an integer >= 1")
