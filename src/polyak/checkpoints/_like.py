@@ -25,8 +25,10 @@ from polyak._files import naming, writing, writing_folder
 from polyak._lazy import LazyTensors, Place, TensorSpec, as_lazy
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp_metadata import METADATA
+from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._read import read as read_checkpoint
 from polyak.checkpoints._safetensor_files import content
+from polyak.checkpoints._torch_files import Region
 from polyak.checkpoints._weight_files import totalled
 from polyak.checkpoints._zip_checksums import renew_checksums, write_at
 
@@ -153,7 +155,7 @@ def _replace(
                 add(weights.specs[name].nbytes)
         for (path, archive), places_of in changed.items():
             if archive is not None:
-                renew_checksums(files[path], places_of, *archive)
+                renew_checksums(files[path], Region(OpenFile(path), *archive, ""), places_of)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

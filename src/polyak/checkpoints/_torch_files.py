@@ -53,7 +53,7 @@ def load(file: OpenFile, start: int = 0, length: int | None = None, label: str =
     Raises `ValueError` saying what is wrong and what to do, or any other exception for a file that
     is too damaged to tell.
     """
-    region = _Region(file, start, file.size - start if length is None else length, label)
+    region = Region(file, start, file.size - start if length is None else length, label)
     first = region.read(4)
     if not is_torch(first):
         raise ValueError("it is not a file of torch.save")
@@ -99,7 +99,7 @@ class StoredTensors(LazyTensors):
         return () if place is None else (place,)
 
 
-class _Region(io.RawIOBase):
+class Region(io.RawIOBase):
     """A part of an open file, to read as a file."""
 
     def __init__(self, file: OpenFile, start: int, length: int, label: str) -> None:
@@ -133,7 +133,7 @@ class _Region(io.RawIOBase):
         return True
 
 
-def _load_archive(region: _Region) -> Loaded:
+def _load_archive(region: Region) -> Loaded:
     records = _records(region)
     if "byteorder" in records and records["byteorder"].content() != b"little":
         raise ValueError(_OTHER_ORDER)
@@ -149,7 +149,7 @@ def _load_archive(region: _Region) -> Loaded:
     return Loaded(value, pickles.survey(value, len(data)), list(records.values()))
 
 
-def _records(region: _Region) -> dict[str, FileSpan]:
+def _records(region: Region) -> dict[str, FileSpan]:
     """The archive's records by name; where each begins is read when it is needed."""
     with zipfile.ZipFile(region) as archive:
         entries = archive.infolist()
@@ -172,7 +172,7 @@ def _records(region: _Region) -> dict[str, FileSpan]:
     return records
 
 
-def _begin(region: _Region, entry: zipfile.ZipInfo) -> int:
+def _begin(region: Region, entry: zipfile.ZipInfo) -> int:
     """Where a record's content begins; its own header must agree with the archive's directory."""
     header = region.at(entry.header_offset, 30)
     if len(header) < 30 or header[:4] != _ARCHIVE:
@@ -186,7 +186,7 @@ def _begin(region: _Region, entry: zipfile.ZipInfo) -> int:
     return int(region.start + start)
 
 
-def _load_pickles(region: _Region) -> Loaded:
+def _load_pickles(region: Region) -> Loaded:
     """The layout before torch 1.6: magic number, version, system, value, keys; then the storages."""
     pickled = _Pickles(region)
     magic, _ = pickled.next()
@@ -208,7 +208,7 @@ def _load_pickles(region: _Region) -> Loaded:
 class _Pickles:
     """Pickles one behind the other; no more of the region is read than a window that holds them."""
 
-    def __init__(self, region: _Region) -> None:
+    def __init__(self, region: Region) -> None:
         self._region = region
         self._data = region.at(0, _WINDOW)
         self.place = 0
@@ -228,9 +228,7 @@ class _Pickles:
                 return value, objects
 
 
-def _place_storages(
-    region: _Region, place: int, keys: object, storages: dict[str, Storage]
-) -> None:
+def _place_storages(region: Region, place: int, keys: object, storages: dict[str, Storage]) -> None:
     """Tell each storage where it lies: they follow each other, each behind its number of elements."""
     for name in keys if isinstance(keys, list) else []:
         storage = storages.pop(name)
@@ -245,7 +243,7 @@ def _place_storages(
         raise ValueError(f"storage {next(iter(storages))[:100]!r} is missing")
 
 
-def _begin_counted(region: _Region, start: int, wanted: int, label: str) -> int:
+def _begin_counted(region: Region, start: int, wanted: int, label: str) -> int:
     """Where a storage begins: behind the number of its elements."""
     count = int.from_bytes(region.at(start, 8), "little")
     if count != wanted:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from polyak import _system as system
 from polyak._lazy import Place
+from polyak.checkpoints._torch_files import Region
 
-_PIECE = 1 << 20
 _DESCRIPTOR = b"PK\7\10"
-_ENTRY = struct.Struct(
-    "<4s12xI8xHHH8xI"
-)  # of a zip archive's directory: signature, CRC-32, lengths, place
+_ENTRY = struct.Struct("<4s12xI8xHHH8xI")
+"""An entry of a zip archive's directory: its signature, CRC-32, three lengths, the record's place."""
 
 
 def write_at(file: BinaryIO, data: memoryview, at: int) -> None:
@@ -26,62 +23,42 @@ def write_at(file: BinaryIO, data: memoryview, at: int) -> None:
         data, at = data[count:], at + count
 
 
-class _Slice(io.RawIOBase):
-    """A part of a file, to read as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._handle, self._start, self._length, self._at = file.fileno(), start, length, 0
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(self._length - self._at, 0)
-        size = rest if size < 0 else min(size, rest)
-        data = system.pread(self._handle, size, self._start + self._at)
-        self._at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def seekable(self) -> bool:
-        return True
-
-
-def renew_checksums(file: BinaryIO, places: Iterable[Place], begin: int, size: int) -> None:
+def renew_checksums(file: BinaryIO, archive: Region, places: Iterable[Place]) -> None:
     """Give the changed records of an archive their CRC-32, in its directory and behind the records.
 
-    The archive lies in the file from byte `begin` on.
+    `file` is open for writing, and the archive is a part of it.
     """
-    with zipfile.ZipFile(_Slice(file, begin, size)) as archive:
-        start, entries = begin + archive.start_dir, archive.infolist()
+    # All are found before one is written: what is read must not change meanwhile.
+    for at, crc in list(_checksums(archive, places)):
+        write_at(file, memoryview(crc), archive.start + at)
+
+
+def _checksums(archive: Region, places: Iterable[Place]) -> Iterator[tuple[int, bytes]]:
+    """The places in an archive of the checksums of its changed records, and what belongs there."""
+    with zipfile.ZipFile(archive) as opened:
+        start, entries = opened.start_dir, opened.infolist()
     if not any(entry.CRC for entry in entries):
         return  # torch was told to leave them out
-    changed = {place.start: place.nbytes for place in places}
-    while (entry := _entry(file, start)) is not None:
-        record, length = begin + entry[0], entry[1]
-        header = system.pread(file.fileno(), 30, record)
-        names = sum(struct.unpack("<HH", header[26:]))
-        if (nbytes := changed.get(record + 30 + names)) is not None:
-            crc = _checksum(file, record + 30 + names, nbytes)
-            write_at(file, memoryview(crc), start + 16)
-            _write_checksum(file, record, record + 30 + names + nbytes, crc)
+    changed = {place.start - archive.start: place.nbytes for place in places}
+    while (entry := _entry(archive, start)) is not None:
+        record, length = entry
+        content = record + 30 + sum(struct.unpack("<HH", archive.at(record + 26, 4)))
+        if (nbytes := changed.get(content)) is not None:
+            crc = archive.file.checksum(archive.start + content, nbytes).to_bytes(4, "little")
+            yield from ((at, crc) for at in _places(archive, record, content + nbytes))
+            yield start + 16, crc
         start += length
 
 
-def _entry(file: BinaryIO, start: int) -> tuple[int, int] | None:
+def _entry(archive: Region, start: int) -> tuple[int, int] | None:
     """Where a record of an archive begins, by the entry of the directory at `start`; the entry's length."""
-    data = system.pread(file.fileno(), _ENTRY.size, start)
+    data = archive.at(start, _ENTRY.size)
     if len(data) < _ENTRY.size or data[:4] != b"PK\1\2":
         return None
     _, _, name, extra, comment, place = _ENTRY.unpack(data)
-    length = _ENTRY.size + name + extra + comment
     if place == 0xFFFFFFFF:  # beyond 4 GiB: the last 8 bytes of the extra field of ZIP64
-        field = system.pread(file.fileno(), extra, start + _ENTRY.size + name)
-        place = _far_place(field)
-    return place, length
+        place = _far_place(archive.at(start + _ENTRY.size + name, extra))
+    return place, _ENTRY.size + name + extra + comment
 
 
 def _far_place(extra: bytes) -> int:
@@ -95,16 +72,9 @@ def _far_place(extra: bytes) -> int:
     raise ValueError("the archive's directory points at no record")
 
 
-def _checksum(file: BinaryIO, start: int, nbytes: int) -> bytes:
-    crc = 0
-    for at in range(start, start + nbytes, _PIECE):
-        crc = zlib.crc32(system.pread(file.fileno(), min(_PIECE, start + nbytes - at), at), crc)
-    return crc.to_bytes(4, "little")
-
-
-def _write_checksum(file: BinaryIO, record: int, end: int, crc: bytes) -> None:
-    """Write it into the record's own header if it is there, and into the descriptor behind the content."""
-    if system.pread(file.fileno(), 4, record + 14) != bytes(4):
-        write_at(file, memoryview(crc), record + 14)
-    if system.pread(file.fileno(), 4, end) == _DESCRIPTOR:
-        write_at(file, memoryview(crc), end + 4)
+def _places(archive: Region, record: int, end: int) -> Iterator[int]:
+    """Where a record itself has its checksum: in its header, and in the descriptor behind its content."""
+    if archive.at(record + 14, 4) != bytes(4):
+        yield record + 14
+    if archive.at(end, 4) == _DESCRIPTOR:
+        yield end + 4
