@@ -157,6 +157,9 @@ class Tabled:
         """The tables; without any, a notebook shows the text."""
         return []
 
+    def __str__(self) -> str:
+        return "\n".join([*self.heading(), *self.tables()[0].lines()])
+
     def _repr_html_(self) -> str:
         lines = [f"<p>{'<br>'.join(map(escape, self.heading()))}</p>"]
         lines += [table.html() for table in self.tables()]

@@ -61,9 +61,6 @@ class Summary(Tabled):
         header = ("tensor", "shape", "dtype", "policy", "in", "because")
         return [Table(header, [_cells(row) for row in self.rows], left=len(header))]
 
-    def __str__(self) -> str:
-        return "\n".join([*self.heading(), *self.tables()[0].lines()])
-
 
 def _warning(name: str, share: float) -> str:
     return (

@@ -145,9 +145,6 @@ class Description(Charted):
         largest = Table(("name", "shape", "dtype", "size"), tensors)
         return [Table(header, [*live, *averages], left=2), largest]
 
-    def __str__(self) -> str:
-        return "\n".join([*self.heading(), *self.tables()[0].lines()])
-
     def as_dict(self) -> dict[str, Any]:
         """The description as plain data, for JSON."""
         checked = None if self.verified is None else self.verified._asdict()

@@ -114,9 +114,6 @@ class Sweep(Charted):
         header = ("rule", "half-life", "mean age", "error", "amplification", "quality", said, "")
         return [Table(header, [*live, *made])]
 
-    def __str__(self) -> str:
-        return "\n".join([*self.heading(), *self.tables()[0].lines()])
-
     def as_dict(self) -> dict[str, Any]:
         """The sweep as plain data, for JSON."""
         points = [asdict(point) for point in self.points]
