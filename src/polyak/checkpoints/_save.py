@@ -53,9 +53,9 @@ def save(
     """Write the state of an averager, or of the article's `EMA`, from which `load` goes on bit for bit.
 
     The file appears when it is complete and on the disk. With `overwrite` it replaces what exists at the
-    path; a process that is killed before that leaves the old file. Missing folders are made; through a symbolic link its target is written. Save
-    the model, the optimizer and the position in the data yourself, in one folder with this file
-    (`saving`), so that they belong to the same step.
+    path; a process that is killed before that leaves the old file. Missing folders are made; through a
+    symbolic link its target is written. Save the model, the optimizer and the position in the data
+    yourself, in one folder with this file (`saving`), so that they belong to the same step.
 
     For a sharded averager it is collective: every rank of the group (by default all ranks) calls it, each
     writes its parts, and `path` becomes a folder of torch.distributed.checkpoint. Of what all ranks have

@@ -15,9 +15,7 @@ from polyak.averager import Averager
 def exported(checkpoint: Path | str, name: str = "average") -> Path:
     """Return the file beside a checkpoint in which an average is exported."""
     path = Path(checkpoint)
-    if (
-        path.is_symlink()
-    ):  # `save_last="link"`: the averages lie beside the checkpoint that it names
+    if path.is_symlink():  # `save_last="link"`: the averages are beside the checkpoint it names
         checkpoint = path.resolve()
     return Path(f"{str(checkpoint).removesuffix('.ckpt')}.{name}.safetensors")
 

@@ -110,8 +110,8 @@ class Concatenation(LazyTensors):
         Raises `FileExistsError` if `out` exists, unless `overwrite`.
         """
         with writing_folder(out, overwrite=overwrite) as folder:
-            pieces = lambda name: iter([self.read(name)])  # noqa: E731
-            tensorfile.write(folder / _WEIGHTS, self.specs, pieces, METADATA)
+            weights = folder / _WEIGHTS
+            tensorfile.write(weights, self.specs, lambda name: iter([self.read(name)]), METADATA)
             (folder / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True))
 
 
@@ -179,18 +179,20 @@ def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str
     require(bool(ranks), "adapters", "without a factor", "adapters of LoRA")
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    exact = lambda values, usual: {  # noqa: E731  # "^" makes PEFT compare the whole name
-        f"^{re.escape(module)}": value for module, value in values.items() if value != usual
-    }
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": exact(ranks, rank),
-        "alpha_pattern": exact(alphas, alpha),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """The modules whose value is not the usual one; "^" makes PEFT compare the whole name."""
+    return {f"^{re.escape(module)}": one for module, one in values.items() if one != usual}
 
 
 def _whole(number: float) -> float:
