@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -93,6 +94,19 @@ def _metric(seed: int, marker: Path, model: nn.Module, x: Tensor, y: Tensor) -> 
     return cross_entropy(model, x, y)
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    metric = Metric(partial(_metric, 0, tmp_path))
+    small = study(**ONE, steps=4, evaluations=1, seeds=1, metrics={"loss": metric})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*failures\.jsonl'"):
+        run(small, tmp_path, jobs=1)
+
+
 def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
     small = study(steps=4, evaluations=1, metrics={"loss": Metric(_wrong)})
     with pytest.raises(
@@ -150,6 +164,14 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"claims": gain("ema", metric="f1")}, {}, "metric is 'f1', wanted loss, accuracy"),
     ({"claims": gain("ema", schedule="wsd")}, {}, "schedule is 'wsd', wanted constant, cosine"),
     ({"claims": lambda seed: seed.curve("emma")[0]}, {}, "there is no arm 'emma'"),
+    ({"model": lambda: nn.Linear(2)}, {}, r"study's model raised TypeError: .*\(test_study_run.py, line"),
+    ({"model": lambda: [nn.Linear(2, 1)]}, {}, "the study's model returned list, wanted Module"),
+    ({"data": lambda _: 1 / 0}, {}, "the study's data raised ZeroDivisionError: division by zero"),
+    ({"data": lambda _: ((), (), ())}, {}, "data returned tuple, wanted polyak.study.Data"),
+    ({"optimizer": lambda *_: None}, {}, "optimizer returned NoneType, wanted Optimizer"),
+    ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
+    ({"loss": lambda *_: 1.0}, {}, "the study's loss returned float, wanted Tensor"),
+    ({"loss": lambda model, x, _: model(x).detach().sum()}, {}, "loss raised RuntimeError: .*grad"),
 ]  # fmt: skip
 
 
@@ -184,6 +206,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"arms": {"ema": "exponentia(0.9)"}}, "arm 'ema': "),
     ({"arms": {"ema": 0.9}}, "arm 'ema': rule is float, wanted a polyak.Rule or its spec"),
     ({"quick": {"stepps": 1}}, "quick has ['stepps'], wanted fields of Study"),
+    ({"metrics": {"f1": max}}, "metric 'f1' is <built-in function max>, wanted a Metric"),
 ]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from polyak._checks import is_integer, is_number
 from polyak.rules import LIVE
@@ -25,7 +29,9 @@ from polyak.study._record_format import (
 )
 from polyak.study._schedules import described
 from polyak.study._settings import fingerprint
-from polyak.study._study import Arm, Ensemble, Study
+from polyak.study._study import Arm, Data, Ensemble, Study
+
+T = TypeVar("T")
 
 TRIED_STEPS = 4
 
@@ -101,19 +107,44 @@ def tried(study: Study) -> list[str]:
     """
     with alone():
         torch.manual_seed(source_seed(0, "init"))
-        model = study.model().train()
-        data = study.data(source_seed(0, "split"))
+        model = called("model", study.model, gives=nn.Module).train()
+        data = called("data", study.data, source_seed(0, "split"), gives=Data)
         batches = endless(data.train, study.batch_size, source_seed(0, "order"))
         torch.manual_seed(source_seed(0, "dropout"))
-        optimizer = study.optimizer(model.parameters(), study.learning_rates[0])
+        parameters, rate = model.parameters(), study.learning_rates[0]
+        optimizer = called("optimizer", study.optimizer, parameters, rate, gives=Optimizer)
         losses = []
         for _ in range(TRIED_STEPS):
             optimizer.zero_grad()
-            loss = study.loss(model, *next(batches))
-            loss.backward()
+            loss = called("loss", study.loss, model, *next(batches), gives=Tensor)
+            called("loss", loss.backward)
             optimizer.step()
             losses.append(f"{float(loss.detach()):.6g}")
     return losses
+
+
+def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:
+    """What a function of a recipe returns.
+
+    Raises `ValueError` with the name of the field, and with the line of the recipe, if the function raises
+    an error or returns another type than `gives`.
+    """
+    try:
+        value = function(*inputs)
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"the study's {name} raised {said}{_place(error)}") from error
+    if gives and not isinstance(value, gives):
+        wanted = f"polyak.study.{gives.__name__}" if gives is Data else gives.__name__
+        raise ValueError(f"the study's {name} returned {type(value).__name__}, wanted {wanted}")
+    return value
+
+
+def _place(error: Exception) -> str:
+    """The last line of the function's own file that the error went through."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def fields(study: Study, steps: Any) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def run(
     Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, a line of
     results.jsonl that is not a record of this study, and a study that cannot be stacked;
     `BlockingIOError` while another process writes there; `RuntimeError` if every run failed. What the
-    model, data, loss or optimizer raise in the first four steps of seed 0 is raised as it is.
+    model, data, loss or optimizer raise in the first four steps of seed 0 is the cause of a
+    `ValueError` that names the function and the line.
     """
     seeds = study.seeds if seeds is None else seeds
     require(is_integer(seeds, 1), "seeds", seeds, "an integer >= 1")
@@ -200,10 +201,14 @@ def _attempt_one(study: Study, run: Run, vary: tuple[str, ...]) -> Record:
 
 def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:
     line = json.dumps({"study": study.name, **run._asdict(), "failed": failed})
-    with (folder / FAILURES).open("a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / FAILURES
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _failures(folder: Path) -> list[Record]:

@@ -228,6 +228,9 @@ class Study:
         distinct = len(set(rates)) == len(rates) and all(r > 0 and is_number(r) for r in rates)
         require(distinct and bool(rates), "learning_rates", rates, "different numbers > 0")
         require(bool(self.schedules), "schedules", self.schedules, "at least one")
+        for name, metric in self.metrics.items():
+            kind = f"metric {name!r}"
+            require(isinstance(metric, Metric), kind, metric, "a Metric, such as Metric(function)")
         for name, schedule in self.schedules.items():
             if isinstance(schedule, Plateau):
                 self.require_arm(schedule.arm, f"schedule {name!r}")
