@@ -164,7 +164,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"claims": gain("ema", metric="f1")}, {}, "metric is 'f1', wanted loss, accuracy"),
     ({"claims": gain("ema", schedule="wsd")}, {}, "schedule is 'wsd', wanted constant, cosine"),
     ({"claims": lambda seed: seed.curve("emma")[0]}, {}, "there is no arm 'emma'"),
-    ({"model": lambda: nn.Linear(2)}, {}, r"study's model raised TypeError: .*\(test_study_run.py, line"),
+    ({"model": lambda: nn.Linear(-1, 2)}, {}, r"study's model raised RuntimeError: .*\(test_study_run.py, line"),
     ({"model": lambda: [nn.Linear(2, 1)]}, {}, "the study's model returned list, wanted Module"),
     ({"data": lambda _: 1 / 0}, {}, "the study's data raised ZeroDivisionError: division by zero"),
     ({"data": lambda _: ((), (), ())}, {}, "data returned tuple, wanted polyak.study.Data"),
