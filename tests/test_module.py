@@ -8,7 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -596,14 +596,6 @@ def test_a_saved_run_goes_on_in_the_module(tmp_path: Path) -> None:
     polyak.load(tmp_path / "it", averager)
     wanted.seek(0)
     assert_same(dict(teacher.state_dict()), torch.load(wanted))
-
-
-@pytest.fixture
-def lone_rank(tmp_path: Path) -> Iterator[None]:
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("lone_rank")

@@ -6,6 +6,7 @@ sharded it is a folder, `<names>.dcp`, which all ranks write.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ def save_state(folder: Path, averager: Averager, *, writes: bool) -> None:
     """Save an averager in a checkpoint folder; `writes` says whether this process writes files."""
     if writes or averager.sharded:
         save(_path(folder, averager, _SUFFIXES[averager.sharded]), averager, overwrite=True)
+    if writes:  # what a run of the other kind has left there would be loaded in its place
+        other = _path(folder, averager, _SUFFIXES[not averager.sharded])
+        if other.is_dir():
+            shutil.rmtree(other)
+        else:
+            other.unlink(missing_ok=True)
 
 
 def load_state(
