@@ -11,6 +11,7 @@ import _thread
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 _Handler = Callable[[int, FrameType | None], Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_SOON = 0.01  # seconds: longer than the rest of a call that the garbage collector makes
+_SOON = 0.25  # seconds: longer than the rest of a call that the garbage collector makes
 _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
 _critical: set[CodeType] = set()
 _received: list[tuple[_Handler, int, FrameType | None]] = []
@@ -95,15 +96,19 @@ def send_again() -> None:
     """Sends the signals that have waited once more, where Python would swallow what a handler raises."""
     if not _may_act():
         return
-    while _received:
-        number = _received.pop(0)[1]
-        again = threading.Timer(_SOON, _send, (number,))
-        again.daemon = True
-        again.start()
+    started = threading.Event()  # on a busy machine the start of a thread takes long itself
+    try:
+        while _received:
+            number = _received.pop(0)[1]
+            threading.Thread(target=_send, args=(number, started), daemon=True).start()
+    finally:
+        started.set()
 
 
-def _send(number: int) -> None:
+def _send(number: int, started: threading.Event) -> None:
     """Sends a signal to the main thread; `interrupt_main` does not wake it up where it waits."""
+    started.wait()
+    time.sleep(_SOON)
     main = threading.main_thread().ident
     if hasattr(signal, "pthread_kill") and main is not None:
         signal.pthread_kill(main, number)
