@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli._options import Json
-from polyak.cli._output import print_json, say
+from polyak.cli._options import ChartFolder, Json
+from polyak.cli._output import print_json, save_chart, say
 
 if TYPE_CHECKING:
     from polyak.theory import Advice
@@ -31,9 +30,7 @@ def advise(
         float | None, typer.Option(help="AdamW's learning rate: its own average.")
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
-    ] = None,
+    out: ChartFolder = None,
     json: Json = False,
 ) -> None:
     """Advise which average a run needs: the exact answer of a model, beside what papers report.
@@ -58,8 +55,7 @@ def advise(
     if out is not None:
         from polyak import charts
 
-        charts.save(charts.advice_chart(advice), out, "advice")
-        say(f"chart: {out}/advice.html (also .png, .svg)", err=json)
+        save_chart(charts.advice_chart(advice), out, "advice", err=json)
 
 
 def _print(advice: Advice) -> None:

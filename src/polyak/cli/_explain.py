@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli._options import Json
-from polyak.cli._output import print_json, print_table, say
+from polyak.cli._options import ChartFolder, Json
+from polyak.cli._output import print_json, print_table, save_chart, say
 
 if TYPE_CHECKING:
     from polyak.theory import Explanation
@@ -25,9 +24,7 @@ def explain(
         ),
     ] = None,
     every: Annotated[int, typer.Option(help="Steps between updates.")] = 1,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
-    ] = None,
+    out: ChartFolder = None,
     json: Json = False,
 ) -> None:
     """Show what a rule averages, and the same average in other libraries; or compare rules.
@@ -48,7 +45,10 @@ def explain(
         if len(abouts) == 1:
             _print_equivalents(abouts[0])
     if out is not None:
-        _write_chart(abouts, out, json=json)
+        # Comes last: the table is printed even if altair is missing or the folder cannot be written.
+        from polyak import charts
+
+        save_chart(charts.rule_chart(abouts), out, "rule", err=json)
 
 
 def _print_table(abouts: list[Explanation]) -> None:
@@ -67,14 +67,6 @@ def _print_table(abouts: list[Explanation]) -> None:
     heads = [str(number) for number in range(1, len(abouts) + 1)] if several else ["value"]
     of_run = " (% of the run)" if abouts[0].of_run else ""
     print_table(["measure", f"unit{of_run}", *heads], rows, left=2)
-
-
-def _write_chart(abouts: list[Explanation], out: Path, *, json: bool) -> None:
-    """Comes last: the table is printed even if altair is missing or the folder cannot be written."""
-    from polyak import charts
-
-    charts.save(charts.rule_chart(abouts), out, "rule")
-    say(f"chart: {out}/rule.html (also .png, .svg)", err=json)
 
 
 def _print_equivalents(about: Explanation) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ChartFolder = Annotated[
+    Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 ShardSize = Annotated[
     str | None,

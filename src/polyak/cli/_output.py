@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -43,6 +44,14 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     """Prints aligned columns, within the terminal if there is one; the first `left` columns are words."""
     for line in Table(header, rows, left).lines(terminal_width()):
         say(line)
+
+
+def save_chart(chart: Any, folder: Path, name: str, *, err: bool) -> None:
+    """Writes a chart into a folder, and says where it is."""
+    from polyak import charts
+
+    charts.save(chart, folder, name)
+    say(f"chart: {folder}/{name}.html (also .png, .svg)", err=err)
 
 
 def note(message: str) -> None:
