@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,49 @@ def test_a_model_may_have_a_tensor_of_our_name(tmp_path: Path) -> None:
     checkpoints.load_distributed(tmp_path / "1", {"model": got, "average": fresh})
     assert torch.equal(got["polyak"], model["polyak"])
     assert fresh.count == 1
+
+
+class Pickled:
+    """An object of a state that calls a function when it is pickled, amid the save."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self.then = then
+
+    def __getstate__(self) -> dict[str, str]:
+        self.then()
+        return {}
+
+
+def test_saves_that_overlap_leave_the_filters_of_warnings(tmp_path: Path) -> None:
+    begun = [threading.Event(), threading.Event()]
+    averager = Averager(torch.nn.Linear(2, 2), "exponential(half_life=2)")
+    before = list(warnings.filters)
+    problems: list[BaseException] = []
+
+    def save(path: str, then: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                state = {"average": averager, "it": Pickled(then)}
+                checkpoints.save_distributed(tmp_path / path, state)
+            except BaseException as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def amid_the_first() -> None:
+        begun[0].set()
+        assert begun[1].wait(60)
+
+    def amid_the_second() -> None:
+        begun[1].set()
+        first.join(60)
+
+    first = save("first", amid_the_first)
+    assert begun[0].wait(60)
+    second = save("second", amid_the_second)
+    first.join(60)
+    second.join(60)
+    assert not problems and not first.is_alive() and not second.is_alive()
+    assert warnings.filters == before

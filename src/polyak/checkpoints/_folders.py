@@ -8,12 +8,12 @@ on all. A process without a process group is a group of one.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from warnings import catch_warnings, filterwarnings, warn
 
 from polyak._checks import require, require_count
 from polyak._files import naming, remove, writing_folder
@@ -34,6 +34,7 @@ _FILE = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
 _PART = re.compile(rf"{_FILE.pattern}|\.distcp$|^{re.escape(METADATA)}$")
 _UNFINISHED = {".tmp", ".part", ".incomplete"}
 _NUMBER = re.compile(r"(?<![\d.])\d+$")
+_ALONE = ("ignore", re.compile("torch.distributed is disabled"), UserWarning, None, 0)
 
 
 @contextmanager
@@ -114,7 +115,9 @@ def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None
     torn = saves[saves.index(whole[-1]) + 1 :] if whole else saves
     if torn:
         names = ", ".join(path.name for path in torn)
-        warn(f"latest: passed over {names} in {folder}: the save was interrupted", stacklevel=2)
+        warnings.warn(
+            f"latest: passed over {names} in {folder}: the save was interrupted", stacklevel=2
+        )
     return whole[-1] if whole else None
 
 
@@ -250,10 +253,17 @@ def _sharded(held: object, name: str = "") -> Iterator[tuple[str, DTensor]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that this process is alone."""
-    with catch_warnings():
-        filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    """Without torch's warning that this process is alone.
+
+    All threads share the filters, and `catch_warnings` sets them back for all when one thread ends.
+    So each call puts in one equal filter, and takes one out.
+    """
+    warnings.filters.insert(0, _ALONE)  # type: ignore[attr-defined]  # a list, whatever typeshed says
+    try:
         yield
+    finally:
+        with suppress(ValueError):  # it is gone where somebody has set the filters back meanwhile
+            warnings.filters.remove(_ALONE)  # type: ignore[attr-defined]
 
 
 @contextmanager
