@@ -82,18 +82,18 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "at the top": (packed("weight", torch.int8, "weight_scale"), r"weight \(int8"),
     "torchao": (packed("l.weight:qdata", torch.int8, "l.weight:scale"), r"l\.weight:qdata \(int8"),
     "NVFP4": (packed("l.weight", torch.uint8, "l.weight_scale", "l.weight_scale_2"), r"l\.weight \(uint8"),
-    "peft": (lora(), r"lora_A\.weight is a factor of an adapter \(LoRA\).* merge_and_unload"),
+    "peft": (lora(), r"lora_A\.weight belongs to an adapter \(LoRA\).* merge_and_unload"),
     "kohya": ({"lora_unet_q.lora_down.weight": torch.ones(2, 4),
-               "lora_unet_q.lora_up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
+               "lora_unet_q.lora_up.weight": torch.ones(4, 2)}, "belongs to an adapter"),
     "diffusers": ({"q.processor.to_q_lora.down.weight": torch.ones(2, 4),
-                   "q.lora.up.weight": torch.ones(4, 2)}, "is a factor of an adapter"),
+                   "q.lora.up.weight": torch.ones(4, 2)}, "belongs to an adapter"),
     "diffusers' old processors": (
-        {"to_q_lora.down.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
-    "diffusers' layers": ({"q.lora_layer.up.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
-    "torchtune": ({"q.lora_a.weight": torch.ones(2, 4)}, "is a factor of an adapter"),
-    "LoKr": ({"q.lokr_w1": torch.ones(2, 4), "q.lokr_w2": torch.ones(4, 2)}, "is a factor of an adapter"),
-    "VeRA": ({"q.vera_lambda_b": torch.ones(4), "q.vera_lambda_d": torch.ones(2)}, "is a factor of an adapter"),
-    "LoHa": ({"q.hada_w1_a": torch.ones(2, 4)}, "is a factor of an adapter"),
+        {"to_q_lora.down.weight": torch.ones(2, 4)}, "belongs to an adapter"),
+    "diffusers' layers": ({"q.lora_layer.up.weight": torch.ones(2, 4)}, "belongs to an adapter"),
+    "torchtune": ({"q.lora_a.weight": torch.ones(2, 4)}, "belongs to an adapter"),
+    "LoKr": ({"q.lokr_w1": torch.ones(2, 4), "q.lokr_w2": torch.ones(4, 2)}, "belongs to an adapter"),
+    "VeRA": ({"q.vera_lambda_b": torch.ones(4), "q.vera_lambda_d": torch.ones(2)}, "belongs to an adapter"),
+    "LoHa": ({"q.hada_w1_a": torch.ones(2, 4)}, "belongs to an adapter"),
 }  # fmt: skip
 ALIKE: dict[str, State] = {
     "a scale that is learned beside an index": {

@@ -1,4 +1,4 @@
-"""Weights of which no average is meaningful: placeholders, packed numbers, factors of a product.
+"""Weights of which no average is meaningful: placeholders, packed numbers, most adapters.
 
 They are known by names, shapes and dtypes: no content is read.
 """
@@ -11,11 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from polyak._lazy import TensorSpec
+from polyak.checkpoints._adapter_kinds import of_adapter
 
-_FACTORS = re.compile(
-    r"(?<![a-z])lora(_(a|b|embedding_[ab]|down|up|magnitude_vector)\b|\w*\.(up|down|a|b)\b)|lokr_w|hada_w|vera_lambda",
-    re.IGNORECASE,
-)
 _PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int16, torch.uint16})
 _FLOAT8 = frozenset(
     {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
@@ -46,14 +43,7 @@ def unfit(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]
             f"{name} ({specs[name]}) holds quantised numbers with scales beside them, whose mean is not "
             "the mean of the weights. Dequantise the model, and average that"
         )
-    if name := next(filter(_FACTORS.search, specs), ""):
-        return (
-            f"{name} is a factor of an adapter (LoRA), and the mean of the factors is not the mean of "
-            "their products. Merge each adapter into its model (peft: merge_and_unload), and average those; or "
-            "write one adapter whose rank is the sum of theirs (offline.concatenate, polyak average ... "
-            "--lora concatenate)"
-        )
-    return ""
+    return of_adapter(specs)
 
 
 def placeholder(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -27,15 +27,12 @@ from polyak.checkpoints._weight_files import METADATA
 from polyak.offline._average import shares_of
 from polyak.offline._combination import Combination, checked
 from polyak.offline._findings import Source
-from polyak.offline._lora import CONFIG, Adapter
+from polyak.offline._lora import CONFIG, Adapter, comparable
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile
 
 _WEIGHTS = "adapter_model.safetensors"
 _SCALE = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-# Of the training and of its first step: they change nothing of what a finished adapter adds.
-_OF_TRAINING = {"lora_dropout", "inference_mode", "peft_version", "auto_mapping", "loftq_config", "eva_config",
-                "corda_config", "lora_ga_config", "init_lora_weights"}  # fmt: skip
 
 
 class Concatenation(LazyTensors):
@@ -159,11 +156,6 @@ def _require_alike(first: Adapter, other: Adapter) -> None:
 
 def _comparable(adapter: Adapter) -> dict[str, str]:
     """The settings that must be equal, and of each tensor the shape without the rank."""
-    settings = {
-        name: str(sorted(map(str, value)) if isinstance(value, list) else value)
-        for name, value in adapter.config.items()
-        if name not in _SCALE | _OF_TRAINING and value not in (None, False, [], {})
-    }
     shapes = {}
     for name, spec in adapter.tensors.specs.items():
         shape: list[object] = list(spec.shape)
@@ -171,7 +163,7 @@ def _comparable(adapter: Adapter) -> dict[str, str]:
         if factor and not factor.bias:
             shape[factor.side == "B"] = "r"
         shapes[name] = str(tuple(shape))
-    return settings | shapes
+    return comparable(adapter.config, without=_SCALE) | shapes
 
 
 def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from polyak._ranks.agreement import together
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
 from polyak.offline._findings import Source, all_positive, is_variance, nonfinite
+from polyak.offline._lora import require_same_constants
 from polyak.offline._summation import Summand, Summation, Threads
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Combination(LazyTensors):
         self.statistics = checked(of_statistics, len(sources))
         of_files = [source.weights.specs for source in sources]
         _require_alike(sources, of_files)
+        require_same_constants(sources)
         last = of_files[-1]
         self.copied = [n for n, spec in last.items() if n in copy or not _has_mean(spec.dtype)]
         self.norms = norms.statistics(last)

@@ -1,18 +1,22 @@
-"""LoRA: an adapter as PEFT saves it, its tensors and the scale of each product."""
+"""Adapters as PEFT saves them: their settings; of LoRA the tensors and the scale of each product."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak._checks import require
+import torch
+
+from polyak._checks import difference, report, require
+from polyak.checkpoints._adapter_kinds import CONSTANTS
 from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._read import read
+from polyak.offline._findings import Source
 
 CONFIG = "adapter_config.json"
 _MOST_BYTES = 10_000_000
@@ -20,6 +24,9 @@ _LONGEST = 1000  # characters of a pattern
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<leaf>weight|bias))?"
 )
+# Of the training and of its first step: they change nothing of what a finished adapter adds.
+_OF_TRAINING = {"lora_dropout", "inference_mode", "peft_version", "auto_mapping", "loftq_config", "eva_config",
+                "corda_config", "lora_ga_config", "init_lora_weights"}  # fmt: skip
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -79,29 +86,72 @@ def _factor(name: str) -> Factor | None:
     return Factor(found["module"], found["side"], found["leaf"] == "bias") if found else None
 
 
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter; empty in a folder without them, or if they are not a mapping."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    file = OpenFile(folder / CONFIG)
+    try:
+        config = json.loads(file.read(0, min(file.size, _MOST_BYTES)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.path}: the settings cannot be read ({str(error)[:200]})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def comparable(config: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, str]:
+    """The settings that say what an adapter adds, as text; but for some."""
+    return {
+        name: str(sorted(map(str, value)) if isinstance(value, list) else value)
+        for name, value in config.items()
+        if name not in _OF_TRAINING and name not in without and value not in (None, False, [], {})
+    }
+
+
+def require_same_constants(sources: Sequence[Source]) -> None:
+    """Raises `ValueError` for adapters that differ in settings, or in tensors that are not trained.
+
+    Their mean would combine values that belong to other places or to other random numbers.
+    """
+    first, *others = sources
+    constants = [name for name in first.weights if CONSTANTS.search(name)]
+    for other in others:
+        lines = difference(_settings_beside(first), _settings_beside(other))
+        lines += [
+            f"{n}: other values"
+            for n in constants
+            if not torch.equal(first.weights[n], other.weights[n])
+        ]
+        if lines:
+            title = f"{other.label} is an adapter that adds something else than {first.label}"
+            raise ValueError(report(title, lines))
+
+
+def _settings_beside(source: Source) -> dict[str, str]:
+    path = Path(source.label)
+    if path.name.startswith("adapter_model."):
+        path = path.parent
+    return comparable(settings_in(path)) if path.is_dir() else {}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter of LoRA; raises `ValueError` for a folder without them."""
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} has no {CONFIG}: wanted a folder that PEFT's save_pretrained wrote"
         )
-    file = OpenFile(folder / CONFIG)
-    try:
-        config = json.loads(file.read(0, min(file.size, _MOST_BYTES)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: the settings cannot be read ({str(error)[:200]})") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = settings_in(folder)
+    kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{file.path}: the adapter is of the kind {kind!r}, wanted LORA")
+        raise ValueError(f"{folder / CONFIG}: the adapter is of the kind {kind!r}, wanted LORA")
     alpha = config.get("lora_alpha")
-    require(isinstance(alpha, (int, float)), f"{file.path}: lora_alpha", alpha, "a number")
+    require(isinstance(alpha, (int, float)), f"{folder / CONFIG}: lora_alpha", alpha, "a number")
     pattern = config.get("alpha_pattern")
     for key in pattern if isinstance(pattern, dict) else ():
         if not _is_plain(key):
             raise ValueError(
-                f"{file.path}: alpha_pattern has {key!r:.100}, wanted a name or a plain pattern"
+                f"{folder / CONFIG}: alpha_pattern has {key!r:.100}, wanted a name or a plain pattern"
             )
-    return dict(config)
+    return config
 
 
 def _is_plain(pattern: str) -> bool:
