@@ -159,6 +159,18 @@ class TestTheLiveWeightsBeside:
         last, _ = json.loads(done.stdout)["baselines"]
         assert last["at"] == 300
 
+    def test_what_the_checkpoints_hold_beside_is_told(self) -> None:
+        """As `average` tells it: by the same words."""
+        for file in self.FILES:
+            other = {"model": torch.load(file), "generator": {"0.weight": torch.ones(2)}}
+            torch.save(other, file)
+        done = run(*self.RUN, "--windows", "2")
+        beside = "note: left aside: generator (1 tensor)"
+        assert beside in done.stderr.splitlines()
+        assert json.loads(Path("s/sweep.json").read_text())["left"] == {"generator": 1}
+        made = run("average", *self.FILES, "--out", "mean.safetensors")
+        assert beside in made.stderr.splitlines()
+
     def test_an_average_that_is_no_better_is_called_so(self) -> None:
         Path("mine.py").write_text(OF_THE_COUNTER)
         worse = run(*self.RUN, "--windows", "2", "--evaluate", "mine:f")

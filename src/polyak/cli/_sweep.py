@@ -23,7 +23,15 @@ from polyak.cli._options import (
     counts_of,
     grid_of,
 )
-from polyak.cli._output import json_text, note, print_json, print_table, progress_shown, say
+from polyak.cli._output import (
+    json_text,
+    note,
+    note_left,
+    print_json,
+    print_table,
+    progress_shown,
+    say,
+)
 from polyak.cli._users_function import BetterOption, users_function
 
 if TYPE_CHECKING:
@@ -126,6 +134,7 @@ def _print(result: Sweep, *, json: bool) -> None:
 
 def _notes(result: Sweep) -> None:
     """What the table does not say by itself."""
+    note_left(result.left)
     if result.best is None:
         note("all averages but one were refused, so none is the best")
     if not result.baselines:

@@ -23,7 +23,7 @@ from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
-from polyak.offline._findings import Source, all_positive, is_variance, nonfinite
+from polyak.offline._findings import Source, all_positive, is_variance, left_in, nonfinite
 from polyak.offline._lora import require_same_constants
 from polyak.offline._summation import Summand, Summation, Threads
 
@@ -89,9 +89,7 @@ class Combination(LazyTensors):
         last = of_files[-1]
         self.copied = [n for n, spec in last.items() if n in copy or not _has_mean(spec.dtype)]
         self.norms = norms.statistics(last)
-        self.left: dict[str, int] = {}
-        for what, number in (item for source in sources for item in source.left.items()):
-            self.left[what] = max(number, self.left.get(what, 0))
+        self.left = left_in(sources)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
         self._specs = {
             n: TensorSpec(spec.shape, _as(given.get(n), spec.dtype)) for n, spec in last.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,14 @@ class Source(NamedTuple):
     label: str
     weights: Weights
     left: Mapping[str, int] = {}
+
+
+def left_in(sources: Iterable[Source]) -> dict[str, int]:
+    """What else the files hold, each with the largest number of tensors of a file."""
+    left: dict[str, int] = {}
+    for what, number in (item for source in sources for item in source.left.items()):
+        left[what] = max(number, left.get(what, 0))
+    return left
 
 
 def nonfinite(sources: Sequence[Source], name: str) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from polyak._runs.choosing import Choice
 from polyak._shown import Charted, Table, number_text
 from polyak.checkpoints._read import read
 from polyak.offline._combination import Combination
-from polyak.offline._findings import Source
+from polyak.offline._findings import Source, left_in
 from polyak.offline._quality import Better, Evaluate, Judged, interval, judged, sign_of
 from polyak.offline._run import Read, Run, StoredSlot
 from polyak.offline._synthesis import MAX_ERROR, Synthesis, of_run
@@ -70,12 +70,14 @@ class Baseline:
 class Sweep(Charted):
     """The points of a sweep, the shortest average (by mean age) first; at least one has a quality.
 
-    `baselines` are the last live weights and the best ones, if any were stored.
+    `baselines` are the last live weights and the best ones, if any were stored. `left` is what else
+    the checkpoints hold (`Combination.left`).
     """
 
     points: tuple[Point, ...]
     better: Better
     baselines: tuple[Baseline, ...] = ()
+    left: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def judged(self) -> tuple[Point, ...]:
@@ -119,7 +121,8 @@ class Sweep(Charted):
         points = [asdict(point) for point in self.points]
         best = None if self.best is None else asdict(self.best)
         baselines = [asdict(baseline) for baseline in self.baselines]
-        return {"better": self.better, "best": best, "baselines": baselines, "points": points}
+        told = {"better": self.better, "best": best, "baselines": baselines, "points": points}
+        return {**told, "left": dict(self.left)}
 
 
 def sweep(
@@ -179,7 +182,8 @@ def sweep(
     if all(point.quality is None for point in points):
         raise ValueError(f"none of {len(points)} averages can be made; {points[0].refused}")
     baselines = _baselines(single, [each.quality for each in alone], better)
-    return Sweep(tuple(sorted(points, key=lambda point: point.mean_age)), better, baselines)
+    left = left_in(run.source(slot.path) for slot in live if slot.path not in run.keys)
+    return Sweep(tuple(sorted(points, key=lambda point: point.mean_age)), better, baselines, left)
 
 
 Trial = tuple[str, Callable[[], dict[str, Tensor]] | None, Point | None]
