@@ -552,8 +552,11 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_bytes(b"\x1c\0\0\0TFL3" + bytes(99)),
         "TensorFlow Lite",
     ),
-    "bzip2": (lambda path: path.write_bytes(b"BZh91AY" + bytes(99)), r"bzip2: .*\(bunzip2\)"),
-    "zstd": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99)), r"zstd: .*\(unzstd\)"),
+    "bzip2": (lambda path: path.write_bytes(b"BZh91AY" + bytes(99)), r"bzip2: .*\(bunzip2 -c .*\)"),
+    "zstd": (
+        lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99)),
+        r"zstd: .*\(unzstd -c .*\)",
+    ),
     "a zip of a checkpoint": (
         lambda path: zipped(path, "run/model.pt", "readme.md"),
         r"which torch\.save did not write \(model\.pt, readme\.md\): unpack it first",

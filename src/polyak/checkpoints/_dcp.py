@@ -23,6 +23,7 @@ from polyak.checkpoints._looks import looks
 from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._pickles import no_collection
+from polyak.checkpoints._tar import FilesWithin, Member, span_of
 from polyak.checkpoints._torch_files import load, verify
 from polyak.checkpoints._torch_objects import StoredTensor
 
@@ -36,29 +37,39 @@ class DistributedTensors(LazyTensors):
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
     file. `objects` are the entries that are not tensors, such as a count of steps, read when asked
     for. `chunks` are where a tensor's parts begin and their shapes. `paths` gives, for each flat name
-    (of objects too), the keys that it was made from, outermost first.
+    (of objects too), the keys that it was made from, outermost first. `archive` has the folder's files if
+    they lie in a tar archive, whose path `folder` is then.
 
     Raises `ValueError` that names the folder if the metadata do not fit the files, and later names the
     file for a damaged chunk; `FileNotFoundError` for missing files.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, archive: Mapping[str, Member] | None = None) -> None:
         self.path = Path(folder)
         metadata = self.path / METADATA
-        if not metadata.exists():
+        if archive is None and not metadata.exists():
             raise FileNotFoundError(
                 f"{metadata} is missing: the folder's save was not finished, or it is not a folder "
                 "of torch.distributed.checkpoint"
             )
         with labelled(self.path, "damaged metadata"), no_collection():
-            file = OpenFile(metadata)
-            if file.read(0, 1) != _PICKLE:
+            file, start, length = span_of(
+                OpenFile(metadata) if archive is None else archive[METADATA]
+            )
+            if file.read(start, 1) != _PICKLE:
                 raise ValueError(f"{METADATA} looks like {looks(file) or 'no pickle'}")
-            told = described(file.read(0, file.size))
+            told = described(file.read(start, length))
             self._specs, self._places, self.paths = told.specs, told.places, told.paths
             self.chunks = {n: _filled(n, told.specs[n].shape, c) for n, c in told.chunks.items()}
-            self._files = OpenFiles(self.path, dict.fromkeys(p.file for p in told.places.values()))
+            names = dict.fromkeys(place.file for place in told.places.values())
+            self._files = (
+                OpenFiles(self.path, names) if archive is None else FilesWithin(archive, names)
+            )
             self._require_places(told.objects)
+            self._places = {
+                key: place._replace(start=place.start + self._files.starts[place.file])
+                for key, place in self._places.items()
+            }
         self.objects: Mapping[str, Any] = _Objects(told.objects, self._object)
         self._opened: dict[ChunkKey, StoredTensor] = {}
 

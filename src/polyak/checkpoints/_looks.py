@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Collection
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from polyak.checkpoints._open_file import OpenFile
 
@@ -23,11 +25,6 @@ _BEGINS: tuple[tuple[int, bytes, str], ...] = (
         "an HDF5 file, as Keras writes: read it there, and save the weights as safetensors",
     ),
     (0, b"\x93NUMPY", "an array of numpy: save a dictionary name -> tensor with torch.save"),
-    (0, b"\x1f\x8b", f"a file packed by gzip: {_UNPACK} (gunzip; of a .nemo or .tar.gz: tar -xzf)"),
-    (0, b"\xfd7zXZ", f"a file packed by xz: {_UNPACK} (unxz)"),
-    (0, b"BZh", f"a file packed by bzip2: {_UNPACK} (bunzip2)"),
-    (0, b"\x28\xb5\x2f\xfd", f"a file packed by zstd: {_UNPACK} (unzstd)"),
-    (0, b"\x04\x22\x4d\x18", f"a file packed by lz4: {_UNPACK} (unlz4)"),
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (0, b"Rar!", f"a rar archive: {_UNPACK}"),
     (0, b"\x7fELF", "a program or a library"),
@@ -38,6 +35,14 @@ _BEGINS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"{", "a JSON file; an index of weights is named *.json"),
     (0, b"[", "a JSON file; an index of weights is named *.json"),
 )
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+}
+_PACKED_SUFFIX = re.compile(r"\.(gz|xz|bz2|zst|lz4)$")
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<error", b"<")
 
 
@@ -47,6 +52,9 @@ def looks(file: OpenFile) -> str:
     for place, begin, what in _BEGINS:
         if first[place : place + len(begin)] == begin:
             return what
+    for begin, (packer, command) in _PACKED.items():
+        if first.startswith(begin):
+            return f"a file packed by {packer}: unpack it first ({_unpacking(command, file.path)}), and read that"
     if first.lstrip().lower().startswith(_MARKUP):
         return "a page of HTML or XML: the download may have failed, so fetch the file again"
     if file.path.suffix == ".onnx" or (first[:1] == b"\x08" and b"\x12" in first[2:4]):
@@ -58,6 +66,13 @@ def looks(file: OpenFile) -> str:
     if not any(first):
         return "nothing but zeros: it was not written to its end, so copy or save it again"
     return _text(first)
+
+
+def _unpacking(command: str, path: Path) -> str:
+    """The command that unpacks a file beside itself; a packed tar archive, as `.nemo` may be, stays one."""
+    name = _PACKED_SUFFIX.sub("", path.name)
+    unpacked = path.with_name(name if name != path.name else f"unpacked-{name}")
+    return f"{command} -c {shlex.quote(str(path))} > {shlex.quote(str(unpacked))}"
 
 
 def _text(first: bytes) -> str:

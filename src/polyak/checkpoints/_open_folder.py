@@ -21,6 +21,7 @@ class OpenFiles:
             _require_beside(folder, name)
             self._opened[name] = OpenFile(folder / name)
         self.sizes = {name: file.size for name, file in self._opened.items()}
+        self.starts = dict.fromkeys(self._opened, 0)
 
     def __getitem__(self, name: str) -> OpenFile:
         return self._opened[name]

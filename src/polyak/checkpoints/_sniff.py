@@ -13,7 +13,7 @@ from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._looks import looks, refusal
 from polyak.checkpoints._open_file import OpenFile, Verified
 from polyak.checkpoints._safetensor_files import KEY, TensorFile, is_safetensors
-from polyak.checkpoints._tar import Member, is_tar, span_of, weights_within
+from polyak.checkpoints._tar import Member, folder_with, is_tar, members_of, span_of, weights_within
 from polyak.checkpoints._torch_files import is_torch, verify
 
 Kind = Literal["polyak", "safetensors", "index", "torch", "dcp", "snapshots", "post-hoc"]
@@ -42,8 +42,8 @@ class Source(NamedTuple):
     """What is at a path, opened.
 
     `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: an `OpenFile` of
-    torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, and `key`
-    if the path names one part of it; `snapshots`, `post-hoc`: a folder of snapshots, not opened. Where
+    torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, or one within
+    a tar archive, and `key` if the path names one part of it; `snapshots`, `post-hoc`: a folder of snapshots, not opened. Where
     `path` is a folder that holds one file of weights, that file is what was opened.
     """
 
@@ -90,7 +90,10 @@ def _file(path: Path) -> Source:
     if is_torch(file.read(0, 4)):
         return Source("torch", path, file)
     if is_tar(file):
-        return Source("torch", path, weights_within(file))
+        members = members_of(file)
+        if folder := folder_with(METADATA, members):
+            return Source("dcp", path, DistributedTensors(path, folder))
+        return Source("torch", path, weights_within(file, members))
     raise refusal(file)
 
 

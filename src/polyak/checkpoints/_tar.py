@@ -1,12 +1,16 @@
-"""Tar archives with weights in them, such as `.nemo`: a file of torch.save is read where it lies.
+"""Tar archives with weights in them, such as `.nemo`: they are read where they lie.
+
+They hold a file of torch.save, or a folder of torch.distributed.checkpoint.
 
 Headers are walked here: Python's `tarfile` may never end on a forged size.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -16,6 +20,8 @@ from polyak.checkpoints._torch_files import is_torch
 _BLOCK = 512
 _SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 _MOST = 10_000
+_MOST_TOLD = 1 << 20
+_RANK = re.compile(r"(tp|pp|mp|tensor|pipeline|model_parallel)_?rank")
 
 
 class Member(NamedTuple):
@@ -25,6 +31,25 @@ class Member(NamedTuple):
     name: str
     start: int
     length: int
+
+
+class FilesWithin:
+    """Files of a folder that lies in a tar archive: each is a part of that one open file.
+
+    Raises `FileNotFoundError` for a file that is missing.
+    """
+
+    def __init__(self, members: Mapping[str, Member], names: Iterable[str]) -> None:
+        self._held = {}
+        for name in names:
+            if name not in members:
+                raise FileNotFoundError(f"the file {name[:200]} is missing in the archive")
+            self._held[name] = members[name]
+        self.sizes = {name: member.length for name, member in self._held.items()}
+        self.starts = {name: member.start for name, member in self._held.items()}
+
+    def __getitem__(self, name: str) -> OpenFile:
+        return self._held[name].file
 
 
 def span_of(opened: OpenFile | Member) -> tuple[OpenFile, int, int]:
@@ -39,40 +64,76 @@ def is_tar(file: OpenFile) -> bool:
     return file.read(257, 5) == b"ustar" if file.size >= _BLOCK else False
 
 
-def weights_within(file: OpenFile) -> Member:
+def members_of(file: OpenFile) -> dict[str, Member]:
+    """The files in a tar archive by name; of equal names the last, as `tar -x` has it.
+
+    Raises `ValueError` for a damaged archive.
+    """
+    return {member.name.removeprefix("./"): member for member in _members(file)}
+
+
+def folder_with(name: str, members: Mapping[str, Member]) -> dict[str, Member]:
+    """The files in the only folder of an archive that has a file of this name; empty without one."""
+    folders = {PurePosixPath(path).parent for path in members if PurePosixPath(path).name == name}
+    if len(folders) != 1:
+        return {}
+    of_folder = folders.pop()
+    paths = {path: PurePosixPath(path) for path in members}
+    return {at.name: members[path] for path, at in paths.items() if at.parent == of_folder}
+
+
+def weights_within(file: OpenFile, members: Mapping[str, Member]) -> Member:
     """The one file of torch.save in a tar archive.
 
     Raises `ValueError` that says what the archive holds, and what to do.
     """
-    members = list(_members(file))
-    found = [each for each in members if PurePosixPath(each.name).suffix in _SUFFIXES]
-    found = [each for each in found if is_torch(file.read(each.start, 4))]
+    found = [name for name in members if PurePosixPath(name).suffix in _SUFFIXES]
+    found = [name for name in found if is_torch(file.read(members[name].start, 4))]
     if len(found) == 1:
-        return found[0]
-    shown = ", ".join(each.name for each in (found or members)[:8]) or "nothing"
+        return members[found[0]]
+    shown = ", ".join((found or list(members))[:8]) or "nothing"
     holds = "several files of weights" if found else "no file of torch.save"
+    place = shlex.quote(f"{file.path.with_suffix('')}-unpacked")
+    what = "read what holds the weights"
+    if len(list(filter(_RANK.search, found))) > 1:
+        what = "let NeMo merge the parts that its ranks wrote (megatron_change_num_partitions.py, to 1 x 1)"
     raise ValueError(
-        f"{file.path} is a tar archive with {holds} ({shown:.300}): unpack it (tar -xf), and read what "
-        "holds the weights"
+        f"{file.path} is a tar archive with {holds} ({shown:.300}): unpack it (mkdir -p {place} && tar -xf "
+        f"{shlex.quote(str(file.path))} -C {place}), and {what}"
     )
 
 
 def _members(file: OpenFile) -> Iterator[Member]:
     place = 0
+    told: dict[str, str] = {}
     for _ in range(_MOST):
         block = file.read(place, _BLOCK) if place < file.size else b""
         if len(block) < _BLOCK or not any(block):
             return
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-        except tarfile.HeaderError as error:
+            size = int(told.get("size", header.size))
+        except (tarfile.HeaderError, ValueError) as error:
             raise ValueError(f"{file.path}: a damaged tar archive ({error})") from None
-        start = place + _BLOCK
-        if not 0 <= header.size <= file.size - start:
+        start, name = place + _BLOCK, told.get("path", header.name)
+        if not 0 <= size <= file.size - start:
             raise ValueError(
-                f"{file.path}: {header.name[:100]!r} of {header.size} bytes is cut short: the archive is "
-                "damaged"
+                f"{file.path}: {name[:100]!r} of {size} bytes is cut short: the archive is damaged"
             )
+        if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            told |= _of_next(header.type, file.read(start, min(size, _MOST_TOLD)))
+        else:
+            told = {}
         if header.isreg():
-            yield Member(file, header.name, start, header.size)
-        place = start + -(-header.size // _BLOCK) * _BLOCK
+            yield Member(file, name, start, size)
+        place = start + -(-size // _BLOCK) * _BLOCK
+
+
+def _of_next(kind: bytes, content: bytes) -> dict[str, str]:
+    """What lies before a file of more than 8 GiB, or with a long name: its size and name."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.rstrip(b"\0").decode("utf-8", "replace")}
+    return {
+        key.decode(): value.decode("utf-8", "replace")
+        for key, value in re.findall(rb"\d+ (size|path)=([^\n]*)\n", content)
+    }
