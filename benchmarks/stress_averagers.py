@@ -43,7 +43,7 @@ class History:
     ) -> History:
         """The history after a call of `update` that counts."""
         calls, span = self.calls + 1, self.elapsed + elapsed
-        if calls < every:
+        if self.times and calls < every:
             return replace(self, calls=calls, elapsed=span)
         return History(0, 0.0, self.skipped, (*self.times, span), (*self.path, weights), copies)
 
@@ -185,6 +185,11 @@ class Subject:
     @property
     def every(self) -> int:
         return int(self.options["every"])
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call of `update` updates."""
+        return not self.history.times or self.history.calls + 1 >= self.every
 
     def tick(self, name: str) -> Tick:
         """The clock by the history."""

@@ -26,7 +26,7 @@ def given(subject: Subject, name: str) -> tuple[str, ...]:
 def due_facts(world: World, subject: Subject) -> set[str]:
     """The situations that say whether the next call of `update` is refused."""
     facts = world.facts(subject)
-    if subject.history.calls + 1 < subject.every:  # it only counts
+    if not subject.due:  # it only counts
         return {"changed elsewhere" if fact == "changed" else fact for fact in facts}
     n = len(subject.history.times) + 1
     option = subject.options["nonfinite"]
@@ -50,8 +50,7 @@ def note_update(world: World, subject: Subject, elapsed: float) -> None:
         )
         return
     weights = subject.weights(world.model)
-    due = history.calls + 1 >= subject.every
-    if due and subject.options["nonfinite"] != "allow" and not np.isfinite(weights).all():
+    if subject.due and subject.options["nonfinite"] != "allow" and not np.isfinite(weights).all():
         subject.history = history.left_out(elapsed)
         return
     subject.history = history.called(elapsed, subject.every, weights, subject.copies(world.model))

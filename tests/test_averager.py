@@ -73,7 +73,7 @@ def test_a_cadence_is_the_profile_of_that_cadence(rule: Rule, every: int) -> Non
     averager = Averager(weights, rule, every=every)
     trajectory = run(weights, averager, 43)
     coefficients = torch.from_numpy(profile(rule, 43, every=every))
-    assert averager.count == 43 // every
+    assert averager.count == -(-43 // every)
     for name, average in averager.average().items():
         expected = torch.tensordot(coefficients, trajectory[name], dims=1)
         torch.testing.assert_close(average, expected, rtol=0, atol=1e-12)
@@ -747,6 +747,43 @@ def averager(rule: Any = Uniform(), **options: Any) -> Averager:  # noqa: B008  
     return Averager({"w": torch.zeros(2), "n": torch.tensor(1)}, rule, **options)
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize(
+    ("first", "due"),
+    [
+        ("update", [1, 4, 7]),
+        ("skipped", [2, 5]),
+        ("begin", [3, 6]),
+        ("begin one", [1, 4, 7]),
+        ("load", [1, 4, 7]),
+    ],
+)
+def test_the_first_call_is_due_and_then_every_third(
+    first: str, due: list[int], guarded: bool
+) -> None:
+    """An average exists after one call that counts; from there on, updates are `every` calls apart."""
+    weights = {"w": torch.ones(2)}
+    nonfinite: Any = "skip" if guarded or first == "skipped" else "allow"
+    rules = {"a": "uniform()", "b": "exponential(0.9)"}
+    averager = Averager(weights, rules, every=3, nonfinite=nonfinite)
+    if first == "load":
+        averager.load_state_dict(Averager(weights, rules, every=3).state_dict())
+    if first.startswith("begin"):
+        averager.begin(name="b" if first == "begin one" else None)
+    updated, live = [], []
+    for call in range(1, 8):
+        weights["w"].fill_(float("nan") if call == 1 and first == "skipped" else call)
+        before = averager.clock
+        averager.update()
+        if averager.clock != before:
+            updated.append(call)
+            live.append(call)
+    assert updated == due
+    assert averager.clock.t == due[-1] + (first == "begin")
+    mean = [1, *live] if first == "begin" else live
+    torch.testing.assert_close(averager.average("a")["w"], torch.full((2,), sum(mean) / len(mean)))
+
+
 @pytest.mark.parametrize("elapsed", [0, -1, float("nan"), float("inf"), "x", torch.ones(1)])
 def test_elapsed_time_is_positive_and_finite(elapsed: Any) -> None:
     with pytest.raises(ValueError, match=r"elapsed is .*, wanted a finite number > 0"):
@@ -758,8 +795,7 @@ def test_elapsed_time_is_positive_and_finite(elapsed: Any) -> None:
 def test_a_clock_that_would_overflow_is_refused_at_the_update(rule: Rule, every: int) -> None:
     weights = {"w": torch.tensor([1.0])}
     timed = Averager(weights, rule, every=every)
-    for _ in range(every):
-        timed.update(1e308 / every)
+    timed.update(1e308)
     average = timed.average()
     for elapsed in (1e308, sys.float_info.max):
         with pytest.raises(ValueError, match="no float holds their sum: wanted a larger unit"):

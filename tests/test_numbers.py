@@ -133,7 +133,6 @@ COUNT_DOORS: dict[str, Callable[[Any, Path], Any]] = {
     "match": lambda v, _: theory.match(Window, like="uniform()", steps=v),
     "cadence": lambda v, _: theory.cadence("uniform()", steps=v),
     "displacement": lambda v, _: theory.displacement("uniform()", v, every=v),
-    "initial_weight": lambda v, _: theory.initial_weight([0.0, 0.0, 1.0], every=v),
     "learning_rate_decay": lambda v, _: theory.learning_rate_decay("sqrt", v).tolist(),
     "Column": lambda v, _: theory.fit(
         [theory.Column(Uniform(), "average", v)], "uniform()", [1.0] * 3

@@ -64,8 +64,8 @@ def test_curves_end_where_the_weight_does() -> None:
 
 def test_a_curve_at_a_coarser_cadence_has_the_updates_only() -> None:
     curve = profile_curve(profile("exponential(0.9)", 35, every=10), every=10)
-    assert curve.x == [5, 15, 25]
-    assert profile_curve(profile("bema()", 35, every=10), every=10).x == [0, 5, 15, 25]
+    assert curve.x == [4, 14, 24, 34]
+    assert profile_curve(profile("bema()", 35, every=10), every=10).x == [0, 4, 14, 24, 34]
 
 
 def test_the_gain_curve_has_whole_decades_and_the_cutoff() -> None:

@@ -87,7 +87,7 @@ def test_a_coarser_cadence_of_a_long_average(half_life: float, every: int) -> No
     assert about.half_life == near(half_life)
     assert about.mean_age == near(every / math.expm1(rate))
     assert about.noise_gain == near(math.tanh(rate / 2))
-    wanted = math.exp(-rate * (about.steps / every - 1))
+    wanted = math.exp(-rate * (about.steps - 1) / every)
     assert about.initial_weight == near(wanted)
 
 

@@ -238,7 +238,7 @@ def test_a_coarser_cadence_costs_on_white_noise_and_nothing_on_correlated() -> N
 
 def test_mean_age_at_a_coarser_cadence() -> None:
     """k B / (1 - B) just after an update, B = b^k the decay of one update."""
-    c = profile(Exponential(0.99), 8000, every=16)
+    c = profile(Exponential(0.99), 8001, every=16)
     assert mean_age(c) == pytest.approx(16 * 0.99**16 / (1 - 0.99**16), rel=1e-9)
 
 
@@ -332,7 +332,7 @@ def test_an_explanation_gathers_the_measures(rule: Rule, every: int) -> None:
     assert about.half_life == half_life(c) and about.mean_age == about.ramp_lag == mean_age(c)
     assert about.effective_window == effective_window(c) and about.noise_gain == noise_gain(c)
     assert about.relative_std == relative_std(c) and about.cutoff == cutoff(c)
-    assert about.initial_weight == c[every - 1]
+    assert about.initial_weight == c[0]
     assert [row[0] in str(about) for row in about.rows()] == [True] * 8
     assert about.as_dict()["rule"] == str(rule)
 
@@ -342,9 +342,9 @@ def test_an_explanation_gathers_the_measures(rule: Rule, every: int) -> None:
     [
         (Exponential(0.9), 1, 1000),
         (Exponential(0.999), 1, 32_000),
-        (Exponential(0.999), 16, 32_256),
+        (Exponential(0.999), 16, 32_241),
         (Uniform(), 1, 10_000),
-        (Uniform(), 7, 10_003),
+        (Uniform(), 7, 9_997),
         (Tail(Exponential(0.9), 3000), 1, 4000),
     ],
     ids=str,
@@ -369,22 +369,6 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: noise_gain([1.0], correlation=1.0),
         "correlation is 1.0, wanted a number in (-1, 1)",
-    ),
-    (
-        lambda: initial_weight([0.5, 0.5], every=3),
-        "every is 3, wanted an integer from 1 to the 2 steps",
-    ),
-    (
-        lambda: initial_weight([0.5, 0.5], every=1.5),  # type: ignore[arg-type]
-        "every is 1.5, wanted an integer from 1 to the 2 steps",
-    ),
-    (
-        lambda: initial_weight([0.5, 0.5], every="1"),  # type: ignore[arg-type]
-        "every is '1', wanted an integer from 1 to the 2 steps",
-    ),
-    (
-        lambda: initial_weight([0.5, 0.5], every=True),
-        "every is True, wanted an integer from 1 to the 2 steps",
     ),
     (
         lambda: frequency_response([1.0], [np.inf]),

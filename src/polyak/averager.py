@@ -67,8 +67,8 @@ class Averager:
             FSDP2 (`fully_shard`) or tensor parallelism, each rank averages its own shards without
             communication; shard the model first.
         rule: a `Rule` or its spec, or a mapping name -> rule for several averages.
-        every: calls of `update` per update. Time counts every call, so the horizon stays the same:
-            `Exponential(d)` with every=4 updates with decay d^4.
+        every: calls of `update` per update: the first call updates, and then every n-th. Time counts
+            every call, so the horizon stays the same: `Exponential(d)` with every=4 has decay d^4.
         dtype: dtype of the slots. Default: that of the weights, and float32 for narrower weights.
         rounding: rounding of the slots: "nearest", "stochastic" (bfloat16 and float16 slots; correct
             in the mean) or "compensated" (a second tensor per slot holds what rounding drops).
@@ -216,7 +216,7 @@ class Averager:
 
     @property
     def count(self) -> int:
-        """The number of updates so far: calls of `update` divided by `every`, and those of `begin`."""
+        """The number of updates so far: every `every`-th call of `update`, the first too, and `begin`'s."""
         self._updating.settle()
         return self.clock.n
 
@@ -241,7 +241,7 @@ class Averager:
         self._compare_replicas("check_replicas")
 
     def update(self, elapsed: float | None = None) -> None:
-        """Count one call, and at every `every`-th call move the slots towards the live weights.
+        """Count one call; at the first and then every `every`-th move the slots to the live weights.
 
         `elapsed` is the time since the last call in the rule's unit (steps, samples, tokens), by
         default 1. The first update copies. The host does not wait for the device, except once at

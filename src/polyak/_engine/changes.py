@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def begun(
 ) -> dict[str, Any]:
     """The state of an average that is these weights after `count` updates; raises `ValueError`."""
     require_count("begin: count", count, "the number of updates that the weights stand for")
-    rule, tick = average.rule, ticked(average.rule, repeat(float(every), count))
+    rule = average.rule
+    tick = ticked(rule, chain([1.0], repeat(float(every), count - 1)))
     moved = [slot for slot in rule.fractions(tick) if count == 1 or len(rule.slots) == 1]
     if not moved:
         raise ValueError(

@@ -197,8 +197,7 @@ class Average:
         if self.tick.n == 0:
             raise RuntimeError(
                 f"{call}: there is no average before the first update; call update() after each "
-                "optimizer step (with every=n, the n-th call is the first update), or begin() to have "
-                "an average at once"
+                "optimizer step, or begin() to have an average at once"
             )
 
     def refuse_spoilt(self, call: str) -> None:

@@ -27,6 +27,7 @@ from polyak.rules import Tick
 
 Nonfinite = Literal["allow", "skip", "error"]
 _TICK = attrgetter("tick")
+_COUNT = attrgetter("tick.n")
 _START = 0, 0.0
 
 
@@ -48,7 +49,7 @@ class _Pending(NamedTuple):
 
 
 class Updating:
-    """Counts calls, moves the slots at every `every`-th call, and leaves out calls that must not count."""
+    """Counts calls, moves the slots at calls 1, `every` + 1, ..., and leaves out what must not count."""
 
     def __init__(
         self,
@@ -82,10 +83,14 @@ class Updating:
         calls, time = self._since[0] + 1, self._since[1] + elapsed
         if found_inf or self._nonfinite != "allow":
             self._guarded_call(groups, calls, time, found_inf)
-        elif calls < self.every:
+        elif calls < self.every and self._begun():
             self._since = calls, time
         else:
             self._update(groups, time)
+
+    def _begun(self) -> bool:
+        """Whether every average has had its first update, for which no call is too early."""
+        return all(map(_COUNT, self._averages))
 
     def require_time_for(self, elapsed: float) -> None:
         """Raises `ValueError` if no float can hold the time after `elapsed`."""
@@ -105,7 +110,7 @@ class Updating:
         if took is not None and not _deferred(took) and not took:
             return
         called = before._replace(calls=calls, elapsed=time)
-        due = calls >= self.every
+        due = calls >= self.every or not self._begun()
         if due:
             self._live.copied_now()  # an update that is left out refuses another model too
         clean = finite(groups) if due and self._nonfinite != "allow" else None

@@ -44,9 +44,9 @@ class Clock:
             return [float(self.count)] if self.count else []
         if self.count > MOST_UPDATES:
             raise ValueError(f"{self.count} {self.unit} are counted, wanted at most {MOST_UPDATES}")
-        if self.unit == "updates":
-            return [float(every)] * (self.count + self.ahead)
-        return [1.0, *([float(every)] * ((self.count - 1) // every))] if self.count else []
+        calls = self.unit == "calls" and self.count > 0
+        updates = 1 + (self.count - 1) // every if calls else self.count + self.ahead
+        return [1.0, *([float(every)] * (updates - 1))] if updates else []
 
     def since(self, every: int) -> int:
         """The calls since the last update."""

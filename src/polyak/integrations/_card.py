@@ -20,7 +20,7 @@ def write_card(folder: Path, averager: Averager, name: str, step: int) -> None:
 
 def _section(averager: Averager, name: str, step: int) -> str:
     rule, every = averager.rules[name], averager.every
-    found = explain(rule, max(round(averager.clock.t), every), every=every)
+    found = explain(rule, max(round(averager.clock.t), 1), every=every)
     rows = "\n".join(f"| {row.name} | {row.value} | {row.unit} |" for row in found.rows())
     return (
         f"{TITLE}\n\n"

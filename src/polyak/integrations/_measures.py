@@ -15,7 +15,7 @@ def measures(averager: Averager, steps: float) -> dict[str, Any]:
 
     If the number of steps is unknown or too large, they are those of a long run.
     """
-    known = int(steps) if averager.every <= steps <= _MOST else None
+    known = int(steps) if 1 <= steps <= _MOST else None
     told: dict[str, Any] = {}
     for name, rule in averager.rules.items():
         seen = explain(rule, known, every=averager.every)

@@ -19,7 +19,7 @@ from polyak.study._result import Result, When
 from polyak.study._statistics import Interval, Statistic, bootstrap
 from polyak.study._study import Arm, Ensemble
 from polyak.study._text import percent, significant
-from polyak.study._tracking import rule_of
+from polyak.study._tracking import profile_of, rule_of
 
 SAME = 1e-9
 
@@ -139,11 +139,8 @@ def run_steps(result: Result) -> int:
 def half_lives(result: Result) -> dict[str, float]:
     """arm -> the half-life of its average at the end of a run, as a share of the run."""
     steps = run_steps(result)
-    return {
-        name: theory.half_life(theory.profile(rule, steps, every=every)) / steps
-        for name, (rule, every) in _rules(result).items()
-        if steps >= every
-    }
+    profiles = {n: profile_of(rule, steps, every) for n, (rule, every) in _rules(result).items()}
+    return {n: theory.half_life(c) / steps for n, c in profiles.items() if c is not None}
 
 
 @lru_cache(maxsize=256)
@@ -174,8 +171,8 @@ def _same_rules(result: Result) -> list[list[str]]:
     last[-1] = 1.0
     profiles = {LIVE: last}
     for name, (rule, every) in _rules(result).items():
-        if steps >= every:
-            profiles[name] = theory.profile(rule, steps, every=every)
+        if (found := profile_of(rule, steps, every)) is not None:
+            profiles[name] = found
     return _grouped(list(profiles), partial(_same_profile, result, profiles))
 
 

@@ -14,7 +14,7 @@ from polyak.rules import LIVE, Rule
 from polyak.study._judge import Judging, Values, finite
 from polyak.study._result import Record
 from polyak.study._study import Ensemble, Study
-from polyak.study._tracking import copies, rule_of
+from polyak.study._tracking import copies, profile_of, rule_of
 
 
 class Logbook:
@@ -114,7 +114,8 @@ def passes(arm: object) -> int:
 @lru_cache(maxsize=1024)
 def mean_age(rule: Rule, steps: int, every: int) -> float | None:
     """The mean age in steps of the weights in an average after `steps`; None before its first update."""
-    return theory.mean_age(theory.profile(rule, steps, every=every)) if steps >= every else None
+    profile = profile_of(rule, steps, every)
+    return None if profile is None else theory.mean_age(profile)
 
 
 def curves(arms: Iterable[str], study: Study) -> dict[str, dict[str, list[float | None]]]:

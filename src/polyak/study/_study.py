@@ -69,7 +69,7 @@ class Arm:
 
     Args:
         rule: the rule or its spec.
-        every: optimizer steps per update; a window counts updates.
+        every: optimizer steps per update, which ends them; a window counts updates.
         start: the share of the run after which averaging begins. Until then the arm is a copy of the
             live weights.
         recalibrate: whether BatchNorm's statistics are estimated anew, from training batches, each

@@ -7,15 +7,17 @@ each cadence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from polyak.averager import Averager
 from polyak.rules import LIVE, Rule, Tail, Uniform, Window
 from polyak.study._study import Arm, Ensemble, Study
+from polyak.theory import Profile, coefficients
 
 Weights = dict[str, Tensor]
 Source = nn.Module | Mapping[str, Tensor]
@@ -39,18 +41,22 @@ class Tracking:
                 self._rings[every] = Ring(model, size, every, spare(study, every), buffers)
             rules = {n: rule_of(study.arms[n], study.steps) for n in names if not self._sizes[n]}
             if rules:
-                self._averagers[every] = Averager(model, rules, every=every, buffers=buffers)
-        self._updates: list[Callable[[], None]] = [a.update for a in self._averagers.values()]
-        self._updates += [ring.update for ring in self._rings.values()]
+                self._averagers[every] = Averager(model, rules, buffers=buffers)
+        self._steps = 0
 
     def update(self) -> None:
         """Count one step in every arm."""
-        for update in self._updates:
-            update()
+        self._steps += 1
+        for every, averager in self._averagers.items():
+            if self._steps % every == 0:
+                averager.update(every)
+        for ring in self._rings.values():
+            ring.update()
 
     def keep(self, weights: Weights, rows: Tensor) -> Tracking:
         """The arms of some of the runs of a stack; `weights` are these runs' new tensors."""
         kept = Tracking(self._study, weights, self._buffers)
+        kept._steps = self._steps
         for every, averager in self._averagers.items():
             state = _rows_of(averager.state_dict(), rows)
             kept._averagers[every].load_state_dict(state)
@@ -165,6 +171,18 @@ def size_of(weights: Weights) -> int:
 def rule_of(arm: Arm, steps: int) -> Rule:
     """The rule of an arm in a run of so many steps."""
     return Tail(arm.rule, start=round(arm.start * steps)) if arm.start else arm.rule
+
+
+def profile_of(rule: Rule, steps: int, every: int) -> Profile | None:
+    """The profile of an arm, updated at steps `every`, 2 `every`, ...; None before its first update.
+
+    A term in the live weights counts at the last update.
+    """
+    if steps < every:
+        return None
+    profile = np.zeros(steps)
+    profile[every - 1 :: every] = coefficients(rule, [every] * (steps // every))
+    return profile
 
 
 def ring_size(arm: Arm | Ensemble) -> int:

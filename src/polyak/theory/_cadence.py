@@ -55,7 +55,7 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
 
     def within(every: int) -> bool:
         # The start is forgotten, so the last steps of one profile are the profile of fewer steps.
-        steps = where.steps - where.steps % every
+        steps = _updated(where.steps, every)
         return _displaced(fine[-steps:], profile(rule, steps, every=every), every) <= error
 
     return _largest(within, 1, where.steps)
@@ -65,8 +65,7 @@ def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
     """How far, as a share of the mean age, updating every `every` steps moves the profile's weight.
 
     `sum_i |C_every[i] - C_1[i]| / sum_i |c_1[i]| age_i`, C the cumulative profile c: the divisor is
-    the mean age where no coefficient is below 0. Read out just after an update: after the last
-    multiple of `every` within `steps`.
+    the mean age where no coefficient is below 0. Read out just after the last update within `steps`.
 
     >>> round(displacement("exponential(0.99)", 2000, every=2), 4)
     0.005
@@ -74,11 +73,16 @@ def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
     0.0
 
     Infinite where the mean age is 0, for any `every` but 1. Raises `ValueError` unless
-    1 <= every <= steps <= 10^8.
+    `every` and `steps` are integers from 1 to 10^8.
     """
     steps, every = checked_steps(steps, every)
-    steps -= steps % every
+    steps = _updated(steps, every)
     return _displaced(profile(rule, steps), profile(rule, steps, every=every), every)
+
+
+def _updated(steps: int, every: int) -> int:
+    """The step of the last update within `steps`."""
+    return steps - (steps - 1) % every
 
 
 def _displaced(fine: Profile, coarse: Profile, every: int) -> float:

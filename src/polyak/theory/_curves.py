@@ -36,13 +36,13 @@ def profile_curve(c: Array, *, every: int = 1, unit: int = 1) -> Curve:
     """The coefficient by age, at the updates, as far back as nearly all of the weight.
 
     >>> from polyak.theory import profile
-    >>> profile_curve(profile("exponential(0.5)", 4, every=2), every=2)
+    >>> profile_curve(profile("exponential(0.5)", 3, every=2), every=2)
     Curve(x=[0.0, 2.0], y=[0.75, 0.25])
     """
     if unit > 1:  # every stretch has updates, which share its coefficient
         ages = np.arange(_oldest(c) + 1)
         return _thinned(unit * ages, c[::-1][ages] * every / unit)
-    sampled = (np.arange(len(c)) + 1) % every == 0
+    sampled = np.arange(len(c)) % every == 0
     sampled[-1] |= c[-1] != 0
     ages = np.flatnonzero(sampled[::-1])
     ages = ages[ages <= _oldest(c)]

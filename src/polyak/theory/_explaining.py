@@ -9,7 +9,7 @@ from polyak._checks import require_count
 from polyak._shown import Charted, Table
 from polyak.rules import Rule
 from polyak.specs import as_rule
-from polyak.theory._long import Horizon, copies, horizon, mean_age_at, profile_at
+from polyak.theory._long import Horizon, copies, horizon, last_step, mean_age_at, profile_at
 from polyak.theory._measures import cutoff, half_life, noise_gain, relative_std
 from polyak.theory._profiles import checked_steps
 
@@ -128,13 +128,14 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
     >>> round(explain("exponential(half_life=1e12)").half_life)
     1000000000000
 
-    Raises `ValueError` unless 1 <= every <= steps <= 10^8, and for a spec that does not parse.
+    Raises `ValueError` unless `every` and `steps` are integers from 1 to 10^8, and for a spec that does
+    not parse.
     """
     rule = as_rule(rule)
     if steps is None:
         every = checked_steps(require_count("every", every), every)[1]
         found = horizon(rule, every=every)
-        where = found or Horizon(every * -(-_GROWING // every))
+        where = found or Horizon(last_step(-(-_GROWING // every), every))
     else:
         found = where = Horizon(checked_steps(steps, every)[0])
         every = require_count("every", every)

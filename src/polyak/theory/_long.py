@@ -24,7 +24,10 @@ _FINE = (2**17, 2**20)  # and to measure it; the more where it is short against 
 
 
 class Horizon(NamedTuple):
-    """After how many steps to look at an average, and in stretches of how many: 1 is every step."""
+    """After how many steps to look at an average, and in stretches of how many: 1 is every step.
+
+    If more than 1, or if `horizon` chose it, the last step is an update.
+    """
 
     steps: int
     unit: int = 1
@@ -52,7 +55,8 @@ def horizon(rule: Rule, *, every: int = 1) -> Horizon | None:
     while steps <= _LONGEST and not _forgotten(rule, steps, every):
         steps *= 4
     units = [max(steps // n, every) for n in _FINE] if steps <= _LONGEST else []
-    return next((Horizon(steps, u) for u in units if _rescales(rule, steps, u, every)), None)
+    ends = steps - every + 1
+    return next((Horizon(ends, u) for u in units if _rescales(rule, ends, u, every)), None)
 
 
 def _settled(rule: Rule, every: int) -> int | None:
@@ -60,20 +64,30 @@ def _settled(rule: Rule, every: int) -> int | None:
 
     A mean age of 0 does not count: it is the live weights, which may be a burn-in (`Tail`).
     """
-    steps = every * -(-_SHORTEST // every)
-    age = mean_age(profile(rule, steps, every=every))
-    while steps < SHORT:
-        later = mean_age(profile(rule, 2 * steps, every=every))
+    updates = -(-_SHORTEST // every)
+    age = _age_after(rule, updates, every)
+    while updates * every < SHORT:
+        later = _age_after(rule, 2 * updates, every)
         if age > 0 and math.isclose(age, later, rel_tol=_UNCHANGED):
-            return steps
-        steps, age = 2 * steps, later
+            return last_step(updates, every)
+        updates, age = 2 * updates, later
     return None
+
+
+def last_step(updates: int, every: int) -> int:
+    """The step of the last of so many updates."""
+    return (updates - 1) * every + 1
+
+
+def _age_after(rule: Rule, updates: int, every: int) -> float:
+    return mean_age(profile(rule, last_step(updates, every), every=every))
 
 
 def copies(rule: Rule, *, every: int = 1) -> bool:
     """Whether a rule that never settles is a plain copy of the live weights, however late."""
     latest = every * 2**40
-    return mean_age(stretches(rule, latest, unit=latest // _COARSE, every=every)[0]) == 0
+    ends = latest - every + 1
+    return mean_age(stretches(rule, ends, unit=latest // _COARSE, every=every)[0]) == 0
 
 
 def profile_at(rule: Rule, where: Horizon, every: int) -> tuple[Profile, float]:
@@ -81,7 +95,7 @@ def profile_at(rule: Rule, where: Horizon, every: int) -> tuple[Profile, float]:
     if where.unit > 1:
         return stretches(rule, where.steps, unit=where.unit, every=every)
     c = profile(rule, where.steps, every=every)
-    return c, float(c[every - 1])
+    return c, float(c[0])
 
 
 def mean_age_at(c: Profile, unit: int, every: int) -> float:
@@ -92,7 +106,8 @@ def mean_age_at(c: Profile, unit: int, every: int) -> float:
 def _forgotten(rule: Rule, steps: int, every: int) -> bool:
     """Whether half as many steps give the same mean age, on one coarse clock."""
     unit = max(steps // _COARSE, every)
-    ages = [mean_age(stretches(rule, n, unit=unit, every=every)[0]) for n in (steps, steps // 2)]
+    ends = [n - every + 1 for n in (steps, steps // 2)]
+    ages = [mean_age(stretches(rule, n, unit=unit, every=every)[0]) for n in ends]
     return ages[1] > 0 and math.isclose(*ages, rel_tol=1e-6)
 
 

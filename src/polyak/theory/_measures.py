@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polyak._checks import as_number, is_integer, is_number, require
+from polyak._checks import as_number, is_number, require
 
 Array = npt.NDArray[np.float64]
 _HALF_POWER = 0.5
@@ -148,18 +148,13 @@ def relative_std(c: npt.ArrayLike) -> float | None:
     return math.sqrt(variance) / len(c) if variance >= 0 else None
 
 
-def initial_weight(c: npt.ArrayLike, *, every: int = 1) -> float:
-    """The weight left on the first update, which is the start of the average: c[every - 1].
+def initial_weight(c: npt.ArrayLike) -> float:
+    """The weight left on the first update, which is the start of the average: c[0].
 
     >>> initial_weight([0.125, 0.125, 0.25, 0.5])
     0.125
-
-    Raises `ValueError` for an `every` that is not a step of the profile.
     """
-    c, every = _checked(c), as_number(every)
-    holds = is_integer(every, 1) and every <= len(c)
-    require(holds, "every", every, f"an integer from 1 to the {len(c)} steps")
-    return float(c[every - 1])
+    return float(_checked(c)[0])
 
 
 def learning_rate_profile(c: npt.ArrayLike) -> Array:

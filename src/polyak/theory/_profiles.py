@@ -38,25 +38,24 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
     """The coefficient of each step's live weights in the average after `steps` steps.
 
     `average = sum_i profile[i] * live[i]`: shape (steps,), float64, index 0 is step 1; sums to 1.
-    The rule is updated at steps `every`, 2 `every`, ... with elapsed time `every`, and read out
+    The rule is updated at steps 1, `every` + 1, 2 `every` + 1, ..., as `Averager` does, and read out
     after step `steps`. The other steps have coefficient 0. A rule with a term in the live weights
     (`Bema`) has it on the last step.
 
     >>> profile("exponential(0.5)", 4)
     array([0.125, 0.125, 0.25 , 0.5  ])
     >>> profile("exponential(0.5)", 4, every=2)
-    array([0.  , 0.25, 0.  , 0.75])
+    array([0.25, 0.  , 0.75, 0.  ])
 
-    The first update copies, so it carries the weight of the start: decay ** (updates - 1).
-    A million steps take about a second. Raises `ValueError` unless 1 <= every <= steps <= 10^8,
-    and for a rule that breaks its contract.
+    The first update copies, so it carries the weight of the start: decay ** (steps - 1).
+    A million steps take about a second. Raises `ValueError` unless `every` and `steps` are integers
+    from 1 to 10^8, and for a rule that breaks its contract.
     """
     rule = as_rule(rule)
     steps, every = checked_steps(steps, every)
-    updates = steps // every
-    sampled, live = _impulse_response(rule, [float(every)] * updates)
     result = np.zeros(steps)
-    result[every - 1 : updates * every : every] = sampled
+    later = (steps - 1) // every
+    result[::every], live = _impulse_response(rule, [1.0, *[float(every)] * later])
     result[-1] += live
     return result
 
@@ -82,14 +81,16 @@ def coefficients(rule: Rule | str, elapsed: Sequence[float], *, convex: bool = F
 def stretches(rule: Rule, steps: int, *, unit: int, every: int) -> tuple[Profile, float]:
     """The coefficients of stretches of `unit` steps each, and that of the first update alone.
 
-    The rule is updated once a stretch, and also at step `every`, its first update. For a rule that
+    The rule is updated at step 1 and then at the last update of each stretch. For a rule that
     rescales by the elapsed time, these are the sums of its profile over the stretches, so that a
-    profile of any length has few numbers. `unit` is a multiple of `every` and divides the steps.
+    profile of any length has few numbers. `unit` is a multiple of `every`, and the last of the
+    `steps` is an update; the stretch that it ends has `every` - 1 steps more.
     """
+    count = -(-steps // unit)
     if unit == every:
-        sums = coefficients(rule, [every] * (steps // every))
+        sums = coefficients(rule, [1, *[every] * (count - 1)])
         return sums, float(sums[0])
-    times = [every, unit - every, *[unit] * (steps // unit - 1)]
+    times = [1, unit - every, *[unit] * (count - 1)]
     sums = coefficients(rule, times)
     return np.append(sums[0] + sums[1], sums[2:]), float(sums[0])
 
@@ -108,19 +109,11 @@ def checked_times(elapsed: Sequence[float]) -> list[float]:
 
 
 def checked_steps(steps: int, every: int) -> tuple[int, int]:
-    """Steps and cadence as ints; raises `ValueError` unless an update happens within the steps.
-
-    And unless a profile of so many steps fits an array.
-    """
+    """Steps and cadence as ints; raises `ValueError` unless a profile of so many fits an array."""
     every, steps = require_count("every", every), require_count("steps", steps)
     for name, value in (("every", every), ("steps", steps)):
         wanted = f"at most {LONGEST:,}: a profile holds a coefficient for every step"
         require(value <= LONGEST, name, value, wanted)
-    if steps < every:
-        raise ValueError(
-            f"steps is {steps} and every is {every}: no update has happened yet, so there is no"
-            f" average; ask for {every} steps or more"
-        )
     return steps, every
 
 
