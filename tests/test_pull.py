@@ -115,6 +115,8 @@ def train(method: dict[str, Any], weights: Tensor) -> Averager:
     every, cadence = method.get("every", 1), method.get("update_every", 1)
     rule, parameter = f"exponential({method['decay']})", nn.Parameter(weights)
     averager = Averager({"w": parameter}, rule, every=cadence)
+    if cadence > 1:  # Lookahead's slow weights begin as the model's
+        averager.begin()
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 151):
@@ -135,9 +137,10 @@ def test_a_loop_is_the_plain_script_and_has_the_theorys_variance(name: str) -> N
     """A plain loop gives the same weights; over 10 000 runs the variances are `feedback`'s."""
     method, size = METHODS[name], 10_000
     averager = train(method, torch.zeros(size, dtype=torch.float64))
-    live, average = torch.zeros(size, dtype=torch.float64), None
-    generator = torch.Generator().manual_seed(0)
     every, cadence = method.get("every", 1), method.get("update_every", 1)
+    live = torch.zeros(size, dtype=torch.float64)
+    average = live if cadence > 1 else None
+    generator = torch.Generator().manual_seed(0)
     for step in range(1, 151):
         gradient = live + torch.randn(live.shape, generator=generator, dtype=torch.float64)
         if method.get("with_step") and average is not None:

@@ -71,6 +71,8 @@ def _pulled(decay: float, pull: float, *, every: int | None, steps: int) -> floa
     generator = torch.Generator().manual_seed(0)
     weights = {"w": torch.zeros(_RUNS, dtype=torch.float64)}
     averager = Averager(weights, f"exponential({decay})", every=every or 1)
+    if every is not None:
+        averager.begin()
     noise = torch.empty_like(weights["w"])
     for step in range(1, steps + 1):
         gradient = weights["w"] + noise.normal_(generator=generator)
