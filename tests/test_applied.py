@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from models import Everything, assert_same, everything, pointers, snapshot, wander
 from patience import HANG
@@ -187,6 +188,29 @@ def test_weights_moved_inside_come_back_and_the_average_is_spoilt() -> None:
             call()
     averager.load_state_dict(saved)
     assert_same(averager.average(), average)
+
+
+@pytest.mark.parametrize("size", [3, 16, 64])
+def test_weights_that_move_twice_do_not_come_to_lie_where_they_were(size: int) -> None:
+    """Else the average would be rounded, and nothing would be told."""
+    for _ in range(20):
+        model = nn.Linear(size, size, bias=False)
+        averager = Averager(model, Exponential(0.9))
+        averager.update()
+        with pytest.raises(RuntimeError, match="weight was moved"), averager.applied():
+            model.bfloat16().float()
+
+
+def test_a_block_that_ended_keeps_no_memory_of_weights() -> None:
+    model = nn.Linear(16, 16, bias=False)
+    averager = Averager(model, Exponential(0.9))
+    averager.update()
+    block = averager.applied()
+    with block:
+        pass
+    before = StorageWeakRef(model.weight.untyped_storage())
+    model.bfloat16()
+    assert before.expired()
 
 
 def test_an_exception_after_a_write_says_so_in_a_note() -> None:

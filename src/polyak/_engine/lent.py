@@ -52,6 +52,8 @@ class Lent:
         self.spoilt = False
         self.slots = pairs.slots
         self._pairs = pairs
+        # Else a tensor that is moved twice could come to lie where it was, in memory that was freed.
+        self._kept = [tensor.untyped_storage() for tensor in pairs.live]
         self._exchange = pairs.exchange()
         self._before: list[int] | None = None  # old versions, until the old contents are back
         self._version = 0
