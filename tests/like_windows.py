@@ -1,7 +1,8 @@
 """A pytest plugin that takes away what Windows does not have: `pytest -p like_windows`.
 
 There are no locks of files, no places in a file for reading and writing, no advice about memory and no
-exchange of names. What is open cannot be renamed or removed, and a folder cannot be opened.
+exchange of names. What is open cannot be renamed or removed, and a folder cannot be opened. No path
+leads to an open file by its number.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from polyak import _files, _hold, _system
 from polyak.checkpoints import _handles
+from polyak.checkpoints import _safetensor_headers as headers
 
 _MISSING = {"preadv", "pread", "pwrite", "fchown", "fchmod", "chown", "register_at_fork", "O_CLOEXEC", "O_NONBLOCK"}  # fmt: skip
 
@@ -61,6 +63,15 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     return refuses
 
 
+def _without_devices(function: Callable[..., Any]) -> Callable[..., Any]:
+    def opens(path: str, **options: Any) -> Any:
+        if path.startswith(("/dev/", "/proc/")):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return function(path, **options)
+
+    return opens
+
+
 def pytest_configure() -> None:
     """Takes it away in this process. Importing this module, as for its doctests, changes nothing."""
     _system.fcntl = None  # type: ignore[assignment,attr-defined]
@@ -71,6 +82,7 @@ def pytest_configure() -> None:
         module.os = _Os()  # type: ignore[attr-defined]
     for name in ("replace", "rename", "unlink", "remove"):
         setattr(os, name, _refusing(getattr(os, name)))
+    headers.safe_open = _without_devices(headers.safe_open)  # type: ignore[assignment,attr-defined]
     rename = os.rename
 
     def rename_to_nothing(old: Any, new: Any, **keywords: Any) -> None:

@@ -35,6 +35,7 @@ _DAY = 86_400.0
 _NAME_BYTES = 100  # of the place's name in a hidden name, so that this fits wherever that does
 # Errors of a write, which name no file.
 _UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _SPECIAL = {
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
 }  # fmt: skip
@@ -300,10 +301,26 @@ def _place(part: Path, place: Path, overwrite: bool) -> None:
         part.replace(place)
     elif not _rename(part, place, system.NO_REPLACE):
         try:
-            place.hardlink_to(part)
+            _place_new(part, place)
         except FileExistsError:
             raise _exists_by_now(place) from None
-        part.unlink()
+
+
+def _place_new(part: Path, place: Path) -> None:
+    """Give a file a name that nothing has, where the system has no flag for that."""
+    if system.WINDOWS:  # a renaming replaces nothing there
+        part.rename(place)
+        return
+    try:
+        place.hardlink_to(part)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(place):  # FAT has no step that does both
+            raise FileExistsError from None
+        part.rename(place)
+        return
+    part.unlink()
 
 
 def _place_folder(part: Path, place: Path, overwrite: bool) -> None:

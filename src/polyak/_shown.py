@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from html import escape
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -130,6 +132,21 @@ def _html_row(tag: str, row: Sequence[str], left: int) -> str:
 def terminal_width() -> int | None:
     """The columns of the terminal to which the process prints; None if it prints to a file or a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@contextmanager
+def every_character() -> Iterator[None]:
+    """Print what the encoding of stdout lacks as Python's escapes: a pipe on Windows has no minus sign."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out.closed or out.errors != "strict":
+        yield
+        return
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(ValueError, OSError):  # it is closed, or nothing reads it any more
+            out.reconfigure(errors="strict")
 
 
 def number_text(value: float | None) -> str:

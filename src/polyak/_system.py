@@ -119,6 +119,15 @@ def write_at(handle: int, content: memoryview, start: int) -> int:
         return os.write(handle, content)
 
 
+def path_of(handle: int, path: Path) -> str:
+    """A path that leads to an open file, for libraries that open it again.
+
+    Under its own path there may be another file by now; on Windows, where no open file is renamed
+    or removed, it is the same one.
+    """
+    return str(path) if WINDOWS else f"/dev/fd/{handle}"
+
+
 def most_open_files() -> int:
     """How many files this process may have open."""
     if resource is None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from polyak import _system as system
 from polyak._lazy import TensorSpec
 from polyak.checkpoints._open_file import OpenFile
 
@@ -42,7 +45,7 @@ def read_header(file: OpenFile) -> Header:
     """
     try:
         with file.handle.use() as handle:
-            return _checked(handle, {})
+            return _checked(system.path_of(handle, file.path), {})
     except (SafetensorError, KeyError) as error:
         known = _with_bytes(file)
         if known is None:
@@ -52,10 +55,9 @@ def read_header(file: OpenFile) -> Header:
         return known
 
 
-def _checked(handle: int, unread: dict[str, str]) -> Header:
-    # By its handle: under its path there may be another file by now. As "np" only the header is read;
-    # as "pt" memory for the whole file would be reserved.
-    with safe_open(f"/dev/fd/{handle}", framework="np") as opened:
+def _checked(path: str, unread: dict[str, str]) -> Header:
+    # As "np" only the header is read; as "pt" memory for the whole file would be reserved.
+    with safe_open(path, framework="np") as opened:
         specs = {name: _spec_of(opened, name) for name in opened.offset_keys()}
         return Header(opened.metadata() or {}, specs, unread)
 
@@ -80,11 +82,11 @@ def _with_bytes(file: OpenFile) -> Header | None:
             begin, end = entries[name]["data_offsets"]
             entries[name] = {**entries[name], "dtype": _BYTES, "shape": [end - begin]}
         text = json.dumps(entries).encode()
-        with tempfile.TemporaryFile() as copy:
-            copy.write(len(text).to_bytes(8, "little") + text)
-            copy.truncate(file.size - length + len(text))
-            copy.flush()
-            known = _checked(copy.fileno(), unread) if unread else None
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, "header")
+            copy.write_bytes(len(text).to_bytes(8, "little") + text)
+            os.truncate(copy, file.size - length + len(text))
+            known = _checked(str(copy), unread) if unread else None
             return known if known is not None and len(unread) < len(known.specs) else None
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None

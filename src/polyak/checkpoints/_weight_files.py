@@ -56,7 +56,7 @@ def write(
     with files.writing_folder(out, overwrite=overwrite) as folder:
         for file, of_file in within.items():
             tensorfile.write(folder / file, of_file, pieces, METADATA, progress=add)
-        (folder / _INDEX).write_text(_index(within))
+        (folder / _INDEX).write_bytes(_index(within).encode())
 
 
 def arranged(
@@ -141,7 +141,7 @@ def _begin(
         folder = stack.enter_context(files.writing_folder(out, overwrite=overwrite))
         within = arranged(out, specs, shard_bytes)
         paths = [(str(folder / name), str(out / name)) for name in within]
-        (folder / _INDEX).write_text(_index(within))
+        (folder / _INDEX).write_bytes(_index(within).encode())
     for (path, name), of_file in zip(paths, layouts, strict=True):
         with files.naming(Path(name), path):
             Path(path).write_bytes(of_file.header)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NoReturn
 
+from polyak._shown import every_character
 from polyak._system import flush_c_streams
 
 TERMINATED = 128 + signal.SIGTERM
@@ -36,7 +37,7 @@ def unchanged_process() -> Iterator[None]:
     if ours:
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        with _open_streams(), warnings.catch_warnings():
+        with _open_streams(), every_character(), warnings.catch_warnings():
             yield
     finally:
         if ours:

@@ -35,7 +35,7 @@ def shared(torchrun: bool) -> Iterator[ProcessGroup | None]:
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         if dist.get_rank() != 0:
-            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield dist.group.WORLD

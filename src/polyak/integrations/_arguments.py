@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from polyak._checks import require_count
 from polyak.averager import Averager
 from polyak.rules import Rule
 from polyak.specs import named_rules
+
+_UNFIT = re.compile(r'[\\:*?"<>|\x00-\x1f]|[. ]$')
 
 
 def checked(
@@ -19,4 +22,21 @@ def checked(
     inspect.signature(Averager).bind(None, rule, **options)
     require_count("every", options.get("every", 1), "optimizer steps per update")
     steps = require_count("start", start, "optimizer steps before the first update", least=0)
-    return named_rules(rule), steps
+    rules = named_rules(rule)
+    _require_file_names(list(rules))
+    return rules, steps
+
+
+def _require_file_names(names: list[str]) -> None:
+    """Raise `ValueError` unless files on every system can have these names, as checkpoints give them."""
+    for name in names:
+        if _UNFIT.search(name):
+            raise ValueError(
+                f"an average's name is {name!r}, and files get that name: wanted one without "
+                'control characters and \\ : * ? " < > |, with no dot or space at its end'
+            )
+    if len({name.casefold() for name in names}) < len(names):
+        raise ValueError(
+            f"the averages are {', '.join(names)}, and files get these names: wanted names that differ "
+            "by more than upper and lower case"
+        )

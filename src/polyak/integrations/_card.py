@@ -13,9 +13,10 @@ TITLE = "# What these weights average"
 def write_card(folder: Path, averager: Averager, name: str, step: int) -> None:
     """Write into the folder's README.md what its weights average, after what is there already."""
     path = folder / "README.md"
-    before = path.read_text() if path.exists() else ""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
     kept = before.partition(TITLE)[0].rstrip()  # the section of an earlier save ends the file
-    path.write_text((f"{kept}\n\n" if kept else "") + _section(averager, name, step))
+    text = (f"{kept}\n\n" if kept else "") + _section(averager, name, step)
+    path.write_bytes(text.encode())
 
 
 def _section(averager: Averager, name: str, step: int) -> str:

@@ -109,7 +109,8 @@ class Concatenation(LazyTensors):
         with writing_folder(out, overwrite=overwrite) as folder:
             weights = folder / _WEIGHTS
             tensorfile.write(weights, self.specs, lambda name: iter([self.read(name)]), METADATA)
-            (folder / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True))
+            text = json.dumps(self.config, indent=2, sort_keys=True)
+            (folder / CONFIG).write_bytes(text.encode())
 
 
 def concatenate(

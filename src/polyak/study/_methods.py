@@ -47,7 +47,7 @@ def _git(*arguments: str) -> str:
     """What git prints; nothing where git is not installed, or the folder is not a checkout."""
     try:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, timeout=30
+            ["git", *arguments], capture_output=True, encoding="utf-8", check=True, timeout=30
         )
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -99,7 +99,10 @@ def read(study: Study, out: Path | str) -> Result:
 def _how(folder: Path) -> Record:
     """How the runs of a folder were made, from its first line; the check of all lines comes later."""
     how: Record = {"stacked": 0, "vary": list(SOURCES)}
-    with (folder / RESULTS).open() as file, suppress(ValueError, TypeError, KeyError):
+    with (
+        (folder / RESULTS).open(encoding="utf-8") as file,
+        suppress(ValueError, TypeError, KeyError),
+    ):
         stored = json.loads(file.readline())["conditions"]
         how |= {"stacked": int(stored["stacked"]), "vary": list(stored["vary"])}
     return how
@@ -203,8 +206,8 @@ def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:
     line = json.dumps({"study": study.name, **run._asdict(), "failed": failed})
     path = folder / FAILURES
     try:
-        with path.open("a") as file:
-            file.write(line + "\n")
+        with path.open("ab") as file:
+            file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -213,5 +216,8 @@ def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:
 
 def _failures(folder: Path) -> list[Record]:
     with suppress(FileNotFoundError):
-        return [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (folder / FAILURES).read_text(encoding="utf-8").splitlines()
+        ]
     return []

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from polyak._shown import Table as TextTable
+from polyak._shown import every_character
 from polyak.study._article_report import Report
 from polyak.study._text import Table
 
@@ -63,13 +64,14 @@ class Seeds:
 
 def show(console: Console, report: Report, seconds: float) -> None:
     """Print the main tables, and the path of the report."""
-    for name, columns, left in (
-        ("verdicts", (0, 1, 2), 3),
-        ("final", (0, 1, 2, 3), 1),
-        ("arms", (0, 2, 5, 7, 8), 1),
-    ):
-        _print(console, report.tables[name], columns, left)
-    console.print(f"{seconds:.0f} s. Report: {report.page.resolve()}", highlight=False)
+    with every_character():
+        for name, columns, left in (
+            ("verdicts", (0, 1, 2), 3),
+            ("final", (0, 1, 2, 3), 1),
+            ("arms", (0, 2, 5, 7, 8), 1),
+        ):
+            _print(console, report.tables[name], columns, left)
+        console.print(f"{seconds:.0f} s. Report: {report.page.resolve()}", highlight=False)
 
 
 def _print(console: Console, table: Table, columns: tuple[int, ...], left: int) -> None:
