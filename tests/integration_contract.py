@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from polyak import Averager
+from polyak import Averager, Pull
 
 State = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -36,6 +36,8 @@ HALF = 6
 SKIPPED = 4
 """The step, counted from 0, that a GradScaler skips because `batches(skip=True)` overflows there."""
 MONITORED = "fast"
+PULL = Pull(0.5, every=4, name="fast")
+"""A pull after updates 4, 8 and 12: a run that stops at `HALF` stops between two of them."""
 
 
 class EvaluationError(RuntimeError):
@@ -133,6 +135,7 @@ class Host(Protocol):
     needs to go on, and what was best by the average `MONITORED`, in the folder. It stops after
     `until` steps. With `resume` it goes on from what an earlier call left in the folder. With `skip` it
     trains with a GradScaler. With `fails` it catches `EvaluationError` and returns what is there then.
+    `pull` is an option of the averager.
     """
 
     def __call__(
@@ -143,11 +146,12 @@ class Host(Protocol):
         resume: bool = False,
         skip: bool = False,
         fails: bool = False,
+        pull: Pull | None = None,
     ) -> Outcome: ...
 
 
 @cache
-def plain(until: int = STEPS, *, skip: bool = False) -> Outcome:
+def plain(until: int = STEPS, *, skip: bool = False, pull: Pull | None = None) -> Outcome:
     """The training by a plain loop. Every metric is that of a fresh network with the weights."""
     model = net()
     steps, averager = optimizer(model), Averager(model, RULES)
@@ -157,6 +161,8 @@ def plain(until: int = STEPS, *, skip: bool = False) -> Outcome:
         if not (skip and step == SKIPPED):
             steps.step()
             averager.update()
+            if pull is not None and averager.count % pull.every == 0:
+                averager.pull(pull.fraction, pull.name)
         steps.zero_grad()
         if (step + 1) % EVERY == 0:
             weights = {"live": model.state_dict()} | {n: averager.average(n) for n in RULES}
@@ -225,6 +231,13 @@ def counts_no_skipped_step(host: Host, folder: Path) -> None:
     require_equal(got, plain(skip=True))
 
 
+def pulls_as_a_plain_loop(host: Host, folder: Path) -> None:
+    """The pulls are those of the plain loop, bit for bit, also after a stop between two of them."""
+    require_equal(host(folder, until=HALF, pull=PULL), plain(HALF, pull=PULL))
+    require_equal(host(folder, resume=True, pull=PULL), plain(pull=PULL))
+    assert not torch.equal(plain().live["body.0.weight"], plain(pull=PULL).live["body.0.weight"])
+
+
 LAWS: list[Callable[[Host, Path], None]] = [
     trains_as_a_plain_loop,
     evaluates_live_and_every_average,
@@ -232,4 +245,5 @@ LAWS: list[Callable[[Host, Path], None]] = [
     resumes_bit_for_bit,
     keeps_live_weights_when_an_evaluation_fails,
     counts_no_skipped_step,
+    pulls_as_a_plain_loop,
 ]

@@ -30,7 +30,7 @@ from integration_contract import (
 )
 from launching import require_laws
 from models import assert_same
-from polyak import Averager, checkpoints
+from polyak import Averager, Pull, checkpoints
 from polyak.integrations.accelerate import register
 
 
@@ -41,6 +41,7 @@ def train_by_accelerate(
     resume: bool = False,
     skip: bool = False,
     fails: bool = False,
+    pull: Pull | None = None,
 ) -> Outcome:
     """The contract's host: a loop that evaluates by `applied`."""
     accelerator = Accelerator(cpu=True)
@@ -48,7 +49,7 @@ def train_by_accelerate(
         accelerator.scaler = torch.amp.GradScaler("cpu")
     model = net(fails=fails)
     model, steps = accelerator.prepare(model, optimizer(model))
-    averager = Averager(model, RULES)
+    averager = Averager(model, RULES, pull=pull)
     averager.attach(steps)
     register(accelerator, averager)
     done = 0

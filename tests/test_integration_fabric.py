@@ -30,7 +30,7 @@ from integration_contract import (
     net,
     optimizer,
 )  # fmt: skip
-from polyak import theory
+from polyak import Pull, theory
 from polyak.checkpoints import export
 from polyak.integrations.fabric import average
 
@@ -50,12 +50,13 @@ def host(
     resume: bool = False,
     skip: bool = False,
     fails: bool = False,
+    pull: Pull | None = None,
 ) -> Outcome:
     amp = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[amp] if skip else [])
     plain_model = net(fails=fails)
     model, steps = fabric.setup(plain_model, optimizer(plain_model))
-    averager = average(fabric, model, RULES, steps, steps=STEPS)
+    averager = average(fabric, model, RULES, steps, steps=STEPS, pull=pull)
     state: dict[str, Any] = {"model": model, "optimizer": steps, "averager": averager, "step": 0}
     if resume:
         fabric.load(folder / "last.ckpt", state)

@@ -31,7 +31,7 @@ from integration_contract import (
     net,
     optimizer,
 )  # fmt: skip
-from polyak import Averager, theory
+from polyak import Averager, Pull, theory
 from polyak.integrations.ignite import Weights, evaluators, log_measures
 
 
@@ -55,9 +55,10 @@ def host(
     resume: bool = False,
     skip: bool = False,
     fails: bool = False,
+    pull: Pull | None = None,
 ) -> Outcome:
     model, scaler = net(fails=fails), torch.amp.GradScaler("cpu", enabled=skip)
-    steps, averager = optimizer(model), Averager(model, RULES)
+    steps, averager = optimizer(model), Averager(model, RULES, pull=pull)
     averager.attach(steps, scaler)
     data = batches(skip=skip)
 

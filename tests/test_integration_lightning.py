@@ -42,6 +42,7 @@ from integration_contract import (
 from launching import launched
 from lightning_modules import QUIET, WARNINGS, Busy, Fused, Module, expected, made, trainer_of
 from patience import HANG
+from polyak import Pull
 from polyak.integrations.lightning import AveragerCallback
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
@@ -56,6 +57,7 @@ def host(
     resume: bool = False,
     skip: bool = False,
     fails: bool = False,
+    pull: Pull | None = None,
 ) -> Outcome:
     module = made(Module, IN_AN_AVERAGE if fails else math.inf)
     module.skip = skip
@@ -67,7 +69,7 @@ def host(
             names = ["live", *RULES]
             metrics.append({n: found["val_loss" + f"/{n}" * (n != "live")] for n in names})
 
-    average = AveragerCallback(RULES)
+    average = AveragerCallback(RULES, pull=pull)
     best = ModelCheckpoint(
         folder, monitor=f"val_loss/{MONITORED}", filename="{step}", save_last=True
     )
@@ -250,10 +252,12 @@ def test_the_configuration_of_the_docs(
     averager = run().averager
     assert averager is not None and averager.count == EVERY
     assert {name: str(rule) for name, rule in averager.rules.items()} == given["rule"]
+    assert averager.state_dict()["pull"] == "Pull(fraction=0.5, every=10, name='ema')"
     average = averager.average("ema")
     assert set(average) == {"body.0.weight", "body.0.bias", "body.3.weight", "body.3.bias"}
     assert {tensor.dtype for tensor in average.values()} == {torch.float64}
     given |= {"every": 2, "buffers": "copy", "rounding": "nearest", "device": "cpu", "start": 1}
+    given["pull"] = {"fraction": 1.0}
     given |= {"rule": {"class_path": "polyak.Exponential", "init_args": {"decay": 0.5}}}
     averager = run().averager
     assert averager is not None and (averager.count, averager.every) == (1, 2)

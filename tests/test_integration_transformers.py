@@ -49,6 +49,7 @@ from integration_contract import (
 )
 from launching import require_laws
 from models import assert_same, snapshot
+from polyak import Pull
 from polyak.integrations.transformers import AveragerCallback
 from tiny_trainers import Sentences, Steps, ema, weights
 
@@ -112,6 +113,7 @@ def train_by_trainer(
     resume: bool = False,
     skip: bool = False,
     fails: bool = False,
+    pull: Pull | None = None,
 ) -> Outcome:
     """The contract's host."""
     model = net(fails=fails)
@@ -139,7 +141,7 @@ def train_by_trainer(
     )
     if skip:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    averages = AveragerCallback(RULES).attach(trainer)
+    averages = AveragerCallback(RULES, pull=pull).attach(trainer)
     kept = Kept(model, averages)
     trainer.add_callback(kept)
     try:

@@ -11,7 +11,7 @@ import pytest
 import polyak
 
 NAMES = {
-    "ArticleEMA", "Averager", "Bema", "EMA", "Exponential", "Power", "Recorder", "Rule", "Tail",
+    "ArticleEMA", "Averager", "Bema", "EMA", "Exponential", "Power", "Pull", "Recorder", "Rule", "Tail",
     "Uniform", "Window", "checkpoints", "decays", "load", "offline", "parse", "recalibrate", "save",
     "sweep", "synthesize", "theory",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import polyak
 from models import Everything
-from polyak import Averager
+from polyak import Averager, Pull
 from polyak.rules import Bema, Rule
 from polyak.theory import feedback
 from rule_examples import RULE_EXAMPLES
@@ -111,24 +113,24 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def train(method: dict[str, Any], weights: Tensor) -> Averager:
-    """SGD on a quadratic with the method, as a user writes it."""
+    """SGD on a quadratic with the method, as a user writes it; PACE pulls before the step, by hand."""
     every, cadence = method.get("every", 1), method.get("update_every", 1)
     rule, parameter = f"exponential({method['decay']})", nn.Parameter(weights)
-    averager = Averager({"w": parameter}, rule, every=cadence)
+    by_hand = method.get("with_step", False)
+    pull = None if by_hand else Pull(method["pull"], every=every // cadence)
+    averager = Averager({"w": parameter}, rule, every=cadence, pull=pull)
     if cadence > 1:  # Lookahead's slow weights begin as the model's
         averager.begin()
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     generator = torch.Generator().manual_seed(0)
-    for step in range(1, 151):
+    for _ in range(150):
         noise = torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
         (parameter.square().sum() / 2 + (noise * parameter).sum()).backward()
-        if method.get("with_step") and averager.count:
+        if by_hand and averager.count:
             averager.pull(method["pull"])
         optimizer.step()
         optimizer.zero_grad()
         averager.update()
-        if not method.get("with_step") and step % every == 0:
-            averager.pull(method["pull"])
     return averager
 
 
@@ -189,42 +191,127 @@ def test_a_pull_at_the_wrong_time_is_refused() -> None:
         averager.pull(0.5, "slow")
 
 
-@pytest.mark.slow
-def test_in_a_trainer_it_is_one_line_of_a_hook(tmp_path: Path) -> None:
-    """Lightning with the callback and a hook that pulls is the plain loop, bit for bit."""
-    import warnings
+# As an option
 
-    from lightning.pytorch import Callback
 
-    from integration_contract import RULES as AVERAGES
-    from integration_contract import STEPS, batches, loss, net, optimizer
-    from lightning_modules import made, trainer_of
-    from polyak.integrations.lightning import AveragerCallback
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"every": 3}, {"nonfinite": "skip"}, {"dtype": torch.float64}, {"rounding": "compensated"},
+    {"begun": True, "every": 2}, {"module": True}, {"attached": True}, {"attached": True, "skips": True},
+]  # fmt: skip
 
-    averages = AveragerCallback(AVERAGES)
 
-    class Pulls(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step % 2 == 0:
-                assert averages.averager is not None
-                averages.averager.pull(0.5, "fast")
+class Pulled:
+    """A network that trains with an averager: what `pull=` must do, or `averager.pull` by hand."""
 
-    module = made()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Lightning, on a small run
-        trainer_of(averages, Pulls(), default_root_dir=tmp_path).fit(module)
-    model = net()
-    steps, averager = optimizer(model), Averager(model, AVERAGES)
-    for step, batch in enumerate(batches()[:STEPS], 1):
-        loss(model, batch).backward()
-        steps.step()
-        steps.zero_grad()
-        averager.update()
-        if step % 2 == 0:
-            averager.pull(0.5, "fast")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(module.state_dict()[name], tensor), name
-    assert averages.averager is not None
-    for name in AVERAGES:
-        ours, wanted = averages.averager.average(name), averager.average(name)
-        assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())
+    def __init__(self, options: dict[str, Any], pull: Pull | None) -> None:
+        kinds = {"begun", "module", "attached", "skips"}
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.5)
+        rules = {"fast": "exponential(0.5)", "slow": "uniform()"}
+        own = {key: value for key, value in options.items() if key not in kinds}
+        self.averager = Averager(self.model, rules, pull=pull, **own)
+        self.options, self.scaler = options, torch.amp.GradScaler("cpu", init_scale=4.0)
+        if options.get("begun"):
+            self.averager.begin()
+        if options.get("attached"):
+            self.averager.attach(self.optimizer, self.scaler)
+        self.teacher: nn.Module | None = None
+
+    def train(self, first: int, last: int, by_hand: Pull | None = None) -> None:
+        for step in range(first, last):
+            torch.manual_seed(step)
+            value = self.model(torch.randn(8, 3)).square().mean()
+            bad = self.options.get("skips") and step in (2, 5)
+            self.scaler.scale(value * (float("inf") if bad else 1.0)).backward()
+            before = self.averager.clock
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            if not self.options.get("attached"):
+                self.averager.update()
+            moved = self.averager.clock != before
+            if by_hand is not None and moved and self.averager.count % by_hand.every == 0:
+                self.averager.pull(by_hand.fraction, by_hand.name)
+            if self.options.get("module"):
+                self.teacher = self.averager.module("fast")
+
+    def tensors(self) -> list[Tensor]:
+        averages = [self.averager.average(name) for name in ("fast", "slow")]
+        return [t for each in (self.model.state_dict(), *averages) for t in each.values()]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_option_is_the_call_after_each_due_update(options: dict[str, Any]) -> None:
+    pull = Pull(0.5, every=2, name="fast")
+    ours, wanted, without = Pulled(options, pull), Pulled(options, None), Pulled(options, None)
+    ours.train(0, 12)
+    wanted.train(0, 12, pull)
+    without.train(0, 12)
+    assert all(map(torch.equal, ours.tensors(), wanted.tensors()))
+    assert not all(map(torch.equal, ours.tensors(), without.tensors()))
+
+
+WAYS = {
+    "state": lambda old, new, _: new.load_state_dict(old.state_dict()),
+    "file": lambda old, new, path: polyak.load(_saved(path, old), new),
+}
+
+
+def _saved(path: Path, averager: Averager) -> Path:
+    polyak.save(path, averager)
+    return path
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_resumed_run_pulls_where_the_other_would(tmp_path: Path, way: str, stop: int) -> None:
+    pull = Pull(1.0, every=2, name="slow")
+    whole, old, new = (Pulled({}, pull) for _ in range(3))
+    whole.train(0, 9)
+    old.train(0, stop)
+    new.model.load_state_dict(old.model.state_dict())
+    new.optimizer.load_state_dict(old.optimizer.state_dict())
+    WAYS[way](old.averager, new.averager, tmp_path / "a.safetensors")
+    new.train(stop, 9)
+    assert all(map(torch.equal, new.tensors(), whole.tensors()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_forgets_its_pull_is_refused(tmp_path: Path, way: str) -> None:
+    old, new = Pulled({}, Pull(0.5, name="fast")), Pulled({}, None)
+    old.train(0, 3)
+    with pytest.raises(
+        ValueError, match=r"saved with pull=Pull\(fraction=0\.5.*pull=None: make it"
+    ):
+        WAYS[way](old.averager, new.averager, tmp_path / "a.safetensors")
+    polyak.save(tmp_path / "b.safetensors", old.averager)
+    polyak.load(tmp_path / "b.safetensors", new.averager, change_rule=True)
+    assert new.averager.count == 3
+    old.averager.load_state_dict(new.averager.state_dict())  # a run may begin to pull
+
+
+BAD: list[tuple[Any, Any, str]] = [
+    (lambda: Pull(0.0), ValueError, r"fraction is 0\.0, wanted a number in \(0, 1\]"),
+    (lambda: Pull(1.5), ValueError, r"fraction is 1\.5"),
+    (lambda: Pull("1"), ValueError, "fraction is '1'"),  # type: ignore[arg-type]
+    (lambda: Pull(0.5, every=0), ValueError, "pull: every is 0, wanted an integer >= 1"),
+    (lambda: Pulled({}, 0.5), TypeError, r"pull is 0\.5, wanted polyak\.Pull\("),  # type: ignore[arg-type]
+    (lambda: Pulled({}, Pull(0.5)), ValueError, "wanted the name of an average: fast, slow"),
+    (lambda: Pulled({}, Pull(0.5, name="ema")), ValueError, "name='ema'.*fast, slow"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "said"), BAD, ids=[said for _, _, said in BAD])
+def test_a_bad_option_is_refused_when_it_is_given(make: Any, kind: Any, said: str) -> None:
+    with pytest.raises(kind, match=said):
+        make()
+
+
+def test_a_copy_of_the_averager_pulls_too() -> None:
+    one = Pulled({}, Pull(0.5, name="fast"))
+    one.train(0, 2)
+    two = copy.deepcopy(one)
+    one.train(2, 5)
+    two.train(2, 5)
+    assert all(map(torch.equal, one.tensors(), two.tensors()))

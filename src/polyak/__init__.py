@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polyak import offline as offline
     from polyak import theory as theory
     from polyak.averager import Averager as Averager
+    from polyak.averager import Pull as Pull
     from polyak.checkpoints import load as load
     from polyak.checkpoints import save as save
     from polyak.ema import EMA as EMA
@@ -44,6 +45,7 @@ _HOMES = {
     "Bema": "rules",
     "Exponential": "rules",
     "Power": "rules",
+    "Pull": "averager",
     "Recorder": "snapshots",
     "Rule": "rules",
     "Tail": "rules",

@@ -13,19 +13,21 @@ decides which tensors are averaged, and a rule (`polyak.rules`) says how.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak import _tensors as tensors
-from polyak._checks import as_number, is_number, require, require_positive
+from polyak._checks import require, require_positive
 from polyak._engine import changes, copying, lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
 from polyak._engine.policies import TRAINABLE, Buffers, Choose, Select
+from polyak._engine.pulling import Pull, pull_, require_fraction, require_pull
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
 from polyak._engine.slots import Average
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Averager"]
+__all__ = ["Averager", "Pull"]
 
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,6 +89,8 @@ class Averager:
         nonfinite: what an update does if weights are NaN or inf: "allow" averages them, "skip"
             leaves the average unchanged and counts (`skipped`), "error" raises. "skip" and "error"
             read the weights once more; the host waits only for the previous update.
+        pull: how far and how often updates move the live weights towards an average: `Pull`. A state
+            has it, and loads into an averager with the same. The host waits for each update.
 
     >>> weights = {"w": torch.zeros(2)}
     >>> averager = Averager(weights, "exponential(0.5)")
@@ -113,6 +117,7 @@ class Averager:
         select: Select = TRAINABLE,
         nonfinite: Nonfinite = "allow",
         shard: DeviceMesh | ProcessGroup | None = None,
+        pull: Pull | None = None,
     ) -> None:
         self._make(
             model,
@@ -124,6 +129,7 @@ class Averager:
             device=device,
             nonfinite=nonfinite,
             shard=shard,
+            pull=pull,
         )
 
     def _make(
@@ -138,6 +144,7 @@ class Averager:
         device: torch.device | str | None,
         nonfinite: Nonfinite,
         shard: DeviceMesh | ProcessGroup | None = None,
+        pull: Pull | None,
     ) -> None:
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
         with self._together("Averager"):
@@ -150,6 +157,9 @@ class Averager:
                 name: Average(rule, dtype=dtype, device=place, rounding=rounding, name=name)
                 for name, rule in named_rules(rule).items()
             }
+            require_pull(pull, self._averages)
+            if pull is not None:
+                self._refuse_rows("pull")
             first = next(iter(self._averages.values()))
             require_rounding(rounding, {spec.dtype for spec in first.specs(self._live).values()})
             self._updating = Updating(
@@ -160,14 +170,14 @@ class Averager:
                 device=place,
             )
         self._options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "device": place}
-        self._options |= {"every": every, "nonfinite": nonfinite}
+        self._options |= {"every": every, "nonfinite": nonfinite, "pull": pull}
         self.run: str | None = None
         """The id of the run that a `Recorder` stores; it is part of the state."""
         self.mixed = False
         """Whether another rule made a part of the slots (`change_rule`)."""
         self._lender = Lender(self._live, self._averages, self._updating, self._mesh)
         self._twins = Twins(self._live, self._averages, self._updating)
-        self._call = self._updating.call
+        self._call = self._with_pull(self._updating.call)
         self._attachment: Attachment | None = None
         self._compare_replicas("Averager")
 
@@ -365,7 +375,7 @@ class Averager:
             self.copy_to(copied, name)
             return copied
         module = self._twins.module(model, self._lender.label(name), {id(self): None})
-        self._call = self._twins.call
+        self._call = self._with_pull(self._twins.call)
         return module
 
     @torch.no_grad()
@@ -392,23 +402,18 @@ class Averager:
     def pull(self, fraction: float, name: str | None = None) -> None:
         """Move the live weights towards the average: `live <- lerp(live, average, fraction)`.
 
-        It moves what is averaged, and leaves copied buffers and the average as they are. After `update`,
-        every n steps: Switch-EMA, Hare and Tortoise and Lookahead (fraction 1). Between `backward` and
-        the optimizer's step, every step: PACE. `theory.feedback` has their variances.
+        It moves what is averaged, and leaves copied buffers and the average as they are. After updates,
+        `Averager(pull=Pull(...))` does it: Switch-EMA, Hare and Tortoise, Lookahead. Between `backward`
+        and the optimizer's step, every step: PACE. `theory.feedback` has their variances.
 
         Raises `ValueError` for a fraction outside (0, 1] and with `shard`, and `RuntimeError` before the
         first update and inside `applied()`.
         """
-        number = as_number(fraction)
-        holds = is_number(number) and 0 < number <= 1
-        require(holds, "fraction", fraction, "a number in (0, 1]; 1 continues from the average")
-        if self._mesh is not None:
-            raise ValueError(
-                "pull: with shard= a rank has only its rows; call copy_to(model) instead"
-            )
+        number = require_fraction(fraction)
+        self._refuse_rows("pull")
         self._ready("pull", self._get(name))
         self._live.reshard()
-        copying.pull_(self._live, self.weights(name), float(number))
+        pull_(self._live, self.weights(name), number)
 
     @lending.in_turn
     def state_dict(self) -> dict[str, Any]:
@@ -429,6 +434,7 @@ class Averager:
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
         state = {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
         state |= {"run": self.run} if self.run else {}
+        state |= {"pull": repr(self._pull)} if self._pull else {}
         return state | ({"mixed": True} if self.mixed else {})
 
     @lending.in_turn
@@ -589,6 +595,36 @@ class Averager:
         made_with = self._live.model, self.rules, self._choice, self._options
         return _restored, (*made_with, self.state_dict())
 
+    def _refuse_rows(self, call: str) -> None:
+        if self._mesh is not None:
+            raise ValueError(
+                f"{call}: with shard= a rank has only its rows; call copy_to(model) instead"
+            )
+
+    def _with_pull(self, call: Callable[..., None]) -> Callable[..., None]:
+        """What `update` and `attach` do: a call, and the pull that may follow it."""
+        return call if self._pull is None else partial(self._call_and_pull, call, self._pull)
+
+    def _call_and_pull(
+        self,
+        call: Callable[..., None],
+        pull: Pull,
+        elapsed: float,
+        found_inf: Sequence[Tensor] = (),
+    ) -> None:
+        average = self._get(pull.name)
+        self._updating.settle()
+        before = average.tick.n
+        call(elapsed, found_inf)
+        self._updating.settle()
+        if average.tick.n > before and average.tick.n % pull.every == 0:
+            self.pull(pull.fraction, pull.name)
+
+    @property
+    def _pull(self) -> Pull | None:
+        pull: Pull | None = self._options["pull"]
+        return pull
+
     def _same_model(self, call: str) -> None:
         self._lender.refuse(call)
         self._updating.settle()
@@ -597,6 +633,11 @@ class Averager:
     def _checked(self, state: Mapping[str, Any]) -> State:
         self._same_model("load_state_dict")
         new = checked(state, self._live, self._averages)
+        if (saved := state.get("pull", repr(self._pull))) != repr(self._pull):
+            raise ValueError(
+                f"load_state_dict: saved with pull={saved}, this averager has pull={self._pull!r}: make "
+                "it with the same; polyak.load and the callbacks take change_rule=True to change it"
+            )
         for name, average in self._averages.items():
             if average.shared() and not new.averages[name].tick.n:
                 raise ValueError(

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polyak import _tensors as tensors
 from polyak._checks import difference, report
 from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity
 from polyak._engine.tracking import Choice, Source, Tracked, track
-from polyak._lazy import LazyTensors
 from polyak._ranks.replicas import gather_
 from polyak._ranks.sharding import Layout, Shape, reshard, shape
 
@@ -60,24 +58,6 @@ def write_(
             to, content = theirs[item.name], average[item.name]
             if id(to) not in gathered and identity(to) != identity(content):
                 to.copy_(content)
-
-
-@torch.no_grad()
-def pull_(live: ModelTensors, average: LazyTensors, fraction: float) -> None:
-    """`weights <- lerp(weights, average, fraction)`, one tensor at a time, rounded once at the end.
-
-    The wider of the two dtypes computes it: in bfloat16 a small pull would be rounded away twice.
-    """
-    for item in live.averaged:
-        weights, towards = item.local(), average.read(item.name)
-        wide = torch.promote_types(weights.dtype, towards.dtype)
-        towards = towards.to(weights.device, wide)
-        moved = weights.to(wide)  # the weights themselves where the dtype is the same
-        alike = tensors.equal_infinities([moved], [towards])
-        moved.lerp_(towards, fraction) if fraction < 1 else moved.copy_(towards)
-        tensors.keep_(alike)
-        if moved is not weights:
-            weights.copy_(moved)
 
 
 def _by_name(found: Sequence[Tracked]) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def load(
     does not average are taken from the file's live weights, or else from the model. If a file
     holds a state dict alone, and `count` is given, these weights are the average.
 
-    With `change_rule` it goes on with the averager's own rule and `every`, from the file's slots and
+    With `change_rule` it goes on with the averager's own rule, `every` and `pull`, from the file's slots and
     clock. A `Recorder` does not take such an average, since its slots come from two rules. Nothing is
     changed unless everything fits.
 
@@ -174,6 +174,8 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
     theirs = {name: each.rule for name, each in held.items()}
     require_rules(stored.path, mine, theirs, change_rule)
     state = own.state(stored)
+    if change_rule:
+        state.pop("pull", None)
     for name, rule in mine.items():
         if theirs[name] != rule:
             tick = tick_data(tick_under(rule, held[name].tick))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyak._checks import require_count
+from polyak._engine.pulling import require_pull
 from polyak.averager import Averager
 from polyak.rules import Rule
 from polyak.specs import named_rules
@@ -24,6 +25,7 @@ def checked(
     steps = require_count("start", start, "optimizer steps before the first update", least=0)
     rules = named_rules(rule)
     _require_file_names(list(rules))
+    require_pull(options.get("pull"), rules)
     return rules, steps
 
 

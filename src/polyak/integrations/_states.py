@@ -58,6 +58,8 @@ def take(
     Raises `ValueError`, with the checkpoint's name, for a state that does not fit.
     """
     own = averager.rules if change_rule else {}
+    if change_rule:
+        state = {name: value for name, value in state.items() if name != "pull"}
     try:
         for name in own:  # the state loads by its own rules
             averager.change_rule(state["averages"][name]["rule"], name)
@@ -65,7 +67,7 @@ def take(
         for name, rule in own.items():
             averager.change_rule(rule, name)
     except ValueError as error:
-        cure = "" if own else "\n  to go on with another rule, pass change_rule=True"
+        cure = "" if own else "\n  to go on with another rule or pull, pass change_rule=True"
         raise ValueError(f"{checkpoint}: {error}{cure}") from error
 
 

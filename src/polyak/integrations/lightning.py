@@ -44,7 +44,7 @@ class AveragerCallback(Callback):
         start: optimizer steps (`trainer.global_step`) before the first update.
         separator: stands between a metric's name and the average's: `val_loss/ema`.
         change_rule: whether a resumed run may have another rule, as `polyak.load` takes it.
-        options: the other arguments of `Averager`, such as `select`, `dtype` and `device`.
+        options: the other arguments of `Averager`, such as `select`, `dtype`, `device` and `pull`.
 
     Every validation and test runs once for each average, without other callbacks, and then with the live
     weights and all callbacks. A `.ckpt` has the live weights under their plain names and the averages'
