@@ -26,6 +26,7 @@ import polyak
 from patience import HANG
 from polyak import theory
 from polyak._lazy import Held
+from polyak._tensors import complex_of
 from polyak.offline import _summation as summation
 from polyak.offline import average, greedy_soup
 from polyak.offline._combination import Combination
@@ -123,7 +124,7 @@ def test_every_combination_is_the_dense_sum(
     assert_rounded(kept, tensors, coefficients)
     if dtype.is_floating_point:
         made = Combination(sources, coefficients, dtype=dtype, accumulate=accumulate)["w"]
-        assert made.dtype == (dtype.to_complex() if tensors[0].is_complex() else dtype)
+        assert made.dtype == (complex_of(dtype) if tensors[0].is_complex() else dtype)
         assert_rounded(made, tensors, coefficients)
 
 

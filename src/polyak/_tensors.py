@@ -49,9 +49,14 @@ def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     (torch.float32, torch.complex128)
     """
     if dtype.is_complex:
-        wide = dtype if wanted is None else wanted.to_complex()
-        return torch.complex64 if wide == torch.complex32 else wide
+        wide = dtype if wanted is None else complex_of(wanted)
+        return wide if wide.itemsize >= 8 else torch.complex64
     return wanted or (torch.float32 if dtype.itemsize < 4 else dtype)
+
+
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype of such parts; complex64 for bfloat16, whose own lacks arithmetic in torch 2.14."""
+    return torch.complex64 if dtype == torch.bfloat16 else dtype.to_complex()
 
 
 def refuse_wrapper(name: str, tensor: Tensor) -> None:

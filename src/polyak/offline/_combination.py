@@ -21,6 +21,7 @@ from polyak._checks import difference, report, require
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
+from polyak._tensors import complex_of
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
 from polyak.offline._findings import Source, all_positive, is_variance, left_in, nonfinite
@@ -313,7 +314,7 @@ def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a result: `wanted`, but complex for a complex file; integers stay as they are."""
     if wanted is None or not _has_mean(dtype):
         return dtype
-    return wanted.to_complex() if dtype.is_complex and not wanted.is_complex else wanted
+    return complex_of(wanted) if dtype.is_complex and not wanted.is_complex else wanted
 
 
 def _sum_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
