@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("polyak")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Older versions of torch warn of themselves: torch's own writer of folders, by 2.9.1."""
+    if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
+        config.addinivalue_line("filterwarnings", "ignore:TypedStorage is deprecated:UserWarning")
 
 
 @pytest.fixture(autouse=True)
