@@ -524,7 +524,10 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
         ("synthesize", "snapshots", "--rule", "uniform()", "--out", "ema.pt"),
         "ema.pt ",
     ),
-    (("export", "step-1.pt", "x.safetensors"), "step-1.pt has the averages: none; wanted the name"),
+    (
+        ("export", "step-1.pt", "x.safetensors"),
+        "step-1.pt has live weights and no average: for these, name",
+    ),
     (
         ("export", "average.safetensors", "x.safetensors", "--average", "live"),
         "average.safetensors has no live",

@@ -117,3 +117,18 @@ def test_copies_of_the_last_file_are_counted(tmp_path: Path) -> None:
     said = run("average", *files, "--out", out).stderr
     assert "3 of 4 tensors (57 % of the bytes) are the last file's: integers and booleans" in said
     assert load_file(out)["n"] == 1
+
+
+def test_copies_alone_are_all_of_the_bytes(tmp_path: Path) -> None:
+    torch.save({"steps": torch.tensor([1, 2])}, tmp_path / "it.pt")
+    said = run("average", *[tmp_path / "it.pt"] * 2, "--out", tmp_path / "mean.safetensors").stderr
+    assert "1 of 1 tensors (100 % of the bytes) are the last file's" in said
+
+
+def test_what_a_module_keeps_as_bytes_may_have_any_length(tmp_path: Path) -> None:
+    """As Transformer Engine's pickles do: they are the last file's."""
+    for length in (10, 30):
+        held = {"w": torch.full((2,), float(length)), "w._extra_state": torch.ones(length).byte()}
+        torch.save(held, tmp_path / f"{length}.pt")
+    made = offline.average([tmp_path / "10.pt", tmp_path / "30.pt"])
+    assert made["w"].tolist() == [20.0, 20.0] and len(made["w._extra_state"]) == 30

@@ -253,6 +253,14 @@ LAYOUTS: dict[str, Laid] = {
         lightning(state(1), callbacks={"EMACallback{'decay': 0.9}": {"ema_state_dict": state(2)}}),
         format="lightning",
     ),
+    "an average of the one of two models that its key names": Laid(
+        {"state_dict": {**state(1, "net."), **state(1, "netD."), **state(2, "net_ema.")}}, inner="net."
+    ),
+    "a list of ema-pytorch's, as imagen-pytorch has": Laid(
+        {"ema": {f"{i}.{name}": tensor for i, value in enumerate((2, 3)) for name, tensor in
+                 {"initted": torch.tensor(True), "step": torch.tensor(5), **state(value, "ema_model.")}.items()}},
+        None, {"0": 2.0, "1": 3.0}, Clock(5, "calls"), format="ema-pytorch",
+    ),
     "mmcv 1": Laid({"meta": {"epoch": 3}, "state_dict": {**state(1, "net."), **beside_as("ema_{}", state(2, "net."))}},
                    inner="net."),
     "mmcv 1, parameters only": Laid(

@@ -106,6 +106,10 @@ class Checkpoint:
             return next(iter(self.averages.values()))
         if reason := self.refused.get(next(iter(self.refused), "") if name is None else name):
             raise ValueError(f"{self.path}: {reason}")
+        if name is None and not self.averages and self.live is not None:
+            raise ValueError(
+                f'{self.path} has live weights and no average: for these, name "live" (--average live)'
+            )
         if name is None or name not in self.averages:
             has = ", ".join(self.averages) or "none"
             wanted = "the name of one" if name is None else f"the average {name!r}"

@@ -138,9 +138,9 @@ def _note_findings(made: Combination) -> None:
 
     if made.copied:
         size = sum(spec.nbytes for spec in made.specs.values())
-        copied = sum(made.specs[name].nbytes for name in made.copied)
+        share = 100 * sum(made.specs[name].nbytes for name in made.copied) / max(size, 1)
         note(
-            f"{len(made.copied)} of {len(made)} tensors ({100 * copied / max(size, 1):.2g} % of the bytes) are the "
+            f"{len(made.copied)} of {len(made)} tensors ({share:{'.0f' if share >= 10 else '.2g'}} % of the bytes) are the "
             f"last file's: integers and booleans have no mean ({_some(made.copied)})"
         )
     for file, other in duplicates(made.sources):

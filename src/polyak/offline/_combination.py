@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
+_BYTES = "_extra_state"  # of a module, such as one of Transformer Engine
 _CALL = "write"  # what errors call a write by several ranks
 
 
@@ -285,17 +286,19 @@ def _convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, TensorSpec]]) -> None:
     """Raises `ValueError` with the names, shapes and kinds of numbers in which a file differs."""
-    wanted = {name: _described(spec) for name, spec in of_files[0].items()}
+    wanted = {name: _described(name, spec) for name, spec in of_files[0].items()}
     for source, of_file in zip(sources, of_files, strict=True):
-        got = {name: _described(spec) for name, spec in of_file.items()}
+        got = {name: _described(name, spec) for name, spec in of_file.items()}
         if lines := difference(wanted, got):
             title = f"{source.label} is not of the same model as {sources[0].label}"
             raise ValueError(report(title, lines))
     require(bool(wanted), f"{sources[0].label}", "without a tensor", "weights to combine")
 
 
-def _described(spec: TensorSpec) -> str:
-    return f"{_kind(spec.dtype)} {spec.shape}"
+def _described(name: str, spec: TensorSpec) -> str:
+    """The kind of numbers and the shape; a pickle that a module keeps as bytes may have any length."""
+    kind = _kind(spec.dtype)
+    return kind if name.endswith(_BYTES) and kind == "integer" else f"{kind} {spec.shape}"
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -28,6 +28,7 @@ from polyak.theory._peer_classes import diffusers_rule
 
 _EMA, _ONLINE = "ema_model.", "online_model."
 _MEMBER = re.compile(r"ema_models\.(\d+)\.")
+_OF_LIST = re.compile(r"(\d+)\.initted")
 
 
 def module_state(found: Found) -> Checkpoint | None:
@@ -88,6 +89,19 @@ def post_hoc(path: Path, held: LazyTensors) -> Checkpoint | None:
     return Checkpoint(path, "post-hoc-ema", None, averages, {}, clock)
 
 
+def several(path: Path, held: LazyTensors) -> Checkpoint | None:
+    """A `ModuleList` of ema-pytorch's `EMA`s, as imagen-pytorch has one for each U-Net: averages "i"."""
+    members = sorted(match[1] for key in held if (match := _OF_LIST.fullmatch(key)))
+    readings = [ema_pytorch(path, under(held, f"{i}.")) for i in members]
+    found = {i: one for i, one in zip(members, readings, strict=True) if one is not None}
+    if not found or len(found) < len(members):
+        return None
+    averages = {i: one.averages[AVERAGE] for i, one in found.items()}
+    clocks = {one.clock for one in found.values()}
+    clock = clocks.pop() if len(clocks) == 1 else None
+    return Checkpoint(path, "ema-pytorch", None, averages, {}, clock)
+
+
 def averaged_model(path: Path, held: LazyTensors) -> Checkpoint | None:
     """`torch.optim.swa_utils.AveragedModel`: n_averaged, module.*; EMA or SWA, it does not say."""
     if "n_averaged" not in held:
@@ -145,7 +159,10 @@ def _unnamed(found: Found, key: str) -> LazyTensors:
 
 
 def _tells_average(keys: Iterable[str]) -> bool:
-    return any(key in ("initted", "n_averaged") or _MEMBER.match(key) for key in keys)
+    return any(
+        key in ("initted", "n_averaged") or _MEMBER.match(key) or _OF_LIST.fullmatch(key)
+        for key in keys
+    )
 
 
 def _is_ema(held: LazyTensors) -> bool:
@@ -159,7 +176,7 @@ def _is_snapshot(held: LazyTensors) -> bool:
 
 
 _Reading = Callable[[Path, LazyTensors], Checkpoint | None]
-_READINGS: tuple[_Reading, ...] = (post_hoc, snapshot, ema_pytorch, averaged_model)
+_READINGS: tuple[_Reading, ...] = (post_hoc, snapshot, ema_pytorch, several, averaged_model)
 
 
 def described(found: Found) -> Checkpoint | None:

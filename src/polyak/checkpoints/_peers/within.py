@@ -217,8 +217,8 @@ def _with_dots(live: LazyTensors, held: LazyTensors, mark: str, names: Keys) -> 
             if all(_alike(live, place + name, held, key) for name, key in inner.items())
         ]
         if fits:
-            _require_one(mark, fits)
-            return {fits[0] + name: key for name, key in inner.items()}
+            place = _one(mark, fits)
+            return {place + name: key for name, key in inner.items()}
     return {}
 
 
@@ -250,8 +250,7 @@ def _without_dots(
             fits[place] = several
     if not fits and required:
         raise ValueError(f"the names under {mark!r} have no dots, and fit no part of the model")
-    _require_one(mark, list(fits))
-    return _only(next(iter(fits.values()), {}))
+    return _only(fits[_one(mark, list(fits))] if fits else {})
 
 
 def _only(fits: Mapping[str, list[str]]) -> Keys:
@@ -269,10 +268,18 @@ def _alike(live: LazyTensors, name: str, held: LazyTensors, key: str) -> bool:
     return name in live and live.specs[name].shape == held.specs[key].shape
 
 
-def _require_one(mark: str, places: list[str]) -> None:
-    if len(places) > 1:
+def _one(mark: str, places: list[str]) -> str:
+    """The place that an average belongs to: of several the one that its mark names, as `g.` and `g_ema.`.
+
+    Raises `ValueError` if its mark names none of them.
+    """
+    *front, last = mark.strip(".").split(".")
+    called = [*front, "_".join(part for part in last.split("_") if not words(part) & AVERAGES)]
+    named = [place for place in places if place.strip(".").split(".") == called]
+    if len(places) > 1 and not named:
         shown = " or of ".join(map(repr, places[:4]))
         raise ValueError(f"what lies under {mark!r} may be the average of {shown}")
+    return (named or places)[0]
 
 
 def _clock(held: LazyTensors, keys: Keys) -> Clock | None:
