@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from polyak.study import cosine
 from polyak.study._loop import Run, train
-from polyak.study._tracking import Ring
 from study_models import cnn, images, mlp, study
 
 
@@ -93,28 +92,3 @@ def test_a_run_is_the_plain_script_bit_for_bit(model: Callable[[], nn.Module], s
         assert record["test"][arm]["last"]["loss"] == plain.test[arm]
     wanted = [now["sma"] for now in plain.validation]
     assert record["curves"]["sma"]["loss"] == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize("between", [1, 4, 6, 9])
-@pytest.mark.parametrize("every", [1, 2])
-def test_windows_are_means_of_snapshots_however_often_they_are_read(
-    between: int, every: int
-) -> None:
-    weights = {"w": torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)}
-    ring, seen = Ring(weights, 8, every, spare=6), []
-    rows = torch.tensor([2, 0])
-    for step in range(1, 60):
-        with torch.no_grad():
-            weights["w"].normal_(generator=torch.Generator().manual_seed(step))
-        ring.update()
-        seen += [weights["w"].detach().clone()] if step % every == 0 else []
-        if step % between or not seen:
-            continue
-        kept = Ring({"w": weights["w"].detach()[rows].requires_grad_()}, 8, every, spare=6)
-        ring.keep_in(kept, rows)
-        for size in (1, 3, 8):
-            wanted = torch.stack(seen[-size:]).mean(0)
-            torch.testing.assert_close(ring.mean(size)[0]["w"], wanted)
-            torch.testing.assert_close(kept.mean(size)[0]["w"], wanted[rows])
-            last = torch.stack([network["w"] for network in ring.last(size)])
-            assert torch.equal(last, torch.stack(seen[-size:]))

@@ -17,11 +17,6 @@ from polyak.study._schedules import Plateau
 from polyak.study._study import Study
 
 
-def due(study: Study, evaluation: int) -> int:
-    """The step after which evaluation number 1, 2, ... is due. They are evenly spaced, also after a stop."""
-    return round(study.steps * evaluation / study.evaluations)
-
-
 class Course:
     """One run at its evaluations: until its stop all arms are evaluated, after it a plateau's arm."""
 
@@ -36,6 +31,11 @@ class Course:
     def done(self) -> bool:
         """Whether the run is over."""
         return self._record is not None and not self._left
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that the next evaluation asks for."""
+        return self._study.arm_names if self._record is None else self._arms
 
     def evaluate(self) -> None:
         """Evaluate, and adapt the learning rate."""

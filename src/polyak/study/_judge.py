@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from polyak.norms import recalibrate
 from polyak.rules import LIVE
+from polyak.study._ensembles import MeanPrediction, of_ensemble, remember
 from polyak.study._study import Arm, Data, Ensemble, Part, Study
-from polyak.study._tracking import Tracking, Weights, tensors_of
+from polyak.study._tracking import Network, Tracking, tensors_of
 
 Values = dict[str, float | None]
 Geometry = tuple[float | None, float | None]
@@ -46,15 +46,15 @@ class Judge:
         self._study, self._data, self._arms = study, data, arms
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._tensors = tensors_of(self._model)
-        self._initial = flat(arms.networks(LIVE)[0], arms.trained)
+        self._initial = arms.vector(arms.networks(LIVE)[0])
 
     def validation(self, arm: str) -> Values:
         """The metrics on the validation part."""
-        return self._values(arm, self._data.validation)
+        return self._values(arm, "validation")
 
     def test(self, arm: str) -> Values:
         """The metrics on the test part."""
-        return self._values(arm, self._data.test)
+        return self._values(arm, "test")
 
     def geometry(self, arm: str) -> Geometry:
         """The place of an average between the start and the live weights; None for an ensemble."""
@@ -62,28 +62,30 @@ class Judge:
         if not networks or isinstance(self._study.arms[arm], Ensemble):
             return None, None
         live, average = (
-            flat(weights, self._arms.trained)
-            for weights in (self._arms.networks(LIVE)[0], networks[0])
+            self._arms.vector(network) for network in (self._arms.networks(LIVE)[0], networks[0])
         )
         distance, cosine = geometry(self._initial, live, average)
         return finite(distance), finite(cosine)
 
     @torch.no_grad()
-    def _values(self, arm: str, part: Part) -> Values:
-        networks = self._arms.networks(arm)
+    def _values(self, arm: str, part: str) -> Values:
+        networks, spec = self._arms.networks(arm), self._study.arms.get(arm)
         if not networks:
             return dict.fromkeys(self._study.metrics)
+        rows: Part = getattr(self._data, part)
         with torch.random.fork_rng(devices=[]):
-            model = self._network(self._study.arms.get(arm), networks)
-            values = metrics_of(self._study, model, part)
+            if isinstance(spec, Ensemble):
+                members, known = of_ensemble(networks, part)
+                mean = MeanPrediction(self._model, spec.combine, members, known, rows)
+                values = metrics_of(self._study, mean, rows)
+                remember(networks, part, mean.outputs)
+            else:
+                values = metrics_of(self._study, self._network(spec, networks[0]), rows)
             return {name: finite(value) for name, value in values.items()}
 
-    def _network(self, arm: Any, networks: Sequence[Weights]) -> nn.Module:
-        if isinstance(arm, Ensemble):
-            return MeanPrediction(self._model, networks, arm.combine)
+    def _network(self, arm: Any, network: Network) -> nn.Module:
         for name, tensor in self._tensors.items():
-            if name in networks[0]:
-                tensor.copy_(networks[0][name])
+            tensor.copy_(network.weights[name])
         if isinstance(arm, Arm) and arm.recalibrate:
             batches = [tensor.split(self._study.batch_size) for tensor in self._data.train]
             chosen = list(zip(*batches, strict=True))[:RECALIBRATION_BATCHES]
@@ -119,41 +121,10 @@ def _remembering(model: nn.Module) -> Iterator[None]:
         del model.forward
 
 
-class MeanPrediction(nn.Module):
-    """A model whose output combines the outputs of several networks of one structure."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        networks: Sequence[Weights],
-        combine: Callable[[Tensor], Tensor],
-    ) -> None:
-        super().__init__()
-        self._one = model
-        self._networks = networks
-        self._combine = combine
-        self.eval()
-
-    def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """The combined output, with one forward pass of each network."""
-        outputs = [functional_call(self._one, w, inputs, options) for w in self._networks]
-        if not isinstance(outputs[0], Tensor):
-            kind = type(outputs[0]).__name__
-            raise TypeError(
-                f"the model returns {kind}, wanted a tensor: an ensemble combines tensors"
-            )
-        return self._combine(torch.stack(outputs))
-
-
 def geometry(initial: Tensor, live: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
     """`|average - live| / |live|`, and the cosine of `average - initial` and `live - initial`."""
     distance = (average - live).norm(dim=-1) / live.norm(dim=-1)
     return distance, torch.cosine_similarity(average - initial, live - initial, dim=-1)
-
-
-def flat(weights: Weights, names: Sequence[str], batch: int = 0) -> Tensor:
-    """Some tensors as one vector; the first `batch` dimensions stay."""
-    return torch.cat([weights[name].flatten(batch) for name in names], dim=-1)
 
 
 def finite(value: Any) -> float | None:

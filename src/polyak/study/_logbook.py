@@ -25,6 +25,8 @@ class Logbook:
         self._losses: list[Tensor] = []
         self._seconds = {"train": 0.0, "average": 0.0, "evaluate": 0.0}
         self._selected: dict[str, Values] = {}
+        self._least: dict[str, float] = {}
+        """arm -> its best main value so far, as a loss"""
         self.steps: list[int] = []
         self.count = 0
         self.train_loss: list[float | None] = []
@@ -34,10 +36,10 @@ class Logbook:
             name: {arm: [] for arm in study.arms} for name in ("distance", "cosine")
         }
 
-    def step(self, loss: Tensor, train: float, average: float) -> None:
-        """Take the loss of a step, and the seconds of its training and of its averages."""
-        self._losses.append(loss)
-        self.count += 1
+    def trained(self, losses: Tensor, train: float, average: float) -> None:
+        """Take the losses of some steps, and the seconds of their training and of their averages."""
+        self._losses.append(losses)
+        self.count += len(losses)
         self._seconds["train"] += train
         self._seconds["average"] += average
 
@@ -49,7 +51,7 @@ class Logbook:
         """Evaluate all arms on the validation part, and those that are better than before on the test part."""
         began = time.perf_counter()
         self.steps.append(self.count)
-        losses, self._losses = torch.stack(self._losses).tolist(), []
+        losses, self._losses = torch.cat(self._losses).tolist(), []
         self.train_loss.append(finite(sum(losses) / len(losses)))
         now = {arm: self._evaluate(arm) for arm in self._study.arm_names}
         self._seconds["evaluate"] += time.perf_counter() - began
@@ -70,13 +72,15 @@ class Logbook:
         return values
 
     def _is_best(self, arm: str, value: float | None) -> bool:
-        """Whether the last value of an arm is the first of the best ones."""
-        main = self._study.main
-        before = [v for v in self.curves[arm][main][:-1] if v is not None]
-        if value is None or not before:
-            return value is not None
-        lower = self._study.metrics[main].lower_is_better
-        return value < min(before) if lower else value > max(before)
+        """Whether a value of an arm is better than all before."""
+        if value is None:
+            return False
+        lower = self._study.metrics[self._study.main].lower_is_better
+        loss = value if lower else -value
+        better = arm not in self._least or loss < self._least[arm]
+        if better:
+            self._least[arm] = loss
+        return better
 
     def record(self) -> Record:
         """The measurements of the run so far; every arm is judged on the test part as it is now."""

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyak.rules import LIVE
-from polyak.study._course import Course, Rate, due
+from polyak.study._course import Course, Rate
 from polyak.study._judge import Judge
 from polyak.study._logbook import Logbook
 from polyak.study._result import Record
 from polyak.study._study import Part, Study
-from polyak.study._tracking import Tracking, size_of
+from polyak.study._tracking import Tracking, due, size_of, tensors_of
 
 SOURCES = ("init", "order", "dropout", "split")
 
@@ -53,7 +52,7 @@ def train(study: Study, run: Run, vary: Collection[str] = SOURCES) -> Record:
         optimizer = study.optimizer(model.parameters(), run.learning_rate)
         rate = Rate(study, run.schedule, optimizer)
         arms = Tracking(study, model)
-        log = Logbook(study, Judge(study, model, data, arms), size_of(arms.networks(LIVE)[0]))
+        log = Logbook(study, Judge(study, model, data, arms), size_of(tensors_of(model)))
         course = Course(study, rate, log)
         for evaluation in itertools.count(1):
             while log.count < due(study, evaluation):
@@ -65,7 +64,9 @@ def train(study: Study, run: Run, vary: Collection[str] = SOURCES) -> Record:
                 optimizer.step()
                 trained = time.perf_counter()
                 arms.update()
-                log.step(loss.detach(), trained - began, time.perf_counter() - trained)
+                log.trained(
+                    loss.detach().reshape(1), trained - began, time.perf_counter() - trained
+                )
             course.evaluate()
             if course.done:
                 return course.record()

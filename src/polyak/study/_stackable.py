@@ -42,18 +42,20 @@ def _require_proportional(study: Study) -> None:
     rates = torch.tensor([1.0, 0.25], dtype=torch.float64) * study.learning_rates[0]
     alone_ = [study.optimizer(m.parameters(), float(r)) for m, r in zip(models, rates, strict=True)]
     pairs = list(zip(*(model.parameters() for model in models), strict=True))
-    together = [torch.stack([p.detach() for p in pair]).requires_grad_() for pair in pairs]
+    together = [torch.stack([p.detach().flatten() for p in pair]) for pair in pairs]
     optimizer = study.optimizer(together, 1.0)
     for _ in range(TRIED_STEPS):
         for parameter, pair in zip(together, pairs, strict=True):
             parameter.grad = torch.randn_like(parameter)
             for number, single in enumerate(pair):
-                single.grad = parameter.grad[number].clone()
+                single.grad = parameter.grad[number].view_as(single).clone()
         move_(optimizer, together, rates)
         for each in alone_:
             each.step()
     for parameter, pair in zip(together, pairs, strict=True):
-        if not torch.allclose(parameter, torch.stack(pair), rtol=1e-8, atol=1e-8):
+        if not torch.allclose(
+            parameter, torch.stack([p.flatten() for p in pair]), rtol=1e-8, atol=1e-8
+        ):
             raise ValueError(
                 "a step of its optimizer is not proportional to the learning rate, or not elementwise"
             )

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak.study._course import Course, Rate, due
+from polyak.study._course import Course, Rate
+from polyak.study._flat import Flat, Weights, some_runs
 from polyak.study._logbook import Logbook
 from polyak.study._loop import SOURCES, Run, alone, source_seed
 from polyak.study._result import Record
 from polyak.study._stacked_data import Batches
 from polyak.study._stacked_judge import Call, OneOfStack, StackedJudge
 from polyak.study._study import Study
-from polyak.study._tracking import Tracking, Weights, policies, size_of, tensors_of
+from polyak.study._tracking import Tracking, due, size_of, tensors_of
 
 LEAST_GOING = 0.75
 
@@ -56,16 +57,20 @@ class Stack:
         data = [study.data(source_seed(run.seed, "split", vary)) for run in runs]
         orders = [torch.Generator().manual_seed(source_seed(r.seed, "order", vary)) for r in runs]
         torch.manual_seed(source_seed(runs[0].seed, "dropout", vary))
-        self._weights = stack(models)
-        self._names = [name for name, _ in models[0].named_parameters()]
+        self._frozen = stack(models)
+        trained = [name for name, p in models[0].named_parameters() if p.requires_grad]
+        self._trained = Flat({name: self._frozen.pop(name) for name in trained}, batch=1)
+        self._optimizer = self._bind()
         self._loss = Call(models[0], study.loss)
-        self._optimizer = study.optimizer(self._parameters, 1.0)
         self._batches = Batches([d.train for d in data], study.batch_size, orders)
-        self._arms = Tracking(study, self._weights, policies(models[0]))
+        self._arms = Tracking(study, models[0], self._weights)
         self._judge = StackedJudge(study, models[0], data, self._arms)
         self._views = [OneOfStack(self._judge, number) for number in range(len(runs))]
-        size = size_of(self._weights) // len(runs)
+        size = size_of(tensors_of(models[0]))
         self._logs = [Logbook(study, view, size) for view in self._views]
+        self._losses: list[Tensor] = []
+        self._seconds = [0.0, 0.0]
+        """What the steps since the last evaluation took: their training, and their averages."""
         # A stand-in has the learning rate of each run; the one optimizer of all has 1.
         stand_ins = [torch.optim.SGD([torch.zeros(1)], run.learning_rate) for run in runs]
         self._rates = [Rate(study, r.schedule, o) for r, o in zip(runs, stand_ins, strict=True)]
@@ -73,9 +78,15 @@ class Stack:
         self.courses = [Course(study, rate, log) for rate, log in pairs]
         self.count = 0
 
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [self._weights[name] for name in self._names]
+    def _bind(self) -> Optimizer:
+        """An optimizer of the trained tensors: it steps joined ones, of which the model's are views."""
+        joined = self._trained.tensors
+        self._gradients = Flat(self._trained.views, batch=1)
+        for name, tensor in joined.items():
+            tensor.grad = self._gradients.tensors[name]
+        self._parameters = {n: t.requires_grad_() for n, t in self._trained.views.items()}
+        self._weights = self._parameters | self._frozen
+        return self._study.optimizer(list(joined.values()), 1.0)
 
     @staticmethod
     def _seeded(
@@ -89,34 +100,39 @@ class Stack:
         began = time.perf_counter()
         for rate in self._rates:
             rate.at(self.count)
-        self._optimizer.zero_grad()
         losses = self._loss.stacked(self._weights, self._batches.next())
-        losses.sum().backward()
+        gradients = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
+        self._gradients.take(gradients)
         rates = torch.tensor([rate.now for rate in self._rates], dtype=torch.float64)
-        move_(self._optimizer, self._parameters, rates)
+        move_(self._optimizer, list(self._trained.tensors.values()), rates)
         trained = time.perf_counter()
         self._arms.update()
         self.count += 1
-        now, runs = time.perf_counter(), len(self._logs)
-        for log, loss in zip(self._logs, losses.detach(), strict=True):
-            log.step(loss, (trained - began) / runs, (now - trained) / runs)
+        self._losses.append(losses.detach())
+        now = time.perf_counter()
+        self._seconds = [self._seconds[0] + trained - began, self._seconds[1] + now - trained]
 
     def evaluate(self) -> None:
         """Evaluate all runs. When a quarter of them is over, go on with the others alone."""
+        runs = len(self._logs)
+        train, average = (seconds / runs for seconds in self._seconds)
+        for log, losses in zip(self._logs, torch.stack(self._losses, 1), strict=True):
+            log.trained(losses, train, average)
+        self._losses, self._seconds = [], [0.0, 0.0]
         began = time.perf_counter()
+        going = [course for course in self.courses if not course.done]
         self._judge.forget()
-        for arm in self._study.arm_names:
+        for arm in {arm: None for course in going for arm in course.arms}:
             self._judge.values("validation", arm)
         # All runs are judged at once, so each has its share of the time.
-        share = (time.perf_counter() - began) / len(self._logs)
+        share = (time.perf_counter() - began) / runs
         for log in self._logs:
             log.judged(share)
-        for course in self.courses:
-            if not course.done:
-                course.evaluate()
-        going = [number for number, course in enumerate(self.courses) if not course.done]
-        if len(going) <= LEAST_GOING * len(self.courses):
-            self._keep(going)
+        for course in going:
+            course.evaluate()
+        left = [number for number, course in enumerate(self.courses) if not course.done]
+        if len(left) <= LEAST_GOING * runs:
+            self._keep(left)
 
     def _keep(self, going: list[int]) -> None:
         """Drop the runs that are over."""
@@ -126,41 +142,36 @@ class Stack:
         self._views = [self._views[number] for number in going]
         if not going:
             return
-        rows, old = torch.tensor(going), self._weights
-        self._weights = {
-            name: tensor.detach()[rows].requires_grad_(tensor.requires_grad)
-            for name, tensor in old.items()
-        }
-        states = [self._optimizer.state.get(old[name], {}) for name in self._names]
-        self._optimizer = self._study.optimizer(self._parameters, 1.0)
-        for name, parameter, state in zip(self._names, self._parameters, states, strict=True):
-            whole = old[name].shape
-            self._optimizer.state[parameter] = {
-                key: value[rows] if isinstance(value, Tensor) and value.shape == whole else value
-                for key, value in state.items()
+        rows, states = torch.tensor(going), self._optimizer.state
+        before = self._trained.tensors
+        self._frozen = some_runs(self._frozen, rows)
+        self._trained = Flat(some_runs(self._trained.views, rows), batch=1)
+        self._optimizer = self._bind()
+        for name, joined in self._trained.tensors.items():
+            whole = before[name]
+            self._optimizer.state[joined] = {
+                key: value[rows]
+                if isinstance(value, Tensor) and value.shape == whole.shape
+                else value
+                for key, value in states.get(whole, {}).items()
             }
         self._batches.keep(rows)
-        self._arms = self._arms.keep(self._weights, rows)
-        self._judge.keep(self._arms, rows)
+        self._arms.keep(self._weights, rows)
+        self._judge.keep(rows)
         for number, view in enumerate(self._views):
             view.run = number
 
 
 @torch.no_grad()
 def move_(optimizer: Optimizer, parameters: Sequence[Tensor], rates: Tensor) -> None:
-    """Step with learning rate 1, and keep of each run's step the share that is its learning rate."""
+    """Step parameters (runs, n) with learning rate 1, and keep of each run's step the share that is its learning rate."""
     before = [parameter.clone() for parameter in parameters]
     optimizer.step()
     for old, new in zip(before, parameters, strict=True):
-        scale = rates.to(new.dtype).view(-1, *(1 for _ in new.shape[1:]))
-        new.sub_(old).mul_(scale).add_(old)
+        torch.lerp(old, new, rates.to(new.dtype)[:, None], out=new)
 
 
 def stack(models: Sequence[nn.Module]) -> Weights:
-    """The tensors of several models by name, with one more dimension; parameters require gradients."""
-    weights = {}
-    for name in tensors_of(models[0]):
-        weights[name] = torch.stack([tensors_of(model)[name] for model in models])
-    for name, parameter in models[0].named_parameters():
-        weights[name].requires_grad_(parameter.requires_grad)
-    return weights
+    """The tensors of several models by name, with one more dimension."""
+    several = [tensors_of(model) for model in models]
+    return {name: torch.stack([tensors[name] for tensors in several]) for name in several[0]}

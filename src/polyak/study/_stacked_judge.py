@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from polyak.rules import LIVE
-from polyak.study._judge import Geometry, MeanPrediction, Values, finite, flat, geometry, metrics_of
+from polyak.study._ensembles import MeanPrediction, Outputs, of_ensemble, remember
+from polyak.study._flat import Weights
+from polyak.study._judge import Geometry, Values, finite, geometry, metrics_of
 from polyak.study._stacked_data import Rows, rows_of
 from polyak.study._study import Data, Ensemble, Part, Study
-from polyak.study._tracking import Tracking, Weights
+from polyak.study._tracking import Tracking
 
 PARTS = ("validation", "test")
 
@@ -33,11 +35,10 @@ class Call(nn.Module):
         """The value of the function."""
         return self._function(self.model, *part)
 
-    def stacked(self, weights: Weights, part: Rows) -> Tensor:
-        """(runs,) values for stacked weights."""
+    def stacked(self, weights: Weights, part: Rows) -> Any:
+        """The values for stacked weights, with one more dimension."""
         batched = vmap(self.exchanged, in_dims=(0, part.dims), randomness="different")
-        values: Tensor = batched(weights, part.tensors)
-        return values
+        return batched(weights, part.tensors)
 
     def exchanged(self, weights: Weights, part: Part) -> Any:
         """The value of the function for other tensors of the model."""
@@ -57,14 +58,14 @@ class StackedJudge:
         pairs = [zip(p[: len(p) // 2], p[len(p) // 2 :], strict=True) for p in parts]
         self._one_part = all(a is b for pair in pairs for a, b in pair)
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._initial = flat(arms.networks(LIVE)[0], arms.trained, 1)
+        self._initial = arms.vector(arms.networks(LIVE)[0])
         self._values: dict[tuple[str, str], list[Values]] = {}
         self._geometry: dict[str, list[Geometry]] = {}
 
-    def keep(self, arms: Tracking, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Go on with some of the runs."""
         self._parts = {name: part.keep(rows) for name, part in self._parts.items()}
-        self._arms, self._initial, self._runs = arms, self._initial[rows], len(rows)
+        self._initial, self._runs = self._initial[rows], len(rows)
         self.forget()
 
     def forget(self) -> None:
@@ -77,31 +78,36 @@ class StackedJudge:
         part = "validation" if self._one_part else part
         if (part, arm) not in self._values:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                columns = self._columns(self._parts[part], arm)
+                columns = self._columns(part, arm)
             rows = zip(*columns.values(), strict=True)
             self._values[part, arm] = [dict(zip(columns, row, strict=True)) for row in rows]
         return self._values[part, arm]
 
-    def _columns(self, part: Rows, arm: str) -> dict[str, list[float | None]]:
+    def _columns(self, part: str, arm: str) -> dict[str, list[float | None]]:
         """Each metric's values over the runs."""
-        live = self._arms.networks(LIVE)[0]
-        networks = [{**live, **weights} for weights in self._arms.networks(arm)]
+        networks, spec, rows = (
+            self._arms.networks(arm),
+            self._study.arms.get(arm),
+            self._parts[part],
+        )
         if not networks:
             return {name: [None] * self._runs for name in self._study.metrics}
-        one = partial(self._one, self._study.arms.get(arm))
-        batched = vmap(one, in_dims=(0, part.dims), randomness="different")
-        values = batched(networks, part.tensors)
+        if isinstance(spec, Ensemble):
+            one = partial(self._ensemble, spec)
+            batched = vmap(one, in_dims=(0, 0, rows.dims), randomness="different")
+            values, outputs = batched(*of_ensemble(networks, part), rows.tensors)
+            remember(networks, part, outputs)
+        else:
+            judged = Call(self._model, lambda model, *part: metrics_of(self._study, model, part))
+            values = judged.stacked(networks[0].weights, rows)
         return {name: [finite(v) for v in column.tolist()] for name, column in values.items()}
 
-    def _one(self, spec: object, networks: list[Weights], part: Part) -> dict[str, Tensor]:
-        """The metrics of one run."""
-        if isinstance(spec, Ensemble):
-            return metrics_of(
-                self._study, MeanPrediction(self._model, networks, spec.combine), part
-            )
-        judged = Call(self._model, lambda model, *part: metrics_of(self._study, model, part))
-        values: dict[str, Tensor] = judged.exchanged(networks[0], part)
-        return values
+    def _ensemble(
+        self, ensemble: Ensemble, networks: list[Weights], known: Outputs, part: Part
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        """The metrics of the ensemble of one run, and its networks' outputs."""
+        mean = MeanPrediction(self._model, ensemble.combine, networks, known, part)
+        return metrics_of(self._study, mean, part), mean.outputs
 
     def geometry(self, arm: str) -> list[Geometry]:
         """Distance and cosine of an arm, for each run."""
@@ -110,8 +116,11 @@ class StackedJudge:
             if not networks or isinstance(self._study.arms[arm], Ensemble):
                 self._geometry[arm] = [(None, None)] * self._runs
             else:
-                live = flat(self._arms.networks(LIVE)[0], self._arms.trained, 1)
-                both = geometry(self._initial, live, flat(networks[0], self._arms.trained, 1))
+                live, average = (
+                    self._arms.vector(network)
+                    for network in (self._arms.networks(LIVE)[0], networks[0])
+                )
+                both = geometry(self._initial, live, average)
                 pairs = zip(*(column.tolist() for column in both), strict=True)
                 self._geometry[arm] = [(finite(a), finite(b)) for a, b in pairs]
         return self._geometry[arm]

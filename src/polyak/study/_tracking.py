@@ -1,13 +1,16 @@
-"""Tracking: all arms of one run, updated after every step and read at any time.
+"""Tracking: all arms of one run, or of a stack of runs, updated after every step and read at evaluations.
 
-Windows and ensembles share rings of snapshots: the mean over a ring is one operation a tensor, where a
-window of a thousand slots is a sum of a thousand. All other rules are averages of an `Averager`, one for
-each cadence.
+The averaged tensors are copied into a few long ones, which all arms read. A rule is an average of an
+`Averager`, and arms with the same rule share it. A window is the difference of two running sums: it costs
+one addition a step, whatever its size. Ensembles keep snapshots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,151 +19,212 @@ from torch import Tensor, nn
 
 from polyak.averager import Averager
 from polyak.rules import LIVE, Rule, Tail, Uniform, Window
+from polyak.study._flat import Flat, Weights, joined, some_runs
+from polyak.study._schedules import Plateau
 from polyak.study._study import Arm, Ensemble, Study
 from polyak.theory import Profile, coefficients
 
-Weights = dict[str, Tensor]
-Source = nn.Module | Mapping[str, Tensor]
-
 
 class Tracking:
-    """The arms of a run on a model. They draw no random numbers and write nothing to the model."""
+    """The arms of a run of a model. They draw no random numbers and write nothing to the model.
 
-    def __init__(self, study: Study, model: Source, buffers: Any = "auto") -> None:
-        self._study, self._buffers = study, buffers
-        self._live = tensors_of(model)
-        self.trained = trained(model)
-        """The names of the parameters that are trained."""
-        self._arms: Mapping[str, Any] = study.arms
-        self._sizes = {name: ring_size(arm) for name, arm in study.arms.items()}
-        self._averagers: dict[int, Averager] = {}
-        self._rings: dict[int, Ring] = {}
-        for every in sorted({arm.every for arm in study.arms.values()}):
-            names = [name for name, arm in study.arms.items() if arm.every == every]
-            if size := max(self._sizes[name] for name in names):
-                self._rings[every] = Ring(model, size, every, spare(study, every), buffers)
-            rules = {n: rule_of(study.arms[n], study.steps) for n in names if not self._sizes[n]}
-            if rules:
-                self._averagers[every] = Averager(model, rules, buffers=buffers)
-        self._steps = 0
+    `stacked` are the tensors of several such models by name, with one more dimension, the run.
+    """
+
+    def __init__(self, study: Study, model: nn.Module, stacked: Weights | None = None) -> None:
+        self._steps, self._dimensions = 0, 0 if stacked is None else 1
+        tracked = Averager(model, Uniform()).tracked
+        self._averaged = [item.name for item in tracked if item.policy == "average"]
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._bind(tensors_of(model) if stacked is None else stacked)
+        kinds: dict[tuple[type[Kept], int], dict[str, Any]] = {}
+        for name, arm in study.arms.items():
+            kind, key = kept_as(arm, study.steps)
+            kinds.setdefault((kind, arm.every), {})[name] = key
+        self._places: dict[str, tuple[Kept, Any]] = {}
+        """arm -> what keeps it, and under which key"""
+        for (kind, every), keys in kinds.items():
+            distinct, ends = tuple(dict.fromkeys(keys.values())), evaluated(study, every)
+            kept = kind(every, distinct, self._flat.tensors, ends)
+            self._places |= {name: (kept, key) for name, key in keys.items()}
+        self._kept = list(dict.fromkeys(kept for kept, _ in self._places.values()))
+
+    def _bind(self, live: Weights) -> None:
+        self._live = {name: tensor.detach() for name, tensor in live.items()}
+        self._flat = Flat({name: self._live[name] for name in self._averaged}, self._dimensions)
 
     def update(self) -> None:
         """Count one step in every arm."""
         self._steps += 1
-        for every, averager in self._averagers.items():
-            if self._steps % every == 0:
-                averager.update(every)
-        for ring in self._rings.values():
-            ring.update()
+        due = [kept for kept in self._kept if self._steps % kept.every == 0]
+        if due:
+            self._flat.take()
+        for kept in due:
+            kept.update()
 
-    def keep(self, weights: Weights, rows: Tensor) -> Tracking:
-        """The arms of some of the runs of a stack; `weights` are these runs' new tensors."""
-        kept = Tracking(self._study, weights, self._buffers)
-        kept._steps = self._steps
-        for every, averager in self._averagers.items():
-            state = _rows_of(averager.state_dict(), rows)
-            kept._averagers[every].load_state_dict(state)
-        for every, ring in self._rings.items():
-            ring.keep_in(kept._rings[every], rows)
-        return kept
+    def keep(self, live: Weights, rows: Tensor) -> None:
+        """Go on with some of the runs of a stack; `live` are their tensors from now on."""
+        self._bind(live)
+        for kept in self._kept:
+            kept.keep(self._flat.tensors, rows)
 
-    def networks(self, arm: str) -> list[Weights]:
-        """The networks of an arm, as tensors by name: one, several of an ensemble, none before an update."""
+    def networks(self, arm: str) -> list[Network]:
+        """One network, those of an ensemble with the oldest first, or none before the first update."""
         if arm == LIVE:
-            return [self._live]
-        every, size = self._arms[arm].every, self._sizes[arm]
-        if isinstance(self._arms[arm], Ensemble):
-            return self._rings[every].last(size)
-        if size:
-            return self._rings[every].mean(size)
-        averager = self._averagers[every]
-        return [averager.average(arm)] if averager.count else []
+            return [Network(self._live)]
+        self._flat.take()  # some averages have a share of the live weights
+        kept, key = self._places[arm]
+        return [
+            Network(self._live | self._flat.split(n.weights), n.outputs) for n in kept.read(key)
+        ]
+
+    def vector(self, network: Network) -> Tensor:
+        """The trained parameters of a network as one vector, or one of each run."""
+        return joined((network.weights[name] for name in self._trained), self._dimensions)
 
 
-class Ring:
-    """The last snapshots of a model's averaged tensors, one every `every` steps.
+@dataclass
+class Network:
+    """The tensors of a network, and the outputs that it gave: part of the data -> inputs -> output."""
 
-    It has room for `spare` snapshots more than `size`. So a mean that is read at least every `spare`
-    snapshots needs only those that have come and gone since it was read last.
+    weights: Weights
+    outputs: dict[str, dict[tuple[int, ...], Tensor]] = field(default_factory=dict)
+
+
+class Kept(ABC):
+    """What is kept of several arms that are updated every `every` steps.
+
+    `keys` tell the arms apart, `live` are the joined tensors as they are at each update, and `ends` the
+    numbers of updates at which a window is read.
     """
 
-    def __init__(
-        self, model: Source, size: int, every: int, spare: int, buffers: Any = "auto"
-    ) -> None:
-        known = policies(model, buffers)
-        self._live = {n: t for n, t in tensors_of(model).items() if known.get(n) == "average"}
-        self._room = size + spare
-        self._kept = {n: t.new_empty((self._room, *t.shape)) for n, t in self._live.items()}
-        self._every, self._spare, self._steps, self._count = every, spare, 0, 0
-        self._sums: dict[int, tuple[int, Weights]] = {}
-        """size of a window -> (snapshots when it was read last, its float64 sums)"""
+    def __init__(self, every: int, keys: Sequence[Any], live: Weights, ends: set[int]) -> None:
+        self.every, self._keys, self._live, self._ends = every, keys, live, ends
+
+    @abstractmethod
+    def update(self) -> None:
+        """Count an update."""
+
+    @abstractmethod
+    def read(self, key: Any) -> list[Network]:
+        """The networks of an arm, as joined tensors."""
+
+    def keep(self, live: Weights, rows: Tensor) -> None:
+        """Go on with some of the runs of a stack."""
+        self._live = live
+        self._keep(rows)
+
+    @abstractmethod
+    def _keep(self, rows: Tensor) -> None: ...
+
+
+class Averages(Kept):
+    """Averages of an `Averager`; a key is a rule."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._names = {rule: f"average {number}" for number, rule in enumerate(self._keys)}
+        self._averager = self._new()
+
+    def _new(self) -> Averager:
+        return Averager(self._live, {name: rule for rule, name in self._names.items()})
 
     def update(self) -> None:
-        """Count a step, and keep a snapshot every `every` steps."""
-        self._steps += 1
-        if self._steps % self._every == 0:
-            for name, tensor in self._live.items():
-                self._kept[name][self._count % self._room].copy_(tensor)
-            self._count += 1
+        self._averager.update(self.every)
 
-    def keep_in(self, other: Ring, rows: Tensor) -> None:
-        """Copy the snapshots of some runs of a stack to another ring, and its counts."""
-        other._steps, other._count = self._steps, self._count
-        for name, kept in self._kept.items():
-            other._kept[name].copy_(kept[:, rows])
+    def read(self, key: Any) -> list[Network]:
+        averager = self._averager
+        return [Network(averager.average(self._names[key]))] if averager.count else []
 
-    def last(self, size: int) -> list[Weights]:
-        """The last `size` snapshots, or all if there are fewer, the oldest first."""
-        first = max(self._count - size, 0)
-        places = [number % self._room for number in range(first, self._count)]
-        return [{name: kept[place] for name, kept in self._kept.items()} for place in places]
+    def _keep(self, rows: Tensor) -> None:
+        state = _some(self._averager.state_dict(), rows)
+        self._averager = self._new()
+        self._averager.load_state_dict(state)
 
-    def mean(self, size: int) -> list[Weights]:
-        """The mean of the last `size` snapshots; nothing before the first."""
+
+class Sums(Kept):
+    """Windows, read at evaluations; a key is a size.
+
+    The sums are in float64, where the difference of two of them is as good as the sum of a window.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._sum = {
+            name: torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float64))
+            for name, tensor in self._live.items()
+        }
+        self._count, self._starts = 0, {0: self._copy()}
+        """The sums before the first snapshots of the windows that are still to be read."""
+
+    def _copy(self) -> Weights:
+        return {name: tensor.clone() for name, tensor in self._sum.items()}
+
+    def update(self) -> None:
+        self._count += 1
+        for name, total in self._sum.items():
+            total.add_(self._live[name])
+        if any(self._count + size in self._ends for size in self._keys):
+            self._starts[self._count] = self._copy()
+            oldest = self._count - max(self._keys)
+            self._starts = {n: sums for n, sums in self._starts.items() if n >= oldest}
+
+    def read(self, key: Any) -> list[Network]:
         if not self._count:
             return []
-        sums, share = self._window(size), 1 / min(self._count, size)
-        return [{name: (total * share).to(self._live[name].dtype) for name, total in sums.items()}]
+        start = max(self._count - key, 0)
+        before, share = self._starts[start], 1 / (self._count - start)
+        return [Network({name: (t - before[name]) * share for name, t in self._sum.items()})]
 
-    def _window(self, size: int) -> Weights:
-        """The sums of a window in float64, where adding and taking away leaves no trace."""
-        read, sums = self._sums.get(size, (0, {}))
-        if not sums or self._count - read > min(self._spare, size):
-            sums = self._sum(max(self._count - size, 0), self._count)
-        elif self._count > read:
-            came = self._sum(read, self._count)
-            gone = self._sum(max(read - size, 0), max(self._count - size, 0))
-            sums = {name: total + came[name] - gone[name] for name, total in sums.items()}
-        self._sums[size] = self._count, sums
-        return sums
-
-    def _sum(self, first: int, last: int) -> Weights:
-        """The sums of the snapshots from number `first` to before `last`."""
-        places = torch.arange(first, last) % self._room
-        return {n: kept[places].sum(0, dtype=torch.float64) for n, kept in self._kept.items()}
+    def _keep(self, rows: Tensor) -> None:
+        self._sum = some_runs(self._sum, rows)
+        self._starts = {start: some_runs(sums, rows) for start, sums in self._starts.items()}
 
 
-def spare(study: Study, every: int) -> int:
-    """The most snapshots between two evaluations."""
-    return -(-study.steps // (study.evaluations * every)) + 1
+class Snapshots(Kept):
+    """The last networks of ensembles; a key is a size."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._networks: deque[Network] = deque(maxlen=max(self._keys))
+
+    def update(self) -> None:
+        self._networks.append(Network({name: t.clone() for name, t in self._live.items()}))
+
+    def read(self, key: Any) -> list[Network]:
+        return list(self._networks)[-key:]
+
+    def _keep(self, rows: Tensor) -> None:
+        for network in self._networks:
+            network.weights = some_runs(network.weights, rows)
+            for part, outputs in network.outputs.items():
+                network.outputs[part] = some_runs(outputs, rows)
 
 
-def tensors_of(model: Source) -> Weights:
-    """The parameters and buffers of a model, or of a mapping, by name; detached, with shared memory."""
-    if isinstance(model, nn.Module):
-        model = dict([*model.named_parameters(), *model.named_buffers()])
-    return {name: tensor.detach() for name, tensor in model.items()}
+def kept_as(arm: Arm | Ensemble, steps: int) -> tuple[type[Kept], Any]:
+    """How an arm is kept in a run of so many steps, and its key."""
+    if isinstance(arm, Ensemble):
+        return Snapshots, arm.size
+    if isinstance(arm.rule, Window) and not arm.start:
+        return Sums, arm.rule.size
+    return Averages, rule_of(arm, steps)
 
 
-def trained(model: Source) -> list[str]:
-    """The names of the parameters that are trained."""
-    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-    return [name for name, tensor in named if tensor.requires_grad]
+def due(study: Study, evaluation: int) -> int:
+    """The step after which evaluation number 1, 2, ... is due. They are evenly spaced, also after a stop."""
+    return round(study.steps * evaluation / study.evaluations)
 
 
-def policies(model: Source, buffers: Any = "auto") -> dict[str, Any]:
-    """What an averager does with each tensor: name -> "average", "copy" or "skip"."""
-    return {item.name: item.policy for item in Averager(model, Uniform(), buffers=buffers).tracked}
+def evaluated(study: Study, every: int) -> set[int]:
+    """The numbers of updates, one every `every` steps, that there are at the evaluations."""
+    plateaus = (s for s in study.schedules.values() if isinstance(s, Plateau))
+    last = study.evaluations + max((plateau.after for plateau in plateaus), default=0)
+    return {due(study, evaluation) // every for evaluation in range(1, last + 1)}
+
+
+def tensors_of(model: nn.Module) -> Weights:
+    """The parameters and buffers of a model by name; detached, with shared memory."""
+    return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 def size_of(weights: Weights) -> int:
@@ -185,20 +249,13 @@ def profile_of(rule: Rule, steps: int, every: int) -> Profile | None:
     return profile
 
 
-def ring_size(arm: Arm | Ensemble) -> int:
-    """The snapshots that an arm needs in a ring; 0 if an `Averager` has it."""
-    if isinstance(arm, Ensemble):
-        return arm.size
-    return arm.rule.size if isinstance(arm.rule, Window) and not arm.start else 0
-
-
 def copies(arm: Arm | Ensemble) -> int:
-    """The copies of the weights that an arm keeps."""
-    return ring_size(arm) or len(arm.rule.slots)  # type: ignore[union-attr]
+    """The copies of the weights that an arm keeps on its own."""
+    return arm.size if isinstance(arm, Ensemble) else len(arm.rule.slots)
 
 
-def _rows_of(state: Any, rows: Tensor) -> Any:
+def _some(state: Any, rows: Tensor) -> Any:
     """Some runs of a state of stacked tensors."""
     if isinstance(state, dict):
-        return {name: _rows_of(value, rows) for name, value in state.items()}
+        return {name: _some(value, rows) for name, value in state.items()}
     return state[rows] if isinstance(state, Tensor) else state

@@ -1,0 +1,77 @@
+"""Ensembles: the mean prediction of networks, each of which predicts the same data once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polyak.study._flat import Weights
+from polyak.study._study import Part
+from polyak.study._tracking import Network
+
+Outputs = list[dict[tuple[int, ...], Tensor]]
+"""For each network: the places of the inputs in a part of the data -> the output."""
+
+
+class MeanPrediction(nn.Module):
+    """A model whose output combines the outputs of several networks of one structure.
+
+    `known` are outputs of these networks for tensors of `part`. `outputs` has them, and those that were
+    computed for such tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        combine: Callable[[Tensor], Tensor],
+        networks: Sequence[Weights],
+        known: Outputs,
+        part: Part,
+    ) -> None:
+        super().__init__()
+        self._one, self._combine, self._networks, self._part = model, combine, networks, part
+        self.outputs: Outputs = [dict(outputs) for outputs in known]
+        self.eval()
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """The combined output, with at most one forward pass of each network."""
+        found = [[i for i, tensor in enumerate(self._part) if tensor is x] for x in inputs]
+        place = None if options or not all(found) else tuple(numbers[0] for numbers in found)
+        pairs = zip(self._networks, self.outputs, strict=True)
+        given = [self._output(w, known, place, inputs, options) for w, known in pairs]
+        return self._combine(torch.stack(given))
+
+    def _output(
+        self,
+        network: Weights,
+        known: dict[tuple[int, ...], Tensor],
+        place: tuple[int, ...] | None,
+        inputs: Any,
+        options: Any,
+    ) -> Tensor:
+        if place in known:
+            return known[place]
+        output = functional_call(self._one, network, inputs, options)
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise TypeError(
+                f"the model returns {kind}, wanted a tensor: an ensemble combines tensors"
+            )
+        if place is not None:
+            known[place] = output
+        return output
+
+
+def of_ensemble(networks: Sequence[Network], part: str) -> tuple[list[Weights], Outputs]:
+    """The tensors of networks, and what they have predicted for a part of the data."""
+    return [n.weights for n in networks], [n.outputs.get(part, {}) for n in networks]
+
+
+def remember(networks: Sequence[Network], part: str, outputs: Outputs) -> None:
+    """Keep what networks have predicted for a part of the data, as long as they are kept."""
+    for network, given in zip(networks, outputs, strict=True):
+        network.outputs[part] = given
