@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state as composable
 from torch.distributed.fsdp import fully_shard
+from torch.torch_version import TorchVersion
 
 import polyak
 from polyak._ranks import torch_private as private
@@ -38,9 +39,13 @@ def sharded() -> nn.Sequential:
     return model
 
 
+SEVERAL, ONE = "_fsdp_param_groups", "_fsdp_param_group"
+NAME = SEVERAL if TorchVersion(torch.__version__) >= (2, 12) else ONE
+
+
 def states() -> list[Any]:
     found = [state() for state in composable._module_state_mapping.values()]
-    return [state for state in found if hasattr(state, "_fsdp_param_groups")]
+    return [state for state in found if hasattr(state, NAME)]
 
 
 def forward(model: nn.Module) -> Tensor:
@@ -87,6 +92,9 @@ def names_are_there() -> None:
 @contextmanager
 def one_group_a_state() -> Iterator[None]:
     """As before torch 2.12: a state has one group, or None."""
+    if NAME == ONE:
+        yield
+        return
     found = [(state, state._fsdp_param_groups) for state in states()]
     for state, groups in found:
         del state._fsdp_param_groups
@@ -111,15 +119,15 @@ def states_themselves() -> Iterator[None]:
 @contextmanager
 def no_groups() -> Iterator[None]:
     """As a torch to come might have it: groups under another name."""
-    found = [(state, state._fsdp_param_groups) for state in states()]
+    found = [(state, getattr(state, NAME)) for state in states()]
     for state, groups in found:
-        del state._fsdp_param_groups
+        delattr(state, NAME)
         state._groups = groups
     try:
         yield
     finally:
         for state, groups in found:
-            state._fsdp_param_groups = groups
+            setattr(state, NAME, groups)
 
 
 @contextmanager
@@ -142,7 +150,7 @@ def states_elsewhere() -> Iterator[None]:
 @contextmanager
 def no_way_back() -> Iterator[None]:
     """The groups are there, and cannot be asked to carry their shards."""
-    kind = type(states()[0]._fsdp_param_groups[0])
+    kind = type(private.fsdp_groups()[0])
     with patch.object(kind, "_to_sharded"):
         del kind._to_sharded
         yield
@@ -179,7 +187,23 @@ def unknown_layouts_are_refused() -> None:
                 call()
 
 
-LAWS = [names_are_there, older_layouts_are_known, unknown_layouts_are_refused]
+def versions_that_were_not_tested_are_refused() -> None:
+    model = sharded()
+    averager = polyak.Averager(model, "uniform()")
+    averager.update()
+    with patch.object(torch, "__version__", TorchVersion("2.6.0+cu124")):
+        polyak.Averager(plain(), "uniform()").update()
+        for call in (averager.applied().enter, lambda: polyak.Averager(model, "uniform()")):
+            with raises(RuntimeError, "torch 2.6.0+cu124", "FSDP2", "torch 2.7"):
+                call()
+
+
+LAWS = [
+    names_are_there,
+    versions_that_were_not_tested_are_refused,
+    older_layouts_are_known,
+    unknown_layouts_are_refused,
+]
 
 if __name__ == "__main__":
     run_laws(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), LAWS)

@@ -18,6 +18,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,7 +101,14 @@ def reshard_group(group: Any) -> None:
 
     Weights that are being gathered ahead (prefetching, `unshard(async_op=True)`) arrive first: they
     would take the place of the shards afterwards.
+
+    Raises `RuntimeError` before torch 2.7: there FSDP2 itself fails on the CPU, so nothing was tested.
     """
+    if TorchVersion(torch.__version__) < (2, 7):
+        raise RuntimeError(
+            f"torch {torch.__version__}: weights of FSDP2 (fully_shard) are averaged since torch 2.7; use "
+            "that or a newer one"
+        )
     _get(group, "wait_for_unshard", "2.6")()
     _get(group, "_to_sharded", "2.6")()
 
