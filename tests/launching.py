@@ -9,6 +9,7 @@ The ranks of torchrun are found by a mark in their environment.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -167,7 +168,8 @@ def said_by(script: Path | str, world: int, folder: Path, seconds: float = SECON
         (folder / "store").unlink(missing_ok=True)
         codes, ends = _launched(script, world, folder, seconds)
     assert codes == [0] * world, ends
-    return [log.read_text() for log in _logs(world, folder)]
+    # Before torch 2.13 gloo prints of its own.
+    return [re.sub(r"(?m)^\[Gloo\].*\n", "", log.read_text()) for log in _logs(world, folder)]
 
 
 def _logs(world: int, folder: Path) -> list[Path]:
