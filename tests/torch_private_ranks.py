@@ -40,7 +40,7 @@ def sharded() -> nn.Sequential:
 
 
 SEVERAL, ONE = "_fsdp_param_groups", "_fsdp_param_group"
-NAME = SEVERAL if TorchVersion(torch.__version__) >= (2, 12) else ONE
+NAME = SEVERAL if TorchVersion(torch.__version__) >= "2.12" else ONE
 
 
 def states() -> list[Any]:

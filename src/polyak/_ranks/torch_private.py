@@ -104,7 +104,7 @@ def reshard_group(group: Any) -> None:
 
     Raises `RuntimeError` before torch 2.7: there FSDP2 itself fails on the CPU, so nothing was tested.
     """
-    if TorchVersion(torch.__version__) < (2, 7):
+    if TorchVersion(torch.__version__) < "2.7":
         raise RuntimeError(
             f"torch {torch.__version__}: weights of FSDP2 (fully_shard) are averaged since torch 2.7; use "
             "that or a newer one"
