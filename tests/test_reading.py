@@ -23,13 +23,14 @@ import sys
 import tarfile
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -786,3 +787,51 @@ def test_sniff_says_what_a_path_is(cases: list[Case]) -> None:
     assert set(kinds.values()) == {"torch"}
     averager_of = next(case.path for case in cases if case.made_of == "training") / "average"
     assert (sniff(averager_of).kind, sniff(averager_of).key) == ("dcp", "average")
+
+
+class TestWhatAnIndexDoesNotList:
+    """Tensors and files beside those of the index are named, and so are tensors of unknown dtypes."""
+
+    def folder(self, path: Path, listed: Mapping[str, str], files: Mapping[str, bytes]) -> Path:
+        path.mkdir()
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        return path
+
+    FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+    def test_a_tensor_and_a_file(self, tmp_path: Path) -> None:
+        first, second = self.FILES
+        more = {"a": torch.ones(2), "c": torch.ones(1)}
+        folder = self.folder(
+            tmp_path / "it", {"a": first},
+            {first: safetensors_bytes(more), second: safetensors_bytes({"b": torch.ones(3)})},
+        )  # fmt: skip
+        found = checkpoints.read(folder)
+        wanted = {"c (not in the index)": 1, f"{second} (not in the index)": 1}
+        assert list(found.weights()) == ["a"] and found.left == wanted
+        assert list(offline.average([folder, folder])) == ["a"]
+
+    def test_a_tensor_of_an_unknown_dtype(self, tmp_path: Path) -> None:
+        first = self.FILES[0]
+        header = {
+            "q": {"dtype": "F4", "shape": [4], "data_offsets": [4, 6]},
+            "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        }
+        text = json.dumps(header).encode()
+        content = len(text).to_bytes(8, "little") + text + bytes(6)
+        folder = self.folder(tmp_path / "it", {"q": first, "w": first}, {first: content})
+        found = checkpoints.read(folder)
+        assert list(found.weights()) == ["w"] and list(found.left) == ["q (F4)"]
+        assert list(offline.average([folder, folder])) == ["w"]
+
+    def test_a_tensor_that_lies_in_another_file_is_an_error(self, tmp_path: Path) -> None:
+        first, second = self.FILES
+        files = {
+            name: safetensors_bytes({key: torch.ones(2)})
+            for name, key in ((first, "a"), (second, "b"))
+        }
+        folder = self.folder(tmp_path / "it", {"a": first, "b": first}, files)
+        with pytest.raises(ValueError, match=f"it says that b is in {first}, which has no such"):
+            offline.average([folder])

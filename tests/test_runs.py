@@ -381,3 +381,39 @@ def test_a_run_is_synthesized_and_swept_as_its_checkpoints_are(tmp_path: Path) -
         made = offline.synthesize(tmp_path / run, "uniform()", max_error=9)
         assert tuple(slot.time for slot in made.run.slots) == times
         assert torch.equal(made.average()["w"], wanted.average()["w"])
+
+
+@pytest.mark.parametrize("leads", ["nowhere.pt", "step-30.pt"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, leads: str) -> None:
+    for step in (10, 20):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"step-{step}.pt")
+    (tmp_path / "step-30.pt").symlink_to(tmp_path / leads)
+    choice = offline.choose(tmp_path, last=2)
+    assert [file.at for file in choice.files] == [10, 20]
+    assert choice.aside == {tmp_path / "step-30.pt": "it is a link that leads nowhere"}
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    """A save may have been interrupted; a folder that holds a run is another thing."""
+    for step in (10, 20):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        save_file(
+            {"w": torch.ones(2)}, tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors"
+        )
+    empty = tmp_path / "run" / "checkpoint-30"
+    empty.mkdir()
+    choice = offline.choose(tmp_path, last=2)
+    assert [file.at for file in choice.files] == [10, 20]
+    assert list(choice.aside) == [empty] and "holds no weights" in choice.aside[empty]
+
+
+def test_a_missing_run_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*nope"):
+        offline.choose([tmp_path / "nope"], last=1)
+
+
+def test_missing_steps_are_counted(tmp_path: Path) -> None:
+    for step in (10, 20):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"step-{step}.pt")
+    with pytest.raises(ValueError, match=r"steps 30, .*, 100 and 2 more are missing"):
+        offline.choose(tmp_path, steps=(10, 120, 10))

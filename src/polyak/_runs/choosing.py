@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polyak._checks import is_integer, require, require_positive
+from polyak._checks import is_integer, listed, require, require_positive
 from polyak._runs import clocks
 from polyak._runs.clocks import Ordered, Timed
 from polyak._runs.finding import Found, entry, found
@@ -155,7 +155,7 @@ def _of_steps(order: Ordered, steps: tuple[int | None, int | None, int | None]) 
     if distance is not None and first is not None and last is not None:
         missing = sorted(set(range(first, last + 1, distance)) - set(counts))
         if missing:
-            shown = ", ".join(map(str, missing[:8]))
+            shown = listed([str(step) for step in missing])
             has = ", ".join(f"{count:g}" for count in counts[:8])
             raise ValueError(f"steps {shown} are missing: the run has {order.unit} {has}, ...")
     require(bool(chosen), "steps", steps, f"{order.unit}s from {counts[0]:g} to {counts[-1]:g}")

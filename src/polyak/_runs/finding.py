@@ -22,6 +22,7 @@ _MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng")
 _NO_CHECKPOINT = re.compile(r"(version|run|exp|seed|trial|fold|rank|worker)[-_]?\d+", re.IGNORECASE)
 
 
+_EMPTY = "it holds no weights: its save may have been interrupted"
 _NOTHING = (
     f"no checkpoints were found, here or up to {_LEVELS - 1} levels down: wanted files or folders whose "
     "name has a step, an epoch or another number"
@@ -75,7 +76,12 @@ def found(run: Path, file: str | None = None) -> Found:
 
 
 def entry(path: Path, file: str | None) -> Entry:
-    """A checkpoint that was named: a file, or a folder with what holds its weights."""
+    """A checkpoint that was named: a file, or a folder with what holds its weights.
+
+    Raises `FileNotFoundError` if it is neither, nor a part of a folder of torch.distributed.checkpoint.
+    """
+    if not path.exists() and not (path.parent / METADATA).exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
     within = _weights(path, file) if path.is_dir() else None
     return Entry(path, within or path)
 
@@ -86,11 +92,13 @@ def _of_a_run(held: Found) -> list[Entry]:
 
 
 def _held(folder: Path, file: str | None) -> Found:
-    entries, aside = [], {}
+    entries, aside, empty = [], {}, []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or BESIDE.search(SUFFIX.sub("", path.name)):
             continue
-        if path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
+        if path.is_symlink() and not path.exists() and named(path).clock:
+            aside[path] = "it is a link that leads nowhere"
+        elif path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
             if _RANK.search(path.name) and path.with_name(_RANK.sub("1", path.name)).exists():
                 aside[path] = "there are parts of it by other ranks: let its trainer merge them"
             else:
@@ -102,7 +110,9 @@ def _held(folder: Path, file: str | None) -> Found:
                 aside[path] = str(error)
             else:
                 entries += [Entry(path, held)] if held else []
-    return Found(folder, entries, aside)
+                empty += [] if held else [path]
+    # Alone, they may be folders that hold a run.
+    return Found(folder, entries, aside | dict.fromkeys(empty if entries else (), _EMPTY))
 
 
 def _may_be_checkpoint(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
 from polyak.checkpoints._torch_files import StoredTensors, is_torch, load, verify
 from polyak.checkpoints._torch_objects import StoredTensor
 
+_UNLISTED = "not in the index"
 _INDEX_BYTES = 100_000_000  # the safetensors library's own limit for a header
 
 
@@ -24,8 +25,9 @@ class IndexedTensors(LazyTensors):
     """The tensors of several files by an index.
 
     The index maps a tensor's name to the file beside it that holds it: safetensors, or a dictionary
-    of torch.save. A file's header is read when the first of its tensors is asked for. Tensors that a
-    file holds and the index does not list are left out, as other readers of such folders do.
+    of torch.save. The headers are read when tensors are asked for. Tensors that a file holds and the
+    index does not list are left out, as other readers of such folders do: `unread` has them, tensors
+    of a dtype that is not known here, and other files of safetensors beside, with the reason.
 
     Raises `ValueError` that names the index if it is damaged or leads to files elsewhere; later
     for a file that lacks a tensor; `FileNotFoundError` for a missing file.
@@ -40,6 +42,17 @@ class IndexedTensors(LazyTensors):
         with labelled(self.path, "a damaged index"):
             self._opened = OpenFiles(self.path.parent, sorted(set(self._files.values())))
         self._held: dict[str, LazyTensors] = {}
+
+    @cached_property
+    def unread(self) -> dict[str, str]:
+        """What is not among the tensors -> why."""
+        found = {}
+        for file in dict.fromkeys(self._files.values()):
+            held = self._of_file(file)
+            found |= held.unread if isinstance(held, TensorFile) else {}
+            found |= {name: _UNLISTED for name in held if name not in self._files}
+        beside = {path.name for path in self.path.parent.glob("*.safetensors")}
+        return found | dict.fromkeys(sorted(beside - {*self._files.values()}), _UNLISTED)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -67,24 +80,32 @@ class IndexedTensors(LazyTensors):
             TensorFile(file).verify() if is_safetensors(file) else verify(file) for file in files
         )
 
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        return dict.fromkeys(name for name in self._files if name not in self.unread)
+
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def _holder(self, name: str) -> LazyTensors:
         """The tensors of the file that has this one."""
         file = self._files[name]
-        if file not in self._held:
-            self._held[file] = _tensors(self._opened[file])
-        if name not in self._held[file]:
+        held = self._of_file(file)
+        if name not in held:
             raise ValueError(
                 f"{self.path}: it says that {name} is in {file}, which has no such tensor"
             )
+        return held
+
+    def _of_file(self, file: str) -> LazyTensors:
+        if file not in self._held:
+            self._held[file] = _tensors(self._opened[file])
         return self._held[file]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from polyak._lazy import LazyTensors, joined
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
+from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._names import Names, NamesNeededError, canonical_names, named
 from polyak.checkpoints._peers.common import Found, count, is_unread, tensors, weights
 from polyak.checkpoints._peers.libraries import described
@@ -215,10 +216,10 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
     }
     within = top.values() if isinstance(top, dict) else [top]
     left = {
-        f"{name} ({dtype})": 1
+        f"{name} ({why})": 1
         for held in within
-        if isinstance(held, TensorFile)
-        for name, dtype in held.unread.items()
+        if isinstance(held, (TensorFile, IndexedTensors))
+        for name, why in held.unread.items()
     }
     for part in walk(top):
         for name, number in _unused(part, used).items():
