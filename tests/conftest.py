@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +26,19 @@ settings.register_profile(
 settings.load_profile("polyak")
 
 
+_TORCH = tuple(map(int, version("torch").split(".")[:2]))
+# What torch itself warns of in other versions than the one that is pinned.
+WARNINGS = {
+    "TypedStorage is deprecated:UserWarning": _TORCH < (2, 13),  # its writer of folders
+    "Guards may run slower:UserWarning": sys.version_info[:3] == (3, 13, 0),  # torch.compile
+    "`torch.jit.\\w+` is not supported in Python 3.14:FutureWarning": sys.version_info >= (3, 14),
+}
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Older versions of torch warn of themselves: torch's own writer of folders, by 2.9.1."""
-    if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
-        config.addinivalue_line("filterwarnings", "ignore:TypedStorage is deprecated:UserWarning")
+    for message, here in WARNINGS.items():
+        if here:
+            config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 @pytest.fixture(autouse=True)

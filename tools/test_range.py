@@ -3,7 +3,9 @@
     python tools/test_range.py                  all environments
     python tools/test_range.py 3.13-2.14.1      one of them
 
-Each environment is made once, in `.ranges/`: a torch from PyPI brings some 5 GB of CUDA packages.
+Each environment is made once, in `.ranges/`: a torch from PyPI brings some 5 GB of CUDA packages. A
+version of Python that is not on the PATH is left out. The files of tests run one by one, each with a log
+in `.ranges/<name>/logs`, so that a run that is interrupted leaves its figures.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import argparse
 import re
 import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -25,16 +29,14 @@ ENVIRONMENTS = [
     ("3.13", "2.14.1", "2.5.5"),
     ("3.14", "2.14.1", "2.5.5"),
 ]
+COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 ROW = re.compile(r"\| (3\.\d+) \| (\S+) \| .+ \|\n")
 
 
-def python_of(environment: Path, python: str, torch: str, numpy: str) -> Path:
+def python_of(environment: Path, base: str, torch: str, numpy: str) -> Path:
     """The interpreter of an environment, which is made if it is not there."""
     interpreter = environment / "bin/python"
     if not (environment / "ready").exists():
-        base = shutil.which(f"python{python}")
-        if base is None:
-            raise SystemExit(f"python{python} is not on the PATH: install it, or leave it out")
         subprocess.run([base, "-m", "venv", "--clear", str(environment)], check=True)
         install = [str(interpreter), "-m", "pip", "install", "--quiet"]
         wanted = [f"torch=={torch}", f"numpy=={numpy}", "-e", f"{ROOT}[dev]"]
@@ -43,13 +45,20 @@ def python_of(environment: Path, python: str, torch: str, numpy: str) -> Path:
     return interpreter
 
 
-def result(interpreter: Path) -> str:
-    """The last line of the fast tests."""
-    command = [str(interpreter), "-m", "pytest", "-q", "-n", "2", "-m", "not slow", "tests"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    (interpreter.parent.parent / "tests.log").write_text(done.stdout + done.stderr)
-    last = done.stdout.strip().splitlines()[-1]
-    return re.sub(r" in .*", "", last).strip("= ")
+def results(interpreter: Path) -> Iterator[str]:
+    """The counts of the fast tests, after each of their files."""
+    logs = interpreter.parent.parent / "logs"
+    logs.mkdir(exist_ok=True)
+    counts: Counter[str] = Counter()
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    for number, file in enumerate(files, 1):
+        command = [str(interpreter), "-m", "pytest", "-q", "-n", "0", "-m", "not slow", str(file)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        (logs / f"{file.stem}.log").write_text(done.stdout + done.stderr)
+        for count, kind in COUNT.findall(done.stdout.strip().rpartition("\n")[2]):
+            counts[kind] += int(count)
+        so_far = "" if number == len(files) else f" in {number} of {len(files)} files"
+        yield ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts, reverse=True)) + so_far
 
 
 def main() -> None:
@@ -60,10 +69,14 @@ def main() -> None:
         name = f"{python}-{torch}"
         if names and name not in names:
             continue
-        interpreter = python_of(RANGES / name, python, torch, numpy)
-        row = f"| {python} | {torch} | {numpy} | {date.today()} | {result(interpreter)} |\n"
+        base = shutil.which(f"python{python}")
+        if base is None:
+            print(f"{name} is left out: python{python} is not on the PATH")
+            continue
+        for result in results(python_of(RANGES / name, base, torch, numpy)):
+            row = f"| {python} | {torch} | {numpy} | {date.today()} | {result} |\n"
+            PAGE.write_text(with_row(PAGE.read_text(), row))
         print(row, end="", flush=True)
-        PAGE.write_text(with_row(PAGE.read_text(), row))
 
 
 def with_row(page: str, row: str) -> str:
