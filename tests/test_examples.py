@@ -17,7 +17,7 @@ from patience import HANG
 from polyak import checkpoints
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = ["diffusion_digits", "skorch_digits"]
+SHORT = ["diffusion_digits", "keras_digits", "skorch_digits"]
 """Those of one screen: fewer than 60 lines."""
 
 
@@ -64,3 +64,18 @@ def test_skorch() -> None:
     found = re.findall(r"(\w+): test accuracy ([.\d]+)", printed)
     assert [name for name, _ in found] == ["live", "ema"]
     assert all(float(accuracy) > 0.7 for _, accuracy in found)
+
+
+@pytest.mark.slow
+def test_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has the metrics of the average, and trainable weights are those of Keras's own average."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # where it writes its configuration
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("keras_process.py"))]
+    command += [str(EXAMPLES / "keras_digits.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(re.findall(r"^(\w+): (.*)$", done.stdout, re.MULTILINE))
+    assert list(found) == ["live", "ema", "file", "own"]
+    assert found["file"] == found["ema"] != found["live"]
+    assert float(found["ema"].rpartition(" ")[2]) > 0.8
+    assert float(found["own"]) < 1e-6
