@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import polyak
-from stress_averagers import History, Subject, joined, policies
+from stress_averagers import History, Subject, frozen_names, joined, policies
 from stress_models import Source, bits, contents, entries, faithful_copy, first_names
 from stress_optimizers import OPTIMIZERS
 from stress_rules import Fault
@@ -198,8 +198,14 @@ def load(world: World, random: Random) -> None:
 def renew(world: World, random: Random) -> None:
     """Makes an averager anew, as a resumed script does, and loads a state or begins again."""
     subject = random.choice(world.subjects)
-    if world.blocks or world.undo or list(shared(entries(world.model))):
+    found = entries(world.model)
+    if world.blocks or world.undo or list(shared(found)):
         return
+    if (
+        "average"
+        not in policies(found, subject.options, frozen_names(found, subject.options)).values()
+    ):
+        return  # a selected parameter is a buffer by now
     world.tell(f"averager {subject.number}: made anew")
     subject.renew(world.model)
     load(world, random)

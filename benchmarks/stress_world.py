@@ -29,8 +29,10 @@ from stress_models import (
     contents,
     entries,
     faithful_copy,
+    first_names,
     overlaps,
 )
+from stress_mutations import put
 from stress_rules import Fault, Vector
 
 MUST, MAY = "must", "may"
@@ -172,8 +174,12 @@ class World:
             yield "changed"
         elif now != subject.form:
             before, after = _stored(subject.storage_form), _stored(by_storage)
-            firsts = before.keys() & {*subject.averaged, *subject.copied}
-            lost = any(after.get(name) != before[name] for name in firsts)
+            firsts = first_names(
+                found
+            )  # a name that the averager leaves out may come before its own
+            stored = {n: firsts.get(n) for n in before if n in {*subject.averaged, *subject.copied}}
+            lost = any(after.get(first) != before[name] for name, first in stored.items())
+            lost |= len(set(stored.values())) < len(stored)
             untied = (after.keys() - before.keys()) & subject.carried()
             yield "changed" if lost or untied else "changed elsewhere"
         if by_storage != subject.storage_form:
@@ -290,10 +296,10 @@ class World:
                 wanted[name] = block.carries[start:end]
                 start = end
             touched |= {*block.subject.averaged, *block.subject.copied}
-        twins = contents(self.twin)
-        firsts = {n: f for s in self.subjects for n, f in s.firsts.items() if f in touched}
-        for entry in entries(self.model):
-            if firsts.get(entry.name, entry.name) not in touched:
+        twins, found = contents(self.twin), entries(self.model)
+        tied = self._tied(touched)
+        for entry in found:
+            if entry.name not in tied:
                 if bits(entry.tensor) != twins[entry.name]:
                     raise Fault("inside", f"{entry.name} is not averaged and has changed")
             elif (
@@ -302,6 +308,12 @@ class World:
                 and not self._copied(entry.name)
             ):
                 self._require_near(entry, wanted[entry.name])
+
+    def _tied(self, names: set[str]) -> set[str]:
+        """These names, and those that are tied to them by now, which an averager may leave out."""
+        firsts = first_names(entries(self.model))
+        held = {firsts.get(name) for name in names}
+        return names | {name for name, first in firsts.items() if first in held}
 
     def _copied(self, name: str) -> bool:
         return any(name in block.subject.copied for block in self.blocks)
@@ -367,7 +379,7 @@ class World:
             self._note_written(names, told and noticed, noticed)
 
     def _note_written(self, names: set[str], told: bool, noticed: bool) -> None:
-        carried = {n for block in self.blocks for n in block.subject.carried()}
+        carried = self._tied({n for block in self.blocks for n in block.subject.carried()})
         self._keep(names - carried)
         if not names & carried:
             return
@@ -395,7 +407,7 @@ class World:
             if alike and not self.restructured:
                 old.copy_(new)  # another name may have the same memory, as in the model
             else:
-                entry.tensor.data = new.clone()
+                put(entry, new.clone())  # of its own, since the block may have untied it
 
     def close(self) -> None:
         """Leaves what a failed program has left open, for the next one, and ends the second thread."""

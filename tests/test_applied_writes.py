@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+import polyak
 from models import assert_same, snapshot, wander
 from polyak import Averager, Exponential, Window
 from polyak.rules import Rule
@@ -243,6 +246,41 @@ def test_the_live_weights_come_back_whatever_a_block_does(way: str, rule: Rule) 
     else:
         with pytest.raises(RuntimeError, match="load a saved state first"):
             averager.average()
+
+
+ASKED: dict[str, Callable[[Averager, Path], object]] = {
+    "tracked": lambda averager, _: averager.tracked,
+    "sharded": lambda averager, _: averager.sharded,
+    "summary": lambda averager, _: averager.summary(),
+    "average": lambda averager, _: averager.average(),
+    "update": lambda averager, _: averager.update(),
+    "another block": lambda averager, _: averager.applied().__enter__(),
+    "state_dict": lambda averager, _: averager.state_dict(),
+    "check_replicas": lambda averager, _: averager.check_replicas(),
+    "copy": lambda averager, _: copy.deepcopy(averager),
+    "load": lambda averager, path: polyak.load(path, averager),
+    "save": lambda averager, path: polyak.save(path.with_suffix(".other"), averager),
+}
+"""Calls inside a block that may look for the model's tensors."""
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].survives])
+def test_a_call_inside_hides_nothing_that_the_block_has_replaced(
+    way: str, asked: str, tmp_path: Path
+) -> None:
+    model, averager = averaged(Exponential(0.5))
+    polyak.save(tmp_path / "saved", averager)
+    live, block = snapshot(model), averager.applied()
+    block.__enter__()
+    WAYS[way].do(model)
+    with suppress(RuntimeError):
+        ASKED[asked](averager, tmp_path / "saved")
+    with pytest.raises(RuntimeError, match=WAYS[way].said):
+        while averager._lender.loan is not None:
+            block.__exit__(None, None, None)
+    now = snapshot(model)
+    assert_same({n: now[n] for n in live.keys() & now}, {n: live[n] for n in live.keys() & now})
 
 
 def test_a_slot_that_is_written_to_inside_is_told() -> None:

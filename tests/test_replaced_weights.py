@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import polyak
 from models import assert_same, snapshot, wander
-from polyak import EMA, Averager, Uniform
+from polyak import EMA, Averager, Exponential, Uniform
+from polyak import _tensors as tensors
 from polyak._engine.live import ModelTensors
 
 
@@ -264,3 +265,46 @@ def test_the_articles_class_walks_each_model_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tracking, "walk", counted)
     ema = EMA(network())
     assert [id(module) for module in walked] == [id(ema.model), id(ema.ema_model)]
+
+
+LAZY: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative": lambda data: torch._neg_view(-data),
+    "conjugate": lambda data: data.conj().resolve_conj().conj(),
+}
+"""Views of which torch stores the opposite sign; each reads as the data itself."""
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize(
+    "slots", [None, torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+)
+@pytest.mark.parametrize("nonfinite", ["allow", "skip"])
+def test_a_view_that_torch_stores_with_the_opposite_sign_is_averaged_as_it_reads(
+    dtype: torch.dtype, slots: Any, rounding: Any, nonfinite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a tensor is converted part by part."""
+    if rounding == "stochastic" and (
+        slots not in (torch.bfloat16, torch.float16) or dtype.is_complex
+    ):
+        return
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", 256)
+    options: Any = {"dtype": slots, "rounding": rounding, "nonfinite": nonfinite}
+    data = [
+        torch.randn(n, 7, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 40)
+    ]
+    averages = []
+    for view in (None, LAZY["conjugate" if dtype.is_complex else "negative"]):
+        weights = {str(i): torch.zeros_like(each) for i, each in enumerate(data)}
+        averager = Averager(weights, Exponential(0.5), **options)
+        for _ in range(2):
+            averager.update()
+            for i, each in enumerate(data):
+                weights[str(i)].data = each.clone() if view is None else view(each)
+        averager.update()
+        # Without a call, which would refuse the view.
+        averages.append(averager._averages["average"].slots["average"])
+    for plain, lazy in zip(*averages, strict=True):
+        assert torch.equal(plain, lazy)

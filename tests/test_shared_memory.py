@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from polyak import EMA, Averager, Uniform, Window
+from models import assert_same
+from polyak import EMA, Averager, Exponential, Uniform, Window
 from polyak._engine import memory
 
 ROWS = 600  # of 600 float32 numbers: more than the MiB that is exchanged at once
@@ -342,6 +343,70 @@ def test_the_articles_class_notices_it_too(situation: str, options: Any) -> None
     LATER[situation][1](model)
     with pytest.raises(RuntimeError, match="no longer tied: w to v"):
         ema.update()
+
+
+def add(model: Any) -> None:
+    model.y = nn.Parameter(base(2))
+
+
+def remove(model: Any) -> None:
+    del model.w
+
+
+LEFT_OUT: dict[str, tuple[bool, Callable[[nn.Module], None]]] = {
+    "tied": (False, tie),
+    "tied through .data": (False, tie_by_data),
+    "overlapping": (False, overlap_by_data),
+    "expanded": (False, expand),
+    "a negative view": (False, negate),
+    "no longer tied": (True, untie),
+    "one name resized": (True, resize_one_name),
+    "removed": (False, remove),
+    "one name removed": (True, remove),
+    "added": (False, add),
+}
+
+
+@pytest.mark.parametrize("change", LEFT_OUT)
+@pytest.mark.parametrize("options", [{"select": "x"}, {"buffers": {"[vwy]": "skip"}}], ids=str)
+def test_what_is_left_to_the_model_may_change(change: str, options: Any) -> None:
+    if change == "added" and "buffers" in options:
+        options = {"select": "x"}
+    first = base(4, 4)
+    tied, do = LEFT_OUT[change]
+    model = holding(v=first, w=first if tied else base(4, 4), x=base(2))
+    averager = Averager(model, Exponential(0.5), **options)
+    averager.update()
+    before = model.get_parameter("x").detach().clone()
+    do(model)
+    with torch.no_grad():
+        model.get_parameter("x").add_(1)
+    averager.update()
+    assert_same(averager.average(), {"x": before + 0.5})
+    with averager.applied():
+        assert torch.equal(model.get_parameter("x"), before + 0.5)
+    assert torch.equal(model.get_parameter("x"), before + 1)
+
+
+@pytest.mark.parametrize(
+    ("buffers", "policy"),
+    [
+        ({"v": "skip"}, "skip"),
+        ({"w": "skip"}, "skip"),
+        ({"w": "average", "v": "skip"}, "average"),
+        ({"v": "skip", "w": "average"}, "skip"),
+        ({"v": "copy", "*": "skip"}, "copy"),
+        ({"w": "copy", "*": "average"}, "copy"),
+    ],
+)
+def test_the_first_pattern_that_matches_a_name_decides_for_a_tied_tensor(
+    buffers: Any, policy: str
+) -> None:
+    first = nn.Parameter(base(4, 4))
+    averager = Averager(
+        holding(v=first, w=first, x=base(2)), Uniform(), buffers={"x": "average", **buffers}
+    )
+    assert {item.name: item.policy for item in averager.tracked}["v"] == policy
 
 
 def test_the_first_name_of_a_tie_may_change_with_the_models_order() -> None:

@@ -304,7 +304,10 @@ class Stage:
     def _converted(self, piece: Tensor) -> Tensor:
         if piece.numel() > self._length:  # a long tensor with another layout than its slot
             return piece.to(self._buffer.device, self._buffer.dtype)
-        return self._buffer[: piece.numel()].copy_(piece)
+        # Not `copy_`: from float32 to float16 it takes a negative view (`_neg_view`) for what is stored.
+        part = self._buffer[: piece.numel()]
+        torch._foreach_copy_([part], [piece])
+        return part
 
 
 class Stages:

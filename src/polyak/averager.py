@@ -78,7 +78,7 @@ class Averager:
             are updated in a background thread; use `attach` with them.
         buffers: "auto" averages BatchNorm's running statistics and copies other buffers. "copy" and
             "average" decide for all buffers. A mapping name pattern -> "average", "copy" or "skip"
-            decides by name, for parameters too.
+            decides by name, for parameters too: the first pattern that matches one of a tensor's names.
         select: what is averaged: a name pattern, several, or a function of the name. Default:
             "trainable", all but frozen parameters (`requires_grad` is False while others train, when
             the averager is made). These are not held and not saved: an average reads the model's.
@@ -238,8 +238,8 @@ class Averager:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds only a part of the weights, or of the averages."""
-        self._live.reshard()  # FSDP2 leaves a root's weights whole after an evaluation
+        """Whether each rank holds only a part of the weights, or of the averages; raises as `tracked`."""
+        self._live.check("sharded")
         return any(is_distributed(item.held()) for item in self._live.stored())
 
     def check_replicas(self) -> None:

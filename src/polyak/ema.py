@@ -244,14 +244,13 @@ class EMA(nn.Module):
 
     def _copies(self, policy: Policy) -> Copies:
         """The tensors of a policy in `ema_model`, with the live ones: "skip" are the ignored names."""
-        pairs = list(zip(self._live.tracked, self._carrier.tracked, strict=True))
-        copies = [(b.local(), a.local()) for a, b in pairs if a.policy == policy]
-        if any(tensor.shape != content.shape for tensor, content in copies):
-            ours = {a.name: a.shape() for a, _ in pairs if a.policy == policy}
-            theirs = {b.name: b.shape() for a, b in pairs if a.policy == policy}
-            title = "EMA: the model's tensors have other shapes than ema_model's"
-            raise RuntimeError(report(title, difference(theirs, ours)))
-        return copies
+        ours = {item.name: item for item in self._live.tracked if item.policy == policy}
+        theirs = {item.name: item for item in self._carrier.tracked if item.name in ours}
+        given = {name: item.shape() for name, item in ours.items()}
+        if wrong := difference({name: item.shape() for name, item in theirs.items()}, given):
+            title = "EMA: the model's tensors are others, or of other shapes, than ema_model's"
+            raise RuntimeError(report(title, wrong))
+        return [(theirs[name].local(), item.local()) for name, item in ours.items()]
 
     def _follow(self) -> Groups:
         """Groups the live weights; looks the average's tensors up again if they were replaced."""

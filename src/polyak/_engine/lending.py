@@ -133,6 +133,11 @@ def _latest() -> list[Loan]:
     return list(reversed(newest_first))
 
 
+def lends(model: object) -> bool:
+    """Whether a model's tensors, as they were found last, carry an average."""
+    return any(loan.model is model for loan in OPEN)
+
+
 def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
     """Raises `RuntimeError` if a model carries an average in any of these tensors."""
     for loan in OPEN:

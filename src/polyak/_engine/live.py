@@ -66,7 +66,7 @@ class ModelTensors:
             _require_averaged(found.tracked)
             self._forms = _forms(found.tracked)
             self._ties = _ties(found.tracked)
-            self._order = list(self._forms)
+            self._order = {item.name: place for place, item in enumerate(found.tracked)}
         else:
             self._ties, self._order = like._ties, like._order
             if lines := self._changes(found.tracked):
@@ -166,7 +166,8 @@ class ModelTensors:
                 lines.append("shard the model (fully_shard, parallelize_module) before")
             title = f"{call}: not the tensors that the averager was made with"
             raise RuntimeError(report(title, lines))
-        self._adopt(found)
+        if not lending.lends(self):  # the loan finds by what is known here what its block replaces
+            self._adopt(found)
 
     def thawed(self) -> bool:
         """Whether a frozen parameter trains by now, which no average follows."""
@@ -206,8 +207,8 @@ class ModelTensors:
         return changed + _changed_ties(self._ties, _ties(tracked)) + _thawed(tracked)
 
     def _adopt(self, found: Found) -> None:
-        by_name = {item.name: item for item in found.tracked}
-        tracked = [by_name[name] for name in self._order]
+        last = len(self._order)
+        tracked = sorted(found.tracked, key=lambda item: self._order.get(item.name, last))
         averaged = [item for item in tracked if item.policy == "average"]
         here = [item.local() for item in averaged]
         indices: dict[tuple[Kind, str], list[int]] = {}
@@ -250,8 +251,8 @@ def _by_known_name(item: Tracked, known: Container[str]) -> Tracked:
 
 
 def _forms(tracked: Sequence[Tracked]) -> dict[str, Form]:
-    """name -> shape and policy of every tensor, those left to the model by their name alone."""
-    return {item.name: _form(item) for item in tracked}
+    """name -> shape and policy of every tensor that an average has, frozen ones by their name alone."""
+    return {item.name: _form(item) for item in tracked if item.policy != "skip"}
 
 
 def _form(item: Tracked) -> Form:
@@ -262,8 +263,9 @@ def _form(item: Tracked) -> Form:
 
 
 def _ties(tracked: Sequence[Tracked]) -> dict[str, str]:
-    """Every name but the first of a tensor -> that first name."""
-    return {entry.name: item.name for item in tracked for entry in item.entries[1:]}
+    """Every name but the first of a tensor that an average has -> that first name."""
+    kept = (item for item in tracked if item.policy != "skip")
+    return {entry.name: item.name for item in kept for entry in item.entries[1:]}
 
 
 def _thawed(tracked: Sequence[Tracked]) -> list[str]:

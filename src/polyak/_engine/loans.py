@@ -65,7 +65,8 @@ class Loan:
         """Whether the model carries the average, as far as the loan comes before others."""
         self.broken = False
         """Whether the block has replaced or moved tensors, so that the loan cannot go on once taken back."""
-        self._average, self._pairs, self._model, self._ended = average, pairs, model, ended
+        self.model = model
+        self._average, self._pairs, self._ended = average, pairs, ended
         self._lent = [Lent(each) for each in pairs]
         self._problems: dict[str, None] = {}
 
@@ -88,7 +89,7 @@ class Loan:
         """
         tensors, names = self.tensors, self.names
         if not self.same():
-            now = self._model.by_name()
+            now = self.model.by_name()
             for pairs in self._pairs:
                 new = [(i, t) for i, t in pairs.renewed(now) if t is not None]
                 new += [(i, t) for i, t, _ in pairs.strays(now) if t is not None]
@@ -98,20 +99,20 @@ class Loan:
 
     def same(self) -> bool:
         """Whether no tensor was replaced or moved, as far as that is looked at in every block."""
-        return self._model.unchanged() and all(lent.untouched() for lent in self._lent)
+        return self.model.unchanged() and all(lent.untouched() for lent in self._lent)
 
     @torch.no_grad()
     def lend(self) -> None:
         """Lets the model carry the average: for the first time, or again after `take_back`."""
         self._average.lent = True
-        self._model.reshard()
+        self.model.reshard()
         for lent in self._lent:
             lent.begin()
         try:
             for lent in self._lent:
                 lent.put()
         except RuntimeError:
-            self._model.check(f"applied({self.label!r})")  # it names the tensor that has changed
+            self.model.check(f"applied({self.label!r})")  # it names the tensor that has changed
             raise
         version = VERSIONS.fresh()
         for lent in self._lent:
@@ -122,12 +123,12 @@ class Loan:
     def take_back(self) -> None:
         """Gives the model its live weights back, every one of them that can be."""
         if error := failure(
-            self._model.reshard
+            self.model.reshard
         ):  # a root left whole by a forward pass has the average
             self._problems = {f"resharding failed ({error})": None}
         if self.out:
             same = self.same()
-            now = None if same else self._model.by_name()
+            now = None if same else self.model.by_name()
             for lent in self._lent:
                 lent.look(now)
             self.broken = not same

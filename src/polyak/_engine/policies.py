@@ -85,7 +85,7 @@ def _choose(
 
 
 def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Policy]:
-    """name -> policy for the patterns given; the first pattern that matches a name decides."""
+    """First name -> policy; the first pattern that matches one of a tied tensor's names decides."""
     if not isinstance(buffers, Mapping):
         if buffers not in ("auto", "average", "copy"):
             wanted = '"auto", "average", "copy" or a mapping pattern -> policy'
