@@ -174,10 +174,9 @@ class World:
             yield "changed"
         elif now != subject.form:
             before, after = _stored(subject.storage_form), _stored(by_storage)
-            firsts = first_names(
-                found
-            )  # a name that the averager leaves out may come before its own
-            stored = {n: firsts.get(n) for n in before if n in {*subject.averaged, *subject.copied}}
+            # A name that the averager leaves out may come first among tied ones by now.
+            firsts, own = first_names(found), {*subject.averaged, *subject.copied}
+            stored = {name: firsts.get(name, "") for name in before.keys() & own}
             lost = any(after.get(first) != before[name] for name, first in stored.items())
             lost |= len(set(stored.values())) < len(stored)
             untied = (after.keys() - before.keys()) & subject.carried()
