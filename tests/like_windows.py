@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from polyak import _files, _hold, _system
+from polyak import _files, _hold, _system, _unfinished
 from polyak.checkpoints import _handles
 from polyak.checkpoints import _safetensor_headers as headers
 
@@ -78,7 +78,7 @@ def pytest_configure() -> None:
     _system.resource = None  # type: ignore[assignment,attr-defined]
     _system._LINUX = False
     _system.WINDOWS = True
-    for module in (_system, _files, _hold, _handles):
+    for module in (_system, _unfinished, _files, _hold, _handles):
         module.os = _Os()  # type: ignore[attr-defined]
     for name in ("replace", "rename", "unlink", "remove"):
         setattr(os, name, _refusing(getattr(os, name)))

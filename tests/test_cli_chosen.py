@@ -162,12 +162,12 @@ def test_every_command_reads_the_same_part(
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "no folder": (("--last", "2"), "--last is for the checkpoints of a run: give its folder"),
+    "no folder": (("--last", "2"), "--last: for the checkpoints of a run, whose folder is missing"),
     "too many": (("run", "--last", "9"), "last is 9, wanted at most 6"),
     "tokens alone": (("run", "--window-tokens", "2M"), "are given together"),
     "a choice of snapshots": (
         ("snapshots", "--last", "2", "--key", "a"),
-        "snapshots has snapshots of polyak.Recorder, all of which are used by their own names: leave "
+        "snapshots has snapshots of polyak.Recorder, and all of them are used under their own names: leave "
         "--last, --key out",
     ),
 }

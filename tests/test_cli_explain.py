@@ -37,7 +37,7 @@ def test_explain_prints_a_table_and_writes_the_chart(tmp_path: Path) -> None:
 def test_explain_says_where_no_library_has_it(tmp_path: Path) -> None:
     done = run("explain", "window(3)", "--steps", "10", "--every", "2", "--out", str(tmp_path))
     assert "window(3) after 10 steps, updated every 2 steps" in done.stdout
-    assert "No other library known has it." in done.stdout
+    assert "No other library known has window(3)." in done.stdout
 
 
 def test_explain_compares_rules(tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_an_update_that_a_signal_stops_was_made_or_not(
     setup: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every moment at which a handler can run, and whether the handler's error is one of torch's."""
-    monkeypatch.setattr(tensors, "CHUNK_BYTES", 512)
+    monkeypatch.setattr("polyak._parts.CHUNK_BYTES", 512)
     monkeypatch.setattr(tensors, "SHARED_BYTES", 64)
     model, averager = begun(setup, calls)
     before = state(averager)

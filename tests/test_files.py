@@ -17,7 +17,7 @@ import pytest
 
 import polyak._files
 from patience import HANG
-from polyak import _files as files
+from polyak import _unfinished as unfinished
 from polyak._files import making_folder, writing, writing_folder
 
 # A process without torch, started without site-packages: it is there in a moment, so many can be killed.
@@ -160,7 +160,7 @@ NAMES = ["a[1]*?.bin", ".hidden", "ümläut", "with space", "$(x)", "-f"]
 @pytest.mark.parametrize("name", NAMES)
 def test_abandoned_parts_go_and_others_stay(tmp_path: Path, name: str) -> None:
     place = tmp_path / name
-    mine = files._HERE + "0" * 9
+    mine = unfinished._HERE + "0" * 9
     abandoned = tmp_path / f".{name}.{mine}0.part"
     abandoned.write_bytes(b"left by a killed process")
     abandoned_folder = tmp_path / f".{name}.{mine}1.part"
@@ -183,7 +183,7 @@ def test_what_another_host_writes_stays_for_a_day(tmp_path: Path, kind: str) -> 
     with writing(tmp_path / "step-2") as file:
         file.write(b"it")
     assert left.exists()
-    day = files._DAY + 60
+    day = unfinished._DAY + 60
     os.utime(left, (time.time() - day, time.time() - day))
     with writing(tmp_path / "step-3") as file:
         file.write(b"it")
@@ -198,7 +198,7 @@ def test_without_locks_files_are_written_and_nothing_is_removed(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    abandoned = tmp_path / f".it.{files._HERE}{'0' * 10}.part"
+    abandoned = tmp_path / f".it.{unfinished._HERE}{'0' * 10}.part"
     abandoned.touch()
     with writing(tmp_path / "it") as file, writing_folder(tmp_path / "folder") as folder:
         file.write(b"it")

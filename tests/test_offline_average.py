@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import polyak
 from patience import HANG
 from polyak import theory
+from polyak._dtypes import complex_of
 from polyak._lazy import Held
-from polyak._tensors import complex_of
 from polyak.offline import _summation as summation
 from polyak.offline import average, greedy_soup
 from polyak.offline._combination import Combination

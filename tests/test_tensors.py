@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak import _tensors as tensors
+from polyak._dtypes import slot_dtype
 from polyak._engine.exchange import Exchange
+from polyak._parts import CHUNK_BYTES, Stages
 
 LAYOUTS = {
     "dense": lambda: torch.randn(6, 8),
@@ -118,7 +120,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_staged_weights_give_the_bits_of_converted_ones(dtype: torch.dtype, weights: str) -> None:
-    stages = tensors.Stages()
+    stages = Stages()
     wide = WEIGHTS[weights]()
     slots = [torch.randn(t.shape) if "other" in weights else torch.randn_like(t) for t in wide]
     for round_ in range(3):  # the first call makes the stage, the others use it again
@@ -132,7 +134,7 @@ def test_staged_weights_give_the_bits_of_converted_ones(dtype: torch.dtype, weig
 def test_staging_takes_two_operations_for_any_number_of_tensors(count: int) -> None:
     live = [torch.randn(64).bfloat16() for _ in range(count)]
     averages = [[torch.zeros(64) for _ in live] for _ in range(2)]
-    stages = tensors.Stages()
+    stages = Stages()
     tensors.lerp_all_(averages, live, [0.1, 0.2], stages)
     with Operations() as ran:
         tensors.lerp_all_(averages, live, [0.1, 0.2], stages)
@@ -141,17 +143,17 @@ def test_staging_takes_two_operations_for_any_number_of_tensors(count: int) -> N
 
 def test_staging_holds_one_chunk_and_allocates_nothing_again() -> None:
     live = [torch.randn(n).bfloat16() for n in (3, 1_000_000, 300_000, 2, 200_000)]
-    slots, stages = [torch.zeros(t.shape) for t in live], tensors.Stages()
+    slots, stages = [torch.zeros(t.shape) for t in live], Stages()
     with Operations() as first:
         tensors.lerp_all_([slots], live, [0.1], stages)
     with Operations() as second:
         tensors.lerp_all_([slots], live, [0.1], stages)
-    assert first.most_bytes == tensors.CHUNK_BYTES
+    assert first.most_bytes == CHUNK_BYTES
     assert second.most_bytes == 0
 
 
 def test_groups_of_one_kind_share_one_buffer() -> None:
-    stages = tensors.Stages()
+    stages = Stages()
     groups = [[torch.randn(n).bfloat16()] * 2 for n in (100, 300_000, 7)]
     slots = [[torch.zeros(t.shape) for t in live] for live in groups]
     for _ in range(2):  # the second group outgrows the buffer of the first
@@ -164,7 +166,7 @@ def test_groups_of_one_kind_share_one_buffer() -> None:
             tensors.lerp_all_([slots[g]], live, [0.3], stages, g)
     assert again.most_bytes == 0
     held = {stage._buffer.data_ptr(): stage._buffer.nbytes for stage in stages._made.values()}
-    assert list(held.values()) == [tensors.CHUNK_BYTES]
+    assert list(held.values()) == [CHUNK_BYTES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,4 +225,4 @@ def test_combine_is_the_weighted_sum(weights: list[float]) -> None:
 def test_the_dtype_of_a_slot(
     dtype: torch.dtype, wanted: torch.dtype | None, slot: torch.dtype
 ) -> None:
-    assert tensors.slot_dtype(dtype, wanted) == slot
+    assert slot_dtype(dtype, wanted) == slot

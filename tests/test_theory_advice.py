@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from polyak.charts import advice_chart
 from polyak.cli import app
 from polyak.rules import Exponential
-from polyak.theory import Advice, advise, equivalents, learning_rates, profile, quadratic_moments
+from polyak.theory import (
+    CONVENTIONS,
+    Advice,
+    advise,
+    equivalents,
+    learning_rates,
+    profile,
+    quadratic_moments,
+)
 from polyak.theory import _advice as model
 
 STEPS = 2000
@@ -166,8 +174,10 @@ def test_the_command_prints_the_advice_and_the_peers_calls_of_an_average_that_is
         advice = advise(400, schedule=schedule, batch=10)
         assert done.exit_code == 0, done.output
         assert done.stdout.startswith(str(advice)) and advice.worth == worth
-        calls = equivalents(advice.rule).values()
-        assert calls and all((call in done.stdout) == worth for call in calls)
+        calls = equivalents(advice.rule)
+        assert calls and all((call in done.stdout) == worth for call in calls.values())
+        used = [how for library, how in CONVENTIONS.items() if library in calls]
+        assert used and all((how in done.stdout) == worth for how in used)
     found = CliRunner().invoke(app, ["advise", *options, "--json"])
     assert json.loads(found.stdout) == json.loads(json.dumps(advice.as_dict()))
 

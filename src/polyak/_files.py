@@ -2,37 +2,24 @@
 
 Content is written under a hidden name beside its place, forced to the disk, and then renamed. A
 process that is killed at any moment leaves the last complete file, or none, and its hidden file.
-
-The next write into that folder from the same host removes the hidden file, unless a process still
-has it open. A lock tells that. Another host may not see the lock (on NFS a folder's lock is local),
-so what another host left is removed after a day. Where a file system has no locks, it stays.
-
-Windows has no locks of folders. What a killed process left of a folder is removed there after a day.
+`_unfinished` says when that is removed.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
-import secrets
 import shutil
-import socket
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 from polyak import _system as system
+from polyak._unfinished import beside, new_file, new_folder, remove, remove_abandoned
 
-_PART = re.compile(r"\..+\.([0-9a-f]{6})[0-9a-f]{10}\.part", re.DOTALL)
-_HERE = sha256(socket.gethostname().encode()).hexdigest()[:6]
-_DAY = 86_400.0
-_NAME_BYTES = 100  # of the place's name in a hidden name, so that this fits wherever that does
 # Errors of a write, which name no file.
 _UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -69,11 +56,11 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     place, before = _target(path)
     if before is not None and stat.S_ISDIR(before.st_mode):
         raise IsADirectoryError(f"{path} is a folder, wanted the name of a file")
-    part = _beside(place, "part")
+    part = beside(place, "part")
     # Others must not read the new content through a hidden file of wider permissions.
-    opener = partial(_new_file, mode=0o666 if before is None else 0o600)
+    opener = partial(new_file, mode=0o666 if before is None else 0o600)
     with making_folder(place.parent):
-        _remove_abandoned(place.parent)
+        remove_abandoned(place.parent)
         try:  # from before there is a file on: Ctrl-C may come at any moment
             with naming(path, part):
                 with open(part, "w+b", opener=opener) as file:
@@ -104,11 +91,11 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
     path = Path(path)
     refuse_existing(path, overwrite)
     place, before = _target(path)
-    part = _beside(place, "part")
+    part = beside(place, "part")
     with making_folder(place.parent):
-        _remove_abandoned(place.parent)
+        remove_abandoned(place.parent)
         try:
-            with naming(path, part), _new_folder(part) as handle:
+            with naming(path, part), new_folder(part) as handle:
                 yield part
                 for each in sorted(part.rglob("*"), reverse=True):
                     if not each.is_symlink() and (each.is_file() or each.is_dir()):
@@ -196,85 +183,6 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     return place, place.stat()  # an open file that was removed has a link in /proc, and no place
 
 
-def _new_file(part: str, flags: int, *, mode: int) -> int:
-    """The handle of a new hidden file, locked."""
-    while True:
-        handle = os.open(part, flags | system.NEW, mode)
-        if _is_kept(handle):
-            return handle
-
-
-@contextmanager
-def _new_folder(part: Path) -> Iterator[int | None]:
-    """The handle of a new hidden folder, locked; None where folders have none."""
-    if system.WINDOWS:
-        part.mkdir()
-        yield None
-        return
-    while True:
-        part.mkdir()
-        with suppress(FileNotFoundError):
-            handle = os.open(part, system.READ)
-            if _is_kept(handle):
-                break
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _is_kept(handle: int) -> bool:
-    """Lock what is new; False if another process took it for abandoned before it was locked."""
-    try:
-        system.locked(handle, wait=True)
-        kept = os.fstat(handle).st_nlink > 0
-    except BaseException:
-        os.close(handle)
-        raise
-    if not kept:
-        os.close(handle)
-    return kept
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    """A hidden name in the same folder, never longer than the file system allows."""
-    name = os.fsencode(path.name)[:_NAME_BYTES].decode(errors="ignore")
-    return path.with_name(f".{name}.{_HERE}{secrets.token_hex(5)}.{suffix}")
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left in a folder, under any name: it may never be written again.
-
-    What a process of this host has open is locked, and stays.
-    """
-    with suppress(PermissionError):  # a folder may be open for writing only
-        for left in list(folder.iterdir()):
-            if named := _PART.fullmatch(left.name):
-                with suppress(OSError):
-                    if _may_be_abandoned(left, named[1]):
-                        _remove_unlocked(left)
-
-
-def _may_be_abandoned(path: Path, host: str) -> bool:
-    """Whether a lock can tell if a process still writes this, or else it is older than a day."""
-    told = host == _HERE and not (system.WINDOWS and path.is_dir())
-    return told or time.time() - path.lstat().st_mtime > _DAY
-
-
-def _remove_unlocked(path: Path) -> None:
-    """Remove a file or folder, unless someone has it locked or there are no locks (then `OSError`)."""
-    if system.WINDOWS:  # the system refuses to remove what is open
-        remove(path)
-        return
-    # NFS locks a file only for a process that may write it.
-    handle = os.open(path, system.READ if path.is_dir() else system.READ_WRITE)
-    try:
-        if system.locked(handle, missing=False):
-            remove(path)
-    finally:
-        os.close(handle)
-
-
 def _resemble(handle: int, before: os.stat_result) -> None:
     """Give what is new the owner and the permissions of what it replaces, as far as that is allowed."""
     if not hasattr(os, "fchown"):  # Windows: what is new has the permissions of its folder
@@ -346,7 +254,7 @@ def _place_folder(part: Path, place: Path, overwrite: bool) -> None:
 def _replace_in_two_steps(part: Path, place: Path) -> None:
     """A process that is killed in between leaves the old folder whole, under a hidden name."""
     while True:
-        aside = _beside(place, "old")
+        aside = beside(place, "old")
         with suppress(FileNotFoundError):  # another process may have put it aside
             place.rename(aside)
         try:
@@ -375,14 +283,6 @@ def _rename(part: Path, place: Path, flag: int) -> bool:
 
 def _exists_by_now(place: Path) -> FileExistsError:
     return FileExistsError(f"{place} exists by now: another process wrote it; it is not replaced")
-
-
-def remove(path: Path) -> None:
-    """Remove as much as possible: another process may be doing the same, and what is left goes later."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

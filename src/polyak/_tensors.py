@@ -6,99 +6,24 @@ operations are elementwise, so the layout, shape and device of a tensor never ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Kind = tuple[torch.dtype, torch.device]
+from polyak._dtypes import Kind, kind
+from polyak._parts import DEVICE_CHUNK_BYTES, Stages, chunk_length, parts
+
 Groups = list[list[Tensor]]
 Lerps = list[tuple[list[Tensor], float]]
 """Lists of slots, each with the fraction by which it moves."""
 
-CHUNK_BYTES = 1 << 20
-"""The most bytes of a temporary tensor on a CPU: it stays in the cache, and nobody notices it."""
-
-DEVICE_CHUNK_BYTES = 1 << 25
-"""The same on other devices, where one call costs as much as moving some hundred KiB."""
 
 SHARED_BYTES = 1 << 22
 """The bytes of weights that are moved into every average before the next weights are read."""
 
 FEW = 8
 """Up to this many tensors, one call for all averages costs less than a call for each average."""
-
-
-def chunk_length(tensors: Sequence[Tensor], *, temporaries: int = 1) -> int:
-    """The most elements of a part, so that its temporaries fit into one chunk."""
-    size = DEVICE_CHUNK_BYTES if any(t.device.type != "cpu" for t in tensors) else CHUNK_BYTES
-    return size // temporaries // max(t.element_size() for t in tensors)
-
-
-def kind(tensor: Tensor) -> Kind:
-    """Dtype and device: one foreach call can update tensors that agree in both."""
-    return tensor.dtype, tensor.device
-
-
-def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of the average of weights: `wanted`, or float32 if `dtype` is narrower than that.
-
-    Complex averages are complex64 at least: torch has no `lerp` of narrower ones. A bfloat16 average with decay .999 never moves: half a unit in its last place is more than a step.
-
-    >>> slot_dtype(torch.bfloat16, None), slot_dtype(torch.complex64, torch.float64)
-    (torch.float32, torch.complex128)
-    """
-    if dtype.is_complex:
-        wide = dtype if wanted is None else complex_of(wanted)
-        return wide if wide.itemsize >= 8 else torch.complex64
-    return wanted or (torch.float32 if dtype.itemsize < 4 else dtype)
-
-
-def complex_of(dtype: torch.dtype) -> torch.dtype:
-    """The complex dtype of such parts; complex64 for bfloat16, whose own lacks arithmetic in torch 2.14."""
-    return torch.complex64 if dtype == torch.bfloat16 else dtype.to_complex()
-
-
-def refuse_wrapper(name: str, tensor: Tensor) -> None:
-    """Raise `ValueError` for a tensor whose class does its own arithmetic, as quantized weights do.
-
-    The content of a class with `__torch_dispatch__` is in tensors that it wraps, not in its own memory.
-    A mean of them is not the mean of the weights, and a file cannot hold them.
-    """
-    kind = type(tensor)
-    if is_wrapper(tensor):
-        raise ValueError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}, a tensor class with arithmetic of its "
-            "own (__torch_dispatch__); wanted plain weights: average them before they are quantized "
-            "or wrapped, or leave the tensor out with `select`"
-        )
-
-
-def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor's class does its own arithmetic (`__torch_dispatch__`)."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without its module: "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def can_hold(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype can hold all values of another."""
-    try:
-        return torch.promote_types(other, dtype) == dtype
-    except RuntimeError:  # torch does not promote 8-bit floating-point dtypes
-        return False
-
-
-def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
-    """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.
-
-    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN.
-    lerp and not multiply and add: a constant input then stays the same, bit for bit.
-    """
-    lerp_all_([slots], live, [fraction])
 
 
 class Journal:
@@ -163,6 +88,15 @@ Copies = list[tuple[list[Tensor], list[Tensor]]]
 def _copy_all_(copies: Copies) -> None:
     for tensors, contents in copies:
         torch._foreach_copy_(tensors, contents)
+
+
+def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
+    """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.
+
+    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN.
+    lerp and not multiply and add: a constant input then stays the same, bit for bit.
+    """
+    lerp_all_([slots], live, [fraction])
 
 
 def lerp_all_(
@@ -258,113 +192,6 @@ def _lerp_staged_(
                 _lerp_alike_(slots, weights, fraction, journal)
 
 
-class Stage:
-    """A reused buffer in which weights take on the dtype and device of their slots, part by part.
-
-    A `.to` for each tensor is a Python call and an allocation for each. One foreach copy of many
-    tensors, into views that are made once, takes a third of the time. A part has at most `length`
-    elements. All weights and slots have the shapes of `slots`; their layouts may differ.
-    """
-
-    @torch.inference_mode(False)
-    def __init__(self, slots: list[Tensor], length: int, buffer: Tensor) -> None:
-        numels = [slot.numel() for slot in slots]
-        self._length, self._buffer = length, buffer
-        self._runs = [(*run, self._views(slots[slice(*run)])) for run in _runs(numels, length)]
-
-    def parts(
-        self, live: list[Tensor], columns: list[list[Tensor]]
-    ) -> Iterator[list[list[Tensor]]]:
-        """Converted weights, then the slots of each column beside them. The next part overwrites."""
-        for start, stop, views in self._runs:
-            rows = [column[start:stop] for column in columns]
-            if views:
-                torch._foreach_copy_(views, live[start:stop])
-                yield [views, *rows]
-            else:
-                for piece, *slots in _pieces(
-                    [live[start], *(row[0] for row in rows)], self._length
-                ):
-                    yield [[self._converted(piece)], *([slot] for slot in slots)]
-
-    def _views(self, slots: list[Tensor]) -> list[Tensor]:
-        """The buffer divided into views like the slots; none where a single slot exceeds it."""
-        if slots[0].numel() > self._length:
-            return []
-        views, start = [], 0
-        for slot in slots:
-            flat = self._buffer[start : start + slot.numel()]
-            # With the slot's own strides, copy and lerp run through memory in order.
-            strided = not slot.is_contiguous() and _flat(slot) is not None
-            size = slot.size()
-            views.append(flat.as_strided(size, slot.stride()) if strided else flat.view(size))
-            start += slot.numel()
-        return views
-
-    def _converted(self, piece: Tensor) -> Tensor:
-        if piece.numel() > self._length:  # a long tensor with another layout than its slot
-            return piece.to(self._buffer.device, self._buffer.dtype)
-        # Not `copy_`: from float32 to float16 it takes a negative view (`_neg_view`) for what is stored.
-        part = self._buffer[: piece.numel()]
-        torch._foreach_copy_([part], [piece])
-        return part
-
-
-class Stages:
-    """The stages of a model's groups, made when first needed. Slots of one kind share one buffer."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, Kind], Stage] = {}
-        self._buffers: dict[Kind, Tensor] = {}
-
-    def of(self, group: int, slots: list[Tensor], length: int) -> Stage:
-        """The stage for the slots of a group, whose parts have at most `length` elements."""
-        key = group, kind(slots[0])
-        if key not in self._made:
-            self._made[key] = Stage(slots, length, self._buffer(slots, length))
-        return self._made[key]
-
-    @torch.inference_mode(False)
-    def _buffer(self, slots: list[Tensor], length: int) -> Tensor:
-        wanted, (dtype, device) = min(length, sum(map(Tensor.numel, slots))), kind(slots[0])
-        held = self._buffers.get((dtype, device))
-        if held is None or held.numel() < wanted:
-            held = torch.empty(wanted, dtype=dtype, device=device)
-            self._buffers[dtype, device] = held
-            # Stages of other groups would keep the smaller buffer alive: they are made anew.
-            self._made = {key: stage for key, stage in self._made.items() if key[1] != kind(held)}
-        return held
-
-
-def _runs(numels: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
-    """Ranges of tensors with at most `length` elements together; a longer tensor is alone."""
-    start = elements = 0
-    for i, numel in enumerate(numels):
-        if i > start and elements + numel > length:
-            yield start, i
-            start, elements = i, 0
-        elements += numel
-    yield start, len(numels)
-
-
-def parts(lists: list[list[Tensor]], length: int) -> Iterator[list[list[Tensor]]]:
-    """Cuts parallel lists of tensors into parts of at most `length` elements, where layouts allow."""
-    gathered: list[tuple[Tensor, ...]] = []
-    elements = 0
-    for row in zip(*lists, strict=True):
-        numel = row[0].numel()
-        if gathered and elements + numel > length:
-            yield [list(column) for column in zip(*gathered, strict=True)]
-            gathered, elements = [], 0
-        if numel > length:
-            yield from ([[piece] for piece in pieces] for pieces in _pieces(row, length))
-        else:
-            gathered.append(row)
-            elements += numel
-    if gathered:
-        yield [list(column) for column in zip(*gathered, strict=True)]
-
-
 @torch.no_grad()
 def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None:
     """`out <- sum of coefficient * tensor`, for coefficients that sum to 1.
@@ -457,19 +284,3 @@ def set_versions(tensors: Sequence[Tensor], wanted: Sequence[int]) -> None:
 
 # torch 2.6 takes one tensor; all versions since 2.7 take several.
 _ONE_AT_A_TIME = "arg0: torch.Tensor" in str(torch._C._autograd._unsafe_set_version_counter.__doc__)
-
-
-def _pieces(row: Sequence[Tensor], length: int) -> Iterator[tuple[Tensor, ...]]:
-    """Views that cover tensors of one shape in step; the whole tensors where layouts differ."""
-    flat = [_flat(tensor) for tensor in row]
-    if any(f is None for f in flat) or len({t.stride() for t in row}) > 1:
-        yield tuple(row)
-        return
-    yield from zip(*(torch.split(f, length) for f in flat if f is not None), strict=True)
-
-
-def _flat(tensor: Tensor) -> Tensor | None:
-    """A one-dimensional view in memory order, or None if elements overlap or leave gaps."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    ordered = tensor.permute(order)
-    return ordered.view(-1) if ordered.is_contiguous() else None

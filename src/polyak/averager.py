@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from polyak import _tensors as tensors
 from polyak._checks import require, require_positive
+from polyak._dtypes import slot_dtype
 from polyak._engine import changes, copying, lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.live import ModelTensors
@@ -525,7 +526,7 @@ class Averager:
         place = None if device is None else torch.device(device)
         self._refuse_sharded(place, "allow")
         rounding, averages = self._options["rounding"], list(self._averages.values())
-        dtypes = {tensors.slot_dtype(i.local().dtype, dtype) for i in self._live.averaged}
+        dtypes = {slot_dtype(i.local().dtype, dtype) for i in self._live.averaged}
         require_rounding(rounding, dtypes if dtype else set())
         new = changes.moved(self._live, averages, self._updating, dtype, place)
         given = {"dtype": dtype, "device": place}

@@ -8,27 +8,25 @@ not wanted, use `Averager`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyak._checks import difference, report, require_count
+from polyak._checks import difference, report, require, require_count
 from polyak._engine.live import ModelTensors
-from polyak._engine.memory import identity, overlap
 from polyak._engine.moving import Motion, Move, undisturbed
 from polyak._engine.policies import Choose
+from polyak._engine.second import ChooseByName, WideSlots, second
 from polyak._engine.slots import Average
-from polyak._engine.tracking import Policy, Tracked, averageable, track
-from polyak._tensors import Groups, slot_dtype
+from polyak._engine.tracking import Policy, averageable, track
+from polyak._tensors import Groups
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 
-_MOST_CALLS = 2**53
-"""Above it, a float no longer tells a call from the next."""
+_MOST_CALLS = 2**53  # above it, a float does not tell a call from the next
 
 Copies = list[tuple[Tensor, Tensor]]
 """Tensors of `ema_model`, and what they take from the model."""
@@ -66,9 +64,8 @@ class EMA(nn.Module):
     >>> round(ema.get_current_decay(), 4), list(ema.state_dict())[:3]
     (0.5193, ['initted', 'step', 'online_model.weight'])
 
-    Raises `ValueError` for options out of range, for names that match nothing, and for tensors that
-    share memory; `TypeError` unless model is a module; `RuntimeError` for a model that cannot be
-    copied.
+    Raises `ValueError` for options out of range, names that match nothing and models that share
+    memory; `TypeError` unless model is a module; `RuntimeError` if it cannot be copied.
     Source: the founding article, section 2; ema-pytorch (MIT), whose file layout it shares.
     """
 
@@ -97,27 +94,19 @@ class EMA(nn.Module):
         self.update_every = require_count("EMA update_every", update_every, "calls per update")
         self.include_online_model = include_online_model
         self.online_model = model if include_online_model else [model]
-        choice = _Choose(
-            _names("param_or_buffer_names_no_ema", param_or_buffer_names_no_ema),
-            _names("ignore_names", ignore_names),
-            _names("ignore_startswith_names", ignore_startswith_names),
-        )
+        choice = ChooseByName(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
         self._live = ModelTensors(model, choice)
-        self.ema_model = _copied(self._live, model) if ema_model is None else _given(ema_model)
-        policies = {name: item.policy for item in self._live.tracked for name in item.names}
-        self._carrier = ModelTensors(self.ema_model, _ChooseAlike(policies), like=self._live)
-        _require_second(self._live, self._carrier)
-        self.ema_model.requires_grad_(False).eval()
+        self.ema_model, self._carrier = second(self._live, model, ema_model)
         self.register_buffer("initted", torch.tensor([0.0]))
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
         self._loaded: dict[str, Tensor] = {}
-        self._rounded: dict[str, Tensor] = {}
+        self._wide = WideSlots(self._live, self._carrier)
         self._average = Average(self.rule)
         self._bind()
         self.register_state_dict_post_hook(_save_slots)
         self.register_load_state_dict_pre_hook(_read_state)
-        self.register_load_state_dict_post_hook(_take_over)
+        self.register_load_state_dict_post_hook(EMA._resume)
 
     @property
     def model(self) -> nn.Module:
@@ -209,10 +198,7 @@ class EMA(nn.Module):
         policies: Sequence[Policy],
         end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Moves slots, copies tensors of these policies, and calls `end`: all of it or nothing.
-
-        Without policies, it does nothing but `end`.
-        """
+        """Moves slots, copies tensors of these policies if any, calls `end`: all of it or nothing."""
         groups = self._follow() if policies else []
         copies = [pair for policy in policies for pair in self._copies(policy)]
         before, motion = self._average.tick, None
@@ -237,9 +223,7 @@ class EMA(nn.Module):
         """What follows the moves: copies, and float32 slots rounded into the narrow weights."""
         for tensor, content in copies:
             tensor.copy_(content)
-        for item in self._carrier.averaged if self._rounded else ():
-            if item.name in self._rounded:
-                item.local().data.copy_(self._rounded[item.name])
+        self._wide.round_()
         end()
 
     def _copies(self, policy: Policy) -> Copies:
@@ -266,23 +250,12 @@ class EMA(nn.Module):
         self._carrier.check("EMA ema_model")
         self._bind()
 
-    @torch.no_grad()
     def _bind(self) -> None:
-        """Makes the tensors of `ema_model` the slots; beside a narrow one there is a float32 slot."""
-        slots, rounded = [], {}
-        for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
-            tensor = carried.local()
-            dtype = slot_dtype(live.local().dtype, None)
-            if tensor.dtype == dtype:
-                slots.append(tensor)
-            else:
-                slots.append(_wide(tensor, dtype, self._rounded.get(carried.name)))
-                rounded[carried.name] = slots[-1]
-        self._average.adopt(AVERAGE, slots)
-        self._rounded, self._bound = rounded, self._carrier.generation
+        self._average.adopt(AVERAGE, self._wide.look_up())
+        self._bound = self._carrier.generation
 
     @torch.no_grad()
-    def _resume(self) -> None:
+    def _resume(self, _: object) -> None:
         """Sets the clock by the counters that were loaded, and takes float32 slots from the file."""
         self._calls, self._initted = int(self.step), bool(self.initted)
         self.rule = replace(self.rule, first_copy=not self._initted)
@@ -291,125 +264,15 @@ class EMA(nn.Module):
         last = (turns - 1) * self.update_every + 1 if turns else 0
         self._average.tick = Tick(turns, float(last), float(self.update_every))
         self._adopt()
-        for key, slot in self._slot_keys():
+        for key, slot in self._wide.keys(self.ema_model):
             if key in self._loaded and self._loaded[key].shape == slot.shape:
                 slot.copy_(self._loaded[key])
         self._loaded = {}
 
-    def _slot_keys(self) -> Iterator[tuple[str, Tensor]]:
-        """The keys of `ema_model.state_dict()` that have a float32 slot, with that slot."""
-        slots = {
-            id(item.local()): self._rounded[item.name]
-            for item in self._carrier.averaged
-            if item.name in self._rounded
-        }
-        for key, tensor in self.ema_model.state_dict(keep_vars=True).items():
-            if id(tensor) in slots:
-                yield key, slots[id(tensor)]
-
-
-def _given(ema_model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    return ema_model if isinstance(ema_model, nn.Module) else ema_model()
-
-
-def _copied(live: ModelTensors, model: nn.Module) -> nn.Module:
-    """A copy of the model, in which tied tensors are tied.
-
-    `deepcopy` copies each of two Parameters on one storage by itself, so they are copied first.
-    """
-    copies: dict[int, Any] = {}
-    try:
-        for item in live.tracked:
-            first, *others = (entry.found() for entry in item.entries)
-            for other in others:
-                if id(other) not in copies and other is not first:
-                    copies[id(other)] = _alias(deepcopy(first, copies), other)
-        return deepcopy(model, copies)
-    except Exception as error:
-        raise RuntimeError(
-            f"EMA: {type(model).__name__} cannot be copied ({error}); build a second one and give "
-            "it as ema_model=, or use polyak.Averager, which needs no copy"
-        ) from error
-
-
-def _alias(tensor: Tensor, like: Tensor) -> Tensor:
-    """A second tensor on the memory of the first: a Parameter or a plain tensor, as `like` is."""
-    if isinstance(like, nn.Parameter):
-        return nn.Parameter(tensor.detach(), like.requires_grad)
-    return tensor.detach()
-
-
-def _require_second(live: ModelTensors, carrier: ModelTensors) -> None:
-    """Raises `ValueError` if the two models share memory."""
-    taken = {identity(item.found()) for item in live.tracked}
-    shared = [item.name for item in carrier.tracked if identity(item.found()) in taken]
-    stored = [(item.name, item.found()) for item in (*live.stored(), *carrier.stored())]
-    shared = shared or list(overlap(stored) or ())
-    if shared:
-        raise ValueError(f"EMA ema_model shares {shared[0]} with the model, wanted a second module")
-
-
-@torch.inference_mode(False)
-def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
-    """A wide slot for a narrow tensor: the last one, unless the narrow tensor was changed since."""
-    if before is not None and torch.equal(before.to(narrow.device, narrow.dtype), narrow):
-        return before.to(narrow.device, dtype)
-    return narrow.to(dtype)
-
-
-@dataclass(frozen=True)
-class _Choose:
-    """The article's choice: all floating-point tensors are averaged, buffers too.
-
-    `copied` are names, `ignored` names and `prefixes` beginnings of names. Raises `ValueError` for
-    those that match nothing.
-    """
-
-    copied: frozenset[str]
-    ignored: frozenset[str]
-    prefixes: frozenset[str]
-
-    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
-        names = [name for item in found for name in item.names]
-        idle = self.ignored.difference(names)
-        idle |= {p for p in self.prefixes if not any(name.startswith(p) for name in names)}
-        if idle:
-            raise ValueError(f"EMA ignores {sorted(idle)}, which match no tensor of the model")
-        if idle := self.copied.difference(names):
-            wanted = "which match no tensor"
-            raise ValueError(f"EMA param_or_buffer_names_no_ema has {sorted(idle)}, {wanted}")
-        return [self._choose(item) for item in found]
-
-    def _choose(self, item: Tracked) -> tuple[Policy, str]:
-        prefixes = tuple(self.prefixes)
-        if any(name in self.ignored or name.startswith(prefixes) for name in item.names):
-            return "skip", "ignored"
-        if not self.copied.isdisjoint(item.names):
-            return "copy", "by its name"
-        return ("average" if averageable(item.local()) else "copy"), item.kind
-
-
-@dataclass(frozen=True)
-class _ChooseAlike:
-    """The policies of the live model, name by name, for the module that carries the average."""
-
-    policies: Mapping[str, Policy]
-
-    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
-        alike = "as in the live model"
-        return [(self.policies.get(item.name, "average"), alike) for item in found]
-
-
-def _names(option: str, names: Collection[str]) -> frozenset[str]:
-    """The names given to an option; raises `TypeError` for a lone string or what is not a name."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"EMA {option} is {names!r}, wanted a collection of names")
-    return frozenset(names)
-
 
 def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Puts float32 averages into a state dict, under the keys of the narrow weights."""
-    for key, slot in module._slot_keys():
+    """Put float32 averages into a state dict, under the keys of the narrow weights."""
+    for key, slot in module._wide.keys(module.ema_model):
         state[f"{prefix}ema_model.{key}"] = slot.detach()
 
 
@@ -422,21 +285,13 @@ def _read_state(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) 
         if prefix + name in state:
             _require_counter(prefix + name, state[prefix + name], most)
             state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
-    keys = {key: f"{prefix}ema_model.{key}" for key, _ in module._slot_keys()}
+    keys = {key: f"{prefix}ema_model.{key}" for key, _ in module._wide.keys(module.ema_model)}
     module._loaded = {key: state[long] for key, long in keys.items() if long in state}
 
 
 def _require_counter(key: str, value: object, most: int) -> None:
     """Raises `ValueError` unless a counter of a state is one integer from 0 to `most`."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
-    if (
-        isinstance(number, complex)
-        or number is None
-        or not (0 <= number <= most and number % 1 == 0)
-    ):
-        shown = value if number is None else number
-        raise ValueError(f"EMA: {key} is {shown!r}, wanted a tensor of one integer, 0 to {most}")
-
-
-def _take_over(module: EMA, _: object) -> None:
-    module._resume()
+    holds = isinstance(number, int | float) and 0 <= number <= most and number % 1 == 0
+    shown = value if number is None else number
+    require(holds, f"EMA: {key}", shown, f"a tensor of one integer, 0 to {most}")

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from polyak._checks import as_number, is_number, report
+from polyak._checks import report
 from polyak._engine import lending, signals
-from polyak._engine.tracking import STATISTICS, walk
+from polyak._engine.tracking import STATISTICS
+from polyak._norm_statistics import Norm, find_norms
 from polyak._ranks.agreement import agree, together
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["names", "recalibrate", "statistics"]
 
 Call = Callable[[nn.Module, Any], object]
-
-_COUNTER = "num_batches_tracked"
-# A value that every float dtype holds exactly, and that the variances of all channels never have at
-# once: a norm that still has it after a batch has not updated its statistics.
-_UNMOVED = 95 / 128
 
 
 def recalibrate(
@@ -91,7 +86,7 @@ def recalibrate(
     """
     with _together(group):
         _require_arguments(model, batches)
-        norms = [_Norm(name, module) for name, module in _find(model)]
+        norms = [Norm(name, module) for name, module in find_norms(model)]
     if group is not None:
         shapes = {norm.label: tuple(norm.buffers["running_mean"].shape) for norm in norms}
         agree("recalibrate", shapes, group, "give all ranks the same model")
@@ -119,7 +114,7 @@ def names(model: nn.Module) -> list[str]:
     >>> names(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LayerNorm(3)))
     ['1']
     """
-    return [name for name, _ in _find(model)]
+    return [name for name, _ in find_norms(model)]
 
 
 def statistics(names: Iterable[str]) -> list[str]:
@@ -142,13 +137,12 @@ def _together(group: ProcessGroup | None) -> AbstractContextManager[object]:
 
 
 def _estimate(
-    model: nn.Module, norms: list[_Norm], batches: Iterable[tuple[int, Any]], call: Call
+    model: nn.Module, norms: list[Norm], batches: Iterable[tuple[int, Any]], call: Call
 ) -> None:
     """Run the model on numbered batches, so that every norm has the mean of its statistics."""
     with _training(model, norms) as called:
-        # A mark, by which a norm is found that does not update its statistics.
         for norm in norms:
-            norm.write(dict.fromkeys(norm.buffers, torch.tensor(_UNMOVED)))
+            norm.mark()
         for number, batch in batches:
             _run(call, model, batch, number)
             for norm in called:
@@ -172,95 +166,8 @@ def _require_arguments(model: object, batches: object) -> None:
         )
 
 
-def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The norms to estimate, each once, by canonical name."""
-    seen: set[int] = set()
-    for prefix, module in walk(model, ""):
-        if id(module) not in seen and _is_norm(module):
-            yield prefix.removesuffix("."), module
-        seen.add(id(module))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    buffers = dict(module.named_buffers(recurse=False))
-    momentum = getattr(module, "momentum", "none")
-    return (
-        all(leaf in buffers for leaf in STATISTICS)
-        and (momentum is None or is_number(as_number(momentum)))
-        and bool(getattr(module, "track_running_stats", True))
-    )
-
-
-class _Norm:
-    """A norm, its statistics before, and the mean of its batches' statistics so far."""
-
-    def __init__(self, name: str, module: Any) -> None:
-        self.label = f"{name or 'the model'} ({type(module).__name__})"
-        self.module, self.momentum, self.calls = module, module.momentum, 0
-        held = dict(module.named_buffers(recurse=False))
-        self.buffers = {leaf: held[leaf] for leaf in (*STATISTICS, _COUNTER) if leaf in held}
-        if any(is_lazy(buffer) or buffer.is_meta for buffer in self.buffers.values()):
-            raise ValueError(
-                f"{self.label} has no content yet (a lazy module, or the meta device): run a "
-                "forward pass or load the model's weights first"
-            )
-        self.before = {leaf: buffer.clone() for leaf, buffer in self.buffers.items()}
-        # At least float32: in bfloat16 the share of the 500th batch would be rounded away.
-        self._means = [
-            torch.zeros_like(held[leaf], dtype=torch.promote_types(held[leaf].dtype, torch.float32))
-            for leaf in STATISTICS
-        ]
-
-    def take(self, called: list[_Norm], module: nn.Module, *_: object) -> None:
-        """A forward hook: add the statistics of a batch, which a momentum of 1 has written to the buffers."""
-        if module is not self.module:
-            raise ValueError(
-                f"a copy of {self.label} was called, as DataParallel makes them: give the module that "
-                "it wraps, model.module"
-            )
-        called.append(self)
-        self.calls += 1
-        for mean, leaf in zip(self._means, STATISTICS, strict=True):
-            mean.lerp_(module.get_buffer(leaf).to(mean.dtype), 1 / self.calls)
-
-    def check(self, number: int) -> None:
-        """Raise unless a batch left finite statistics, and left any. `number` is the batch's."""
-        if not all(bool(mean.isfinite().all()) for mean in self._means):
-            raise FloatingPointError(
-                f"the statistics of {self.label} in batch {number} are not finite: check that batch "
-                "and the weights"
-            )
-        if bool((self._means[1] == _UNMOVED).all()):
-            raise ValueError(
-                f"{self.label} kept its running statistics in batch {number}, wanted "
-                "running <- (1 - momentum) running + momentum batch, with the momentum of 1 that "
-                "was set; if the norm is frozen, set its track_running_stats = False"
-            )
-
-    def pool(self, group: ProcessGroup) -> None:
-        """Combine the calls of all ranks: `mean = sum of calls * mean / sum of calls`."""
-        # In float64, since the sum over ranks would round float32 means in an order of its own.
-        sums = [self.calls * mean.double() for mean in self._means]
-        calls = sums[0].new_tensor(self.calls)
-        for each in (*sums, calls):
-            torch.distributed.all_reduce(each, group=group)
-        self.calls = int(calls)
-        for mean, total in zip(self._means, sums, strict=True):
-            mean.copy_(total / self.calls)
-
-    def estimate(self) -> dict[str, Tensor]:
-        """The new content of the norm's buffers."""
-        contents = (*self._means, torch.tensor(self.calls))
-        return dict(zip((*STATISTICS, _COUNTER), contents, strict=True))
-
-    def write(self, contents: Mapping[str, Tensor]) -> None:
-        """Write in place; where a norm has replaced its buffer, put the first one back."""
-        for leaf, buffer in self.buffers.items():
-            self.module._buffers[leaf] = buffer.copy_(contents[leaf])
-
-
 @contextmanager
-def _statistics_kept(norms: list[_Norm]) -> Iterator[None]:
+def _statistics_kept(norms: list[Norm]) -> Iterator[None]:
     """Restore the statistics if the block raises."""
 
     def put_back() -> None:
@@ -275,10 +182,10 @@ def _statistics_kept(norms: list[_Norm]) -> Iterator[None]:
 
 
 @contextmanager
-def _training(model: nn.Module, norms: list[_Norm]) -> Iterator[list[_Norm]]:
+def _training(model: nn.Module, norms: list[Norm]) -> Iterator[list[Norm]]:
     """Set only the norms to train mode, with a momentum of 1; they add themselves to a list when called."""
     flags = [(module, module.training) for module in model.modules()]
-    called: list[_Norm] = []
+    called: list[Norm] = []
     handles: list[Any] = []
 
     def put_back() -> None:
@@ -358,7 +265,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _require_reached(norms: list[_Norm]) -> None:
+def _require_reached(norms: list[Norm]) -> None:
     if missed := [norm.label for norm in norms if not norm.calls]:
         title = (
             "no batch reached these norms: if they run in train mode only, set `training` of their "

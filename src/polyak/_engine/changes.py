@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak import _tensors as tensors
 from polyak._checks import difference, report, require_count
+from polyak._dtypes import slot_dtype
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import COMPENSATION, Average, tick_data
 from polyak._engine.tracking import Tracked
@@ -167,7 +167,7 @@ def moved(
 def _moved(
     live: ModelTensors, slots: list[Tensor], dtype: torch.dtype | None, device: torch.device | None
 ) -> list[Tensor]:
-    dtypes = [tensors.slot_dtype(i.local().dtype, dtype) for i in live.averaged]
+    dtypes = [slot_dtype(i.local().dtype, dtype) for i in live.averaged]
     return [
         slot.to(device or slot.device, wide if dtype else slot.dtype)
         for slot, wide in zip(slots, dtypes, strict=True)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyak._tensors import chunk_length, clones, parts
+from polyak._parts import chunk_length, parts
+from polyak._tensors import clones
 
 _FAILURES = (RuntimeError, MemoryError)  # no memory, a tensor that cannot be written
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from polyak._checks import difference, listed, report
+from polyak._dtypes import Kind, kind
 from polyak._engine import lending
 from polyak._engine.inventory import Inventory
 from polyak._engine.tracking import Choice, Found, Source, Tracked, by_name, track
 from polyak._engine.watch import FORM, Watch
+from polyak._parts import Stages
 from polyak._ranks.sharding import Shape, is_distributed, reshard
-from polyak._tensors import Groups, Kind, Stages, kind
+from polyak._tensors import Groups
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

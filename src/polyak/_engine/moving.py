@@ -16,7 +16,8 @@ from polyak import _tensors as tensors
 from polyak._engine import lending, signals
 from polyak._engine.infinities import Infinities
 from polyak._engine.rounding import compensated_lerp_, stochastic_lerp_
-from polyak._tensors import Groups, Journal, Kept, Stages
+from polyak._parts import Stages, chunk_length, parts
+from polyak._tensors import Groups, Journal, Kept
 
 
 class Move(NamedTuple):
@@ -142,13 +143,13 @@ def _masked_move_(
     A fraction of 0 instead would make NaN of a NaN times 0.
     """
     here = ok.to(columns[0][0].device)
-    length = tensors.chunk_length([live[0], columns[0][0]], temporaries=3)
-    for weights, *parts in tensors.parts([live, *columns], length):
-        moved = [[tensor.clone() for tensor in part] for part in parts]
+    length = chunk_length([live[0], columns[0][0]], temporaries=3)
+    for weights, *rows in parts([live, *columns], length):
+        moved = [[tensor.clone() for tensor in row] for row in rows]
         _rounded_move_(fraction, moved, weights, generator, None)
         journal.copy_(
             [
-                (part, [torch.where(here, new, was) for new, was in zip(each, part, strict=True)])
-                for part, each in zip(parts, moved, strict=True)
+                (row, [torch.where(here, new, was) for new, was in zip(each, row, strict=True)])
+                for row, each in zip(rows, moved, strict=True)
             ]
         )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from polyak._engine.exchange import Exchange
 from polyak._engine.tracking import Entry, Tracked
+from polyak._parts import CHUNK_BYTES
 from polyak._ranks.sharding import local
-from polyak._tensors import CHUNK_BYTES
 
 
 class Pairs:

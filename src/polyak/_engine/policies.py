@@ -9,8 +9,8 @@ from typing import Literal, cast, get_args
 
 from torch import nn
 
+from polyak._dtypes import dtype_name, is_wrapper
 from polyak._engine.tracking import Policy, Tracked, averageable, is_statistic
-from polyak._tensors import dtype_name, is_wrapper
 
 Given = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy"] | Mapping[str, Given]

@@ -16,7 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from polyak._tensors import Journal, chunk_length, lerp_, parts
+from polyak._parts import chunk_length, parts
+from polyak._tensors import Journal, lerp_
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
 STOCHASTIC = (torch.bfloat16, torch.float16)

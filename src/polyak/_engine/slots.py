@@ -16,6 +16,7 @@ from polyak._contract import (
     checked_update,
     require_copy,
 )
+from polyak._dtypes import Kind, kind, slot_dtype
 from polyak._engine import lending
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
@@ -24,7 +25,7 @@ from polyak._engine.rounding import Rounding, seed, stalled
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec, spec_of
 from polyak._ranks.sharding import as_distributed
-from polyak._tensors import Groups, Kind, kind
+from polyak._tensors import Groups
 from polyak.rules import LIVE, START, Rule, Tick
 
 COMPENSATION = ".compensation"
@@ -279,7 +280,7 @@ class Average:
         ]
 
     def _dtype_of(self, item: Tracked) -> torch.dtype:
-        return tensors.slot_dtype(item.local().dtype, self._dtype)
+        return slot_dtype(item.local().dtype, self._dtype)
 
 
 def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:

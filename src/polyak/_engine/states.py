@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from polyak._checks import difference, is_integer, is_number, report
+from polyak._dtypes import can_hold
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._ranks.sharding import Layout, Shape, local, shape
-from polyak._tensors import can_hold
 from polyak.rules import START, Tick
 from polyak.specs import as_specs
 

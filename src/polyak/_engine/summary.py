@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from polyak._dtypes import dtype_name
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec
 from polyak._ranks.sharding import is_distributed, shape
 from polyak._shown import Table, Tabled
-from polyak._tensors import dtype_name
 
 WORTH_SAYING = 0.01
 

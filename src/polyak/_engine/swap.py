@@ -15,6 +15,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+from polyak._dtypes import Kind, kind
 from polyak._engine import lending, signals
 from polyak._engine.live import ModelTensors
 from polyak._engine.loans import Loan
@@ -25,7 +26,6 @@ from polyak._engine.updating import Updating
 from polyak._engine.watch import Places
 from polyak._ranks.agreement import Agreement, digest, together
 from polyak._ranks.replicas import gather_
-from polyak._tensors import Kind, kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from polyak._dtypes import refuse_wrapper
 from polyak._engine.memory import identity, is_freed, overlap, overlaps_itself
 from polyak._ranks.sharding import (
     Shape,
@@ -27,7 +28,6 @@ from polyak._ranks.sharding import (
     spread,
     stream,
 )
-from polyak._tensors import refuse_wrapper
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

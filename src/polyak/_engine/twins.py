@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from polyak._dtypes import kind
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked, inner
 from polyak._engine.updating import Updating
 from polyak._ranks.sharding import is_distributed
-from polyak._tensors import kind, versions
+from polyak._tensors import versions
 
 _PLAIN = (Tensor, nn.Parameter)
 

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polyak._checks import listed
+from polyak._dtypes import kind
 from polyak._ranks.agreement import agree, digest, together
 from polyak._ranks.sharding import rows_of_a_rank
-from polyak._tensors import kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,9 +48,8 @@ def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: Devi
     same = (both[: len(mine)] == ~both[len(mine) :]).tolist()
     differ = [name for name, each in zip(tensors, same, strict=True) if not each]
     if differ:
-        more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise RuntimeError(
-            f"{call}: the weights of the ranks have diverged, in {', '.join(differ[:8])}{more}: each "
+            f"{call}: the weights of the ranks have diverged, in {listed(differ)}: each "
             "rank averages some rows, so the average would be made of different models. Start all "
             "ranks with the same weights (DistributedDataParallel does that), and make the same "
             "optimizer steps on all of them"

@@ -9,8 +9,8 @@ from typing import Any
 from polyak._runs.tables import Row, numbers
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._peers.common import is_state
+from polyak.checkpoints._stored_tensor import StoredTensor
 from polyak.checkpoints._torch_files import is_torch, load
-from polyak.checkpoints._torch_objects import StoredTensor
 
 _DEPTH = 4
 

@@ -23,9 +23,9 @@ from polyak.checkpoints._looks import looks
 from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._pickles import no_collection
+from polyak.checkpoints._stored_tensor import StoredTensor
 from polyak.checkpoints._tar import FilesWithin, Member, span_of
 from polyak.checkpoints._torch_files import load, verify
-from polyak.checkpoints._torch_objects import StoredTensor
 
 _PICKLE = b"\x80"
 _DIMENSIONS = 8  # of a tensor in chunks: comparing corners takes 2^dimensions steps a chunk

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from polyak._checks import require
+from polyak._dtypes import dtype_name
 from polyak._engine.tracking import Tracked
 from polyak._files import refuse_existing
 from polyak._lazy import TensorSpec, joined, spec_of
 from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
-from polyak._tensors import dtype_name
 from polyak.averager import SLOT_DTYPES, Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
 from polyak.checkpoints._load import load

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak._checks import require, require_count
-from polyak._files import naming, remove, writing_folder
+from polyak._files import naming, writing_folder
 from polyak._ranks.agreement import agree, alone, chosen, raise_failures, rank_of, together
 from polyak._ranks.sharding import is_distributed
+from polyak._unfinished import remove
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._rank_checks import require_all_parts, require_stored_rightly

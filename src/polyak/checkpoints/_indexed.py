@@ -14,8 +14,8 @@ from polyak.checkpoints._looks import looks, refusal
 from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._open_folder import OpenFiles
 from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
+from polyak.checkpoints._stored_tensor import StoredTensor
 from polyak.checkpoints._torch_files import StoredTensors, is_torch, load, verify
-from polyak.checkpoints._torch_objects import StoredTensor
 
 _UNLISTED = "not in the index"
 _INDEX_BYTES = 100_000_000  # the safetensors library's own limit for a header

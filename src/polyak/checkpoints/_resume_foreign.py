@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from polyak._checks import difference, report, require_count
+from polyak._dtypes import can_hold
 from polyak._engine.slots import COMPENSATION, tick_data
 from polyak._engine.states import STATE_FORMAT
 from polyak._engine.tracking import Tracked
 from polyak._lazy import Held, LazyTensors, Renamed, TensorSpec
 from polyak._ranks.sharding import as_distributed, local
-from polyak._tensors import can_hold
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
 from polyak.checkpoints._local_parts import local_parts

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from polyak import _files as files
+from polyak._dtypes import refuse_wrapper
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
-from polyak._tensors import refuse_wrapper
 from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified
 from polyak.checkpoints._safetensor_headers import CODES, read_header
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polyak._dtypes import dtype_name
 from polyak._engine.slots import named
 from polyak._engine.states import as_tick
 from polyak._engine.tracking import Tracked
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, rank_of, together
 from polyak._ranks.sharding import require_whole
-from polyak._tensors import dtype_name
 from polyak.averager import Averager
 from polyak.checkpoints import _safetensor_files as tensorfile
 from polyak.checkpoints._folders import save_folder

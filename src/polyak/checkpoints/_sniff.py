@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
+from polyak._checks import listed
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._indexed import IndexedTensors
@@ -107,13 +108,15 @@ def _folder(path: Path) -> Source:
         files = sorted(path.glob(pattern))
         if _are_shards([file.name for file in files]):
             raise ValueError(
-                f"{path} holds parts of one model ({_listed(files)}) without their index: fetch or save it "
+                f"{path} holds parts of one model ({listed([file.name for file in files])}) without their index: fetch or save it "
                 "beside them (model.safetensors.index.json)"
             )
         if len(files) == 1:
             return _file(files[0])._replace(path=path)
         if files:
-            raise ValueError(f"{path} holds {_listed(files)}: read one of them")
+            raise ValueError(
+                f"{path} holds {listed([file.name for file in files])}: read one of them"
+            )
     raise ValueError(f"{path} {_contents(path, names)}")
 
 
@@ -123,14 +126,9 @@ def _are_shards(names: list[str]) -> bool:
     return bool(numbers) and all(number and int(number[1]) > 1 for number in numbers)
 
 
-def _listed(paths: list[Path], most: int = 8) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
-
-
 def _contents(path: Path, names: list[str]) -> str:
     """What to say of a folder that holds no weights itself."""
-    listed = ", ".join(names[:20]) or "nothing"
+    shown = ", ".join(names[:20]) or "nothing"
     folders = [path / name for name in names if (path / name).is_dir()]
     files = [
         path / name for name in names if _TORCH.search(name) and not BESIDE.search(Path(name).stem)
@@ -138,7 +136,7 @@ def _contents(path: Path, names: list[str]) -> str:
     parts = [each for each in (*files, *folders) if _RANK.search(each.name)]
     if len(parts) > 1:
         return (
-            f"holds parts of one model that several ranks or stages wrote ({_listed(parts)}): let their "
+            f"holds parts of one model that several ranks or stages wrote ({listed([part.name for part in parts])}): let their "
             "trainer merge them (DeepSpeed: run zero_to_fp32.py)"
         )
     if any((folder / ".zarray").exists() for folder in folders):
@@ -147,10 +145,10 @@ def _contents(path: Path, names: list[str]) -> str:
         return "is a checkpoint of Orbax (JAX): read it there, and save the weights as safetensors"
     if within := [folder for folder in folders if (folder / METADATA).exists()] or files:
         kind = "folders" if within[0].is_dir() else "files"
-        return f"is a folder that holds {listed}: read one of its {kind}, such as {within[-1]}"
+        return f"is a folder that holds {shown}: read one of its {kind}, such as {within[-1]}"
     if folders:
         return (
-            f"is a folder of folders ({listed}) without weights of its own: read one of them, such as "
+            f"is a folder of folders ({shown}) without weights of its own: read one of them, such as "
             f"{folders[-1]} (polyak.checkpoints.latest gives the last complete one)"
         )
     others = [path / name for name in names if Path(name).suffix not in _TEXTS]
@@ -158,7 +156,7 @@ def _contents(path: Path, names: list[str]) -> str:
         (f": {file.name} is {what}" for file in others if (what := looks(OpenFile(file)))), ""
     )
     return (
-        f"holds no weights ({listed}){told}; wanted a folder of torch.distributed.checkpoint, or one with "
+        f"holds no weights ({shown}){told}; wanted a folder of torch.distributed.checkpoint, or one with "
         "a file or an index of weights"
     )
 

@@ -22,7 +22,8 @@ from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints import _pickles as pickles
 from polyak.checkpoints._looks import archive_kind
 from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified, labelled
-from polyak.checkpoints._torch_objects import Objects, Storage, StoredTensor
+from polyak.checkpoints._stored_tensor import Storage, StoredTensor
+from polyak.checkpoints._torch_objects import Objects
 
 _ARCHIVE = b"PK\3\4"
 _PICKLE = b"\x80"

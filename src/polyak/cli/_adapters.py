@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from polyak.cli._options import Writing
+from polyak.cli._options import Writing, given
 from polyak.cli._output import note, print_json, print_table, say
-from polyak.cli._shares import Shares
+from polyak.cli._shares import Coefficients
 
 
 def concatenated(
     files: Sequence[Path],
-    shares: Shares,
+    rule: Coefficients,
+    elapsed: Sequence[float] | None,
     writing: Writing,
     others: Mapping[str, object],
     *,
     json: bool,
 ) -> None:
-    """Writes and prints one adapter made of several; `others` are options that do not go with it."""
+    """Write and print one adapter made of several; `others` are options that do not go with it."""
     from polyak import offline
 
-    if given := [f"--{name.strip('_')}" for name, value in others.items() if value is not None]:
-        raise ValueError(f"--lora is for whole adapters of PEFT: leave {', '.join(given)} out")
-    made = offline.concatenate(files, shares.of(len(files)), elapsed=shares.times(len(files)))
+    if typed := given(others):
+        raise ValueError(f"--lora is for whole adapters of PEFT: leave {typed} out")
+    made = offline.concatenate(files, rule, elapsed=elapsed)
     if (out := writing.place) is not None:
         made.write(out, overwrite=writing.force)
     terms = [

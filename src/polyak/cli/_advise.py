@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from polyak.cli._options import ChartFolder, Json
-from polyak.cli._output import print_json, save_chart, say
-
-if TYPE_CHECKING:
-    from polyak.theory import Advice
+from polyak.cli._output import print_equivalents, print_json, save_chart, say
 
 
 def advise(
@@ -20,20 +17,18 @@ def advise(
     ],
     batch: Annotated[
         float | None,
-        typer.Option(
-            help="Batch size of the model: 1 is full of noise.", show_default="1, 10, 100"
-        ),
+        typer.Option(help="Batch size in the model: 1 is very noisy.", show_default="1, 10, 100"),
     ] = None,
     final: Annotated[float, typer.Option(help="Last learning rate, as a share of the peak.")] = 0.0,
     warmup: Annotated[float, typer.Option(help="Share of the run that warms up.")] = 0.01,
     lr: Annotated[
-        float | None, typer.Option(help="AdamW's learning rate: its own average.")
+        float | None, typer.Option(help="AdamW's learning rate, to show AdamW's own average.")
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     out: ChartFolder = None,
     json: Json = False,
 ) -> None:
-    """Advise which average a run needs: the exact answer of a model, beside what papers report.
+    """Advise which average a run needs, by an exact model and by published results.
 
     \b
     Examples:
@@ -51,18 +46,13 @@ def advise(
         lr=lr,
         weight_decay=weight_decay,
     )
-    print_json(advice.as_dict()) if json else _print(advice)
+    if json:
+        print_json(advice.as_dict())
+    else:
+        say(str(advice))
+        if advice.worth:
+            print_equivalents(advice.rule)
     if out is not None:
         from polyak import charts
 
         save_chart(charts.advice_chart(advice), out, "advice", err=json)
-
-
-def _print(advice: Advice) -> None:
-    from polyak.theory import equivalents
-
-    say(str(advice))
-    if advice.worth:
-        say(f"\nThe same average ({advice.rule}), updated every step:")
-        for call in equivalents(advice.rule).values():
-            say(f"  {call}")

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from polyak.cli._adapters import concatenated
-from polyak.cli._averaged import (
-    dtypes_of,
-    print_forecast,
-    print_written,
-    verified,
-    write_like,
-)
+from polyak.cli._averaged import Averaged, Form
 from polyak.cli._choosing import Wanted, in_order, require_chosen
 from polyak.cli._grouped import grouped
 from polyak.cli._options import (
@@ -38,6 +32,8 @@ from polyak.cli._torchrun import shared
 from polyak.cli._users_function import Better, users_function
 
 if TYPE_CHECKING:
+    import torch
+
     from polyak.checkpoints import Checkpoint
     from polyak.offline import Combination, Soup
 
@@ -56,16 +52,14 @@ def average(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write in the form of this checkpoint: all but the weights is its own.",
+            help="Write a copy of this checkpoint with its weights replaced.",
         ),
     ] = None,
     wanted: Wanted,
     shares: Shares,
     better: Annotated[
         Better | None,
-        typer.Option(
-            help="Which quality is better.", show_default="lower, or usual for the name of --by"
-        ),
+        typer.Option(help="Which quality is better.", show_default="lower, or what --by suggests"),
     ] = None,
     which: Annotated[
         str | None,
@@ -80,7 +74,7 @@ def average(
     lora: Annotated[
         Literal["concatenate"] | None,
         typer.Option(
-            help="Average adapters of PEFT as one adapter, whose rank is the sum of theirs."
+            help="Average PEFT adapters exactly, as one adapter: its rank is the sum of theirs."
         ),
     ] = None,
     dtype: Dtype = None,
@@ -89,14 +83,14 @@ def average(
     ] = "float32",
     allow_nonfinite: AllowNonfinite = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare what was written with direct sums.")
+        bool, typer.Option("--verify", help="Check the written tensors against direct sums.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Average checkpoint files of any format, or chosen ones of a run.
 
-    They are taken in the order of the steps in their names or files. With --coefficients or several
-    --elapsed they are taken as listed.
+    The files are ordered by the steps in their names or contents; with --coefficients or several
+    --elapsed, as they are listed.
 
     \b
     Examples:
@@ -108,60 +102,61 @@ def average(
     """
     from polyak import offline
 
-    began, out, shard_bytes = time.monotonic(), writing.place, bytes_of(writing.shard_size)
-    if like is not None and (writing.shard_size or dtype or writing.torchrun):
-        raise ValueError(
-            "--like tells files and dtypes: leave --shard-size, --dtype, --torchrun out"
-        )
+    began, out, read = time.monotonic(), writing.place, part.reader()
+    _require_together(like, shares, dtype, writing)
     with shared(writing.torchrun) as group:
-        if group is not None and shares.greedy is not None:
-            raise ValueError("--greedy tries one model after the other: leave --torchrun out")
         chosen = _files(files, wanted, shares, better)
+        rule, elapsed = shares.of(len(chosen)), shares.times(len(chosen))
         if lora is not None:
-            others: dict[str, object] = {
-                "like": like,
-                "greedy": shares.greedy,
-                "better": better if wanted.best is None else None,
-                "average": which,
-                **part._asdict(),
-                "dtype": dtype,
-                "allow-nonfinite": allow_nonfinite or None,
-                "shard-size": shard_bytes,
-                "verify": verify or None,
-                "torchrun": group,
-            }
-            concatenated(chosen, shares, writing, others, json=json)
+            named: dict[str, object] = {"like": like, "greedy": shares.greedy, "average": which}
+            named |= {"better": None if wanted.best else better, **part._asdict(), "dtype": dtype}
+            named |= {"allow-nonfinite": allow_nonfinite, "verify": verify}
+            named |= {"shard-size": writing.shard_size, "torchrun": writing.torchrun}
+            concatenated(chosen, rule, elapsed, writing, named, json=json)
             return
-        read = part.reader()
-        found = list(map(read, chosen))
-        rule_or_shares = shares.of(len(chosen))
-        soup = None
+        found, soup = list(map(read, chosen)), None
+        form = None if like is None else Form(like, which, read)
+        dtypes, sums = _dtype(dtype, form), dtype_of(accumulate, "--accumulate")
         if shares.greedy is not None:
             soup = _soup(found, shares.greedy, better or "lower", which)
         made = offline.average(
             found,
-            rule_or_shares if soup is None else soup.coefficients,
-            elapsed=shares.times(len(chosen)),
+            rule if soup is None else soup.coefficients,
+            elapsed=elapsed,
             which=which,
-            dtype=dtypes_of(like, which, read) if dtype is None else dtype_of(dtype),
-            accumulate=dtype_of(accumulate, "--accumulate"),
+            dtype=dtypes,
+            accumulate=sums,
             allow_nonfinite=allow_nonfinite,
         )
         if shares.listed:
             _note_order(chosen, made)
+        averaged = Averaged(chosen, made, soup)
         if out is None:
-            print_forecast(chosen, made, soup, json=json)
+            averaged.print_forecast(json=json)
             return
-        force = writing.force
-        with progress_shown(f"writing {out}") as progress:
-            if like is None:
-                made.write(
-                    out, shard_bytes=shard_bytes, overwrite=force, progress=progress, group=group
-                )
-            else:
-                write_like(out, like, made, which, read, overwrite=force, progress=progress)
-        checked = verified(made, out, which, like, read) if verify else None
-        print_written(chosen, made, soup, out, time.monotonic() - began, checked, json=json)
+        averaged.write(writing, form, group)
+        checked = averaged.verified(out, form) if verify else None
+        averaged.print_written(out, time.monotonic() - began, checked, json=json)
+
+
+def _require_together(
+    like: Path | None, shares: Shares, dtype: str | None, writing: Writing
+) -> None:
+    """Raise `ValueError` for options that exclude each other, and for a size that is none."""
+    bytes_of(writing.shard_size)
+    if like is not None and (writing.shard_size or dtype or writing.torchrun):
+        raise ValueError(
+            "--like gives files and dtypes: leave --shard-size, --dtype, --torchrun out"
+        )
+    if writing.torchrun and shares.greedy is not None:
+        raise ValueError("--greedy tries one model after the other: leave --torchrun out")
+
+
+def _dtype(dtype: str | None, form: Form | None) -> torch.dtype | dict[str, torch.dtype] | None:
+    """The dtype of the result; by default that of the files, or of the checkpoint that it resembles."""
+    if dtype is not None:
+        return dtype_of(dtype)
+    return None if form is None else form.dtypes()
 
 
 def _files(

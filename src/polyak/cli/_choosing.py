@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from polyak.cli._options import Part
+from polyak._checks import listed
+from polyak.cli._options import Part, given
 from polyak.cli._output import note
 from polyak.cli._users_function import Better
 
@@ -24,30 +25,31 @@ class Wanted(NamedTuple):
     """Which checkpoints of a run are taken."""
 
     last: Annotated[
-        int | None, typer.Option(metavar="N", help="Of a run: the last N checkpoints.", min=1)
+        int | None, typer.Option(metavar="N", help="Take the last N checkpoints of a run.", min=1)
     ] = None
     best: Annotated[
-        int | None, typer.Option(metavar="N", help="Of a run: the N best, by --by.", min=1)
+        int | None,
+        typer.Option(metavar="N", help="Take the N best checkpoints of a run, by --by.", min=1),
     ] = None
     by: Annotated[
         str | None,
-        typer.Option(
-            metavar="METRIC", help="A metric that the trainer wrote: valid.loss, eval_loss."
-        ),
+        typer.Option(metavar="METRIC", help="A metric that the trainer wrote, such as eval_loss."),
     ] = None
     steps: Annotated[
         str | None,
         typer.Option(
-            metavar="FIRST:LAST:DISTANCE", help="Of a run: these steps (each may be left out)."
+            metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run; any part may be empty."
         ),
     ] = None
     window_tokens: Annotated[
         str | None,
-        typer.Option(metavar="TOKENS", help="Of a run: the last so many tokens (125B)."),
+        typer.Option(
+            metavar="TOKENS", help="Take the checkpoints of a run's last TOKENS tokens (125B)."
+        ),
     ] = None
     tokens_per_step: Annotated[
         str | None,
-        typer.Option(metavar="TOKENS", help="Tokens in a step, for --window-tokens (4M)."),
+        typer.Option(metavar="TOKENS", help="Tokens per step, for --window-tokens (4M)."),
     ] = None
     file: Annotated[
         str | None,
@@ -103,21 +105,17 @@ def stored(
     """
     from polyak.checkpoints._snapshots import stored_in
 
-    given = [
-        f"--{name.strip('_').replace('_', '-')}"
-        for group in (wanted, part)
-        for name, value in group._asdict().items()
-        if value is not None
-    ]
-    if folder is not None and given and folder.is_dir() and stored_in(folder):
+    typed = given({**wanted._asdict(), **part._asdict()})
+    if folder is not None and typed and folder.is_dir() and stored_in(folder):
         raise ValueError(
-            f"{folder} has snapshots of polyak.Recorder, all of which are used by their own names: leave "
-            f"{', '.join(given)} out"
+            f"{folder} has snapshots of polyak.Recorder, and all of them are used under their own names: "
+            f"leave {typed} out"
         )
     if not any(value is not None for value in wanted):
         return folder
     if folder is None:
-        raise ValueError(f"{given[0]} is for the checkpoints of a run: give its folder")
+        chosen = given(wanted._asdict())
+        raise ValueError(f"{chosen}: for the checkpoints of a run, whose folder is missing")
     return wanted.of([folder], better, judged=True)
 
 
@@ -165,8 +163,7 @@ def note_aside(choice: Choice) -> None:
     for path, why in choice.aside.items():
         whys.setdefault(why, []).append(path.name)
     for why, names in whys.items():
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        note(f"left aside: {', '.join(names[:_SHOWN])}{more} ({why})")
+        note(f"left aside: {listed(names, _SHOWN)} ({why})")
 
 
 def steps_of(text: str) -> tuple[int | None, int | None, int | None]:

@@ -27,7 +27,7 @@ def diff(
         list[str],
         typer.Option(
             metavar="NAME",
-            help='The average to compare, or "live"; twice: of A, of B.',
+            help='The average to compare, or "live"; twice: for A, for B.',
             show_default="the live weights",
         ),
     ] = [],  # noqa: B006

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli._options import ChartFolder, Json
-from polyak.cli._output import print_json, print_table, save_chart, say
+from polyak.cli._output import print_equivalents, print_json, print_table, save_chart, say
 
 if TYPE_CHECKING:
     from polyak.theory import Explanation
@@ -20,14 +20,14 @@ def explain(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of the run: measures are given in % of it, too.", show_default="a long run"
+            help="Steps of the run: measures are then in % of it, too.", show_default="a long run"
         ),
     ] = None,
     every: Annotated[int, typer.Option(help="Steps between updates.")] = 1,
     out: ChartFolder = None,
     json: Json = False,
 ) -> None:
-    """Show what a rule averages, and the same average in other libraries; or compare rules.
+    """Show what a rule averages and its calls in other libraries; or compare rules.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def explain(
     else:
         _print_table(abouts)
         if len(abouts) == 1:
-            _print_equivalents(abouts[0])
+            print_equivalents(abouts[0].rule)
     if out is not None:
         # Comes last: the table is printed even if altair is missing or the folder cannot be written.
         from polyak import charts
@@ -56,23 +56,10 @@ def _print_table(abouts: list[Explanation]) -> None:
     several = len(abouts) > 1
     for number, about in enumerate(abouts, 1):
         say(f"{number}: {about.title()}" if several else about.title())
+    tables = [about.tables()[0] for about in abouts]
     rows = [
-        [
-            row[0].name,
-            row[0].unit,
-            *(f"{each.value} {each.share and f'({each.share})'}" for each in row),
-        ]
-        for row in zip(*(about.rows() for about in abouts), strict=True)
+        (*row[0][:2], *(cells[2] for cells in row))
+        for row in zip(*(table.rows for table in tables), strict=True)
     ]
     heads = [str(number) for number in range(1, len(abouts) + 1)] if several else ["value"]
-    of_run = " (% of the run)" if abouts[0].of_run else ""
-    print_table(["measure", f"unit{of_run}", *heads], rows, left=2)
-
-
-def _print_equivalents(about: Explanation) -> None:
-    from polyak.theory import CONVENTIONS, equivalents
-
-    calls = equivalents(about.rule)
-    say("\nThe same average, updated every step:" if calls else "\nNo other library known has it.")
-    for name, call in calls.items():
-        say(f"  {call}" + (f"   # {CONVENTIONS[name]}" if name in CONVENTIONS else ""))
+    print_table((*tables[0].header[:2], *heads), rows, left=2)

@@ -48,8 +48,7 @@ def export(
 ) -> None:
     """Write an average as plain safetensors, for from_pretrained.
 
-    Dtypes are those of the live weights in FILE, or else the average's own. Tied weights are written
-    once.
+    Tensors get the dtypes of the live weights in FILE, if it has them. Tied weights are written once.
 
     \b
     Examples:
@@ -85,11 +84,11 @@ def convert(
         list[str],
         typer.Option(
             metavar="[NAME=]SPEC",
-            help="The rule in training, if FILE does not tell it.",
+            help="The rule in training, if FILE does not say.",
         ),
     ] = [],  # noqa: B006
     count: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates so far, if FILE does not tell them.")
+        int | None, typer.Option(metavar="N", help="Updates so far, if FILE does not say.")
     ] = None,
     every: Annotated[
         int | None,
@@ -97,7 +96,7 @@ def convert(
     ] = None,
     copy: Annotated[
         list[str],
-        typer.Option(metavar="PATTERN", help="Buffers to copy, not average."),
+        typer.Option(metavar="PATTERN", help="Buffers to copy instead of averaging."),
     ] = [],  # noqa: B006
     force: Force = False,
     json: Json = False,

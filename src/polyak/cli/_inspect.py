@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polyak._checks import listed
 from polyak._shown import size_text
 from polyak.cli._grouped import grouped
 from polyak.cli._options import Json, Part
@@ -14,7 +15,6 @@ from polyak.cli._output import left_text, note_norms, print_json, print_table, s
 
 if TYPE_CHECKING:
     from polyak.checkpoints._open_file import Verified
-    from polyak.offline import Description
 
 _LARGEST = 5
 _MOST = 10
@@ -65,7 +65,8 @@ def inspect(
         say(f"{name} was not read: {reason}")
     if description.unfit:
         say(f"cannot be averaged: {description.unfit}")
-    _print_aside(description)
+    if aside := [f"{name} x{count}" for name, count in description.aside.items()]:
+        say(f"objects that were not read: {listed(aside, _MOST)}")
     if description.verified is not None:
         say(f"verified: {_verified(description.verified)}")
     note_norms(description.norms)
@@ -77,11 +78,3 @@ def _verified(checked: Verified) -> str:
     none = f"{size_text(checked.unchecked)} have no checksum, so damage there is not seen"
     told = [compared] if checked.compared else ["headers and sizes fit"]
     return "; ".join([*told, none] if checked.unchecked else told)
-
-
-def _print_aside(description: Description) -> None:
-    """The objects beside the weights that were not read, since reading them would run code."""
-    names = [f"{name} x{count}" for name, count in description.aside.items()]
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    if names:
-        say(f"objects that were not read: {', '.join(names[:_MOST])}{more}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ChartFolder = Annotated[
     Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file or folder.")]
 ShardSize = Annotated[
     str | None,
     typer.Option(
@@ -31,16 +31,16 @@ ShardSize = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(metavar="DTYPE", help="float64, float32, bf16 or fp16."),
+    typer.Option(metavar="DTYPE", help="Of the result: float64, float32, bf16 or fp16."),
 ]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Average values that are infinite or NaN too.")
+    bool, typer.Option("--allow-nonfinite", help="Accept infinite and NaN values.")
 ]
 At = Annotated[
     float | None,
     typer.Option(
         metavar="TIME",
-        help="Time in the run's unit.",
+        help="The time of the average, in the run's unit.",
         show_default="the last snapshot",
     ),
 ]
@@ -48,10 +48,12 @@ Checkpoints = Annotated[
     list[str],
     typer.Option("--checkpoint", metavar="TIME=FILE", help="Live weights at a step (repeatable)."),
 ]
-MaxError = Annotated[float, typer.Option(metavar="E", help="Largest relative error.")]
+MaxError = Annotated[float, typer.Option(metavar="E", help="Refuse a larger relative error.")]
 MaxAmplification = Annotated[
     float | None,
-    typer.Option(metavar="A", help="Largest amplification.", show_default="by the stored dtype"),
+    typer.Option(
+        metavar="A", help="Refuse a larger amplification.", show_default="by the stored dtype"
+    ),
 ]
 Snapshots = Annotated[
     Path | None,
@@ -72,18 +74,18 @@ class Part(NamedTuple):
     ] = None
     prefix: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Take the tensors whose names begin so, and strip it."),
+        typer.Option(metavar="TEXT", help="Read only names that begin with TEXT, and remove it."),
     ] = None
     names: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Names of the tensors, one a line, for a checkpoint without names.",
+            help="Tensor names, one a line, for a checkpoint without names.",
         ),
     ] = None
     as_: Annotated[
         Literal["live", "average"] | None,
-        typer.Option("--as", help="What the weights are, where a file does not tell."),
+        typer.Option("--as", help="What the weights are, if the file does not say."),
     ] = None
 
     def reader(self, *, positions: bool = False) -> Callable[[Path], Checkpoint]:
@@ -135,9 +137,15 @@ _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "fl
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
+def given(options: Mapping[str, object]) -> str:
+    """The options that have a value, as they are typed: "--key, --shard-size"; "" if none has one."""
+    names = [name for name, value in options.items() if value is not None and value is not False]
+    return ", ".join(f"--{name.strip('_').replace('_', '-')}" for name in names)
+
+
 def dtype_of(text: str, option: str = "--dtype") -> torch.dtype:
     """The dtype with a name."""
-    from polyak._tensors import dtype_name
+    from polyak._dtypes import dtype_name
     from polyak.averager import SLOT_DTYPES
 
     known = {dtype_name(dtype): dtype for dtype in SLOT_DTYPES}

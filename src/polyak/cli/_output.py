@@ -7,11 +7,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from polyak._checks import listed
 from polyak._shown import Table, terminal_width
+
+if TYPE_CHECKING:
+    from polyak.rules import Rule
 
 Progress = Callable[[int, int], object]
 _MOST = 12
@@ -54,6 +58,17 @@ def save_chart(chart: Any, folder: Path, name: str, *, err: bool) -> None:
     say(f"chart: {folder}/{name}.html (also .png, .svg)", err=err)
 
 
+def print_equivalents(rule: Rule) -> None:
+    """Prints the calls of other libraries that give the same average, and how to use them."""
+    from polyak.theory import CONVENTIONS, equivalents
+
+    calls = equivalents(rule)
+    other = "in other libraries, updated every step:"
+    say(f"\n{rule} {other}" if calls else f"\nNo other library known has {rule}.")
+    for library, call in calls.items():
+        say(f"  {call}" + (f"   # {CONVENTIONS[library]}" if library in CONVENTIONS else ""))
+
+
 def note(message: str) -> None:
     """Prints a line for people on stderr, beside the results."""
     say(f"note: {message}", err=True)
@@ -62,10 +77,9 @@ def note(message: str) -> None:
 def note_norms(norms: Sequence[str]) -> None:
     """Reminds of `recalibrate` if averaged weights have norms with running statistics."""
     if norms:
-        more = ", ..." if len(norms) > 3 else ""
         count = f"{len(norms)} norm{'s' if len(norms) > 1 else ''}"
         note(
-            f"{count} with running statistics ({', '.join(norms[:3])}{more}): estimate them again "
+            f"{count} with running statistics ({listed(norms, 3)}): estimate them again "
             "for the averaged weights with polyak.recalibrate(model, batches)"
         )
 
@@ -79,8 +93,7 @@ def note_left(left: Mapping[str, int]) -> None:
 def left_text(left: Mapping[str, int]) -> str:
     """What was left aside, each with its number of tensors."""
     shown = [f"{what} ({n} tensor{'s' if n > 1 else ''})" for what, n in left.items()]
-    more = f", and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
-    return ", ".join(shown[:_MOST]) + more
+    return listed(shown, _MOST)
 
 
 @contextmanager

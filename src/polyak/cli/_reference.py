@@ -17,8 +17,8 @@ from polyak.cli._commands import WIDTH
 _HEAD = """\
 # The command line
 
-The extra `cli` brings it (`pip install ".[cli]"`); charts and studies need the extra `study`. This page is written by
-`python -m polyak.cli._reference`.
+Install it with the extra `cli` (`pip install ".[cli]"`); charts and studies need `study`.
+`python -m polyak.cli._reference` writes this page.
 """
 
 

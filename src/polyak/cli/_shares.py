@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias
 
 import typer
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from polyak.theory._profiles import Profile
 
 Shape = Literal["sqrt", "linear", "cosine"]
+Coefficients: TypeAlias = "str | Sequence[float] | Profile"
+"""A rule as text, or a coefficient for each file."""
 
 
 class Shares(NamedTuple):
@@ -20,16 +22,20 @@ class Shares(NamedTuple):
 
     rule: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="Each file is one update.", show_default="uniform()"),
+        typer.Option(
+            metavar="SPEC", help="Each file counts as one update.", show_default="uniform()"
+        ),
     ] = None
     coefficients: Annotated[
-        str | None, typer.Option(metavar="C,C,...", help="One a file, of sum 1.")
+        str | None, typer.Option(metavar="C,C,...", help="One for each file; their sum is 1.")
     ] = None
     wsm: Annotated[
         Shape | None,
-        typer.Option(help="Equivalent to a learning-rate decay (arXiv 2507.17634)."),
+        typer.Option(help="Imitate this learning-rate decay (arXiv 2507.17634)."),
     ] = None
-    qam: Annotated[Shape | None, typer.Option(help="The same, for a quadratic loss.")] = None
+    qam: Annotated[Shape | None, typer.Option(help="Imitate it exactly for a quadratic loss.")] = (
+        None
+    )
     greedy: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +45,7 @@ class Shares(NamedTuple):
     ] = None
     elapsed: Annotated[
         str | None,
-        typer.Option(metavar="T,T,...", help="Time between files."),
+        typer.Option(metavar="T,T,...", help="Time between files, in the rule's unit."),
     ] = None
 
     @property
@@ -47,7 +53,7 @@ class Shares(NamedTuple):
         """Whether they are given for the files as they are listed."""
         return self.coefficients is not None or (self.elapsed is not None and "," in self.elapsed)
 
-    def of(self, files: int) -> str | Sequence[float] | Profile:
+    def of(self, files: int) -> Coefficients:
         """The rule or the coefficients, from the one option that is given."""
         from polyak import theory
 

@@ -44,7 +44,7 @@ def sweep(
         str,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Takes weights, name -> tensor; returns their quality, or one an example.",
+            help="Maps weights (name -> tensor) to their quality, or to one per example.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="For sweep.json and the chart.")],
@@ -77,9 +77,9 @@ def sweep(
 ) -> None:
     """Find the best average of a finished run, by a function of yours.
 
-    Its module may lie in the current directory; its prints go to stderr. The live weights of all
-    checkpoints are judged too. The best of many averages looks better than it is: report its quality
-    on other data.
+    Its module may lie in the current directory; what it prints goes to stderr. The live weights of
+    all checkpoints are judged too. The best of many averages looks better than it is: report its
+    quality on other data.
 
     \b
     Examples:
@@ -89,11 +89,8 @@ def sweep(
     from polyak import charts, offline
 
     refuse_existing(out / "sweep.json", force)
-    rules = [*rule]
-    rules += [f"exponential(half_life={number})" for number in grid_of(half_lives, "--half-lives")]
-    rules += [
-        f"power(relative_std={number})" for number in grid_of(relative_stds, "--relative-stds")
-    ]
+    rules = [*rule, *_specs("exponential(half_life={})", half_lives, "--half-lives")]
+    rules += _specs("power(relative_std={})", relative_stds, "--relative-stds")
     counts = [] if windows is None else counts_of(windows, "--windows")
     if not rules and not counts:
         raise ValueError(
@@ -122,6 +119,10 @@ def sweep(
         charts.save(charts.sweep_chart(result), out, "sweep")
         _notes(result)
     say(f"chart: {out}/sweep.html (also .png, .svg), {out}/sweep.json", err=json)
+
+
+def _specs(spec: str, grid: str | None, option: str) -> list[str]:
+    return [spec.format(number) for number in grid_of(grid, option)]
 
 
 def _print(result: Sweep, *, json: bool) -> None:

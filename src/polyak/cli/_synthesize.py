@@ -50,8 +50,8 @@ def synthesize(
 ) -> None:
     """Make any average of a finished run from its snapshots or checkpoints.
 
-    The relative error holds for a random walk, as a share of the average's distance from the live
-    weights. The amplification, the sum of |coefficients|, multiplies the stored rounding.
+    The relative error is a share of the distance between average and live weights, for weights that
+    walk at random. Stored rounding errors grow by the amplification, the sum of |coefficients|.
 
     \b
     Examples:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from polyak import norms
 from polyak._checks import difference, report, require
+from polyak._dtypes import complex_of
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
-from polyak._tensors import complex_of
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
 from polyak.offline._findings import Source, all_positive, is_variance, left_in, nonfinite

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak._dtypes import dtype_name
 from polyak._engine.tracking import averageable
 from polyak._lazy import Elements, TensorSpec, as_lazy
-from polyak._tensors import dtype_name
 from polyak.checkpoints._checkpoint import Weights
 
 PIECE = 3 << 13

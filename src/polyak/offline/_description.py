@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak import norms
+from polyak._dtypes import dtype_name
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import TensorSpec
 from polyak._shown import Charted, Table, number_text, size_text
-from polyak._tensors import dtype_name
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._export import distinct
 from polyak.checkpoints._open_file import Verified, all_verified

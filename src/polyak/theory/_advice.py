@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak._checks import require, require_count, require_positive
-from polyak._shown import Charted
+from polyak._shown import Charted, Table
 from polyak.rules import Exponential, Power, Rule, Tail, Uniform
 from polyak.theory._libraries import equivalents
 from polyak.theory._measures import half_life
@@ -124,9 +124,7 @@ class Advice(Charted):
         head = f"{self.steps} steps, {self.schedule}; batch of the model: {noises}"
         head += f"; modelled with {self.modelled} steps" * (self.modelled < self.steps)
         heads = ("average", "half-life", "gain at the same rate", "at its own rate", "own rate")
-        table = [heads, *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        lines = Table(heads, self.rows(), left=len(heads)).lines()
         papers = [f"{each.average}: {each.gain} [{each.source}]" for each in self.published]
         listed = [("Published", papers), ("What the model cannot say", LIMITS)]
         told = [f"\n{title}:\n  " + "\n  ".join(items) for title, items in listed]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from polyak._checks import is_number, require
+
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -72,3 +74,19 @@ def _literal(node: ast.expr) -> Any:
         if isinstance(left, int | float) and isinstance(right, int | float):
             return _OPERATORS[type(node.op)](left, right)
     return ast.literal_eval(node)
+
+
+def number(name: str, value: Any) -> float:
+    """An argument that is a number, of the type that was written."""
+    if isinstance(value, Source | Call):
+        text = value.text if isinstance(value, Source) else f"{value.name}(...)"
+        raise ValueError(f"{name} is {text}, wanted its value: write the number in its place")
+    require(is_number(value), name, value, "a number")
+    return float(value) if isinstance(value, float) else int(value)
+
+
+def count(name: str, value: Any) -> int:
+    """An argument that is an integer, 0 at least."""
+    counted = number(name, value)
+    require(counted == int(counted) and counted >= 0, name, value, "an integer >= 0")
+    return int(counted)

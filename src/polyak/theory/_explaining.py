@@ -46,14 +46,15 @@ class Explanation(Charted):
 
     >>> print(explain("window(100)", 1000))
     window(100) after 1000 steps, updated every step
-      half-life                   50           steps, 5 % of the run
-      mean age                    49.5         steps, 4.95 % of the run
-      effective window            100          steps, 10 % of the run
-      noise gain                  0.01         of the variance of white noise
-      relative std                0.0288661    of the steps so far
-      weight of the first update  0            of 1
-      -3 dB cutoff                0.0278323    rad/step
-      lag on a ramp               49.5         steps, 4.95 % of the run
+    measure                     unit (% of the run)                     value
+    half-life                   steps                                50 (5 %)
+    mean age                    steps                           49.5 (4.95 %)
+    effective window            steps                              100 (10 %)
+    noise gain                  of the variance of white noise           0.01
+    relative std                of the steps so far                 0.0288661
+    weight of the first update  of 1                                        0
+    -3 dB cutoff                rad/step                            0.0278323
+    lag on a ramp               steps                           49.5 (4.95 %)
     """
 
     rule: Rule
@@ -102,18 +103,11 @@ class Explanation(Charted):
 
     def tables(self) -> list[Table]:
         """All measures: with their unit and, for the length of a run, their share of it."""
-        of_run = (" (% of the run)",) if self.of_run else ("",)
+        unit = "unit (% of the run)" if self.of_run else "unit"
         cells = [
             (r.name, r.unit, f"{r.value} {r.share and f'({r.share})'}".strip()) for r in self.rows()
         ]
-        return [Table(("measure", f"unit{of_run[0]}", "value"), cells, left=2)]
-
-    def __str__(self) -> str:
-        rows = [
-            f"  {row.name:26}  {row.value:11}  {row.unit}{f', {row.share} of the run' * bool(row.share)}"
-            for row in self.rows()
-        ]
-        return "\n".join([self.title(), *rows])
+        return [Table(("measure", unit, "value"), cells, left=2)]
 
 
 def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Explanation:

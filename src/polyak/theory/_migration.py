@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from polyak._checks import require
 from polyak.rules import Rule
 from polyak.theory._calls import parse_call
-from polyak.theory._peer_classes import CLASSES, NO_MATTER
+from polyak.theory._peer_classes import CLASSES
+
+# Arguments that do not change the average.
+_NO_MATTER = {
+    "allow_different_devices", "coerce_dtype", "forward_method_names", "ignore_names",
+    "ignore_startswith_names", "include_online_model", "lazy_init_ema", "model_cls", "model_config",
+    "move_ema_to_online_device", "param_or_buffer_names_no_ema", "use_foreach", "foreach",
+    "checkpoint_folder", "checkpoint_dtype", "stochastic_rounding", "annealing_epochs",
+    "annealing_strategy", "device", "ema_fp32", "ema_seed_model", "frozen", "min_ema_multiplier",
+    "max_ema_multiplier",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,18 +55,8 @@ class Migration:
     def as_dict(self) -> dict[str, object]:
         """The fields and the code, as JSON has them; rules as text."""
         rule = self.rule
-        told = (
-            str(rule)
-            if isinstance(rule, Rule)
-            else {name: str(each) for name, each in rule.items()}
-        )
-        fields = {
-            "library": self.library,
-            "rule": told,
-            "every": self.every,
-            "buffers": self.buffers,
-        }
-        return {**fields, "changes": list(self.changes), "code": self.code}
+        told = str(rule) if isinstance(rule, Rule) else {n: str(each) for n, each in rule.items()}
+        return {**vars(self), "rule": told, "changes": list(self.changes), "code": self.code}
 
     def __str__(self) -> str:
         return "\n".join([self.code, *(f"# {change}" for change in self.changes)])
@@ -82,7 +82,7 @@ def from_library(call: str) -> Migration:
     except TypeError as error:
         raise ValueError(f"{library}: {error}") from None
     for name, value in bound.arguments.get("others", {}).items():
-        require(name in NO_MATTER, f"{library}: the argument {name}", value, "one that it has")
+        require(name in _NO_MATTER, f"{library}: the argument {name}", value, "one that it has")
     return Migration(library, *function(*bound.args, **bound.kwargs))
 
 

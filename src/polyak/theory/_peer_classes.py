@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from polyak._checks import is_number, require
-from polyak.decays import HalfLifeRamp, InversePower, Ratio
-from polyak.rules import ArticleEMA, Bema, Exponential, Power, Rule, Tail, Uniform
-from polyak.theory._calls import Call, Source
+from polyak._checks import require
+from polyak.decays import HalfLifeRamp, InversePower
+from polyak.rules import ArticleEMA, Bema, Exponential, Power, Rule, Uniform
+from polyak.theory._calls import Call, count, number
+from polyak.theory._peer_rules import begun, counted, diffusers, every_step
 
-_AT_CONSTRUCTION = (
-    "the weights at construction are its first average: call update() once before training"
-)
-_UNSCALED = (
-    "its decay is not rescaled when it updates less often; ours is, so this decay is its {k}th root"
-)
-_FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is not a copy
+_AT_CONSTRUCTION = "its first average is the weights at construction: call update() before training"
+_UNSCALED = "it does not rescale its decay when it updates less often: this decay is its {k}th root"
+_AHEAD = "its clock runs one update ahead, so its first weights count twice"
+_IMAGES = "its time counts images: call update(elapsed=batch_size)"
 _IN_LIGHTNING = "in Lightning, use polyak.integrations.lightning.AveragerCallback"
 
 
@@ -35,32 +33,12 @@ class Meaning(NamedTuple):
     changes: tuple[str, ...] = ()
 
 
-def _number(name: str, value: Any) -> float:
-    """A number that decides the average."""
-    if isinstance(value, Source | Call):
-        text = value.text if isinstance(value, Source) else f"{value.name}(...)"
-        raise ValueError(f"{name} is {text}, wanted its value: write the number in its place")
-    require(is_number(value), name, value, "a number")
-    return float(value) if isinstance(value, float) else int(value)
-
-
-def _count(name: str, value: Any) -> int:
-    number = _number(name, value)
-    require(number == int(number) and number >= 0, name, value, "an integer >= 0")
-    return int(number)
-
-
 def _constant(decay: float, every: int = 1, start: float = 0, **options: Any) -> Meaning:
     """An EMA that moves by `1 - decay` once in `every` steps."""
     changes = options.pop("changes", ())
     if every > 1:
         changes = (*changes, _UNSCALED.format(k=every))
-    rule: Rule = Exponential(decay ** (1 / every) if every > 1 else decay)
-    return Meaning(_begun(rule, start), every, changes=changes, **options)
-
-
-def _begun(rule: Rule, start: float) -> Rule:
-    return Tail(rule, start) if start else rule
+    return Meaning(begun(every_step(decay, every), start), every, changes=changes, **options)
 
 
 def _ramp(
@@ -72,39 +50,40 @@ def _ramp(
     if every > 1:
         rule: Rule = ArticleEMA(high, start, inv_gamma, power, low, first_copy=False)
     else:
-        rule = _begun(Exponential(InversePower(inv_gamma, power, low, high)), start)
+        rule = begun(Exponential(InversePower(inv_gamma, power, low, high)), start)
     return Meaning(rule, every, **options)
+
+
+def _buffers(averaged: bool) -> str:
+    return "average" if averaged else "copy"
 
 
 def _ema_pytorch(model: Any = None, ema_model: Any = None, beta: Any = 0.9999,
                  update_after_step: Any = 100, update_every: Any = 10, inv_gamma: Any = 1.0,
                  power: Any = 2 / 3, min_value: Any = 0.0, **others: Any) -> Meaning:  # fmt: skip
     return _ramp(
-        _number("inv_gamma", inv_gamma),
-        _number("power", power),
-        _number("min_value", min_value),
-        _number("beta", beta),
-        _count("update_after_step", update_after_step),
-        _count("update_every", update_every),
+        number("inv_gamma", inv_gamma),
+        number("power", power),
+        number("min_value", min_value),
+        number("beta", beta),
+        count("update_after_step", update_after_step),
+        count("update_every", update_every),
         buffers="average",
     )
 
 
 def _karras(model: Any = None, sigma_rel: Any = None, gamma: Any = None, ema_model: Any = None,
             update_every: Any = 100, **others: Any) -> Meaning:  # fmt: skip
-    every = _count("update_every", update_every)
-    changes = ["its clock runs one update ahead, so its first weights count twice"]
-    if every > 1:
-        changes.append(
-            f"it forgets {every} times too slowly with update_every={every}; ours does not"
-        )
-    return Meaning(_power(sigma_rel, gamma), every, "average", tuple(changes))
+    every = count("update_every", update_every)
+    slow = f"it forgets {every} times too slowly with update_every={every}; ours does not"
+    changes = (_AHEAD, slow) if every > 1 else (_AHEAD,)
+    return Meaning(_power(sigma_rel, gamma), every, "average", changes)
 
 
 def _power(sigma_rel: Any, gamma: Any) -> Power:
     if gamma is not None:
-        return Power(_number("gamma", gamma))
-    return Power(relative_std=_number("sigma_rel", sigma_rel))
+        return Power(number("gamma", gamma))
+    return Power(relative_std=number("sigma_rel", sigma_rel))
 
 
 def _post_hoc(model: Any = None, ema_model: Any = None, sigma_rels: Any = None, gammas: Any = None,
@@ -112,96 +91,67 @@ def _post_hoc(model: Any = None, ema_model: Any = None, sigma_rels: Any = None, 
               **others: Any) -> Meaning:  # fmt: skip
     given = gammas if gammas is not None else sigma_rels
     require(isinstance(given, list | tuple), "sigma_rels", given, "a list of numbers")
-    rules = {
-        str(i): _power(None, value) if gammas is not None else _power(value, None)
-        for i, value in enumerate(given)
-    }
-    every = _count("checkpoint_every_num_steps", checkpoint_every_num_steps)
+    pairs = ((None, value) if gammas is not None else (value, None) for value in given)
+    rules = {str(i): _power(*pair) for i, pair in enumerate(pairs)}
+    every = count("checkpoint_every_num_steps", checkpoint_every_num_steps)
     changes = (
         f"store snapshots with polyak.Recorder(averager, folder, every={every})",
         "make another average of them with polyak.synthesize",
-        "its clock runs one update ahead, so its first weights count twice",
+        _AHEAD,
     )
-    return Meaning(rules, _count("update_every", update_every), "average", changes)
+    return Meaning(rules, count("update_every", update_every), "average", changes)
 
 
 def _torch_ema(parameters: Any = None, decay: Any = None, use_num_updates: Any = True) -> Meaning:
-    value = _number("decay", decay)
-    rule = Exponential(Ratio(value) if use_num_updates is True else value)
-    return Meaning(rule, changes=(_AT_CONSTRUCTION,))
+    value = number("decay", decay)
+    return Meaning(counted(value, use_num_updates is True), changes=(_AT_CONSTRUCTION,))
 
 
 def _averaged_model(model: Any = None, device: Any = None, avg_fn: Any = None,
                     multi_avg_fn: Any = None, use_buffers: Any = False) -> Meaning:  # fmt: skip
-    buffers = "average" if use_buffers is True else "copy"
+    buffers = _buffers(use_buffers is True)
     function = multi_avg_fn if multi_avg_fn is not None else avg_fn
-    if function is None or getattr(function, "name", "").endswith(
-        ("swa_multi_avg_fn", "swa_avg_fn")
-    ):
+    name = function.name if isinstance(function, Call) else ""
+    if function is None or name.endswith(("swa_multi_avg_fn", "swa_avg_fn")):
         return Meaning(Uniform(), buffers=buffers)
-    known = isinstance(function, Call) and function.name.endswith(
-        ("ema_multi_avg_fn", "ema_avg_fn")
-    )
+    known = name.endswith(("ema_multi_avg_fn", "ema_avg_fn"))
     require(known, "avg_fn", function, "get_ema_avg_fn(decay): another one may be any rule")
     given = [*function.args, *function.kwargs.values(), 0.999]
-    return Meaning(Exponential(_number("decay", given[0])), buffers=buffers)
+    return Meaning(Exponential(number("decay", given[0])), buffers=buffers)
 
 
 def _diffusers(parameters: Any = None, decay: Any = 0.9999, min_decay: Any = 0.0,
                update_after_step: Any = 0, use_ema_warmup: Any = False, inv_gamma: Any = 1.0,
                power: Any = 2 / 3, **others: Any) -> Meaning:  # fmt: skip
-    low, high = _number("min_decay", min_decay), _number("decay", decay)
-    start = _count("update_after_step", update_after_step)
+    low, high = number("min_decay", min_decay), number("decay", decay)
+    start = count("update_after_step", update_after_step)
     shape = (
-        (_number("inv_gamma", inv_gamma), _number("power", power))
-        if use_ema_warmup is True
-        else None
+        (number("inv_gamma", inv_gamma), number("power", power)) if use_ema_warmup is True else None
     )
-    rule = diffusers_rule(low, high, start, shape)
+    rule = diffusers(low, high, start, shape)
     if rule is None:
         wanted = "at most 2/11, or decay: no rule of ours has this ramp"
         raise ValueError(f"min_decay is {low!r}, wanted {wanted}")
-    by_default = shape is None and low != high
     late = "its warm-up (1 + n) / (10 + n) is on by default: the decay is reached late"
-    return Meaning(rule, changes=(late,) if by_default else ())
-
-
-def diffusers_rule(
-    low: float, high: float, start: int, shape: tuple[float, float] | None
-) -> Rule | None:
-    """The rule of diffusers' `EMAModel`; None if no rule of ours is exactly it.
-
-    Step t copies while s = t - start - 1 <= 0; then the decay is (1 + s) / (10 + s), or with the shape
-    (inv_gamma, power) of use_ema_warmup 1 - (1 + s / inv_gamma) ** -power, within [low, high].
-    """
-    if shape is not None:
-        rule = Exponential(InversePower(*shape, min_decay=low, max_decay=high))
-    elif low == high:
-        rule = Exponential(high)
-    elif low <= _FIRST_RATIO:
-        rule = Exponential(Ratio(high))
-    else:
-        return None
-    return _begun(rule, start)
+    return Meaning(rule, changes=(late,) if shape is None and low != high else ())
 
 
 def _timm(model: Any = None, decay: Any = 0.9999, min_decay: Any = 0.0, update_after_step: Any = 0,
           use_warmup: Any = False, warmup_gamma: Any = 1.0, warmup_power: Any = 2 / 3,
           device: Any = None, foreach: Any = True, exclude_buffers: Any = False,
           **others: Any) -> Meaning:  # fmt: skip
-    high, start = _number("decay", decay), _count("update_after_step", update_after_step)
-    options: dict[str, Any] = {"buffers": "copy" if exclude_buffers is True else "average"}
-    without = "without update(step=...) it ignores its warm-up and update_after_step"
+    high, start = number("decay", decay), count("update_after_step", update_after_step)
+    without = ("without update(step=...) it ignores its warm-up and update_after_step",)
+    buffers = _buffers(exclude_buffers is not True)
     if use_warmup is not True:
-        return _constant(high, 1, start, changes=(without,), **options)
-    shape = _number("warmup_gamma", warmup_gamma), _number("warmup_power", warmup_power)
-    return _ramp(
-        *shape, _number("min_decay", min_decay), high, start, 1, changes=(without,), **options
-    )
+        return _constant(high, 1, start, buffers=buffers, changes=without)
+    shape = number("warmup_gamma", warmup_gamma), number("warmup_power", warmup_power)
+    low = number("min_decay", min_decay)
+    return _ramp(*shape, low, high, start, 1, buffers=buffers, changes=without)
 
 
 def _timm_v2(model: Any = None, decay: Any = 0.9999, device: Any = None) -> Meaning:
-    return _constant(_number("decay", decay), buffers="average", changes=(_AT_CONSTRUCTION,))
+    return _constant(number("decay", decay), buffers="average", changes=(_AT_CONSTRUCTION,))
 
 
 def _lightning_ema(device: Any = None, use_buffers: Any = True, decay: Any = 0.999,
@@ -211,17 +161,16 @@ def _lightning_ema(device: Any = None, use_buffers: Any = True, decay: Any = 0.9
     require(epoch is None, "update_starting_at_epoch", epoch, "a start in steps")
     start = update_starting_at_step
     return _constant(
-        _number("decay", decay),
-        _count("update_every_n_steps", update_every_n_steps),
-        0 if start is None else _count("update_starting_at_step", start),
-        buffers="average" if use_buffers is True else "copy",
+        number("decay", decay),
+        count("update_every_n_steps", update_every_n_steps),
+        0 if start is None else count("update_starting_at_step", start),
+        buffers=_buffers(use_buffers is True),
         changes=(_IN_LIGHTNING,),
     )
 
 
 def _lightning_mean(device: Any = None, use_buffers: Any = True, **others: Any) -> Meaning:
-    buffers = "average" if use_buffers is True else "copy"
-    return Meaning(Uniform(), buffers=buffers, changes=(_IN_LIGHTNING,))
+    return Meaning(Uniform(), 1, _buffers(use_buffers is True), (_IN_LIGHTNING,))
 
 
 def _lightning_swa(swa_lrs: Any = None, swa_epoch_start: Any = 0.8, **others: Any) -> Meaning:
@@ -239,8 +188,8 @@ def _ignite(model: Any = None, momentum: Any = 0.0002, momentum_warmup: Any = No
     changes = [_AT_CONSTRUCTION, "its momentum is 1 - decay"]
     if momentum_warmup is not None:
         changes.append("its linear warm-up of the momentum is left out: no rule of ours has it")
-    buffers = "copy" if handle_buffers == "copy" else "average"
-    return _constant(1 - _number("momentum", momentum), buffers=buffers, changes=tuple(changes))
+    buffers = _buffers(handle_buffers != "copy")
+    return _constant(1 - number("momentum", momentum), buffers=buffers, changes=tuple(changes))
 
 
 def _composer(half_life: Any = "1000ba", smoothing: Any = None, ema_start: Any = "0.0dur",
@@ -248,29 +197,29 @@ def _composer(half_life: Any = "1000ba", smoothing: Any = None, ema_start: Any =
     every = 1 if update_interval is None else _batches("update_interval", update_interval)
     changes = (f"it starts at {ema_start}: call update() from there on",)
     if smoothing is not None:
-        return _constant(_number("smoothing", smoothing), every, buffers="average", changes=changes)
+        return _constant(number("smoothing", smoothing), every, buffers="average", changes=changes)
     rule = Exponential(half_life=_batches("half_life", half_life))
     return Meaning(rule, every, "average", changes)
 
 
 def _batches(name: str, value: Any) -> int:
-    told = isinstance(value, str) and value.endswith("ba") and value[:-2].isdigit()
-    require(told, name, value, 'batches, such as "1000ba"')
+    counts = isinstance(value, str) and value.endswith("ba") and value[:-2].isdigit()
+    require(counts, name, value, 'batches, such as "1000ba"')
     return int(value[:-2])
 
 
 def _nemo(decay: Any = None, validate_original_weights: Any = False, every_n_steps: Any = 1,
           cpu_offload: Any = False) -> Meaning:  # fmt: skip
-    every = _count("every_n_steps", every_n_steps)
-    return _constant(_number("decay", decay), every, changes=(_AT_CONSTRUCTION,))
+    every = count("every_n_steps", every_n_steps)
+    return _constant(number("decay", decay), every, changes=(_AT_CONSTRUCTION,))
 
 
 def _mmengine(model: Any = None, momentum: Any = 0.0002, interval: Any = 1, device: Any = None,
               update_buffers: Any = False) -> Meaning:  # fmt: skip
     return _constant(
-        1 - _number("momentum", momentum),
-        _count("interval", interval),
-        buffers="average" if update_buffers is True else "copy",
+        1 - number("momentum", momentum),
+        count("interval", interval),
+        buffers=_buffers(update_buffers is True),
         changes=("its momentum is 1 - decay",),
     )
 
@@ -278,63 +227,52 @@ def _mmengine(model: Any = None, momentum: Any = 0.0002, interval: Any = 1, devi
 def _mmengine_annealing(model: Any = None, momentum: Any = 0.0002, gamma: Any = 100,
                         interval: Any = 1, device: Any = None,
                         update_buffers: Any = False) -> Meaning:  # fmt: skip
-    high, every = 1 - _number("momentum", momentum), _count("interval", interval)
-    buffers = "average" if update_buffers is True else "copy"
-    return _ramp(_number("gamma", gamma), 1.0, 0.0, high, 0, every, buffers=buffers)
+    high, every = 1 - number("momentum", momentum), count("interval", interval)
+    buffers = _buffers(update_buffers is True)
+    return _ramp(number("gamma", gamma), 1.0, 0.0, high, 0, every, buffers=buffers)
 
 
 def _mmengine_swa(model: Any = None, interval: Any = 1, device: Any = None,
                   update_buffers: Any = False) -> Meaning:  # fmt: skip
-    buffers = "average" if update_buffers is True else "copy"
-    return Meaning(Uniform(), _count("interval", interval), buffers)
+    return Meaning(Uniform(), count("interval", interval), _buffers(update_buffers is True))
 
 
 def _fairseq(ema_decay: Any = 0.9999, ema_start_update: Any = 0, ema_update_freq: Any = 1,
              **others: Any) -> Meaning:  # fmt: skip
-    every = _count("ema_update_freq", ema_update_freq)
-    start = _count("ema_start_update", ema_start_update)
-    return _constant(_number("ema_decay", ema_decay), every, start)
+    every = count("ema_update_freq", ema_update_freq)
+    start = count("ema_start_update", ema_start_update)
+    return _constant(number("ema_decay", ema_decay), every, start)
 
 
 def _trl(update_freq: Any = 400, ema_power: Any = 0.5, bias_power: Any = 0.2, lag: Any = 10,
          update_after: Any = 0, multiplier: Any = 1.0, **others: Any) -> Meaning:  # fmt: skip
-    scale, after = _number("multiplier", multiplier), _count("update_after", update_after)
+    scale, after = number("multiplier", multiplier), count("update_after", update_after)
     rule = Bema(
-        kappa=_number("ema_power", ema_power),
-        eta=_number("bias_power", bias_power),
+        kappa=number("ema_power", ema_power),
+        eta=number("bias_power", bias_power),
         gamma=scale,
-        rho=_number("lag", lag) + scale * after,
+        rho=number("lag", lag) + scale * after,
     )
     first = f"make the first update at step {after}, which takes the anchor"
     change = "its resume begins again; ours goes on"
-    return Meaning(rule, _count("update_freq", update_freq), changes=(first, change))
+    return Meaning(rule, count("update_freq", update_freq), changes=(first, change))
 
 
 def _edm2_power(net: Any = None, stds: Any = (0.05, 0.1)) -> Meaning:
     require(isinstance(stds, list | tuple), "stds", stds, "a list of numbers")
-    rules = {f"{_number('stds', s):.3f}": Power(relative_std=s) for s in stds}
-    return Meaning(rules, changes=("its time counts images: call update(elapsed=batch_size)",))
+    rules = {f"{number('stds', s):.3f}": Power(relative_std=s) for s in stds}
+    return Meaning(rules, changes=(_IMAGES,))
 
 
 def _edm2_traditional(
     net: Any = None, halflife_Mimg: Any = None, rampup_ratio: Any = 0.09
 ) -> Meaning:
-    half_life = 1e6 * _number("halflife_Mimg", halflife_Mimg)
-    rule: Rule = Exponential(half_life=half_life)
-    if rampup_ratio is not None:
-        rule = Exponential(HalfLifeRamp(half_life, _number("rampup_ratio", rampup_ratio)))
-    return Meaning(rule, changes=("its time counts images: call update(elapsed=batch_size)",))
+    half_life = 1e6 * number("halflife_Mimg", halflife_Mimg)
+    if rampup_ratio is None:
+        return Meaning(Exponential(half_life=half_life), changes=(_IMAGES,))
+    rule = Exponential(HalfLifeRamp(half_life, number("rampup_ratio", rampup_ratio)))
+    return Meaning(rule, changes=(_IMAGES,))
 
-
-# Arguments that do not change the average.
-NO_MATTER = {
-    "allow_different_devices", "coerce_dtype", "forward_method_names", "ignore_names",
-    "ignore_startswith_names", "include_online_model", "lazy_init_ema", "model_cls", "model_config",
-    "move_ema_to_online_device", "param_or_buffer_names_no_ema", "use_foreach", "foreach",
-    "checkpoint_folder", "checkpoint_dtype", "stochastic_rounding", "annealing_epochs",
-    "annealing_strategy", "device", "ema_fp32", "ema_seed_model", "frozen", "min_ema_multiplier",
-    "max_ema_multiplier",
-}  # fmt: skip
 
 CLASSES: dict[str, Callable[..., Meaning]] = {
     "ema_pytorch.EMA": _ema_pytorch,

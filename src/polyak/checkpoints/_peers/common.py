@@ -14,8 +14,9 @@ from polyak._lazy import LazyTensors
 from polyak.checkpoints._checkpoint import Weights
 from polyak.checkpoints._names import Names, canonical
 from polyak.checkpoints._pickles import Aside, name_of
+from polyak.checkpoints._stored_tensor import Storage, StoredTensor
 from polyak.checkpoints._torch_files import StoredTensors
-from polyak.checkpoints._torch_objects import OF_DTYPE, Storage, StoredTensor
+from polyak.checkpoints._torch_objects import OF_DTYPE
 
 NO_CODE = (
     "only its own code could make it, and polyak runs no code from a file: load the file in the "

@@ -22,9 +22,8 @@ from polyak.checkpoints._peers.common import (
 )
 from polyak.checkpoints._sniff import POST_HOC
 from polyak.checkpoints._torch_files import StoredTensors
-from polyak.decays import Ratio
-from polyak.rules import AVERAGE, Exponential, Rule
-from polyak.theory._peer_classes import diffusers_rule
+from polyak.rules import AVERAGE, Rule
+from polyak.theory import _peer_rules as peer_rules
 
 _EMA, _ONLINE = "ema_model.", "online_model."
 _MEMBER = re.compile(r"ema_models\.(\d+)\.")
@@ -124,7 +123,7 @@ def torch_ema(found: Found) -> Checkpoint | None:
     clock, decay = None, number("decay", top.get("decay"))
     if top["num_updates"] is not None:
         clock = Clock(count("num_updates", top.get("num_updates")), ahead=1)
-    rules = {} if decay == 1 else {AVERAGE: Exponential(Ratio(decay) if clock else decay)}
+    rules = {} if decay == 1 else {AVERAGE: peer_rules.counted(decay, clock is not None)}
     return Checkpoint(found.path, "torch-ema", None, {AVERAGE: average}, rules, clock)
 
 
@@ -149,7 +148,7 @@ def diffusers_rules(settings: Mapping[str, Any]) -> dict[str, Rule]:
             number("inv_gamma", settings.get("inv_gamma")),
             number("power", settings.get("power")),
         )
-    rule = diffusers_rule(low, high, start, shape) if shape or high < 1 else None
+    rule = peer_rules.diffusers(low, high, start, shape) if shape or high < 1 else None
     return {} if rule is None else {AVERAGE: rule}
 
 

@@ -21,9 +21,10 @@ from polyak.checkpoints._peers.common import (
     weights,
 )
 from polyak.checkpoints._peers.walk import live_part, walk
+from polyak.checkpoints._stored_tensor import StoredTensor
 from polyak.checkpoints._torch_files import StoredTensors
-from polyak.checkpoints._torch_objects import StoredTensor
-from polyak.rules import AVERAGE, Exponential, Power, Rule
+from polyak.rules import AVERAGE, Power, Rule
+from polyak.theory._peer_rules import every_step
 
 _TORCHTITAN = re.compile(r"(?:.*\.)?state\.(.+)\.ema_params")
 
@@ -133,7 +134,7 @@ def _nemo_rules(held: Sequence[Mapping[str, Any]]) -> dict[str, Rule]:
     (decay, *others), (every, *differ) = decays, cadences
     if others or differ or decay == 1 or every == 0:
         return {}
-    return {AVERAGE: Exponential(decay ** (1 / every))}
+    return {AVERAGE: every_step(decay, every)}
 
 
 def _are_within(averaged: Sequence[StoredTensor], live: LazyTensors) -> bool:

@@ -18,8 +18,8 @@ from polyak.checkpoints._checkpoint import Clock
 from polyak.checkpoints._names import Names, NamesNeededError, named
 from polyak.checkpoints._peers.common import count
 from polyak.checkpoints._peers.walk import AVERAGES, words
-from polyak.decays import Ratio
-from polyak.rules import AVERAGE, Exponential, Rule
+from polyak.rules import AVERAGE, Rule
+from polyak.theory import _peer_rules as peer_rules
 
 _COUNTERS = frozenset({"decay", "num_updates", "n_averaged", "initted", "step", "updates"})
 _DEEPEST = 3  # submodules between an average and the model's copy: `ema.ema_model.module.`
@@ -302,4 +302,4 @@ def _rule(held: LazyTensors, keys: Keys) -> Rule | None:
     if decay.numel() != 1 or not 0 <= float(decay) < 1:
         return None
     exact = float(str(np.float32(float(decay))))  # .9999 was rounded to a float32
-    return Exponential(exact if _clock(held, keys) is None else Ratio(exact))
+    return peer_rules.counted(exact, _clock(held, keys) is not None)

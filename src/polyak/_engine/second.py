@@ -1,0 +1,168 @@
+"""The second module of `EMA`, which carries the average: how it is made, and what it averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak._dtypes import slot_dtype
+from polyak._engine.live import ModelTensors
+from polyak._engine.memory import identity, overlap
+from polyak._engine.tracking import Policy, Tracked, averageable
+
+
+@dataclass(frozen=True)
+class ChooseByName:
+    """The article's choice: all floating-point tensors are averaged, buffers too.
+
+    `copied` are names, `ignored` names and `prefixes` beginnings of names. Raises `ValueError` for
+    those that match nothing, `TypeError` for a lone string or what is not a name.
+    """
+
+    copied: Collection[str]
+    ignored: Collection[str]
+    prefixes: Collection[str]
+
+    def __post_init__(self) -> None:
+        options = ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names")
+        for option, (field, names) in zip(options, list(vars(self).items()), strict=True):
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"EMA {option} is {names!r}, wanted a collection of names")
+            object.__setattr__(self, field, frozenset(names))
+
+    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
+        names = [name for item in found for name in item.names]
+        idle = {*self.ignored} - {*names}
+        idle |= {p for p in self.prefixes if not any(name.startswith(p) for name in names)}
+        if idle:
+            raise ValueError(f"EMA ignores {sorted(idle)}, which match no tensor of the model")
+        if idle := {*self.copied} - {*names}:
+            wanted = "which match no tensor"
+            raise ValueError(f"EMA param_or_buffer_names_no_ema has {sorted(idle)}, {wanted}")
+        return [self._choose(item) for item in found]
+
+    def _choose(self, item: Tracked) -> tuple[Policy, str]:
+        prefixes = tuple(self.prefixes)
+        if any(name in self.ignored or name.startswith(prefixes) for name in item.names):
+            return "skip", "ignored"
+        if any(name in self.copied for name in item.names):
+            return "copy", "by its name"
+        return ("average" if averageable(item.local()) else "copy"), item.kind
+
+
+def second(
+    live: ModelTensors, model: nn.Module, given: nn.Module | Callable[[], nn.Module] | None
+) -> tuple[nn.Module, ModelTensors]:
+    """The module that carries the average, in eval mode and without gradients, and its tensors.
+
+    It is the given one, or a copy of the model. Raises `ValueError` if it shares memory with the
+    model, and `RuntimeError` for a model that cannot be copied.
+    """
+    if given is None:
+        module = _copied(live, model)
+    else:
+        module = given if isinstance(given, nn.Module) else given()
+    policies = {name: item.policy for item in live.tracked for name in item.names}
+    carrier = ModelTensors(module, _ChooseAlike(policies), like=live)
+    _require_second(live, carrier)
+    return module.requires_grad_(False).eval(), carrier
+
+
+@dataclass(frozen=True)
+class _ChooseAlike:
+    """The policies of the live model, name by name, for the module that carries the average."""
+
+    policies: Mapping[str, Policy]
+
+    def __call__(self, found: Sequence[Tracked]) -> list[tuple[Policy, str]]:
+        alike = "as in the live model"
+        return [(self.policies.get(item.name, "average"), alike) for item in found]
+
+
+def _copied(live: ModelTensors, model: nn.Module) -> nn.Module:
+    """A copy of the model, in which tied tensors are tied.
+
+    `deepcopy` copies each of two Parameters on one storage by itself, so they are copied first.
+    """
+    copies: dict[int, Any] = {}
+    try:
+        for item in live.tracked:
+            first, *others = (entry.found() for entry in item.entries)
+            for other in others:
+                if id(other) not in copies and other is not first:
+                    copies[id(other)] = _alias(deepcopy(first, copies), other)
+        return deepcopy(model, copies)
+    except Exception as error:
+        raise RuntimeError(
+            f"EMA: {type(model).__name__} cannot be copied ({error}); build a second one and give "
+            "it as ema_model=, or use polyak.Averager, which needs no copy"
+        ) from error
+
+
+def _alias(tensor: Tensor, like: Tensor) -> Tensor:
+    """A second tensor on the memory of the first: a Parameter or a plain tensor, as `like` is."""
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(tensor.detach(), like.requires_grad)
+    return tensor.detach()
+
+
+def _require_second(live: ModelTensors, carrier: ModelTensors) -> None:
+    """Raises `ValueError` if the two models share memory."""
+    taken = {identity(item.found()) for item in live.tracked}
+    shared = [item.name for item in carrier.tracked if identity(item.found()) in taken]
+    stored = [(item.name, item.found()) for item in (*live.stored(), *carrier.stored())]
+    shared = shared or list(overlap(stored) or ())
+    if shared:
+        raise ValueError(f"EMA ema_model shares {shared[0]} with the model, wanted a second module")
+
+
+class WideSlots:
+    """The slots in a second module: its own tensors, and a float32 tensor beside each narrow one."""
+
+    def __init__(self, live: ModelTensors, carrier: ModelTensors) -> None:
+        self._live, self._carrier = live, carrier
+        self._wide: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def look_up(self) -> list[Tensor]:
+        """The slots, in the order of the averaged tensors."""
+        slots, wide = [], {}
+        for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
+            tensor = carried.local()
+            dtype = slot_dtype(live.local().dtype, None)
+            if tensor.dtype == dtype:
+                slots.append(tensor)
+            else:
+                slots.append(_wide(tensor, dtype, self._wide.get(carried.name)))
+                wide[carried.name] = slots[-1]
+        self._wide = wide
+        return slots
+
+    def round_(self) -> None:
+        """Write the float32 slots, rounded, into the module's narrow weights."""
+        for item, slot in self._pairs():
+            item.local().data.copy_(slot)
+
+    def keys(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The keys of the module's state dict that have a float32 slot, with that slot."""
+        slots = {id(item.local()): slot for item, slot in self._pairs()}
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if id(tensor) in slots:
+                yield key, slots[id(tensor)]
+
+    def _pairs(self) -> list[tuple[Tracked, Tensor]]:
+        wide = self._wide
+        return [(t, wide[t.name]) for t in self._carrier.averaged if t.name in wide] if wide else []
+
+
+@torch.inference_mode(False)
+def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
+    """A wide slot for a narrow tensor: the last one, unless the narrow tensor was changed since."""
+    if before is not None and torch.equal(before.to(narrow.device, narrow.dtype), narrow):
+        return before.to(narrow.device, dtype)
+    return narrow.to(dtype)
