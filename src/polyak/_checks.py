@@ -56,10 +56,14 @@ def is_integer(value: object, least: int) -> bool:
 
 def require_decay(name: str, got: Any) -> float:
     """The value as a decay: 0 keeps nothing of the old average, 1 all. Raise `ValueError` otherwise."""
-    decay = as_number(got)
-    hint = "a decay in [0, 1]; 0.999 keeps 99.9 % of the old average"
-    require(is_number(decay) and 0 <= decay <= 1, name, got, hint)
-    return decay  # type: ignore[no-any-return]
+    return require_share(name, got, "a decay in [0, 1]; 0.999 keeps 99.9 % of the old average")
+
+
+def require_share(name: str, got: Any, wanted: str = "a number in [0, 1]") -> float:
+    """The value as a Python number from 0 to 1; raise `ValueError` otherwise."""
+    number = as_number(got)
+    require(is_number(number) and 0 <= number <= 1, name, got, wanted)
+    return number  # type: ignore[no-any-return]
 
 
 def require_flag(name: str, got: object, meaning: str) -> None:

@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polyak._checks import as_number, is_number, require, require_count, require_decay
+from polyak._checks import (
+    as_number,
+    is_number,
+    require,
+    require_count,
+    require_decay,
+    require_share,
+)
 from polyak.theory._profiles import Profile
 
 
@@ -64,9 +71,8 @@ def feedback(
     Source: Lookahead (arXiv 1907.08610, proposition 2); Switch-EMA (arXiv 2402.09240); Hare and
     Tortoise (arXiv 2406.02596); PACE (arXiv 2606.25086).
     """
-    step, pull = as_number(step), as_number(pull)
+    step, pull = as_number(step), require_share("pull", pull)
     require(is_number(step) and 0 < step < 2, "step", step, "learning rate * curvature in (0, 2)")
-    require(is_number(pull) and 0 <= pull <= 1, "pull", pull, "a number in [0, 1]")
     decay = require_decay("decay", decay)
     every, update_every = require_count("every", every), require_count("update_every", update_every)
     wanted = f"a multiple of update_every, {update_every}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from polyak._checks import as_number, is_number, require, require_count
+from polyak._checks import require, require_count, require_share
 from polyak.theory._merging import SHAPES
 from polyak.theory._profiles import Profile
 
@@ -45,15 +45,9 @@ def learning_rates(
     """
     require(schedule in FACTORS, "schedule", schedule, f"one of {', '.join(FACTORS)}")
     steps = require_count("steps", steps)
-    final, warmup = _share("final", final), _share("warmup", warmup)
+    final, warmup = require_share("final", final), require_share("warmup", warmup)
     wanted = f"0: only {', '.join(ANNEALING)} fall to a final learning rate"
     require(final == 0 or schedule in ANNEALING, f"final of {schedule}", final, wanted)
     done = np.arange(1, steps + 1)
     factor = final + (1 - final) * FACTORS[schedule](done / steps)
     return factor * np.minimum(1.0, done / max(warmup * steps, 1.0))
-
-
-def _share(name: str, got: float) -> float:
-    number = as_number(got)
-    require(is_number(number) and 0 <= number <= 1, name, got, "a number in [0, 1]")
-    return float(number)
