@@ -13,7 +13,7 @@ from torch import Tensor
 from polyak._dtypes import Kind, kind
 
 CHUNK_BYTES = 1 << 20
-"""The most bytes of a temporary tensor on a CPU: it stays in the cache, and nobody notices it."""
+"""The most bytes of a temporary tensor on a CPU, so that it stays in the cache."""
 
 DEVICE_CHUNK_BYTES = 1 << 25
 """The same on other devices, where one call costs as much as moving some hundred KiB."""

@@ -29,7 +29,7 @@ FEW = 8
 class Journal:
     """The writes of a pass over tensors, so that an exception may break the pass off between any two lines.
 
-    A signal handler may raise there, but not amid a call of torch. The next pass leaves out what is
+    A signal handler may raise there, but not within a call of torch. The next pass leaves out what is
     written. It must come to the same writes in the same order.
     """
 

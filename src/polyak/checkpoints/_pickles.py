@@ -196,7 +196,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _set(target: Any, items: Any) -> object:
-    """A set with more items; from items and None a frozen one."""
+    """Add items to a set; items with None make a frozen set."""
     if type(target) is set and type(items) is tuple:
         target.update(map(key, items))
         return target

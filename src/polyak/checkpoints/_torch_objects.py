@@ -158,7 +158,7 @@ def _is_aside(kind: object) -> TypeGuard[type[Aside]]:
 
 
 def _within(holds: int, offset: Any, shape: Any, stride: Any) -> bool:
-    """Whether a tensor of this layout lies within so many elements."""
+    """Whether a tensor of this layout lies within `holds` elements."""
     if type(shape) not in (tuple, torch.Size) or type(stride) is not tuple:
         return False
     numbers = (offset, *shape, *stride)
@@ -215,7 +215,7 @@ def _numpy_scalar(dtype: Any, content: Any = None) -> object:
 
 
 def _named(name: str, **attributes: object) -> type:
-    """A class that a pickle can name, but of which it can make nothing."""
+    """A class that a pickle can name, but not call."""
     return Sealed(name.rpartition(".")[2], (), {"__slots__": (), "name": name, **attributes})
 
 

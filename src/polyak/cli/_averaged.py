@@ -158,7 +158,7 @@ def _note_findings(made: Combination) -> None:
             f"last file's: integers and booleans have no mean ({listed(made.copied, 3)})"
         )
     for file, other in duplicates(made.sources):
-        note(f"{file} holds the same weights as {other}, which so count twice")
+        note(f"{file} holds the same weights as {other}: they count twice")
 
 
 def note_spoiled(made: Combination) -> None:

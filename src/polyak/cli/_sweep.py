@@ -134,7 +134,7 @@ def _print(result: Sweep, *, json: bool) -> None:
 
 
 def _notes(result: Sweep) -> None:
-    """What the table does not say by itself."""
+    """Print what the table does not say."""
     note_left(result.left)
     if result.best is None:
         note("all averages but one were refused, so none is the best")

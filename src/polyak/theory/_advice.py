@@ -166,7 +166,7 @@ def advise(
     >>> advise(2000, schedule="cosine", batch=10).worth
     False
 
-    Takes about 2 s; a run of more than 20 000 steps is modelled with so many. Raises `ValueError`
+    Takes about 2 s; a longer run than 20 000 steps is modelled with 20 000. Raises `ValueError`
     unless steps >= 100 and batch > 0, for a wrong schedule, and for one of lr and weight_decay alone.
     Source: the noisy quadratic model, Zhang et al. (arXiv 1907.04164); AdamW as an EMA, Wang and
     Aitchison (arXiv 2405.13698).

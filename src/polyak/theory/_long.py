@@ -15,7 +15,7 @@ from polyak.theory._measures import mean_age
 from polyak.theory._profiles import Profile, profile, stretches
 
 SHORT = 2**18
-"""Up to so many steps a profile has one number a step."""
+"""The most steps for which a profile has one number for each step."""
 
 _SHORTEST, _LONGEST = 1000, 2**60
 _UNCHANGED = 1e-9  # of the mean age: then the spread, too, is within 1e-6 of its limit

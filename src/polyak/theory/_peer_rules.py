@@ -9,7 +9,7 @@ _FIRST_RATIO = 2 / 11  # (1 + s) / (10 + s) at s = 1, the first decay that is no
 
 
 def begun(rule: Rule, start: float) -> Rule:
-    """A rule that starts after so many steps, until which it copies."""
+    """A rule that copies until step `start`, and then begins."""
     return Tail(rule, start) if start else rule
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that no one library lays out: what is an average is told by keys and by itself."""
+"""Checkpoints that no one library lays out: averages are found by their keys and their own layouts."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _clock(part: Part) -> Clock | None:
 
 
 def _with_copies(averages: list[_Average]) -> list[_Average]:
-    """Averages of which some hold in float32 what others hold in a narrow dtype: `ema_fp32_params`."""
+    """Join a float32 average of some tensors (`ema_fp32_params`) with the narrow average of all."""
     wide = [each for each in averages if {"fp", "32"} <= words(each.label)]
     rest = [each for each in averages if not {"fp", "32"} <= words(each.label)]
     if len(wide) != 1 or len(rest) != 1 or not set(wide[0].weights) <= set(rest[0].weights):
@@ -203,7 +203,7 @@ def _refuse(parts: Sequence[Part], refused: Mapping[str, str]) -> None:
 
 
 def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
-    """What of a file is neither in the live weights nor in an average -> its number of tensors.
+    """Count the tensors that are in neither the live weights nor an average, by their place.
 
     What is only counters and other single numbers is left out.
     """

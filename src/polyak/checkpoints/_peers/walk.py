@@ -233,7 +233,7 @@ def _joined(parts: Sequence[Part], root: tuple[str, ...]) -> Part:
 
 
 def joined_like(parts: Sequence[Part], live: Part | None) -> list[Part]:
-    """Averages of which each holds a part of live weights that were joined, as one."""
+    """Join averages that each hold a part of the joined live weights."""
     named = [part for part in parts if part.reading is None and part.named]
     if live is None or len(named) > _MOST_PARTS:
         return list(parts)
