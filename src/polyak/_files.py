@@ -71,7 +71,7 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
                         _place(part, place, overwrite)
                 if system.WINDOWS:
                     _place(part, place, overwrite)
-                _fsync(place.parent)
+                system.fsync(place.parent)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -99,12 +99,12 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
                 yield part
                 for each in sorted(part.rglob("*"), reverse=True):
                     if not each.is_symlink() and (each.is_file() or each.is_dir()):
-                        _fsync(each)
+                        system.fsync(each)
                 if handle is not None and before is not None and stat.S_ISDIR(before.st_mode):
                     _resemble(handle, before)
-                _fsync(part)
+                system.fsync(part)
                 _place_folder(part, place, overwrite)
-                _fsync(place.parent)
+                system.fsync(place.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -131,7 +131,7 @@ def making_folder(path: Path) -> Iterator[None]:
                 folder.rmdir()
         raise
     for folder in made:
-        _fsync(folder.parent)
+        system.fsync(folder.parent)
 
 
 @contextmanager
@@ -283,19 +283,3 @@ def _rename(part: Path, place: Path, flag: int) -> bool:
 
 def _exists_by_now(place: Path) -> FileExistsError:
     return FileExistsError(f"{place} exists by now: another process wrote it; it is not replaced")
-
-
-def _fsync(path: Path) -> None:
-    """Force a file or folder to the disk, where the file system can do that for it."""
-    try:
-        # Windows forces only what is open for writing to the disk, and opens no folder.
-        handle = os.open(path, system.READ_WRITE if system.WINDOWS else system.READ)
-    except PermissionError:  # a folder may be open for writing only
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no fsync of folders
-            raise
-    finally:
-        os.close(handle)

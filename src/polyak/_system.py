@@ -157,3 +157,19 @@ def flush_c_streams() -> None:
     """Empty the buffers of the C library's streams."""
     library = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
     library.fflush(None)
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to the disk, where the file system can do that for it."""
+    try:
+        # Windows forces only what is open for writing to the disk, and opens no folder.
+        handle = os.open(path, READ_WRITE if WINDOWS else READ)
+    except PermissionError:  # a folder may be open for writing only
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no fsync of folders
+            raise
+    finally:
+        os.close(handle)

@@ -35,7 +35,6 @@ from polyak.specs import as_specs
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
 __all__ = ["Recorder", "Snapshot", "snapshots"]
 
 SNAPSHOT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,8 +63,7 @@ class Recorder:
 
     Args:
         averager: the averager whose slots are stored. Call `update` after each of its updates, so that
-            the time that each update spans is known. For calls that were left out, the time is taken to
-            be spread evenly.
+            the time of each update is known. Updates without a call share their time evenly.
         folder: a folder for the snapshots of this run only. One recorder at a time has it.
         every: time between snapshots, in the unit of the rule: steps, samples, tokens.
         live: store the live weights too, so that `sweep` shows each average beside them. They are as
@@ -78,12 +76,10 @@ class Recorder:
         group: the ranks that make the recorder of a sharded averager; by default all ranks.
 
     For a sharded averager every rank of the group makes the recorder and calls it at the same places. A
-    snapshot is then a folder in which each rank writes its parts. Synthesis reads it in one process, or
-    on any number of ranks.
+    snapshot is then a folder with the parts of all ranks, which any number of processes can read.
 
-    Raises `ValueError` for bad arguments, for a folder that another recorder has, that has snapshots of
-    another run, or that has snapshots while `resume` is False; `TypeError` for an object that is not an
-    averager.
+    Raises `ValueError` for bad arguments and for a folder that another recorder has, or that has snapshots
+    of another run, or any without `resume`; `TypeError` for an object that is not an averager.
     """
 
     def __init__(
