@@ -46,7 +46,7 @@ class IndexedTensors(LazyTensors):
     @cached_property
     def unread(self) -> dict[str, str]:
         """What is not among the tensors -> why."""
-        found = {}
+        found: dict[str, str] = {}
         for file in dict.fromkeys(self._files.values()):
             held = self._of_file(file)
             found |= held.unread if isinstance(held, TensorFile) else {}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from polyak._checks import is_integer
 from polyak._lazy import LazyTensors
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
@@ -181,3 +183,26 @@ _READINGS: tuple[_Reading, ...] = (post_hoc, snapshot, ema_pytorch, several, ave
 def described(found: Found) -> Checkpoint | None:
     """An average that describes itself by its own keys, wherever it lies."""
     return torch_ema(found) or diffusers(found) or module_state(found)
+
+
+def clock_beside(held: LazyTensors, keys: Mapping[str, str]) -> Clock | None:
+    """The clock beside an average: that of `AveragedModel`, ema-pytorch's `EMA` or `LitEma`."""
+    if "n_averaged" in keys:
+        return Clock(count("n_averaged", held[keys["n_averaged"]]))
+    if {"initted", "step"} <= keys.keys():
+        return Clock(count("step", held[keys["step"]]), "calls")
+    counted = held[keys["num_updates"]] if "num_updates" in keys else None
+    if counted is None or counted.numel() != 1 or int(counted) < 0:
+        return None
+    return Clock(int(counted), ahead=1)
+
+
+def rule_beside(held: LazyTensors, keys: Mapping[str, str]) -> Rule | None:
+    """The rule of a `LitEma`: the decay is min(decay, (1 + n) / (10 + n)) if it counts its updates."""
+    if not {"decay", "num_updates"} <= keys.keys():
+        return None
+    decay = held[keys["decay"]]
+    if decay.numel() != 1 or not 0 <= float(decay) < 1:
+        return None
+    exact = float(str(np.float32(float(decay))))  # .9999 was rounded to a float32
+    return peer_rules.counted(exact, clock_beside(held, keys) is not None)

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, joined, renamed
 from polyak.checkpoints._checkpoint import Clock
 from polyak.checkpoints._names import Names, NamesNeededError, named
-from polyak.checkpoints._peers.common import count
+from polyak.checkpoints._peers.libraries import clock_beside, rule_beside
 from polyak.checkpoints._peers.walk import AVERAGES, words
 from polyak.rules import AVERAGE, Rule
-from polyak.theory import _peer_rules as peer_rules
 
 _COUNTERS = frozenset({"decay", "num_updates", "n_averaged", "initted", "step", "updates"})
 _DEEPEST = 3  # submodules between an average and the model's copy: `ema.ema_model.module.`
@@ -68,8 +65,8 @@ def split(held: LazyTensors, names: Names = None) -> Split:
     ours = {*_keys(matched, groups), *(k for m in (*listed, *refused) for k in groups[m].values())}
     live = renamed(held, {name: name for name in held if name not in ours})
     averages = {m: joined(live, renamed(held, names)) for m, names in matched.items()} | listed
-    clocks = [_clock(held, groups[mark]) for mark in averages]
-    rules = {m: rule for m in averages if (rule := _rule(held, groups[m])) is not None}
+    clocks = [clock_beside(held, groups[mark]) for mark in averages]
+    rules = {m: rule for m in averages if (rule := rule_beside(held, groups[m])) is not None}
     if not listed and _apart(matched):
         every = {name: key for names in matched.values() for name, key in names.items()}
         averages = {AVERAGE: joined(live, renamed(held, every))}
@@ -280,26 +277,3 @@ def _one(mark: str, places: list[str]) -> str:
         shown = " or of ".join(map(repr, places[:4]))
         raise ValueError(f"what lies under {mark!r} may be the average of {shown}")
     return (named or places)[0]
-
-
-def _clock(held: LazyTensors, keys: Keys) -> Clock | None:
-    """The clock beside an average: that of `AveragedModel`, ema-pytorch's `EMA` or `LitEma`."""
-    if "n_averaged" in keys:
-        return Clock(count("n_averaged", held[keys["n_averaged"]]))
-    if {"initted", "step"} <= keys.keys():
-        return Clock(count("step", held[keys["step"]]), "calls")
-    counted = held[keys["num_updates"]] if "num_updates" in keys else None
-    if counted is None or counted.numel() != 1 or int(counted) < 0:
-        return None
-    return Clock(int(counted), ahead=1)
-
-
-def _rule(held: LazyTensors, keys: Keys) -> Rule | None:
-    """The rule of a `LitEma`: the decay is min(decay, (1 + n) / (10 + n)) if it counts its updates."""
-    if not {"decay", "num_updates"} <= keys.keys():
-        return None
-    decay = held[keys["decay"]]
-    if decay.numel() != 1 or not 0 <= float(decay) < 1:
-        return None
-    exact = float(str(np.float32(float(decay))))  # .9999 was rounded to a float32
-    return peer_rules.counted(exact, _clock(held, keys) is not None)
