@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from alone import ALONE
 from polyak.checkpoints._open_file import OpenFile, labelled
 from polyak.checkpoints._pickles import Aside
 from polyak.checkpoints._stored_tensor import StoredTensor
@@ -73,7 +74,7 @@ def save_folder(state: dict[str, Any], folder: Path) -> None:
     """A folder of torch.distributed.checkpoint, saved by this process alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is alone
-        save(state, checkpoint_id=folder, no_dist=True)
+        save(state, checkpoint_id=folder, **ALONE)
 
 
 def load_torch(path: Path) -> Any:

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from alone import ALONE
+
 
 def weights(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), float(value)), "count": torch.tensor(int(value))}
@@ -129,7 +131,7 @@ def deepspeed(run: Path) -> None:
 
 def megatron(run: Path) -> None:
     for step in (500, 1000, 1500):
-        save(weights(step), checkpoint_id=run / f"iter_{step:07d}", no_dist=True)
+        save(weights(step), checkpoint_id=run / f"iter_{step:07d}", **ALONE)
     torn = run / "iter_0002000"
     shutil.copytree(run / "iter_0001500", torn)
     (torn / ".metadata").unlink()

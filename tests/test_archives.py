@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from alone import ALONE
 from cli_runs import run
 from polyak import checkpoints, offline
 
@@ -45,7 +46,7 @@ def distributed(folder: Path, value: float) -> dict[str, bytes]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        save(held, checkpoint_id=folder, no_dist=True)
+        save(held, checkpoint_id=folder, **ALONE)
     torch.save({"iteration": 1}, folder / "common.pt")
     return {f"./model_weights/{path.name}": path.read_bytes() for path in folder.iterdir()}
 

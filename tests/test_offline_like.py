@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import polyak
+from alone import ALONE
 from cli_runs import run as command
 from polyak import Averager, checkpoints, offline
 from polyak.checkpoints._dcp import DistributedTensors
@@ -275,7 +276,7 @@ class TestFoldersOfTorchDistributed:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            load(found, checkpoint_id=folder, no_dist=True)
+            load(found, checkpoint_id=folder, **ALONE)
         return found
 
     def saved(self, folder: Path, value: float) -> Path:
@@ -286,7 +287,7 @@ class TestFoldersOfTorchDistributed:
                                 "optimizer.state.fp32_param.decoder.w": w + 100}  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            save(held, checkpoint_id=folder, no_dist=True)
+            save(held, checkpoint_id=folder, **ALONE)
         torch.save({"iteration": int(value)}, folder / "common.pt")
         return folder
 

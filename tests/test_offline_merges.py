@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from alone import ALONE
 from cli_runs import run as command
 from launching import launched
 from polyak import offline, theory
@@ -40,7 +41,7 @@ def weights(step: int, rows: int = 6) -> dict[str, Tensor]:
 def saved(held: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        save(held, checkpoint_id=folder, no_dist=True)
+        save(held, checkpoint_id=folder, **ALONE)
 
 
 def hugging_face(run: Path, step: int, held: dict[str, Tensor]) -> None:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import swa_utils
 
 import polyak
+from alone import ALONE
 from models import wander
 from peer_files import (
     SAVED,
@@ -508,7 +509,7 @@ class TestFolders:
 
 
 def saved_distributed(state: Mapping[str, Any], folder: Path) -> Path:
-    save(dict(state), checkpoint_id=folder, no_dist=True)
+    save(dict(state), checkpoint_id=folder, **ALONE)
     return folder
 
 
@@ -550,7 +551,7 @@ class TestDistributed:
 
     def test_a_folder_that_does_not_tell_how_it_was_nested(self, tmp_path: Path) -> None:
         planner = DefaultSavePlanner(flatten_state_dict=False)
-        save(Net().state_dict(), checkpoint_id=tmp_path / "it", no_dist=True, planner=planner)
+        save(Net().state_dict(), checkpoint_id=tmp_path / "it", **ALONE, planner=planner)
         assert set(read(tmp_path / "it").live or {}) == set(Net().state_dict())
 
     def test_torchtitan_by_layout(self, tmp_path: Path) -> None:

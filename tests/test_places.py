@@ -27,6 +27,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import polyak
+from alone import ALONE
 from polyak import Averager, Recorder, checkpoints
 from polyak.offline import average, concatenate
 from polyak.study._page import _write
@@ -84,7 +85,7 @@ def distributed(size: int) -> Path:
     path = Path(SOURCES.name) / f"distributed-{size}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        save({"w": torch.ones(size)}, checkpoint_id=path, no_dist=True)
+        save({"w": torch.ones(size)}, checkpoint_id=path, **ALONE)
     return path
 
 
