@@ -232,8 +232,13 @@ def counts_no_skipped_step(host: Host, folder: Path) -> None:
 
 
 def pulls_as_a_plain_loop(host: Host, folder: Path) -> None:
-    """The pulls are those of the plain loop, bit for bit, also after a stop between two of them."""
+    """The pulls are those of the plain loop, bit for bit, also after a stop between two of them.
+
+    A resumed run that forgets them is refused.
+    """
     require_equal(host(folder, until=HALF, pull=PULL), plain(HALF, pull=PULL))
+    with pytest.raises(ValueError, match=r"saved with pull=.*pull=None: make it with the same"):
+        host(folder, resume=True)
     require_equal(host(folder, resume=True, pull=PULL), plain(pull=PULL))
     assert not torch.equal(plain().live["body.0.weight"], plain(pull=PULL).live["body.0.weight"])
 

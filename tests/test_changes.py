@@ -201,6 +201,21 @@ def test_copied_buffers_are_those_of_the_last_update() -> None:
     assert averager.average()["num_batches_tracked"].item() == 7
 
 
+def test_a_state_of_another_rule_is_refused_with_a_way_to_go_on() -> None:
+    """As a host resumes that has no option for it: Fabric, ignite."""
+    model, averager = trained("exponential(0.9)", 4)
+    state = averager.state_dict()
+    with pytest.raises(
+        ValueError, match=r"(?s)make it with the state's, and call change_rule\(\).*0\.5"
+    ):
+        Averager(model, "exponential(0.5)").load_state_dict(state)
+    again = Averager(model, "exponential(0.9)")
+    again.load_state_dict(state)
+    again.change_rule("exponential(0.5)")
+    assert (str(again.rule), again.count, again.mixed) == ("exponential(0.5)", 4, True)
+    assert_same(again.average(), averager.average())
+
+
 # Weights handed in
 
 
