@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -266,6 +268,52 @@ def test_a_checkpoint_in_a_tar_archive(tmp_path: Path, old: bool) -> None:
         assert archive.getnames() == ["config.yaml", "model_weights.ckpt"]
 
 
+CUTS = {
+    "by rows": (2, 1, 1),
+    "by columns": (1, 1, 3),
+    "in the middle": (1, 4, 1),
+    "in all": (3, 2, 2),
+    "not": (1, 1, 1),
+}
+MEASURED = """
+import sys
+from pathlib import Path
+from pathlib import Path
+from polyak import checkpoints, offline
+
+def peak():
+    status = Path("/proc/self/status").read_text()  # ru_maxrss counts the parent's memory too
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+place = Path(sys.argv[1])
+made = offline.average([place / "like", place / "other"])
+before = peak()
+checkpoints.write_like(place / "new", place / "like", made)
+print(peak() - before)
+"""
+
+
+def chunks(whole: Tensor, cut: tuple[int, ...]) -> list[tuple[list[int], Tensor]]:
+    """A tensor in so many chunks along each dimension, with where each begins."""
+    found = [([0] * whole.dim(), whole)]
+    for along, count in enumerate(cut):
+        found = [
+            ([*at[:along], at[along] + start, *at[along + 1 :]], part)
+            for at, held in found
+            for start, part in zip(
+                range(0, held.shape[along], -(-held.shape[along] // count)),
+                held.split(-(-held.shape[along] // count), along),
+                strict=True,
+            )
+        ]
+    return [(at, part.clone()) for at, part in found]  # each has a storage of its own
+
+
+def saved_plain(path: Path, held: dict[str, Tensor]) -> Path:
+    torch.save(held, path)
+    return path
+
+
 class TestFoldersOfTorchDistributed:
     """Chunks of ranks, an optimizer and objects stay as they are, but for the weights' own bytes."""
 
@@ -316,6 +364,27 @@ class TestFoldersOfTorchDistributed:
         checkpoints.write_like(tmp_path / "new", tmp_path / "like", made)
         assert torch.equal(self.loaded(tmp_path / "new", {"w": WHOLE})["w"], 2 * WHOLE + 0.5)
         checkpoints.read(tmp_path / "new").verify()
+
+    @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+    def test_tensors_of_many_pieces(self, tmp_path: Path, cut: tuple[int, int, int]) -> None:
+        """A piece ends anywhere, also within a row, along whichever dimension the chunks are cut."""
+        whole = torch.arange(600_000.0).reshape(3, 40, 5000)
+        split(tmp_path / "like", chunks(whole, cut), list(whole.shape))
+        weights = {"w": whole.flip(0)}
+        made = offline.average([checkpoints.read(saved_plain(tmp_path / "it.pt", weights))] * 2)
+        checkpoints.write_like(tmp_path / "new", tmp_path / "like", made)
+        assert torch.equal(self.loaded(tmp_path / "new", {"w": whole})["w"], weights["w"])
+        checkpoints.read(tmp_path / "new").verify()
+
+    @pytest.mark.slow
+    def test_a_large_tensor_is_never_held_whole(self, tmp_path: Path) -> None:
+        """Its 100 MB in chunks of columns are written in pieces of 1 MiB."""
+        whole = torch.ones(2500, 10_000)
+        for name in ("like", "other"):
+            split(tmp_path / name, chunks(whole, (1, 2)), [2500, 10_000])
+        script: list[Any] = [sys.executable, "-c", MEASURED, tmp_path]
+        done = subprocess.run(script, capture_output=True, text=True, check=True)
+        assert float(done.stdout) < 50
 
     def test_by_the_command(self, tmp_path: Path) -> None:
         """What is kept of the training is said: an optimizer's own copy of the weights is the old one."""

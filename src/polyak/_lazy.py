@@ -86,14 +86,11 @@ class Elements(ABC):
     def read_(self, out: Tensor, start: int) -> None:
         """Fill the flat tensor `out`, of the same dtype, with the elements from `start` on."""
 
-    def done(self) -> None:  # noqa: B027  # most have nothing to free
-        """Free what reading has taken.
+    def done(self) -> None:  # noqa: B027  # most have nothing to compare
+        """Compare what was read with its checksum.
 
         Raises `ValueError` if all elements were read and they are not what was written.
         """
-
-    def piece_done(self) -> None:  # noqa: B027
-        """Free what reading the last pieces has taken, while others may still be read."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -253,11 +250,8 @@ class _ByParts(Elements):
                 view[done : done + len(part)].copy_(part)
                 done += len(part)
             start += len(view)
-
-    def piece_done(self) -> None:
+        # Of a tensor that lies by columns, a piece may touch all pages: of many files they would add up.
         self._tensors.release(self._name)
-
-    done = piece_done
 
 
 def parts(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Where]:

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from polyak import _system as system
 from polyak._checks import difference, report
 from polyak._files import naming, writing, writing_folder
-from polyak._lazy import LazyTensors, Place, TensorSpec, as_lazy
+from polyak._lazy import LazyTensors, Place, TensorSpec, Where, as_lazy, parts
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._open_file import OpenFile
@@ -59,7 +58,8 @@ def write_like(
     file changes with it.
 
     `which` are the weights of `like` that are replaced, as `Checkpoint.weights` takes it, and `read` reads
-    it, by default `checkpoints.read`. Of tied weights, one name is enough.
+    it, by default `checkpoints.read`. Of tied weights, one name is enough. A piece of a tensor is in memory
+    at a time; a tensor whose elements do not lie row by row in its storage, such as a transposed one, whole.
 
     >>> import tempfile
     >>> like = Path(tempfile.mkdtemp()) / "like.pt"
@@ -191,36 +191,46 @@ def _matched(
 def _write(
     files: Mapping[Path, BinaryIO], places: tuple[Place, ...], weights: LazyTensors, name: str
 ) -> None:
-    """Write a tensor into its storages: piece by piece if whole rows lie in each, one behind the other."""
+    """Write a tensor into its storages: piece by piece, if in each the elements lie row by row.
+
+    Each piece is a few boxes of indices (`parts`). What such a box has of a storage is without a gap in
+    it, along whichever dimension the tensor is cut.
+    """
     spec = weights.specs[name]
-    rows = [_rows(place, spec) for place in places]
-    if None in rows:
+    if not all(place.is_plain(_part_spec(place, spec)) for place in places):
         _write_parts(files, places, weights[name])
         return
     done = 0  # elements
     for piece in _pieces(weights, name):
-        for place, (first, count) in zip(places, filter(None, rows), strict=True):
-            start, end = max(done, first), min(done + piece.numel(), first + count)
-            if start < end:
-                at = place.start + (place.offset + start - first) * spec.dtype.itemsize
-                part = piece.reshape(-1)[start - done : end - done]
-                write_at(files[place.path], content(part), at)
-        done += piece.numel()
+        flat = piece.reshape(-1)
+        for where in parts(spec.shape, done, done + len(flat)):
+            box = torch.Size(index.stop - index.start for index in where)
+            part, flat = flat[: box.numel()].view(box), flat[box.numel() :]
+            done += box.numel()
+            for place in places:
+                _write_box(files[place.path], place, spec, where, part)
 
 
-def _rows(place: Place, spec: TensorSpec) -> tuple[int, int] | None:
-    """The first element and the number of those in a place that holds whole rows, without gaps."""
-    first, shape = 0, spec.shape
-    if place.ranges:
-        (start, end), *others = place.ranges
-        if any(o != (0, n) for o, n in zip(others, shape[1:], strict=True)):
-            return None
-        first, shape = start * prod(shape[1:]), (end - start, *shape[1:])
-    return (first, prod(shape)) if place.is_plain(TensorSpec(shape, spec.dtype)) else None
+def _part_spec(place: Place, spec: TensorSpec) -> TensorSpec:
+    """The spec of what lies in a place."""
+    shape = tuple(end - start for start, end in place.ranges) if place.ranges else spec.shape
+    return TensorSpec(shape, spec.dtype)
+
+
+def _write_box(file: BinaryIO, place: Place, spec: TensorSpec, where: Where, part: Tensor) -> None:
+    """Write what of a box of a tensor lies in a place."""
+    ranges = place.ranges or tuple((0, size) for size in spec.shape)
+    common = [(max(i.start, a), min(i.stop, b)) for i, (a, b) in zip(where, ranges, strict=True)]
+    if any(start >= end for start, end in common):
+        return
+    within = tuple(slice(a - i.start, b - i.start) for i, (a, b) in zip(where, common, strict=True))
+    steps = zip(common, ranges, place.stride, strict=True)
+    first = place.offset + sum((start - begin) * step for (start, _), (begin, _), step in steps)
+    write_at(file, content(part[within]), place.start + first * spec.dtype.itemsize)
 
 
 def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tensor: Tensor) -> None:
-    """Write the parts of a tensor into their storages, of which the rest stays."""
+    """Write the parts of a whole tensor into their storages, of which the rest stays."""
     for place in places:
         file, part = files[place.path], tensor[place.where] if place.where else tensor
         held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))

@@ -149,7 +149,6 @@ def _pieces(elements: Elements) -> Iterator[Tensor]:
     for start in range(0, elements.spec.numel, PIECE):
         piece = torch.empty(min(PIECE, elements.spec.numel - start), dtype=elements.spec.dtype)
         elements.read_(piece, start)
-        elements.piece_done()
         yield piece
 
 

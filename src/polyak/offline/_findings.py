@@ -108,5 +108,4 @@ def _pieces(
         size = min(length, elements.spec.numel - start)
         piece = torch.empty(size, dtype=elements.spec.dtype)
         elements.read_(piece, start)
-        elements.piece_done()
         yield piece

@@ -79,9 +79,9 @@ class Summation:
             ahead.append(threads.submit(spaces[i % len(spaces)].sum_, self._summands, start))
             # All workspaces are in use: the oldest piece must be consumed before its own is used again.
             if len(ahead) == len(spaces):
-                yield self._done(ahead)
+                yield ahead.popleft().result()
         while ahead:
-            yield self._done(ahead)
+            yield ahead.popleft().result()
 
     def _alone(self) -> Iterator[Tensor]:
         """The only piece, if there is one, without a thread."""
@@ -105,12 +105,6 @@ class Summation:
 
     def _doubt(self) -> None:
         self.doubtful = True
-
-    def _done(self, ahead: deque[Future[Tensor]]) -> Tensor:
-        piece = ahead.popleft().result()
-        for elements, _ in self._summands:
-            elements.piece_done()
-        return piece
 
 
 class _Buffer:
