@@ -252,6 +252,19 @@ def test_a_tied_head_of_the_inputs_is_written_once(folder: Path, tmp_path: Path)
     assert "not copied from" in done.stderr and "optimizer.pt" in done.stderr
 
 
+def test_the_modules_of_sentence_transformers_are_copied(folder: Path, tmp_path: Path) -> None:
+    """Its loader wants the folders that modules.json lists; others stay behind."""
+    modules = [{"path": ""}, {"path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "runs"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+    left = checkpoints.write_like(tmp_path / "new", folder, checkpoints.read(folder).weights())
+    assert (tmp_path / "new" / "1_Pooling" / "config.json").read_text() == "{}"
+    assert "runs" in left and "1_Pooling" not in left
+    assert not (tmp_path / "new" / "runs").exists()
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_a_checkpoint_in_a_tar_archive(tmp_path: Path, old: bool) -> None:
     for value in (1.0, 3.0):

@@ -809,7 +809,7 @@ class TestWhatAnIndexDoesNotList:
             {first: safetensors_bytes(more), second: safetensors_bytes({"b": torch.ones(3)})},
         )  # fmt: skip
         found = checkpoints.read(folder)
-        wanted = {"c (not in the index)": 1, f"{second} (not in the index)": 1}
+        wanted = {"c (not in the index)": 1, second: 0}
         assert list(found.weights()) == ["a"] and found.left == wanted
         assert list(offline.average([folder, folder])) == ["a"]
 
@@ -835,3 +835,28 @@ class TestWhatAnIndexDoesNotList:
         folder = self.folder(tmp_path / "it", {"a": first, "b": first}, files)
         with pytest.raises(ValueError, match=f"it says that b is in {first}, which has no such"):
             offline.average([folder])
+
+
+def test_files_that_may_hold_weights_beside_those_that_are_read_are_named(tmp_path: Path) -> None:
+    """In the folder and in the folders in it, but not states of the training and other checkpoints."""
+    told = ["pytorch_model.bin", "2_Dense/model.safetensors", "original/consolidated.00.pth"]
+    others = [
+        "optimizer.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "config.json",
+        "checkpoint-5/model.safetensors",
+    ]
+    for name in (*told, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert sorted(checkpoints.read(tmp_path).left) == sorted(told)
+    said = run("average", tmp_path, tmp_path, "--out", tmp_path.with_suffix(".safetensors")).stderr
+    assert (
+        "left aside: pytorch_model.bin, 2_Dense/model.safetensors, original/consolidated.00.pth"
+        in said
+    )
+    with pytest.raises(ValueError, match=r"such as .*/model\.pt"):
+        folder_with(tmp_path / "other", "model.pt", "train.pt")
+        checkpoints.read(tmp_path / "other")

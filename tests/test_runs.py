@@ -417,3 +417,15 @@ def test_missing_steps_are_counted(tmp_path: Path) -> None:
         torch.save({"w": torch.ones(2)}, tmp_path / f"step-{step}.pt")
     with pytest.raises(ValueError, match=r"steps 30, .*, 100 and 2 more are missing"):
         offline.choose(tmp_path, steps=(10, 120, 10))
+
+
+def test_a_folder_of_model_and_optimizer_is_the_weights(tmp_path: Path) -> None:
+    """As OLMo-core writes it, with the states of ranks beside."""
+    for step in (10, 20):
+        within = tmp_path / f"step{step}" / "model_and_optim"
+        within.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, within / "model.safetensors")
+        (tmp_path / f"step{step}" / "train").mkdir()
+        torch.save({"step": step}, tmp_path / f"step{step}" / "train" / "rank0.pt")
+    choice = offline.choose(tmp_path, last=2)
+    assert [file.path.name for file in choice.files] == ["model_and_optim"] * 2

@@ -18,7 +18,7 @@ _PART = re.compile(
 )  # of one checkpoint, whose first rank is 0
 _RANK = re.compile(r"(?<=rank)_?0", re.IGNORECASE)
 _WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
-_MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng")
+_MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng|model_and_optim|weights")
 _NO_CHECKPOINT = re.compile(r"(version|run|exp|seed|trial|fold|rank|worker)[-_]?\d+", re.IGNORECASE)
 
 
@@ -136,6 +136,8 @@ def _weights(folder: Path, file: str | None, *, deeper: bool = True) -> Path | N
         return _chosen(files)
     within = [each for each in _folders(folder) if not BESIDE.search(each.name)] if deeper else []
     held = {each: weights for each in within if (weights := _weights(each, None, deeper=False))}
+    if len(models := [each for each in held if _MODEL.fullmatch(each.name)]) == 1:
+        return held[models[0]]
     if len(held) > 1 and not any(named(each).clock for each in held):
         raise ValueError(_several([each.name for each in held]))
     return next(iter(held.values())) if len(held) == 1 else None

@@ -75,7 +75,7 @@ class Checkpoint:
             only their own code could make them.
         shapes: of tensors by name, where the file tells them beside its tensors.
         left: what -> how many of its tensors are neither live weights nor in an average: an optimizer's
-            state, another model.
+            state, another model; of a folder the other files that may hold weights, with 0.
         refused: the average's name -> why it is not in `averages`.
         check: what `verify` calls.
 

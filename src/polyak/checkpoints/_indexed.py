@@ -26,8 +26,8 @@ class IndexedTensors(LazyTensors):
 
     The index maps a tensor's name to the file beside it that holds it: safetensors, or a dictionary
     of torch.save. The headers are read when tensors are asked for. Tensors that a file holds and the
-    index does not list are left out, as other readers of such folders do: `unread` has them, tensors
-    of a dtype that is not known here, and other files of safetensors beside, with the reason.
+    index does not list are left out, as other readers of such folders do: `unread` has them, and tensors
+    of a dtype that is not known here, with the reason. `files` are the names of the files.
 
     Raises `ValueError` that names the index if it is damaged or leads to files elsewhere; later
     for a file that lacks a tensor; `FileNotFoundError` for a missing file.
@@ -41,6 +41,7 @@ class IndexedTensors(LazyTensors):
         self._files: dict[str, str] = content["weight_map"]
         with labelled(self.path, "a damaged index"):
             self._opened = OpenFiles(self.path.parent, sorted(set(self._files.values())))
+        self.files = {*self._files.values()}
         self._held: dict[str, LazyTensors] = {}
 
     @cached_property
@@ -51,8 +52,7 @@ class IndexedTensors(LazyTensors):
             held = self._of_file(file)
             found |= held.unread if isinstance(held, TensorFile) else {}
             found |= {name: _UNLISTED for name in held if name not in self._files}
-        beside = {path.name for path in self.path.parent.glob("*.safetensors")}
-        return found | dict.fromkeys(sorted(beside - {*self._files.values()}), _UNLISTED)
+        return found
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -7,6 +7,7 @@ objects of unknown classes stay as they are.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -101,13 +102,27 @@ def _copy(like: Path, folder: Path, files: set[str]) -> list[str]:
     if (like / METADATA).exists():
         _copy_all(like, folder)
         return left
+    modules = _modules(like)
     for path in sorted(like.iterdir()):
+        if path.name in modules and path.is_dir():
+            (folder / path.name).mkdir()
+            _copy_all(path, folder / path.name)
+            continue
         beside = path.is_file() and not _WEIGHTS.search(path.name)
         if path.name in files or (beside and not _OF_TRAINING.fullmatch(path.name)):
             _copy_file(path, folder / path.name)
         else:
             left.append(path.name)
     return left
+
+
+def _modules(like: Path) -> set[str]:
+    """The folders of a model of sentence-transformers, whose modules it lists."""
+    try:
+        told = json.loads((like / "modules.json").read_text())
+        return {str(module["path"]) for module in told if module["path"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _copy_all(like: Path, folder: Path) -> None:

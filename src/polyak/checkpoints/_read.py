@@ -19,7 +19,7 @@ from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
 from polyak.checkpoints._peers.walk import under_keys
-from polyak.checkpoints._sniff import POST_HOC, Source, sniff
+from polyak.checkpoints._sniff import POST_HOC, Source, files_beside, sniff
 from polyak.checkpoints._tar import Member, span_of
 from polyak.checkpoints._torch_files import Loaded, load
 from polyak.rules import AVERAGE
@@ -91,6 +91,8 @@ def read_source(
     found = _read(source, names, key, whole=prefix is not None)
     found = found if prefix is None else _under(found, prefix)
     found = found if role is None else _as(found, role)
+    if beside := files_beside(source):
+        found = replace(found, left={**found.left, **dict.fromkeys(beside, 0)})
     return found if source.opened is None else replace(found, check=source.verify)
 
 

@@ -29,9 +29,11 @@ _WEIGHTS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*m
 _TORCH = re.compile(r"\.(pt|pth|ckpt|bin)(\.tar)?$")
 _SHARD = re.compile(r"\d+-of-(\d+)")
 _RANK = re.compile(r"(rank|layer|stage)[-_]?\d+", re.IGNORECASE)
+_SAVED = re.compile(r"\d$|^\.")  # folders of a run's checkpoints, and hidden ones
+_MODEL = re.compile(r"model|weights", re.IGNORECASE)
 _TEXTS = {".json", ".yaml", ".yml", ".txt", ".md", ".py", ".csv", ".log"}
 BESIDE = re.compile(
-    r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
+    r"(?<!model_and_)optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
     r"|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
     re.IGNORECASE,
 )
@@ -126,6 +128,28 @@ def _are_shards(names: list[str]) -> bool:
     return bool(numbers) and all(number and int(number[1]) > 1 for number in numbers)
 
 
+def files_beside(source: Source) -> list[str]:
+    """The files in a folder, and in the folders in it, that may hold weights and were not opened."""
+    path, opened = source.path, source.opened
+    if not path.is_dir() or isinstance(opened, (DistributedTensors, Member, type(None))):
+        return []
+    used = opened.files if isinstance(opened, IndexedTensors) else {opened.path.name}
+    inner = [each for each in path.iterdir() if each.is_dir() and not _SAVED.search(each.name)]
+    files = [file for folder in (path, *sorted(inner)) for file in sorted(folder.iterdir())]
+    names = [str(file.relative_to(path)) for file in files if _may_hold_weights(file)]
+    return [name for name in names if name not in used]
+
+
+def _may_hold_weights(file: Path) -> bool:
+    named = file.suffix == ".safetensors" or _TORCH.search(file.name)
+    return bool(named) and not BESIDE.search(file.stem) and file.is_file()
+
+
+def _likely(paths: list[Path]) -> Path:
+    """Of several files or folders the one that is called the model's, else the last."""
+    return next((path for path in paths if _MODEL.search(path.name)), paths[-1])
+
+
 def _contents(path: Path, names: list[str]) -> str:
     """What to say of a folder that holds no weights itself."""
     shown = ", ".join(names[:20]) or "nothing"
@@ -145,11 +169,11 @@ def _contents(path: Path, names: list[str]) -> str:
         return "is a checkpoint of Orbax (JAX): read it there, and save the weights as safetensors"
     if within := [folder for folder in folders if (folder / METADATA).exists()] or files:
         kind = "folders" if within[0].is_dir() else "files"
-        return f"is a folder that holds {shown}: read one of its {kind}, such as {within[-1]}"
+        return f"is a folder that holds {shown}: read one of its {kind}, such as {_likely(within)}"
     if folders:
         return (
             f"is a folder of folders ({shown}) without weights of its own: read one of them, such as "
-            f"{folders[-1]} (polyak.checkpoints.latest gives the last complete one)"
+            f"{_likely(folders)} (polyak.checkpoints.latest gives the last complete one)"
         )
     others = [path / name for name in names if Path(name).suffix not in _TEXTS]
     told = next(

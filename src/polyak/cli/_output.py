@@ -91,8 +91,10 @@ def note_left(left: Mapping[str, int]) -> None:
 
 
 def left_text(left: Mapping[str, int]) -> str:
-    """What was left aside, each with its number of tensors."""
-    shown = [f"{what} ({n} tensor{'s' if n > 1 else ''})" for what, n in left.items()]
+    """What was left aside, each with its number of tensors if that is known."""
+    shown = [
+        f"{what} ({n} tensor{'s' if n > 1 else ''})" if n else what for what, n in left.items()
+    ]
     return listed(shown, _MOST)
 
 
