@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from models import Everything, assert_same, everything, pointers, snapshot, wander
 from patience import HANG
 from polyak import Averager, Exponential, Uniform, Window
+from polyak._engine import lending
 from polyak._engine.exchange import Exchange
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
@@ -391,3 +394,31 @@ def test_compiled_code_sees_the_average_without_a_recompile() -> None:
         torch.testing.assert_close(compiled(inputs), expected)
     assert torch.equal(compiled(inputs), live)
     assert calls == 1
+
+
+HELD: dict[str, Callable[[Averager], object]] = {
+    "nothing": lambda _: None,
+    "the handle": lambda averager: averager._lender.kept[-1].block,
+    "the averager": lambda averager: averager,
+}
+
+
+@pytest.mark.parametrize("slots", [None, torch.float64], ids=["exchanged", "aside"])
+@pytest.mark.parametrize("held", HELD)
+def test_a_block_between_hooks_lasts_as_long_as_someone_can_leave_it(held: str, slots: Any) -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5), dtype=slots)
+    averager.update()
+    wander(model, 1)
+    live = snapshot(model)
+    averager.applied().enter()
+    kept = HELD[held](averager)
+    del averager
+    gc.collect()
+    assert (held == "nothing") == torch.equal(model.weight, live["weight"])
+    if isinstance(kept, Averager):
+        kept = kept.applied()
+    if kept is not None:
+        cast(Any, kept).leave()
+    assert_same(snapshot(model), live)
+    assert lending.OPEN == []

@@ -21,6 +21,7 @@ from accelerate.state import GradientState  # type: ignore[import-untyped]
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.optim import SGD, Optimizer
 
 from polyak import Averager, Uniform
@@ -313,6 +314,45 @@ def test_the_law_fails_where_hooks_alone_tell(kind: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(attachment._Watch, "_wrap", lambda *_: lambda: None)
     with pytest.raises(AssertionError):
         mean_of_real_steps(kind)
+
+
+def resumed(model: nn.Module, optimizer: Optimizer) -> None:
+    other = nn.Linear(3, 2)
+    saved = checkpoint.get_optimizer_state_dict(other, SGD(other.parameters(), 0.1))
+    if not isinstance(optimizer, SGD):
+        saved = checkpoint.get_optimizer_state_dict(other, type(optimizer)(other.parameters()))
+    checkpoint.set_optimizer_state_dict(model, optimizer, saved)
+
+
+MAKES_STATE: dict[str, Callable[[nn.Module, Optimizer], object]] = {
+    "asked for its state": checkpoint.get_optimizer_state_dict,
+    "asked for all states": checkpoint.get_state_dict,
+    "given a state": resumed,
+}
+PLAIN: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda p: SGD(p, 0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "inheriting": lambda p: Inheriting(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", PLAIN)
+@pytest.mark.parametrize("way", MAKES_STATE)
+def test_the_step_by_which_torch_makes_a_state_is_none(way: str, optimizer: str) -> None:
+    """Its learning rate is 0. A real step with that rate, the first of a warmup, is one."""
+    model = nn.Linear(3, 2)
+    stepped = PLAIN[optimizer](model.parameters())
+    averager = Averager(model, Uniform())
+    averager.attach(stepped)
+    MAKES_STATE[way](model, stepped)
+    assert averager.count == 0
+    stepped.param_groups[0]["lr"] = 0.0
+    for count in (1, 2):
+        model(torch.ones(1, 3)).sum().backward()
+        stepped.step()
+        assert averager.count == count
+        stepped.param_groups[0]["lr"] = 0.1
 
 
 def test_accelerate_accumulates_gradients() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state as composable
+from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.fsdp import fully_shard
 from torch.torch_version import TorchVersion
 
@@ -81,6 +82,8 @@ def names_are_there() -> None:
     assert private.stored_chunks(weight) == [((0, 0), (4, 5))]
     short = dist.new_group(timeout=timedelta(seconds=77))
     assert short is not None and private.time_out(short) == timedelta(seconds=77)
+    maker = checkpoint._init_optim_state
+    assert private.state_makers() == {maker.__code__}
     forward(model)
     known = {id(module) for module in model.modules()}
     parameters = [p for group in private.fsdp_groups() for p in private.fsdp_parameters(group)]

@@ -93,7 +93,8 @@ def _copy_all_(copies: Copies) -> None:
 def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.
 
-    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN.
+    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN. 0 is no fraction:
+    `polyak._engine.moving` leaves such moves out.
     lerp and not multiply and add: a constant input then stays the same, bit for bit.
     """
     lerp_all_([slots], live, [fraction])
@@ -119,7 +120,7 @@ def lerp_all_(
             if fraction == 1:
                 if journal is None or journal.begin(slots[0]):
                     torch._foreach_copy_(slots, live)
-            elif fraction != 0:
+            else:
                 lerps.append((slots, fraction))
         for slots, _ in lerps:  # each list is of one kind, so its first tensor tells for all
             if slots[0].dtype != live[0].dtype or slots[0].device != live[0].device:

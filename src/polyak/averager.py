@@ -276,7 +276,8 @@ class Averager:
         `optimizer` is a `torch.optim.Optimizer`, a wrapper that has one as `.optimizer` (accelerate's,
         Lightning's), or a sequence of them; with several, an update follows when each has stepped.
         A step counts once, when its outermost call ends: gradient accumulation, closures, and steps
-        that call other steps make one update.
+        that call other steps make one update, and the step by which torch.distributed.checkpoint makes an
+        optimizer's state makes none.
 
         If a `GradScaler` skips a step of an ordinary optimizer, the update is skipped too. A fused
         optimizer runs its hooks even then, so pass the scaler here (accelerate's is found). The host

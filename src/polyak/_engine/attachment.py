@@ -7,6 +7,7 @@ the outermost of these calls ends: only then are the weights those of the step.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from polyak._engine.signals import runs_below
+from polyak._ranks.torch_private import state_makers
 
 _INSIDE = ("optimizer", "base_optimizer", "optim", "base")
 """The attributes in which optimizers and their wrappers keep the optimizer inside them."""
@@ -149,7 +153,7 @@ class _Watch:
             yield
         finally:
             self._depth -= 1
-        if self._depth == 0 and self._flags:
+        if self._depth == 0 and self._flags and not _makes_state():
             self._tell()
 
     def _tell(self) -> None:
@@ -207,6 +211,12 @@ def _own_average(optimizer: Any, *, innermost: bool) -> str:
     if known:  # schedule-free with a closure, in which alone the model has other weights
         return "the weights after each step are that average. This averager makes an average of averages"
     return ""
+
+
+def _makes_state() -> bool:
+    """Whether the step that runs is the one by which torch makes an optimizer's state."""
+    makers = state_makers()
+    return bool(makers) and runs_below(sys._getframe(1), makers)
 
 
 def _runs_hooks(optimizer: Any) -> bool:

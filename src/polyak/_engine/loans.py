@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -49,7 +50,10 @@ class Watched(Protocol):
 
 
 class Loan:
-    """One average that a model carries, for one block or several. `ended` is called by `close`."""
+    """One average that a model carries, for one block or several. `ended` is called by `close`.
+
+    A loan does not keep the owner of `ended`: its blocks end once nobody could leave them any more.
+    """
 
     def __init__(
         self,
@@ -58,7 +62,7 @@ class Loan:
         pairs: Sequence[Pairs],
         model: Watched,
         owner: Owner,
-        ended: Callable[[], None],
+        ended: WeakMethod[Callable[[], None]],
     ) -> None:
         self.label, self.owner = label, owner
         self.out = False
@@ -143,7 +147,8 @@ class Loan:
         if any(lent.spoilt for lent in self._lent):
             self._average.spoilt = self.report()
         self._average.lent = False
-        self._ended()
+        if (ended := self._ended()) is not None:
+            ended()
 
     def report(self) -> str:
         """What the block did to weights and average; empty if it did nothing."""

@@ -7,6 +7,7 @@ broken off: an average of which some tensors have moved and others have not woul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ class Move(NamedTuple):
     seeds: Sequence[int] | None = None
 
 
+_FRACTION = attrgetter("fraction")
+
+
 class Motion:
     """`slot <- lerp(slot, live, fraction)` for every move, in one pass over the live weights.
 
@@ -49,7 +53,8 @@ class Motion:
         ok: Tensor | None = None,
         stages: Stages | None = None,
     ) -> None:
-        self._live, self._moves, self._ok, self._stages = live, moves, ok, stages
+        self._live, self._ok, self._stages = live, ok, stages
+        self._moves = list(filter(_FRACTION, moves))  # a lerp by 0 would make NaN of an infinity
         self._kept: Kept | None = None
         self._journal = Journal()
 
@@ -65,7 +70,7 @@ class Motion:
             for move in self._moves:
                 if move.fraction == 1:
                     move.infinities.forget()
-                elif move.fraction != 0 and move.infinities.none_in is not move.slots:
+                elif move.infinities.none_in is not move.slots:
                     kept += move.infinities.shared(move.slots, self._live, move.residues)
             self._kept = kept
         plain = []

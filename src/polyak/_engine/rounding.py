@@ -58,8 +58,6 @@ def stochastic_lerp_(
 
     Another pass with the journal draws the same numbers again from a generator of the same seed.
     """
-    if fraction == 0:  # a lerp by 0 would make NaN of an infinity
-        return
     if fraction == 1:
         lerp_(slots, live, 1.0)
         return
@@ -112,8 +110,6 @@ def compensated_lerp_(
     step = fraction (live - slot - residue) + residue; slot' = slot + step;
     residue' = step - (slot' - slot). Source: Kahan 1965, compensated summation.
     """
-    if fraction == 0:  # a lerp by 0 would make NaN of an infinity
-        return
     if fraction == 1:
         lerp_(slots, live, 1.0)
         torch._foreach_zero_(residues)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import finalize
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -135,7 +135,12 @@ class Lender:
         known = self._slot_pairs(label, call)
         beside, gathered = self._beside(average, known, call)
         loan = Loan(
-            label, average, [*known.pairs, *beside], self._model, lending.owner(), self._end
+            label,
+            average,
+            [*known.pairs, *beside],
+            self._model,
+            lending.owner(),
+            WeakMethod(self._end),
         )
         hold.loan = self.loan = loan
         if self._mesh is not None:
@@ -242,7 +247,7 @@ class Applied(ContextDecorator):
     """A block in which a model carries an average. One object may be entered several times.
 
     A `with` statement that is abandoned ends with this object. Hosts that have hooks and no block call
-    `enter` and `leave`: such a block stays open even if no one keeps this object.
+    `enter` and `leave`: such a block stays open as long as the averager or this object is there.
 
     Signal handlers wait during these four methods, from the first to the last instruction.
     """

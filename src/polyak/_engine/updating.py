@@ -111,10 +111,9 @@ class Updating:
             return
         called = before._replace(calls=calls, elapsed=time)
         due = calls >= self.every or not self._begun()
-        if due:
-            self._live.copied_now()  # an update that is left out refuses another model too
         clean = finite(groups) if due and self._nonfinite != "allow" else None
         if clean is not None and not _deferred(clean) and not clean:
+            self._live.copied_now()  # an update that is left out refuses another model too
             self._refuse(called)
             return
         verdicts = [flag if flag is None else Verdict(flag) for flag in (took, clean)]

@@ -10,9 +10,11 @@ Importing this module loads no part of torch.distributed.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -66,6 +68,15 @@ def time_out(group: ProcessGroup) -> timedelta:
     backend = _get(group, "_get_backend", "2.4")(_get(group, "_device_types", "2.4")[0])
     found: timedelta = _get(_get(backend, "options", "2.5"), "_timeout", "2.5")
     return found
+
+
+def state_makers() -> set[CodeType]:
+    """The code that steps an optimizer to make its state, with learning rate 0; none until it is imported.
+
+    torch.distributed.checkpoint.state_dict._init_optim_state: 2.4.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    return set() if module is None else {_get(module, "_init_optim_state", "2.4").__code__}
 
 
 def fsdp_groups() -> list[Any]:
