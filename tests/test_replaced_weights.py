@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import polyak
 from models import assert_same, snapshot, wander
 from polyak import EMA, Averager, Exponential, Uniform
-from polyak import _tensors as tensors
+from polyak import _parts as parts
 from polyak._engine.live import ModelTensors
 
 
@@ -290,7 +290,7 @@ def test_a_view_that_torch_stores_with_the_opposite_sign_is_averaged_as_it_reads
         slots not in (torch.bfloat16, torch.float16) or dtype.is_complex
     ):
         return
-    monkeypatch.setattr(tensors, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(parts, "CHUNK_BYTES", 256)
     options: Any = {"dtype": slots, "rounding": rounding, "nonfinite": nonfinite}
     data = [
         torch.randn(n, 7, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 40)
