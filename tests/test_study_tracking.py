@@ -87,6 +87,10 @@ def test_the_arms_of_a_stack_are_those_of_its_runs(every: int) -> None:
                 for one, all_ in zip(single, together, strict=True):
                     for name, tensor in one.weights.items():
                         assert torch.equal(all_.weights[name][number], tensor), (arm, name)
+        for network in tracking.networks("ensemble"):  # an output stays with its network's run
+            output = network.weights["0.weight"]
+            known = network.outputs.setdefault("test", {(0,): output.clone()})
+            assert torch.equal(known[(0,)], output)
         if evaluation == EVALUATIONS // 2:
             models, alone = ([each[i] for i in RUNS.tolist()] for each in (models, alone))
             weights = stack(models)
