@@ -13,15 +13,9 @@ from polyak.charts._rules import description_chart, rule_chart
 from polyak.charts._sweeps import sweep_chart
 
 __all__ = [
-    "advice_chart",
-    "chart_of",
-    "description_chart",
-    "fit_chart",
-    "rule_chart",
-    "save",
-    "sweep_chart",
+    "advice_chart", "chart_of", "description_chart", "fit_chart", "rule_chart", "save", "sweep_chart",
     "synthesis_chart",
-]
+]  # fmt: skip
 
 _CHARTS: dict[str, Callable[[Any], alt.TopLevelMixin]] = {
     "Explanation": rule_chart,

@@ -72,13 +72,13 @@ def decades(limits: tuple[float, float], title: str) -> alt.Axis:
     return alt.Axis(title=title, labelExpr=NUMBER, values=powers)
 
 
-def line_chart(curves: Mapping[str, Curve], title: str, x: alt.X, y: alt.Y) -> alt.Chart:
+def lines(curves: Mapping[str, Curve], title: str, x: alt.X, y: alt.Y) -> alt.Chart:
     rows = [
         {"x": place, "y": value, **({"rule": name} if len(curves) > 1 else {})}
         for name, curve in curves.items()
         for place, value in zip(*curve, strict=True)
     ]
-    chart: alt.Chart = chart_of_rows(rows).mark_line(color=BLUE).encode(x=x, y=y)
+    chart: alt.Chart = points(rows).mark_line(color=BLUE).encode(x=x, y=y)
     if len(curves) > 1:
         scale = alt.Scale(domain=list(curves), range=COLOURS[: len(curves)])
         chart = chart.encode(
@@ -89,7 +89,7 @@ def line_chart(curves: Mapping[str, Curve], title: str, x: alt.X, y: alt.Y) -> a
     return sized
 
 
-def chart_of_rows(rows: list[dict[str, Any]]) -> alt.Chart:
+def points(rows: list[dict[str, Any]]) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=rows))
 
 

@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
-from polyak.charts._drawing import (
-    GREY,
-    HIGH,
-    WIDE,
-    chart_of_rows,
-    colour_of,
-    few_decades,
-    line_chart,
-    log_scale,
-)
+from polyak.charts import _drawing as draw
 from polyak.rules import Exponential
 from polyak.theory import Advice
 from polyak.theory._curves import Curve
@@ -33,7 +24,9 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
     emas = [gain for gain in advice.gains if isinstance(gain.rule, Exponential)]
     shares = [100 * gain.half_life / advice.steps for gain in emas]
     ends = min(shares) / 1.2, max(shares) * 1.2
-    x = alt.X("x:Q", scale=log_scale(ends), axis=few_decades(ends, "half-life (% of the run)"))
+    x = alt.X(
+        "x:Q", scale=draw.log_scale(ends), axis=draw.few_decades(ends, "half-life (% of the run)")
+    )
     # A gain below -50 % would press the others together.
     low = max(min(min(gain.same, gain.own) for gain in emas), -0.5)
     scale = alt.Scale(nice=False, zero=False, domainMin=low - 0.05, domainMax=1.0, clamp=True)
@@ -46,8 +39,8 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
                 (s, getattr(g, at)) for s, g in zip(shares, emas, strict=True) if g.batch == batch
             ]
             curves[f"batch {batch:g}"] = Curve(*map(list, zip(*points, strict=True)))
-        zero = chart_of_rows([{"y": 0}]).mark_rule(strokeDash=[6, 4], color=GREY).encode(y="y:Q")
-        panels.append(alt.LayerChart(layer=[line_chart(curves, title, x, y), zero]))
+        zero = draw.points([{"y": 0}]).mark_rule(strokeDash=[6, 4], color=draw.GREY).encode(y="y:Q")
+        panels.append(alt.LayerChart(layer=[draw.lines(curves, title, x, y), zero]))
     told = f"EMA over {advice.steps} steps, {advice.schedule}: the noisy quadratic model"
     title_ = alt.TitleParams(told, anchor="middle", fontSize=16)
     chart = alt.hconcat(*panels, spacing=30, title=title_)
@@ -72,16 +65,16 @@ def synthesis_chart(made: Synthesis) -> alt.TopLevelMixin:
 def _coefficients(rows: list[dict[str, Any]], x: str, title: str) -> alt.TopLevelMixin:
     """Coefficients as lines from 0 to a point."""
     kinds = list(dict.fromkeys(row["of"] for row in rows))
-    base = chart_of_rows([row | {"zero": 0.0} for row in rows]).encode(
+    base = draw.points([row | {"zero": 0.0} for row in rows]).encode(
         x=alt.X("x:Q", title=x, scale=alt.Scale(zero=False)),
         y=alt.Y("y:Q", title="coefficient"),
-        color=colour_of("of", kinds, "stored"),
+        color=draw.colour_of("of", kinds, "stored"),
         tooltip=["of:N", "x:Q", "y:Q"],
     )
     layers = [base.mark_rule().encode(y2="zero:Q"), base.mark_point(filled=True, opacity=1)]
     chart: alt.LayerChart = (
         alt.LayerChart(layer=layers)
-        .properties(title=alt.TitleParams(title, fontSize=16), width=WIDE, height=HIGH)
+        .properties(title=alt.TitleParams(title, fontSize=16), width=draw.WIDE, height=draw.HIGH)
         .configure_view(stroke=None)
     )
     return chart

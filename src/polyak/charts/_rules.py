@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import altair as alt
 
 from polyak._checks import require
-from polyak.charts._drawing import (
-    COLOURS,
-    NUMBER,
-    RED,
-    chart_of_rows,
-    decades,
-    labelled,
-    line_chart,
-    log_scale,
-)
+from polyak.charts import _drawing as draw
 from polyak.rules import Rule
 from polyak.theory import Explanation, explain
 from polyak.theory._curves import (
@@ -48,13 +39,18 @@ def rule_chart(
     `theory.explain`; `ValueError` for no rule, and for more than six.
     """
     rules = [rule] if isinstance(rule, Rule | str | Explanation) else list(rule)
-    require(1 <= len(rules) <= len(COLOURS), "rules", len(rules), f"1 to {len(COLOURS)} of them")
+    require(
+        1 <= len(rules) <= len(draw.COLOURS),
+        "rules",
+        len(rules),
+        f"1 to {len(draw.COLOURS)} of them",
+    )
     abouts = [
         each if isinstance(each, Explanation) else explain(each, steps, every=every)
         for each in rules
     ]
     drawn = {_label(about, abouts): _Drawn.of(about) for about in abouts}
-    coefficient = alt.Axis(labelExpr=NUMBER, title="coefficient of the step's live weights")
+    coefficient = alt.Axis(labelExpr=draw.NUMBER, title="coefficient of the step's live weights")
     shown, rate = "share of a jump that the average shows", "multiplier of the learning rate"
     panels = (
         _panel({k: d.profile for k, d in drawn.items()}, "Profile", "age (steps before the last)", coefficient),
@@ -106,14 +102,14 @@ def description_chart(found: Description) -> alt.TopLevelMixin:
     ]
     if not rules or not found.count:
         raise LookupError(f"{found.path} tells no rule and clock of an average to draw")
-    return rule_chart(list(dict.fromkeys(rules))[: len(COLOURS)], found.count)
+    return rule_chart(list(dict.fromkeys(rules))[: len(draw.COLOURS)], found.count)
 
 
 def _panel(curves: Mapping[str, Curve], title: str, x_title: str, y_axis: alt.Axis) -> alt.Chart:
     """A line over steps for each rule."""
     axis = alt.Axis(title=x_title, labelExpr="format(datum.value, '~s')", tickCount=7)
     x = alt.X("x:Q", scale=alt.Scale(nice=False), axis=axis)
-    return line_chart(curves, title, x, alt.Y("y:Q", axis=y_axis))
+    return draw.lines(curves, title, x, alt.Y("y:Q", axis=y_axis))
 
 
 def _frequency_panel(gains: Mapping[str, GainCurve]) -> alt.LayerChart:
@@ -122,11 +118,13 @@ def _frequency_panel(gains: Mapping[str, GainCurve]) -> alt.LayerChart:
     frequencies = min(c.x[0] for c in curves.values()), max(c.x[-1] for c in curves.values())
     limits = min(gain.bottom for gain in gains.values()), max(gain.top for gain in gains.values())
     x = alt.X(
-        "x:Q", scale=log_scale(frequencies), axis=decades(frequencies, "frequency (rad/step)")
+        "x:Q",
+        scale=draw.log_scale(frequencies),
+        axis=draw.decades(frequencies, "frequency (rad/step)"),
     )
-    y = alt.Y("y:Q", scale=log_scale(limits), axis=decades(limits, "gain"))
-    layers = [line_chart(curves, "Frequency response", x, y)]
-    for colour, gain in zip(COLOURS, gains.values(), strict=False):
+    y = alt.Y("y:Q", scale=draw.log_scale(limits), axis=draw.decades(limits, "gain"))
+    layers = [draw.lines(curves, "Frequency response", x, y)]
+    for colour, gain in zip(draw.COLOURS, gains.values(), strict=False):
         if gain.lower is not None:
             layers.append(_band(gain.lower, gain.curve, x, y, colour))
         elif gain.cutoff is not None and len(gains) == 1:
@@ -140,7 +138,7 @@ def _band(lower: Curve, upper: Curve, x: alt.X, y: alt.Y, colour: str) -> alt.Ch
         for place, low, high in zip(lower.x, lower.y, upper.y, strict=True)
     ]
     band: alt.Chart = (
-        chart_of_rows(rows).mark_area(color=colour, opacity=0.3).encode(x=x, y=y, y2="high:Q")
+        draw.points(rows).mark_area(color=colour, opacity=0.3).encode(x=x, y=y, y2="high:Q")
     )
     return band
 
@@ -148,7 +146,7 @@ def _band(lower: Curve, upper: Curve, x: alt.X, y: alt.Y, colour: str) -> alt.Ch
 def _half_power_mark(cutoff: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """The -3 dB point and its label, on the side without the curve, with a white halo."""
     label = f"-3 dB at {cutoff:.3g} rad/step"
-    point = chart_of_rows([{"x": cutoff, "y": 0.5**0.5, "label": label}]).encode(x=x, y=y)
+    point = draw.points([{"x": cutoff, "y": 0.5**0.5, "label": label}]).encode(x=x, y=y)
     right, left = {"align": "left", "dx": 9, "dy": -7}, {"align": "right", "dx": -5, "dy": 14}
-    dot = point.mark_point(filled=True, size=70, color=RED, opacity=1)
-    return labelled(point, dot, **(right if cutoff < 0.1 else left))
+    dot = point.mark_point(filled=True, size=70, color=draw.RED, opacity=1)
+    return draw.labelled(point, dot, **(right if cutoff < 0.1 else left))

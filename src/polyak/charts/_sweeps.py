@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
-from polyak.charts._drawing import (
-    GREY,
-    HIGH,
-    RED,
-    WIDE,
-    around,
-    chart_of_rows,
-    colour_of,
-    few_decades,
-    labelled,
-    log_scale,
-)
+from polyak.charts import _drawing as draw
 
 if TYPE_CHECKING:
     from polyak.offline._sweep import Point, Sweep
@@ -37,18 +26,20 @@ def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
     ends = min(lives) / 1.2, max(lives) * 1.2
     x = alt.X(
         "x:Q",
-        scale=log_scale(ends),
-        axis=few_decades(ends, "half-life (in the run's unit of time)"),
+        scale=draw.log_scale(ends),
+        axis=draw.few_decades(ends, "half-life (in the run's unit of time)"),
     )
     y_axis = alt.Axis(title=f"quality ({sweep.better} is better)")
     qualities = [p.quality for p in placed if p.quality is not None]
-    y = alt.Y("y:Q", scale=around([*qualities, *(b.quality for b in sweep.baselines)]), axis=y_axis)
+    y = alt.Y(
+        "y:Q", scale=draw.around([*qualities, *(b.quality for b in sweep.baselines)]), axis=y_axis
+    )
     title = alt.TitleParams("Which average is best", subtitle=_subtitle(sweep), fontSize=16)
     best = _best(sweep, sweep.best, x, y, ends) if sweep.best in placed and sweep.best else []
     live = _baselines(sweep, x, y, ends)
     chart: alt.LayerChart = (
         alt.LayerChart(layer=[*_judged(placed, x, y), *_refused(placed, x), *live, *best])
-        .properties(title=title, width=WIDE, height=HIGH)
+        .properties(title=title, width=draw.WIDE, height=draw.HIGH)
         .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
         .configure_view(stroke=None)
         .configure_legend(titleFontWeight="normal", labelFontSize=11)
@@ -64,8 +55,8 @@ def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
         if p.quality is not None
     ]
     kinds = list(dict.fromkeys(str(row["kind"]) for row in rows))
-    base = chart_of_rows(rows).encode(
-        x=x, y=y, color=colour_of("kind", kinds, "rule"), tooltip=["rule:N", "y:Q"]
+    base = draw.points(rows).encode(
+        x=x, y=y, color=draw.colour_of("kind", kinds, "rule"), tooltip=["rule:N", "y:Q"]
     )
     return [base.mark_line(), base.mark_point(filled=True, size=40, opacity=1)]
 
@@ -73,9 +64,9 @@ def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
 def _refused(points: Sequence[Point], x: alt.X) -> list[alt.Chart]:
     """A cross on the axis for each refused average."""
     rows = [{"x": p.half_life, "rule": p.rule} for p in points if p.quality is None]
-    mark: dict[str, Any] = {"shape": "cross", "angle": 45, "size": 60, "color": GREY}
-    base = chart_of_rows(rows).mark_point(filled=True, opacity=1, clip=False, **mark)
-    return [base.encode(x=x, y=alt.value(HIGH), tooltip=["rule:N"])] if rows else []
+    mark: dict[str, Any] = {"shape": "cross", "angle": 45, "size": 60, "color": draw.GREY}
+    base = draw.points(rows).mark_point(filled=True, opacity=1, clip=False, **mark)
+    return [base.encode(x=x, y=alt.value(draw.HIGH), tooltip=["rule:N"])] if rows else []
 
 
 def _baselines(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[alt.Chart]:
@@ -87,10 +78,10 @@ def _baselines(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> l
     ]
     if not rows:
         return []
-    text: dict[str, Any] = {"align": "left", "dx": 4, "dy": -6, "color": GREY}
-    base = chart_of_rows(rows)
+    text: dict[str, Any] = {"align": "left", "dx": 4, "dy": -6, "color": draw.GREY}
+    base = draw.points(rows)
     return [
-        base.mark_rule(strokeDash=[6, 4], color=GREY).encode(y=y, tooltip=["label:N"]),
+        base.mark_rule(strokeDash=[6, 4], color=draw.GREY).encode(y=y, tooltip=["label:N"]),
         base.mark_text(**text).encode(x=x, y=y, text="label:N"),
     ]
 
@@ -98,15 +89,15 @@ def _baselines(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> l
 def _best(
     sweep: Sweep, point: Point, x: alt.X, y: alt.Y, ends: tuple[float, float]
 ) -> list[alt.Chart]:
-    """A ring around the best point, and its name: on the side that lines leave free, towards the middle."""
+    """A ring draw.around the best point, and its name: on the side that lines leave free, towards the middle."""
     share = math.log(point.half_life / ends[0]) / math.log(ends[1] / ends[0])
     label = f"{_kind(point)}, half-life {point.half_life:.4g}: {point.quality:.5g}"
-    base = chart_of_rows([{"x": point.half_life, "y": point.quality, "label": label}]).encode(
+    base = draw.points([{"x": point.half_life, "y": point.quality, "label": label}]).encode(
         x=x, y=y
     )
     align = "left" if share < 0.35 else "right" if share > 0.65 else "center"
-    ring = base.mark_point(size=150, strokeWidth=2, color=RED, opacity=1)
-    return labelled(base, ring, align=align, dy=18 if sweep.better == "lower" else -18)
+    ring = base.mark_point(size=150, strokeWidth=2, color=draw.RED, opacity=1)
+    return draw.labelled(base, ring, align=align, dy=18 if sweep.better == "lower" else -18)
 
 
 def _subtitle(sweep: Sweep) -> list[str]:

@@ -38,14 +38,12 @@ class Wanted(NamedTuple):
     steps: Annotated[
         str | None,
         typer.Option(
-            metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run; any part may be empty."
+            metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run (parts may be empty)."
         ),
     ] = None
     window_tokens: Annotated[
         str | None,
-        typer.Option(
-            metavar="TOKENS", help="Take the checkpoints of a run's last TOKENS tokens (125B)."
-        ),
+        typer.Option(metavar="TOKENS", help="Take the last TOKENS tokens of a run (125B)."),
     ] = None
     tokens_per_step: Annotated[
         str | None,

@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ChartFolder = Annotated[
     Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing file or folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 ShardSize = Annotated[
     str | None,
     typer.Option(
