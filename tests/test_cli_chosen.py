@@ -162,7 +162,7 @@ def test_every_command_reads_the_same_part(
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "no folder": (("--last", "2"), "--last: for the checkpoints of a run, whose folder is missing"),
+    "no folder": (("--last", "2"), "to use --last, give the folder of a run"),
     "too many": (("run", "--last", "9"), "last is 9, wanted at most 6"),
     "tokens alone": (("run", "--window-tokens", "2M"), "are given together"),
     "a choice of snapshots": (

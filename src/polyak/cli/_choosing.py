@@ -112,8 +112,7 @@ def stored(
     if not any(value is not None for value in wanted):
         return folder
     if folder is None:
-        chosen = given(wanted._asdict())
-        raise ValueError(f"{chosen}: for the checkpoints of a run, whose folder is missing")
+        raise ValueError(f"to use {given(wanted._asdict())}, give the folder of a run")
     return wanted.of([folder], better, judged=True)
 
 
