@@ -857,6 +857,9 @@ def test_files_that_may_hold_weights_beside_those_that_are_read_are_named(tmp_pa
         "left aside: pytorch_model.bin, 2_Dense/model.safetensors, original/consolidated.00.pth"
         in said
     )
+    shutil.rmtree(tmp_path / "original")
+    (tmp_path / "original").symlink_to(tmp_path / "original")  # nothing can be listed there
+    assert sorted(checkpoints.read(tmp_path).left) == sorted(told[:2])
     with pytest.raises(ValueError, match=r"such as .*/model\.pt"):
         folder_with(tmp_path / "other", "model.pt", "train.pt")
         checkpoints.read(tmp_path / "other")

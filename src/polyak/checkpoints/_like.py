@@ -119,7 +119,7 @@ def _copy(like: Path, folder: Path, files: set[str]) -> list[str]:
 def _modules(like: Path) -> set[str]:
     """The folders of a model of sentence-transformers, whose modules it lists."""
     try:
-        told = json.loads((like / "modules.json").read_text())
+        told = json.loads((like / "modules.json").read_text(encoding="utf-8"))
         return {str(module["path"]) for module in told if module["path"]}
     except (OSError, ValueError, TypeError, KeyError):
         return set()

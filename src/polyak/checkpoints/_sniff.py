@@ -134,10 +134,18 @@ def files_beside(source: Source) -> list[str]:
     if not path.is_dir() or isinstance(opened, (DistributedTensors, Member, type(None))):
         return []
     used = opened.files if isinstance(opened, IndexedTensors) else {opened.path.name}
-    inner = [each for each in path.iterdir() if each.is_dir() and not _SAVED.search(each.name)]
-    files = [file for folder in (path, *sorted(inner)) for file in sorted(folder.iterdir())]
+    inner = [each for each in _within(path) if each.is_dir() and not _SAVED.search(each.name)]
+    files = [file for folder in (path, *inner) for file in _within(folder)]
     names = [str(file.relative_to(path)) for file in files if _may_hold_weights(file)]
     return [name for name in names if name not in used]
+
+
+def _within(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if that may not be listed, or is replaced by others meanwhile."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _may_hold_weights(file: Path) -> bool:
