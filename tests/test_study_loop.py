@@ -12,8 +12,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from polyak import Averager
+from polyak.rules import Rule
 from polyak.study import cosine
 from polyak.study._loop import Run, train
+from polyak.study._tracking import profile_of
+from rule_examples import RULE_EXAMPLES
 from study_models import cnn, images, mlp, study
 
 
@@ -92,3 +96,21 @@ def test_a_run_is_the_plain_script_bit_for_bit(model: Callable[[], nn.Module], s
         assert record["test"][arm]["last"]["loss"] == plain.test[arm]
     wanted = [now["sma"] for now in plain.validation]
     assert record["curves"]["sma"]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [r for each in RULE_EXAMPLES.values() for r in each], ids=str)
+@pytest.mark.parametrize(("steps", "every"), [(12, 4), (14, 4), (15, 1), (3, 4)])
+def test_the_profile_of_an_arm_is_what_it_averages(rule: Rule, steps: int, every: int) -> None:
+    """An arm is updated at the end of its `every` steps, and read at any step."""
+    weights = {"w": torch.zeros(steps, dtype=torch.float64)}
+    averager = Averager(weights, rule)
+    for step in range(1, steps + 1):
+        weights["w"].zero_()[step - 1] = 1.0
+        if step % every == 0:
+            averager.update(every)
+    found = profile_of(rule, steps, every)
+    if found is None:
+        assert averager.count == 0
+    else:
+        wanted = averager.average()["w"]
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-13)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polyak._engine.changes import ticked
 from polyak.averager import Averager
 from polyak.rules import LIVE, Rule, Tail, Uniform, Window
 from polyak.study._flat import Flat, Weights, joined, some_runs
@@ -238,14 +239,15 @@ def rule_of(arm: Arm, steps: int) -> Rule:
 
 
 def profile_of(rule: Rule, steps: int, every: int) -> Profile | None:
-    """The profile of an arm, updated at steps `every`, 2 `every`, ...; None before its first update.
-
-    A term in the live weights counts at the last update.
-    """
+    """The profile of an arm, updated at steps `every`, 2 `every`, ...; None before its first update."""
     if steps < every:
         return None
+    times = [float(every)] * (steps // every)
     profile = np.zeros(steps)
-    profile[every - 1 :: every] = coefficients(rule, [every] * (steps // every))
+    profile[every - 1 :: every] = coefficients(rule, times)
+    if stale := steps % every:  # a term in the live weights is that of the step itself
+        live = rule.readout(ticked(rule, times)).get(LIVE, 0.0)
+        profile[[-1, -1 - stale]] += live, -live
     return profile
 
 
