@@ -24,6 +24,7 @@ import polyak
 from models import Everything, assert_same, pointers, wander
 from polyak import Averager, Bema, Exponential, Power, Tail, Window
 from rule_examples import RULE_EXAMPLES
+from since import since
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
 TOKENS = torch.tensor([0, 1, 2, 4])
@@ -608,6 +609,7 @@ def test_it_is_the_plain_model_of_one_in_ddp() -> None:
     assert_same(dict(teacher.state_dict()), averager.average())
 
 
+@since("2.7", "FSDP2 on the CPU")
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.filterwarnings("ignore:.torch.distributed.all_gather_into_tensor. is deprecated")
 def test_a_sharded_model_is_refused_by_name() -> None:

@@ -24,7 +24,7 @@ RANGES = ROOT / ".ranges"
 PAGE = ROOT / "docs/versions.md"
 # Python, torch, numpy: the oldest, one in the middle, the newest.
 ENVIRONMENTS = [
-    ("3.12", "2.6.0", "2.0.2"),
+    ("3.12", "2.6.0", "1.26.4"),
     ("3.12", "2.9.1", "2.2.6"),
     ("3.13", "2.14.1", "2.5.5"),
     ("3.14", "2.14.1", "2.5.5"),
