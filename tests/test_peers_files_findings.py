@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def test_a_file_that_holds_the_same_weights_is_named(tmp_path: Path) -> None:
     torch.save({"model": {"w": b}}, tmp_path / "d.pt")
     files = [tmp_path / name for name in ("a.safetensors", "c.pt", "d.pt", "a.safetensors")]
     said = run("average", *files, "--out", tmp_path / "mean.safetensors").stderr
-    pairs = [line.split() for line in said.splitlines() if "holds the same weights" in line]
-    names = [(Path(line[1]).name, Path(line[-5].rstrip(",")).name) for line in pairs]
+    pairs = re.findall(r"^note: (.*) holds the same weights as (.*): they", said, re.MULTILINE)
+    names = [(Path(file).name, Path(other).name) for file, other in pairs]
     assert sorted(names) == [("a.safetensors", "a.safetensors"), ("c.pt", "a.safetensors")]
 
 
