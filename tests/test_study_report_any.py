@@ -17,7 +17,7 @@ from polyak.study import Claim, Metric, Plateau, Published, Region, Result, Seed
 from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
-from polyak.study._report import write
+from polyak.study._report import _caveats, write
 from polyak.study._study import Arm
 from polyak.study._study_figures import times_to_target
 from study_results import CLAIMS, Truth, loss, result, truth
@@ -34,13 +34,14 @@ def made() -> Result:
 
 
 def test_verdicts_are_right_where_the_truth_is_known(made: Result) -> None:
-    judged = judge(made)
-    found = [each.verdict for each in judged]
+    judgements = judge(made)
+    judged = [part for each in judgements for part in each.parts]
+    found = [each.verdict for each in judgements]
     assert found == ["holds", "does not hold", "undecided", "holds", "undecided"]
     assert judged[3].interval.low == pytest.approx(0.025 ** (1 / 9))  # exact, of 9 seeds of 9
     assert [each.missing for each in judged] == [0, 0, 0, 0, 9]
     assert judged[0].wanted == "above 0.0 %" and judged[4].figure == "no seed"
-    text = json.dumps(as_json(judged), allow_nan=False)
+    text = json.dumps(as_json(judgements), allow_nan=False)
     assert json.loads(text)[0]["claim"] == "Short is better."
 
 
@@ -58,7 +59,75 @@ def test_a_region_is_told_as_it_was_given(form: str) -> None:
     }
     for wanted, region in regions.items():
         (judged,) = judge(result(1, claims=(Claim("s", constantly_zero, region, form=form),)))
-        assert judged.wanted == wanted
+        assert judged.parts[0].wanted == wanted
+
+
+def number(seed: Seed) -> float:
+    return float(seed.number)
+
+
+TRUE, FALSE, OPEN = Region.above(0), Region.below(0), Region.above(4)
+PARTS = {
+    (TRUE,): "holds", (TRUE, TRUE): "holds", (TRUE, OPEN): "undecided", (OPEN, FALSE): "does not hold",
+    (TRUE, FALSE): "does not hold", (TRUE, OPEN, FALSE, TRUE): "does not hold",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("regions", "verdict"), PARTS.items())
+def test_a_sentence_of_several_parts_needs_all_of_them(
+    regions: tuple[Region, ...], verdict: str
+) -> None:
+    """The seeds are 0 to 8: their mean is 4."""
+    other = Claim("Another sentence.", number, TRUE)
+    claims = (*(Claim("s", number, region) for region in regions), other)
+    found = judge(result(claims=claims))
+    assert [(each.sentence, each.verdict) for each in found] == [
+        ("s", verdict),
+        ("Another sentence.", "holds"),
+    ]
+    assert len(found[0].parts) == len(as_json(found)[0]["parts"]) == len(regions)
+
+
+def test_a_median_and_a_geometric_mean_over_seeds() -> None:
+    def grown(seed: Seed) -> float:
+        return 2.0**seed.number
+
+    def log_of(seed: Seed) -> float:
+        return math.log(grown(seed))
+
+    claims = (
+        Claim("median", grown, TRUE, form="number", statistic="median", what="a power of 2"),
+        Claim("factor", log_of, TRUE, form="factor"),
+        Claim("percent", log_of, Region.between(0, math.log(3)), form="percent"),
+    )
+    middle, factor, percent = (each.parts[0] for each in judge(result(claims=claims)))
+    assert middle.figure.startswith("16 [") and factor.figure.startswith("16.000 [")
+    assert percent.figure.startswith("1500.00 % [") and percent.wanted == "from 0.00 % to 200.00 %"
+    assert factor.wanted == "above 1.000"
+    assert middle.quantity == "a power of 2, median over 9 seeds"
+    assert factor.quantity == "geometric mean over 9 seeds"
+
+
+def test_an_unknown_form_is_refused() -> None:
+    for make in (
+        lambda: Claim("s", number, TRUE, form="decimal"),
+        lambda: Published("s", number, 1.0, form="decimal"),
+    ):
+        with pytest.raises(ValueError, match="form is 'decimal', wanted "):
+            make()
+
+
+def caveats(made: Result) -> str:
+    return " ".join(_caveats(Effects(made)))
+
+
+def test_caveats_are_told_where_they_apply(made: Result) -> None:
+    said = caveats(made)
+    assert "Validation and test values are the same" not in said and "sets the learning" not in said
+    one_part = caveats(result(value=lambda a, n, s, r, _: truth(a, n, s, r, "test")))
+    assert "Validation and test values are the same" in one_part
+    assert "Under plateau, short sets the learning rate and the stop" in caveats(stopped())
+    assert caveats(result(caveats=("Mind this.",))).startswith("Mind this.")
 
 
 def constantly_zero(_: Seed) -> float:
@@ -183,13 +252,16 @@ def test_charts_and_tables_lie_beside_the_page(page: Path) -> None:
     assert {
         "gains_constant",
         "curves_cosine",
+        "one_loss",
+        "one_accuracy",
+        "pairs_cosine",
         "half_life_constant",
         "by_schedule",
         "speed",
     } <= names
     arms = (page.parent / "tables" / "arms_constant.md").read_text(encoding="utf-8")
     assert "| late_mean |" in arms and "| never [" in arms
-    assert "| loss of live | 1 |" in (page.parent / "tables" / "published.md").read_text()
+    assert "| loss of live | 1 |" in (page.parent / "tables" / "published_1.md").read_text()
     assert len(json.loads((page.parent / "verdicts.json").read_text())) == len(CLAIMS)
 
 

@@ -160,7 +160,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"seeds": 0}, "seeds is 0, wanted an integer >= 1"),
     ({}, {"jobs": 0}, "jobs is 0, wanted a number of processes, or -1"),
     ({}, {"vary": ("data",)}, r"vary is \['data'\], wanted some of init, order, dropout, split"),
-    ({"claims": gain("emma")}, {}, "the claim 'A claim.': there: there is no arm 'emma', wanted live"),
+    ({"claims": gain("emma")}, {}, "the claim 'A claim.': there is no arm 'emma', wanted live"),
     ({"claims": gain("ema", metric="f1")}, {}, "metric is 'f1', wanted loss, accuracy"),
     ({"claims": gain("ema", schedule="wsd")}, {}, "schedule is 'wsd', wanted constant, cosine"),
     ({"claims": lambda seed: seed.curve("emma")[0]}, {}, "there is no arm 'emma'"),

@@ -88,7 +88,8 @@ def _report(result: Any, folder: Path, command: str) -> None:
     for sentence in written.summary:
         say(sentence)
     for each in written.judged:
-        say(f"{each.verdict}: {each.claim.sentence} {each.figure}, wanted {each.wanted}")
+        said = "; ".join(f"{part.figure}, wanted {part.wanted}" for part in each.parts)
+        say(f"{each.verdict}: {each.sentence} {said}")
     say(f"Report: {written.page}")
 
 

@@ -87,7 +87,7 @@ def _claimed(judgement: claims.Judgement) -> Claimed:
         for part in judgement.parts
         if part.verdict
     )
-    return Claimed(judgement.claim, judgement.text, judgement.verdict, reasons)
+    return Claimed(f"{judgement.claim} {judgement.text}", judgement.verdict, reasons)
 
 
 def _stop(settings: Settings) -> tuple[Block, ...]:

@@ -16,6 +16,7 @@ from polyak import theory
 from polyak.rules import LIVE, Rule
 from polyak.study import _comparisons as comparisons
 from polyak.study._result import Result, When
+from polyak.study._schedules import Plateau
 from polyak.study._statistics import Interval, Statistic, bootstrap
 from polyak.study._study import Arm, Ensemble
 from polyak.study._text import percent, significant
@@ -96,6 +97,12 @@ class Effects:
         means = {arm: self._validation(arm, schedule) for arm in self.arms}
         known = [arm for arm in self.arms if not math.isnan(means[arm])]
         return sorted(known, key=lambda arm: means[arm] if self.lower else -means[arm])
+
+    def focus(self, schedule: str) -> str | None:
+        """The arm that a plateau follows, else the best one on validation; None if no arm has a value."""
+        given = self.study.schedules[schedule]
+        leads = isinstance(given, Plateau) and given.arm != LIVE
+        return given.arm if leads else self.best(schedule)
 
     def form(self, value: float) -> str:
         """A gain as text."""

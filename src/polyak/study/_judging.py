@@ -1,4 +1,7 @@
-"""Judging: each claim of a study becomes an interval over seeds, and the one rule gives its verdict."""
+"""Judging: each claim of a study becomes an interval over seeds, and the one rule gives its verdict.
+
+Claims with one sentence are the parts of a judgement, which holds if all of them hold.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyak.study._result import Result, Seed
-from polyak.study._statistics import ClaimVerdict, Interval, bootstrap, share, verdict
+from polyak.study._statistics import (
+    ClaimVerdict,
+    Interval,
+    Statistic,
+    bootstrap,
+    combined,
+    share,
+    verdict,
+)
 from polyak.study._study import Claim
 from polyak.study._text import FORMS, between
 
@@ -28,18 +39,48 @@ class Judged:
 
     @property
     def figure(self) -> str:
-        """The mean over seeds with its interval as text."""
+        """The mean or median over seeds with its interval as text."""
         return between(self.interval, FORMS[self.claim.form])
 
     @property
+    def quantity(self) -> str:
+        """What the figure is."""
+        missing = f", {self.missing} more without a value" if self.missing else ""
+        said = f"{self.claim.what}, " if self.claim.what else ""
+        geometric = "geometric " if self.claim.form in ("factor", "percent") else ""
+        over = f"over {self.interval.seeds} seeds{missing}"
+        return f"{said}{geometric}{self.claim.statistic} {over}"
+
+    @property
     def verdict(self) -> ClaimVerdict:
-        """The verdict on the claim."""
+        """The verdict on the claim alone."""
         return verdict(self.interval, self.claim.region)
 
 
-def judge(result: Result) -> list[Judged]:
+@dataclass(frozen=True)
+class Judgement:
+    """A sentence with its parts, all of which it needs."""
+
+    sentence: str
+    parts: tuple[Judged, ...]
+
+    @property
+    def source(self) -> str:
+        """Where the sentence comes from."""
+        return self.parts[0].claim.source
+
+    @property
+    def verdict(self) -> ClaimVerdict:
+        """The verdict on the sentence."""
+        return combined([part.verdict for part in self.parts])
+
+
+def judge(result: Result) -> list[Judgement]:
     """Judge every claim of a study over its seeds."""
-    return [_judged(claim, result.seeds) for claim in result.study.claims]
+    sentences: dict[str, list[Judged]] = {}
+    for claim in result.study.claims:
+        sentences.setdefault(claim.sentence, []).append(_judged(claim, result.seeds))
+    return [Judgement(sentence, tuple(parts)) for sentence, parts in sentences.items()]
 
 
 def over_seeds(quantity: Callable[[Seed], float], seeds: Sequence[Seed]) -> list[float]:
@@ -48,28 +89,38 @@ def over_seeds(quantity: Callable[[Seed], float], seeds: Sequence[Seed]) -> list
     return [value for value in values if not math.isnan(value)]
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """The mean with its bootstrap interval; of zeros and ones the share with its exact interval."""
+def interval(values: Sequence[float], statistic: Statistic = "mean") -> Interval:
+    """The mean or median with its bootstrap interval; of zeros and ones the share with its exact interval.
+
+    Of values that are not all finite it is the median.
+    """
     if set(values) <= {0.0, 1.0}:
         return share([value == 1.0 for value in values])
-    return bootstrap(values, "mean" if all(map(math.isfinite, values)) else "median")
+    return bootstrap(values, statistic if all(map(math.isfinite, values)) else "median")
 
 
 def _judged(claim: Claim, seeds: Sequence[Seed]) -> Judged:
     values = over_seeds(claim.quantity, seeds)
-    return Judged(claim, interval(values), len(seeds) - len(values))
+    return Judged(claim, interval(values, claim.statistic), len(seeds) - len(values))
 
 
-def as_json(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """For each claim its sentence, verdict, estimate, interval, seeds and region, for JSON."""
+def as_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """For each claim its sentence, verdict, and parts with estimate, interval, seeds and region, for JSON."""
     return [
         {
-            "claim": each.claim.sentence,
-            "source": each.claim.source,
-            "verdict": each.verdict,
-            "holds if": str(each.claim.region),
-            **each.interval.as_dict(),
-            "seeds without a value": each.missing,
+            "claim": judgement.sentence,
+            "source": judgement.source,
+            "verdict": judgement.verdict,
+            "parts": [
+                {
+                    "quantity": part.quantity,
+                    "verdict": part.verdict,
+                    "holds if": str(part.claim.region),
+                    **part.interval.as_dict(),
+                    "seeds without a value": part.missing,
+                }
+                for part in judgement.parts
+            ],
         }
-        for each in judged
+        for judgement in judgements
     ]

@@ -15,7 +15,8 @@ from polyak.study._statistics import BOOTSTRAP_SEED, CONFIDENCE, FEWEST_SEEDS, R
 PACKAGES = ("polyak", "torch", "numpy", "scipy", "scikit-learn", "altair", "joblib")
 RULE = (
     f"A claim holds if the {100 * CONFIDENCE:.0f} % interval over seeds lies inside the claimed range, does not hold "
-    "if it lies outside, and is undecided otherwise. With fewer than "
+    "if it lies outside, and is undecided otherwise. A claim of several parts holds if all of them hold, and does not "
+    "hold if one of them does not. With fewer than "
     f"{FEWEST_SEEDS} seeds every claim is undecided. Means and medians have percentile bootstrap intervals "
     f"({RESAMPLES} resamples of the seeds, generator seed {BOOTSTRAP_SEED}). Shares of seeds have exact "
     "binomial (Clopper-Pearson) intervals."

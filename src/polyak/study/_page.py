@@ -79,7 +79,6 @@ class Reason:
 class Claimed:
     """A claim in its own words, its verdict, and the reasons."""
 
-    label: str
     sentence: str
     verdict: str
     reasons: tuple[Reason, ...]

@@ -28,7 +28,7 @@ class _Rehearsed(Seed):
 
 def _check(study: Study, arm: str, metric: str | None, schedule: str | None) -> None:
     try:
-        study.require_arm(arm, "there")
+        study.require_arm(arm)
         study.require_metric(metric)
         study.require_schedule(schedule)
     except ValueError as error:
@@ -43,10 +43,14 @@ def rehearse(study: Study) -> None:
     seed = _Rehearsed(Result(study, []), 0)
     judged: list[Claim | Published] = [*study.claims, *study.published]
     for each in judged:
-        sentence = each.sentence if isinstance(each, Claim) else each.what
+        named = (
+            f"claim {each.sentence!r}"
+            if isinstance(each, Claim)
+            else f"published figure {each.what!r}"
+        )
         try:
             each.quantity(seed)
         except UnknownNameError as error:
-            raise ValueError(f"the claim {sentence!r}: {error}") from None
+            raise ValueError(f"the {named}: {error}") from None
         except Exception:
             continue

@@ -11,6 +11,7 @@ from polyak.rules import LIVE
 from polyak.study import _judging as judging
 from polyak.study import _methods as methods
 from polyak.study import _page as pages
+from polyak.study import _study_curves as drawn
 from polyak.study import _study_figures as figures
 from polyak.study import _study_tables as tables
 from polyak.study._after_stop import after_stop
@@ -29,7 +30,8 @@ from polyak.study._page import (
     Text,
 )
 from polyak.study._result import Result
-from polyak.study._schedules import described
+from polyak.study._schedules import Plateau, described
+from polyak.study._study import Study
 from polyak.study._text import Table, between, percent
 
 
@@ -39,7 +41,7 @@ class Report:
 
     summary: tuple[str, ...]
     tables: dict[str, Table]
-    judged: list[judging.Judged]
+    judged: list[judging.Judgement]
     page: Path
 
 
@@ -51,26 +53,26 @@ def write(result: Result, folder: Path, command: str) -> Report:
     return Report(page.summary, page.tables(), judged, pages.write(page, folder))
 
 
-def _page(result: Result, judged: list[judging.Judged], command: str) -> Page:
+def _page(result: Result, judged: list[judging.Judgement], command: str) -> Page:
     study, effects = result.study, Effects(result)
     first = next(iter(study.schedules))
     about = (
-        f"{len(result.seeds)} seeds, {len(study.schedules)} schedules, {len(study.learning_rates)} learning rates, "
-        f"{len(study.arms)} averages, runs of {study.steps} steps."
+        f"Seeds: {len(result.seeds)}. Schedules: {len(study.schedules)}. Learning rates: {len(study.learning_rates)}. "
+        f"Averages: {len(study.arms)}. Steps of a run: {_lengths(result)}."
     )
     sections: dict[str, tuple[str, tuple[Block, ...]]] = {
         "verdicts": ("Verdicts", _verdicts(judged)),
         "effects": ("Gains", (Text(_GAINS), *_figures(figures.forests(effects)), *(Grid(tables.arms(effects, s)) for s in study.schedules), Text(tables.arms_note(effects)))),
-        "curves": ("Learning curves", _figures(figures.curves(effects))),
+        "curves": ("Learning curves", _figures(drawn.curves(effects))),
         "half-life": ("Half-life", _figures(figures.by_half_life(effects))),
         "schedules": ("Schedules", _figures(figures.by_schedule(effects))),
-        "geometry": ("Distance to the live weights", _figures(figures.geometry(effects, first))),
+        "geometry": ("Distance to the live weights", _figures(drawn.geometry(effects, first))),
         "after": ("After the stop", _figures(after_stop(effects))),
         "speed": ("Time to the target", _figures(figures.speed(effects))),
-        "published": ("Published figures", (Grid(tables.published(result)),) if study.published else ()),
+        "published": ("Published figures", tuple(map(Grid, tables.published(result)))),
         "metrics": ("All metrics", tuple(Grid(tables.metrics(effects, s)) for s in study.schedules) if len(study.metrics) > 1 else ()),
         "costs": ("Rules, ages and costs", (Grid(tables.costs(effects)),)),
-        "seeds": ("Seed by seed", tuple(Grid(tables.seeds(effects, s)) for s in study.schedules)),
+        "seeds": ("Seed by seed", (*_figures(drawn.pairs(effects)), *(Grid(tables.seeds(effects, s)) for s in study.schedules))),
         "caveats": ("Caveats", (Bullets(_caveats(effects)),)),
         "failures": ("Failures", (Grid(tables.failures(result)),) if result.failures else ()),
     }  # fmt: skip
@@ -95,23 +97,25 @@ def _figures(made: tuple[Figure, ...]) -> tuple[Block, ...]:
     return (Figures(made),) if made else ()
 
 
-def _verdicts(judged: list[judging.Judged]) -> tuple[Block, ...]:
-    if not judged:
-        return ()
+def _lengths(result: Result) -> str:
+    """The steps of the runs: the fewest and the most, where an early stop makes them differ."""
+    ends = sorted({record["steps"][-1] for record in result.records})
+    return f"{ends[0]} to {ends[-1]}" if len(ends) > 1 else str(ends[0])
+
+
+def _verdicts(judged: list[judging.Judgement]) -> tuple[Block, ...]:
     claimed = tuple(
-        Claimed("", each.claim.sentence, each.verdict, (_reason(each),), each.claim.source)
+        Claimed(each.sentence, each.verdict, tuple(map(_reason, each.parts)), each.source)
         for each in judged
     )
-    return Text(methods.RULE), Claims(claimed)
+    return (Text(methods.RULE), Claims(claimed)) if claimed else ()
 
 
-def _reason(each: judging.Judged) -> Reason:
-    missing = f", {each.missing} more without a value" if each.missing else ""
-    quantity = f"mean over {each.interval.seeds} seeds{missing}"
-    return Reason(quantity, each.figure, each.wanted, each.verdict)
+def _reason(part: judging.Judged) -> Reason:
+    return Reason(part.quantity, part.figure, part.wanted, part.verdict)
 
 
-def _summary(effects: Effects, judged: list[judging.Judged]) -> tuple[str, ...]:
+def _summary(effects: Effects, judged: list[judging.Judgement]) -> tuple[str, ...]:
     """Three sentences: the first schedule, the schedules beside each other, and the claims."""
     schedules = list(effects.study.schedules)
     said = [_best(effects, schedules[0]), _others(effects, schedules[1:]), _counts(judged)]
@@ -142,7 +146,7 @@ def _others(effects: Effects, schedules: list[str]) -> str:
     )
 
 
-def _counts(judged: list[judging.Judged]) -> str:
+def _counts(judged: list[judging.Judgement]) -> str:
     counts = Counter(each.verdict for each in judged)
     if not judged:
         return ""
@@ -152,7 +156,13 @@ def _counts(judged: list[judging.Judged]) -> str:
 
 def _caveats(effects: Effects) -> tuple[str, ...]:
     result, study = effects.result, effects.study
-    found = [*identical(result), *_edges(result)]
+    found = [
+        *study.caveats,
+        *identical(result),
+        *_edges(result),
+        *_leading(study),
+        *_one_part(result),
+    ]
     missing = sum(
         v is None
         for r in result.records
@@ -170,9 +180,32 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
     )
     if len(study.claims) > 1:
         found.append(
-            f"Each verdict has its own 95 % interval; the {len(study.claims)} claims are not corrected for their number. The p-values of the arms are."
+            f"Each verdict has its own 95 % interval; the {len(study.claims)} claims and parts of claims are not corrected for their number. The p-values of the arms are."
         )
     return tuple(found)
+
+
+def _leading(study: Study) -> list[str]:
+    """Sentences about averages that steer the runs in which all are compared."""
+    return [
+        f"Under {name}, {given.arm} sets the learning rate and the stop of every run, so all arms are compared at a moment that its validation values chose."
+        for name, given in study.schedules.items()
+        if isinstance(given, Plateau)
+    ]
+
+
+def _one_part(result: Result) -> list[str]:
+    """A sentence for a study whose validation part is its test part too."""
+    last = [
+        ({metric: values[-1] for metric, values in record["curves"][arm].items()}, record["test"][arm]["last"])
+        for record in result.records
+        for arm in result.study.arm_names
+    ]  # fmt: skip
+    if any(validation != test for validation, test in last):
+        return []
+    return [
+        "Validation and test values are the same here: what is chosen by them looks better than it is."
+    ]
 
 
 def _edges(result: Result) -> list[str]:

@@ -65,7 +65,7 @@ class Result:
         return len(values) - len(numbers), mean
 
     def _checked(self, arm: str, schedule: str | None) -> str:
-        self.study.require_arm(arm, "a claim or table")
+        self.study.require_arm(arm)
         return self.study.require_schedule(schedule)
 
 

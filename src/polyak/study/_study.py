@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from polyak.rules import LIVE, Rule
 from polyak.specs import parse
 from polyak.study._region import Region
 from polyak.study._schedules import Plateau, Schedule, constant
+from polyak.study._text import FORMS
 
 if TYPE_CHECKING:
     from polyak.study._result import Seed
@@ -129,7 +130,10 @@ def mean_probability(logits: Tensor) -> Tensor:
 class Claim:
     """A sentence, a quantity with one number per seed, and the region in which the sentence is true.
 
-    `form` says how the report prints the quantity: "share", "number", "ratio" or "steps".
+    Claims with one sentence are its parts: it holds if all of them hold. `what` names the quantity. `form`
+    says how the report prints it: "share", "number", "ratio" or "steps"; of a log ratio "factor" prints
+    the ratio, and "percent" the ratio less 1. `statistic` is "mean" or "median" over the seeds; the mean of
+    log ratios is the log of a geometric mean.
     """
 
     sentence: str
@@ -137,17 +141,28 @@ class Claim:
     region: Region
     source: str = ""
     form: str = "share"
+    what: str = ""
+    statistic: Literal["mean", "median"] = "mean"
+
+    def __post_init__(self) -> None:
+        require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure that somebody published about one run, to be compared with the quantity over seeds."""
+    """A figure that somebody published about one run, to be compared with the quantity over seeds.
+
+    The report has a table for each `source`; `form` is as in `Claim`.
+    """
 
     what: str
     quantity: Callable[[Seed], float]
     figure: float
     source: str = ""
     form: str = "number"
+
+    def __post_init__(self) -> None:
+        require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
 
 
 def _adam(parameters: Any, learning_rate: float) -> Optimizer:
@@ -174,6 +189,7 @@ class Study:
         arms: name -> `Arm`, `Ensemble`, a rule or its spec. "live" is always there.
         claims: sentences that the report judges.
         published: figures of others that the report compares.
+        caveats: sentences that the report adds to its own.
         steps: optimizer steps of a run.
         batch_size: rows of a batch; the last batch of an epoch may be smaller.
         evaluations: evenly spaced evaluations of all arms; the last is at the last step.
@@ -201,6 +217,7 @@ class Study:
     schedules: Mapping[str, Schedule] = field(default_factory=lambda: {"constant": constant})
     claims: tuple[Claim, ...] = ()
     published: tuple[Published, ...] = ()
+    caveats: tuple[str, ...] = ()
     evaluations: int = 20
     seeds: int = 16
     stacked: int = 0
@@ -237,12 +254,11 @@ class Study:
         if unknown := set(self.quick) - set(self.__dataclass_fields__):
             raise ValueError(f"quick has {sorted(unknown)}, wanted fields of Study")
 
-    def require_arm(self, arm: str, where: str) -> None:
+    def require_arm(self, arm: str, where: str = "") -> None:
         """Raise `ValueError` unless an arm of this name exists."""
         if arm not in self.arm_names:
-            raise ValueError(
-                f"{where}: there is no arm {arm!r}, wanted {', '.join(self.arm_names)}"
-            )
+            wanted = f"there is no arm {arm!r}, wanted {', '.join(self.arm_names)}"
+            raise ValueError(f"{where}: {wanted}" if where else wanted)
 
     def require_metric(self, metric: str | None) -> str:
         """The metric, or the main one for None. Raise `ValueError` if there is no such metric."""

@@ -1,34 +1,24 @@
-"""Figures of any study: curves, effects, half-lives, schedules, geometry, and time to a target."""
+"""Figures of any study: effects, half-lives, schedules, and time to a target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from polyak.rules import LIVE
 from polyak.study import _figures as charts
 from polyak.study._comparisons import performance_profile, profile_score, time_to_target
-from polyak.study._curves import lines, spread
+from polyak.study._curves import lines
 from polyak.study._effects import Effects, half_lives
 from polyak.study._page import Figure
-from polyak.study._result import Result, Seed
+from polyak.study._result import Result
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
 from polyak.study._text import Table, between, file_name, significant
 
 LIMITS = tuple(float(v) for v in np.linspace(1, 4, 31))
-
-
-def curves(effects: Effects) -> tuple[Figure, ...]:
-    """The validation values of the main metric by step, under each schedule."""
-    title = effects.study.metrics[effects.metric].title or effects.metric
-    return tuple(
-        figure
-        for schedule in effects.study.schedules
-        if (figure := _curves(effects, schedule, f"{title}, validation: {schedule}"))
-    )
 
 
 def forests(effects: Effects) -> tuple[Figure, ...]:
@@ -61,29 +51,6 @@ def by_schedule(effects: Effects) -> tuple[Figure, ...]:
     )
     caption = "Gain of the average that validation chose under each schedule, with its 95 % interval. Right of 0 the average is better."
     return (Figure("by_schedule", chart, caption, words, table),)
-
-
-def geometry(effects: Effects, schedule: str) -> tuple[Figure, ...]:
-    """Distance and cosine between each average and the live weights by step, under a schedule."""
-    about = {
-        "distance": ("‖average − live‖ / ‖live‖", "Distance between the averages and the live weights"),
-        "cosine": ("cosine of the ways from the start", "Cosine between the way of an average and the way of the live weights from the start"),
-    }  # fmt: skip
-    made = []
-    for name, (title, caption) in about.items():
-        read = _reader(name, schedule)
-        rows = [
-            row
-            for arm in _shown(effects, schedule)
-            for row in _medians(effects.result, arm, schedule, read)
-        ]
-        if rows:
-            made.append(
-                lines(
-                    name, rows, title, f"{caption}; median over seeds, schedule {schedule}.", "step"
-                )
-            )
-    return tuple(made)
 
 
 def speed(effects: Effects) -> tuple[Figure, ...]:
@@ -147,23 +114,6 @@ def times_to_target(effects: Effects, arm: str, schedule: str) -> list[float]:
     ]
 
 
-def _curves(effects: Effects, schedule: str, title: str) -> Figure | None:
-    def read(seed: Seed, arm: str) -> list[float]:
-        return seed.curve(arm, effects.metric, schedule)
-
-    rows = [
-        row
-        for arm in (LIVE, *_shown(effects, schedule))
-        for row in _medians(effects.result, arm, schedule, read, band=True)
-    ]
-    if not rows:
-        return None
-    caption = "Line: median over seeds; band: the middle 80 % of seeds; each arm at its own learning rate."
-    low = min(row["low"] for row in rows)
-    log = low > 0 and max(row["high"] for row in rows) > 5 * low
-    return lines(f"curves_{file_name(schedule)}", rows, title, caption, "step", log=log)
-
-
 def _forest(effects: Effects, schedule: str) -> Figure:
     gains = {
         effect.arm: _scaled(effects, effect.gain)
@@ -216,43 +166,6 @@ def _family(result: Result) -> dict[str, float]:
             key = type(arm.rule), arm.every, arm.start, arm.recalibrate
             families.setdefault(key, {})[name] = share
     return max(families.values(), key=len, default={})
-
-
-def _shown(effects: Effects, schedule: str) -> list[str]:
-    """The arms that a chart of lines has room for beside the live weights: the best on validation."""
-    best = effects.ranked(schedule)[: charts.MOST_SERIES - 1]
-    return [arm for arm in effects.arms if arm in best]
-
-
-def _reader(name: str, schedule: str) -> Callable[[Seed, str], list[float]]:
-    """Reads the distances or cosines of an arm from the run in which it is judged."""
-
-    def read(seed: Seed, arm: str) -> list[float]:
-        record = seed.record(arm, schedule)
-        return [] if record is None else [math.nan if v is None else v for v in record[name][arm]]
-
-    return read
-
-
-def _medians(
-    result: Result,
-    arm: str,
-    schedule: str,
-    read: Callable[[Seed, str], list[float]],
-    band: bool = False,
-) -> charts.Rows:
-    """The median of a curve over seeds at every evaluated step that at least half of the seeds reach."""
-    found: dict[int, list[float]] = {}
-    for seed in result.seeds:
-        for step, value in zip(seed.steps(arm, schedule), read(seed, arm), strict=False):
-            if math.isfinite(value):
-                found.setdefault(step, []).append(value)
-    rows: charts.Rows = []
-    for step, values in sorted(found.items()):
-        if 2 * len(values) >= len(result.seeds):
-            row = spread(step, arm, values)
-            rows.append(row if band else {name: row[name] for name in ("x", "curve", "middle")})
-    return rows
 
 
 def _intervals(name: str, title: str, first: str, values: Mapping[str, Interval]) -> Table:

@@ -170,23 +170,21 @@ def seeds(effects: Effects, schedule: str) -> Table:
     return Table(f"seeds_{file_name(schedule)}", title, ("seed", *names), rows, sortable=True)
 
 
-def published(result: Result) -> Table:
-    """Figures that others published about one run, beside ours over seeds."""
-    rows = tuple(_published(result, each) for each in result.study.published)
-    header = (
-        "figure",
-        "published",
-        "ours, mean [95 % interval]",
-        "seeds below the published figure",
-        "source",
-    )
-    return Table(
-        "published",
-        "Published figures beside ours",
-        header,
-        rows,
-        "The share of our seeds below a published figure places its run among ours.",
-    )
+def published(result: Result) -> list[Table]:
+    """Figures that others published about one run, beside ours over seeds: a table for each source."""
+    sources: dict[str, list[tuple[str, ...]]] = {}
+    for each in result.study.published:
+        sources.setdefault(each.source, []).append(_published(result, each))
+    return [
+        Table(
+            f"published_{number}",
+            f"Published figures beside ours{f': {source}' if source else ''}",
+            ("figure", "published", "ours, mean [95 % interval]", "seeds", "seeds below the published figure"),
+            tuple(rows),
+            "The share of our seeds below a published figure places its run among ours.",
+        )
+        for number, (source, rows) in enumerate(sources.items(), 1)
+    ]  # fmt: skip
 
 
 def _published(result: Result, figure: Published) -> tuple[str, ...]:
@@ -197,8 +195,8 @@ def _published(result: Result, figure: Published) -> tuple[str, ...]:
         figure.what,
         form(figure.figure),
         between(interval(values), form),
+        str(len(values)),
         between(below, lambda v: percent(v, 0)),
-        figure.source or "—",
     )
 
 

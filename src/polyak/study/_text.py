@@ -71,11 +71,13 @@ FORMS: dict[str, Callable[[float], str]] = {
     "mae": lambda v: number(v, 5),
     "r2": lambda v: number(v, 5),
     "epoch": lambda v: number(v, 1),
-    "share": percent,
     "change": lambda v: percent(v, 2),
-    "ratio": lambda v: number(v, 3),
+    "share": percent,
     "number": significant,
+    "ratio": lambda v: number(v, 3),
     "steps": lambda v: significant(v, 4),
+    "factor": lambda v: number(math.exp(v), 3),
+    "percent": lambda v: percent(math.expm1(v), 2),
 }
 
 

@@ -38,4 +38,15 @@ def r2(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return 1 - mse(model, x, y) / y.var(correction=0)
 
 
-METRICS = {"mse": Metric(mse), "mae": Metric(mae), "r2": Metric(r2, lower_is_better=False)}
+METRICS = {
+    "mse": Metric(mse, title="MSE"),
+    "mae": Metric(mae, title="MAE"),
+    "r2": Metric(r2, lower_is_better=False, title="R²"),
+}
+CAVEATS = (
+    "As in the article there is no test part: the validation part sets the learning rate and the stop, and judges the models.",
+    "X and y are standardised over all rows, the validation rows included, as in the article.",
+    "There is one data set and one split, so seeds vary only the first weights, the order of batches and the dropout masks.",
+    "The article's decay of .999 is a limit that its warm-up does not reach: 1 − (1 + n)^(−2/3) is .9965 after 4 800 steps. The arm ema_0.999 has it from the first step.",
+    "swa_75 is the mean of the epoch ends from epoch 75, three quarters of about 100 epochs; a run that stops before has its live weights there. SWA's own learning rate is not used.",
+)

@@ -11,7 +11,8 @@ from torch import nn
 from polyak.rules import ArticleEMA, Uniform, Window
 from polyak.study import Arm, Ensemble, Plateau, Study
 from polyak.study.recipes._article_claims import CLAIMS, EMA
-from polyak.study.recipes._regression import METRICS, SOURCE, data, mse
+from polyak.study.recipes._article_published import PUBLISHED
+from polyak.study.recipes._regression import CAVEATS, METRICS, SOURCE, data, mse
 
 EPOCH = 50  # steps: 1600 rows in batches of 32
 
@@ -46,6 +47,8 @@ study = Study(
         **{f"ensemble_{size}": Ensemble(size, every=EPOCH) for size in (5, 10, 20)},
     },
     claims=CLAIMS,
+    published=PUBLISHED,
+    caveats=CAVEATS,
     steps=500 * EPOCH,
     evaluations=500,
     batch_size=32,
