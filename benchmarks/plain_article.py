@@ -1,7 +1,7 @@
 """The article's experiment as one reads it there: one seed, one script, no cleverness.
 
 Run `python benchmarks/plain_article.py 0`. It is the baseline that `study_speed.py` times, and the
-oracle that the study's fast trainer must equal bit for bit (`tests/test_study_trainer.py`).
+oracle that the study's recipe must equal bit for bit (`tests/test_study_article.py`).
 It imports nothing of polyak.
 """
 

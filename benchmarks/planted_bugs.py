@@ -78,14 +78,14 @@ BUGS: tuple[Bug, ...] = (
     bug("fingerprints without the place", "_ranks/replicas.py", "        mixed += torch.arange(start, start + mixed.numel(), device=tensor.device).mul_(_OTHER)\n", "", "replicas"),
     bug("the last rank's rows that are not gathered", "_ranks/replicas.py", "        if len(rest):\n", "        if False:\n", "sharding", slow=True),
     # the study
-    bug("an early stop that waits one epoch less", "study/_trainer.py", "return self._waited >= self._patience", "return self._waited > self._patience - 2", "study_trainer"),
+    bug("an early stop that waits one epoch less", "study/_course.py", "self._waited == self.plateau.stop", "self._waited + 1 == self.plateau.stop", "study_run"),
     bug("a verdict from too few seeds", "study/_statistics.py", "FEWEST_SEEDS = 8", "FEWEST_SEEDS = 2", "study_statistics"),
     bug("a claim that holds by its estimate", "study/_statistics.py", "if interval.low in claimed and interval.high in claimed:", "if interval.estimate in claimed:", "study_statistics"),
-    bug("a gap over one epoch more", "study/_quantities.py", "return float((average - live)[:EARLY].mean())", "return float((average - live)[: EARLY + 1].mean())", "study_claims"),
-    bug("R2 with the unbiased variance", "study/_model.py", "var(correction=0)", "var(correction=1)", "study_trainer"),
-    bug("SWA of one epoch more", "study/_arms.py", "return min(math.ceil(SWA_SHARE * epochs), epochs - 1)", "return min(math.floor(SWA_SHARE * epochs), epochs - 1)", "study_arms"),
-    bug("a ring of steps that is read from its start", "study/_arms.py", "for i in range(max(self._count - size, 0), self._count)", "for i in range(min(self._count, size))", "study_arms"),
-    bug("the last of equal epochs taken for the best", "study/_trainer.py", 'first = min(range(len(metrics)), key=lambda i: metrics[i]["mse"])', 'first = min(reversed(range(len(metrics))), key=lambda i: metrics[i]["mse"])', "study_trainer"),
+    bug("a gap over one epoch more", "study/recipes/_article_claims.py", "fmean(ema[:EARLY])", "fmean(ema[: EARLY + 1])", "study_article_claims"),
+    bug("R2 with the unbiased variance", "study/recipes/_regression.py", "var(correction=0)", "var(correction=1)", "study_article"),
+    bug("SWA of one epoch more", "study/recipes/article.py", "start=75 / 500", "start=74 / 500", "study_article", slow=True),
+    bug("the last of equal epochs taken for the best", "study/_logbook.py", "return value < min(before) if lower", "return value <= min(before) if lower", "study_run"),
+    bug("a claim that one of its parts is enough for", "study/_statistics.py", 'if "does not hold" in verdicts:', 'if {*verdicts} == {"does not hold"}:', "study_report_any"),
 )  # fmt: skip
 
 FAULTS: tuple[Bug, ...] = (

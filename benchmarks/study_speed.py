@@ -1,9 +1,9 @@
 """How long 64 seeds of the article's experiment take: the plain script against the study.
 
 Run `python benchmarks/study_speed.py`; it writes `benchmarks/results/study_speed.md`.
-Plain runs are timed before and after the study, in turns with the study in one process. They stop
-where the study's runs stop, so 64 of them take (seconds an epoch) x (epochs of 64 seeds). Processor
-time is given beside the clock's: it stays right on a machine that others use as well.
+Plain runs are timed before and after the study, in turns with the study that trains one seed after
+another. They stop where the study's runs stop, so 64 of them take (seconds an epoch) x (epochs of 64
+seeds). Processor time is given beside the clock's: it stays right on a machine that others use as well.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 
 import plain_article
-from polyak.study._data import make_data
-from polyak.study._runner import run_study
-from polyak.study._settings import Settings
-from polyak.study._trainer import run_seed
+from polyak.study import Result, recipes, report, run
+from polyak.study._loop import Run, train
 
 SEEDS = 64
+ARTICLE = recipes()["article"]
 PLAIN_SEEDS = (0, 1, 2)
 RESULT = Path(__file__).parent / "results" / "study_speed.md"
 
@@ -62,32 +61,35 @@ def plain(seed: int, threads: int) -> int:
     return len(outcome.history.train_loss)
 
 
-def fast(seed: int) -> int:
+def alone(seed: int) -> int:
     """One seed of the study, with every arm and the epochs after the stop; its epochs to the stop."""
-    settings = Settings()
-    return int(run_seed(seed, settings, make_data(settings))["stop_epoch"])
+    return len(train(ARTICLE, Run(seed, "plateau", 1e-3))["steps"])
 
 
 def one_process() -> dict[str, list[Spent]]:
-    """What an epoch takes, plain and fast in turns."""
+    """What an epoch takes, plain and in the study in turns."""
     threads = torch.get_num_threads()
-    found: dict[str, list[Spent]] = {"default": [], "one": [], "fast": []}
+    found: dict[str, list[Spent]] = {"default": [], "one": [], "alone": []}
     for seed in PLAIN_SEEDS:
         found["default"].append(spent(partial(plain, seed, threads)))
         found["one"].append(spent(partial(plain, seed, 1)))
-        found["fast"].append(spent(partial(fast, seed)))
+        found["alone"].append(spent(partial(alone, seed)))
     return found
 
 
-def processes(jobs: int) -> tuple[Spent, int]:
-    """What the whole study takes, its processes' start and end included, and its epochs."""
+def whole(folder: Path) -> tuple[Spent, Result]:
+    """What the whole study takes, its processes' start and end included, and its result."""
     began, before = time.perf_counter(), time.process_time() + children()
-    with tempfile.TemporaryDirectory() as folder:
-        records = run_study(SEEDS, Path(folder) / "results.jsonl", Settings(), jobs=jobs)
+    result = run(ARTICLE, folder, seeds=SEEDS)
     clock = time.perf_counter() - began
     get_reusable_executor().shutdown(wait=True)  # a child's time is known once it has ended
-    used = Spent(clock, time.process_time() + children() - before)
-    return used, sum(record["stop_epoch"] for record in records)
+    return Spent(clock, time.process_time() + children() - before), result
+
+
+def written(result: Result, folder: Path) -> int:
+    """The report, counted as one epoch."""
+    report(result, folder)
+    return 1
 
 
 def children() -> float:
@@ -101,16 +103,19 @@ def median(found: list[Spent]) -> Spent:
     return Spent(*(statistics.median(times) for times in zip(*found, strict=True)))
 
 
-def report(found: dict[str, list[Spent]], study: Spent, epochs: int, jobs: int) -> str:
+def text(found: dict[str, list[Spent]], study: Spent, page: Spent, epochs: int) -> str:
     """The result as Markdown."""
-    default, single, alone = (median(found[n]).times(epochs) for n in ("default", "one", "fast"))
-    threads = torch.get_num_threads()
+    default, single, one_by_one = (
+        median(found[n]).times(epochs) for n in ("default", "one", "alone")
+    )
+    threads, jobs = torch.get_num_threads(), joblib.cpu_count()
     rows = (
         (f"{SEEDS} plain runs, torch's default threads ({threads})", default),
         (f"{SEEDS} plain runs, one thread", single),
-        (f"study, {SEEDS} seeds in one process", alone),
-        (f"study, {SEEDS} seeds on {jobs} processes, start-up included (measured whole)", study),
+        (f"study, {SEEDS} seeds one after another in one process", one_by_one),
+        (f"study, {SEEDS} seeds, {ARTICLE.stacked} stacked, {jobs} processes, start-up included (measured whole)", study),
         (f"the same, were its {jobs} processors free", Spent(study.processor / jobs, study.processor)),
+        ("its report", page),
     )  # fmt: skip
     lines = [
         f"| {name} | {took.clock:.0f} | {took.processor:.0f} | {single.clock / took.clock:.1f} |"
@@ -123,8 +128,8 @@ def report(found: dict[str, list[Spent]], study: Spent, epochs: int, jobs: int) 
         "|---|---|---|---|", *lines, "",
         f"{SEEDS} seeds run {epochs} epochs to their stops. The plain script and the study in one "
         f"process were timed in turns, seeds {PLAIN_SEEDS} before and again after the study of "
-        f"{SEEDS}; median seconds an epoch times {epochs} epochs. The study tracks 16 arms and goes "
-        f"on for {Settings().epochs_after_stop} epochs after each stop; the plain script does neither. "
+        f"{SEEDS}; median seconds an epoch times {epochs} epochs. The study tracks {len(ARTICLE.arms)} arms and goes "
+        "on for 25 epochs after each stop; the plain script does neither. "
             "With more threads the plain script also waits for processors that others use.",
         "", f"{platform.machine()}, {joblib.cpu_count()} processors, torch {torch.__version__}, "
         f"Python {platform.python_version()}.", "",
@@ -133,16 +138,17 @@ def report(found: dict[str, list[Spent]], study: Spent, epochs: int, jobs: int) 
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    jobs = joblib.cpu_count()
-    fast(0)  # imports that torch makes at its first optimizer
+    alone(0)  # imports that torch makes at its first optimizer
     found = one_process()
-    study, epochs = processes(jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        study, result = whole(Path(folder))
+        page = spent(partial(written, result, Path(folder)))
     for name, more in one_process().items():
         found[name] += more
-    text = report(found, study, epochs, jobs)
+    said = text(found, study, page, sum(len(record["steps"]) for record in result.records))
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+    RESULT.write_text(said, encoding="utf-8")
+    sys.stdout.write(said)
 
 
 if __name__ == "__main__":

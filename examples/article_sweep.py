@@ -11,48 +11,64 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
 
 import polyak
 from polyak import charts
-from polyak.study._data import make_data
-from polyak.study._live import Live
-from polyak.study._model import Probe
-from polyak.study._settings import Settings
-from polyak.study._trainer import alone
+from polyak.study import recipes
 
 STORED = {"0.05": "power(relative_std=0.05)", "0.10": "power(relative_std=0.1)"}
 HALF_LIVES = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800)
+ARTICLE = recipes()["article"]
+DATA = ARTICLE.data(0)
+
+Weights = Mapping[str, Tensor]
 
 
-def train(folder: Path, settings: Settings, epochs: int) -> tuple[Probe, dict[str, torch.Tensor]]:
-    """The article's training, recorded; how to judge weights, and the EMAs that were tracked."""
+def judge(weights: Weights) -> float:
+    """The validation loss of weights."""
+    x, y = DATA.validation
+    with torch.no_grad():
+        predicted = functional_call(ARTICLE.model().eval(), dict(weights), x)
+    return float(torch.nn.functional.mse_loss(predicted, y))
+
+
+def train(folder: Path, epochs: int) -> dict[str, Weights]:
+    """The article's training, recorded; the EMAs that were tracked."""
+    torch.manual_seed(42)
+    model = ARTICLE.model().train()
+    optimizer = ARTICLE.optimizer(model.parameters(), ARTICLE.learning_rates[0])
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
+    loader = DataLoader(TensorDataset(*DATA.train), ARTICLE.batch_size, shuffle=True)
     rules = {str(rule): rule for rule in map(polyak.Exponential.from_half_life, HALF_LIVES)}
-    with alone():
-        torch.manual_seed(settings.data_seed)
-        live = Live(settings, make_data(settings))
-        probe = Probe(live.shapes, make_data(settings))
-        weights = {"weights": live.flat}
-        driver = polyak.Averager(weights, settings.article_rule())
-        averager, tracked = polyak.Averager(weights, STORED), polyak.Averager(weights, rules)
-        steps = epochs * -(
-            -int(settings.rows * (1 - settings.validation_share)) // settings.batch_size
-        )
-        recorder = polyak.Recorder(averager, folder, every=steps // 40)
-
-        def after_step() -> None:
+    driver = polyak.Averager(model, ARTICLE.arms["article_ema"].rule)
+    averager, tracked = polyak.Averager(model, STORED), polyak.Averager(model, rules)
+    recorder = polyak.Recorder(averager, folder, every=epochs * len(loader) // 40)
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            ARTICLE.loss(model, x, y).backward()
+            optimizer.step()
             for each in (driver, averager, tracked, recorder):
                 each.update()
+        schedule.step(judge(driver.average()))
+    recorder.record()
+    return {name: tracked.average(name) for name in rules}
 
-        for _ in range(epochs):
-            live.train_epoch(after_step)
-            live.judged(probe.evaluate(driver.average()["weights"])["mse"])
-        recorder.record()
-        return probe, {name: tracked.average(name)["weights"] for name in rules}
+
+def distance(made: Weights, tracked: Weights) -> float:
+    """The norm of the difference of two sets of weights, as a share of the second's."""
+    pairs = [(made[name].flatten(), tensor.flatten()) for name, tensor in tracked.items()]
+    one, two = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    return float((one - two).norm() / two.norm())
 
 
 def main() -> None:
@@ -60,12 +76,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("article-sweep"))
     parser.add_argument("--epochs", type=int, default=97, help="97 is where the article stopped")
     options = parser.parse_args()
-    probe, tracked = train(options.out / "snapshots", Settings(), options.epochs)
-    found = polyak.sweep(
-        options.out / "snapshots",
-        list(tracked),
-        lambda weights: probe.evaluate(weights["weights"])["mse"],
-    )
+    snapshots = options.out / "snapshots"
+    tracked = train(snapshots, options.epochs)
+    found = polyak.sweep(snapshots, list(tracked), judge)
     charts.save(charts.sweep_chart(found), options.out, "sweep")
     table = Table(
         title="validation loss of EMAs, made of snapshots and tracked", title_justify="left"
@@ -75,11 +88,8 @@ def main() -> None:
     rows = []
     for point in found.points:
         at = tracked[point.rule]
-        made = polyak.synthesize(
-            options.out / "snapshots", point.rule, max_error=9, max_amplification=1e12
-        )
-        difference = float((made.average()["weights"] - at).norm() / at.norm())
-        loss = probe.evaluate(at)["mse"]
+        made = polyak.synthesize(snapshots, point.rule, max_error=9, max_amplification=1e12)
+        difference, loss = distance(made.average(), at), judge(at)
         rows.append(
             {
                 "half_life": point.half_life,

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import polyak
-from polyak.cli import app
+from polyak.cli import _study, app
 from polyak.theory import explain
 
 
@@ -185,11 +184,12 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_study_article_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[dict[str, object]] = []
-    study = SimpleNamespace(run_article=lambda **options: calls.append(options))
-    monkeypatch.setitem(sys.modules, "polyak.study", study)
+    monkeypatch.setattr(
+        _study, "run", lambda name, **options: calls.append({"name": name, **options})
+    )
     done = run("study", "article", "--seeds", "3", "--out", str(tmp_path), "--jobs", "2")
     assert done.exit_code == 0, done.output
-    assert calls == [{"seeds": 3, "out": tmp_path, "jobs": 2}]
+    assert calls == [{"name": "article", "seeds": 3, "out": tmp_path, "jobs": 2}]
 
 
 def test_version() -> None:

@@ -11,9 +11,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 import browsing
-from polyak.study import compare, run_article
+from polyak.study import compare, run
 from polyak.study._report import write
-from study_cases import SMALL
+from study_cases import short
 from study_results import CLAIMS, folder, result
 
 RULES = {"rules": {"target-size": {"enabled": True}}}  # of WCAG 2.2, not in axe's default
@@ -28,7 +28,7 @@ def browser() -> Iterator[Browser]:
 
 
 def article(place: Path) -> Path:
-    return run_article(3, place, jobs=1, settings=SMALL)
+    return write(run(short(22), place, seeds=3, jobs=1), place, "polyak study article").page
 
 
 def study(place: Path) -> Path:

@@ -279,6 +279,7 @@ def test_a_plateau_lowers_the_rate_when_a_metric_stands_still_in_either_directio
         record = train(several, Run(0, "plateau", 1.0))
         assert record["rates"] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
         assert record["stopped_early"]
+        assert record["test"]["live"]["selected"]["step"] == 2  # the first of equal values
 
 
 def test_a_folder_is_read_however_it_was_made(tmp_path: Path) -> None:

@@ -127,6 +127,19 @@ def test_the_runner_stacks(tmp_path: Path) -> None:
         run(replace(small, stacked=0), tmp_path, jobs=1)
 
 
+def test_a_stack_is_the_same_however_it_was_interrupted(tmp_path: Path) -> None:
+    """Its runs have dropout, whose masks are drawn for the whole stack."""
+    small = study(steps=8, evaluations=2, stacked=3, seeds=3, arms={})
+    whole = run(small, tmp_path / "whole", jobs=1)
+    lines = (tmp_path / "whole" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "results.jsonl").write_text("".join([lines[4], lines[0]]))
+    again = run(small, tmp_path / "torn", jobs=2)
+    for one, two in zip(whole.records, again.records, strict=True):
+        assert one["train_loss"] == two["train_loss"] and one["curves"] == two["curves"]
+    assert len((tmp_path / "torn" / "results.jsonl").read_text().splitlines()) == 6
+
+
 def test_a_run_that_fails_in_a_stack_is_told_alone(tmp_path: Path) -> None:
     """Only seed 2 has fewer rows; in a stack its error ends all, so they run one by one."""
 

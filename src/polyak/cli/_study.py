@@ -16,17 +16,6 @@ SOURCES = "init,order,dropout,split"
 Jobs = Annotated[int, typer.Option(help="Processes; -1 is one per core.")]
 
 
-def article(
-    seeds: Annotated[int, typer.Option(help="Runs, each with its own seed.")] = 64,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("study-article"),
-    jobs: Jobs = -1,
-) -> None:
-    """Repeat the founding article's experiment, and judge its claims."""
-    from polyak.study import run_article
-
-    run_article(seeds=seeds, out=out, jobs=jobs)
-
-
 def run(
     recipe: Annotated[
         str,
@@ -78,6 +67,18 @@ def run(
             say(f"failed: {where}: {failure['failed']}", err=True)
         if result.failures:
             fail(f"{len(result.failures)} runs failed; run again to try them again", YOURS)
+
+
+def article(
+    seeds: Annotated[int, typer.Option(help="Runs, each with its own seed.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("study-article"),
+    jobs: Jobs = -1,
+) -> None:
+    """Repeat the founding article's experiment, and judge its claims.
+
+    It is `polyak study run article`.
+    """
+    run("article", seeds=seeds, jobs=jobs, out=out)
 
 
 def _report(result: Any, folder: Path, command: str) -> None:

@@ -26,9 +26,9 @@ from polyak.study._record_format import (
     Listed,
     Record,
     RecordFormat,
+    fingerprint,
 )
 from polyak.study._schedules import described
-from polyak.study._settings import fingerprint
 from polyak.study._study import Arm, Data, Ensemble, Study
 
 T = TypeVar("T")

@@ -101,8 +101,9 @@ class Effects:
     def focus(self, schedule: str) -> str | None:
         """The arm that a plateau follows, else the best one on validation; None if no arm has a value."""
         given = self.study.schedules[schedule]
-        leads = isinstance(given, Plateau) and given.arm != LIVE
-        return given.arm if leads else self.best(schedule)
+        if isinstance(given, Plateau) and given.arm != LIVE:
+            return given.arm
+        return self.best(schedule)
 
     def form(self, value: float) -> str:
         """A gain as text."""

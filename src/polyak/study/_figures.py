@@ -63,26 +63,9 @@ def forest(rows: Mapping[str, Interval], x_title: str, title: str, at: float = 0
     return styled(rule(at, "x") + bar + point, title, height)
 
 
-def histogram(
-    values: Sequence[float], step: float, x_title: str, title: str, mark: float | None = None
-) -> Chart:
-    """How many of the values lie in each bin of a width, with a dashed line at a published value."""
-    rows = [{"x": value} for value in values]
-    bins = alt.Bin(step=step)
-    bars = (
-        alt.Chart(alt.Data(values=rows))
-        .mark_bar(color=SERIES[1], opacity=0.85)
-        .encode(
-            x=alt.X("x:Q", bin=bins, title=x_title, axis=alt.Axis(labelOverlap=True)),
-            y=alt.Y("count():Q", title=None, axis=alt.Axis(tickMinStep=1)),
-        )
-    )
-    return styled(bars if mark is None else bars + rule(mark, "x", INK), title, 220)
-
-
-def pairs(rows: Rows, x_title: str, title: str, mark: Sequence[float] = ()) -> Chart:
-    """A point per seed at (`x`, `y`), the line of equality, and a cross at a published pair."""
-    values = [v for row in rows for v in (row["x"], row["y"])] + list(mark)
+def pairs(rows: Rows, x_title: str, title: str) -> Chart:
+    """A point for each row at (`x`, `y`), and the line of equality."""
+    values = [v for row in rows for v in (row["x"], row["y"])]
     low, high = min(values), max(values)
     room = (high - low) / 12 or abs(high) / 10 or 1.0
     scale = alt.Scale(domain=[low - room, high + room], nice=False, zero=False)
@@ -93,9 +76,6 @@ def pairs(rows: Rows, x_title: str, title: str, mark: Sequence[float] = ()) -> C
         alt.Chart(alt.Data(values=ends)).mark_line(strokeDash=[4, 3], color=SOFT),
         alt.Chart(alt.Data(values=rows)).mark_circle(size=40, opacity=0.8, color=SERIES[1]),
     ]
-    if mark:
-        cross = alt.Chart(alt.Data(values=[{"x": mark[0], "y": mark[1]}]))
-        layers.append(cross.mark_point(shape="cross", filled=True, size=130, color=INK, opacity=1))
     return styled(alt.layer(*(layer.encode(x=x, y=y) for layer in layers)), title, 360)
 
 
@@ -129,10 +109,10 @@ def ladder(points: Mapping[float, Interval], live: Interval, x_title: str, title
     return styled(area + dashed + bar + line, title)
 
 
-def rule(value: float, axis: str, colour: str = SOFT) -> Chart:
+def rule(value: float, axis: str) -> Chart:
     """A dashed line across the chart at a value of an axis."""
     mark = alt.Chart(alt.Data(values=[{"at": value}])).mark_rule(
-        color=colour, strokeWidth=1.5, strokeDash=[6, 3]
+        color=SOFT, strokeWidth=1.5, strokeDash=[6, 3]
     )
     return mark.encode(**{axis: "at:Q"})
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from reprlib import Repr
 from typing import Any, NamedTuple
 
 from polyak._checks import is_integer, is_number
-from polyak.rules import LIVE
-from polyak.study._settings import fingerprint
 
 Record = dict[str, Any]
 
-AVERAGE = "average"
-CURVES = ("train_loss", "val_loss_original", "val_loss_ema", "r2_original", "r2_ema")
 _MOST_LINES = 8
 
 _repr = Repr()
@@ -41,7 +39,6 @@ SEED = Kind("an integer >= 0", lambda value: is_integer(value, 0))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-METRICS = {"mse": POSITIVE, "mae": POSITIVE, "r2": NUMBER}
 
 
 class RecordFormat(NamedTuple):
@@ -49,17 +46,15 @@ class RecordFormat(NamedTuple):
 
     conditions: Callable[[Record], Mapping[str, Any]]
     fields: Callable[[Record], Mapping[str, Any]]
-    key: Callable[[Record], Hashable] = lambda record: record["seed"]
-    label: Callable[[Record], str] = lambda record: f"seed {record['seed']}"
-    measured: tuple[str, ...] = ()
+    key: Callable[[Record], Hashable]
+    label: Callable[[Record], str]
+    measured: tuple[str, ...]
     """The fields that differ when a run is repeated: times."""
 
 
-def article_format(conditions: Mapping[str, Any]) -> RecordFormat:
-    """The format of the records of the article's experiment."""
-    return RecordFormat(
-        lambda _: conditions, lambda record: _fields(conditions, record.get("stop_epoch"))
-    )
+def fingerprint(conditions: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that identify the conditions."""
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def require_record(record: object, form: RecordFormat) -> None:
@@ -99,29 +94,6 @@ def _differences(
             yield f"{within}{name}: {_repr.repr(theirs)} there, {_repr.repr(ours)} now"
 
 
-def _fields(conditions: Mapping[str, Any], stop_epoch: Any) -> dict[str, Any]:
-    """What a record holds: name -> the kind of value, a list of it, or the fields of a mapping."""
-    best = {"epoch": COUNT, **METRICS}
-    return {
-        "seed": SEED,
-        "fingerprint": TEXT,
-        "conditions": MAPPING,
-        "stop_epoch": COUNT,
-        "stopped_early": FLAG,
-        LIVE: METRICS,
-        AVERAGE: METRICS,
-        "best": {LIVE: best, AVERAGE: best},
-        "learning_rate_drops": Listed(COUNT),
-        "history": _curves(stop_epoch),
-        "after_stop": _curves(conditions["epochs_after_stop"]),
-        "arms": dict.fromkeys([LIVE, *conditions["arms"]], METRICS),
-    }
-
-
-def _curves(length: Any) -> dict[str, Listed]:
-    return {name: Listed(NUMBER if "r2" in name else POSITIVE, length) for name in CURVES}
-
-
 def _problems(name: str, value: Any, wanted: Any) -> Iterator[str]:
     """How a value differs from what is wanted, in depth, each with its dotted name."""
     if isinstance(wanted, dict):
@@ -150,6 +122,6 @@ def _problems_of_list(name: str, value: Any, wanted: Listed) -> Iterator[str]:
         yield f"{name} is {_repr.repr(value)}, wanted a list"
         return
     if wanted.length is not None and len(value) != wanted.length:
-        yield f"{name} has {len(value)} values, wanted {wanted.length}: one an epoch"
+        yield f"{name} has {len(value)} values, wanted {wanted.length}: one an evaluation"
     for i, each in enumerate(value):
         yield from _problems(f"{name}[{i}]", each, wanted.kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +23,13 @@ from polyak.study._loop import SOURCES, Run, train
 from polyak.study._records import opened
 from polyak.study._rehearsal import rehearse
 from polyak.study._result import Record, Result
-from polyak.study._runner import Progress
 from polyak.study._stackable import require_stackable
 from polyak.study._stacked import train_stacked
 from polyak.study._study import Study
 
 Group = tuple[Run, ...]
+Progress = Callable[[int, int, bool], None]
+"""Called with (runs done, runs wanted, whether one was just run) at the start and after each run."""
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 
@@ -50,7 +51,7 @@ def run(
         seeds: the seeds 0 to seeds - 1; default `study.seeds`.
         jobs: processes as joblib counts them, each on one thread; -1 is one per core, 1 is this one.
         vary: the sources of variance that differ between seeds: "init", "order", "dropout", "split".
-        progress: called with (runs done, runs wanted, whether one was just run).
+        progress: called with (runs done, runs wanted, whether one was just run), at the start too.
 
     Records on the disk are never lost: each is synced before the next counts as done. Ctrl-C, a full
     disk or a killed process ends the call; calling it again goes on.
@@ -124,8 +125,10 @@ def _run(
             (folder / FAILURES).unlink()  # they are run again
         done = sum(each in results.by_run for each in wanted)
         progress(done, len(wanted), False)
-        missing = [each for each in wanted if each not in results.by_run]
-        for each, outcome in outcomes(study, missing, vary, jobs):
+        groups = missing_groups(study, wanted, results.by_run)
+        for each, outcome in outcomes(study, groups, vary, jobs):
+            if each in results.by_run:
+                continue
             if "failed" in outcome:
                 _add_failure(folder, study, each, outcome["failed"])
             else:
@@ -139,18 +142,23 @@ def _run(
     return Result(study, records, failures)
 
 
-def grouped(study: Study, runs: Sequence[Run], workers: int) -> list[Group]:
-    """The runs in groups that are trained at once; each process gets one at least."""
-    size = max(min(study.stacked, -(-len(runs) // workers)), 1)
-    return [tuple(runs[first : first + size]) for first in range(0, len(runs), size)]
+def missing_groups(study: Study, wanted: Sequence[Run], done: Container[Run]) -> list[Group]:
+    """The groups of runs that are trained at once and are not done yet.
+
+    Runs of a group share one generator of dropout masks. So neither the number of processes nor an
+    interruption changes a group; one that is not whole is run again.
+    """
+    size = max(study.stacked, 1)
+    groups = [tuple(wanted[first : first + size]) for first in range(0, len(wanted), size)]
+    return [group for group in groups if not all(run in done for run in group)]
 
 
 def outcomes(
-    study: Study, runs: Sequence[Run], vary: tuple[str, ...], jobs: int
+    study: Study, groups: Sequence[Group], vary: tuple[str, ...], jobs: int
 ) -> Iterator[tuple[Run, Record]]:
     """(run, its measurements or {"failed": why}) in the order in which they finish."""
-    workers = min(effective_n_jobs(jobs), max(len(runs), 1))
-    waiting = grouped(study, runs, workers)
+    workers = min(effective_n_jobs(jobs), max(len(groups), 1))
+    waiting = [*groups]
     while waiting:
         try:
             for group, records in _parallel(study, waiting, vary, workers):

@@ -111,9 +111,8 @@ def _pairs(effects: Effects, schedule: str, arm: str) -> Figure:
 
 def _shown(effects: Effects, schedule: str) -> list[str]:
     """The arms that a chart of lines has room for beside the live weights: the focus, and the best ones."""
-    ranked = effects.ranked(schedule)
-    ranked.sort(key=lambda arm: arm != effects.focus(schedule))
-    return [arm for arm in effects.arms if arm in ranked[: charts.MOST_SERIES - 1]]
+    best = dict.fromkeys((effects.focus(schedule), *effects.ranked(schedule)))
+    return [arm for arm in effects.arms if arm in [*best][: charts.MOST_SERIES - 1]]
 
 
 def _spreads(effects: Effects, schedule: str, arm: str, curve: str, read: Read) -> charts.Rows:

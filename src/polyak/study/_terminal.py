@@ -1,8 +1,7 @@
-"""Terminal: the progress of a study, and its main tables."""
+"""Terminal: the progress of a study."""
 
 from __future__ import annotations
 
-import re
 import time
 
 from rich.console import Console
@@ -15,12 +14,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from polyak._shown import Table as TextTable
-from polyak._shown import every_character
-from polyak.study._article_report import Report
-from polyak.study._text import Table
-
-COLOURS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 LINES = 8
 
 
@@ -60,31 +53,3 @@ class Seeds:
         if not self._console.is_terminal and done % max(wanted // LINES, 1) == 0:
             left = f", {rate}, {pace * (wanted - done):.0f} s left" if self._ran else ""
             self._console.print(f"{self._units} {done}/{wanted}{left}")
-
-
-def show(console: Console, report: Report, seconds: float) -> None:
-    """Print the main tables, and the path of the report."""
-    with every_character():
-        for name, columns, left in (
-            ("verdicts", (0, 1, 2), 3),
-            ("final", (0, 1, 2, 3), 1),
-            ("arms", (0, 2, 5, 7, 8), 1),
-        ):
-            _print(console, report.tables[name], columns, left)
-        console.print(f"{seconds:.0f} s. Report: {report.page.resolve()}", highlight=False)
-
-
-def _print(console: Console, table: Table, columns: tuple[int, ...], left: int) -> None:
-    """Some columns of a table, with verdicts in colour on a terminal; the first `left` are words."""
-    header, *rows = ([row[column] for column in columns] for row in (table.header, *table.rows))
-    console.print(f"\n{table.title}", highlight=False, markup=False)
-    width = console.width if console.is_terminal else None
-    for line in TextTable(header, rows, left).lines(width):
-        console.print(_coloured(line), highlight=False, soft_wrap=True)
-
-
-def _coloured(line: str) -> str:
-    line = line.replace("[", r"\[")
-    for verdict, colour in COLOURS.items():
-        line = re.sub(rf"(?<=  ){verdict}(?=  |$)", f"[{colour}]{verdict}[/]", line)
-    return line

@@ -66,12 +66,6 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 FORMS: dict[str, Callable[[float], str]] = {
-    "loss": lambda v: number(v, 5),
-    "mse": lambda v: number(v, 5),
-    "mae": lambda v: number(v, 5),
-    "r2": lambda v: number(v, 5),
-    "epoch": lambda v: number(v, 1),
-    "change": lambda v: percent(v, 2),
     "share": percent,
     "number": significant,
     "ratio": lambda v: number(v, 3),
