@@ -31,8 +31,8 @@ from alone import ALONE
 from polyak import Averager, Recorder, checkpoints
 from polyak.offline import average, concatenate
 from polyak.study._page import _write
-from polyak.study._record_format import article_format
 from polyak.study._records import opened
+from study_cases import FORM
 
 
 def averager(size: int = 8) -> Averager:
@@ -411,7 +411,7 @@ def test_torchs_own_files_in_a_folder_that_is_saved_have_its_name(tmp_path: Path
 def test_a_study_without_space_names_its_records(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     named = pytest.raises(OSError, match=r"File too large: .*results\.jsonl")
-    with opened(path, article_format({})) as results, limited_files(tmp_path), named:
+    with opened(path, FORM) as results, limited_files(tmp_path), named:
         results._write(b"x" * (1 << 17))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 from torch import Tensor, nn
 
-from polyak.study import Arm, Metric, recipes
+from polyak.study import Arm, Metric, Plateau, recipes
 from polyak.study._loop import Run, alone, train
 from polyak.study.recipes._regression import data
 from polyak.study.recipes.article import study
@@ -90,17 +90,11 @@ def article_decay(call: int) -> float:
 def test_every_average_equals_its_definition() -> None:
     """20 epochs, the 3rd of which takes the place of the 75th of 500."""
     metrics = {"mse": study.metrics["mse"], "projected": Metric(projected)}
-    twenty = replace(short(20), metrics=metrics, claims=(), published=())
+    still = {"plateau": Plateau("article_ema", patience=999)}
+    twenty = replace(short(20), metrics=metrics, schedules=still, claims=(), published=())
     often = replace(twenty, evaluations=1000, arms={"article_ema": study.arms["article_ema"]})
     run = Run(0, "plateau", 1e-3)
-    given = replace(
-        often,
-        schedules={
-            "plateau": replace(study.schedules["plateau"], stop=None, patience=999, after=0)
-        },
-    )  # type: ignore[type-var]
-    twenty = replace(twenty, schedules=given.schedules)
-    steps = np.array(train(given, run)["curves"]["live"]["projected"])
+    steps = np.array(train(often, run)["curves"]["live"]["projected"])
     ends = steps[49::50]
     debiased = 0.001 * 0.999 ** np.arange(999, -1, -1.0)
     expected = {
@@ -118,4 +112,4 @@ def test_every_average_equals_its_definition() -> None:
     }
     for name, wanted in expected.items():
         assert found[name]["last"]["projected"] == pytest.approx(wanted, abs=2e-5), name
-    assert study.arms["swa_75"].start == 75 / 500  # type: ignore[union-attr]
+    assert study.arms["swa_75"].start == 75 / 500

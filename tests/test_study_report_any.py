@@ -14,10 +14,12 @@ from scipy import stats
 
 from polyak.rules import Exponential
 from polyak.study import Claim, Metric, Plateau, Published, Region, Result, Seed, constant, cosine
+from polyak.study import _figures as charts
 from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
 from polyak.study._report import _caveats, write
+from polyak.study._statistics import Interval
 from polyak.study._study import Arm
 from polyak.study._study_figures import times_to_target
 from study_results import CLAIMS, Truth, loss, result, truth
@@ -128,6 +130,32 @@ def test_caveats_are_told_where_they_apply(made: Result) -> None:
     assert "Validation and test values are the same" in one_part
     assert "Under plateau, short sets the learning rate and the stop" in caveats(stopped())
     assert caveats(result(caveats=("Mind this.",))).startswith("Mind this.")
+
+
+ROWS = {  # arm -> (low, high): what the axis shows, and which arms it cuts off
+    "none": ({"a": (-1, 2), "b": (-3, 1), "c": (2, 5)}, 5, []),
+    "one arm is far": ({"a": (-1, 2), "b": (-2, 1), "c": (-90, -60)}, 8, ["c"]),
+    "an interval is long": ({"a": (-1, 2), "b": (-2, 1), "c": (1, 70)}, 8, ["c"]),
+    "most are 0": ({"a": (0, 0), "b": (0, 0), "c": (2, 5)}, 5, []),
+    "all are 0": ({"a": (0, 0)}, 1, []),
+    "infinite": ({"a": (-math.inf, 0), "b": (-1, 1)}, 1, ["a"]),
+    "no arm": ({}, 1, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ends", "reach", "outside"), ROWS.values(), ids=ROWS)
+def test_a_forest_is_not_stretched_by_one_arm(
+    ends: dict[str, tuple[float, float]], reach: float, outside: list[str]
+) -> None:
+    rows = {name: Interval((a + b) / 2, a, b, 9) for name, (a, b) in ends.items()}
+    assert charts.reach(rows) == reach
+    said = charts.cut_off(rows, "{:g}".format)
+    assert [name for name in rows if f" {name} " in said] == outside
+    drawn = charts.forest(rows, "gain", "arm").to_dict()["layer"][1]["data"]["values"]
+    for row in drawn:
+        assert -reach <= row["low"] <= row["middle"] <= row["high"] <= reach
+        far = abs(rows[row["name"]].estimate) > reach
+        assert (row["kind"] != "circle") == far
 
 
 def constantly_zero(_: Seed) -> float:

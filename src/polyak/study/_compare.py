@@ -7,13 +7,10 @@ condition, such as the model, the data or the length of the runs: what differs i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-
-import numpy as np
 
 from polyak.rules import Uniform
 from polyak.study import _comparisons as comparisons
@@ -158,19 +155,18 @@ def _conditions(result: Result) -> Mapping[str, Any]:
 def _pairing(
     one: Result, two: Result, schedule: str, arm: str, metric: str, seeds: tuple[int, ...]
 ) -> Pairing:
-    values = [
-        {s.number: s.value(arm, metric, schedule) for s in result.seeds} for result in (one, two)
-    ]
-    both = [(values[0][n], values[1][n]) for n in seeds]
-    kept = np.array([pair for pair in both if not any(map(math.isnan, pair))]).reshape(-1, 2)
-    theirs, ours = kept[:, 0], kept[:, 1]
+    values = (
+        [s.value(arm, metric, schedule) for s in result.seeds if s.number in seeds]
+        for result in (two, one)
+    )
+    ours, theirs = comparisons.paired(*values)
     lower = one.study.metrics[metric].lower_is_better
-    is_share = bool(len(kept)) and bool((kept > 0).all())
+    is_share = bool(ours) and min(*ours, *theirs) > 0
     gains = comparisons.gains(ours, theirs, lower, is_share)
     return Pairing(
         schedule, arm, bootstrap(theirs), bootstrap(ours),
         bootstrap(gains).map(lambda value: comparisons.as_share(value, lower) if is_share else value),
-        is_share, comparisons.improvement(ours.tolist(), theirs.tolist(), lower),
+        is_share, comparisons.improvement(ours, theirs, lower),
         comparisons.sign_flip(gains),
     )  # fmt: skip
 
@@ -229,6 +225,6 @@ def _forest(schedule: str, pairings: list[Pairing]) -> Figure:
     return Figure(
         f"compared_{file_name(schedule)}", charts.forest(gains, unit, f"arm: {schedule}"),
         "Paired gain with its 95 % interval; right of 0 the second study is better. A hollow point: the interval holds 0.",
-        f"Wholly right of 0: {above} of {len(pairings)}.",
+        f"Wholly right of 0: {above} of {len(pairings)}.{charts.cut_off(gains, lambda v: significant(v, 3))}",
         Table(f"compared_{file_name(schedule)}", title, ("arm", "gain [95 % interval]"), rows),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from polyak.study._statistics import (
     RESAMPLES,
     Interval,
     bootstrap,
+    known,
     proportion,
 )
 
@@ -29,6 +30,12 @@ POWER = 0.8
 MOST_SEEDS = 100_000
 MOST_RATIO = 4.0
 LARGEST_LOG = 700.0  # exp of more is no float
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The values of the seeds for which both are numbers."""
+    both = [pair for pair in zip(ours, theirs, strict=True) if len(known(pair)) == 2]
+    return [own for own, _ in both], [other for _, other in both]
 
 
 def gains(

@@ -17,7 +17,7 @@ from polyak.rules import LIVE, Rule
 from polyak.study import _comparisons as comparisons
 from polyak.study._result import Result, When
 from polyak.study._schedules import Plateau
-from polyak.study._statistics import Interval, Statistic, bootstrap
+from polyak.study._statistics import Interval, Statistic, bootstrap, known
 from polyak.study._study import Arm, Ensemble
 from polyak.study._text import percent, significant
 from polyak.study._tracking import profile_of, rule_of
@@ -55,8 +55,7 @@ class Effects:
             value > 0
             for schedule in self.study.schedules
             for arm in self.study.arm_names
-            for value in self.values(arm, schedule)
-            if not math.isnan(value)
+            for value in known(self.values(arm, schedule))
         )
 
     def values(self, arm: str, schedule: str, when: When = "last") -> list[float]:
@@ -67,16 +66,15 @@ class Effects:
         self, arm: str, schedule: str, when: When = "last", statistic: Statistic = "mean"
     ) -> Interval:
         """The mean, or another statistic, of the test values over the seeds that have one."""
-        known = [v for v in self.values(arm, schedule, when) if not math.isnan(v)]
-        return bootstrap(known, statistic)
+        return bootstrap(known(self.values(arm, schedule, when)), statistic)
 
     def pairs(
         self, arm: str, schedule: str, when: When = "last"
     ) -> tuple[list[float], list[float]]:
         """The values of an arm and of the live weights, of the seeds that have both."""
-        both = zip(self.values(arm, schedule, when), self.values(LIVE, schedule, when), strict=True)
-        kept = [pair for pair in both if not any(map(math.isnan, pair))]
-        return [ours for ours, _ in kept], [theirs for _, theirs in kept]
+        return comparisons.paired(
+            self.values(arm, schedule, when), self.values(LIVE, schedule, when)
+        )
 
     def gain(self, arm: str, schedule: str, when: When = "last") -> Interval:
         """How much better an arm is than the live weights; positive is better."""
@@ -95,8 +93,8 @@ class Effects:
     def ranked(self, schedule: str) -> list[str]:
         """The arms with validation values, the best first."""
         means = {arm: self._validation(arm, schedule) for arm in self.arms}
-        known = [arm for arm in self.arms if not math.isnan(means[arm])]
-        return sorted(known, key=lambda arm: means[arm] if self.lower else -means[arm])
+        measured = [arm for arm in self.arms if not math.isnan(means[arm])]
+        return sorted(measured, key=lambda arm: means[arm] if self.lower else -means[arm])
 
     def focus(self, schedule: str) -> str | None:
         """The arm that a plateau follows, else the best one on validation; None if no arm has a value."""
@@ -113,14 +111,14 @@ class Effects:
         ours, theirs = self.pairs(arm, schedule)
         gains = self._gains(arm, schedule, "last")
         deviation = float(np.std(gains, ddof=1)) if len(gains) > 1 else math.nan
-        known = self.is_share and math.isfinite(deviation)
+        spread = self.is_share and math.isfinite(deviation)
         return Effect(
             arm,
             bootstrap(gains).map(self._as_gain),
             comparisons.improvement(ours, theirs, self.lower),
             comparisons.effect_size(gains),
             comparisons.sign_flip(gains),
-            comparisons.seeds_needed(deviation) if known else None,
+            comparisons.seeds_needed(deviation) if spread else None,
         )
 
     def _gains(self, arm: str, schedule: str, when: When) -> Sequence[float]:
@@ -135,8 +133,8 @@ class Effects:
         values = [
             seed.value(arm, self.metric, schedule, part="validation") for seed in self.result.seeds
         ]
-        known = [value for value in values if not math.isnan(value)]
-        return math.fsum(known) / len(known) if known else math.nan
+        numbers = known(values)
+        return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
 def run_steps(result: Result) -> int:

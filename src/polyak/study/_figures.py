@@ -7,13 +7,15 @@ A series has a colour and a line style, so that it is known without colour. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
 from polyak.rules import LIVE
 from polyak.study._statistics import Interval
+from polyak.study._text import between
 
 Rows = list[dict[str, Any]]
 Chart = Any  # what altair's fluent calls are to a type checker
@@ -45,10 +47,19 @@ def bands(
     return styled((area + line) if "low" in rows[0] else line, y_title)
 
 
-def forest(rows: Mapping[str, Interval], x_title: str, title: str, at: float = 0.0) -> Chart:
-    """An estimate with its interval for each name; a hollow point where the interval holds `at`."""
+def forest(rows: Mapping[str, Interval], x_title: str, title: str) -> Chart:
+    """An estimate with its interval for each name; a hollow point where the interval holds 0.
+
+    What lies outside `reach` is cut off; an arrow points to an estimate there.
+    """
+    most = reach(rows)
     values = [
-        {"name": name, "middle": i.estimate, "low": i.low, "high": i.high, "clear": not i.low <= at <= i.high}
+        {
+            "name": name,
+            **{n: max(-most, min(v, most)) for n, v in (("middle", i.estimate), ("low", i.low), ("high", i.high))},
+            "clear": not i.low <= 0 <= i.high,
+            "kind": "circle" if abs(i.estimate) <= most else f"triangle-{'left' if i.estimate < 0 else 'right'}",
+        }
         for name, i in rows.items()
     ]  # fmt: skip
     base = alt.Chart(alt.Data(values=values)).encode(
@@ -57,10 +68,23 @@ def forest(rows: Mapping[str, Interval], x_title: str, title: str, at: float = 0
     bar = base.mark_rule(strokeWidth=2, color=SERIES[1]).encode(x=_x("low:Q", x_title), x2="high:Q")
     fill = alt.condition("datum.clear", alt.value(SERIES[1]), alt.value("white"))
     point = base.mark_point(size=60, color=SERIES[1], strokeWidth=2, opacity=1).encode(
-        x="middle:Q", fill=fill
+        x="middle:Q", fill=fill, shape=alt.Shape("kind:N", scale=None, legend=None)
     )
     height = max(120, 22 * len(values) + 70)
-    return styled(rule(at, "x") + bar + point, title, height)
+    return styled(rule(0, "x") + bar + point, title, height)
+
+
+def reach(rows: Mapping[str, Interval]) -> float:
+    """How far from 0 a forest is drawn: to the furthest end, but at most to 4 times the median one."""
+    ends = [end for i in rows.values() if 0 < (end := max(-i.low, i.high)) < math.inf] or [1.0]
+    return min(max(ends), 4 * statistics.median(ends))
+
+
+def cut_off(rows: Mapping[str, Interval], form: Callable[[float], str]) -> str:
+    """What a forest does not show in full, in words; nothing where it shows all."""
+    most = reach(rows)
+    outside = [f"{n} {between(i, form)}" for n, i in rows.items() if max(-i.low, i.high) > most]
+    return f" The axis ends before: {', '.join(outside)}." if outside else ""
 
 
 def pairs(rows: Rows, x_title: str, title: str) -> Chart:

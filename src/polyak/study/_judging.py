@@ -17,6 +17,7 @@ from polyak.study._statistics import (
     Statistic,
     bootstrap,
     combined,
+    known,
     share,
     verdict,
 )
@@ -85,8 +86,7 @@ def judge(result: Result) -> list[Judgement]:
 
 def over_seeds(quantity: Callable[[Seed], float], seeds: Sequence[Seed]) -> list[float]:
     """The quantity of every seed that has one."""
-    values = [float(quantity(seed)) for seed in seeds]
-    return [value for value in values if not math.isnan(value)]
+    return known(float(quantity(seed)) for seed in seeds)
 
 
 def interval(values: Sequence[float], statistic: Statistic = "mean") -> Interval:

@@ -125,11 +125,11 @@ def _summary(effects: Effects, judged: list[judging.Judgement]) -> tuple[str, ..
 def _best(effects: Effects, schedule: str) -> str:
     best = effects.best(schedule)
     if best is None:
-        return f"Under the schedule {schedule} no average has a value."
+        return f"Under the schedule {schedule} no arm has a value."
     effect = next(e for e in effects.of(schedule) if e.arm == best)
     wins = between(effect.improvement, lambda v: percent(v, 0))
     return (
-        f"Under the schedule {schedule}, validation chooses the average {best}: its {effects.metric} on the test part is "
+        f"Under the schedule {schedule}, validation chooses {best}: its {effects.metric} on the test part is "
         f"{between(effects.mean(best, schedule))} against {between(effects.mean(LIVE, schedule))} of the live weights, a gain "
         f"of {between(effect.gain, effects.form)}, and it is better in {wins} of the seeds."
     )
@@ -141,9 +141,7 @@ def _others(effects: Effects, schedules: list[str]) -> str:
         for s in schedules
         if (arm := effects.best(s))
     ]
-    return (
-        f"The gain of the average that validation chooses is {', '.join(gains)}." if gains else ""
-    )
+    return f"The gain of the arm that validation chooses is {', '.join(gains)}." if gains else ""
 
 
 def _counts(judged: list[judging.Judgement]) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from polyak.rules import LIVE
+from polyak.study._statistics import known
 from polyak.study._study import Study
 
 Record = dict[str, Any]
@@ -59,7 +60,7 @@ class Result:
             value_in(self.record(seed.number, schedule, rate), self.study, arm, when=when)
             for seed in self.seeds
         ]
-        numbers = [value for value in values if not math.isnan(value)]
+        numbers = known(values)
         sign = 1 if self.study.metrics[self.study.main].lower_is_better else -1
         mean = sign * math.fsum(numbers) / len(numbers) if numbers else math.inf
         return len(values) - len(numbers), mean

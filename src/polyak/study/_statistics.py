@@ -8,7 +8,7 @@ have exact binomial intervals, because a bootstrap of a share of 0 or 1 has no w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,6 +49,11 @@ class Interval:
 def around(figure: float, tolerance: float) -> Region:
     """The values that differ from a figure by at most a share `tolerance` of it."""
     return Region(figure * (1 - tolerance), figure * (1 + tolerance))
+
+
+def known(values: Iterable[float]) -> list[float]:
+    """The values that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
 
 
 def bootstrap(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from polyak.rules import LIVE
@@ -11,6 +10,7 @@ from polyak.study._curves import lines, spread
 from polyak.study._effects import Effects
 from polyak.study._page import Figure
 from polyak.study._result import Record
+from polyak.study._statistics import known
 from polyak.study._text import Table, file_name, significant
 
 Read = Callable[[Record], Sequence[float | None]]
@@ -91,11 +91,7 @@ def _curves(
 def _pairs(effects: Effects, schedule: str, arm: str) -> Figure:
     columns = [effects.values(name, schedule) for name in (LIVE, arm)]
     numbers = [seed.number for seed in effects.result.seeds]
-    both = [
-        each
-        for each in zip(numbers, *columns, strict=True)
-        if not math.isnan(each[1]) and not math.isnan(each[2])
-    ]
+    both = [each for each in zip(numbers, *columns, strict=True) if len(known(each)) == 3]
     better = sum(own < live if effects.lower else own > live for _, live, own in both)
     name, title = f"pairs_{file_name(schedule)}", f"{effects.metric} on test: {schedule}"
     rows = tuple((str(n), significant(live), significant(own)) for n, live, own in both)

@@ -14,7 +14,7 @@ from polyak.study._curves import lines
 from polyak.study._effects import Effects, half_lives
 from polyak.study._page import Figure
 from polyak.study._result import Result
-from polyak.study._statistics import Interval
+from polyak.study._statistics import Interval, known
 from polyak.study._study import Arm
 from polyak.study._text import Table, between, file_name, significant
 
@@ -42,14 +42,15 @@ def by_schedule(effects: Effects) -> tuple[Figure, ...]:
         return ()
     gains = {f"{s}: {arm}": _scaled(effects, effects.gain(arm, s)) for s, arm in chosen.items()}
     table = _intervals(
-        "by_schedule", "Gain of the best average under each schedule", "schedule: average", gains
+        "by_schedule", "Gain of the best arm under each schedule", "schedule: arm", gains
     )
-    chart = charts.forest(gains, _axis(effects), "schedule: best average")
+    chart = charts.forest(gains, _axis(effects), "schedule: best arm")
     largest = max(gains, key=lambda name: gains[name].estimate)
     words = (
         f"The gain is largest under {largest}: {between(gains[largest], _short)}{_unit(effects)}."
+        f"{charts.cut_off(gains, _short)}"
     )
-    caption = "Gain of the average that validation chose under each schedule, with its 95 % interval. Right of 0 the average is better."
+    caption = "Gain of the arm that validation chose under each schedule, with its 95 % interval. Right of 0 it is better."
     return (Figure("by_schedule", chart, caption, words, table),)
 
 
@@ -101,8 +102,8 @@ def times_to_target(effects: Effects, arm: str, schedule: str) -> list[float]:
     """By seed, the first evaluated step at which an arm is as good as the live weights at last, in median."""
     seeds = effects.result.seeds
     last = [seed.value(LIVE, effects.metric, schedule, part="validation") for seed in seeds]
-    known = [value for value in last if not math.isnan(value)]
-    target = float(np.median(known)) if known else math.nan
+    numbers = known(last)
+    target = float(np.median(numbers)) if numbers else math.nan
     return [
         time_to_target(
             seed.curve(arm, effects.metric, schedule),
@@ -123,13 +124,13 @@ def _forest(effects: Effects, schedule: str) -> Figure:
     better = [name for name, gain in gains.items() if gain.low > 0]
     worse = [name for name, gain in gains.items() if gain.high < 0]
     name = f"gains_{file_name(schedule)}"
-    table = _intervals(name, f"Gain over the live weights: {schedule}", "average", gains)
+    table = _intervals(name, f"Gain over the live weights: {schedule}", "arm", gains)
     caption = (
         "Mean paired gain over the live weights at the last step, on the test part, with its 95 % interval. Right of 0 "
-        "the average is better. A hollow point: the interval holds 0."
+        "the arm is better. A hollow point: the interval holds 0."
     )
-    words = f"Of {len(gains)} averages {len(better)} are better, {len(worse)} are worse."
-    chart = charts.forest(gains, _axis(effects), f"average: {schedule}")
+    words = f"Better: {len(better)} of {len(gains)}; worse: {len(worse)}.{charts.cut_off(gains, _short)}"
+    chart = charts.forest(gains, _axis(effects), f"arm: {schedule}")
     return Figure(name, chart, caption, words, table)
 
 
