@@ -89,7 +89,7 @@ def test_a_run_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path) -> No
 
 
 def _metric(seed: int, marker: Path, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    if marker.exists() and torch.equal(x, images(4 * seed + 3).validation[0]):
+    if marker.exists() and torch.equal(x, images(4 * seed + 3).test[0]):
         raise ZeroDivisionError("this seed\nfails")
     return cross_entropy(model, x, y)
 
@@ -110,14 +110,16 @@ def test_a_full_disk_is_told_with_the_name_of_the_failures(
 def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
     small = study(steps=4, evaluations=1, metrics={"loss": Metric(_wrong)})
     with pytest.raises(
-        RuntimeError, match="every run failed; the first: TypeError: a metric or los"
+        RuntimeError, match="every run failed; the first: TypeError: the value is a tensor"
     ):
         run(small, tmp_path, jobs=1)
     assert len(lines(tmp_path, "failures.jsonl")) == 4
 
 
-def _wrong(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
-    return model(x)  # type: ignore[no-any-return]
+def _wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """No scalar on the test part; the validation part is tried before the training."""
+    on_test = any(torch.equal(x, images(4 * seed + 3).test[0]) for seed in range(2))
+    return model(x) if on_test else cross_entropy(model, x, y)
 
 
 def test_a_metric_that_is_nan_is_null_and_the_run_is_kept(tmp_path: Path) -> None:
@@ -170,6 +172,10 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"data": lambda _: ((), (), ())}, {}, "data returned tuple, wanted polyak.study.Data"),
     ({"optimizer": lambda *_: None}, {}, "optimizer returned NoneType, wanted Optimizer"),
     ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
+    ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
+    ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f': the value is a tensor \(45, 3\), wanted a"),
+    ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f': the value is NoneType, wanted a scalar"),
+    ({"metrics": {"f": Metric(lambda *_: 1 / 0)}}, {}, "study's metric 'f' raised ZeroDivisionError"),
     ({"loss": lambda *_: 1.0}, {}, "the study's loss returned float, wanted Tensor"),
     ({"loss": lambda model, x, _: model(x).detach().sum()}, {}, "loss raised RuntimeError: .*grad"),
 ]  # fmt: skip

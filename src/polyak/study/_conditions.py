@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak._checks import is_integer, is_number
+from polyak._checks import is_integer, is_number, require
 from polyak.rules import LIVE
+from polyak.study._judge import finite
 from polyak.study._loop import SOURCES, Run, alone, endless, source_seed
 from polyak.study._record_format import (
     COUNT,
@@ -103,12 +104,17 @@ def described_arm(arm: Arm | Ensemble) -> str:
 def tried(study: Study) -> list[str]:
     """The losses of the first four steps of seed 0, which tell another model, loss, data or optimizer.
 
+    Raises `ValueError` for a function of the study that raises an error, or gives what cannot be used.
+
     Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the same on most machines.
     """
     with alone():
         torch.manual_seed(source_seed(0, "init"))
         model = called("model", study.model, gives=nn.Module).train()
         data = called("data", study.data, source_seed(0, "split"), gives=Data)
+        rows = len(data.train[0])
+        wanted = f"at most the {rows} rows of the training part"
+        require(study.batch_size <= rows, "batch_size", study.batch_size, wanted)
         batches = endless(data.train, study.batch_size, source_seed(0, "order"))
         torch.manual_seed(source_seed(0, "dropout"))
         parameters, rate = model.parameters(), study.learning_rates[0]
@@ -120,7 +126,19 @@ def tried(study: Study) -> list[str]:
             called("loss", loss.backward)
             optimizer.step()
             losses.append(f"{float(loss.detach()):.6g}")
+        _try_metrics(study, model.eval(), data)
     return losses
+
+
+@torch.no_grad()
+def _try_metrics(study: Study, model: nn.Module, data: Data) -> None:
+    """Raise `ValueError` for a metric that raises an error, or whose value is not a scalar."""
+    for name, metric in study.metrics.items():
+        value = called(f"metric {name!r}", metric.function, model, *data.validation)
+        try:
+            finite(value)
+        except TypeError as error:
+            raise ValueError(f"the study's metric {name!r}: {error}") from None
 
 
 def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:

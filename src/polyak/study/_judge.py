@@ -137,5 +137,5 @@ def finite(value: Any) -> float | None:
     except (TypeError, ValueError, RuntimeError):
         shaped = isinstance(value, Tensor)
         kind = f"a tensor {tuple(value.shape)}" if shaped else type(value).__name__
-        raise TypeError(f"a metric or loss is {kind}, wanted a scalar") from None
+        raise TypeError(f"the value is {kind}, wanted a scalar") from None
     return number if number - number == 0 else None
