@@ -321,7 +321,10 @@ def stopped(seeds: int = 9) -> Result:
                 if arm in ("live", "short"):
                     grown = [values[-1] * 1.1, values[-1] * 1.21]
                     after["curves"].setdefault(arm, {})[metric] = grown  # type: ignore[attr-defined]
-        record["steps"] = record["steps"][:last]
+        for name in ("steps", "train_loss", "rates"):
+            record[name] = record[name][:last]
+        for name in ("distance", "cosine"):
+            record[name] = {arm: values[:last] for arm, values in record[name].items()}
         for values in record["test"].values():
             values["selected"]["step"] = record["steps"][-1]
         record["after_stop"] = after
