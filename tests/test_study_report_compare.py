@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from polyak.cli import app
 from polyak.study import Metric
+from polyak.study import _independent as independent
 from polyak.study._compare import compare, write
+from polyak.study._statistics import Interval, proportion
 from study_results import folder, loss, result, truth
 
 
@@ -75,6 +77,44 @@ def test_a_seed_without_a_number_is_left_out(folders: tuple[Path, Path], tmp_pat
     assert {count for (_, arm), count in seeds.items() if arm != "long"} == {9}
 
 
+def test_without_a_common_seed_runs_are_independent(tmp_path: Path) -> None:
+    """Welch's interval of the log ratio, Mann and Whitney's share of pairs and p-value, by Holm."""
+
+    def other(arm: str, seed: int, *rest: Any) -> float:
+        return truth(arm, seed + 50, *rest) * (1.3 if arm == "long" else 0.7)
+
+    one = folder(tmp_path / "one", result(9))
+    found = compare(one, folder(tmp_path / "two", result(6, other), first=50))
+    assert found.seeds == () and "Mann and Whitney" in found.table().note
+    p_values = {}
+    for pairing in found.pairings:
+        place = (pairing.arm, pairing.schedule)
+        first = [truth(place[0], n, place[1], 0.1, "test") for n in range(9)]
+        second = [other(place[0], n, place[1], 0.1, "test") for n in range(6)]
+        welch = stats.ttest_ind(np.log(second), np.log(first), equal_var=False)
+        low, high = welch.confidence_interval()
+        wanted = 1 - np.exp([np.mean(np.log(second)) - np.mean(np.log(first)), high, low])
+        gain = pairing.gain
+        assert [gain.estimate, gain.low, gain.high] == pytest.approx(wanted)
+        wins = np.mean([[ours < theirs for theirs in first] for ours in second])
+        assert pairing.improvement.estimate == pytest.approx(wins)
+        p_values[place] = stats.mannwhitneyu(second, first).pvalue
+        assert p_values[place] <= pairing.p <= 1
+        assert (pairing.gain.estimate > 0) == (pairing.arm != "long")
+    assert min(p.p for p in found.pairings) == pytest.approx(min(1, 12 * min(p_values.values())))
+    page = write(found, tmp_path / "out", "c").read_text(encoding="utf-8")
+    assert "They have no common seed" in page
+
+
+def test_independent_runs_that_are_few_or_equal() -> None:
+    """One value has no deviation, equal values have none, and the smaller sample decides."""
+    one = independent.difference([1.0], [2.0, 3.0])
+    assert (one.estimate, one.seeds) == (-1.5, 1) and np.isnan([one.low, one.high]).all()
+    assert independent.difference([1.0, 1.0], [2.0] * 3) == Interval(-1.0, -1.0, -1.0, 2)
+    assert independent.superiority([1.0] * 2, [1.0] * 9, True) == proportion(1.0, 2)
+    assert independent.rank_sum([1.0] * 3, [1.0] * 4) == independent.rank_sum([], [1.0]) == 1.0
+
+
 def broken(place: Path, text: str) -> Path:
     place.mkdir()
     (place / "results.jsonl").write_text(text)
@@ -89,7 +129,6 @@ BAD = {
         lambda place: broken(place / "x", json.dumps({"seed": 0, "live": {}})),
         "line 1: wanted a record of `polyak study run`",
     ),
-    "no common seed": (lambda place: folder(place / "x", result(2), first=50), "a seed"),
     "no common metric": (
         lambda place: folder(place / "x", result(2, metrics={"other": Metric(loss)})),
         "the metric 'loss'",

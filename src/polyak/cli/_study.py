@@ -130,13 +130,15 @@ def compare(
 ) -> None:
     """Compare two studies arm by arm, within the seeds that both have.
 
-    They may differ in anything, such as the model, the data or the rules: the page lists it.
+    Without a common seed the runs are compared as independent ones. The studies may differ in anything, such as the model, the data or the rules: the page lists it.
     """
     from polyak.study import _compare
 
     comparison = _compare.compare(first, second)
     table = comparison.table()
     print_table(table.header, table.rows, left=2)
+    if not comparison.seeds:
+        say("The studies have no common seed: their runs are compared as independent ones.")
     for line in comparison.differences:
         say(f"differs: {line}")
     command = shlex.join(["polyak", "study", "compare", str(first), str(second), "--out", str(out)])

@@ -1,4 +1,4 @@
-"""Compare: two folders of studies, arm by arm, within the seeds that both have.
+"""Compare: two folders of studies, arm by arm, within the seeds that both have, or as independent runs.
 
 It reads what the records say about their study, so it needs no recipe, and the studies may differ in any
 condition, such as the model, the data or the length of the runs: what differs is listed.
@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from polyak.rules import Uniform
 from polyak.study import _comparisons as comparisons
 from polyak.study import _figures as charts
+from polyak.study import _independent as independent
 from polyak.study import _methods as methods
 from polyak.study import _page as pages
 from polyak.study._page import Block, Bullets, Figure, Figures, Grid, Page, Section, Text
 from polyak.study._record_format import differences
 from polyak.study._result import Record, Result
 from polyak.study._schedules import constant
-from polyak.study._statistics import Interval, bootstrap
+from polyak.study._statistics import Interval, bootstrap, known
 from polyak.study._study import Arm, Metric, Study
 from polyak.study._text import Table, between, file_name, percent, significant
 
@@ -30,7 +32,7 @@ FIELDS = ("study", "seed", "schedule", "learning_rate", "conditions", "curves", 
 
 @dataclass(frozen=True)
 class Pairing:
-    """One arm under one schedule in two studies, over the seeds that both have.
+    """One arm under one schedule in two studies, over the seeds that both have, or over all of each.
 
     `gain` is positive if the second study is better: a share if all values are above 0, else in the
     metric's unit. `p` is Holm's p-value among all pairings.
@@ -48,7 +50,10 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two studies side by side: the pairings, and the conditions in which they differ."""
+    """Two studies side by side: the pairings, and the conditions in which they differ.
+
+    `seeds` are those that both have. If there is none, the runs are compared as independent ones.
+    """
 
     first: Path
     second: Path
@@ -70,14 +75,22 @@ class Comparison:
             "schedule", "arm", f"{self.metric}, first", f"{self.metric}, second", "gain of the second",
             "probability of improvement", "p (Holm)",
         )  # fmt: skip
-        return Table("compared", "The second study against the first", header, rows, _NOTE)
+        note = _NOTE + (_PAIRED if self.seeds else _INDEPENDENT)
+        return Table("compared", "The second study against the first", header, rows, note)
 
 
 _NOTE = (
-    "Test values at the last step, mean over the seeds that both studies have [95 % interval], each arm at the learning rate "
-    "that is best for it on validation in its study. Gain: paired within a seed; positive if the second study is better; a "
-    "geometric mean of ratios where it is in %. Probability of improvement: share of seeds in which the second is better, ties "
-    "by half. p: random signs of the gains, corrected over the rows."
+    "Test values at the last step, mean over seeds [95 % interval], each arm at the learning rate that is best for it on "
+    "validation in its study. Gain: positive if the second study is better; a ratio of geometric means where it is in %. "
+)
+_PAIRED = (
+    "Only seeds that both studies have count, and gains are paired within a seed. Probability of improvement: share of seeds in "
+    "which the second is better, ties by half. p: random signs of the gains, corrected over the rows."
+)
+_INDEPENDENT = (
+    "The studies have no common seed, so their runs count as independent ones: the gain has Welch's interval, the probability "
+    "of improvement is Mann and Whitney's over all pairs of runs, with a conservative interval, and p is of their test, "
+    "corrected over the rows."
 )
 
 
@@ -85,7 +98,7 @@ def compare(first: Path, second: Path) -> Comparison:
     """Compare the records of two folders, in the main metric of the first.
 
     Raises `FileNotFoundError` for a folder without results.jsonl; `ValueError` for a line that is not
-    a record of a study, and for studies without a common seed, metric or arm under a schedule.
+    a record of a study, and for studies without a common metric or arm under a schedule.
     """
     one, two = recorded(first), recorded(second)
     metric = one.study.main
@@ -96,10 +109,11 @@ def compare(first: Path, second: Path) -> Comparison:
         for arm in one.study.arm_names
         if schedule in two.study.schedules and arm in two.study.arm_names
     ]
-    for common, what in ((seeds, "a seed"), (metric in two.study.metrics, f"the metric {metric!r}"), (names, "an arm under a schedule")):  # fmt: skip
+    for common, what in ((metric in two.study.metrics, f"the metric {metric!r}"), (names, "an arm under a schedule")):  # fmt: skip
         if not common:
             raise ValueError(f"{first} and {second} do not both have {what}: nothing to compare")
-    found = [_pairing(one, two, *name, metric, seeds) for name in names]
+    compared = partial(_paired, seeds=seeds) if seeds else _independent
+    found = [compared(one, two, *name, metric) for name in names]
     corrected = comparisons.holm({f"{i}": p.p for i, p in enumerate(found)})
     pairings = tuple(Pairing(**{**vars(p), "p": corrected[f"{i}"]}) for i, p in enumerate(found))
     differ = tuple(differences(_conditions(one), _conditions(two)))
@@ -152,7 +166,7 @@ def _conditions(result: Result) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def _pairing(
+def _paired(
     one: Result, two: Result, schedule: str, arm: str, metric: str, seeds: tuple[int, ...]
 ) -> Pairing:
     values = (
@@ -164,11 +178,31 @@ def _pairing(
     is_share = bool(ours) and min(*ours, *theirs) > 0
     gains = comparisons.gains(ours, theirs, lower, is_share)
     return Pairing(
-        schedule, arm, bootstrap(theirs), bootstrap(ours),
-        bootstrap(gains).map(lambda value: comparisons.as_share(value, lower) if is_share else value),
+        schedule, arm, bootstrap(theirs), bootstrap(ours), _as_gain(bootstrap(gains), lower, is_share),
         is_share, comparisons.improvement(ours, theirs, lower),
         comparisons.sign_flip(gains),
     )  # fmt: skip
+
+
+def _independent(one: Result, two: Result, schedule: str, arm: str, metric: str) -> Pairing:
+    ours, theirs = (
+        known(seed.value(arm, metric, schedule) for seed in result.seeds) for result in (two, one)
+    )
+    lower = one.study.metrics[metric].lower_is_better
+    is_share = bool(ours and theirs) and min(*ours, *theirs) > 0
+    scaled = (
+        comparisons.gains(values, [float(is_share)] * len(values), lower, is_share)
+        for values in (ours, theirs)
+    )
+    return Pairing(
+        schedule, arm, bootstrap(theirs), bootstrap(ours),
+        _as_gain(independent.difference(*scaled), lower, is_share),
+        is_share, independent.superiority(ours, theirs, lower), independent.rank_sum(ours, theirs),
+    )  # fmt: skip
+
+
+def _as_gain(gain: Interval, lower: bool, is_share: bool) -> Interval:
+    return gain.map(lambda value: comparisons.as_share(value, lower)) if is_share else gain
 
 
 def _gain(pairing: Pairing) -> str:
@@ -186,7 +220,9 @@ def _page(comparison: Comparison, command: str) -> Page:
     summary = (
         f"Of {len(comparison.pairings)} averages under their schedules, the second study is better in {better} and worse in "
         f"{len(clear) - better}; for the others the 95 % interval holds 0.",
-        f"Both studies have {len(comparison.seeds)} seeds: {', '.join(map(str, comparison.seeds))}.",
+        f"Both studies have {len(comparison.seeds)} seeds: {', '.join(map(str, comparison.seeds))}."
+        if comparison.seeds
+        else "They have no common seed: their runs are compared as independent ones, which needs more seeds than pairs do.",
         f"They differ in {len(comparison.differences)} conditions."
         if comparison.differences
         else "All their conditions are equal.",
@@ -224,7 +260,7 @@ def _forest(schedule: str, pairings: list[Pairing]) -> Figure:
     above = sum(p.gain.low > 0 for p in pairings)
     return Figure(
         f"compared_{file_name(schedule)}", charts.forest(gains, unit, f"arm: {schedule}"),
-        "Paired gain with its 95 % interval; right of 0 the second study is better. A hollow point: the interval holds 0.",
+        "Gain with its 95 % interval; right of 0 the second study is better. A hollow point: the interval holds 0.",
         f"Wholly right of 0: {above} of {len(pairings)}.{charts.cut_off(gains, lambda v: significant(v, 3))}",
         Table(f"compared_{file_name(schedule)}", title, ("arm", "gain [95 % interval]"), rows),
     )  # fmt: skip
