@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from polyak._checks import is_integer, is_number, require
 from polyak.rules import LIVE
 from polyak.study._judge import finite
-from polyak.study._loop import SOURCES, Run, alone, endless, source_seed
+from polyak.study._loop import SOURCES, Run, alone, prepared
 from polyak.study._record_format import (
     COUNT,
     FLAG,
@@ -109,16 +108,11 @@ def tried(study: Study) -> list[str]:
     Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the same on most machines.
     """
     with alone():
-        torch.manual_seed(source_seed(0, "init"))
-        model = called("model", study.model, gives=nn.Module).train()
-        data = called("data", study.data, source_seed(0, "split"), gives=Data)
+        first = Run(0, next(iter(study.schedules)), study.learning_rates[0])
+        model, data, batches, optimizer = prepared(study, first, call=called)
         rows = len(data.train[0])
         wanted = f"at most the {rows} rows of the training part"
         require(study.batch_size <= rows, "batch_size", study.batch_size, wanted)
-        batches = endless(data.train, study.batch_size, source_seed(0, "order"))
-        torch.manual_seed(source_seed(0, "dropout"))
-        parameters, rate = model.parameters(), study.learning_rates[0]
-        optimizer = called("optimizer", study.optimizer, parameters, rate, gives=Optimizer)
         losses = []
         for _ in range(TRIED_STEPS):
             optimizer.zero_grad()

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from polyak.study._course import Course, Rate
 from polyak.study._judge import Judge
 from polyak.study._logbook import Logbook
 from polyak.study._result import Record
-from polyak.study._study import Part, Study
+from polyak.study._study import Data, Part, Study
 from polyak.study._tracking import Tracking, due, size_of, tensors_of
 
 SOURCES = ("init", "order", "dropout", "split")
@@ -44,12 +45,7 @@ def train(study: Study, run: Run, vary: Collection[str] = SOURCES) -> Record:
     It uses one thread and its own random numbers; the caller's are restored.
     """
     with alone():
-        torch.manual_seed(source_seed(run.seed, "init", vary))
-        model = study.model().train()
-        data = study.data(source_seed(run.seed, "split", vary))
-        batches = endless(data.train, study.batch_size, source_seed(run.seed, "order", vary))
-        torch.manual_seed(source_seed(run.seed, "dropout", vary))
-        optimizer = study.optimizer(model.parameters(), run.learning_rate)
+        model, data, batches, optimizer = prepared(study, run, vary)
         rate = Rate(study, run.schedule, optimizer)
         arms = Tracking(study, model)
         log = Logbook(study, Judge(study, model, data, arms), size_of(tensors_of(model)))
@@ -71,6 +67,26 @@ def train(study: Study, run: Run, vary: Collection[str] = SOURCES) -> Record:
             if course.done:
                 return course.record()
     raise AssertionError("the course of a run ends")
+
+
+def _plainly(_: str, function: Callable[..., Any], *inputs: Any, **__: Any) -> Any:
+    return function(*inputs)
+
+
+def prepared(
+    study: Study, run: Run, vary: Collection[str] = SOURCES, call: Callable[..., Any] = _plainly
+) -> tuple[nn.Module, Data, Iterator[Part], Optimizer]:
+    """The model, data, batches and optimizer of a run; the global generator is that of its dropout.
+
+    `call(field, function, *inputs, gives=type)` calls a function of the study.
+    """
+    torch.manual_seed(source_seed(run.seed, "init", vary))
+    model = call("model", study.model, gives=nn.Module).train()
+    data = call("data", study.data, source_seed(run.seed, "split", vary), gives=Data)
+    batches = endless(data.train, study.batch_size, source_seed(run.seed, "order", vary))
+    torch.manual_seed(source_seed(run.seed, "dropout", vary))
+    inputs = model.parameters(), run.learning_rate
+    return model, data, batches, call("optimizer", study.optimizer, *inputs, gives=Optimizer)
 
 
 def endless(part: Part, batch_size: int, seed: int) -> Iterator[Part]:
