@@ -32,7 +32,7 @@ def few_rows(study: Study) -> Callable[[int], Data]:
 def test_the_quick_form_runs_and_every_claim_has_its_numbers(name: str, tmp_path: Path) -> None:
     quick = recipes()[name].quickly()
     rates = quick.learning_rates[:1]
-    small = {"batch_size": min(quick.batch_size, 16), "data": few_rows(quick)}
+    small: dict[str, Any] = {"batch_size": min(quick.batch_size, 16), "data": few_rows(quick)}
     cut = replace(quick, steps=12, evaluations=4, learning_rates=rates, **small)
     result = run(cut, tmp_path, seeds=1, jobs=1)
     assert not result.failures

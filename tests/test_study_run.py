@@ -174,8 +174,8 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
     ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f': the value is a tensor \(45, 3\), wanted a"),
-    ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f': the value is NoneType, wanted a scalar"),
-    ({"metrics": {"f": Metric(lambda *_: 1 / 0)}}, {}, "study's metric 'f' raised ZeroDivisionError"),
+    ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f': the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
+    ({"metrics": {"f": Metric(lambda *_: 1 / 0)}}, {}, "study's metric 'f' raised ZeroDivisionError"),  # type: ignore[arg-type]
     ({"loss": lambda *_: 1.0}, {}, "the study's loss returned float, wanted Tensor"),
     ({"loss": lambda model, x, _: model(x).detach().sum()}, {}, "loss raised RuntimeError: .*grad"),
 ]  # fmt: skip
