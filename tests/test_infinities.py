@@ -5,6 +5,7 @@ A new kind of tensor joins `KINDS` by one line, a new way to average joins `WAYS
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import polyak
 from polyak import EMA, Averager, Exponential, Tail, Uniform, Window, _tensors, checkpoints, offline
+from polyak.rules import AVERAGE, Rule, Tick
 from rule_examples import RULE_EXAMPLES
 
 INF = torch.inf
@@ -223,3 +225,30 @@ def test_infinities_are_looked_for_once_after_a_copy(
     for _ in range(12):
         averager.update()
     assert looks == LOOKS[rule][1]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"dtype": torch.float64},
+    {"dtype": torch.bfloat16, "rounding": "stochastic"},
+    {"dtype": torch.bfloat16, "rounding": "compensated"},
+]
+
+
+@dataclass(frozen=True)
+class Stays(Rule):
+    """The first weights, for good."""
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1.0 if tick.n == 1 else 0.0}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_fraction_of_0_leaves_infinities_and_nan_where_they_are(options: dict[str, Any]) -> None:
+    first = torch.tensor([INF, -INF, torch.nan, 1.0])
+    weights = {"w": first.clone()}
+    averager = Averager(weights, Stays(), **options)
+    for _ in range(3):
+        averager.update()
+        weights["w"].fill_(2.0)
+    assert torch.equal(averager.average()["w"].float().nan_to_num(7.0), first.nan_to_num(7.0))
