@@ -41,6 +41,7 @@ from hostile_files import Case, averager, valid
 from polyak import checkpoints, offline
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._sniff import sniff
+from since import since
 from sparse_files import KINDS, MIB
 
 Weights = dict[str, Tensor]
@@ -695,6 +696,7 @@ def test_a_tensor_of_a_dtype_that_is_not_known_is_named_and_left_aside(
         checkpoints.read(path)
 
 
+@since("2.8", "float4_e2m1fn_x2")
 def test_a_tensor_of_a_dtype_that_is_not_known_in_a_file_of_torch(tmp_path: Path) -> None:
     packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     torch.save({"model": {"w": torch.ones(2), "q": packed}}, tmp_path / "it.pt")
