@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,18 @@ def test_objects_come_back_under_the_keys_that_they_had(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=told):
             checkpoints.save_distributed(tmp_path / "no", state)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_torch_that_cannot_copy_a_state_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("torch.distributed.checkpoint.staging.DefaultStager", raising=False)
+    averager = polyak.Averager({"w": torch.ones(2)}, "uniform()")
+    averager.update()
+    told = rf"save_distributed_async: torch {re.escape(torch.__version__)} cannot copy.*call save_distributed,"
+    with pytest.raises(RuntimeError, match=told):
+        checkpoints.save_distributed_async(tmp_path / "it", {"average": averager})
+    assert not list(tmp_path.iterdir())
 
 
 FAILS_UNTOLD = """

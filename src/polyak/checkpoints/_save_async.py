@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
+import torch
 import torch.distributed as dist
 
 from polyak._ranks.agreement import alone, require_member, together
@@ -162,7 +163,13 @@ def _saver(group: ProcessGroup | None) -> _Saver:
 
 def _copied(content: dict[str, Any]) -> dict[str, Any]:
     """A copy in the memory of the CPU."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    try:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    except ImportError:
+        raise RuntimeError(
+            f"{_CALL}: torch {torch.__version__} cannot copy a state for it, torch 2.9 can: call "
+            "save_distributed, which the training waits for"
+        ) from None
 
     stager = DefaultStager(
         StagingOptions(
