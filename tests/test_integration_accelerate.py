@@ -30,7 +30,7 @@ from integration_contract import (
 )
 from launching import require_laws
 from models import assert_same
-from polyak import Averager, Pull, checkpoints
+from polyak import EMA, Averager, Pull, checkpoints
 from polyak.integrations.accelerate import register
 
 
@@ -175,6 +175,8 @@ def test_two_averagers_need_different_names(tmp_path: Path) -> None:
         ValueError, match=r"carries an average 'fast' already.*what the earlier register returned"
     ):
         register(run.accelerator, Averager(run.model, RULES))
+    with pytest.raises(TypeError, match="the averager is of type EMA, wanted an Averager"):
+        register(run.accelerator, EMA(run.model))  # type: ignore[arg-type]
     more = Averager(run.model, {"third": "uniform()"})
     more.update()
     register(run.accelerator, more)

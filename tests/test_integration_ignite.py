@@ -181,5 +181,15 @@ def test_bad_input_is_an_error_with_its_cure() -> None:
     one = evaluator(model)
     with pytest.raises(ValueError, match="the same engine twice, wanted a new one"):
         evaluators(averager, lambda: one)
+    engine: Any = evaluator(model)
+    for call in (
+        lambda got: evaluators(got, lambda: evaluator(model)),
+        lambda got: log_measures(engine, engine, got),
+        Weights,
+    ):
+        with pytest.raises(
+            TypeError, match="the averager is of type Net, wanted an Averager"
+        ):
+            call(model)
     with pytest.raises(TypeError, match="save and load the averager"):
         Weights(averager, "fast").load_state_dict(model.state_dict())

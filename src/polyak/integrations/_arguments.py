@@ -29,6 +29,14 @@ def checked(
     return rules, steps
 
 
+def require_averager(call: str, got: object) -> None:
+    """Raise `TypeError` for anything but an `Averager`, such as a model or `polyak.EMA`."""
+    if not isinstance(got, Averager):
+        raise TypeError(
+            f"{call}: the averager is of type {type(got).__name__}, wanted an Averager: polyak.Averager(model, rule)"
+        )
+
+
 def _require_file_names(names: list[str]) -> None:
     """Raise `ValueError` unless files on every system can have these names, as checkpoints give them."""
     for name in names:

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from polyak.averager import Averager
+from polyak.integrations._arguments import require_averager
 from polyak.integrations._extra import extra
 from polyak.integrations._states import NO_DEEPSPEED, load_state, save_state
 
@@ -46,10 +47,11 @@ def register(
             With FSDP2 then call `attach` after `load_state`, in which torch steps a new optimizer once.
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
-    Raises `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already.
+    Raises `TypeError` for what is no `Averager`, `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already.
     `load_state` then raises `FileNotFoundError` for a folder without the state, and what `polyak.load`
     raises.
     """
+    require_averager("register", averager)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(NO_DEEPSPEED)
     names = _NAMES.setdefault(accelerator, [])

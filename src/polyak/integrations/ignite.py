@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.averager import Averager
+from polyak.integrations._arguments import require_averager
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import numbers
 
@@ -37,9 +38,10 @@ def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engi
     `make` returns a new evaluator of the model, with its metrics. The model has its live weights again
     before the handlers of `Events.COMPLETED` that are added afterwards, and after an exception.
 
-    Raises `ValueError` if `make` returns one engine twice. A run raises `RuntimeError` before the first
+    Raises `TypeError` for what is no `Averager`, and `ValueError` if `make` returns one engine twice. A run raises `RuntimeError` before the first
     update.
     """
+    require_averager("evaluators", averager)
     engines = {name: make() for name in averager.rules}
     if len(set(map(id, engines.values()))) < len(engines):
         raise ValueError("make returned the same engine twice, wanted a new one at each call")
@@ -72,6 +74,7 @@ def log_measures(
     They are in steps, `averages/<name>/half_life` and `averages/<name>/mean_age`. `steps` is the length of
     the whole training; 0 if it is unknown.
     """
+    require_averager("log_measures", averager)
     logger.attach_output_handler(
         trainer, Events.STARTED, "averages", output_transform=lambda _: numbers(averager, steps)
     )
@@ -84,6 +87,7 @@ class Weights:
     """
 
     def __init__(self, averager: Averager, name: str | None = None) -> None:
+        require_averager("Weights", averager)
         self._averager, self._name = averager, name
 
     def state_dict(self) -> dict[str, Tensor]:
