@@ -176,7 +176,7 @@ def test_a_logger_gets_what_is_averaged(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_an_error_with_its_cure() -> None:
-    model = net()
+    model: Any = net()
     averager = Averager(model, RULES)
     one = evaluator(model)
     with pytest.raises(ValueError, match="the same engine twice, wanted a new one"):
