@@ -187,9 +187,7 @@ def test_bad_input_is_an_error_with_its_cure() -> None:
         lambda got: log_measures(engine, engine, got),
         Weights,
     ):
-        with pytest.raises(
-            TypeError, match="the averager is of type Net, wanted an Averager"
-        ):
+        with pytest.raises(TypeError, match="the averager is of type Net, wanted an Averager"):
             call(model)
     with pytest.raises(TypeError, match="save and load the averager"):
         Weights(averager, "fast").load_state_dict(model.state_dict())

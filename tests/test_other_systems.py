@@ -47,7 +47,7 @@ FILES = {
     "test_cli_files.py": [],
     "test_study_records.py": [
         # An empty file of records stays, since it is open when the study fails.
-        "test_a_training_that_diverges",
+        "test_a_record_that_would_be_refused",
         "test_a_study_that_fails_before",
     ],
 }
