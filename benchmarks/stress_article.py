@@ -61,6 +61,11 @@ class Article:
         facts |= set(shared(entries(world.model))) & {"lazy view"}
         return facts | ({"other block"} if world.blocks else set())
 
+    def is_saved(self, world: World) -> bool:
+        """Whether a state dict has all that is averaged: torch leaves some buffers out."""
+        averaged = [e for e in entries(world.model) if e.name in self.names["average"]]
+        return all(entry.persistent for entry in averaged)
+
     def check(self) -> None:
         """The law of the averages, and of what is copied and ignored."""
         held = {entry.name: entry.tensor for entry in entries(self.ema.ema_model)}
@@ -143,7 +148,7 @@ def article(world: World, random: Random) -> None:
     if what == "update":
         if not isinstance(world.ask("EMA", facts, held.ema.update), Refused):
             held.calls = called(world, held)
-    elif what == "save" and not facts:
+    elif what == "save" and not facts and held.is_saved(world):
         held.saved.append((copy.deepcopy(held.ema.state_dict()), held.calls))
     elif what == "load" and held.saved and not facts:
         state, calls = random.choice(held.saved)
