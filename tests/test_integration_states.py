@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from polyak import Averager, Uniform
 from polyak.integrations._states import load_state, save_state
+from since import since
 
 
 def begun(value: float, *, sharded: bool) -> Averager:
@@ -26,6 +27,7 @@ def begun(value: float, *, sharded: bool) -> Averager:
     return averager
 
 
+@since("2.7", "FSDP2 on the CPU")
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_state_of_the_last_save_is_loaded_whoever_saved_before(
