@@ -16,7 +16,8 @@ def kind(tensor: Tensor) -> Kind:
 def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of the average of weights: `wanted`, or float32 if `dtype` is narrower than that.
 
-    Complex averages are complex64 at least: torch has no `lerp` of narrower ones. A bfloat16 average with decay .999 never moves: half a unit in its last place is more than a step.
+    Complex averages are complex64 at least: torch has no `lerp` of narrower ones. A bfloat16 average
+    with decay .999 never moves: half a unit in its last place is more than a step.
 
     >>> slot_dtype(torch.bfloat16, None), slot_dtype(torch.complex64, torch.float64)
     (torch.float32, torch.complex128)

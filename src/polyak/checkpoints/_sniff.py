@@ -107,18 +107,16 @@ def _folder(path: Path) -> Source:
     if any(map(POST_HOC.fullmatch, names)):
         return Source("post-hoc", path)
     for pattern in _WEIGHTS:
-        files = sorted(path.glob(pattern))
-        if _are_shards([file.name for file in files]):
+        files = [file.name for file in sorted(path.glob(pattern))]
+        if _are_shards(files):
             raise ValueError(
-                f"{path} holds parts of one model ({listed([file.name for file in files])}) without their index: fetch or save it "
+                f"{path} holds parts of one model ({listed(files)}) without their index: fetch or save it "
                 "beside them (model.safetensors.index.json)"
             )
         if len(files) == 1:
-            return _file(files[0])._replace(path=path)
+            return _file(path / files[0])._replace(path=path)
         if files:
-            raise ValueError(
-                f"{path} holds {listed([file.name for file in files])}: read one of them"
-            )
+            raise ValueError(f"{path} holds {listed(files)}: read one of them")
     raise ValueError(f"{path} {_contents(path, names)}")
 
 
@@ -165,10 +163,10 @@ def _contents(path: Path, names: list[str]) -> str:
     files = [
         path / name for name in names if _TORCH.search(name) and not BESIDE.search(Path(name).stem)
     ]
-    parts = [each for each in (*files, *folders) if _RANK.search(each.name)]
+    parts = [each.name for each in (*files, *folders) if _RANK.search(each.name)]
     if len(parts) > 1:
         return (
-            f"holds parts of one model that several ranks or stages wrote ({listed([part.name for part in parts])}): let their "
+            f"holds parts of one model that several ranks or stages wrote ({listed(parts)}): let their "
             "trainer merge them (DeepSpeed: run zero_to_fp32.py)"
         )
     if any((folder / ".zarray").exists() for folder in folders):

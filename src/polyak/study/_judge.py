@@ -58,13 +58,10 @@ class Judge:
 
     def geometry(self, arm: str) -> Geometry:
         """The place of an average between the start and the live weights; None for an ensemble."""
-        networks = self._arms.networks(arm)
-        if not networks or isinstance(self._study.arms[arm], Ensemble):
+        found = geometry(self._study, self._arms, arm, self._initial)
+        if found is None:
             return None, None
-        live, average = (
-            self._arms.vector(network) for network in (self._arms.networks(LIVE)[0], networks[0])
-        )
-        distance, cosine = geometry(self._initial, live, average)
+        distance, cosine = found
         return finite(distance), finite(cosine)
 
     @torch.no_grad()
@@ -121,8 +118,17 @@ def _remembering(model: nn.Module) -> Iterator[None]:
         del model.forward
 
 
-def geometry(initial: Tensor, live: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
-    """`|average - live| / |live|`, and the cosine of `average - initial` and `live - initial`."""
+def geometry(
+    study: Study, arms: Tracking, arm: str, initial: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """`|average - live| / |live|`, and the cosine of `average - initial` and `live - initial`.
+
+    None for an ensemble, and before the first update.
+    """
+    networks = arms.networks(arm)
+    if not networks or isinstance(study.arms[arm], Ensemble):
+        return None
+    live, average = arms.vector(arms.networks(LIVE)[0]), arms.vector(networks[0])
     distance = (average - live).norm(dim=-1) / live.norm(dim=-1)
     return distance, torch.cosine_similarity(average - initial, live - initial, dim=-1)
 

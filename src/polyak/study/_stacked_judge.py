@@ -54,9 +54,7 @@ class StackedJudge:
     ) -> None:
         self._study, self._arms, self._runs = study, arms, len(data)
         self._parts = {name: rows_of([getattr(d, name) for d in data]) for name in PARTS}
-        parts = [(*one.validation, *one.test) for one in data]
-        pairs = [zip(p[: len(p) // 2], p[len(p) // 2 :], strict=True) for p in parts]
-        self._one_part = all(a is b for pair in pairs for a, b in pair)
+        self._one_part = all([*map(id, d.validation)] == [*map(id, d.test)] for d in data)
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._initial = arms.vector(arms.networks(LIVE)[0])
         self._values: dict[tuple[str, str], list[Values]] = {}
@@ -112,16 +110,11 @@ class StackedJudge:
     def geometry(self, arm: str) -> list[Geometry]:
         """Distance and cosine of an arm, for each run."""
         if arm not in self._geometry:
-            networks = self._arms.networks(arm)
-            if not networks or isinstance(self._study.arms[arm], Ensemble):
+            found = geometry(self._study, self._arms, arm, self._initial)
+            if found is None:
                 self._geometry[arm] = [(None, None)] * self._runs
             else:
-                live, average = (
-                    self._arms.vector(network)
-                    for network in (self._arms.networks(LIVE)[0], networks[0])
-                )
-                both = geometry(self._initial, live, average)
-                pairs = zip(*(column.tolist() for column in both), strict=True)
+                pairs = zip(*(column.tolist() for column in found), strict=True)
                 self._geometry[arm] = [(finite(a), finite(b)) for a, b in pairs]
         return self._geometry[arm]
 
