@@ -84,7 +84,7 @@ BUGS: tuple[Bug, ...] = (
     bug("a gap over one epoch more", "study/recipes/_article_claims.py", "fmean(ema[:EARLY])", "fmean(ema[: EARLY + 1])", "study_article_claims"),
     bug("R2 with the unbiased variance", "study/recipes/_regression.py", "var(correction=0)", "var(correction=1)", "study_article"),
     bug("SWA of one epoch more", "study/recipes/article.py", "start=75 / 500", "start=74 / 500", "study_article", slow=True),
-    bug("the last of equal epochs taken for the best", "study/_logbook.py", "return value < min(before) if lower", "return value <= min(before) if lower", "study_run"),
+    bug("the last of equal epochs taken for the best", "study/_logbook.py", "or loss < self._least[arm]", "or loss <= self._least[arm]", "study_run"),
     bug("a claim that one of its parts is enough for", "study/_statistics.py", 'if "does not hold" in verdicts:', 'if {*verdicts} == {"does not hold"}:', "study_report_any"),
 )  # fmt: skip
 
