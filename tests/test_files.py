@@ -17,6 +17,7 @@ import pytest
 
 import polyak._files
 from patience import HANG
+from polyak import _system as system
 from polyak import _unfinished as unfinished
 from polyak._files import making_folder, writing, writing_folder
 
@@ -322,6 +323,42 @@ def test_writers_of_one_new_folder_do_not_disturb_each_other(
         assert [each.name for each in place.iterdir()] == ["it"]
     assert outcomes == ({"written": 240} if overwrite else {"written": 40, "refused": 200})
     assert len(list(tmp_path.iterdir())) == 40
+
+
+@pytest.mark.skipif(system.WINDOWS, reason="Windows has no locks of folders")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("first", ["the writer", "who removes"])
+def test_who_comes_late_removes_nothing_that_was_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, first: str
+) -> None:
+    """Two see a hidden name that is not locked yet. One removes it, and its writer makes it again
+    before the other one gets the lock of what is gone; or the writer itself gets that lock late."""
+    make, write = {
+        "file": (lambda path: path.touch(), writing),
+        "folder": (lambda path: path.mkdir(), writing_folder),
+    }[kind]
+    late = tmp_path / f".it.{unfinished._HERE}{'0' * 10}.part"
+    lock, made = system.locked, list[Path]()
+
+    def locks_late(handle: int, **options: bool) -> bool:
+        if not made:
+            made.append(late)
+            unfinished.remove(late)
+            if first == "who removes":
+                make(late)
+        return lock(handle, **options)
+
+    monkeypatch.setattr(system, "locked", locks_late)
+    if first == "who removes":
+        make(late)
+        with write(tmp_path / "it"):
+            pass
+        assert late.exists()
+    else:
+        monkeypatch.setattr(polyak._files, "beside", lambda *_: late)
+        with write(tmp_path / "it"):
+            assert late.exists()
+    assert made
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def new_file(part: str, flags: int, *, mode: int) -> int:
     """The handle of a new hidden file, locked."""
     while True:
         handle = os.open(part, flags | system.NEW, mode)
-        if _is_kept(handle):
+        if _is_kept(handle, part):
             return handle
 
 
@@ -48,7 +48,7 @@ def new_folder(part: Path) -> Iterator[int | None]:
         part.mkdir()
         with suppress(FileNotFoundError):
             handle = os.open(part, system.READ)
-            if _is_kept(handle):
+            if _is_kept(handle, part):
                 break
     try:
         yield handle
@@ -56,17 +56,25 @@ def new_folder(part: Path) -> Iterator[int | None]:
         os.close(handle)
 
 
-def _is_kept(handle: int) -> bool:
+def _is_kept(handle: int, part: str | Path) -> bool:
     """Lock what is new; False if another process took it for abandoned before it was locked."""
     try:
         system.locked(handle, wait=True)
-        kept = os.fstat(handle).st_nlink > 0
+        kept = _is_at(handle, part)
     except BaseException:
         os.close(handle)
         raise
     if not kept:
         os.close(handle)
     return kept
+
+
+def _is_at(handle: int, path: str | Path) -> bool:
+    """Whether a path still leads to what is open: who waits for its lock may get it too late."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -102,7 +110,8 @@ def _remove_unlocked(path: Path) -> None:
     # NFS locks a file only for a process that may write it.
     handle = os.open(path, system.READ if path.is_dir() else system.READ_WRITE)
     try:
-        if system.locked(handle, missing=False):
+        # Another may have removed it since it was opened, and its writer may have made it anew.
+        if system.locked(handle, missing=False) and _is_at(handle, path):
             remove(path)
     finally:
         os.close(handle)
