@@ -519,3 +519,153 @@ def test_every_schedule_free_optimizer_is_told_and_followed(
 def test_an_optimizer_that_does_not_average_is_attached_without_a_word(kind: Any) -> None:
     model = nn.Linear(2, 1)
     Averager(model, "exponential(0.9)").attach(accelerated(kind(model.parameters(), lr=0.1)))
+
+
+def pair() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+
+
+STRANGERS: dict[str, Callable[[nn.Module], Any]] = {
+    "of another model": lambda _: plain(nn.Linear(3, 2)),
+    "of a deep copy": lambda m: plain(copy.deepcopy(m)),
+    "of a model made anew": lambda _: plain(pair()),
+    "several of a copy": lambda m: list(map(plain, copy.deepcopy(m).children())),
+    "accelerate's, of a copy": lambda m: accelerated(plain(copy.deepcopy(m))),
+    "a duck of a copy": lambda m: Duck(Outer(plain(copy.deepcopy(m)))),
+    "empty": lambda _: SGD([{"params": []}], lr=0.1),
+}
+"""Optimizers that have none of the averaged weights of a model."""
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_an_optimizer_with_none_of_the_averaged_parameters_is_refused(kind: str) -> None:
+    model = pair()
+    optimizer = STRANGERS[kind](model)
+    averager = Averager(model, Uniform())
+    with pytest.raises(
+        ValueError, match=r"has none of the 6 averaged parameters \(0.weight, \.\.\."
+    ):
+        averager.attach(optimizer)
+    for member in optimizer if isinstance(optimizer, list) else [optimizer]:
+        assert "step" not in vars(member)
+    averager.attach(plain(model))
+
+
+def flat(model: nn.Module) -> SGD:
+    """An optimizer of one tensor, of which the parameters become views."""
+    parameters = list(model.parameters())
+    whole = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for parameter, part in zip(
+        parameters, whole.split([p.numel() for p in parameters]), strict=True
+    ):
+        parameter.data = part.view_as(parameter)
+    return SGD([whole], lr=0.1)
+
+
+def of_copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def without_rows() -> tuple[Any, Any]:
+    """As a rank has it whose shards are all empty."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.empty(0, 3))})
+    return model, plain(model)
+
+
+OWNERS: dict[str, Callable[[nn.Sequential], tuple[Any, Any]]] = {
+    "of all": lambda m: (m, plain(m)),
+    "of halves": lambda m: (m, [plain(m[0]), plain(m[1:])]),
+    "in two groups": lambda m: (m, SGD([{"params": list(c.parameters())} for c in (m[0], m[1:])], 0.1)),
+    "of a part, the rest is frozen": lambda m: (m.requires_grad_(False), plain(m[2].requires_grad_())),
+    "of a part, the rest is frozen and averaged": lambda m: (m.requires_grad_(False), plain(m[2])),
+    "of a mapping": lambda m: (dict(m.named_parameters()), plain(m)),
+    "of a mapping's parts": lambda m: (dict(m.named_parameters()), plain(m[0])),
+    "of views": lambda m: (of_copies(m), plain(m)),
+    "of one flat tensor": lambda m: (m, flat(m)),
+    "of a tensor without a row": lambda _: without_rows(),
+    "of a wrapped model": lambda m: (torch.compile(m, backend="eager"), plain(m)),
+    "accelerate's": lambda m: (m, accelerated(plain(m))),
+    "a duck's": lambda m: (m, Duck(plain(m))),
+}  # fmt: skip
+"""What is averaged, and optimizers that move it, or as much of it as trains."""
+
+
+@pytest.mark.parametrize("kind", OWNERS)
+def test_an_optimizer_of_what_trains_is_attached_without_a_word(kind: str) -> None:
+    averaged, optimizer = OWNERS[kind](pair())
+    averager = Averager(averaged, Uniform())
+    averager.attach(optimizer)
+    for member in optimizer if isinstance(optimizer, list) else [optimizer]:
+        member.step()
+    assert averager.count == 1
+
+
+def test_parameters_that_train_and_are_in_no_optimizer_are_told() -> None:
+    model = pair()
+    averager = Averager(model, Uniform())
+    with pytest.warns(
+        UserWarning, match=r"SGD has 4 of the 6 averaged parameters, and not 2.weight, 2.bias:"
+    ) as told:
+        averager.attach(plain(model[:2]))
+    assert [each.filename for each in told] == [__file__]
+
+
+def replaced(model: nn.Module, names: str) -> None:
+    """Gives a model new tensors in place of some of its own."""
+    new = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict({n: t for n, t in new.items() if n.startswith(names)}, False, assign=True)
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["", "after a look"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_steps_that_no_longer_move_the_averaged_parameters_are_refused(
+    steps: int, looks: bool
+) -> None:
+    """Each of them, before the average has changed; with the optimizer of the new ones it goes on."""
+    model = pair()
+    optimizer, averager = plain(model), Averager(model, Uniform())
+    attached = averager.attach(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+    replaced(model, "")
+    before = averager.average() if steps else {}
+    if looks:
+        averager.summary()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has none of the 6 averaged parameters"):
+            optimizer.step()
+        assert averager.count == steps
+    attached.remove()
+    after = averager.average() if steps else {}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    optimizer = plain(model)
+    averager.attach(optimizer)
+    optimizer.step()
+    assert averager.count == steps + 1
+
+
+def test_a_layer_that_was_replaced_after_its_optimizer_was_made_is_told() -> None:
+    model = pair()
+    optimizer, averager = plain(model), Averager(model, Uniform())
+    averager.attach(optimizer)
+    optimizer.step()
+    replaced(model, "2.")
+    with pytest.warns(UserWarning, match=r"SGD has 4 of the 6 averaged .* not 2.weight, 2.bias:"):
+        optimizer.step()
+    optimizer.step()
+    assert averager.count == 3
+
+
+def test_torchs_state_maker_is_looked_for_at_first_steps_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only an optimizer without a state can be given one; a look walks the stack."""
+    looks = iter(range(1))  # one look, and no other
+    monkeypatch.setattr(attachment, "_makes_state", lambda: next(looks) > 0)
+    model = nn.Linear(3, 2)
+    optimizer = plain(model, torch.optim.Adam)
+    Averager(model, Uniform()).attach(optimizer)
+    for _ in range(4):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert next(looks, None) is None

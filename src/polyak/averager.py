@@ -283,9 +283,10 @@ class Averager:
         optimizer runs its hooks even then, so pass the scaler here (accelerate's is found). The host
         waits only for the previous update.
 
-        Raises `ValueError` for no optimizer or a repeated one, `TypeError` for another object, and
+        Raises `ValueError` for no optimizer or a repeated one, and for optimizers that have none of the
+        averaged parameters, also at a step after these were replaced; `TypeError` for another object;
         `RuntimeError` if the averager is attached already, or at a step of a fused optimizer whose
-        scaler was not passed.
+        scaler was not passed. Warns of parameters that train and are in none of the optimizers.
         """
         lone = hasattr(optimizer, "step") or not isinstance(optimizer, Iterable)
         several = [optimizer] if lone else list(optimizer)
@@ -294,10 +295,13 @@ class Averager:
                 "attach: the averager is attached already, so a step would count twice; call "
                 "remove() on the earlier attachment first"
             )
+        with lending.TURN:
+            self._live.check("attach")
         updating = self._updating
         self._attachment = Attachment(
-            several, scaler, self._after_steps, updating.before_step, updating.detached
+            several, scaler, self._live, self._after_steps, updating.before_step, updating.detached
         )
+        updating.replaced = self._attachment.require_moved
         return self._attachment
 
     @lending.in_turn

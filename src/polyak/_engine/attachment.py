@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak._checks import listed
+from polyak._engine.live import ModelTensors
+from polyak._engine.memory import meeting
 from polyak._engine.signals import runs_below
+from polyak._engine.tracking import Tracked
+from polyak._ranks.sharding import local
 from polyak._ranks.torch_private import state_makers
 
 _INSIDE = ("optimizer", "base_optimizer", "optim", "base")
@@ -29,7 +34,7 @@ Flags = list[Tensor | None]
 
 
 class Attachment:
-    """Watches optimizers, and calls `step` once each of them has taken its step.
+    """Watches the optimizers of `live` weights, and calls `step` once each of them has taken its step.
 
     `before` is called before each step, `after` when the attachment is removed.
     """
@@ -38,6 +43,7 @@ class Attachment:
         self,
         optimizers: Sequence[Any],
         scaler: Any,
+        live: ModelTensors,
         step: Callable[[list[Tensor]], None],
         before: Callable[[], None],
         after: Callable[[], None],
@@ -48,6 +54,9 @@ class Attachment:
             raise ValueError(
                 f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
             )
+        self._live, self._optimizers = live, optimizers
+        self._generation = 0
+        self.require_moved()
         for chain in chains:
             _warn_of_own_average(chain)
         scalers = (scaler, *(getattr(member, "scaler", None) for member in members))
@@ -58,6 +67,15 @@ class Attachment:
         self._watches = [_Watch(chain, before, self._taken_by(i)) for i, chain in enumerate(chains)]
         self.active = True
         """Whether the optimizers are watched."""
+
+    def require_moved(self) -> None:
+        """Raise `ValueError` if the optimizers have no averaged parameter; warn if they lack some that train.
+
+        It looks at weights that were found anew since it was called last.
+        """
+        if self._generation != self._live.generation:
+            _require_moved(self._live.averaged, self._optimizers)
+            self._generation = self._live.generation
 
     def remove(self) -> None:
         """Stops watching."""
@@ -103,6 +121,7 @@ class _Watch:
         self._taken = taken
         self._flags: Flags = []
         self._depth = 0
+        self._first = False
         self._undo: list[Callable[[], None]] = []
         for member in chain:
             if _runs_hooks(member):
@@ -148,17 +167,58 @@ class _Watch:
         if self._depth == 0:
             self._before()
             self._flags = []
+            self._first = not all(getattr(member, "state", True) for member in self._chain)
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-        if self._depth == 0 and self._flags and not _makes_state():
+        if self._depth == 0 and self._flags and not (self._first and _makes_state()):
             self._tell()
 
     def _tell(self) -> None:
         flags, self._flags = self._flags, []
         self._taken(flags)
+
+
+def movers(tracked: Sequence[Tracked], optimizers: Sequence[Any]) -> Sequence[Any]:
+    """Those of the optimizers that have an averaged tensor; all of them if none has."""
+    averaged = [item for item in tracked if item.policy == "average"]
+    return [each for each in optimizers if _moved(averaged, [each])] or optimizers
+
+
+def _moved(averaged: Sequence[Tracked], optimizers: Sequence[Any]) -> list[Tracked]:
+    """The averaged tensors that optimizers have: as the same object, or in the same memory."""
+    members = [member for optimizer in optimizers for member in _nested(optimizer)]
+    groups = [group for member in members for group in getattr(member, "param_groups", None) or ()]
+    held = [parameter for group in groups for parameter in group["params"]]
+    objects = set(map(id, held))  # on a rank that has no row of a tensor it has no memory
+    places = set(meeting([item.local() for item in averaged], list(map(local, held))))
+    return [item for i, item in enumerate(averaged) if i in places or id(item.found()) in objects]
+
+
+def _require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any]) -> None:
+    parameters = [item for item in averaged if item.kind != "buffer"]
+    found = {item.name for item in _moved(parameters, optimizers)}
+    names = ", ".join(type(each).__name__ for each in optimizers)
+    if parameters and not found:
+        raise ValueError(
+            f"attach: {names} has none of the {len(parameters)} averaged parameters "
+            f"({parameters[0].name}, ...), so its steps never move them: the weights were replaced "
+            "after the optimizer was made, or it is of another model or a copy. Make the optimizer of "
+            "the averaged model's parameters; if it writes to them from copies of its own, call "
+            "update() after its step instead"
+        )
+    left = [
+        i.name for i in parameters if i.name not in found and i.kind == "parameter" and i.trains
+    ]
+    if left:
+        warnings.warn(
+            f"attach: {names} has {len(found)} of the {len(parameters)} averaged parameters, and "
+            f"not {listed(left)}: attach every optimizer that trains them, or leave them out "
+            "(requires_grad_(False) or `select`)",
+            stacklevel=5,
+        )
 
 
 def _chain(optimizer: Any) -> list[Any]:

@@ -74,6 +74,8 @@ class Updating:
         self._pending: _Pending | None = None
         self._courier: Courier | None = None
         self._generation = -1
+        self.replaced: Callable[[], object] | None = None
+        """Called before an update of tensors that were found anew; raises to refuse them."""
 
     def call(self, elapsed: float, found_inf: Sequence[Tensor] = ()) -> None:
         """One call, `elapsed` after the last; `found_inf` is what a scaler left in the optimizers."""
@@ -177,6 +179,7 @@ class Updating:
 
     def detached(self) -> None:
         """Waits for a copy under way, because no optimizer calls `before_step` any more."""
+        self.replaced = None
         if self._courier is not None:
             self._courier.before_write()
             self._courier.held = False
@@ -198,6 +201,8 @@ class Updating:
             if self._live.copied:
                 copied = self._copied_now()
             if self._generation != self._live.generation:
+                if self.replaced is not None:
+                    self.replaced()
                 self._find_courier([*groups, copied])
             if self._courier is not None:
                 self._send(self._courier, groups, copied, moves, ok)

@@ -16,12 +16,12 @@ from typing import Any
 
 from polyak import checkpoints
 from polyak._checks import require
+from polyak._engine.attachment import movers
 from polyak.averager import Averager
 from polyak.integrations import _lightning_files as files
 from polyak.integrations._arguments import checked
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
-from polyak.integrations._optimizers import moving
 from polyak.integrations._states import take
 from polyak.rules import Rule
 
@@ -107,10 +107,9 @@ class AveragerCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         prefix, ours = type(self).__qualname__, {each.state_key for each in _callbacks(trainer)}
-        others = [
-            key for key in checkpoint["callbacks"] if key.startswith(prefix) and key not in ours
-        ]
-        if others and self.state_key not in checkpoint["callbacks"]:
+        states = checkpoint["callbacks"]
+        others = [key for key in states if key.startswith(prefix) and key not in ours]
+        if others and self.state_key not in states:
             raise ValueError(
                 f"{trainer.ckpt_path} has the averages of {', '.join(others)}, and none of "
                 f"{self.state_key}; give the averages the names that they had"
@@ -139,7 +138,8 @@ class AveragerCallback(Callback):
         if self._attachment is None and trainer.global_step >= self.start:
             averager = self._bound(trainer)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._attachment = averager.attach(moving(averager, trainer.optimizers), scaler)
+            moving = movers(averager.tracked, trainer.optimizers)
+            self._attachment = averager.attach(moving, scaler)
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
         for line in files.bests(trainer.checkpoint_callbacks, self.names, self.separator):
