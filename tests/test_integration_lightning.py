@@ -17,9 +17,14 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LambdaCallback,
+    LearningRateFinder,
     ModelCheckpoint,
     RichProgressBar,
+    StochasticWeightAveraging,
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningCLI
@@ -31,6 +36,7 @@ from integration_contract import (
     EVERY,
     IN_AN_AVERAGE,
     LAWS,
+    LR,
     MONITORED,
     RULES,
     STEPS,
@@ -123,6 +129,51 @@ def test_training_is_the_same_as_without_the_callback() -> None:
     states = [each._checkpoint_connector.dump_checkpoint() for each in (one, two)]
     assert states[0]["loops"] == states[1]["loops"]
     assert str(states[0]["optimizer_states"]) == str(states[1]["optimizer_states"])
+
+
+class Found(Module):
+    """What Lightning's finders set; the batches stay as they are."""
+
+    batch_size, lr = 2, LR
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "BatchSizeFinder": lambda: BatchSizeFinder(max_trials=1, steps_per_trial=1),
+    "LearningRateFinder": lambda: LearningRateFinder(num_training_steps=3, update_attr=False),
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=2),
+    "GradientAccumulationScheduler": lambda: GradientAccumulationScheduler({1: 2}),
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.9),
+}
+"""Callbacks of Lightning that run the loops by themselves, or write weights."""
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_find.*|.*not enough points.*|.*Swapping.*|.*lr.*")
+@pytest.mark.parametrize("first", [False, True], ids=["", "first"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("Batch")) for n in BESIDE]
+)
+def test_another_callback_of_lightning_does_what_it_does_alone(
+    name: str, first: bool, tmp_path: Path
+) -> None:
+    """Before ours in the list and behind it, in `fit` and in `validate`; the metric is the average's."""
+    runs = []
+    for ours in ([], [AveragerCallback({"ema": "exponential(0.6)"})]):
+        callbacks = [*ours, BESIDE[name]()]
+        options = {"default_root_dir": tmp_path, "enable_checkpointing": False}
+        trainer = trainer_of(*callbacks[:: 1 if first else -1], epochs=3, **options)
+        module = made(Found)
+        trainer.fit(module)
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+        runs.append((metrics, trainer.validate(module, verbose=False)[0], module.state_dict()))
+    (fitted, validated, live), (both, again, after) = runs
+    assert fitted.items() <= both.items() and validated.items() <= again.items()
+    assert all(torch.equal(after[key], tensor) for key, tensor in live.items())
+    (average,) = ours
+    assert average.averager is not None
+    wanted = pytest.approx(evaluate(average.averager.average()), rel=1e-5)
+    assert again["val_loss/ema"] == wanted
+    if name != "StochasticWeightAveraging":  # it re-estimates statistics after the last validation
+        assert both["val_loss/ema"] == wanted
 
 
 @pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])

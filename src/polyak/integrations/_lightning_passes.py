@@ -61,8 +61,11 @@ def _alone(trainer: Any, loop: Any, callbacks: list[Callback]) -> Iterator[None]
 
 @contextmanager
 def renaming(module: LightningModule, rename: Callable[[str], str]) -> Iterator[None]:
-    """A block in which `module.log` gives every metric another name."""
-    log = module.log
+    """A block in which `module.log` gives every metric another name; blocks may be nested.
+
+    The finder of the largest batch runs the loop again while it runs.
+    """
+    log, own = module.log, vars(module).get("log")
 
     # A compiled step that calls it would be compiled anew for every name.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -73,7 +76,8 @@ def renaming(module: LightningModule, rename: Callable[[str], str]) -> Iterator[
     try:
         yield
     finally:
-        del vars(module)["log"]
+        vars(module).pop("log")
+        vars(module).update({} if own is None else {"log": own})
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from typing import Any
 
 from polyak import checkpoints
 from polyak._checks import require
-from polyak._engine.attachment import movers
 from polyak.averager import Averager
 from polyak.integrations import _lightning_files as files
 from polyak.integrations._arguments import checked
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
+from polyak.integrations._optimizers import attach_all
 from polyak.integrations._states import take
 from polyak.rules import Rule
 
@@ -138,8 +138,7 @@ class AveragerCallback(Callback):
         if self._attachment is None and trainer.global_step >= self.start:
             averager = self._bound(trainer)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            moving = movers(averager.tracked, trainer.optimizers)
-            self._attachment = averager.attach(moving, scaler)
+            self._attachment = attach_all(averager, trainer.optimizers, scaler)
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
         for line in files.bests(trainer.checkpoint_callbacks, self.names, self.separator):
