@@ -7,8 +7,9 @@ the hub, and of a save on SIGTERM never. So `hook` wraps these methods of one Tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, update_wrapper, wraps
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,60 @@ class _Evaluate:
 
     def _evaluate_all(self, *args: Any, **kwargs: Any) -> Metrics:
         due = [(each, name) for each in self._callbacks() for name in each.ready()]
-        prefix = args[2] if len(args) > 2 else kwargs.pop("metric_key_prefix", "eval")
-        evaluate = partial(self._evaluate, *args[:2], **kwargs)
-        live: Metrics = evaluate(metric_key_prefix=prefix)
+        live: Metrics = self._evaluate(*args, **kwargs)
         metrics = dict(live)
         for callback, name in due:
+            prefix, call = self._prefixed(name, args, kwargs)
             own = f"{prefix}_{name}"
             _require_free(own, live)
-            with callback.averager.applied(name), _same_randomness(self._trainer.args.device):
-                found = evaluate(metric_key_prefix=own)
+            rename = partial(_renamed, prefix, own)
+            with ExitStack() as stack:
+                stack.enter_context(callback.averager.applied(name))
+                stack.enter_context(_same_randomness(self._trainer.args.device))
+                stack.enter_context(_telling(self._trainer, rename))
+                found = rename(call())
             metrics |= {key: value for key, value in found.items() if key.startswith(own)}
         return metrics
+
+    def _prefixed(self, name: str, args: Any, kwargs: Any) -> tuple[str, Callable[[], Metrics]]:
+        """The prefix of the live weights' metrics, and a call like theirs with the average's, if it takes one."""
+        parameters = signature(self._evaluate).parameters
+        own = parameters.get("metric_key_prefix")
+        prefix = own.default if own is not None else "eval"
+        prefix = args[2] if len(args) > 2 else kwargs.get("metric_key_prefix", prefix)
+        if own is None and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+            return prefix, partial(self._evaluate, *args, **kwargs)
+        told = {**kwargs, "metric_key_prefix": f"{prefix}_{name}"}
+        return prefix, partial(self._evaluate, *args[:2], **told)
+
+
+def _renamed(prefix: str, own: str, metrics: Metrics) -> Metrics:
+    """An average's metrics, each under a name of its own, also where a Trainer writes "eval_" by itself."""
+
+    def name(key: str) -> str:
+        others = key.startswith(f"{prefix}_") and not key.startswith(f"{own}_")
+        return own + key.removeprefix(prefix) if others else key
+
+    return dict(zip(map(name, metrics), metrics.values(), strict=True))
+
+
+@contextmanager
+def _telling(trainer: Any, rename: Callable[[Metrics], Metrics]) -> Iterator[None]:
+    """A block in which callbacks and the log get metrics under other names."""
+    handler, state = trainer.callback_handler, trainer.state
+    call, before = handler.call_event, len(state.log_history)
+
+    def told(event: str, *args: Any, **kwargs: Any) -> Any:
+        for key in {"logs", "metrics"} & kwargs.keys():
+            kwargs[key] = rename(kwargs[key])
+        return call(event, *args, **kwargs)
+
+    handler.call_event = told
+    try:
+        yield
+    finally:
+        del handler.call_event
+        state.log_history[before:] = map(rename, state.log_history[before:])
 
 
 def _require_free(own: str, live: Iterable[str]) -> None:
