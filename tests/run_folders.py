@@ -187,6 +187,19 @@ def espnet_1(run: Path) -> None:
     text(folder / "log", json.dumps(rows))
 
 
+def fairseq2(run: Path) -> None:
+    """The parts of a model lie by ranks, in folders below each step's; the last save is not done."""
+    folder = run / "ws_1.6e1c4c1e" / "checkpoints"
+    for step, score in ((500, -0.5), (1000, -0.2), (1500, -0.4), (2000, None)):
+        of_step = folder / f"step_{step}{'.tmp' if score is None else ''}"
+        put(of_step / "model" / "pp_00" / "tp_00" / "sdp_00.pt", weights(step))
+        put(of_step / "optimizer" / "pp_00" / "tp_00" / "sdp_00.pt", {"state": {}})
+        for rank in (0, 1):
+            put(of_step / "trainer" / f"rank_0{rank}.pt", {"step": step})
+        if score is not None:
+            text(folder / "scores" / f"step_{step}.txt", f"{score}\n")
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], tuple[str, str], str, str, tuple[str, str]]] = {
     # its folder; the last two in order; a metric as typed, its full name, the best two in order
     "transformers": (transformers_trainer, ("checkpoint-1000", "checkpoint-1500"), "eval_loss", "eval_loss", ("checkpoint-1000", "checkpoint-1500")),

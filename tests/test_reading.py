@@ -479,11 +479,6 @@ def folder_of_saves(path: Path) -> None:
         (path / f"step-{i}").mkdir(parents=True)
 
 
-def training(path: Path) -> None:
-    with checkpoints.saving(path) as place:
-        torch.save({"model": {}}, place / "training.pt")
-
-
 def zipped(path: Path, *names: str) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
@@ -593,9 +588,27 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         folder_of_saves,
         r"is a folder of folders \(step-1, step-2\).* such as .*step-2 .*latest",
     ),
-    "a training": (
-        training,
-        r"is a folder that holds training\.pt: read one of its files, such as .*training\.pt",
+    "a training without its end": (
+        lambda path: folder_with(path, "step-1.pt", "step-2.pt"),
+        r"is a folder that holds step-1\.pt, step-2\.pt: read one of its files, such as .*step-2\.pt",
+    ),
+    "models of one run's step": (
+        lambda path: folder_with(path, "asr.pt", "lm.pt"),
+        r"it holds asr\.pt, lm\.pt: read the one with the weights, or of a run name it \(file='asr\.pt'",
+    ),
+    "a save that was interrupted": (
+        lambda path: folder_with(path, "__0_0.distcp"),
+        r"it has no \.metadata: its save was interrupted",
+    ),
+    "parts by tensor parallel ranks": (
+        lambda path: folder_with(path, "consolidated.00.pth", "consolidated.01.pth"),
+        r"several ranks or stages wrote \(consolidated\.00\.pth, consolidated\.01\.pth\)",
+    ),
+    "parts by ranks deep below": (
+        lambda path: folder_with(
+            path, "model/pp_00/tp_00/sdp_00.pt", "model/pp_00/tp_00/sdp_01.pt", "trainer/rank_00.pt"
+        ),
+        r"several ranks or stages wrote \(sdp_00\.pt, sdp_01\.pt\)",
     ),
     "parts of a model without their index": (
         lambda path: folder_with(
@@ -625,21 +638,6 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
             path, "mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"
         ),
         r"several ranks or stages wrote \(mp_rank_00, mp_rank_01\)",
-    ),
-    "one rank's model beside optimizers": (
-        lambda path: folder_with(
-            path,
-            "mp_rank_00_model_states.pt",
-            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
-            "zero_pp_rank_1_mp_rank_00_optim_states.pt",
-        ),
-        r"read one of its files, such as .*/mp_rank_00_model_states\.pt",
-    ),
-    "a folder of torch.distributed.checkpoint among others": (
-        lambda path: folder_with(
-            path, "optimizer.bin", "pytorch_model_fsdp_0/.metadata", "zlast/note"
-        ),
-        r"read one of its folders, such as .*pytorch_model_fsdp_0",
     ),
     "zarr": (lambda path: folder_with(path, "common.pt", "decoder.w/.zarray"), "arrays of zarr"),
     "Orbax": (
@@ -862,6 +860,3 @@ def test_files_that_may_hold_weights_beside_those_that_are_read_are_named(tmp_pa
     shutil.rmtree(tmp_path / "original")
     (tmp_path / "original").symlink_to(tmp_path / "original")  # nothing can be listed there
     assert sorted(checkpoints.read(tmp_path).left) == sorted(told[:2])
-    with pytest.raises(ValueError, match=r"such as .*/model\.pt"):
-        folder_with(tmp_path / "other", "model.pt", "train.pt")
-        checkpoints.read(tmp_path / "other")

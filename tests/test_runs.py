@@ -13,9 +13,19 @@ from safetensors.torch import load_file, save_file
 
 from cli_runs import run as command
 from polyak import offline
-from polyak._runs.naming import named
+from polyak.checkpoints._file_names import named
 from polyak.offline import Choice
-from run_folders import KINDS, lightning, megatron, put, text, weights, wenet
+from run_folders import (
+    KINDS,
+    fairseq2,
+    lightning,
+    megatron,
+    put,
+    text,
+    transformers_trainer,
+    weights,
+    wenet,
+)
 
 
 def names(choice: Choice, folder: Path) -> tuple[str, ...]:
@@ -203,7 +213,9 @@ class TestWhatCannotBeKnown:
     def test_parts_of_a_model(self, tmp_path: Path) -> None:
         for rank in (0, 1):
             put(tmp_path / "global_step5" / f"mp_rank_0{rank}_model_states.pt", weights(1))
-        with pytest.raises(ValueError, match="parts of one model: let their trainer merge them"):
+        with pytest.raises(
+            ValueError, match=r"parts of one model .*: let their trainer merge them"
+        ):
             offline.choose(tmp_path)
 
     def test_parts_by_ranks(self, tmp_path: Path) -> None:
@@ -216,7 +228,7 @@ class TestWhatCannotBeKnown:
         for day in (1, 2):
             for name in ("asr", "lm"):
                 put(tmp_path / f"CKPT+{day}" / f"{name}.ckpt", weights(day))
-        with pytest.raises(ValueError, match=r"it holds asr.ckpt, lm.ckpt: name the one"):
+        with pytest.raises(ValueError, match=r"it holds asr.ckpt, lm.ckpt: read the one"):
             offline.choose(tmp_path)
         chosen = offline.choose(tmp_path, file="lm.ckpt").files
         assert [(file.path.name, file.at) for file in chosen] == [("lm.ckpt", 1), ("lm.ckpt", 2)]
@@ -230,7 +242,7 @@ class TestWhatCannotBeKnown:
                 save_file(weights(step), folder / "diffusion_pytorch_model.safetensors")
                 text(folder / "config.json", "{}")
             put(tmp_path / f"checkpoint-{step}" / "optimizer.bin", {})
-        with pytest.raises(ValueError, match="it holds unet, unet_ema: name the one"):
+        with pytest.raises(ValueError, match="it holds unet, unet_ema: read the one"):
             offline.choose(tmp_path)
         chosen = offline.choose(tmp_path, last=1, file="unet").files
         assert [file.path for file in chosen] == [tmp_path / "checkpoint-1000" / "unet"]
@@ -429,3 +441,23 @@ def test_a_folder_of_model_and_optimizer_is_the_weights(tmp_path: Path) -> None:
         torch.save({"step": step}, tmp_path / f"step{step}" / "train" / "rank0.pt")
     choice = offline.choose(tmp_path, last=2)
     assert [file.path.name for file in choice.files] == ["model_and_optim"] * 2
+
+
+def test_a_run_of_fairseq2(tmp_path: Path) -> None:
+    """The parts of a model lie three folders below each step; a score is a file with one number."""
+    fairseq2(tmp_path)
+    choice = offline.choose(tmp_path, best=2, by="score", better="higher")
+    assert [(file.at, file.quality) for file in choice.files] == [(1000, -0.2), (1500, -0.4)]
+    assert float(offline.average(choice.files)["w"][0]) == 1250
+    told = {path.name: why for path, why in choice.aside.items()}
+    assert told == {"step_2000.tmp": "its save was interrupted, or is not done"}
+    with pytest.raises(ValueError, match="whether a lower or a higher score is better"):
+        offline.choose(tmp_path, best=2, by="score")
+
+
+def test_the_folder_of_a_run_is_not_its_last_weights(tmp_path: Path) -> None:
+    """The trainer left them in it, beside its checkpoints."""
+    transformers_trainer(tmp_path)
+    refused = command("average", tmp_path, "--out", tmp_path / "it.safetensors")
+    assert refused.exit_code == 2
+    assert "is the folder of a run with 3 checkpoints" in refused.stderr

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from polyak._runs.finding import Entry
 from polyak._runs.inside import inside, scalars, scores
-from polyak._runs.naming import SUFFIX, named
 from polyak._runs.tables import Row, clock_of, rows
+from polyak.checkpoints._file_names import SUFFIX, named
 
 _UNITS = ("step", "epoch", "time", "number")
 _RECORDS = ("*.yaml", "*.yml", "trainer_state.json", "metrics.json", "meta.json")

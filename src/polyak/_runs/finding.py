@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from polyak._runs.naming import SUFFIX, named
 from polyak.checkpoints._dcp_metadata import METADATA
-from polyak.checkpoints._sniff import BESIDE
+from polyak.checkpoints._file_names import SUFFIX, UNFINISHED, named
+from polyak.checkpoints._holder import folders, holder, is_beside
 
 _LEVELS = 4
 _SHOWN = 6
@@ -17,9 +16,9 @@ _PART = re.compile(
     r"\d-of-\d|rank_?[1-9]", re.IGNORECASE
 )  # of one checkpoint, whose first rank is 0
 _RANK = re.compile(r"(?<=rank)_?0", re.IGNORECASE)
-_WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
-_MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng|model_and_optim|weights")
-_NO_CHECKPOINT = re.compile(r"(version|run|exp|seed|trial|fold|rank|worker)[-_]?\d+", re.IGNORECASE)
+_NO_CHECKPOINT = re.compile(
+    r"(version|run|exp|seed|trial|fold|rank|worker|ws)[-_]?\d+(\.\w+)?", re.IGNORECASE
+)
 
 
 _EMPTY = "it holds no weights: its save may have been interrupted"
@@ -68,7 +67,7 @@ def found(run: Path, file: str | None = None) -> Found:
             return several[0]
         one = one or next((held for held in holders if _of_a_run(held)), None)
         aside |= {path: why for held in holders for path, why in held.aside.items()}
-        level = [each for held in holders for each in _folders(held.folder) if each not in aside]
+        level = [each for held in holders for each in folders(held.folder) if each not in aside]
     if one is not None:
         return one
     place, why = next(iter(aside.items()), (run, _NOTHING))
@@ -94,7 +93,7 @@ def _of_a_run(held: Found) -> list[Entry]:
 def _held(folder: Path, file: str | None) -> Found:
     entries, aside, empty = [], {}, []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or BESIDE.search(SUFFIX.sub("", path.name)):
+        if path.name.startswith(".") or is_beside(path):
             continue
         if path.is_symlink() and not path.exists() and named(path).clock:
             aside[path] = "it is a link that leads nowhere"
@@ -103,6 +102,8 @@ def _held(folder: Path, file: str | None) -> Found:
                 aside[path] = "there are parts of it by other ranks: let its trainer merge them"
             else:
                 entries.append(Entry(path, path))
+        elif path.is_dir() and path.suffix in UNFINISHED and named(path).clock:
+            aside[path] = "its save was interrupted, or is not done"
         elif path.is_dir() and _may_be_checkpoint(path):
             try:
                 held = _weights(path, file)
@@ -121,58 +122,9 @@ def _may_be_checkpoint(folder: Path) -> bool:
     return counted or about.repeats
 
 
-def _weights(folder: Path, file: str | None, *, deeper: bool = True) -> Path | None:
-    """What holds the weights in a checkpoint's folder, or in its only folder; None if nothing does."""
-    if file is not None:
-        place = folder / file
-        return place if place.exists() else None
-    if (folder / METADATA).exists():
-        return folder
-    if any(folder.glob("*.distcp")):
-        raise ValueError("it has no .metadata: its save was interrupted")
-    if any(any(folder.glob(pattern)) for pattern in _WHOLE):
-        return folder
-    if files := _torch_files(folder):
-        return _chosen(files)
-    within = [each for each in _folders(folder) if not BESIDE.search(each.name)] if deeper else []
-    held = {each: weights for each in within if (weights := _weights(each, None, deeper=False))}
-    if len(models := [each for each in held if _MODEL.fullmatch(each.name)]) == 1:
-        return held[models[0]]
-    if len(held) > 1 and not any(named(each).clock for each in held):
-        raise ValueError(_several([each.name for each in held]))
-    return next(iter(held.values())) if len(held) == 1 else None
-
-
-def _chosen(files: list[Path]) -> Path | None:
-    """The one file of weights, or the one that is called the model's; None for those of a whole run."""
-    models = [path for path in files if _MODEL.fullmatch(SUFFIX.sub("", path.name))]
-    for several in (files, models):
-        if len(several) == 1:
-            return several[0]
-    if not models and sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files) > 1:
-        return None
-    if models:
-        listed = ", ".join(path.name for path in models[:_SHOWN])
-        raise ValueError(f"it holds {listed}, parts of one model: let their trainer merge them")
-    raise ValueError(_several([path.name for path in files]))
-
-
-def _several(names: list[str]) -> str:
-    return (
-        f"it holds {', '.join(names[:_SHOWN])}: name the one with the weights (file={names[0]!r}, on the "
-        f"command line --file {names[0]})"
-    )
-
-
-def _torch_files(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and SUFFIX.search(path.name)
-        if not BESIDE.search(SUFFIX.sub("", path.name))
-    ]
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """The folders in a folder that are not hidden."""
-    return (path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")
+def _weights(folder: Path, file: str | None) -> Path | None:
+    """What holds the weights in a checkpoint's folder; None if nothing does."""
+    if file is None:
+        return holder(folder)
+    place = folder / file
+    return place if place.exists() else None

@@ -10,8 +10,8 @@ from typing import Literal
 
 from polyak._runs.clocks import Timed
 from polyak._runs.inside import epochs, inside
-from polyak._runs.naming import named
 from polyak._runs.tables import Row, clock_of, rows
+from polyak.checkpoints._file_names import named
 
 Better = Literal["lower", "higher"]
 
@@ -81,9 +81,21 @@ def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
             yield from (rows(path) for path in sorted(place.glob(pattern)))
     for path in sorted(folder.glob("checkpoint.pth")):  # where espnet keeps its reporter
         yield epochs(inside(path))
+    yield [row for path in sorted(folder.glob("scores/*.txt")) if (row := _score(path))]
     for each in timed:
         if each.entry.folder is not None:
             yield rows(each.entry.folder / "trainer_state.json")
+
+
+def _score(path: Path) -> Row:
+    """A file with one number, which fairseq2 writes for each step; nothing for another file."""
+    try:
+        return {
+            "score": float(path.read_text(encoding="utf-8")),
+            **named(path.with_suffix("")).clock,
+        }
+    except ValueError:
+        return {}
 
 
 def _joined(table: Sequence[Row], timed: Sequence[Timed], by: str) -> list[Row]:

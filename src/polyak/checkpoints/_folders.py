@@ -22,6 +22,7 @@ from polyak._ranks.sharding import is_distributed
 from polyak._unfinished import remove
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
+from polyak.checkpoints._file_names import UNFINISHED
 from polyak.checkpoints._rank_checks import require_all_parts, require_stored_rightly
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ __all__ = ["latest", "saving"]
 
 _FILE = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
 _PART = re.compile(rf"{_FILE.pattern}|\.distcp$|^{re.escape(METADATA)}$")
-_UNFINISHED = {".tmp", ".part", ".incomplete"}
 _NUMBER = re.compile(r"(?<![\d.])\d+$")
 _ALONE = ("ignore", re.compile("torch.distributed is disabled"), UserWarning, None, 0)
 
@@ -126,7 +126,7 @@ def _is_save(path: Path) -> bool:
     """Whether the name, or what a folder holds, says that it is a checkpoint."""
     if path.name.startswith(".") or not path.is_dir():
         return path.is_file() and _FILE.search(path.name) is not None
-    if path.suffix in _UNFINISHED:
+    if path.suffix in UNFINISHED:
         return False
     return _number(path) is not None or any(_PART.search(each.name) for each in path.iterdir())
 

@@ -83,36 +83,39 @@ def write_like(
             _replace(Path(file.name), out, lazy, which, read, progress)
         return []
     files = {
-        place.path.name
+        place.path.relative_to(like)
         for _, places in _matched(read(like).weights(which), lazy, like)
         for place in places
     }
     with writing_folder(out, overwrite=overwrite) as folder:
-        left = _copy(like, folder, files)
+        left = _copy(like, folder, files, Path())
         _replace(folder, out, lazy, which, read, progress)
     return left
 
 
-def _copy(like: Path, folder: Path, files: set[str]) -> list[str]:
-    """Copy the files of a folder that belong to its weights; the names of the others.
+def _copy(like: Path, folder: Path, files: set[Path], at: Path) -> list[str]:
+    """Copy what lies at a place in a folder and belongs to its weights; the names of the rest.
 
     In a folder of torch.distributed.checkpoint all belong together.
     """
+    if (like / at / METADATA).exists():
+        _copy_all(like / at, folder / at)
+        return []
     left: list[str] = []
-    if (like / METADATA).exists():
-        _copy_all(like, folder)
-        return left
-    modules = _modules(like)
-    for path in sorted(like.iterdir()):
-        if path.name in modules and path.is_dir():
-            (folder / path.name).mkdir()
-            _copy_all(path, folder / path.name)
-            continue
+    modules = _modules(like / at)
+    for path in sorted((like / at).iterdir()):
+        here, is_folder = path.relative_to(like), path.is_dir()
         beside = path.is_file() and not _WEIGHTS.search(path.name)
-        if path.name in files or (beside and not _OF_TRAINING.fullmatch(path.name)):
-            _copy_file(path, folder / path.name)
+        if is_folder and (path.name in modules or any(here in file.parents for file in files)):
+            (folder / here).mkdir()
+            if path.name in modules:
+                _copy_all(path, folder / here)
+            else:
+                left += _copy(like, folder, files, here)
+        elif here in files or (beside and not _OF_TRAINING.fullmatch(path.name)):
+            _copy_file(path, folder / here)
         else:
-            left.append(path.name)
+            left.append(str(here))
     return left
 
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 from polyak._checks import listed
 from polyak.checkpoints._dcp import DistributedTensors
 from polyak.checkpoints._dcp_metadata import METADATA
+from polyak.checkpoints._holder import WHOLE, holder, is_beside
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._looks import looks, refusal
 from polyak.checkpoints._open_file import OpenFile, Verified
@@ -25,19 +26,10 @@ SNAPSHOT = re.compile(r"snapshot-\d+(\.safetensors)?")
 """A snapshot of `polyak.Recorder`."""
 POST_HOC = re.compile(r"(\d+)\.(\d+)\.pt")
 """A snapshot of ema-pytorch's `PostHocEMA`."""
-_WEIGHTS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
 _TORCH = re.compile(r"\.(pt|pth|ckpt|bin)(\.tar)?$")
 _SHARD = re.compile(r"\d+-of-(\d+)")
-_RANK = re.compile(r"(rank|layer|stage)[-_]?\d+", re.IGNORECASE)
 _SAVED = re.compile(r"\d$|^\.")  # folders of a run's checkpoints, and hidden ones
-_MODEL = re.compile(r"model|weights", re.IGNORECASE)
 _TEXTS = {".json", ".yaml", ".yml", ".txt", ".md", ".py", ".csv", ".log"}
-BESIDE = re.compile(
-    r"(?<!model_and_)optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
-    r"|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
-    re.IGNORECASE,
-)
-"""Names of files beside the weights: states of optimizers, schedulers, random numbers, loaders."""
 _ATTEMPTS = 5
 
 
@@ -106,7 +98,16 @@ def _folder(path: Path) -> Source:
         return Source("snapshots", path)
     if any(map(POST_HOC.fullmatch, names)):
         return Source("post-hoc", path)
-    for pattern in _WEIGHTS:
+    try:
+        held = holder(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if held is None:
+        raise ValueError(f"{path} {_contents(path, names)}")
+    if held != path:
+        inner = sniff(held)
+        return inner if inner.kind == "dcp" else inner._replace(path=path)
+    for pattern in WHOLE:
         files = [file.name for file in sorted(path.glob(pattern))]
         if _are_shards(files):
             raise ValueError(
@@ -117,7 +118,7 @@ def _folder(path: Path) -> Source:
             return _file(path / files[0])._replace(path=path)
         if files:
             raise ValueError(f"{path} holds {listed(files)}: read one of them")
-    raise ValueError(f"{path} {_contents(path, names)}")
+    raise ValueError(f"{path} is replaced while it is read")
 
 
 def _are_shards(names: list[str]) -> bool:
@@ -131,11 +132,18 @@ def files_beside(source: Source) -> list[str]:
     path, opened = source.path, source.opened
     if not path.is_dir() or isinstance(opened, (DistributedTensors, Member, type(None))):
         return []
-    used = opened.files if isinstance(opened, IndexedTensors) else {opened.path.name}
+    used = (
+        {path / name for name in opened.files}
+        if isinstance(opened, IndexedTensors)
+        else {opened.path}
+    )
     inner = [each for each in _within(path) if each.is_dir() and not _SAVED.search(each.name)]
     files = [file for folder in (path, *inner) for file in _within(folder)]
-    names = [str(file.relative_to(path)) for file in files if _may_hold_weights(file)]
-    return [name for name in names if name not in used]
+    return [
+        str(file.relative_to(path))
+        for file in files
+        if _may_hold_weights(file) and file not in used
+    ]
 
 
 def _within(folder: Path) -> list[Path]:
@@ -148,38 +156,24 @@ def _within(folder: Path) -> list[Path]:
 
 def _may_hold_weights(file: Path) -> bool:
     named = file.suffix == ".safetensors" or _TORCH.search(file.name)
-    return bool(named) and not BESIDE.search(file.stem) and file.is_file()
-
-
-def _likely(paths: list[Path]) -> Path:
-    """Of several files or folders the one that is called the model's, else the last."""
-    return next((path for path in paths if _MODEL.search(path.name)), paths[-1])
+    return bool(named) and not is_beside(file) and file.is_file()
 
 
 def _contents(path: Path, names: list[str]) -> str:
     """What to say of a folder that holds no weights itself."""
     shown = ", ".join(names[:20]) or "nothing"
     folders = [path / name for name in names if (path / name).is_dir()]
-    files = [
-        path / name for name in names if _TORCH.search(name) and not BESIDE.search(Path(name).stem)
-    ]
-    parts = [each.name for each in (*files, *folders) if _RANK.search(each.name)]
-    if len(parts) > 1:
-        return (
-            f"holds parts of one model that several ranks or stages wrote ({listed(parts)}): let their "
-            "trainer merge them (DeepSpeed: run zero_to_fp32.py)"
-        )
+    files = [path / name for name in names if _TORCH.search(name) and not is_beside(Path(name))]
     if any((folder / ".zarray").exists() for folder in folders):
         return "holds arrays of zarr, as Megatron once wrote: let it convert them to torch_dist"
     if "_CHECKPOINT_METADATA" in names:
         return "is a checkpoint of Orbax (JAX): read it there, and save the weights as safetensors"
-    if within := [folder for folder in folders if (folder / METADATA).exists()] or files:
-        kind = "folders" if within[0].is_dir() else "files"
-        return f"is a folder that holds {shown}: read one of its {kind}, such as {_likely(within)}"
+    if files:
+        return f"is a folder that holds {shown}: read one of its files, such as {files[-1]}"
     if folders:
         return (
             f"is a folder of folders ({shown}) without weights of its own: read one of them, such as "
-            f"{_likely(folders)} (polyak.checkpoints.latest gives the last complete one)"
+            f"{folders[-1]} (polyak.checkpoints.latest gives the last complete one)"
         )
     others = [path / name for name in names if Path(name).suffix not in _TEXTS]
     told = next(

@@ -138,20 +138,21 @@ def in_order(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def require_chosen(folder: Path) -> None:
-    """Raises `ValueError` with what to type if a folder is a run's, not a checkpoint's."""
-    from polyak import checkpoints, offline
+    """Raises `ValueError` with what to type if a folder has several checkpoints of a run.
+
+    It may have weights of its own beside them, such as the last ones.
+    """
+    from polyak import offline
 
     try:
-        checkpoints.read(folder)
-    except ValueError as error:
-        try:
-            files = offline.choose(folder).files
-        except (ValueError, OSError):
-            raise error from None
+        files = offline.choose(folder).files
+    except (ValueError, OSError):
+        return
+    if len(files) > 1:
         raise ValueError(
             f"{folder} is the folder of a run with {len(files)} checkpoints, {files[0].path.name} to "
             f"{files[-1].path.name}: say which (--last N, --best N --by METRIC, --steps : for all)"
-        ) from None
+        )
 
 
 def note_aside(choice: Choice) -> None:

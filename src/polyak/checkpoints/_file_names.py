@@ -10,6 +10,8 @@ SUFFIX = re.compile(
     r"(\.safetensors|\.nemo|\.ckpt|\.bin|\.pt|\.pth|\.pkl)(\.tar)?$|(?<=^snapshot)(?=\.ep\.\d+$)"
 )
 """How the names of files with weights end; those of espnet 1 have no suffix."""
+UNFINISHED = {".tmp", ".part", ".incomplete"}
+"""How the names of files and folders end whose save is not done."""
 
 _PAIR = re.compile(r"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", re.IGNORECASE)
 _VERSION = re.compile(r"-v\d+$")  # Lightning's, where the name was taken

@@ -1,0 +1,105 @@
+"""What in a checkpoint's folder holds its weights: decided here once, for reading it and for finding it in a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from polyak._checks import listed
+from polyak.checkpoints._dcp_metadata import METADATA
+from polyak.checkpoints._file_names import SUFFIX, named
+
+WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
+"""Files that make their folder a model's: of several patterns the first counts."""
+_BESIDE = re.compile(
+    r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
+    r"|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
+    re.IGNORECASE,
+)
+_MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng|model_and_optim|weights")
+_PART = re.compile(
+    r"(rank|layer|stage|shard)[-_.]?\d+|^(pp|tp|mp|ep|cp|dp|sdp)_\d+|\.\d\d(\.|$)", re.IGNORECASE
+)
+
+
+def holder(folder: Path, *, deeper: bool = True) -> Path | None:
+    """The folder itself, the file in it, or what its only folder with weights has; None if nothing has them.
+
+    Of several files or folders, the one that is called the model's counts.
+
+    Raises `ValueError` where several may be it, where each is a part of the model, and for a save that
+    was interrupted.
+    """
+    if (folder / METADATA).exists():
+        return folder
+    if any(folder.glob("*.distcp")):
+        raise ValueError("it has no .metadata: its save was interrupted")
+    if any(any(folder.glob(pattern)) for pattern in WHOLE):
+        return folder
+    if files := _torch_files(folder):
+        return _chosen(files)
+    within = [each for each in folders(folder) if not is_beside(each)]
+    if parts := [each for each in within if _PART.search(each.name)]:
+        _require_one_part(parts)
+        return holder(parts[0], deeper=False)
+    return _of_folders(within) if deeper else None
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file or folder lies beside the weights: states of optimizers, schedulers, random numbers, loaders."""
+    stem = SUFFIX.sub("", path.name)
+    return bool(_BESIDE.search(stem)) and not _MODEL.fullmatch(stem)
+
+
+def folders(folder: Path) -> Iterator[Path]:
+    """The folders in a folder that are not hidden."""
+    return (path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")
+
+
+def _of_folders(within: list[Path]) -> Path | None:
+    models = [each for each in within if _MODEL.fullmatch(each.name)]
+    for each in models if len(models) == 1 else ():
+        if held_there := holder(each, deeper=False):
+            return held_there
+    held = {each: weights for each in within if (weights := holder(each, deeper=False))}
+    if len(held) > 1 and not any(named(each).clock for each in held):
+        raise ValueError(_several([each.name for each in held]))
+    return next(iter(held.values())) if len(held) == 1 else None
+
+
+def _chosen(files: list[Path]) -> Path | None:
+    """The one file of weights, or the one that is called the model's; None for those of a whole run."""
+    models = [path for path in files if _MODEL.fullmatch(SUFFIX.sub("", path.name))]
+    for several in (files, models):
+        if len(several) == 1:
+            return several[0]
+    if not models and sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files) > 1:
+        return None
+    _require_one_part(models)
+    _require_one_part([path for path in files if _PART.search(path.name)])
+    raise ValueError(_several([path.name for path in files]))
+
+
+def _require_one_part(parts: list[Path]) -> None:
+    if len(parts) > 1:
+        shown = listed([path.name for path in parts])
+        raise ValueError(
+            f"it holds parts of one model that several ranks or stages wrote ({shown}): let their trainer "
+            "merge them (DeepSpeed: run zero_to_fp32.py)"
+        )
+
+
+def _several(names: list[str]) -> str:
+    return (
+        f"it holds {listed(names)}: read the one with the weights, or of a run name it (file={names[0]!r}, "
+        f"on the command line --file {names[0]})"
+    )
+
+
+def _torch_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if SUFFIX.search(path.name) and not is_beside(path) and path.is_file()
+    ]
