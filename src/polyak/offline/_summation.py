@@ -35,12 +35,38 @@ class Summand(NamedTuple):
     share: float
 
 
+class _Dtypes(NamedTuple):
+    """The dtypes of a sum, of its result, and of all that is read for it."""
+
+    sum: torch.dtype
+    result: torch.dtype
+    read: frozenset[torch.dtype]
+
+    @property
+    def most(self) -> int:
+        """The most elements of a piece."""
+        return max(PIECE_BYTES // max(self.sum.itemsize, self.result.itemsize), _UNDIVIDED)
+
+
 class Threads:
-    """The threads that sum: as many as torch has, at most 8. They end with this object."""
+    """The threads that sum: as many as torch has, at most 8. They end with this object.
+
+    It keeps the workspaces for the next tensor: the system clears memory that is allocated anew.
+    """
 
     def __init__(self) -> None:
         self.count = min(torch.get_num_threads(), _MOST_THREADS)
         self.submit = ThreadPoolExecutor(self.count, "polyak-sum").submit
+        self._idle: dict[_Dtypes, list[_Workspace]] = {}
+
+    def take(self, dtypes: _Dtypes, count: int) -> list[_Workspace]:
+        """Workspaces that nobody else uses."""
+        idle = self._idle.pop(dtypes, [])
+        return [*idle, *(_Workspace(dtypes) for _ in range(count - len(idle)))]
+
+    def give_back(self, dtypes: _Dtypes, spaces: list[_Workspace]) -> None:
+        """Keeps workspaces in which nothing is computed any more."""
+        self._idle[dtypes] = spaces
 
 
 class Summation:
@@ -51,7 +77,8 @@ class Summation:
     ) -> None:
         self._summands = summands
         self._size = summands[0].elements.spec.numel
-        self._dtypes = dtype, result
+        read = frozenset(summand.elements.spec.dtype for summand in summands)
+        self._dtypes = _Dtypes(dtype, result, read | {dtype})
         self.doubtful = False
         """Whether a value of the sum may be infinite or NaN, as far as it is computed."""
 
@@ -67,26 +94,26 @@ class Summation:
 
     def _pieces(self, threads: Threads) -> Iterator[Tensor]:
         length = self._length(threads.count)
-        if self._size <= length:
-            yield from self._alone()
-            return
         starts = range(0, self._size, length)
-        spaces = [self._workspace(length) for _ in starts[: 2 * threads.count]]
-        ahead: deque[Future[Tensor]] = deque()
-        for i, start in enumerate(starts):
-            if start + length > self._size:
-                spaces[i % len(spaces)] = self._workspace(self._size - start)
-            ahead.append(threads.submit(spaces[i % len(spaces)].sum_, self._summands, start))
-            # All workspaces are in use: the oldest piece must be consumed before its own is used again.
-            if len(ahead) == len(spaces):
+        spaces = threads.take(self._dtypes, min(len(starts), 2 * threads.count))
+        if len(starts) == 1:  # without a thread
+            yield self._sum(spaces[0], 0, length)
+        else:
+            ahead: deque[Future[Tensor]] = deque()
+            for i, start in enumerate(starts):
+                ahead.append(threads.submit(self._sum, spaces[i % len(spaces)], start, length))
+                # All workspaces are in use: the oldest piece must be consumed before its own is used again.
+                if len(ahead) == len(spaces):
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        threads.give_back(
+            self._dtypes, spaces
+        )  # not after an exception: threads may still be in them
 
-    def _alone(self) -> Iterator[Tensor]:
-        """The only piece, if there is one, without a thread."""
-        if self._size:
-            yield self._workspace(self._size).sum_(self._summands, 0)
+    def _sum(self, space: _Workspace, start: int, length: int) -> Tensor:
+        """The piece from element `start` on."""
+        return space.sum_(self._summands, start, min(length, self._size - start), self._doubt)
 
     def _length(self, threads: int) -> int:
         """The length of a piece, so that each thread computes the same number of pieces.
@@ -95,13 +122,8 @@ class Summation:
         multiple of `_UNDIVIDED` makes the last elements of an operation the same for any number of
         threads, except at the end of the tensor.
         """
-        most = PIECE_BYTES // max(dtype.itemsize for dtype in self._dtypes)
-        rounds = max(1, -(-self._size // (most * threads)))
+        rounds = max(1, -(-self._size // (self._dtypes.most * threads)))
         return -(-self._size // (rounds * threads) // _UNDIVIDED) * _UNDIVIDED or _UNDIVIDED
-
-    def _workspace(self, length: int) -> _Workspace:
-        dtypes = {elements.spec.dtype for elements, _ in self._summands}
-        return _Workspace(length, *self._dtypes, dtypes, self._doubt)
 
     def _doubt(self) -> None:
         self.doubtful = True
@@ -110,29 +132,41 @@ class Summation:
 class _Buffer:
     """Memory for a piece: as a whole, and as views that torch does not divide among threads."""
 
-    def __init__(self, length: int, dtype: torch.dtype) -> None:
-        self.tensor = torch.empty(length, dtype=dtype)
+    def __init__(self, most: int, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(most, dtype=dtype)
+
+    def fit(self, length: int) -> None:
+        """Makes it as long as a piece."""
+        self.tensor = self._memory[:length]
         self.views = self.tensor.split(_UNDIVIDED)
 
 
 class _Workspace:
     """The buffers for one piece: for the sum, for what is read (one per dtype), and for the result."""
 
-    def __init__(
-        self,
-        length: int,
-        dtype: torch.dtype,
-        result: torch.dtype,
-        dtypes: set[torch.dtype],
-        doubt: Callable[[], None],
-    ) -> None:
-        self._doubt = doubt
-        self._sum = _Buffer(length, dtype)
-        self._read = {stored: _Buffer(length, stored) for stored in {dtype, *dtypes}}
-        self._result = self._sum if result == dtype else _Buffer(length, result)
+    @torch.inference_mode(False)
+    def __init__(self, dtypes: _Dtypes) -> None:
+        self._sum = _Buffer(dtypes.most, dtypes.sum)
+        self._read = {stored: _Buffer(dtypes.most, stored) for stored in dtypes.read}
+        own = dtypes.result != dtypes.sum
+        self._result = _Buffer(dtypes.most, dtypes.result) if own else self._sum
+        self._length = -1
 
-    def sum_(self, summands: Sequence[Summand], start: int) -> Tensor:
-        """Computes the piece from element `start` on: `sum <- sum + share * (summand - sum)` for each."""
+    def sum_(
+        self,
+        summands: Sequence[Summand],
+        start: int,
+        length: int,
+        doubt: Callable[[], None],
+    ) -> Tensor:
+        """Computes `length` elements of the sum: `sum <- sum + share * (summand - sum)` for each.
+
+        It calls `doubt` if one may be infinite or NaN.
+        """
+        if length != self._length:
+            for buffer in (self._sum, self._result, *self._read.values()):
+                buffer.fit(length)
+            self._length = length
         total, read = self._sum, self._read[self._sum.tensor.dtype]
         for elements, share in summands:
             if share == 1:
@@ -141,7 +175,7 @@ class _Workspace:
                 self._read_(elements, start, read)
                 torch._foreach_lerp_(total.views, read.views, share)
         if total.tensor.dtype in _SUMMED and not _surely_finite(total.tensor):
-            self._doubt()
+            doubt()
             if len(summands) > 1:
                 self._keep_infinities_([elements for elements, _ in summands], start)
         if self._result is not total:
