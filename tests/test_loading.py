@@ -361,13 +361,22 @@ def nested() -> Tensor:
 
 
 STRANGE: dict[str, tuple[Callable[[], object], str]] = {
-    "sparse": (lambda: torch.eye(2).to_sparse(), "w is a sparse tensor"),
-    "sparse rows": (sparse_rows, "w is a sparse tensor"),
-    "quantized": (quantized, "w is a quantized tensor"),
-    "nested": (nested, "w is a nested tensor"),
-    "meta": (lambda: torch.zeros(2, device="meta"), "w is a tensor without content"),
-    "a class": (lambda: torch.zeros(2).as_subclass(Subclass), r"w is test_loading\.Subclass"),
-    "a module": (lambda: nn.Linear(1, 1), r"w is torch\.nn\.modules\.linear\.Linear"),
+    "sparse": (lambda: torch.eye(2).to_sparse(), "w is a sparse tensor: save it dense"),
+    "sparse rows": (sparse_rows, "w is a sparse tensor: save it dense"),
+    "quantized": (quantized, "w is a quantized tensor: dequantise it"),
+    "nested": (nested, "w is a nested tensor: save its parts"),
+    "meta": (
+        lambda: torch.zeros(2, device="meta"),
+        "w is a tensor without content: its model was on the meta device",
+    ),
+    "a class": (
+        lambda: torch.zeros(2).as_subclass(Subclass),
+        r"w is test_loading\.Subclass: .* save the model's state_dict",
+    ),
+    "a module": (
+        lambda: nn.Linear(1, 1),
+        r"w is torch\.nn\.modules\.linear\.Linear: .* save the model's state_dict",
+    ),
 }
 
 
@@ -382,7 +391,7 @@ def test_weights_that_only_code_could_make_are_refused_by_name(
     save({key: state, "step": 3} if key else state, path)
     with pytest.raises(ValueError, match=message) as caught:
         read(path)
-    assert str(path) in str(caught.value) and "save the model's state_dict" in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("make", [make for make, _ in STRANGE.values()], ids=STRANGE.keys())

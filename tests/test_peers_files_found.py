@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import accelerate  # type: ignore[import-untyped]
 import diffusers
 import ema_pytorch
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -206,6 +207,12 @@ LAYOUTS: dict[str, Laid] = {
     "one state dict under a key of one's own": Laid({"net_a": state(1), "epoch": 3}, averages={}),
     "an average alone": Laid({"ema_model_state_dict": state(2), "step": 3}, None),
     "numbers beside the tensors": Laid({**state(1), "epoch": 3}, averages={}),
+    "arrays of numpy beside the tensors": Laid(
+        {"model": {**state(1), "mean": numpy.ones(3)}}, averages={}, left={"mean (numpy.ndarray)": 1}
+    ),
+    "the same at the top": Laid(
+        {**state(1), "mean": numpy.ones(3), "epoch": 3}, averages={}, left={"mean (numpy.ndarray)": 1}
+    ),
     "optimizers": Laid(
         {"model": state(1), "opt": optimizer_state(), "sgd": optimizer_state(), "rng": torch.ones(8)},
         averages={},

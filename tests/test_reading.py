@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -492,6 +493,16 @@ def saved_bytes(value: float, *, old: bool = False) -> bytes:
     return held.getvalue()
 
 
+def packed(path: Path, saved: bytes) -> None:
+    """The records of a file of torch.save, packed."""
+    with (
+        zipfile.ZipFile(io.BytesIO(saved)) as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+
+
 def tarred(path: Path, files: dict[str, bytes], cut: int | None = None) -> None:
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
@@ -639,13 +650,44 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"several ranks or stages wrote \(mp_rank_00, mp_rank_01\)",
     ),
+    "DeepSpeed's universal form": (
+        lambda path: folder_with(path, "zero/a.weight/fp32.pt", "mp_rank_00_model_states.pt"),
+        r"it is DeepSpeed's universal form, .*: read the checkpoint that it was made from",
+    ),
+    "a SavedModel": (
+        lambda path: folder_with(path, "saved_model.pb", "variables/variables.index"),
+        "is a SavedModel of TensorFlow: read it there",
+    ),
+    "a pickle of protocol 0": (
+        lambda path: path.write_bytes(pickle.dumps({"w": numpy.ones(3)}, 0)),
+        "a pickle of Python: load it there, and save",
+    ),
+    "a pickle of protocol 1": (
+        lambda path: path.write_bytes(pickle.dumps({"w": numpy.ones(3)}, 1)),
+        "a pickle of Python: load it there, and save",
+    ),
+    "a file of torch.save that was packed again": (
+        lambda path: packed(path, saved_bytes(1)),
+        r"is packed, which torch\.save never does: unpack the archive, and pack it without",
+    ),
+    "a file of torch.save that is cut short": (
+        lambda path: path.write_bytes(saved_bytes(1)[:-200]),
+        "a damaged file of torch.save .*: copy or fetch it again",
+    ),
+    "a file of torch.save of an early version": (
+        lambda path: tarred(path, {"pickle": b"1", "tensors": b"1", "storages": b"1"}),
+        r"torch\.save of an early version wrote: load it with torch\.load, and save it again",
+    ),
     "zarr": (lambda path: folder_with(path, "common.pt", "decoder.w/.zarray"), "arrays of zarr"),
     "Orbax": (
         lambda path: folder_with(path, "_CHECKPOINT_METADATA", "d/0"),
         "a checkpoint of Orbax",
     ),
     "a folder of TensorFlow": (
-        lambda path: folder_with(path, "ckpt.index", "ckpt.data-00000-of-00001"),
+        lambda path: (
+            folder_with(path, "ckpt.index", "ckpt.data-00000-of-00001"),
+            (path / "checkpoint").write_text("model_checkpoint_path: ckpt"),
+        ),
         r"holds no weights .*: ckpt\.data-00000-of-00001 is a checkpoint of TensorFlow",
     ),
     "a run of snapshots": (

@@ -439,8 +439,12 @@ def test_a_folder_of_model_and_optimizer_is_the_weights(tmp_path: Path) -> None:
         save_file({"w": torch.ones(2)}, within / "model.safetensors")
         (tmp_path / f"step{step}" / "train").mkdir()
         torch.save({"step": step}, tmp_path / f"step{step}" / "train" / "rank0.pt")
+        torch.save({"w": torch.ones(2)}, tmp_path / f"step{step}" / "ema.pt")
     choice = offline.choose(tmp_path, last=2)
-    assert [file.path.name for file in choice.files] == ["model_and_optim"] * 2
+    assert [file.path.name for file in choice.files] == ["step10", "step20"]
+    out = tmp_path / "mean.safetensors"
+    done = command("average", tmp_path, "--last", 2, "--out", out)
+    assert "left aside: ema.pt, train/rank0.pt" in done.stderr
 
 
 def test_a_run_of_fairseq2(tmp_path: Path) -> None:

@@ -118,7 +118,11 @@ def choose(
     elif window is not None:
         timed = _window(order, timed, window)
     files = tuple(
-        RunFile(each.entry.weights, each.clock[order.unit], qualities.get(each.entry.named))
+        RunFile(
+            each.entry.named if file is None else each.entry.weights,
+            each.clock[order.unit],
+            qualities.get(each.entry.named),
+        )
         for each in timed
     )
     aside = listed.aside | order.aside | dict.fromkeys(unjudged, f"it has no {name}")

@@ -37,9 +37,19 @@ def holder(folder: Path, *, deeper: bool = True) -> Path | None:
         raise ValueError("it has no .metadata: its save was interrupted")
     if any(any(folder.glob(pattern)) for pattern in WHOLE):
         return folder
-    if files := _torch_files(folder):
-        return _chosen(files)
+    if any(folder.glob("zero/*/fp32.pt")):
+        raise ValueError(
+            "it is DeepSpeed's universal form, a file for each weight: read the checkpoint that it was made from"
+        )
+    files = _torch_files(folder)
     within = [each for each in folders(folder) if not is_beside(each)]
+    models = [each for each in (*files, *within) if _is_model(each)]
+    if len(models) == 1 and deeper:
+        held = holder(models[0], deeper=False) if models[0] in within else models[0]
+        if held is not None:
+            return held
+    if files:
+        return _chosen(files)
     if parts := [each for each in within if _PART.search(each.name)]:
         _require_one_part(parts)
         return holder(parts[0], deeper=False)
@@ -48,8 +58,11 @@ def holder(folder: Path, *, deeper: bool = True) -> Path | None:
 
 def is_beside(path: Path) -> bool:
     """Whether a file or folder lies beside the weights: states of optimizers, schedulers, random numbers, loaders."""
-    stem = SUFFIX.sub("", path.name)
-    return bool(_BESIDE.search(stem)) and not _MODEL.fullmatch(stem)
+    return bool(_BESIDE.search(SUFFIX.sub("", path.name))) and not _is_model(path)
+
+
+def _is_model(path: Path) -> bool:
+    return bool(_MODEL.fullmatch(SUFFIX.sub("", path.name)))
 
 
 def folders(folder: Path) -> Iterator[Path]:
@@ -58,10 +71,6 @@ def folders(folder: Path) -> Iterator[Path]:
 
 
 def _of_folders(within: list[Path]) -> Path | None:
-    models = [each for each in within if _MODEL.fullmatch(each.name)]
-    for each in models if len(models) == 1 else ():
-        if held_there := holder(each, deeper=False):
-            return held_there
     held = {each: weights for each in within if (weights := holder(each, deeper=False))}
     if len(held) > 1 and not any(named(each).clock for each in held):
         raise ValueError(_several([each.name for each in held]))
@@ -70,7 +79,7 @@ def _of_folders(within: list[Path]) -> Path | None:
 
 def _chosen(files: list[Path]) -> Path | None:
     """The one file of weights, or the one that is called the model's; None for those of a whole run."""
-    models = [path for path in files if _MODEL.fullmatch(SUFFIX.sub("", path.name))]
+    models = [path for path in files if _is_model(path)]
     for several in (files, models):
         if len(several) == 1:
             return several[0]

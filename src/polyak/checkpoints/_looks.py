@@ -13,6 +13,7 @@ _FIRST = 512
 _LINE = 60
 _SOURCE = "average the checkpoints that it was made from"
 _UNPACK = "unpack it first"
+_PICKLED = "a pickle of Python: load it there, and save a dictionary name -> tensor with torch.save"
 _BEGINS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself (git lfs pull)"),
     (0, b"GGUF", f"a GGUF file of llama.cpp, mostly quantised: {_SOURCE}"),
@@ -32,6 +33,8 @@ _BEGINS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"%PDF", "a PDF"),
     (0, b"\x89PNG", "a picture"),
     (0, b"\xff\xd8\xff", "a picture"),
+    (0, b"(dp", _PICKLED),
+    (0, b"}q", _PICKLED),
     (0, b"{", "a JSON file; an index of weights is named *.json"),
     (0, b"[", "a JSON file; an index of weights is named *.json"),
 )
@@ -92,7 +95,12 @@ def _text(first: bytes) -> str:
 def refusal(file: OpenFile) -> ValueError:
     """The error for a file that is neither of torch.save nor of safetensors."""
     what = looks(file)
-    said = f"it looks like {what}" if what else f"it begins with {file.read(0, 16)!r}"
+    said = (
+        f"it looks like {what}"
+        if what
+        else f"it begins with {file.read(0, 16)!r}, so copy or fetch it again, or save its weights as safetensors "
+        "where it is read"
+    )
     return ValueError(f"{file.path} is neither a file of torch.save nor of safetensors: {said}")
 
 

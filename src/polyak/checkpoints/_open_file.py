@@ -279,4 +279,4 @@ def labelled(label: Path | str, damaged: str) -> Iterator[None]:
         raise ValueError(text if text.startswith(f"{label}: ") else f"{label}: {text}") from None
     except Exception as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{label}: {damaged} ({what})") from None
+        raise ValueError(f"{label}: {damaged} ({what}): copy or fetch it again") from None

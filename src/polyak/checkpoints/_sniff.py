@@ -166,6 +166,8 @@ def _contents(path: Path, names: list[str]) -> str:
     files = [path / name for name in names if _TORCH.search(name) and not is_beside(Path(name))]
     if any((folder / ".zarray").exists() for folder in folders):
         return "holds arrays of zarr, as Megatron once wrote: let it convert them to torch_dist"
+    if "saved_model.pb" in names:
+        return "is a SavedModel of TensorFlow: read it there, and save the weights as safetensors"
     if "_CHECKPOINT_METADATA" in names:
         return "is a checkpoint of Orbax (JAX): read it there, and save the weights as safetensors"
     if files:
@@ -176,11 +178,11 @@ def _contents(path: Path, names: list[str]) -> str:
             f"{folders[-1]} (polyak.checkpoints.latest gives the last complete one)"
         )
     others = [path / name for name in names if Path(name).suffix not in _TEXTS]
-    told = next(
-        (f": {file.name} is {what}" for file in others if (what := looks(OpenFile(file)))), ""
-    )
+    told = [(file.name, what) for file in others if (what := looks(OpenFile(file)))]
+    told.sort(key=lambda each: each[1].startswith("text"))  # a text tells least
+    said = ": {} is {}".format(*told[0]) if told else ""
     return (
-        f"holds no weights ({shown}){told}; wanted a folder of torch.distributed.checkpoint, or one with "
+        f"holds no weights ({shown}){said}; wanted a folder of torch.distributed.checkpoint, or one with "
         "a file or an index of weights"
     )
 

@@ -95,6 +95,11 @@ def weights_within(file: OpenFile, members: Mapping[str, Member]) -> Member:
     holds = "several files of weights" if found else "no file of torch.save"
     place = shlex.quote(f"{file.path.with_suffix('')}-unpacked")
     what = "read what holds the weights"
+    if {"pickle", "tensors", "storages"} <= members.keys():
+        raise ValueError(
+            f"{file.path} is a tar archive that torch.save of an early version wrote: load it with torch.load, "
+            "and save it again"
+        )
     if len(list(filter(_RANK.search, found))) > 1:
         what = "let NeMo merge the parts that its ranks wrote (megatron_change_num_partitions.py, to 1 x 1)"
     raise ValueError(

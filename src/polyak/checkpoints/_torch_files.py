@@ -163,7 +163,10 @@ def _records(region: Region) -> dict[str, FileSpan]:
     for entry in entries:
         name = entry.orig_filename.partition("/")[2]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise ValueError(f"the record {name[:100]!r} is packed, which torch.save never does")
+            raise ValueError(
+                f"the record {name[:100]!r} is packed, which torch.save never does: unpack the archive, and pack it "
+                "without compression (zip -0)"
+            )
         if name in records:
             raise ValueError(f"two records are named {name[:100]!r}")
         label = f"{region.label}the record {name[:100]!r}"
@@ -192,7 +195,10 @@ def _load_pickles(region: Region) -> Loaded:
     pickled = _Pickles(region)
     magic, _ = pickled.next()
     if magic != _MAGIC:
-        raise ValueError("a pickle that torch.save did not write: save it with torch.save")
+        raise ValueError(
+            "a pickle that torch.save did not write: load it with what wrote it, and save a dictionary "
+            "name -> tensor with torch.save"
+        )
     version, _ = pickled.next()
     if version != _VERSION:
         raise ValueError("a file of torch.save in an unknown version")

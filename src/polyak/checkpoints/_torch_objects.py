@@ -252,6 +252,13 @@ _STRANGE = {
     "device_tensor_from_numpy": "a tensor of another device",
     "device_tensor_from_cpu_tensor": "a tensor of another device",
 }  # fmt: skip
+REMEDIES = {
+    "a sparse tensor": "save it dense (to_dense()), and read that",
+    "a nested tensor": "save its parts, or one padded tensor, and read that",
+    "a quantized tensor": "dequantise it, and read that",
+    "a tensor without content": "its model was on the meta device: save it when it has its weights",
+}
+"""What to do about tensors that are not read, by their names."""
 _OF_A_CLASS = (
     "builtins.getattr", "copyreg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",

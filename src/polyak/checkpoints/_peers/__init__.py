@@ -76,7 +76,8 @@ def _unknown(top: Mapping[str, Any]) -> str:
         return f"{key!r} is a whole pickled {part.name}: {NO_CODE}"
     return (
         f"no layout that polyak knows. It holds {_described(top)}; known are {', '.join(FORMATS)}, "
-        f"and state dicts under {', '.join(filter(None, LIVE_KEYS))}, ema and the like"
+        f"and state dicts under {', '.join(filter(None, LIVE_KEYS))}, ema and the like. Name the part with the "
+        "weights (key=..., on the command line --key), or save the model's state_dict"
     )
 
 

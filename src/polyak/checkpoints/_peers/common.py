@@ -16,7 +16,7 @@ from polyak.checkpoints._names import Names, canonical
 from polyak.checkpoints._pickles import Aside, name_of
 from polyak.checkpoints._stored_tensor import Storage, StoredTensor
 from polyak.checkpoints._torch_files import StoredTensors
-from polyak.checkpoints._torch_objects import OF_DTYPE
+from polyak.checkpoints._torch_objects import OF_DTYPE, REMEDIES
 
 NO_CODE = (
     "only its own code could make it, and polyak runs no code from a file: load the file in the "
@@ -51,7 +51,11 @@ def is_state(value: object) -> bool:
         return len(value) > 0
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return False
-    held = [part for key, part in value.items() if not key.endswith("_extra_state")]
+    held = [
+        part
+        for key, part in value.items()
+        if not key.endswith("_extra_state") and not _is_array(part)
+    ]
     return bool(held) and all(isinstance(t, StoredTensor) or holds_tensors(t) for t in held)
 
 
@@ -68,7 +72,7 @@ def state(value: Any) -> LazyTensors:
         if str(key).endswith("_extra_state") or is_unread(part):
             continue
         if holds_tensors(part):
-            raise ValueError(f"{key} is {part.name}: {NO_CODE}")
+            raise ValueError(f"{key} is {part.name}: {REMEDIES.get(part.name, NO_CODE)}")
     return StoredTensors({k: part for k, part in value.items() if isinstance(part, StoredTensor)})
 
 
@@ -84,8 +88,12 @@ def part(held: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def is_unread(value: object) -> TypeGuard[Aside]:
-    """Whether a value is a tensor of a dtype that is not known here."""
-    return isinstance(value, Aside) and value.name.startswith(OF_DTYPE)
+    """Whether a value is a tensor of a dtype that is not known here, or an array of numpy."""
+    return isinstance(value, Aside) and (value.name.startswith(OF_DTYPE) or _is_array(value))
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Aside) and value.name == "numpy.ndarray"
 
 
 def holds_tensors(value: object) -> bool:
@@ -137,7 +145,7 @@ def tensors(name: str, value: Any) -> dict[str, StoredTensor]:
     """A list of tensors, by their positions."""
     for one in value if isinstance(value, (list, tuple)) else [value]:
         if holds_tensors(one):
-            raise ValueError(f"{name} holds {one.name}: {NO_CODE}")
+            raise ValueError(f"{name} holds {one.name}: {REMEDIES.get(one.name, NO_CODE)}")
     if not isinstance(value, (list, tuple)) or not all(isinstance(t, StoredTensor) for t in value):
         raise ValueError(f"{name} is a {type_of(value)}, wanted a list of tensors")
     return {str(place): tensor for place, tensor in enumerate(value)}

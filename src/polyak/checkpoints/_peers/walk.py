@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from polyak._lazy import LazyTensors, Renamed, renamed
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._peers.common import holds_tensors, is_state, state
+from polyak.checkpoints._peers.common import holds_tensors, is_state, is_unread, state
 from polyak.checkpoints._pickles import Aside
 from polyak.checkpoints._stored_tensor import StoredTensor
 from polyak.checkpoints._torch_files import StoredTensors
@@ -112,8 +112,12 @@ def _walk(
         yield part
     else:
         inner = _inner(value)
-        loose = {key: one for key, one in inner.items() if isinstance(one, StoredTensor)}
-        if loose:
+        loose = {
+            key: one
+            for key, one in inner.items()
+            if isinstance(one, StoredTensor) or is_unread(one)
+        }
+        if any(isinstance(one, StoredTensor) for one in loose.values()):
             listed = isinstance(value, (list, tuple))
             alone = not listed and not any("." in key for key in loose)
             yield part._replace(held=list(loose.values()) if listed else loose, loose=alone)
