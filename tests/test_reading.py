@@ -525,6 +525,12 @@ def folder_with(path: Path, *names: str) -> None:
         (path / name).write_bytes(b"\1nothing")
 
 
+def texts_with(text: Path, *names: str) -> None:
+    """A text beside other files."""
+    folder_with(text.parent, *names)
+    text.write_text("model_checkpoint_path: ckpt")
+
+
 SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda _: None, "No such file"),
     "empty": (lambda path: path.touch(), "the file is empty"),
@@ -684,10 +690,7 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         "a checkpoint of Orbax",
     ),
     "a folder of TensorFlow": (
-        lambda path: (
-            folder_with(path, "ckpt.index", "ckpt.data-00000-of-00001"),
-            (path / "checkpoint").write_text("model_checkpoint_path: ckpt"),
-        ),
+        lambda path: texts_with(path / "checkpoint", "ckpt.index", "ckpt.data-00000-of-00001"),
         r"holds no weights .*: ckpt\.data-00000-of-00001 is a checkpoint of TensorFlow",
     ),
     "a run of snapshots": (

@@ -188,6 +188,17 @@ class TestWhatCannotBeKnown:
         with pytest.raises(ValueError, match=r"a-step=5.pt and .*b-step=5.pt are both of step 5"):
             offline.choose(tmp_path)
 
+    def test_two_kinds_of_one_run(self, tmp_path: Path) -> None:
+        """icefall saves by epochs and by batches; both count batches inside."""
+        for name, step in (("epoch-1", 500), ("epoch-2", 1000), ("checkpoint-1000", 1000)):
+            put(tmp_path / f"{name}.pt", {"model": weights(step), "batch_idx_train": step})
+        with pytest.raises(
+            ValueError, match=r"or those of one kind \(.*/checkpoint-\*\.pt, .*/epoch-"
+        ):
+            offline.choose(tmp_path)
+        files = sorted(tmp_path.glob("epoch-*.pt"))
+        assert [file.at for file in offline.choose(files, last=2).files] == [500, 1000]
+
     def test_two_runs(self, tmp_path: Path) -> None:
         for version in (0, 1):
             for step in (1, 2):

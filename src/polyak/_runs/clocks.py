@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from polyak._runs.inside import inside, scalars, scores
 from polyak._runs.tables import Row, clock_of, rows
 from polyak.checkpoints._file_names import SUFFIX, named
 
+_NUMBER = re.compile(r"\d+")
 _UNITS = ("step", "epoch", "time", "number")
 _RECORDS = ("*.yaml", "*.yml", "trainer_state.json", "metrics.json", "meta.json")
 
@@ -104,12 +106,24 @@ def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
         some = ", ".join(str(each.entry.named) for each in (clocked or series)[:4])
         raise ValueError(
             f"{run}: the order of its checkpoints is not known, since they have no common count, a "
-            f"step or an epoch ({some}): list the files themselves, the oldest first"
+            f"step or an epoch ({some}): list the files themselves, the oldest first{_of_one_kind(series)}"
         )
     unit, count = next(iter(twice.items()))
     both = [str(each.entry.named) for each in clocked if each.clock[unit] == count]
     raise ValueError(
-        f"{run}: {' and '.join(both)} are both of {unit} {count:g}: list the files themselves"
+        f"{run}: {' and '.join(both)} are both of {unit} {count:g}: list the files "
+        f"themselves{_of_one_kind(series)}"
+    )
+
+
+def _of_one_kind(series: Sequence[Timed]) -> str:
+    """What to type if the names are of several kinds, as icefall's `epoch-3.pt` and `checkpoint-4000.pt`."""
+    paths = (each.entry.named for each in series)
+    kinds = dict.fromkeys(str(path.with_name(_NUMBER.sub("*", path.name))) for path in paths)
+    return (
+        f", or those of one kind ({', '.join([*kinds][:4])})"
+        if 1 < len(kinds) < len(series)
+        else ""
     )
 
 
