@@ -327,6 +327,27 @@ def saved_plain(path: Path, held: dict[str, Tensor]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("like", "out"),
+    [("it.pt", "out.safetensors"), ("it.safetensors", "out.pt"), ("folder", "out.safetensors")],
+)
+def test_a_name_says_what_the_file_is(tmp_path: Path, like: str, out: str) -> None:
+    weights = {"w": torch.ones(2)}
+    (tmp_path / "folder").mkdir()
+    torch.save(weights, tmp_path / "it.pt")
+    save_file(weights, tmp_path / "it.safetensors")
+    save_file(weights, tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"wanted a name that .*: it has the form of"):
+        checkpoints.write_like(tmp_path / out, tmp_path / like, weights)
+    assert not (tmp_path / out).exists()
+    for name in ("it.pt", "it.safetensors", "folder"):
+        named = tmp_path / f"new-{name}"
+        checkpoints.write_like(named, tmp_path / name, weights)
+        checkpoints.write_like(
+            tmp_path / f"new-{Path(name).stem}-{Path(name).suffix[1:]}", tmp_path / name, weights
+        )
+
+
 class TestFoldersOfTorchDistributed:
     """Chunks of ranks, an optimizer and objects stay as they are, but for the weights' own bytes."""
 

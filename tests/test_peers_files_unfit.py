@@ -123,6 +123,9 @@ def test_what_has_no_average_is_refused_by_kind(
     result = run("average", *[tmp_path / "it.pt"] * 2, "--out", tmp_path / "mean.safetensors")
     assert result.exit_code == 2 and not (tmp_path / "mean.safetensors").exists()
     assert "cannot be averaged: " in run("inspect", tmp_path / "it.pt").output
+    listed = ("--checkpoint", f"1={tmp_path / 'it.pt'}", "--checkpoint", f"2={tmp_path / 'it.pt'}")
+    options = ("--rule", "uniform()", "--max-error", 1, "--dry-run")
+    assert run("synthesize", *listed, *options).exit_code == 2
 
 
 @pytest.mark.parametrize("content", ALIKE.values(), ids=ALIKE)
@@ -137,3 +140,6 @@ def test_placeholders_are_not_exported_either(tmp_path: Path) -> None:
         checkpoints.export(
             tmp_path / "out.safetensors", checkpoints.read(tmp_path / "it.pt"), "live"
         )
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        found = checkpoints.read(tmp_path / "it.pt", role="average")
+        checkpoints.convert(found, tmp_path / "out.safetensors", "exponential(0.9)", count=3)

@@ -14,7 +14,7 @@ from polyak._checks import require
 from polyak._dtypes import dtype_name
 from polyak._engine.tracking import Tracked
 from polyak._files import refuse_existing
-from polyak._lazy import TensorSpec, joined, spec_of
+from polyak._lazy import TensorSpec, as_lazy, joined, spec_of
 from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
 from polyak.averager import SLOT_DTYPES, Averager
@@ -108,8 +108,7 @@ def export(
         weights: Weights = joined(held, source.weights(name))
     elif isinstance(source, Checkpoint):
         model, weights = _of_checkpoint(source, name)
-        if placeholder(model, source.shapes):
-            raise ValueError(f"{source.path}: {unfit(model, source.shapes)}")
+        _require_content(source, model)
     else:
         got = type(source).__name__
         raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")
@@ -172,6 +171,12 @@ def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
     return {name: specs[name] for name in kept.values()}
 
 
+def _require_content(found: Checkpoint, specs: Mapping[str, TensorSpec]) -> None:
+    """Raises `ValueError` for placeholders, which are no weights."""
+    if placeholder(specs, found.shapes):
+        raise ValueError(f"{found.path}: {unfit(specs, found.shapes)}")
+
+
 def convert(
     path: Path | str | Checkpoint,
     out: Path | str,
@@ -208,6 +213,8 @@ def convert(
         raise ValueError(f"{found.path} is polyak's own file already: polyak.load reads it")
     if not found.averages:
         raise ValueError(f"{found.path}: {found.format}, live weights and no average")
+    for average in found.averages.values():
+        _require_content(found, as_lazy(average).specs)
     averager = Averager(
         _held(found),
         _rules(found, rule),

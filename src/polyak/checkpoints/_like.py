@@ -27,7 +27,7 @@ from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp_metadata import METADATA
 from polyak.checkpoints._open_file import OpenFile
 from polyak.checkpoints._read import read as read_checkpoint
-from polyak.checkpoints._safetensor_files import content
+from polyak.checkpoints._safetensor_files import content, is_safetensors
 from polyak.checkpoints._torch_files import Region
 from polyak.checkpoints._weight_files import totalled
 from polyak.checkpoints._zip_checksums import renew_checksums, write_at
@@ -37,6 +37,7 @@ Read = Callable[[Path], Checkpoint]
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|h5|msgpack|onnx)$")
 _OF_TRAINING = re.compile(r"trainer_state\.json|.*\.distcp|latest|zero_to_fp32\.py|\..*")
 _PIECE = 1 << 20
+_SAFE = ".safetensors"
 
 
 def write_like(
@@ -71,11 +72,13 @@ def write_like(
     {'model': {'w': tensor([1., 1.])}, 'step': 5}
 
     Raises `ValueError` for weights with other names, shapes or dtypes than those of `like`, for tied
-    weights that differ, and for a format whose weights cannot be replaced; `FileExistsError` if `out`
+    weights that differ, for a format whose weights cannot be replaced, and if one of `out` and `like` is
+    safetensors by its name or content and the other is not; `FileExistsError` if `out`
     exists, unless `overwrite`; and what `read` raises.
     """
     out, like, lazy = Path(out), Path(like), as_lazy(weights)
     _matched(read(like).weights(which), lazy, like)
+    _require_suffix(out, like)
     if not like.is_dir():
         with writing(out, overwrite=overwrite) as file, like.open("rb") as source:
             shutil.copyfileobj(source, file, _PIECE)
@@ -91,6 +94,14 @@ def write_like(
         left = _copy(like, folder, files, Path())
         _replace(folder, out, lazy, which, read, progress)
     return left
+
+
+def _require_suffix(out: Path, like: Path) -> None:
+    """Raises `ValueError` if a name says that a file is safetensors and it is not, or the other way round."""
+    named, safe = out.suffix == _SAFE, like.is_file() and is_safetensors(OpenFile(like))
+    if out.suffix and named != safe and (named or like.is_file()):
+        wanted = f"a name that ends in {_SAFE}" if safe else f"a name that does not end in {_SAFE}"
+        raise ValueError(f"out is {str(out)!r}, wanted {wanted}: it has the form of {like}")
 
 
 def _copy(like: Path, folder: Path, files: set[Path], at: Path) -> list[str]:

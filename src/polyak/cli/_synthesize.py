@@ -72,6 +72,8 @@ def synthesize(
             max_error=max_error,
             max_amplification=max_amplification,
         )
+        if out is None:
+            made.weights()  # refuses what cannot be averaged
         if not json:
             _print(made)
         if out is not None:
