@@ -91,3 +91,33 @@ def test_an_update_takes_as_many_operations_for_any_number_of_tensors(
     with Operations() as ran:
         averager.update()
     assert ran.names == WANTED[dtype]
+
+
+@pytest.mark.parametrize("dtype", WANTED)
+@pytest.mark.parametrize("elements", [4, 300_000])
+def test_autograd_sees_an_update_of_what_a_graph_has_saved(
+    dtype: torch.dtype, elements: int
+) -> None:
+    """Slots stay ordinary tensors, whose versions count, in one piece and in several."""
+    live = {"w": torch.ones(elements, dtype=dtype)}
+    averager = Averager(live, "exponential(0.5)")
+    averager.update()
+    slot = averager.state_dict()["averages"]["average"]["slots"]["average"]["w"]
+    x = torch.ones(elements, requires_grad=True)
+    product = (x * slot).sum()
+    before = slot._version
+    averager.update()
+    assert slot._version > before and not slot.is_inference()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("elements", [4, 300_000])
+def test_an_update_leaves_the_graphs_of_the_weights_alone(elements: int) -> None:
+    weight = nn.Parameter(torch.ones(elements, dtype=torch.bfloat16))
+    averager = Averager({"w": weight}, "exponential(0.5)")
+    averager.update()
+    loss = weight.square().sum()
+    averager.update()
+    loss.backward()
+    assert weight.grad is not None and torch.equal(weight.grad, 2 * torch.ones_like(weight))
