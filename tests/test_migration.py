@@ -214,6 +214,27 @@ def test_formulas_that_were_read(call: str, rule: str, every: int) -> None:
     assert (str(found.rule), found.every) == (rule, every)
 
 
+# Of those, the calls whose average begins with the weights at construction, and calls like them that do not.
+BEGUN = [
+    ("timm.utils.ModelEmaV2(model, 0.99)", True),
+    ("nemo.collections.common.callbacks.EMA(decay=0.5)", True),
+    ("EMAModuleConfig(ema_decay=0.5)", True),
+    ("EMAModuleConfig(ema_decay=0.5, ema_update_freq=4)", True),
+    ("EMAModuleConfig(ema_decay=0.5, ema_start_update=9)", False),
+    ("mmengine.model.ExponentialMovingAverage(model)", False),
+    ("training.phema.TraditionalEMA(net, halflife_Mimg=0.5, rampup_ratio=None)", True),
+    ("training.phema.TraditionalEMA(net, halflife_Mimg=0.5)", False),  # its first step is all but a copy
+    ("training.phema.PowerFunctionEMA(net)", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "told"), BEGUN, ids=[call for call, _ in BEGUN])
+def test_an_average_that_begins_at_construction_is_told(call: str, told: bool) -> None:
+    assert told == any(
+        "call update() before training" in each for each in from_library(call).changes
+    )
+
+
 def test_several_averages() -> None:
     found = from_library("PostHocEMA(model, sigma_rels=(0.05, 0.1), update_every=1)")
     assert "Recorder" in str(found)

@@ -241,7 +241,8 @@ def _fairseq(ema_decay: Any = 0.9999, ema_start_update: Any = 0, ema_update_freq
              **others: Any) -> Meaning:  # fmt: skip
     every = count("ema_update_freq", ema_update_freq)
     start = count("ema_start_update", ema_start_update)
-    return _constant(number("ema_decay", ema_decay), every, start)
+    first = () if start else (_AT_CONSTRUCTION,)
+    return _constant(number("ema_decay", ema_decay), every, start, changes=first)
 
 
 def _trl(update_freq: Any = 400, ema_power: Any = 0.5, bias_power: Any = 0.2, lag: Any = 10,
@@ -269,7 +270,7 @@ def _edm2_traditional(
 ) -> Meaning:
     half_life = 1e6 * number("halflife_Mimg", halflife_Mimg)
     if rampup_ratio is None:
-        return Meaning(Exponential(half_life=half_life), changes=(_IMAGES,))
+        return Meaning(Exponential(half_life=half_life), changes=(_AT_CONSTRUCTION, _IMAGES))
     rule = Exponential(HalfLifeRamp(half_life, number("rampup_ratio", rampup_ratio)))
     return Meaning(rule, changes=(_IMAGES,))
 
