@@ -24,6 +24,7 @@ from polyak.study import Claim, Data, Metric, Plateau, Region, Seed, Study, gain
 from polyak.study._loop import Run, source_seed, train
 from polyak.study._recipes import opened_recipe
 from polyak.study._run import units
+from polyak.study._schedules import PLACES
 from study_models import ARMS, cross_entropy, images, mlp, study
 
 ONE = {"schedules": {"constant": lambda _: 1.0}}
@@ -107,6 +108,16 @@ def test_a_full_disk_is_told_with_the_name_of_the_failures(
         run(small, tmp_path, jobs=1)
 
 
+def test_a_schedule_that_fails_midway_is_a_run_that_fails(tmp_path: Path) -> None:
+    """It is tried at nine places of the run; what it gives between them is known in the run alone."""
+    odd = {"odd": lambda share: 1.0 if share in PLACES else math.nan}
+    small = study(schedules={**ONE["schedules"], **odd}, steps=4, evaluations=1, seeds=1)
+    result = run(small, tmp_path, jobs=1)
+    assert [r["schedule"] for r in result.records] == ["constant"]
+    (failure,) = result.failures
+    assert "schedule 'odd', with 0.25 of the run done, is nan, wanted a finite" in failure["failed"]
+
+
 def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
     small = study(steps=4, evaluations=1, metrics={"loss": Metric(_wrong)})
     with pytest.raises(
@@ -174,6 +185,8 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
     ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f': the value is a tensor \(45, 3\), wanted a"),
+    ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f': the value is str, wanted a scalar"),  # type: ignore[arg-type]
+    ({"metrics": {"f": Metric(lambda *_: torch.tensor(1j))}}, {}, r"metric 'f': the value is a tensor \(\) of complex numbers, wanted a"),
     ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f': the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
     ({"metrics": {"f": Metric(lambda *_: 1 / 0)}}, {}, "study's metric 'f' raised ZeroDivisionError"),  # type: ignore[arg-type]
     ({"loss": lambda *_: 1.0}, {}, "the study's loss returned float, wanted Tensor"),
@@ -206,6 +219,20 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"evaluations": 41}, "evaluations is 41, wanted at most the 40 steps"),
     ({"learning_rates": ()}, "learning_rates is (), wanted different numbers > 0"),
     ({"learning_rates": (0.1, 0.1)}, "wanted different numbers > 0"),
+    ({"learning_rates": 0.1}, "learning_rates is 0.1, wanted different numbers > 0, such as"),
+    ({"learning_rates": ("a",)}, "learning_rates is ('a',), wanted different numbers > 0"),
+    ({"learning_rates": (float("nan"),)}, "learning_rates is (nan,), wanted different numbers"),
+    ({"schedules": {"s": lambda _: math.nan}}, "schedule 's', with 0 of the run done, is nan"),
+    ({"schedules": {"s": lambda share: 0.5 - share}}, "with 0.625 of the run done, is -0.12492"),
+    ({"schedules": {"s": lambda _: "a"}}, "of the run done, is 'a', wanted a finite factor"),
+    ({"schedules": {"s": lambda _: 1 / 0}}, "schedule 's' raised ZeroDivisionError: "),
+    ({"schedules": {"s": 0.5}}, "schedule 's' is 0.5, wanted a function of the share, or Plateau"),
+    ({"schedules": ["constant"]}, "schedules is ['constant'], wanted a mapping of names"),
+    ({"arms": ["uniform()"]}, "arms is ['uniform()'], wanted a mapping of names"),
+    ({"arms": {1: "uniform()"}}, "arms is {1: 'uniform()'}, wanted a mapping of names"),
+    ({"arms": {"": "uniform()"}}, "arms is {'': 'uniform()'}, wanted a mapping of names"),
+    ({"quick": {"steps": "a"}}, "quick: steps is 'a', wanted an integer >= 1"),
+    ({"quick": {"evaluations": 41}}, "quick: evaluations is 41, wanted at most the 40 steps"),
     ({"schedules": {}}, "schedules is {}, wanted at least one"),
     ({"schedules": {"p": Plateau("emma")}}, "schedule 'p': there is no arm 'emma'"),
     ({"arms": {"live": "uniform()"}}, "an arm's name is 'live', wanted another name"),

@@ -13,7 +13,7 @@ from polyak.rules import LIVE
 from polyak.study._judge import Values
 from polyak.study._logbook import Logbook, add, curves
 from polyak.study._result import Record
-from polyak.study._schedules import Plateau
+from polyak.study._schedules import Plateau, factor_at
 from polyak.study._study import Study
 
 
@@ -67,7 +67,7 @@ class Rate:
         given = study.schedules[schedule]
         self.plateau = given if isinstance(given, Plateau) else None
         self._factor = None if isinstance(given, Plateau) else given
-        self._study, self._optimizer = study, optimizer
+        self._study, self._schedule, self._optimizer = study, schedule, optimizer
         self._initial = [group["lr"] for group in optimizer.param_groups]
         self._lower = study.metrics[study.main].lower_is_better
         self._best, self._waited = math.inf, 0
@@ -86,7 +86,7 @@ class Rate:
     def at(self, step: int) -> None:
         """Set the learning rate of a step, counted from 0."""
         if self._factor:
-            factor = self._factor(step / self._study.steps)
+            factor = factor_at(self._schedule, self._factor, step / self._study.steps)
             for group, initial in zip(self._optimizer.param_groups, self._initial, strict=True):
                 group["lr"] = initial * factor
 

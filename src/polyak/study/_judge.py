@@ -138,10 +138,12 @@ def finite(value: Any) -> float | None:
 
     Raises `TypeError` for a value that is not a scalar.
     """
+    given: Any = None if isinstance(value, str) else value  # float reads texts, too
     try:
-        number = float(value)
+        number = float(given)
     except (TypeError, ValueError, RuntimeError):
         shaped = isinstance(value, Tensor)
-        kind = f"a tensor {tuple(value.shape)}" if shaped else type(value).__name__
+        of = " of complex numbers" if shaped and value.is_complex() else ""
+        kind = f"a tensor {tuple(value.shape)}{of}" if shaped else type(value).__name__
         raise TypeError(f"the value is {kind}, wanted a scalar") from None
     return number if number - number == 0 else None

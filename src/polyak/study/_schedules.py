@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from polyak._checks import is_integer, require, require_positive
+from polyak._checks import as_number, is_integer, is_number, require, require_positive
 from polyak.rules import LIVE
 from polyak.theory._rates import FACTORS
 
@@ -82,10 +82,37 @@ class Plateau:
 
 
 Schedule = Factor | Plateau
+PLACES = tuple(i / 8.001 for i in range(9))
+"""The shares of a run at which a schedule is tried and described."""
+
+
+def factor_at(name: str, schedule: Factor, share: float) -> float:
+    """The factor of a schedule at a share of the run. Raise `ValueError` unless it is finite and >= 0."""
+    factor = as_number(schedule(share))
+    where = f"schedule {name!r}, with {share:.3g} of the run done,"
+    require(is_number(factor) and factor >= 0, where, factor, "a finite factor >= 0")
+    return factor  # type: ignore[no-any-return]
+
+
+def require_factors(name: str, schedule: Factor) -> None:
+    """Raise `ValueError` unless a schedule has a factor at all `PLACES`."""
+    require(
+        callable(schedule), f"schedule {name!r}", schedule, "a function of the share, or Plateau"
+    )
+    for share in PLACES:
+        try:
+            factor_at(name, schedule, share)
+        except ValueError:
+            raise
+        except Exception as error:
+            raised = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"schedule {name!r} raised {raised} at the share {share:.3g}"
+            ) from error
 
 
 def described(schedule: Schedule) -> str:
     """A schedule as text, with its factor at nine places, so that two schedules can be compared."""
     if isinstance(schedule, Plateau):
         return repr(schedule)
-    return " ".join(f"{schedule(i / 8.001):.4g}" for i in range(9))
+    return " ".join(f"{float(schedule(share)):.4g}" for share in PLACES)

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from polyak._checks import is_integer, is_number, require
 from polyak.rules import LIVE, Rule
 from polyak.specs import parse
+from polyak.study._fields import as_rates, require_named
 from polyak.study._region import Region
-from polyak.study._schedules import Plateau, Schedule, constant
+from polyak.study._schedules import Plateau, Schedule, constant, require_factors
 from polyak.study._text import FORMS
 
 if TYPE_CHECKING:
@@ -225,34 +226,38 @@ class Study:
     source: str = ""
 
     def __post_init__(self) -> None:
-        arms = {name: _as_arm(name, arm) for name, arm in dict(self.arms).items()}
+        for name in ("arms", "metrics", "schedules", "quick"):
+            require_named(name, getattr(self, name))
+        arms = {name: _as_arm(name, arm) for name, arm in self.arms.items()}
         object.__setattr__(self, "arms", arms)
         object.__setattr__(self, "metrics", dict(self.metrics) or {"loss": Metric(self.loss)})
-        object.__setattr__(self, "learning_rates", tuple(float(r) for r in self.learning_rates))
+        object.__setattr__(self, "learning_rates", as_rates(self.learning_rates))
         self._require_fields()
 
     def _require_fields(self) -> None:
         plain = isinstance(self.name, str) and self.name.replace("-", "_").isidentifier()
         require(plain, "name", self.name, "a word of letters, digits, - and _")
         for name in ("steps", "batch_size", "evaluations", "seeds"):
-            require(
-                is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1"
-            )
+            value = getattr(self, name)
+            require(is_integer(value, 1), name, value, "an integer >= 1")
         require(is_integer(self.stacked, 0), "stacked", self.stacked, "an integer >= 0")
         few = self.evaluations <= self.steps
         require(few, "evaluations", self.evaluations, f"at most the {self.steps} steps")
-        rates = self.learning_rates
-        distinct = len(set(rates)) == len(rates) and all(r > 0 and is_number(r) for r in rates)
-        require(distinct and bool(rates), "learning_rates", rates, "different numbers > 0")
         require(bool(self.schedules), "schedules", self.schedules, "at least one")
-        for name, metric in self.metrics.items():
-            kind = f"metric {name!r}"
-            require(isinstance(metric, Metric), kind, metric, "a Metric, such as Metric(function)")
+        for name, each in self.metrics.items():
+            fit = isinstance(each, Metric)
+            require(fit, f"metric {name!r}", each, "a Metric, such as Metric(function)")
         for name, schedule in self.schedules.items():
             if isinstance(schedule, Plateau):
                 self.require_arm(schedule.arm, f"schedule {name!r}")
+            else:
+                require_factors(name, schedule)
         if unknown := set(self.quick) - set(self.__dataclass_fields__):
             raise ValueError(f"quick has {sorted(unknown)}, wanted fields of Study")
+        try:
+            _ = self.quickly() if self.quick else self
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"quick: {error}") from None
 
     def require_arm(self, arm: str, where: str = "") -> None:
         """Raise `ValueError` unless an arm of this name exists."""
@@ -284,7 +289,7 @@ class Study:
 
     def quickly(self) -> Study:
         """The study with the fields of `quick`."""
-        return replace(self, **self.quick)
+        return replace(self, **{**self.quick, "quick": {}})
 
 
 def _as_arm(name: str, arm: Any) -> Arm | Ensemble:
