@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,12 @@ WARNINGS = {
     "Exception ignored (in.|while finalizing file) <torch.distributed.checkpoint"
     ":pytest.PytestUnraisableExceptionWarning": sys.version_info >= (3, 13),
 }
+
+
+def pytest_collection_finish() -> None:
+    """What stays until the end is not looked through again by every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -137,7 +137,8 @@ def after_an_exception(situation: Situation, trace: RaisesAt) -> None:
         block.__exit__(ValueError, ValueError("of the block"), None)
 
 
-PROGRAMS = [alone, beside, in_the_order_of_entering, after_an_exception]
+LONG = [beside, in_the_order_of_entering, after_an_exception]
+PROGRAMS = [alone, *(pytest.param(program, marks=pytest.mark.slow) for program in LONG)]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -292,7 +292,12 @@ def mean_of_real_steps(kind: str, fails_at: int | None = None) -> None:
     torch.testing.assert_close(averager.average()["weight"], torch.stack(path).mean(0))
 
 
-@pytest.mark.parametrize("kind", STEPPERS)
+def slow_if_compiled(kinds: Iterable[str]) -> list[Any]:
+    compiles = pytest.mark.slow
+    return [pytest.param(kind, marks=compiles if kind == "compiled" else ()) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", slow_if_compiled(STEPPERS))
 def test_one_real_step_is_one_update(kind: str) -> None:
     mean_of_real_steps(kind)
 
@@ -300,7 +305,7 @@ def test_one_real_step_is_one_update(kind: str) -> None:
 FAILING = [kind for kind in STEPPERS if "scaler" not in kind]
 
 
-@pytest.mark.parametrize("kind", FAILING)
+@pytest.mark.parametrize("kind", slow_if_compiled(FAILING))
 def test_a_step_that_raises_is_none_and_the_next_counts(kind: str) -> None:
     mean_of_real_steps(kind, fails_at=2)
 
@@ -396,7 +401,7 @@ def test_several_wrapped_optimizers() -> None:
     assert averager.count == 3
 
 
-@pytest.mark.parametrize("kind", STEPPERS)
+@pytest.mark.parametrize("kind", slow_if_compiled(STEPPERS))
 def test_a_detached_optimizer_has_its_own_step_back(kind: str) -> None:
     model = nn.Linear(3, 2)
     stepper = STEPPERS[kind](model)

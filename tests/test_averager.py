@@ -297,6 +297,7 @@ os._exit(0)  # without gloo's clean-up, which may wait for the interpreter's loc
 """
 
 
+@pytest.mark.slow
 def test_a_model_under_ddp_trains_and_is_averaged_by_its_plain_names(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", UNDER_DDP, str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)

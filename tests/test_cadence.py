@@ -13,6 +13,7 @@ from polyak import theory
 from polyak.rules import Bema, Exponential, Power, Rule, Tail, Uniform, Window
 
 
+@pytest.mark.slow
 @given(decay=st.floats(0.9, 0.9995), error=st.floats(0.005, 0.2))
 @settings(max_examples=20)
 def test_it_is_the_largest_within_the_error(decay: float, error: float) -> None:

@@ -86,7 +86,7 @@ USERS_COMMANDS = {
     ("command", "at_import"),
     [
         pytest.param("sweep", False, id="called", marks=pytest.mark.slow),
-        pytest.param("soup", True, id="imported"),
+        pytest.param("soup", True, id="imported", marks=pytest.mark.slow),
     ],
 )
 def test_what_the_users_function_prints_goes_to_stderr(command: str, at_import: bool) -> None:

@@ -106,12 +106,14 @@ def test_a_terminal_sees_progress_in_bytes_and_time_left(big: Path) -> None:
     assert out == "equal: 8 tensors\n" and re.search(r"comparing .*33\.6/33\.6 MB", seen)
 
 
+@pytest.mark.slow
 def test_elsewhere_there_is_no_progress(big: Path) -> None:
     process = started(big, "average", "big.safetensors", "--out", "mean.safetensors", "--json")
     out, err = process.communicate(timeout=HANG)
     assert out.startswith("{") and out.endswith("}\n") and err == ""
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     tensors = {f"tensor-{i:06d}": torch.zeros(1) for i in range(5000)}
     save_file(tensors, tmp_path / "many.safetensors")

@@ -453,7 +453,9 @@ def test_a_call_of_the_articles_class_that_a_signal_stops_was_made_or_not(
     assert moment > 5
 
 
-@pytest.mark.parametrize("setup", ["plain", "two", "compensated"])
+@pytest.mark.parametrize(
+    "setup", ["plain", pytest.param("two", marks=pytest.mark.slow), "compensated"]
+)
 def test_a_state_is_taken_over_or_not_whatever_signal_comes(setup: str) -> None:
     _, averager = begun(setup)
     before = state(averager)
@@ -602,7 +604,7 @@ FAULTS: dict[str, tuple[str, Any, Callable[[pytest.MonkeyPatch], None]]] = {
     "a state is taken over bit by bit": (
         "polyak.averager.set_together",
         scope["sequentially"],
-        lambda _: test_a_state_is_taken_over_or_not_whatever_signal_comes("two"),
+        lambda _: test_a_state_is_taken_over_or_not_whatever_signal_comes("plain"),
     ),
 }
 

@@ -424,6 +424,7 @@ def test_writers_to_one_place_do_not_take_each_other_for_abandoned(tmp_path: Pat
     assert [each.name for each in tmp_path.iterdir()] == ["weights"]
 
 
+@pytest.mark.slow
 def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
     place = tmp_path / "model"
     place.mkdir()

@@ -220,6 +220,7 @@ def test_a_recorder_is_not_copied(tmp_path: Path) -> None:
             call(recorder)
 
 
+@pytest.mark.slow
 def test_another_process_is_refused_until_the_first_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,11 +237,13 @@ def test_another_process_is_refused_until_the_first_ends(
         end.join()
 
 
+@pytest.mark.slow
 def test_a_forked_process_is_refused_while_its_parent_records(tmp_path: Path) -> None:
     with running(FORKED, tmp_path) as other:
         assert said(other) == "refused"
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_forked_does_not_keep_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +256,7 @@ def test_what_a_killed_process_forked_does_not_keep_the_folder(
         assert recorder.record() and time.monotonic() - began < 600
 
 
+@pytest.mark.slow
 def test_a_folder_goes_over_to_a_forked_process(tmp_path: Path) -> None:
     with running(HANDED_ON, tmp_path) as other:
         assert said(other) == "handed on"

@@ -47,8 +47,7 @@ def instructions(call: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
-    gc.collect()
-    gc.disable()  # the finalizers of another test's objects would count
+    gc.disable()  # else the finalizers of objects of other tests would count
     sys.settrace(trace)
     try:
         call()

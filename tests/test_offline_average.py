@@ -497,6 +497,7 @@ average(sys.argv[2:]).write(sys.argv[1], overwrite=True, progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_file_that_was_there(tmp_path: Folder) -> None:
     (tmp_path / "in").mkdir()
     files = [saved(tmp_path / "in", {"w": torch.full((9,), float(i))}, str(i)) for i in range(3)]

@@ -191,6 +191,7 @@ def test_the_laws_of_files_hold(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_claim_beside_ends_with_its_process(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "it"

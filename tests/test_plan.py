@@ -170,6 +170,7 @@ def test_tensor_parallel_ranks_repeat_what_is_not_cut() -> None:
     assert sum(held) == LLAMA_70B.numel + 7 * norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_snapshots_take_and_give_what_is_planned(pair: tuple[float, float], tmp_path: Path) -> None:
     weights = {"w": torch.zeros(33, 7)}

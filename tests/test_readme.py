@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", pages, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+def slow_if(value: str, slow: bool) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow if slow else ())
+
+
+EXAMPLES = [slow_if(code, slow=place > 0) for place, code in enumerate(blocks("python"))]
+LINES = [line for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_the_example_runs_as_written(code: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(code)
     done = subprocess.run(
@@ -36,7 +45,7 @@ def test_the_example_runs_as_written(code: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [x for b in blocks("sh") for x in b.splitlines() if x.startswith("polyak explain")]
+    "line", [slow_if(x, slow="--out" in x) for x in LINES if x.startswith("polyak explain")]
 )
 def test_the_commands_run_as_written(line: str, tmp_path: Path) -> None:
     command = shlex.split(line, comments=True)[1:]

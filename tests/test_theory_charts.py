@@ -111,6 +111,7 @@ def _layers(*rules: str | int) -> list[dict[str, Any]]:
     return layers
 
 
+@pytest.mark.slow
 def test_several_rules_are_lines_of_several_colours() -> None:
     rules = ["exponential(0.9)", "window(10)"]
     chart = rule_chart(rules, 300).to_dict()

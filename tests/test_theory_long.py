@@ -217,6 +217,7 @@ def test_equivalents_leave_out_what_a_decay_cannot_say() -> None:
     assert "decay=0.9999999999999" in str(equivalents("exponential(0.9999999999999)"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["uniform()", "power(3)", "bema()", "exponential(polynomial(2))"])
 def test_what_does_not_settle_says_so(spec: str) -> None:
     about = explain(spec)
@@ -226,6 +227,7 @@ def test_what_does_not_settle_says_so(spec: str) -> None:
     assert explain(spec, 500).title() == f"{spec} after 500 steps, updated every step"
 
 
+@pytest.mark.slow
 def test_a_plain_copy_does_not_grow() -> None:
     assert not explain("exponential(0)").growing
     assert explain("tail(uniform(), 20000)").growing
@@ -251,6 +253,7 @@ BEHIND_A_START = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "mean_age"), BEHIND_A_START)
 def test_a_long_average_behind_a_start(rule: str, mean_age: float) -> None:
     about = explain(rule)
@@ -268,6 +271,7 @@ def of_long(half_life: float) -> tuple[Rule, Horizon]:
     return rule, found
 
 
+@pytest.mark.slow
 def test_the_curves_of_a_long_average() -> None:
     half_life = 5e5
     rate = math.log(2) / half_life
@@ -291,6 +295,7 @@ def test_the_curves_of_a_long_average() -> None:
     assert gain.cutoff == explained(half_life).cutoff
 
 
+@pytest.mark.slow
 def test_a_long_average_has_a_chart() -> None:
     chart = charts.rule_chart(explained(500_000.0)).to_dict()
     assert len(chart["concat"]) == 4

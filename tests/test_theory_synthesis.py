@@ -213,6 +213,7 @@ def uneven() -> list[float]:
     return [float(time) for time in np.random.default_rng(0).uniform(0.2, 3.0, 40_000)]
 
 
+@pytest.mark.slow
 def test_long_runs_are_those_of_dense_profiles(uneven: list[float]) -> None:
     """Columns by `coefficients` at the update where they were stored, target and all."""
     updates = [9_000, 16_384, 16_385, 33_000, 40_000]
@@ -282,6 +283,7 @@ def test_columns_far_from_alike_have_the_dense_solution() -> None:
     assert found.amplification == pytest.approx(expected.amplification, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_matrix_is_never_held() -> None:
     """300 columns of 100 000 updates would be 240 MB."""
     n = 100_000
