@@ -27,18 +27,18 @@ BLOCKS = ("applied", "applied_writes", "applied_graphs", "applied_orders", "appl
 
 BUGS: tuple[Bug, ...] = (
     # the core: rules and decays
-    bug("a schedule read one step late", "rules.py", ".rate(tick.t) if", ".rate(tick.t - tick.elapsed) if", *RULES),
-    bug("an exponential that forgets the elapsed time", "rules.py", "math.expm1(-rate * tick.elapsed)", "math.expm1(-rate)", *RULES),
-    bug("a power of gamma instead of gamma + 1", "rules.py", "math.expm1((self.gamma + 1) *", "math.expm1((self.gamma + 0) *", *RULES),
-    bug("a uniform mean of one more", "rules.py", "return {AVERAGE: 1 / tick.n}", "return {AVERAGE: 1 / max(tick.n - 1, 1)}", *RULES),
-    bug("a window that fills its second slot first", "rules.py", '(tick.n - 1) % self.size}": 1.0', 'tick.n % self.size}": 1.0', *RULES),
-    bug("a window that weighs one slot double", "rules.py", 'return {f"window.{i}": 1 / filled for i in range(filled)}', 'return {f"window.{i}": (2 if i == filled - 1 > 0 else 1) / (filled + (filled > 1)) for i in range(filled)}', *RULES),
-    bug("a tail that begins one update early", "rules.py", "before.t > self.start", "before.t >= self.start", *RULES),
-    bug("a bema without the anchor's clock", "rules.py", "since = (tick.inner or START).t", "since = tick.t", *RULES),
-    bug("a bema that reads statistics as weights", "rules.py", '''    def convex_readout(self, tick: Tick) -> dict[str, float]:
+    bug("a schedule read one step late", "rules/_rule.py", ".rate(tick.t) if", ".rate(tick.t - tick.elapsed) if", *RULES),
+    bug("an exponential that forgets the elapsed time", "rules/_rule.py", "math.expm1(-rate * tick.elapsed)", "math.expm1(-rate)", *RULES),
+    bug("a power of gamma instead of gamma + 1", "rules/_means.py", "math.expm1((self.gamma + 1) *", "math.expm1((self.gamma + 0) *", *RULES),
+    bug("a uniform mean of one more", "rules/_means.py", "return {AVERAGE: 1 / tick.n}", "return {AVERAGE: 1 / max(tick.n - 1, 1)}", *RULES),
+    bug("a window that fills its second slot first", "rules/_means.py", '(tick.n - 1) % self.size}": 1.0', 'tick.n % self.size}": 1.0', *RULES),
+    bug("a window that weighs one slot double", "rules/_means.py", 'return {f"window.{i}": 1 / filled for i in range(filled)}', 'return {f"window.{i}": (2 if i == filled - 1 > 0 else 1) / (filled + (filled > 1)) for i in range(filled)}', *RULES),
+    bug("a tail that begins one update early", "rules/_means.py", "before.t > self.start", "before.t >= self.start", *RULES),
+    bug("a bema without the anchor's clock", "rules/_published.py", "since = (tick.inner or START).t", "since = tick.t", *RULES),
+    bug("a bema that reads statistics as weights", "rules/_published.py", '''    def convex_readout(self, tick: Tick) -> dict[str, float]:
         return {AVERAGE: 1.0}
 ''', "", "running_statistics", "norms", "rules"),
-    bug("an article rule that copies one call less", "rules.py", "newest_copy <= self.update_after_step + 1", "newest_copy < self.update_after_step + 1", "rules", "ema", "plain_formulas"),
+    bug("an article rule that copies one call less", "rules/_published.py", "newest_copy <= self.update_after_step + 1", "newest_copy < self.update_after_step + 1", "rules", "ema", "plain_formulas"),
     bug("a ramp that is not clamped from below", "decays.py", "return min(max(decay, self.min_decay), self.max_decay)", "return min(decay, self.max_decay)", *RULES),
     bug("a ratio of (2 + n)", "decays.py", "9 / (10 + max(t - 1, 0.0))", "8 / (10 + max(t - 1, 0.0))", *RULES),
     # the core: the engine
@@ -69,7 +69,7 @@ BUGS: tuple[Bug, ...] = (
     bug("snapshots of two runs taken together", "checkpoints/_snapshots.py", "    if a.run != b.run:", "    if False:", "recording"),
     bug("names given twice", "checkpoints/_names.py", "    if len(set(order)) < len(order):", "    if False:", "peers_files", "peers_files_extra", "reading"),
     bug("a window's file with too few slots", "checkpoints/_own_format.py", "or _filled(rule, tick) > len(held[\"slots\"])", "", "saving", "hostile"),
-    bug("coefficients that do not sum to 1", "offline/_combination.py", "        self.coefficients = checked(coefficients, len(sources))", "        self.coefficients = np.asarray(coefficients, dtype=np.float64)", "offline_average"),
+    bug("coefficients that do not sum to 1", "offline/_coefficients.py", " or abs(given.sum() - 1) > _SLACK:", ":", "offline_average"),
     bug("integers from the first file", "offline/_combination.py", "        self._last = sources[-1].weights", "        self._last = sources[0].weights", "offline_average"),
     # sharding
     bug("rows that begin one rank late", "_ranks/sharding.py", "start = min(mesh.get_local_rank() * length, whole.shape[0])", "start = min(mesh.get_local_rank() * length + 1, whole.shape[0])", "sharding", slow=True),
@@ -120,7 +120,7 @@ FAULTS: tuple[Bug, ...] = (
     bug("7. a block looks at no tensor beside slots", "_engine/swap.py", "            or not known.places.same()\n", "            or not all(pairs.fit() for pairs in known.pairs)\n", "shared_memory"),
     bug("7. a copied averager has the model's dtype", "averager.py", "    changes.alike(state, averager._live, averager._averages, averager._updating)\n", "", "holders"),
     bug("8. each call of step is an update", "_engine/attachment.py", "        if self._depth == 0 and self._flags and", "        if self._flags and", "attach"),
-    bug("10. statistics are extrapolated", "rules.py", "        return convex(self.readout(tick))", "        return self.readout(tick)", "running_statistics"),
-    bug("10. Bema's clock is that of the run", "rules.py", "since = (tick.inner or START).t", "since = tick.t", "plain_formulas", "rules"),
+    bug("10. statistics are extrapolated", "rules/_rule.py", "        return convex(self.readout(tick))", "        return self.readout(tick)", "running_statistics"),
+    bug("10. Bema's clock is that of the run", "rules/_published.py", "since = (tick.inner or START).t", "since = tick.t", "plain_formulas", "rules"),
     bug("11. a constant infinity becomes NaN", "_engine/moving.py", "        if self._kept:\n            tensors.keep_(self._kept)", "", "infinities"),
 )  # fmt: skip

@@ -69,8 +69,7 @@ GROWS = (
 ERRORS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: match(Uniform, like=Window(3)),
-        "family is <class 'polyak.rules.Uniform'>, wanted one of the rule classes Exponential,"
-        " Window, Power",
+        "family is Uniform, wanted one of the rule classes Exponential, Window, Power",
     ),
     (
         lambda: match(Window, like=Window(3), by="half_life"),

@@ -78,6 +78,13 @@ def require_positive(name: str, got: Any) -> float:
     return number  # type: ignore[no-any-return]
 
 
+def require_not_negative(name: str, got: Any) -> float:
+    """The value as a finite Python number >= 0; raise `ValueError` otherwise."""
+    number = as_number(got)
+    require(is_number(number) and number >= 0, name, got, "a finite number >= 0")
+    return number  # type: ignore[no-any-return]
+
+
 def require_count(name: str, got: Any, meaning: str = "", *, least: int = 1) -> int:
     """The value as a Python int of at least `least`; raise `ValueError` otherwise."""
     count = as_number(got)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -29,6 +29,9 @@ class Spec:
     INSTEAD: ClassVar[tuple[str, ...]] = ()
     """Options that may be given instead of the first field, which is then computed from them."""
 
+    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], object]]] = {}
+    """Field -> the check of its value alone."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         KNOWN[cls.spec_name()] = cls
@@ -36,6 +39,8 @@ class Spec:
     def __post_init__(self) -> None:
         for field in self._fields():
             self._set(field.name, as_number(getattr(self, field.name)))
+        for name, check in self.CHECKS.items():
+            check(f"{type(self).__name__}.{name}", getattr(self, name))
 
     SAVABLE: ClassVar[bool] = True
     """Whether `polyak.save` takes it. A class whose fields no text can tell sets it to False."""

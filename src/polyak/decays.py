@@ -9,8 +9,7 @@ time *after* the update: 1 at the first update of a loop that counts steps. An u
 [0.1, 0.182, 0.526, 0.999]
 
 Each rule that takes a decay takes a schedule: `Exponential(Ratio(max_decay=0.999))`.
-A new schedule is a frozen dataclass here and one line in `SCHEDULES` at the end. This module,
-`rules` and `specs` are arithmetic on floats: they import neither torch nor numpy.
+A new schedule is a frozen dataclass here and one line in `SCHEDULES` at the end.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from polyak._checks import is_number, require, require_decay, require_positive
+from polyak._checks import is_number, require, require_decay, require_not_negative, require_positive
 from polyak._spelling import Spec
 
 __all__ = [
@@ -31,8 +31,7 @@ __all__ = [
 class Schedule(Spec, ABC):
     """The base of all schedules: a frozen dataclass that is called with a time and gives a decay.
 
-    Decay 0 keeps nothing of the old average, so an update copies. Decay 1 keeps all of it, so the
-    average stays as it is.
+    At decay 0 an update copies. At decay 1 the average stays as it is.
     """
 
     @abstractmethod
@@ -45,8 +44,7 @@ class Schedule(Spec, ABC):
         A decay next to 1 has lost the digits of its distance from 1: at decay 1 - 1e-15, one digit
         is left. Schedules that come so near to 1 compute the rate without the decay.
         """
-        decay = self(t)
-        if decay == 0:
+        if (decay := self(t)) == 0:
             return math.inf
         # A decay below 0 or NaN gives a fraction of NaN, which is refused with the rule's name.
         return -math.log(decay) if decay > 0 else math.nan
@@ -67,11 +65,9 @@ class Constant(Schedule):
     Raises `ValueError` for a decay outside [0, 1].
     """
 
-    decay: float
+    CHECKS: ClassVar = {"decay": require_decay}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_decay("Constant.decay", self.decay)
+    decay: float
 
     def __call__(self, t: float) -> float:
         return self.decay
@@ -95,10 +91,11 @@ class InversePower(Schedule):
     >>> schedule(1), round(schedule(31_623), 6), round(schedule(1e6 + 1), 6)
     (0.0, 0.999, 0.9999)
 
-    Raises `ValueError` for an inv_gamma or power that is not above 0, and unless
-    0 <= min_decay <= max_decay <= 1.
+    Raises `ValueError` unless inv_gamma > 0, power > 0 and 0 <= min_decay <= max_decay <= 1.
     Source: K. Crowson, k-diffusion, `EMAWarmup`; the founding article's class.
     """
+
+    CHECKS: ClassVar = {"inv_gamma": require_positive, "power": require_positive}
 
     inv_gamma: float = 1.0
     power: float = 2 / 3
@@ -107,8 +104,6 @@ class InversePower(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive("InversePower.inv_gamma", self.inv_gamma)
-        require_positive("InversePower.power", self.power)
         require_decay("InversePower.min_decay", self.min_decay)
         require_decay("InversePower.max_decay", self.max_decay)
         bounds = (self.min_decay, self.max_decay)
@@ -137,11 +132,9 @@ class Ratio(Schedule):
     Source: TensorFlow, `ExponentialMovingAverage(num_updates=...)`; also torch_ema, diffusers.
     """
 
-    max_decay: float
+    CHECKS: ClassVar = {"max_decay": require_decay}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_decay("Ratio.max_decay", self.max_decay)
+    max_decay: float
 
     def __call__(self, t: float) -> float:
         n = max(t - 1, 0.0)
@@ -155,25 +148,20 @@ class Ratio(Schedule):
 class Cosine(Schedule):
     """`decay(t) = end - (end - start) * (cos(pi k / steps) + 1) / 2` with k = t - 1, at most `steps`.
 
-    It moves from `start` to `end`. At `end` = 1 the average no longer moves.
-
     >>> ramp = Cosine(0.996, steps=100)
     >>> ramp(1), round(ramp(51), 4), ramp(101), ramp(1000)
     (0.996, 0.998, 1.0, 1.0)
 
-    Raises `ValueError` for a start or end outside [0, 1], and for steps that are not above 0.
+    At `end` = 1 the average stays as it is. Raises `ValueError` unless steps > 0 and start and end
+    are in [0, 1].
     Source: BYOL (arXiv 2006.07733, section 3.3), DINO (arXiv 2104.14294).
     """
+
+    CHECKS: ClassVar = {"start": require_decay, "steps": require_positive, "end": require_decay}
 
     start: float
     steps: float
     end: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_decay("Cosine.start", self.start)
-        require_positive("Cosine.steps", self.steps)
-        require_decay("Cosine.end", self.end)
 
     def __call__(self, t: float) -> float:
         k = min(max(t - 1, 0.0), self.steps)
@@ -197,30 +185,22 @@ class HalfLifeRamp(Schedule):
     (0.5, True)
 
     `half_life` is in units of time. Raises `ValueError` unless both are above 0.
-    Source: EDM (arXiv 2206.00364, ratio .05) and EDM2 (arXiv 2312.02696, ratio .09), where time
-    counts images.
+    Source: EDM (arXiv 2206.00364, ratio .05), EDM2 (arXiv 2312.02696, ratio .09); t counts images.
     """
+
+    CHECKS: ClassVar = {"half_life": require_positive, "ratio": require_positive}
 
     half_life: float
     ratio: float = 0.09
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("HalfLifeRamp.half_life", self.half_life)
-        require_positive("HalfLifeRamp.ratio", self.ratio)
-
     def __call__(self, t: float) -> float:
-        half_life = self._half_life(t)
-        # A tiny half-life is rounded to 0: then nothing is kept.
-        decay: float = 0.5 ** (1 / half_life) if half_life > 0 else 0.0
+        half_life = min(self.half_life, self.ratio * t)
+        decay: float = 0.5 ** (1 / half_life) if half_life > 0 else 0.0  # tiny ones round to 0
         return decay
 
     def rate(self, t: float) -> float:
-        half_life = self._half_life(t)
+        half_life = min(self.half_life, self.ratio * t)
         return math.log(2) / half_life if half_life > 0 else math.inf
-
-    def _half_life(self, t: float) -> float:
-        return min(self.half_life, self.ratio * t)
 
 
 @dataclass(frozen=True)
@@ -271,12 +251,9 @@ class Polynomial(Schedule):
     Source: Shamir and Zhang 2013 (arXiv 1212.1824, section 4), where the exponent is eta.
     """
 
-    exponent: float = 3.0
+    CHECKS: ClassVar = {"exponent": require_not_negative}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        holds = is_number(self.exponent) and self.exponent >= 0
-        require(holds, "Polynomial.exponent", self.exponent, "a finite number >= 0")
+    exponent: float = 3.0
 
     def __call__(self, t: float) -> float:
         return max(1 - (self.exponent + 1) / (t + self.exponent), 0.0)
@@ -289,9 +266,8 @@ class Polynomial(Schedule):
 class Told(Schedule):
     """The decay that the host told last: `decay(t) = d` after `tell(d)`, `start` before the first.
 
-    Use it where another program computes the decay, such as a momentum in the state of an engine. The
-    decay is not part of the rule: the host tells it again after it has resumed. Theory uses it as it is
-    now.
+    Use it where another program computes the decay. The decay is not part of the rule: the host tells
+    it again after it has resumed. Theory uses it as it is now.
 
     >>> momentum = Told(0.996)
     >>> momentum(1)

@@ -25,7 +25,8 @@ from polyak._lazy import LazyTensors, TensorSpec, Where, joined, renamed
 from polyak.checkpoints import _safetensor_files as tensorfile
 from polyak.checkpoints._weight_files import METADATA
 from polyak.offline._average import shares_of
-from polyak.offline._combination import Combination, checked
+from polyak.offline._coefficients import checked
+from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
 from polyak.offline._lora import CONFIG, Adapter, comparable
 from polyak.rules import Rule

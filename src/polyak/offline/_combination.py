@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
 from polyak.checkpoints._safetensor_files import content
 from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
+from polyak.offline._coefficients import checked, convex, shares
 from polyak.offline._findings import Source, all_positive, is_variance, left_in, nonfinite
 from polyak.offline._lora import require_same_constants
 from polyak.offline._summation import Summand, Summation, Threads
@@ -31,7 +31,6 @@ from polyak.offline._summation import Summand, Summation, Threads
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
 _BYTES = "_extra_state"  # of a module, such as one of Transformer Engine
 _CALL = "write"  # what errors call a write by several ranks
 
@@ -83,7 +82,7 @@ class Combination(LazyTensors):
         holds = not isinstance(dtype, torch.dtype) or dtype.is_floating_point
         require(holds, "dtype", dtype, "a floating-point dtype, or None for that of the files")
         self.coefficients = checked(coefficients, len(sources))
-        of_statistics = _convex(self.coefficients) if statistics is None else statistics
+        of_statistics = convex(self.coefficients) if statistics is None else statistics
         self.statistics = checked(of_statistics, len(sources))
         of_files = [source.weights.specs for source in sources]
         _require_alike(sources, of_files)
@@ -108,7 +107,7 @@ class Combination(LazyTensors):
         self.sources = tuple(sources)
         self._last = sources[-1].weights
         self._terms, self._convex = (
-            [(sources[i].weights, share) for i, share in _shares(coefficients)]
+            [(sources[i].weights, share) for i, share in shares(coefficients)]
             for coefficients in (self.coefficients, self.statistics)
         )
         self._threads = Threads()
@@ -248,40 +247,6 @@ def _divided(specs: Mapping[str, TensorSpec], ranks: int) -> list[set[str]]:
         names[least].add(name)
         nbytes[least] += specs[name].nbytes
     return names
-
-
-def _shares(coefficients: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
-    """The index and the share of each term that counts: `coefficient / sum of those so far`.
-
-    Positive coefficients come first. Then no partial sum is 0, and no share is infinite.
-    """
-    counting = [(i, float(c)) for i, c in enumerate(coefficients) if c != 0]
-    total, shares = 0.0, []
-    for index, coefficient in sorted(counting, key=lambda term: term[1] < 0):
-        total += coefficient
-        shares.append((index, coefficient / total))
-    return shares
-
-
-def checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
-    """Coefficients that sum to 1, as float64, or `ValueError`."""
-    given = np.asarray(coefficients, dtype=np.float64)
-    require(files > 0, "files", [], "one file or more")
-    if given.shape != (files,):
-        raise ValueError(f"coefficients have shape {given.shape}, wanted ({files},): one a file")
-    if not np.isfinite(given).all() or abs(given.sum() - 1) > _SLACK:
-        raise ValueError(
-            f"coefficients are {given.tolist()} and sum to {given.sum():.8g}, wanted finite numbers "
-            "that sum to 1; divide them by their sum"
-        )
-    result: npt.NDArray[np.float64] = given / given.sum()
-    return result
-
-
-def _convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """`max(c, 0) / sum of max(c, 0)`; where no coefficient is below 0, the coefficients unchanged."""
-    clipped = np.maximum(coefficients, 0)
-    return coefficients if (coefficients >= 0).all() else clipped / clipped.sum()
 
 
 def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, TensorSpec]]) -> None:

@@ -77,7 +77,8 @@ def match(
 def _require_known(family: type[Rule], by: str) -> None:
     if family not in _FAMILIES:
         names = ", ".join(each.__name__ for each in _FAMILIES)
-        raise ValueError(f"family is {family!r}, wanted one of the rule classes {names}")
+        got = family.__name__ if isinstance(family, type) else repr(family)
+        raise ValueError(f"family is {got}, wanted one of the rule classes {names}")
     if by not in _MEASURES:
         raise ValueError(f"by is {by!r}, wanted one of {', '.join(map(repr, _MEASURES))}")
 
