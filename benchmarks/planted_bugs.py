@@ -109,7 +109,7 @@ FAULTS: tuple[Bug, ...] = (
     bug("1. negative views are converted as they are stored", "_parts.py", "torch._foreach_copy_([part], [piece])", "part.copy_(piece)", "replaced_weights"),
     bug("1. ties of what is left out must stay", "_engine/live.py", 'kept = (item for item in tracked if item.policy != "skip")', "kept = tracked", "shared_memory"),
     bug("2. a dropped averager leaves its model lent", "_engine/swap.py", "WeakMethod(self._end),", "lambda end=self._end: end,", "applied"),
-    bug("8. the step that makes a state is an update", "_engine/attachment.py", " and not _makes_state():", ":", "attach"),
+    bug("8. the step that makes a state is an update", "_engine/attachment.py", " and not (self._first and _makes_state()):", ":", "attach"),
     bug("11. a fraction of 0 is a lerp", "_engine/moving.py", "list(filter(_FRACTION, moves))", "list(moves)", "infinities"),
     bug("7. a replaced table of parameters is not seen", "_engine/live.py", "            if module._parameters is not table:\n                return True", "            if False:\n                return True", "replaced_weights"),
     bug("7. shapes are not looked at", "_engine/live.py", "            and list(map(FORM, tensors)) == forms\n", "", "failing_updates", "replaced_weights"),
