@@ -223,7 +223,9 @@ def attach(world: World, random: Random) -> None:
     pair = None if taken else optimizer_of(world, name)
     if pair is None:
         return
-    facts = {"attached"} if subject.attachment is not None else set()
+    facts = world.facts(subject)
+    if subject.attachment is not None:
+        facts.add("attached")
     world.tell(f"averager {subject.number}: attach to {name}")
     done = world.ask("attach", facts, lambda: subject.averager.attach(pair[0]))
     if not isinstance(done, Refused):
