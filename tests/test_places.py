@@ -81,10 +81,14 @@ def an_adapter(size: int) -> Path:
     return path
 
 
+ONE_AT_A_TIME = threading.Lock()
+
+
 @cache
 def distributed(size: int) -> Path:
     path = Path(SOURCES.name) / f"distributed-{size}"
-    with warnings.catch_warnings():
+    # All threads share the filters, and each sets them back for all when it ends.
+    with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         save({"w": torch.ones(size)}, checkpoint_id=path, **ALONE)
     return path
