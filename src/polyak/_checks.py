@@ -78,10 +78,10 @@ def require_positive(name: str, got: Any) -> float:
     return number  # type: ignore[no-any-return]
 
 
-def require_not_negative(name: str, got: Any) -> float:
+def require_not_negative(name: str, got: Any, wanted: str = "a finite number >= 0") -> float:
     """The value as a finite Python number >= 0; raise `ValueError` otherwise."""
     number = as_number(got)
-    require(is_number(number) and number >= 0, name, got, "a finite number >= 0")
+    require(is_number(number) and number >= 0, name, got, wanted)
     return number  # type: ignore[no-any-return]
 
 

@@ -172,7 +172,7 @@ def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
 
 
 def _require_content(found: Checkpoint, specs: Mapping[str, TensorSpec]) -> None:
-    """Raises `ValueError` for placeholders, which are no weights."""
+    """Raises `ValueError` if a checkpoint holds placeholders in place of weights."""
     if placeholder(specs, found.shapes):
         raise ValueError(f"{found.path}: {unfit(specs, found.shapes)}")
 

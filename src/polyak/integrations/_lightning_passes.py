@@ -76,8 +76,9 @@ def renaming(module: LightningModule, rename: Callable[[str], str]) -> Iterator[
     try:
         yield
     finally:
-        vars(module).pop("log")
-        vars(module).update({} if own is None else {"log": own})
+        del vars(module)["log"]
+        if own is not None:
+            vars(module)["log"] = own
 
 
 @contextmanager

@@ -11,7 +11,10 @@ from polyak.averager import Averager
 
 
 def attach_all(averager: Averager, optimizers: Sequence[Any], scaler: Any) -> Attachment:
-    """Attach those that move averaged weights. What no optimizer has is not forgotten: there is no other."""
+    """Attach the optimizers that move averaged weights.
+
+    A trainer has given all of its optimizers. So weights that none of them has need no warning.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"attach: .* averaged parameters, and not ")
         return averager.attach(movers(averager.tracked, optimizers), scaler)

@@ -107,9 +107,8 @@ class Summation:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        threads.give_back(
-            self._dtypes, spaces
-        )  # not after an exception: threads may still be in them
+        # Not after an exception: threads may still be in them.
+        threads.give_back(self._dtypes, spaces)
 
     def _sum(self, space: _Workspace, start: int, length: int) -> Tensor:
         """The piece from element `start` on."""

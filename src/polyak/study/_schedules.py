@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from polyak._checks import as_number, is_integer, is_number, require, require_positive
+from polyak._checks import is_integer, require, require_not_negative, require_positive
 from polyak.rules import LIVE
 from polyak.theory._rates import FACTORS
 
@@ -88,10 +88,8 @@ PLACES = tuple(i / 8.001 for i in range(9))
 
 def factor_at(name: str, schedule: Factor, share: float) -> float:
     """The factor of a schedule at a share of the run. Raise `ValueError` unless it is finite and >= 0."""
-    factor = as_number(schedule(share))
     where = f"schedule {name!r}, with {share:.3g} of the run done,"
-    require(is_number(factor) and factor >= 0, where, factor, "a finite factor >= 0")
-    return factor  # type: ignore[no-any-return]
+    return require_not_negative(where, schedule(share), "a finite factor >= 0")
 
 
 def require_factors(name: str, schedule: Factor) -> None:
