@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,21 @@ def test_an_evaluator_of_an_average_can_run_again_and_needs_an_average() -> None
     assert len(handlers[Events.COMPLETED]) == before
 
 
-@pytest.mark.parametrize("ends", ["completed", "terminated", "interrupted", "raises"])
-def test_the_average_is_there_in_every_epoch_and_live_weights_after_it(ends: str) -> None:
+LAST = {
+    "completed": Events.COMPLETED,
+    "terminated": Events.TERMINATE,
+    "interrupted": Events.INTERRUPT,
+    "raises": Events.EXCEPTION_RAISED,
+}
+"""How a run of an engine ends -> the event of it that a checkpoint's handler may wait for."""
+
+
+@pytest.mark.parametrize("handled", [True, False], ids=["handled", "alone"])
+@pytest.mark.parametrize("ends", LAST)
+def test_the_average_is_there_in_every_epoch_and_live_weights_at_its_end(
+    ends: str, handled: bool
+) -> None:
+    """Whatever ends the run; handlers of its end see live weights, and an exception comes out as ever."""
     model = net()
     averager = Averager(model, RULES)
     averager.update()
@@ -149,11 +162,14 @@ def test_the_average_is_there_in_every_epoch_and_live_weights_after_it(ends: str
             stop[ends]()
 
     engine.add_event_handler(Events.ITERATION_COMPLETED, look)
-    engine.add_event_handler(Events.COMPLETED, lambda _: after.append(weight.any().item()))
-    with suppress(EvaluationError):
+    if handled:
+        engine.add_event_handler(LAST[ends], lambda *_: after.append(weight.any().item()))
+    raises = ends == "raises" and not handled
+    with pytest.raises(EvaluationError) if raises else nullcontext():
         engine.run(held_out(), max_epochs=3)
-    assert seen == [True] * (6 if ends == "completed" else 3)
-    assert after == [False] * (ends in ("completed", "terminated"))
+    goes_on = ends == "raises" and handled  # with the epoch after that of the exception
+    assert seen == [True] * (6 if ends == "completed" else 5 if goes_on else 3)
+    assert after == [False] * handled
     assert not weight.any()
 
 

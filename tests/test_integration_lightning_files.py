@@ -392,6 +392,14 @@ def resume(folder: Path, *callbacks: Any) -> Trainer:
     return trainer
 
 
+class WithoutOptimizer(Module):
+    def training_step(self, batch: Any, number: int) -> None:
+        """It trains nothing."""
+
+    def configure_optimizers(self) -> None:
+        """Lightning takes it, and warns."""
+
+
 class Clashing(Module):
     def validation_step(self, batch: Any, number: int) -> None:
         super().validation_step(batch, number)
@@ -419,6 +427,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(made(Clashing)),
         ValueError,
         "'val_loss/average', wanted a name that no average has",
+    ),
+    "no optimizer": (
+        lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(
+            made(WithoutOptimizer)
+        ),
+        ValueError,
+        "configure_optimizers returned no optimizer, .* return one, or remove the AveragerCallback",
     ),
     "another model": (
         lambda folder: fitted(folder, AveragerCallback(ONE))[0].test(made()),
@@ -469,6 +484,7 @@ def test_strategies_that_hide_the_weights_are_refused(
         average.setup(trainer)
 
 
+@pytest.mark.filterwarnings("ignore:.*will run with no optimizer")
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_an_error_with_its_cure(what: str, tmp_path: Path) -> None:
     call, kind, words = BAD[what]

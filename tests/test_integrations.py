@@ -50,6 +50,20 @@ def test_integrations_are_short(path: Path) -> None:
     assert len(lines) <= 150
 
 
+def test_no_filter_of_warnings_is_set_back_under_other_threads() -> None:
+    """`catch_warnings` sets back what all threads share. A command has its process to itself."""
+    home = HOME.parent
+    callers = {p.relative_to(home).as_posix() for p in home.rglob("*.py") if _catches(p)}
+    assert callers == {"cli/_process.py"}
+
+
+def _catches(path: Path) -> bool:
+    names = (
+        getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(ast.parse(path.read_text()))
+    )
+    return "catch_warnings" in names
+
+
 def _own_end(node: ast.stmt) -> int:
     """The last line of a statement without the statements inside it."""
     inside = [n.lineno for n in ast.walk(node) if isinstance(n, ast.stmt) and n is not node]

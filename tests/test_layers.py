@@ -60,6 +60,7 @@ FORBIDDEN = {
 
 # A framework is imported in its integration, `integrations/<name>.py`, and nowhere else.
 FRAMEWORKS: dict[str, set[str]] = {
+    "_lightning_optimizers": {"lightning"},
     "_lightning_passes": {"lightning", "torchmetrics"},
     "accelerate": {"accelerate"},
     "fabric": {"lightning"},

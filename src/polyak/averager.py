@@ -289,7 +289,12 @@ class Averager:
         scaler was not passed. Warns of parameters that train and are in none of the optimizers.
         """
         lone = hasattr(optimizer, "step") or not isinstance(optimizer, Iterable)
-        several = [optimizer] if lone else list(optimizer)
+        return self._attach([optimizer] if lone else list(optimizer), scaler)
+
+    def _attach(
+        self, optimizers: Sequence[Any], scaler: Any, *, complete: bool = False
+    ) -> Attachment:
+        """Attach; a `complete` list has all optimizers there are, so weights in none need no warning."""
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "attach: the averager is attached already, so a step would count twice; call "
@@ -299,7 +304,13 @@ class Averager:
             self._live.check("attach")
         updating = self._updating
         self._attachment = Attachment(
-            several, scaler, self._live, self._after_steps, updating.before_step, updating.detached
+            optimizers,
+            scaler,
+            self._live,
+            self._after_steps,
+            updating.before_step,
+            updating.detached,
+            complete=complete,
         )
         updating.replaced = self._attachment.require_moved
         return self._attachment

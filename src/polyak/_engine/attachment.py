@@ -36,7 +36,8 @@ Flags = list[Tensor | None]
 class Attachment:
     """Watches the optimizers of `live` weights, and calls `step` once each of them has taken its step.
 
-    `before` is called before each step, `after` when the attachment is removed.
+    `before` is called before each step, `after` when the attachment is removed. If the optimizers are
+    all there are (`complete`), there is no warning of weights that none of them has.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Attachment:
         step: Callable[[list[Tensor]], None],
         before: Callable[[], None],
         after: Callable[[], None],
+        *,
+        complete: bool,
     ) -> None:
         chains = [_chain(optimizer) for optimizer in optimizers]
         members = [member for chain in chains for member in chain]
@@ -54,7 +57,7 @@ class Attachment:
             raise ValueError(
                 f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
             )
-        self._live, self._optimizers = live, optimizers
+        self._live, self._optimizers, self._complete = live, optimizers, complete
         self._generation = 0
         self.require_moved()
         for chain in chains:
@@ -74,7 +77,7 @@ class Attachment:
         It looks at weights that were found anew since it was called last.
         """
         if self._generation != self._live.generation:
-            _require_moved(self._live.averaged, self._optimizers)
+            _require_moved(self._live.averaged, self._optimizers, self._complete)
             self._generation = self._live.generation
 
     def remove(self) -> None:
@@ -197,7 +200,7 @@ def _moved(averaged: Sequence[Tracked], optimizers: Sequence[Any]) -> list[Track
     return [item for i, item in enumerate(averaged) if i in places or id(item.found()) in objects]
 
 
-def _require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any]) -> None:
+def _require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any], complete: bool) -> None:
     parameters = [item for item in averaged if item.kind != "buffer"]
     found = {item.name for item in _moved(parameters, optimizers)}
     names = ", ".join(type(each).__name__ for each in optimizers)
@@ -212,12 +215,12 @@ def _require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any]) -> No
     left = [
         i.name for i in parameters if i.name not in found and i.kind == "parameter" and i.trains
     ]
-    if left:
+    if left and not complete:
         warnings.warn(
             f"attach: {names} has {len(found)} of the {len(parameters)} averaged parameters, and "
             f"not {listed(left)}: attach every optimizer that trains them, or leave them out "
             "(requires_grad_(False) or `select`)",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -251,7 +254,7 @@ def _warn_of_own_average(chain: Sequence[Any]) -> None:
             warnings.warn(
                 f"attach: {type(optimizer).__name__} averages the weights itself, and {own}. Evaluate "
                 "the optimizer's own average first: you may not need another",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
 

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -31,39 +31,47 @@ with extra("ignite", "ignite"):
 
 __all__ = ["Weights", "evaluators", "log_measures"]
 
+Lend = Callable[[], AbstractContextManager[object]]
+"""Makes a block in which the model carries an average."""
+
 
 def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engine]:
     """Return an evaluator for each average; while it runs, the model carries the average.
 
     `make` returns a new evaluator of the model, with its metrics. The model has its live weights again
-    before the handlers of `Events.COMPLETED` that are added afterwards, and after an exception.
+    before the handlers of `Events.COMPLETED`, `TERMINATE` and `INTERRUPT` that are added afterwards, and
+    before every handler of `Events.EXCEPTION_RAISED`.
 
-    Raises `TypeError` for what is no `Averager`, and `ValueError` if `make` returns one engine twice. A run raises `RuntimeError` before the first
-    update.
+    Raises `TypeError` for what is no `Averager`, and `ValueError` if `make` returns one engine twice. A run
+    raises `RuntimeError` before the first update.
     """
     require_averager("evaluators", averager)
     engines = {name: make() for name in averager.rules}
     if len(set(map(id, engines.values()))) < len(engines):
         raise ValueError("make returned the same engine twice, wanted a new one at each call")
     for name, engine in engines.items():
-        block = ExitStack()
+        block, lend = ExitStack(), partial(averager.applied, name)
         # Handlers that are added later, such as a checkpoint's, must see live weights.
-        engine.add_event_handler(Events.COMPLETED, block.close)
-        vars(engine)["run"] = partial(_run, averager, name, block, engine.run)
+        for event in (Events.TERMINATE, Events.INTERRUPT, Events.COMPLETED):
+            engine.add_event_handler(event, block.close)
+        # With a handler of our own for it, ignite would not raise the exception.
+        vars(engine)["_handle_exception"] = partial(_failed, lend, block, engine._handle_exception)
+        vars(engine)["run"] = partial(_run, lend, block, engine.run)
     return engines
 
 
-def _run(
-    averager: Averager,
-    name: str,
-    block: ExitStack,
-    run: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _run(lend: Lend, block: ExitStack, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with block:
-        block.enter_context(averager.applied(name))
+        block.enter_context(lend())
         return run(*args, **kwargs)
+
+
+def _failed(
+    lend: Lend, block: ExitStack, handle: Callable[[BaseException], None], error: BaseException
+) -> None:
+    block.close()
+    handle(error)
+    block.enter_context(lend())  # after an exception that handlers have swallowed, epochs go on
 
 
 def log_measures(

@@ -21,7 +21,6 @@ from polyak.integrations import _lightning_files as files
 from polyak.integrations._arguments import checked
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
-from polyak.integrations._optimizers import attach_all
 from polyak.integrations._states import take
 from polyak.rules import Rule
 
@@ -30,6 +29,7 @@ with extra("lightning", "lightning"):
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+    from polyak.integrations._lightning_optimizers import attach_all
     from polyak.integrations._lightning_passes import Contents, renaming, unnoticed, wrap
 
 __all__ = ["AveragerCallback"]
@@ -136,9 +136,7 @@ class AveragerCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._attachment is None and trainer.global_step >= self.start:
-            averager = self._bound(trainer)
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._attachment = attach_all(averager, trainer.optimizers, scaler)
+            self._attachment = attach_all(self._bound(trainer), trainer)
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
         for line in files.bests(trainer.checkpoint_callbacks, self.names, self.separator):

@@ -1,0 +1,28 @@
+"""The optimizers of a Lightning training, attached to an averager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyak._engine.attachment import Attachment, movers
+from polyak.averager import Averager
+from polyak.integrations._extra import extra
+
+with extra("lightning", "lightning"):
+    from lightning.pytorch.core.optimizer import _MockOptimizer
+
+
+def attach_all(averager: Averager, trainer: Any) -> Attachment:
+    """Attach the optimizers that move averaged weights.
+
+    The trainer has all optimizers there are. So weights that none of them has need no warning.
+
+    Raises `ValueError` if the module has none, and what `Averager.attach` raises.
+    """
+    if any(isinstance(each, _MockOptimizer) for each in trainer.optimizers):
+        raise ValueError(
+            "configure_optimizers returned no optimizer, so no step would update the averages: "
+            "return one, or remove the AveragerCallback"
+        )
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return averager._attach(movers(averager.tracked, trainer.optimizers), scaler, complete=True)
