@@ -74,7 +74,7 @@ def _choose(
         return "skip", "a buffer that its module does not save"
     tensor = item.local()
     if not averageable(tensor):
-        return "copy", f"{dtype_name(tensor.dtype)} has no mean"
+        return "copy", f"{dtype_name(tensor.dtype)} is copied, not averaged"
     if item.kind != "buffer":
         return "average", item.kind
     if buffers in ("average", "copy"):
