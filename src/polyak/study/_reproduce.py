@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +103,20 @@ class Reproduced:
         header = ("topic", "what", "expected", "got", "verdict", "source")
         return Table("reproduced", "Published results, reproduced", header, rows, note)
 
+    def markdown(self) -> str:
+        """The table, in which an empty topic or source repeats the one above."""
+        table, above, rows = self.table(), ("", ""), []
+        for topic, *cells, source in table.rows:
+            changed = (topic != above[0], source != above[1])
+            rows.append((topic * changed[0], *cells, source * any(changed)))
+            above = topic, source
+        note = f"{table.note} An empty cell repeats the one above it."
+        return replace(table, rows=tuple(rows), note=note).markdown()
+
     def write(self, folder: Path) -> None:
         """Write `reproduced.md` and `reproduced.json`."""
         content = [outcome.as_dict() for outcome in self.outcomes]
-        texts = {"md": self.table().markdown(), "json": json.dumps(content, indent=1) + "\n"}
+        texts = {"md": self.markdown(), "json": json.dumps(content, indent=1) + "\n"}
         with making_folder(folder):
             for kind, text in texts.items():
                 with writing(folder / f"reproduced.{kind}") as file:
