@@ -73,6 +73,15 @@ def _targets(results: Results) -> Section:
     return Section("Targets", ("what", "wanted", "measured", "met"), rows, note)
 
 
+def _missed(results: Results) -> Section:
+    """For the page: the targets that were missed. The report has all."""
+    all_of_them = _targets(results)
+    missed = [row[:-1] for row in all_of_them.rows if row[-1] != "yes"]
+    met = len(all_of_them.rows) - len(missed)
+    note = f"{met} of {len(all_of_them.rows)} targets were met. {all_of_them.note}"
+    return Section("Targets that were missed", all_of_them.header[:-1], missed, note)
+
+
 def _peer_targets(results: Results) -> list[tuple[str, ...]]:
     rows = []
     for table in results.peers:
@@ -227,7 +236,7 @@ def write(results: Results, folder: Path, page: Path) -> None:
     """Writes `engine.md`, the chart as `engine.png` and `engine.svg`, and the tables of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "engine.md").write_text(markdown(results))
-    page.write_text(_between_marks(page.read_text(), [overview(results), _targets(results)]))
+    page.write_text(_between_marks(page.read_text(), [overview(results), _missed(results)]))
     picture = chart(results.peers)
     picture.save(folder / "engine.png", scale_factor=2)
     picture.save(folder / "engine.svg")
