@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from polyak.study import _reproduce_trained as trained
 from polyak.study._reproduce import Line, Reproduced, reproduce
 from polyak.study._statistics import Interval, bootstrap
 
-PAGE = Path(__file__).parent.parent / "docs/reproduced.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "benchmarks/results/reproduced.md"
 ALL = [*exact.lines(), *decisions.lines(), *engine.lines()]
 FAST = [
     *exact._acting(),
@@ -124,6 +126,11 @@ def test_the_page_has_every_line_with_its_figure_and_source() -> None:
     assert {(line.sentence, line.expected, line.source) for line in ALL} <= set(told)
     verdicts = {row[4] for row in rows} - {"verdict", "---"}
     assert verdicts <= {"holds", "does not hold", "undecided"}
+    counts = Counter(row[4] for row in rows)
+    told_of = (
+        f"{counts['holds']} hold, {counts['does not hold']} do not, and {counts['undecided']} are"
+    )
+    assert told_of in " ".join((ROOT / "docs/reproduced.md").read_text().split())
 
 
 @pytest.mark.slow
