@@ -602,7 +602,7 @@ FAULTS: dict[str, tuple[str, Any, Callable[[pytest.MonkeyPatch], None]]] = {
         lambda _: test_a_handler_reads_the_average_before_or_after_the_update("bema"),
     ),
     "a state is taken over bit by bit": (
-        "polyak.averager.set_together",
+        "polyak._engine.resumable.set_together",
         scope["sequentially"],
         lambda _: test_a_state_is_taken_over_or_not_whatever_signal_comes("plain"),
     ),

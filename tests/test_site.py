@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from browsing import NARROW, PATIENCE, browser, visits
+from polyak import Averager
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "tools/site/build.py"
@@ -65,6 +66,13 @@ def test_doctests_of_docstrings_are_code(site: Path) -> None:
     assert "Exponential" in "".join(pages)
     assert not any("<blockquote>" in page for page in pages)
     assert any('class="gp"' in page for page in pages)  # the prompt of a doctest
+
+
+@pytest.mark.slow
+def test_the_averager_has_all_its_methods_on_its_page(site: Path) -> None:
+    methods = {name for name in dir(Averager) if not name.startswith("_")}
+    anchors = Page(site / "api/averager.html").anchors
+    assert {f"polyak.averager.Averager.{name}" for name in methods} <= anchors
 
 
 @pytest.mark.slow

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyak._checks import require
+
 Kind = tuple[torch.dtype, torch.device]
+SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def kind(tensor: Tensor) -> Kind:
@@ -26,6 +29,13 @@ def slot_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
         wide = dtype if wanted is None else complex_of(wanted)
         return wide if wide.itemsize >= 8 else torch.complex64
     return wanted or (torch.float32 if dtype.itemsize < 4 else dtype)
+
+
+def require_slot_dtype(dtype: torch.dtype | None, name: str = "dtype") -> None:
+    """Raise `ValueError` for a dtype that an average cannot have."""
+    require(
+        dtype in (None, *SLOT_DTYPES), name, dtype, f"one of {', '.join(map(str, SLOT_DTYPES))}"
+    )
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:

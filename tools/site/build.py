@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
 FOLDERS = ("docs", "examples", "benchmarks/results")
+WITH_BASES = ("polyak.averager",)  # the methods of its class lie in several internal modules
 NOT_OF_THE_API = ("polyak.__main__", "polyak.cli")  # docs/cli.md is the page of the command line
 
 
@@ -42,7 +43,8 @@ def gather(out: Path) -> None:
     (out / "pages/api").mkdir()
     for module in public_modules():
         page = out / f"pages/api/{module.removeprefix('polyak.')}.md"
-        page.write_text(f"# {module}\n\n::: {module}\n")
+        options = "    options:\n      inherited_members: true\n" if module in WITH_BASES else ""
+        page.write_text(f"# {module}\n\n::: {module}\n{options}")
 
 
 def public_modules() -> list[str]:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polyak._checks import require
-from polyak._dtypes import dtype_name
+from polyak._dtypes import require_slot_dtype
 from polyak._engine.tracking import Tracked
 from polyak._files import refuse_existing
 from polyak._lazy import TensorSpec, as_lazy, joined, spec_of
 from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
-from polyak.averager import SLOT_DTYPES, Averager
+from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Weights
 from polyak.checkpoints._load import load
 from polyak.checkpoints._rank_checks import require_all_parts, require_one_model
@@ -86,8 +85,7 @@ def export(
     dtype cannot hold, and if ranks would write different tensors. An error on one rank is raised on all,
     and leaves everything as it was.
     """
-    wanted_dtypes = ", ".join(map(dtype_name, SLOT_DTYPES))
-    require(dtype in (None, *SLOT_DTYPES), "export: dtype", dtype, f"one of {wanted_dtypes}")
+    require_slot_dtype(dtype, "export: dtype")
     if isinstance(source, Averager):
         tracked = [item for item in source.tracked if item.persistent]
         held = {item.name: item.held() for item in tracked}

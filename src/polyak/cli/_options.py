@@ -145,8 +145,7 @@ def given(options: Mapping[str, object]) -> str:
 
 def dtype_of(text: str, option: str = "--dtype") -> torch.dtype:
     """The dtype with a name."""
-    from polyak._dtypes import dtype_name
-    from polyak.averager import SLOT_DTYPES
+    from polyak._dtypes import SLOT_DTYPES, dtype_name
 
     known = {dtype_name(dtype): dtype for dtype in SLOT_DTYPES}
     name = _DTYPES.get(text, text)
