@@ -247,8 +247,8 @@ class Subject:
             for name, average in averager._averages.items()
         }
         updating = averager._updating
-        clock = *updating._since, updating.skipped
-        return averages, clock, list(map(bits, updating.copies))
+        clock = *updating.clock.since, updating.guard.skipped
+        return averages, clock, list(map(bits, updating.copies.tensors))
 
     def read(self, name: str, live: Vector) -> Vector:
         """The average by its slots; terms that are all equal give themselves, infinities included."""
@@ -324,7 +324,7 @@ class Subject:
         """The law of copied tensors: those of the last update, in the dtype of the first copy."""
         if held is None:
             order = [item.name for item in self.averager._live.copied]
-            held = dict(zip(order, self.averager._updating.copies, strict=False))
+            held = dict(zip(order, self.averager._updating.copies.tensors, strict=False))
         for name, copy in zip(self.copied, self.history.copies, strict=False):
             if bits(held[name]) != bits(copy.to(held[name].dtype)):
                 seen = f"averager {self.number}: {name} is not that of the last update"
@@ -333,7 +333,7 @@ class Subject:
     def check_clock(self) -> None:
         """The law of the clock: updates, and calls and time since the last."""
         tick, updating = self.averager.clock, self.averager._updating
-        calls, elapsed = updating._since
+        calls, elapsed = updating.clock.since
         seen = tick.n, round(tick.t, 6), calls, round(elapsed, 6)
         h = self.history
         wanted = len(h.times), round(sum(h.times), 6), h.calls, round(h.elapsed, 6)

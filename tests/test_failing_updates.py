@@ -580,7 +580,7 @@ FAULTS: dict[str, tuple[str, Any, Callable[[pytest.MonkeyPatch], None]]] = {
         lambda m: test_an_update_that_a_signal_stops_was_made_or_not("compensated", 5, m),
     ),
     "an update that goes no further": (
-        "polyak._engine.moving.Motion.finish",
+        "polyak._engine.updating.Motion.finish",
         lambda *_: None,
         lambda m: test_an_update_that_a_signal_stops_was_made_or_not("two", 5, m),
     ),

@@ -14,7 +14,7 @@ from torch import nn
 
 from models import Everything, assert_same, snapshot, wander
 from polyak import Averager, Exponential, Tail, Uniform, Window
-from polyak._engine.updating import Nonfinite
+from polyak._engine.guard import Nonfinite
 
 BAD = (0, 3, 4, 9)
 RULES = {"ema": Exponential(0.5), "window": Window(3), "tail": Tail(Uniform(), 4)}
@@ -23,7 +23,7 @@ RULES = {"ema": Exponential(0.5), "window": Window(3), "tail": Tail(Uniform(), 4
 @pytest.fixture(params=[False, True], ids=["known", "deferred"])
 def deferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
-        monkeypatch.setattr("polyak._engine.updating._deferred", lambda _: True)
+        monkeypatch.setattr("polyak._engine.guard._deferred", lambda _: True)
     return bool(request.param)
 
 

@@ -160,7 +160,7 @@ def test_a_replaced_mask_of_another_dtype_is_kept() -> None:
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_guarded_updates_keep_constants(deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyak._engine.updating._deferred", lambda _: deferred)
+    monkeypatch.setattr("polyak._engine.guard._deferred", lambda _: deferred)
     weights = {"w": torch.tensor([1e300, 1.0], dtype=torch.float64), "x": torch.zeros(1)}
     averager = Averager(weights, Exponential(0.5), dtype=torch.float32, nonfinite="skip")
     for step in range(8):

@@ -238,7 +238,7 @@ def test_a_masked_update_travels_with_its_verdict(
 ) -> None:
     courier = Courier(Device("compute"))
     monkeypatch.setattr("polyak._engine.updating.courier_for", lambda *_: courier)
-    monkeypatch.setattr("polyak._engine.updating._deferred", lambda _: True)
+    monkeypatch.setattr("polyak._engine.guard._deferred", lambda _: True)
     weights = {"w": torch.ones(2), "n": torch.tensor(1)}
     averager = Averager(weights, Exponential(0.5), device="cpu", nonfinite="skip")
     averager.update()

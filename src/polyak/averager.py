@@ -23,6 +23,7 @@ from polyak._checks import require_positive
 from polyak._engine import changes, lending
 from polyak._engine.attachment import Attachment
 from polyak._engine.averages import Options
+from polyak._engine.guard import Nonfinite
 from polyak._engine.into_modules import IntoModules
 from polyak._engine.policies import TRAINABLE, Buffers, Choose, Select
 from polyak._engine.pulling import Pull
@@ -31,7 +32,6 @@ from polyak._engine.rounding import Rounding
 from polyak._engine.summary import Summary, summarise
 from polyak._engine.swap import Applied
 from polyak._engine.tracking import Source
-from polyak._engine.updating import Nonfinite
 from polyak.rules import Rule
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Averager(IntoModules, Resumable):
                 self._lender.refuse("update")
             if elapsed is not None:
                 elapsed = float(require_positive("elapsed", elapsed))
-                self._updating.require_time_for(elapsed)
+                self._updating.clock.require_time_for(elapsed)
             self._call(1.0 if elapsed is None else elapsed)
 
     def attach(self, optimizer: Any, scaler: Any = None) -> Attachment:
@@ -218,7 +218,7 @@ class Averager(IntoModules, Resumable):
         return summarise(
             self._averages,
             self._live,
-            self._updating.copies,
+            self._updating.copies.tensors,
             elapsed=float(self._updating.every),
         )
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from polyak._checks import difference, report, require, require_count
 from polyak._engine.live import ModelTensors
-from polyak._engine.moving import Motion, Move, undisturbed
+from polyak._engine.moving import Move
 from polyak._engine.policies import Choose
 from polyak._engine.second import ChooseByName, WideSlots, second
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Policy, averageable, track
+from polyak._engine.updating import Motion, undisturbed
 from polyak._tensors import Groups
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from polyak._dtypes import require_slot_dtype
 from polyak._engine import lending
 from polyak._engine.attachment import Attachment
+from polyak._engine.guard import Nonfinite
 from polyak._engine.live import ModelTensors
 from polyak._engine.policies import Choose
 from polyak._engine.pulling import Pull, pull_, require_pull
@@ -25,7 +26,7 @@ from polyak._engine.slots import Average
 from polyak._engine.swap import Lender
 from polyak._engine.tracking import Source, Tracked
 from polyak._engine.twins import Twins
-from polyak._engine.updating import Nonfinite, Updating
+from polyak._engine.updating import Updating
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import Agreement, digest, together
 from polyak._ranks.replicas import require_same
@@ -146,7 +147,7 @@ class Averages:
     def skipped(self) -> int:
         """The number of updates left out because weights were not finite (`nonfinite="skip"`)."""
         self._updating.settle()
-        return self._updating.skipped
+        return self._updating.guard.skipped
 
     @property
     def sharded(self) -> bool:
@@ -171,7 +172,7 @@ class Averages:
         """
         average = self._get(name)
         self._ready("average", average)
-        return AverageWeights(self._live, average, self._updating.copies)
+        return AverageWeights(self._live, average, self._updating.copies.tensors)
 
     def _together(self, call: str) -> AbstractContextManager[Agreement]:
         """With `shard`: a block that fails on all ranks if it fails on one."""

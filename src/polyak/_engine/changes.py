@@ -109,7 +109,7 @@ def alike(
         for slot, held in state["averages"][name]["slots"].items():
             if made := empty(live.averaged, held):
                 average.adopt(slot, made)
-    updating.copies = empty(live.copied, state["copies"])
+    updating.copies.tensors = empty(live.copied, state["copies"])
 
 
 def _in_slot_dtype(
@@ -159,8 +159,8 @@ def moved(
         if average.shared():
             refuse_unlike("to", live, next(iter(slots.values())))
         changes.append((average, {"slots": slots, "_grouped": {}, **wanted, **where}))
-    copies = [tensor.to(device or tensor.device) for tensor in updating.copies]
-    changes.append((updating, {"copies": copies, "_generation": -1, **where}))
+    changes.append((updating.copies, updating.copies.moved(device)))
+    changes.append((updating, {"_generation": -1, **where}))
     return changes
 
 

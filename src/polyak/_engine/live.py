@@ -13,7 +13,7 @@ from polyak._checks import difference, listed, report
 from polyak._dtypes import Kind, kind
 from polyak._engine import lending
 from polyak._engine.inventory import Inventory
-from polyak._engine.tracking import Choice, Found, Source, Tracked, by_name, track
+from polyak._engine.tracking import Choice, Entry, Found, Source, Tracked, by_name, track
 from polyak._engine.watch import FORM, Watch
 from polyak._parts import Stages
 from polyak._ranks.sharding import Shape, is_distributed, reshard
@@ -44,6 +44,8 @@ class ModelTensors:
     streams: list[str]
     stages: Stages
     _groups: Groups
+    _copied_entries: list[Entry]
+    _copied_here: list[Tensor]
     _copied_forms: list[tuple[object, ...]]
     _watch: Watch
     _inventory: Inventory
@@ -146,8 +148,10 @@ class ModelTensors:
 
         Raises `RuntimeError` if one is gone, has another shape, or became complex.
         """
-        found = [item.own() for item in self.copied]
-        if [None if tensor is None else FORM(tensor) for tensor in found] != self._copied_forms:
+        found = list(map(Entry.now, self._copied_entries))
+        if not all(map(operator.is_, found, self._copied_here)):  # replaced, or spread over ranks
+            found = [tensor for tensor in map(Tracked.own, self.copied) if tensor is not None]
+        if list(map(FORM, found)) != self._copied_forms:
             self.check("update")
             found = [item.local() for item in self.copied]
         return cast("list[Tensor]", found)
@@ -218,6 +222,7 @@ class ModelTensors:
             indices.setdefault((kind(tensor), item.stream()), []).append(i)
         groups = [[here[i] for i in each] for each in indices.values()]
         copied = [item for item in tracked if item.policy == "copy"]
+        copied_here = [item.local() for item in copied]
         stored = [item for item in tracked if item.stored]
         new = {
             "tracked": tracked,
@@ -229,7 +234,9 @@ class ModelTensors:
             "stages": Stages(),
             "generation": self.generation + 1,
             "_groups": groups,
-            "_copied_forms": [FORM(item.local()) for item in copied],
+            "_copied_entries": [item.entries[0] for item in copied],
+            "_copied_here": copied_here,
+            "_copied_forms": list(map(FORM, copied_here)),
             "_watch": Watch(self.model, stored, found.modules, groups),
             "_inventory": Inventory(found.modules),
         }

@@ -57,8 +57,11 @@ class Resumable(Averages):
         ]
         updating = self._updating.taken(new.calls, new.elapsed, new.skipped, new.copies)
         own: dict[str, object] = {"run": new.run, "mixed": new.mixed}
-        before = [average.slots for average in self._averages.values()], self._updating.copies
-        set_together([*taken, (self._updating, updating), (self, own)])
+        before = (
+            [average.slots for average in self._averages.values()],
+            self._updating.copies.tensors,
+        )
+        set_together([*taken, *updating, (self, own)])
         self._keep_memory(*before)
 
     @lending.in_turn
@@ -165,6 +168,7 @@ class Resumable(Averages):
     ) -> None:
         """Brings what was loaded into the memory that slots and copies had, which others may use."""
         averages = zip(self._averages.values(), slots, strict=True)
-        kept: dict[str, object] = {"copies": tensors.kept(copies, self._updating.copies)}
-        set_together([*((a, a.kept(before)) for a, before in averages), (self._updating, kept)])
+        copied = self._updating.copies
+        kept: dict[str, object] = {"tensors": tensors.kept(copies, copied.tensors)}
+        set_together([*((a, a.kept(before)) for a, before in averages), (copied, kept)])
         self._twins.settle()

@@ -195,7 +195,7 @@ class Lender:
         items = [*(self._model.averaged[i] for i in known.rest), *self._model.copied]
         alike: dict[Kind, tuple[list[Tracked], list[Tensor]]] = {}
         gathered = []
-        for item, content in zip(items, [*contents, *self._updating.copies], strict=True):
+        for item, content in zip(items, [*contents, *self._updating.copies.tensors], strict=True):
             live = item.own()
             assert live is not None
             aside = torch.empty_like(live, requires_grad=False)

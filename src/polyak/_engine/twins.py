@@ -91,7 +91,7 @@ class _Shared:
 
     def sources(self, average: Average) -> tuple[object, ...]:
         """What is equal as long as all shared tensors are the same objects in the same memory."""
-        held = id(average.slots), id(self._updating.copies), self._live.generation
+        held = id(average.slots), id(self._updating.copies.tensors), self._live.generation
         return *held, *(id(item.own()) for item in self._live.tracked if _is_shared(item))
 
     def slots(self, average: Average) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class _Shared:
 
     def contents(self, average: Average) -> dict[str, Tensor]:
         """name -> the slot, the copy, or the model's own tensor of what an averager does not hold."""
-        copied = zip(self._live.copied, self._updating.copies, strict=True)
+        copied = zip(self._live.copied, self._updating.copies.tensors, strict=True)
         shared = {i.name: i.local().detach() for i in self._live.tracked if _is_shared(i)}
         return shared | {item.name: copy for item, copy in copied} | self.slots(average)
 
