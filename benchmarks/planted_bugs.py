@@ -90,9 +90,9 @@ BUGS: tuple[Bug, ...] = (
 
 FAULTS: tuple[Bug, ...] = (
     bug("1. tensors of one storage are two tensors", "_engine/memory.py", "    if start is None:\n        return id(part)", "    if True:\n        return id(part)", "shared_memory"),
-    bug("1. overlaps are not looked for", "_engine/tracking.py", "    if (pair := overlap(stored)) is not None:", "    if False:", "shared_memory"),
-    bug("1. expanded parameters are taken", "_engine/tracking.py", "        if overlaps_itself(local(tensor)):", "        if False:", "shared_memory"),
-    bug("1. conjugate and negative views are taken", "_engine/tracking.py", "    if tensor.is_conj() or tensor.is_neg():", "    if False:", "shared_memory"),
+    bug("1. overlaps are not looked for", "_engine/refusals.py", "    if (pair := overlap(stored)) is not None:", "    if False:", "shared_memory"),
+    bug("1. expanded parameters are taken", "_engine/refusals.py", "        if overlaps_itself(local(tensor)):", "        if False:", "shared_memory"),
+    bug("1. conjugate and negative views are taken", "_engine/refusals.py", "    if tensor.is_conj() or tensor.is_neg():", "    if False:", "shared_memory"),
     bug("2. blocks above are not taken back first", "_engine/lending.py", "for each in reversed(_involved(loan, wanted)):", "for each in [loan]:", *BLOCKS),
     bug("3. writes in a block are not looked for", "_engine/lent.py", "if now is not None or seen != [self._version] * len(seen):", "if now is not None:", *BLOCKS),
     bug("3. optimizers step in a block", "_engine/lending.py", "        _hooks.append(register_optimizer_step_pre_hook(_refuse_step))", "        pass", *BLOCKS),

@@ -187,7 +187,7 @@ def test_the_law_fails_where_ties_are_told_by_object(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("polyak._engine.tracking.identity", id)
     with pytest.raises(ValueError, match="v and w share memory"):
         Averager(model, Uniform())
-    monkeypatch.setattr("polyak._engine.tracking.overlap", lambda _: None)
+    monkeypatch.setattr("polyak._engine.refusals.overlap", lambda _: None)
     with pytest.raises(AssertionError):
         assert_the_average_comes_and_goes(model)
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from polyak._dtypes import refuse_wrapper
-from polyak._engine.memory import identity, is_freed, overlap, overlaps_itself
+from polyak._engine.memory import identity
+from polyak._engine.refusals import refuse_sign_view, refuse_strange, require_apart
 from polyak._ranks.sharding import (
     Shape,
     is_distributed,
@@ -66,9 +65,7 @@ class Entry(NamedTuple):
 
     def found(self) -> Tensor:
         """The tensor that has this name now."""
-        owner: Any = self.owner
-        tensor: Tensor = (owner if self.table is None else getattr(owner, self.table))[self.leaf]
-        return tensor
+        return self.holder()[self.leaf]  # type: ignore[return-value]
 
 
 class Tracked(NamedTuple):
@@ -183,26 +180,9 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
     stored = [(i.name, t) for i, t in zip(tracked, tensors, strict=True) if i.stored]
     for name, tensor in stored:
         refuse_wrapper(name, local(tensor))
-        _refuse_lazy_view(name, local(tensor))
-    _require_apart(stored)
+        refuse_sign_view(name, local(tensor))
+    require_apart(stored)
     return Found(tracked, modules)
-
-
-def _require_apart(stored: Sequence[tuple[str, Tensor]]) -> None:
-    """Raises `ValueError` for tensors that share memory, or with elements that do."""
-    for name, tensor in stored:
-        if overlaps_itself(local(tensor)):
-            raise ValueError(
-                f"{name} has elements that share memory (strides {tensor.stride()} for shape "
-                f"{tuple(tensor.shape)}, as expand makes them), and cannot be written element by "
-                "element: give the model a .clone() of it, or leave it out with `select`"
-            )
-    if (pair := overlap(stored)) is not None:
-        raise ValueError(
-            f"{pair[0]} and {pair[1]} share memory without being the same tensor: averaged apart, "
-            "each would overwrite the other. Give one of them memory of its own (.clone()), or "
-            "leave one out with `select`"
-        )
 
 
 def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:
@@ -267,7 +247,7 @@ def _merge_ties(found: Sequence[tuple[Entry, Tensor]]) -> list[Tracked]:
         if entry.name in seen:
             raise ValueError(f"two tensors are named {entry.name!r} once wrappers are left out")
         seen.add(entry.name)
-        _refuse_strange(entry.name, tensor)
+        refuse_strange(entry.name, tensor)
         tied.setdefault(identity(tensor), []).append(entry)
     return [Tracked(tuple(sorted(entries, key=_rank))) for entries in tied.values()]
 
@@ -275,48 +255,6 @@ def _merge_ties(found: Sequence[tuple[Entry, Tensor]]) -> list[Tracked]:
 def _rank(entry: Entry) -> tuple[bool, bool]:
     """Parameters before buffers, and those that the model saves before the others."""
     return entry.table == "_buffers", not entry.persistent
-
-
-def _refuse_strange(name: str, found: Tensor) -> None:
-    tensor = local(found)
-    if is_lazy(tensor):
-        raise ValueError(
-            f"{name} is not materialised yet (a lazy module): run one forward pass, then make the "
-            "average"
-        )
-    if tensor.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device and has no content: materialise the model "
-            "(to_empty, load its weights), then make the average"
-        )
-    if tensor.numel() == 0 and hasattr(found, "ds_id"):
-        raise ValueError(
-            f"{name} is partitioned by DeepSpeed ZeRO-3 and is empty between its uses: wanted "
-            "weights that are there (ZeRO 1 or 2), or sharded by fully_shard (FSDP2)"
-        )
-    if tensor.is_inference():
-        raise ValueError(
-            f"{name} was made under torch.inference_mode() and cannot be written to outside: build "
-            "the model outside it, or under torch.no_grad()"
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} has layout {tensor.layout}, wanted torch.strided")
-    if is_freed(tensor):
-        raise ValueError(
-            f"{name} has no memory: its storage was freed (resize_(0)); make the average, and update "
-            "it, while the weights are there"
-        )
-
-
-def _refuse_lazy_view(name: str, tensor: Tensor) -> None:
-    """Raises `ValueError` for a tensor that torch reads with the opposite sign of what is stored."""
-    if tensor.is_conj() or tensor.is_neg():
-        view, call = ("conjugate", "conj") if tensor.is_conj() else ("negative", "neg")
-        raise ValueError(
-            f"{name} is a {view} view, of which torch stores the opposite sign, and cannot exchange "
-            f"contents with an average: give the model a .resolve_{call}() of it, or leave it out "
-            "with `select`"
-        )
 
 
 def _divided(item: Tracked, tensor: Tensor, policy: Policy, mesh: DeviceMesh | None) -> bool:
