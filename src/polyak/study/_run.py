@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from joblib import Parallel, delayed, effective_n_jobs
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib import effective_n_jobs
 
 from polyak._checks import is_integer, require
 from polyak.study._conditions import Conditions
 from polyak.study._loop import SOURCES, Run, train
+from polyak.study._processes import Killed, computed, computing_on
 from polyak.study._records import opened
 from polyak.study._rehearsal import rehearse
 from polyak.study._result import Record, Result
@@ -41,6 +41,7 @@ def run(
     seeds: int | None = None,
     jobs: int = -1,
     vary: Collection[str] = SOURCES,
+    backend: str = "loky",
     progress: Progress = lambda *_: None,
 ) -> Result:
     """Run what is missing of a study, and return all of its records.
@@ -51,6 +52,8 @@ def run(
         seeds: the seeds 0 to seeds - 1; default `study.seeds`.
         jobs: processes as joblib counts them, each on one thread; -1 is one per core, 1 is this one.
         vary: the sources of variance that differ between seeds: "init", "order", "dropout", "split".
+        backend: "loky", this machine's processes, or "ray": the cluster of RAY_ADDRESS, whose machines
+            have polyak installed, or else a Ray of this machine.
         progress: called with (runs done, runs wanted, whether one was just run), at the start too.
 
     Records on the disk are never lost: each is synced before the next counts as done. Ctrl-C, a full
@@ -70,7 +73,8 @@ def run(
     rehearse(study)
     folder = Path(f"study-{study.name}" if out is None else out)
     sources = tuple(source for source in SOURCES if source in vary)
-    return _run(study, folder, units(study, seeds), jobs, sources, progress)
+    with computing_on(backend) as killed:
+        return _run(study, folder, units(study, seeds), jobs, sources, killed, progress)
 
 
 def units(study: Study, seeds: int) -> list[Run]:
@@ -115,6 +119,7 @@ def _run(
     wanted: list[Run],
     jobs: int,
     vary: tuple[str, ...],
+    killed: Killed,
     progress: Progress,
 ) -> Result:
     if study.stacked:
@@ -126,7 +131,7 @@ def _run(
         done = sum(each in results.by_run for each in wanted)
         progress(done, len(wanted), False)
         groups = missing_groups(study, wanted, results.by_run)
-        for each, outcome in outcomes(study, groups, vary, jobs):
+        for each, outcome in outcomes(study, groups, vary, jobs, killed):
             if each in results.by_run:
                 continue
             if "failed" in outcome:
@@ -154,41 +159,33 @@ def missing_groups(study: Study, wanted: Sequence[Run], done: Container[Run]) ->
 
 
 def outcomes(
-    study: Study, groups: Sequence[Group], vary: tuple[str, ...], jobs: int
+    study: Study, groups: Sequence[Group], vary: tuple[str, ...], jobs: int, killed: Killed
 ) -> Iterator[tuple[Run, Record]]:
     """(run, its measurements or {"failed": why}) in the order in which they finish."""
     workers = min(effective_n_jobs(jobs), max(len(groups), 1))
     waiting = [*groups]
     while waiting:
         try:
-            for group, records in _parallel(study, waiting, vary, workers):
+            calls = [(attempt, study, group, vary) for group in waiting]
+            for group, records in computed(calls, workers):
                 waiting.remove(group)
                 yield from zip(group, records, strict=True)
-        except TerminatedWorkerError:
+        except killed:
             # Those that were running are the first of the waiting ones. Nobody knows which killed it.
             suspects = waiting[: 2 * workers]
             del waiting[: 2 * workers]
             for group in suspects:
-                yield from zip(group, _alone(study, group, vary), strict=True)
+                yield from zip(group, _alone(study, group, vary, killed), strict=True)
 
 
-def _parallel(
-    study: Study, groups: Sequence[Group], vary: tuple[str, ...], workers: int
-) -> Iterator[tuple[Group, list[Record]]]:
-    tasks = (delayed(attempt)(study, group, vary) for group in list(groups))
-    parallel = Parallel(
-        n_jobs=workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
-    )
-    return iter(parallel(tasks))
-
-
-def _alone(study: Study, group: Group, vary: tuple[str, ...]) -> list[Record]:
+def _alone(study: Study, group: Group, vary: tuple[str, ...], killed: Killed) -> list[Record]:
     """The outcomes of a group in a process in which nothing else runs."""
     try:
-        ((_, records),) = _parallel(study, [group], vary, workers=2)
-    except TerminatedWorkerError:
+        ((_, found),) = computed([(attempt, study, group, vary)], workers=2)
+    except killed:
         why = "its process was killed, twice: is there too little memory?"
         return [{"failed": why} for _ in group]
+    records: list[Record] = found
     return records
 
 
