@@ -27,6 +27,7 @@ from polyak.study import (
     cosine,
     gain,
 )
+from polyak.study._record_format import fingerprint
 
 STEPS = 40
 EVALUATED = [10, 20, 30, 40]
@@ -102,7 +103,7 @@ def _record(made: Study, seed: int, schedule: str, rate: float, value: Truth) ->
     test = {a: value(a, seed, schedule, rate, "test") for a in names}
     return {
         "study": made.name, "seed": seed, "schedule": schedule, "learning_rate": rate,
-        "fingerprint": "0123456789ab", "conditions": _conditions(made, schedule),
+        "fingerprint": fingerprint(_conditions(made, schedule)), "conditions": _conditions(made, schedule),
         "steps": EVALUATED, "train_loss": [1.0] * 4, "rates": [rate] * 4, "stopped_early": False,
         "curves": {a: _metrics(made, validation[a], (3.0, 2.0, 1.5, 1.0)) for a in names},
         "test": {a: {"last": _at(made, test[a]), "selected": {"step": 40, **_at(made, test[a])}} for a in names},

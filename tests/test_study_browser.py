@@ -36,7 +36,8 @@ def study(place: Path) -> Path:
 
 
 def compared(place: Path) -> Path:
-    return compare(folder(place / "a", result()), folder(place / "b", result(12)), place / "out")
+    folders = (folder(place / f"{seeds}", result(seeds)) for seeds in (9, 12, 3))
+    return compare(*folders, out=place / "out")
 
 
 PAGES = {"article": article, "study": study, "compared": compared}

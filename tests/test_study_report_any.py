@@ -19,9 +19,9 @@ from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
 from polyak.study._report import _caveats, write
+from polyak.study._speed import times_to_target
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
-from polyak.study._study_figures import times_to_target
 from study_results import CLAIMS, Truth, loss, result, truth
 
 

@@ -12,9 +12,14 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from polyak.cli import app
+from polyak.rules import Uniform
 from polyak.study import Metric
 from polyak.study import _independent as independent
-from polyak.study._compare import compare, write
+from polyak.study._compare import Comparison
+from polyak.study._compare import compare as compare_all
+from polyak.study._compare_page import table, write
+from polyak.study._effects import Effects
+from polyak.study._speed import over_studies, scores_over_studies, times_to_target
 from polyak.study._statistics import Interval, proportion
 from study_results import folder, loss, result, truth
 
@@ -22,6 +27,11 @@ from study_results import folder, loss, result, truth
 def better(arm: str, seed: int, *rest: Any) -> float:
     """A second study whose seed n is the first's seed n + 3, 20 % better, and `long` 10 % worse."""
     return truth(arm, seed + 3, *rest) * (1.1 if arm == "long" else 0.8)
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    (found,) = compare_all([first, second]).comparisons
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def test_pairs_are_plain_computations(folders: tuple[Path, Path]) -> None:
         first = [truth(arm, n, schedule, 0.1, "test") for n in found.seeds]
         second = [better(arm, n - 3, schedule, 0.1, "test") for n in found.seeds]
         assert pairing.first.estimate == pytest.approx(np.mean(first))
-        assert pairing.second.estimate == pytest.approx(np.mean(second))
+        assert pairing.other.estimate == pytest.approx(np.mean(second))
         ratio = stats.gmean(np.array(second) / first)
         assert (
             pairing.gain.estimate
@@ -84,8 +94,9 @@ def test_without_a_common_seed_runs_are_independent(tmp_path: Path) -> None:
         return truth(arm, seed + 50, *rest) * (1.3 if arm == "long" else 0.7)
 
     one = folder(tmp_path / "one", result(9))
-    found = compare(one, folder(tmp_path / "two", result(6, other), first=50))
-    assert found.seeds == () and "Mann and Whitney" in found.table().note
+    both = compare_all([one, folder(tmp_path / "two", result(6, other), first=50)])
+    (found,) = both.comparisons
+    assert found.seeds == () and "Mann and Whitney" in table(both, found).note
     p_values = {}
     for pairing in found.pairings:
         place = (pairing.arm, pairing.schedule)
@@ -102,8 +113,8 @@ def test_without_a_common_seed_runs_are_independent(tmp_path: Path) -> None:
         assert p_values[place] <= pairing.p <= 1
         assert (pairing.gain.estimate > 0) == (pairing.arm != "long")
     assert min(p.p for p in found.pairings) == pytest.approx(min(1, 12 * min(p_values.values())))
-    page = write(found, tmp_path / "out", "c").read_text(encoding="utf-8")
-    assert "They have no common seed" in page
+    page = write(both, tmp_path / "out", "c").read_text(encoding="utf-8")
+    assert "they have no common seed" in page
 
 
 def test_independent_runs_that_are_few_or_equal() -> None:
@@ -124,14 +135,14 @@ def broken(place: Path, text: str) -> Path:
 BAD = {
     "no folder": (lambda place: place / "x", "has no results.jsonl"),
     "no record": (lambda place: broken(place / "x", ""), "has no records"),
-    "no JSON": (lambda place: broken(place / "x", "{"), "line 1: not JSON"),
+    "no JSON": (lambda place: broken(place / "x", "{"), "line 1: wanted a record"),
     "a record of the article": (
         lambda place: broken(place / "x", json.dumps({"seed": 0, "live": {}})),
         "line 1: wanted a record of `polyak study run`",
     ),
-    "no common metric": (
-        lambda place: folder(place / "x", result(2, metrics={"other": Metric(loss)})),
-        "the metric 'loss'",
+    "nothing in common": (
+        lambda place: folder(place / "x", result(2, metrics={"other": Metric(loss)}, arms={"a": Uniform()})),
+        "do not all have an average, or the metric 'loss'",
     ),
 }  # fmt: skip
 
@@ -149,6 +160,63 @@ def test_what_cannot_be_compared_is_an_error(
     assert done.exit_code != 0 and not (tmp_path / "o").exists()
 
 
+def test_over_several_studies_each_counts_the_same(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The score by hand: the share of runs within r times the fastest one's steps, integrated over r to 4."""
+    three = [*folders, folder(tmp_path / "three", result(3, arms={"short": "exponential(0.5)"}))]
+    both = compare_all(three)
+    assert [each.number for each in both.comparisons] == [2, 3]
+    assert [len(each.pairings) for each in both.comparisons] == [12, 4]
+    studies = [Effects(each) for each in both.results]
+    wanted = {arm: [score(each, arm) for each in studies] for arm in ("live", "short")}
+    scores = {row[0]: row[1:] for row in scores_over_studies(studies).rows}
+    assert set(scores) == set(wanted)
+    for arm, shares in wanted.items():
+        printed = [float(cell.split()[0]) for cell in scores[arm]]
+        assert printed == pytest.approx([np.mean(shares), *shares], abs=0.006)
+    (figure,) = over_studies(studies)
+    last = dict(zip(figure.table.header[1:], figure.table.rows[-1][1:], strict=True))
+    reached = [
+        np.isfinite(times_to_target(e, "short", s)) for e in studies for s in e.study.schedules
+    ]
+    by_study = [np.mean(reached[2 * i : 2 * i + 2]) for i in range(3)]
+    assert float(last["short"]) == pytest.approx(np.mean(by_study), abs=5e-4)
+
+
+def score(effects: Effects, arm: str) -> float:
+    limits = np.linspace(1, 4, 3001)
+    runs = []
+    for schedule in effects.study.schedules:
+        ours = np.array(times_to_target(effects, arm, schedule))
+        all_times = [times_to_target(effects, name, schedule) for name in ("live", "short")]
+        for time, best in zip(ours, np.min(all_times, axis=0), strict=True):
+            runs.append(np.mean([time <= limit * best and time < np.inf for limit in limits]))
+    return float(np.mean(runs))
+
+
+def test_one_folder_is_too_few(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match="number of folders is 1, wanted at least 2"):
+        compare_all(folders[:1])
+
+
+def test_studies_without_a_common_average_have_no_fastest_one(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = folder(tmp_path / "other", result(3, arms={"another": "exponential(0.5)"}))
+    page = write(compare_all([folders[0], other]), tmp_path / "out", "c").read_text()
+    assert "better than study 1 in" in page and "soonest" not in page
+
+
+def test_of_other_metrics_only_the_times_to_the_target_are_compared(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = folder(tmp_path / "other", result(3, metrics={"error": Metric(loss)}))
+    page = write(compare_all([folders[0], other]), tmp_path / "out", "c").read_text()
+    assert "Study 2 does not have the loss of study 1" in page and "soonest" in page
+    assert 'id="gains_2"' not in page and "metrics: error: " in page
+
+
 @pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_the_page(
     folders: tuple[Path, Path], tmp_path: Path
@@ -158,5 +226,5 @@ def test_the_command_prints_the_table_and_writes_the_page(
     assert done.exit_code == 0, done.output
     assert "20.0 % [20.0 %, 20.0 %]" in done.output and "differs: batch_size" in done.output
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "better in 10 and worse in 2" in text and "--out" in text
-    assert write(compare(*folders), tmp_path / "again", "c").is_file()
+    assert "better than study 1 in 10 and worse in 2" in text and "--out" in text
+    assert write(compare_all(folders), tmp_path / "again", "c").is_file()

@@ -134,25 +134,28 @@ def listed() -> None:
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of a study.", metavar="FIRST")],
-    second: Annotated[Path, typer.Argument(help="Folder of another study.", metavar="SECOND")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of two studies or more.", metavar="FOLDERS...")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("study-compared"),
 ) -> None:
-    """Compare two studies arm by arm, within the seeds that both have.
+    """Compare studies with the first one arm by arm, within common seeds; then all arms over all studies.
 
     Without a common seed the runs are compared as independent ones. The studies may differ in anything, such as the model, the data or the rules: the page lists it.
     """
-    from polyak.study import _compare
+    from polyak.study import _compare, _compare_page
 
-    comparison = _compare.compare(first, second)
-    table = comparison.table()
-    print_table(table.header, table.rows, left=2)
-    if not comparison.seeds:
-        say("The studies have no common seed: their runs are compared as independent ones.")
-    for line in comparison.differences:
-        say(f"differs: {line}")
-    command = shlex.join(["polyak", "study", "compare", str(first), str(second), "--out", str(out)])
-    say(f"Report: {_compare.write(comparison, out, command)}")
+    compared = _compare.compare(folders)
+    for each in compared.comparisons:
+        if each.pairings:
+            table = _compare_page.table(compared, each)
+            print_table(table.header, table.rows, left=2)
+        if not each.seeds:
+            say("The studies have no common seed: their runs are compared as independent ones.")
+        for line in each.differences:
+            say(f"study {each.number} differs: {line}")
+    command = shlex.join(["polyak", "study", "compare", *map(str, folders), "--out", str(out)])
+    say(f"Report: {_compare_page.write(compared, out, command)}")
 
 
 def reproduce(

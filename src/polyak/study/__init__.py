@@ -76,16 +76,17 @@ def report(result: Result, out: Path | str, command: str = "polyak.study.report"
     return write(result, Path(out), command).page
 
 
-def compare(first: Path | str, second: Path | str, out: Path | str) -> Path:
-    """Compare the results of two folders within the seeds that both have, and return the path of the page.
+def compare(*folders: Path | str, out: Path | str) -> Path:
+    """Compare the results of two folders or more, each with the first one's, and return the path of the page.
 
-    The folder `out` gets report.html, the table as Markdown and the charts. The main metric of the first
-    study counts; each arm has the learning rate that is best for it in its study.
+    Two studies are compared within the seeds that both have. The folder `out` gets report.html, the tables as
+    Markdown and the charts. The main metric of the first study counts; each arm has the learning rate that is
+    best for it in its study. Performance profiles put the arms that all studies have side by side.
 
-    Raises `FileNotFoundError` for a folder without results.jsonl; `ValueError` for a line that is not a
-    record of a study, and for studies that have no seed, metric, or arm under a schedule in common.
+    Raises `FileNotFoundError` for a folder without results.jsonl; `ValueError` for fewer than two folders, a
+    line that is not a record of a study, and for studies that have nothing in common.
     """
-    from polyak.study import _compare
+    from polyak.study import _compare, _compare_page
 
-    command = f"polyak.study.compare({str(first)!r}, {str(second)!r})"
-    return _compare.write(_compare.compare(Path(first), Path(second)), Path(out), command)
+    command = f"polyak.study.compare({', '.join(repr(str(folder)) for folder in folders)}, out={str(out)!r})"
+    return _compare_page.write(_compare.compare([*map(Path, folders)]), Path(out), command)

@@ -148,7 +148,7 @@ def time_to_target(
 
 
 def performance_profile(
-    times: Mapping[str, Sequence[float]], limits: Sequence[float]
+    times: Mapping[str, Sequence[float] | Array], limits: Sequence[float]
 ) -> dict[str, Array]:
     """For each arm and limit: the share of problems on which its time is within `limit` x the best arm's.
 

@@ -11,6 +11,7 @@ from polyak.rules import LIVE
 from polyak.study import _judging as judging
 from polyak.study import _methods as methods
 from polyak.study import _page as pages
+from polyak.study import _speed as speed
 from polyak.study import _study_curves as drawn
 from polyak.study import _study_figures as figures
 from polyak.study import _study_tables as tables
@@ -68,7 +69,7 @@ def _page(result: Result, judged: list[judging.Judgement], command: str) -> Page
         "schedules": ("Schedules", _figures(figures.by_schedule(effects))),
         "geometry": ("Distance to the live weights", _figures(drawn.geometry(effects, first))),
         "after": ("After the stop", _figures(after_stop(effects))),
-        "speed": ("Time to the target", _figures(figures.speed(effects))),
+        "speed": ("Time to the target", _figures(speed.figures(effects))),
         "published": ("Published figures", tuple(map(Grid, tables.published(result)))),
         "metrics": ("All metrics", tuple(Grid(tables.metrics(effects, s)) for s in study.schedules) if len(study.metrics) > 1 else ()),
         "costs": ("Rules, ages and costs", (Grid(tables.costs(effects)),)),

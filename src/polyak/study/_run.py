@@ -20,6 +20,7 @@ from polyak._checks import is_integer, require
 from polyak.study._conditions import Conditions
 from polyak.study._loop import SOURCES, Run, train
 from polyak.study._processes import Killed, computed, computing_on
+from polyak.study._recorded import RESULTS, existing, first_conditions
 from polyak.study._records import opened
 from polyak.study._rehearsal import rehearse
 from polyak.study._result import Record, Result
@@ -31,7 +32,7 @@ Group = tuple[Run, ...]
 Progress = Callable[[int, int, bool], None]
 """Called with (runs done, runs wanted, whether one was just run) at the start and after each run."""
 
-RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
+FAILURES = "failures.jsonl"
 
 
 def run(
@@ -93,24 +94,11 @@ def read(study: Study, out: Path | str) -> Result:
     Raises `FileNotFoundError` for a folder without results, and what `run` raises for bad lines.
     """
     folder = Path(out)
-    if not (folder / RESULTS).is_file():
-        raise FileNotFoundError(f"{folder} has no {RESULTS}; run the study first")
-    how = _how(folder)
-    conditions = Conditions(replace(study, stacked=how["stacked"]), tuple(how["vary"]))
-    with opened(folder / RESULTS, conditions.format()) as results:
+    how = first_conditions(folder)
+    stacked, vary = int(how.get("stacked", 0)), tuple(how.get("vary", SOURCES))
+    conditions = Conditions(replace(study, stacked=stacked), vary)
+    with opened(existing(folder), conditions.format()) as results:
         return Result(study, list(results.by_run.values()), _failures(folder))
-
-
-def _how(folder: Path) -> Record:
-    """How the runs of a folder were made, from its first line; the check of all lines comes later."""
-    how: Record = {"stacked": 0, "vary": list(SOURCES)}
-    with (
-        (folder / RESULTS).open(encoding="utf-8") as file,
-        suppress(ValueError, TypeError, KeyError),
-    ):
-        stored = json.loads(file.readline())["conditions"]
-        how |= {"stacked": int(stored["stacked"]), "vary": list(stored["vary"])}
-    return how
 
 
 def _run(

@@ -69,11 +69,26 @@ def bootstrap(
         return Interval(math.nan, math.nan, math.nan, 0)
     compute = _STATISTICS[statistic]
     resampled = compute(array[_resamples(len(array))], axis=1)
+    return _percentiles(float(compute(array, axis=0)), resampled, len(array))
+
+
+def stratified(groups: Sequence[Sequence[float]]) -> Interval:
+    """The mean of the groups' means with its percentile bootstrap interval; each group is resampled by itself."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    resampled = np.zeros(RESAMPLES)
+    for array in map(np.asarray, groups):
+        drawn = generator.integers(0, len(array), size=(RESAMPLES, len(array)))
+        resampled += array[drawn].mean(axis=1) / len(groups)
+    estimate = float(np.mean([np.mean(group) for group in groups]))
+    return _percentiles(estimate, resampled, sum(map(len, groups)))
+
+
+def _percentiles(estimate: float, resampled: NDArray[np.float64], seeds: int) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     # Between a number and infinity there is nothing to interpolate.
     method: Any = "linear" if np.isfinite(resampled).all() else "inverted_cdf"
     low, high = np.quantile(resampled, (tail, 1 - tail), method=method)
-    return Interval(float(compute(array, axis=0)), float(low), float(high), len(array))
+    return Interval(estimate, float(low), float(high), seeds)
 
 
 def share(wins: Sequence[bool]) -> Interval:

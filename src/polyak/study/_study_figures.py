@@ -1,24 +1,17 @@
-"""Figures of any study: effects, half-lives, schedules, and time to a target."""
+"""Figures of any study: effects, half-lives and schedules."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-
-import numpy as np
 
 from polyak.rules import LIVE
 from polyak.study import _figures as charts
-from polyak.study._comparisons import performance_profile, profile_score, time_to_target
-from polyak.study._curves import lines
 from polyak.study._effects import Effects, half_lives
 from polyak.study._page import Figure
 from polyak.study._result import Result
-from polyak.study._statistics import Interval, known
+from polyak.study._statistics import Interval
 from polyak.study._study import Arm
 from polyak.study._text import Table, between, file_name, significant
-
-LIMITS = tuple(float(v) for v in np.linspace(1, 4, 31))
 
 
 def forests(effects: Effects) -> tuple[Figure, ...]:
@@ -52,67 +45,6 @@ def by_schedule(effects: Effects) -> tuple[Figure, ...]:
     )
     caption = "Gain of the arm that validation chose under each schedule, with its 95 % interval. Right of 0 it is better."
     return (Figure("by_schedule", chart, caption, words, table),)
-
-
-def speed(effects: Effects) -> tuple[Figure, ...]:
-    """Performance profiles of the time to the live weights' last validation value, over seeds and schedules."""
-    times = _times(effects)
-    if not any(math.isfinite(t) for each in times.values() for t in each):
-        return ()
-    shares = performance_profile(times, LIMITS)
-    ranked = sorted(times, key=lambda arm: -float(shares[arm].mean()))
-    shown = [LIVE, *[arm for arm in ranked if arm != LIVE][: charts.MOST_SERIES - 1]]
-    rows: charts.Rows = [
-        {"x": round(limit, 1), "curve": arm, "middle": float(value)}
-        for arm in shown
-        for limit, value in zip(LIMITS, shares[arm], strict=True)
-    ]
-    caption = (
-        "Share of the runs (a seed under a schedule) in which an arm reaches the target within so many times the fastest "
-        "arm's steps. The target is the live weights' median validation value at the last step."
-    )
-    figure = lines(
-        "speed",
-        rows,
-        "share of runs that reach the target",
-        caption,
-        "times the fastest arm's steps",
-    )
-    return (figure,)
-
-
-def scores(effects: Effects) -> dict[str, float]:
-    """arm -> the area under its performance profile up to 4 times the fastest arm's steps."""
-    times = _times(effects)
-    best = np.min(list(times.values()), axis=0)
-    return {
-        arm: profile_score([t / b if math.isfinite(t) else math.inf for t, b in zip(own, best, strict=True)])
-        for arm, own in times.items()
-    }  # fmt: skip
-
-
-def _times(effects: Effects) -> dict[str, list[float]]:
-    return {
-        arm: [t for s in effects.study.schedules for t in times_to_target(effects, arm, s)]
-        for arm in effects.study.arm_names
-    }
-
-
-def times_to_target(effects: Effects, arm: str, schedule: str) -> list[float]:
-    """By seed, the first evaluated step at which an arm is as good as the live weights at last, in median."""
-    seeds = effects.result.seeds
-    last = [seed.value(LIVE, effects.metric, schedule, part="validation") for seed in seeds]
-    numbers = known(last)
-    target = float(np.median(numbers)) if numbers else math.nan
-    return [
-        time_to_target(
-            seed.curve(arm, effects.metric, schedule),
-            seed.steps(arm, schedule),
-            target,
-            effects.lower,
-        )
-        for seed in seeds
-    ]
 
 
 def _forest(effects: Effects, schedule: str) -> Figure:

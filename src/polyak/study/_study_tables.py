@@ -12,9 +12,9 @@ from polyak.study._conditions import described_arm
 from polyak.study._effects import Effects, half_lives, nominal_age
 from polyak.study._judging import interval, over_seeds
 from polyak.study._result import Result
+from polyak.study._speed import scores, times_to_target
 from polyak.study._statistics import bootstrap
 from polyak.study._study import Arm, Published
-from polyak.study._study_figures import scores, times_to_target
 from polyak.study._text import FORMS, Table, between, file_name, number, percent, significant
 
 
