@@ -13,16 +13,22 @@ import torch
 from polyak._lazy import TensorSpec
 from polyak.checkpoints._adapter_kinds import of_adapter
 
-_PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int16, torch.uint16})
 _FLOAT8 = frozenset(
     {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 )
 _SCALES = re.compile(
-    r"(^|[._:]|q|weight)(scales?|scale_inv|absmax|scb|zeros|zero_points?|zero|quant_map|quant_state\w*)($|[._])",
+    r"(^|[._:]|q|w|weight)(scales?|scale_inv|scale_and_zeros?|absmax|amax|scb|zeros|zero_points?|zero"
+    r"|quant_map|quant_state\w*|centroids)($|[._])",
     re.IGNORECASE,
 )
 _WEIGHT = re.compile(
-    r"weight|data|packed|blocks|kernel|codes|(^|_)w(_|$)|(^|_)q(_|$)", re.IGNORECASE
+    r"weight|data|packed|blocks|compress|kernel|codes|qidx|indices|(^|_)w(_|$)|(^|_)q(_|$)",
+    re.IGNORECASE,
+)
+_CALLED = re.compile(r"weight[^.]*$|[.]weight[._:]", re.IGNORECASE)
+_BUFFER = re.compile(
+    r"mask|bias|index|pos(ition)?_|(^|_)(idxs?|ids?|perm|state|tokens?|labels?|anchors?|edges?|faces|neighbou?rs?)(_|$)",
+    re.IGNORECASE,
 )
 _FEW = 4  # so many numbers alone are a small model's, not placeholders
 
@@ -40,8 +46,8 @@ def unfit(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]
         )
     if name := next(_packed(specs), ""):
         return (
-            f"{name} ({specs[name]}) holds quantised numbers with scales beside them, whose mean is not "
-            "the mean of the weights. Dequantise the model, and average that"
+            f"{name} ({specs[name]}) holds quantised numbers, whose mean is not the mean of the weights "
+            "that they stand for. Dequantise the model, and average that"
         )
     return of_adapter(specs)
 
@@ -62,15 +68,37 @@ def placeholder(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int,
 
 
 def _packed(specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """The tensors of integers or of 8-bit floats that have scales beside them."""
+    """The tensors of integers or of 8-bit floats that are weights in another form.
+
+    They have scales beside them, or they are integers that are called weights, or those of a module that has
+    floating-point numbers but no weight of at least their size.
+    """
     scaled: set[str] = set()
-    for name in filter(_SCALES.search, specs):
-        module, _, leaf = name.rpartition(".")
-        scaled |= {module, f"{module}.{_SCALES.split(leaf)[0].rstrip('_:')}"}
+    for name in specs:
+        if found := _SCALES.search(name):
+            base = name[: found.start()].rstrip("._:").removesuffix("_quantizer")
+            scaled |= {name.rpartition(".")[0], base}
+    largest = _largest_floats(specs)
     for name, (shape, dtype) in specs.items():
         module, _, leaf = name.rpartition(".")
-        narrow = dtype in _PACKED or dtype in _FLOAT8
-        if not narrow or not shape or _SCALES.search(leaf):
+        if not shape or _SCALES.search(leaf) or _BUFFER.search(leaf):
             continue
-        if name in scaled or (module in scaled and _WEIGHT.search(leaf)):
+        integers = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+        by_scales = name in scaled or (module in scaled and _WEIGHT.search(leaf))
+        if by_scales and (integers or dtype in _FLOAT8):
             yield name
+        elif integers and len(shape) > 1:
+            smaller = 0 < largest.get(module, 0) < specs[name].numel
+            if _CALLED.search(name) or (smaller and dtype != torch.int64):
+                yield name
+
+
+def _largest_floats(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """The size of the largest floating-point tensor in each module, with those within it."""
+    largest: dict[str, int] = {}
+    for name, spec in specs.items():
+        if spec.dtype.is_floating_point:
+            parts = name.split(".")
+            for module in (".".join(parts[:i]) for i in range(len(parts))):
+                largest[module] = max(largest.get(module, 0), spec.numel)
+    return largest
