@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def test_every_combination_is_the_dense_sum(
     sources = [Source(str(i), Held({"w": tensor})) for i, tensor in enumerate(tensors)]
     accumulate = torch.float64 if in_float64 else torch.float32
     kept = Combination(sources, coefficients, accumulate=accumulate)["w"]
-    assert kept.dtype == tensors[-1].dtype and kept.shape == tensors[-1].shape
+    wide = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    assert kept.dtype == wide and kept.shape == tensors[-1].shape
     assert_rounded(kept, tensors, coefficients)
     if dtype.is_floating_point:
         made = Combination(sources, coefficients, dtype=dtype, accumulate=accumulate)["w"]

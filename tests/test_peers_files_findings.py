@@ -126,6 +126,34 @@ def test_copies_alone_are_all_of_the_bytes(tmp_path: Path) -> None:
     assert "1 of 1 tensors (100 % of the bytes) are the last file's" in said
 
 
+WIDEST = {
+    ("float32", "bfloat16"): "float32", ("bfloat16", "float32"): "float32", ("float16", "bfloat16"): "float32",
+    ("float64", "float16"): "float64", ("float8_e4m3fn", "bfloat16"): "float32",
+    ("float16", "float8_e5m2"): "float32", ("float8_e5m2", "float64"): "float64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtypes", "wanted"), WIDEST.items())
+def test_files_of_several_dtypes_are_averaged_in_the_widest(
+    tmp_path: Path, dtypes: tuple[str, str], wanted: str
+) -> None:
+    """Whichever file is the last; a note says so, and the reader may choose another."""
+    for i, name in enumerate(dtypes):
+        held = {"w": torch.full((2,), 1.0 + i).to(getattr(torch, name)), "b": torch.ones(2)}
+        torch.save(held, tmp_path / f"{i}.pt")
+    files, out = [tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "mean.safetensors"
+    said = run("average", *files, "--out", out).stderr
+    assert load_file(out)["w"].dtype == getattr(torch, wanted) and load_file(out)["w"][0] == 1.5
+    assert (
+        f"1 of 2 tensors have several dtypes in the files (w {' and '.join(sorted(dtypes))})"
+        in said
+    )
+    assert f"written as {wanted}" in said
+    said = run("average", *files, "--out", tmp_path / "like.pt", "--like", files[1]).stderr
+    assert torch.load(tmp_path / "like.pt")["w"].dtype == getattr(torch, dtypes[1])
+    assert f"written as {dtypes[1]}" in said
+
+
 def test_what_a_module_keeps_as_bytes_may_have_any_length(tmp_path: Path) -> None:
     """As Transformer Engine's pickles do: they are the last file's."""
     for length in (10, 30):

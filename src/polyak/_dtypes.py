@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -74,3 +77,18 @@ def can_hold(dtype: torch.dtype, other: torch.dtype) -> bool:
         return torch.promote_types(other, dtype) == dtype
     except RuntimeError:  # torch does not promote 8-bit floating-point dtypes
         return False
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that can hold the values of all, float32 where none of them does.
+
+    >>> widest([torch.float32, torch.bfloat16]), widest([torch.float16, torch.bfloat16])
+    (torch.float32, torch.float32)
+    """
+    return reduce(_wider, dtypes)
+
+
+def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    holds = [one for one, other in ((a, b), (b, a)) if one == other or can_hold(one, other)]
+    most = max(a, b, key=lambda dtype: dtype.itemsize)
+    return holds[0] if holds else most if most.itemsize >= 4 else torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,8 +157,21 @@ def _note_findings(made: Combination) -> None:
             f"{len(made.copied)} of {len(made)} tensors ({share:{'.0f' if share >= 10 else '.2g'}} % of the bytes) are the "
             f"last file's: integers and booleans have no mean ({listed(made.copied, 3)})"
         )
+    if made.mixed:
+        names = list(made.mixed)
+        shown = ", ".join(f"{name} {_dtypes(made.mixed[name])}" for name in names[:3])
+        written = _dtypes({made.specs[name].dtype for name in names})
+        note(
+            f"{len(names)} of {len(made)} tensors have several dtypes in the files ({shown}): written as {written}"
+        )
     for file, other in duplicates(made.sources):
         note(f"{file} holds the same weights as {other}: they count twice")
+
+
+def _dtypes(dtypes: Iterable[torch.dtype]) -> str:
+    from polyak._dtypes import dtype_name
+
+    return " and ".join(sorted(map(dtype_name, dtypes)))
 
 
 def note_spoiled(made: Combination) -> None:

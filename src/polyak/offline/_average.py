@@ -55,7 +55,7 @@ def average(
         elapsed: the time between a file and the file before it, in the rule's unit; by default 1.
         which: the weights to take from each file: the name of an average, or "live"; by default the
             live weights, or the only average of a file without live weights.
-        dtype: of the result, or of each tensor by name; by default that of the last file.
+        dtype: of the result, or of each tensor by name; by default the widest of the files.
         accumulate: the dtype of the sums: float32, or float64 at half the speed.
         allow_nonfinite: whether values that are infinite or NaN in some file may come into the result; an
             infinity that all files share always does.

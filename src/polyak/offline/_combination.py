@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyak import norms
 from polyak._checks import difference, report, require
-from polyak._dtypes import complex_of
+from polyak._dtypes import complex_of, widest
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
@@ -49,7 +49,7 @@ class Combination(LazyTensors):
     coefficients first, so weights that all files share come out unchanged. It is computed in
     `accumulate`, or in float64 for weights of float64. Files with coefficient 0 are not read.
 
-    `dtype` is the dtype of the result, or of each tensor by name; by default the last file's. Unless
+    `dtype` is the dtype of the result, or of each tensor by name; by default the widest of the files. Unless
     `allow_nonfinite`, a value that is infinite or NaN in some file is an error, except an infinity that
     all files share.
 
@@ -59,6 +59,7 @@ class Combination(LazyTensors):
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
+        mixed: the tensors whose dtypes differ between files, with these.
         left: what else the files hold (`Checkpoint.left`), with the largest number of tensors of a file.
         nonfinite: tensor -> file -> how many of its values are infinite or NaN; as far as computed.
         negative: names of variances that extrapolation made negative; as far as computed.
@@ -92,13 +93,13 @@ class Combination(LazyTensors):
         self.norms = norms.statistics(last)
         self.left = left_in(sources)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
-        self._specs = {
-            n: TensorSpec(spec.shape, _as(given.get(n), spec.dtype)) for n, spec in last.items()
-        }
-        self._sums = {
-            n: _sum_dtype([accumulate, self._specs[n].dtype, *(f[n].dtype for f in of_files)])
-            for n in last
-        }
+        dtypes = {n: {of_file[n].dtype for of_file in of_files} for n in last}
+        self.mixed = {n: several for n, several in dtypes.items() if len(several) > 1}
+        self._specs = {}
+        for n, spec in last.items():
+            held = spec.dtype if n in self.copied else widest(dtypes[n])
+            self._specs[n] = TensorSpec(spec.shape, _as(given.get(n), held))
+        self._sums = {n: _sum_dtype([accumulate, *dtypes[n], self._specs[n].dtype]) for n in last}
         self._terms_told = {
             f"file {i + 1}": f"{float(self.coefficients[i])!r} of {source.label}, "
             f"{float(self.statistics[i])!r} of its running statistics"

@@ -31,8 +31,8 @@ class Forecast(NamedTuple):
 def forecast(made: Combination) -> Forecast:
     """What it takes to compute a combination. A part of it is computed, to measure the speed."""
     specs = made.specs
-    terms = sum(share != 0 for share in made.coefficients.tolist())
-    in_file = sum(made.sources[-1].weights.specs[name].nbytes for name in specs)
+    terms = zip(made.sources, made.coefficients.tolist(), strict=True)
+    read = [source.weights.specs[name].nbytes for source, c in terms if c for name in specs]
     total, done, began = sum(spec.nbytes for spec in specs.values()), 0, time.perf_counter()
     for piece in (
         p for name in sorted(specs, key=lambda n: -specs[n].nbytes) for p in made.pieces(name)
@@ -41,7 +41,7 @@ def forecast(made: Combination) -> Forecast:
         if time.perf_counter() - began > _SECONDS or done > _BYTES:
             break
     seconds = (time.perf_counter() - began) * total / max(done, 1)
-    return Forecast(terms * in_file, total, seconds)
+    return Forecast(sum(read), total, seconds)
 
 
 def verify(made: Combination, written: LazyTensors) -> int:
