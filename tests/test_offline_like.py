@@ -252,17 +252,24 @@ def test_a_tied_head_of_the_inputs_is_written_once(folder: Path, tmp_path: Path)
     assert "not copied from" in done.stderr and "optimizer.pt" in done.stderr
 
 
-def test_the_modules_of_sentence_transformers_are_copied(folder: Path, tmp_path: Path) -> None:
-    """Its loader wants the folders that modules.json lists; others stay behind."""
-    modules = [{"path": ""}, {"path": "1_Pooling"}]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    for name in ("1_Pooling", "runs"):
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text("{}")
+BESIDE = {
+    "2_Dense/model.safetensors": True,  # modules.json lists its folder
+    "context/model.yaml": True, "context/nemo_tokenizer/vocab.txt": True,
+    "runs/Nov30/events.out.tfevents.1": False, "checkpoint-1/optimizer.pt": False, "other/model.bin": False,
+}  # fmt: skip
+"""A file in a folder of the model's -> whether its folder is copied: not one with other weights or states."""
+
+
+def test_folders_beside_the_weights(folder: Path, tmp_path: Path) -> None:
+    """As NeMo's `context` and the modules of sentence-transformers."""
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+    for name in BESIDE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
     left = checkpoints.write_like(tmp_path / "new", folder, checkpoints.read(folder).weights())
-    assert (tmp_path / "new" / "1_Pooling" / "config.json").read_text() == "{}"
-    assert "runs" in left and "1_Pooling" not in left
-    assert not (tmp_path / "new" / "runs").exists()
+    for name, copied in BESIDE.items():
+        assert (tmp_path / "new" / name).exists() is copied
+        assert (name.split("/")[0] in left) is not copied
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -419,6 +426,17 @@ class TestFoldersOfTorchDistributed:
         script: list[Any] = [sys.executable, "-c", MEASURED, tmp_path]
         done = subprocess.run(script, capture_output=True, text=True, check=True)
         assert float(done.stdout) < 50
+
+    def test_a_folder_with_the_settings_beside(self, tmp_path: Path) -> None:
+        """As NeMo 2: `weights` and `context`."""
+        like, w = self.saved(tmp_path / "step=9" / "weights", 1.0), torch.arange(6.0).reshape(2, 3)
+        (like.parent / "context").mkdir()
+        (like.parent / "context" / "io.json").write_text("{}")
+        made = offline.average([like.parent, self.saved(tmp_path / "other", 3.0)])
+        assert checkpoints.write_like(tmp_path / "new", like.parent, made) == []
+        assert (tmp_path / "new" / "context" / "io.json").read_text() == "{}"
+        found = self.loaded(tmp_path / "new" / "weights", dict(DistributedTensors(like)))
+        assert torch.equal(found["decoder.w"], w + 2)
 
     def test_by_the_command(self, tmp_path: Path) -> None:
         """What is kept of the training is said: an optimizer's own copy of the weights is the old one."""

@@ -35,7 +35,9 @@ from polyak.checkpoints._zip_checksums import renew_checksums, write_at
 Read = Callable[[Path], Checkpoint]
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|h5|msgpack|onnx)$")
-_OF_TRAINING = re.compile(r"trainer_state\.json|.*\.distcp|latest|zero_to_fp32\.py|\..*")
+_OF_TRAINING = re.compile(
+    r"trainer_state\.json|.*\.distcp|latest|zero_to_fp32\.py|events\.out\..*|.*\.log|\..*"
+)
 _PIECE = 1 << 20
 _SAFE = ".safetensors"
 
@@ -115,19 +117,26 @@ def _copy(like: Path, folder: Path, files: set[Path], at: Path) -> list[str]:
     left: list[str] = []
     modules = _modules(like / at)
     for path in sorted((like / at).iterdir()):
-        here, is_folder = path.relative_to(like), path.is_dir()
-        beside = path.is_file() and not _WEIGHTS.search(path.name)
-        if is_folder and (path.name in modules or any(here in file.parents for file in files)):
+        here = path.relative_to(like)
+        if any(here in file.parents for file in files):
             (folder / here).mkdir()
-            if path.name in modules:
-                _copy_all(path, folder / here)
-            else:
-                left += _copy(like, folder, files, here)
-        elif here in files or (beside and not _OF_TRAINING.fullmatch(path.name)):
+            left += _copy(like, folder, files, here)
+        elif path.is_dir() and (path.name in modules or _is_beside(path)):
+            (folder / here).mkdir()
+            _copy_all(path, folder / here)
+        elif path.is_file() and (here in files or _is_beside(path)):
             _copy_file(path, folder / here)
         else:
             left.append(str(here))
     return left
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file, or all in a folder, is neither weights nor a state of the training: settings, a tokenizer."""
+    if path.is_dir():
+        return path.name[0] != "." and all(map(_is_beside, path.iterdir()))
+    of_training = _WEIGHTS.search(path.name) or _OF_TRAINING.fullmatch(path.name)
+    return path.is_file() and not of_training
 
 
 def _modules(like: Path) -> set[str]:
