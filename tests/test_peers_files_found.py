@@ -169,6 +169,15 @@ LAYOUTS: dict[str, Laid] = {
         averages={},
         left={"generator": 1},
     ),
+    "OpenNMT 3": Laid(
+        {
+            "model": state(1),
+            "generator": {"weight": torch.ones(5, 2)},  # the model's own, under `generator.`
+            "vocab": {},
+            "opt": argparse.Namespace(a=1),
+        },
+        averages={},
+    ),
     "RT-DETR": Laid(
         {"model": state(1), "ema": {"module": state(2), "updates": 70, "warmups": 1000}},
         clock=Clock(70),
@@ -559,6 +568,21 @@ def test_an_optimizers_moments_in_a_folder_are_no_weights(tmp_path: Path, nested
         saved_distributed(content, tmp_path / str(value))
     mean = offline.average([tmp_path / "1.0", tmp_path / "3.0"])
     assert list(mean) == ["w"] and mean.left == {"optim" if nested else "optimizer": 3}
+
+
+def test_the_output_layer_of_opennmt_is_averaged_with_the_model(tmp_path: Path) -> None:
+    """And written back beside it."""
+    for value in (1.0, 3.0):
+        held = {
+            "model": {"w": torch.full((2,), value)},
+            "generator": {"weight": torch.full((2,), value)},
+        }
+        rest = {"vocab": {}, "opt": argparse.Namespace(a=1), "optim": optimizer_state()}
+        torch.save({**held, **rest}, tmp_path / f"m_step_{value:g}.pt")
+    like, out = tmp_path / "m_step_3.pt", tmp_path / "avg.pt"
+    done("average", tmp_path, "--last", 2, "--like", like, "--out", out, "--verify")
+    made = torch.load(out, weights_only=False)
+    assert made["model"]["w"][0] == made["generator"]["weight"][0] == 2 and made["opt"].a == 1
 
 
 def test_what_is_left_aside_is_said(tmp_path: Path) -> None:

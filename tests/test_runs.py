@@ -215,6 +215,20 @@ class TestWhatCannotBeKnown:
         with pytest.raises(FileNotFoundError):
             offline.choose(tmp_path / "nowhere")
 
+    def test_no_folder_with_the_file(self, tmp_path: Path) -> None:
+        put(tmp_path / "save" / "CKPT+1" / "model.ckpt", weights(1))
+        with pytest.raises(ValueError, match=r"no folder of a checkpoint in it has asr\.ckpt"):
+            offline.choose(tmp_path, file="asr.ckpt")
+
+    def test_weights_beside_a_file_of_the_rest(self, tmp_path: Path) -> None:
+        """As OpenNMT saves: the settings in `m_step_5.pt`, the weights in `m_step_5.safetensors`."""
+        for step in (5, 10):
+            put(tmp_path / f"m_step_{step}.pt", {"opt": {}, "vocab": {}})
+            save_file(weights(step), tmp_path / f"m_step_{step}.safetensors")
+        chosen = offline.choose(tmp_path)
+        assert [file.path.suffix for file in chosen.files] == [".safetensors"] * 2
+        assert "its weights lie in m_step_5.safetensors" in chosen.aside.values()
+
     def test_no_common_count(self, tmp_path: Path) -> None:
         put(tmp_path / "step-5.pt", weights(1))
         put(tmp_path / "epoch-1.pt", weights(1))

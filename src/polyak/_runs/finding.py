@@ -21,6 +21,7 @@ _NO_CHECKPOINT = re.compile(
 )
 
 
+_SAFE = ".safetensors"
 _EMPTY = "it holds no weights: its save may have been interrupted"
 _NOTHING = (
     f"no checkpoints were found, here or up to {_LEVELS - 1} levels down: wanted files or folders whose "
@@ -70,7 +71,8 @@ def found(run: Path, file: str | None = None) -> Found:
         level = [each for held in holders for each in folders(held.folder) if each not in aside]
     if one is not None:
         return one
-    place, why = next(iter(aside.items()), (run, _NOTHING))
+    nothing = _NOTHING if file is None else f"no folder of a checkpoint in it has {file}"
+    place, why = next(iter(aside.items()), (run, nothing))
     raise ValueError(f"{place}: {why}")
 
 
@@ -100,6 +102,10 @@ def _held(folder: Path, file: str | None) -> Found:
         elif path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
             if _RANK.search(path.name) and path.with_name(_RANK.sub("1", path.name)).exists():
                 aside[path] = "there are parts of it by other ranks: let its trainer merge them"
+            elif (
+                weights := path.with_name(SUFFIX.sub(_SAFE, path.name))
+            ) != path and weights.exists():
+                aside[path] = f"its weights lie in {weights.name}"
             else:
                 entries.append(Entry(path, path))
         elif path.is_dir() and path.suffix in UNFINISHED and named(path).clock:

@@ -20,12 +20,13 @@ from polyak.checkpoints._peers.trainers import (
     edm2,
     mmengine,
     nemo,
+    opennmt,
     torchtitan,
     weight_averaging,
 )
 from polyak.checkpoints._peers.walk import LIVE_KEYS
 
-_LAYOUTS = (weight_averaging, nemo, composer, mmengine, edm2, torchtitan, general)
+_LAYOUTS = (weight_averaging, nemo, composer, mmengine, edm2, torchtitan, opennmt, general)
 """The first that fits counts: those of libraries that exchange weights stand before the general one."""
 
 FORMATS = (

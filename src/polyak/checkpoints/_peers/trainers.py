@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from polyak._lazy import LazyTensors, joined, renamed
@@ -20,6 +21,7 @@ from polyak.checkpoints._peers.common import (
     tensors,
     weights,
 )
+from polyak.checkpoints._peers.general import general
 from polyak.checkpoints._peers.walk import live_part, walk
 from polyak.checkpoints._stored_tensor import StoredTensor
 from polyak.checkpoints._torch_files import StoredTensors
@@ -48,6 +50,17 @@ def composer(found: Found) -> Checkpoint | None:
     active = flag("ema_weights_active", algorithm.get("ema_weights_active"))
     live, average = (other, model) if active else (model, other)
     return Checkpoint(found.path, "composer", live, {AVERAGE: average})
+
+
+def opennmt(found: Found) -> Checkpoint | None:
+    """OpenNMT: the model's output layer, which it has under `generator.`, lies beside it."""
+    top, keys = found.top, ("model", "generator")
+    model, generator = (top.get(key) for key in keys)
+    if not {"vocab", "opt"} <= top.keys() or not (is_state(model) and is_state(generator)):
+        return None
+    within = {f"generator.{name}": tensor for name, tensor in generator.items()}
+    rest = {key: value for key, value in top.items() if key not in keys}
+    return general(replace(found, top={"model": {**model, **within}, **rest}))
 
 
 def mmengine(found: Found) -> Checkpoint | None:
