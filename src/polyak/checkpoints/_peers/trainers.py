@@ -54,13 +54,12 @@ def composer(found: Found) -> Checkpoint | None:
 
 def opennmt(found: Found) -> Checkpoint | None:
     """OpenNMT: the model's output layer, which it has under `generator.`, lies beside it."""
-    top, keys = found.top, ("model", "generator")
-    model, generator = (top.get(key) for key in keys)
-    if not {"vocab", "opt"} <= top.keys() or not (is_state(model) and is_state(generator)):
+    top = dict(found.top)
+    model, generator = top.get("model", {}), top.pop("generator", {})
+    if not ({"vocab", "opt"} <= top.keys() and is_state(model) and is_state(generator)):
         return None
-    within = {f"generator.{name}": tensor for name, tensor in generator.items()}
-    rest = {key: value for key, value in top.items() if key not in keys}
-    return general(replace(found, top={"model": {**model, **within}, **rest}))
+    own = {f"generator.{name}": tensor for name, tensor in generator.items()}
+    return general(replace(found, top={**top, "model": {**model, **own}}))
 
 
 def mmengine(found: Found) -> Checkpoint | None:
