@@ -117,7 +117,7 @@ def too_long(*_: object) -> None:
 
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", ".* file does not tell its rule")
+    warnings.filterwarnings("ignore", ".* file does not name its rule")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, too_long)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

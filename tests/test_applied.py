@@ -128,7 +128,7 @@ def test_calls_inside_are_errors(call: Callable[[Averager], object], name: str) 
     with averager.applied("fast"):
         with pytest.raises(RuntimeError) as raised:
             call(averager)
-        expected = f"{name} inside applied('fast'): the model carries the average there"
+        expected = f"{name} inside applied('fast'): the model has the average's weights there"
         assert str(raised.value).startswith(expected)
     assert_same(snapshot(model), live)
 

@@ -212,7 +212,7 @@ def test_what_took_the_place_of_a_lent_weight_is_lent_too(
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(RuntimeError, match=r"weight was replaced inside a block"):
         second.applied().__enter__()
-    with pytest.raises(RuntimeError, match=r"carries an average"):
+    with pytest.raises(RuntimeError, match=r"has an average"):
         second.update()
     with pytest.raises(RuntimeError, match=r"a step of SGD inside applied"):
         optimizer.step()

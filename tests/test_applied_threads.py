@@ -118,7 +118,7 @@ def test_an_update_waits_for_an_exchange_in_another_thread(monkeypatch: pytest.M
     monkeypatch.setattr(Exchange, "to", slow)
     with first.applied():
         thread.join()
-    assert "weight carries an average" in errors[0]
+    assert "weight has an average" in errors[0]
     assert_same(second.average(), average)
 
 
@@ -299,6 +299,6 @@ def test_the_article_s_class_refuses_weights_that_carry_an_average() -> None:
     model, (averager,) = pair()
     ema = EMA(model, update_every=1, update_after_step=0)
     ema.update()
-    with averager.applied(), pytest.raises(RuntimeError, match="weight carries an average"):
+    with averager.applied(), pytest.raises(RuntimeError, match="weight has an average"):
         ema.update()
     ema.update()

@@ -76,7 +76,7 @@ def test_a_sharded_archive_is_read_where_it_lies(form: str, tmp_path: Path) -> N
     ]
     done = run("average", *files, "--out", tmp_path / "mean.safetensors", "--verify")
     assert done.exit_code == 0, done.output
-    assert "note: left aside: optimizer" in done.stderr
+    assert "note: not used: optimizer" in done.stderr
     mean = load_file(tmp_path / "mean.safetensors")
     assert {name: t.unique().tolist() for name, t in mean.items()} == {"enc.weight": [2.0]}
     assert (

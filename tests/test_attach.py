@@ -453,7 +453,7 @@ def test_an_optimizer_and_its_wrapper_are_one() -> None:
     inner = plain(model)
     for several in ([inner, Duck(inner)], [accelerated(inner), Outer(inner)]):
         with pytest.raises(
-            ValueError, match="attach: 2 optimizers, wanted one or more, each of them"
+            ValueError, match="attach: 2 optimizers, wanted one or more, each only once"
         ):
             Averager(model, Uniform()).attach(several)
     assert "step" not in vars(inner)

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(kind: str) -> None:
 def test_several_slots_after_several_updates_are_not_told_by_weights() -> None:
     for rule in (Window(3), Bema(), Tail(Window(2), 1)):
         model, averager = trained(rule, 1)
-        with pytest.raises(ValueError, match=r"begin: .* has the slots .*wanted count=1"):
+        with pytest.raises(ValueError, match=r"begin: .* has the slots .*pass count=1"):
             averager.begin(model.state_dict(), 2)
 
 

@@ -164,10 +164,10 @@ def test_every_command_reads_the_same_part(
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no folder": (("--last", "2"), "to use --last, give the folder of a run"),
     "too many": (("run", "--last", "9"), "last is 9, wanted at most 6"),
-    "tokens alone": (("run", "--window-tokens", "2M"), "are given together"),
+    "tokens alone": (("run", "--window-tokens", "2M"), "belong together: give both"),
     "a choice of snapshots": (
         ("snapshots", "--last", "2", "--key", "a"),
-        "snapshots has snapshots of polyak.Recorder, and all of them are used under their own names: leave "
+        "snapshots has snapshots of polyak.Recorder, and these options are for plain checkpoints: leave "
         "--last, --key out",
     ),
 }

@@ -500,7 +500,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
         ("average", "step-1.pt", *OUT, "--greedy", "judge"),
         "'judge' is not MODULE:FUNCTION",
     ),
-    (("average", "step-1.pt", *OUT, "--greedy", "judge:silent"), "evaluate gave None"),
+    (("average", "step-1.pt", *OUT, "--greedy", "judge:silent"), "evaluate returned None"),
     (("synthesize", "snapshots", "--rule", "uniform()"), "nothing to do: give --out, or --dry-run"),
     (
         ("synthesize", "snapshots", "--rule", "exponential(0.1)", *OUT),
@@ -526,7 +526,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("export", "step-1.pt", "x.safetensors"),
-        "step-1.pt has live weights and no average: for these, name",
+        "step-1.pt has live weights and no average: to use them, name",
     ),
     (
         ("export", "average.safetensors", "x.safetensors", "--average", "live"),
@@ -555,11 +555,11 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
         "No such file or directory: 'no.txt'",
     ),
     (("convert", "ema.pt", "x.safetensors"), "ema.pt: the format state-dict does not"),
-    (("convert", "step-1.pt", "x.safetensors"), "step-1.pt: state-dict, live weights"),
+    (("convert", "step-1.pt", "x.safetensors"), "step-1.pt (state-dict) has live weights"),
     (("convert", "average.safetensors", "x"), "average.safetensors is polyak's own"),
     (("convert", "ema.pt", "x", "--rule", "0=a", "--rule", "b"), "--rule is 0=a, b: "),
     (("convert", "ema.pt", "x", "--rule", "b=uniform()"), "ema.pt has no average b"),
-    (("convert", "ema.pt", "x", "--rule", "uniform()"), "ema.pt: a state-dict file do"),
+    (("convert", "ema.pt", "x", "--rule", "uniform()"), "ema.pt: this state-dict file do"),
     (("convert", "ema.pt", "best.pt"), "best.pt "),
     (("convert", "ema.pt", "x", "--names", "best.pt"), "best.pt is not a text file"),
     (("convert", "ema.pt", "x", "--average", "live"), "No such option: --average"),

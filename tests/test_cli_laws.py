@@ -239,7 +239,7 @@ class TestConvert:
         }
         torch.save(held, tmp_path / "t.pt")
         with pytest.raises(
-            ValueError, match="tells its own rule, so give none; average: exponential"
+            ValueError, match="names its own rule, so do not pass one; average: exponential"
         ):
             convert(tmp_path / "t.pt", tmp_path / "o.safetensors", "uniform()", names=["w"])
 
@@ -253,7 +253,7 @@ class TestConvert:
         torch.save(peer.state_dict(), tmp_path / "p.pt")
         for rule, said in (
             (None, "rule of 0, 1;"),
-            ("power(3)", "give the rule of each by its name"),
+            ("power(3)", "pass the rule of each by its name"),
         ):
             with pytest.raises(ValueError, match=said):
                 convert(tmp_path / "p.pt", tmp_path / "o.safetensors", rule)

@@ -58,6 +58,14 @@ def test_every_command_and_option_says_what_it_does(name: str) -> None:
         assert parameter.help, f"polyak {name}: {parameter.name}"
 
 
+@pytest.mark.parametrize("group", [[], ["study"]])
+def test_no_summary_of_a_command_is_cut_off(group: list[str]) -> None:
+    said = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"}).stdout
+    assert "Commands:" in said
+    assert not [line for line in said.splitlines()[1:] if line.endswith("...")]
+    assert max(map(len, said.splitlines())) <= 80
+
+
 EXAMPLES = re.findall(r"^ +(polyak (?:.+\\\n)?.+)$", PAGE.read_text(), re.MULTILINE)
 
 

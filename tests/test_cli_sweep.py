@@ -165,7 +165,7 @@ class TestTheLiveWeightsBeside:
             other = {"model": torch.load(file), "generator": {"0.weight": torch.ones(2)}}
             torch.save(other, file)
         done = run(*self.RUN, "--windows", "2")
-        beside = "note: left aside: generator (1 tensor)"
+        beside = "note: not used: generator (1 tensor)"
         assert beside in done.stderr.splitlines()
         assert json.loads(Path("s/sweep.json").read_text())["left"] == {"generator": 1}
         made = run("average", *self.FILES, "--out", "mean.safetensors")
@@ -241,7 +241,7 @@ ERRORS = [
     (("--evaluate", "judge:best", "--rule", "uniform()"), "module judge has no function best"),
     (
         ("--evaluate", "judge:silent", "--rule", "uniform()"),
-        "evaluate gave None for the live weights of snapshots/snapshot-",
+        "evaluate returned None for the live weights of snapshots/snapshot-",
     ),
     ((), "no average to try: give --rule, --half-lives, --relative-stds or --windows"),
     (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),

@@ -263,18 +263,18 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (moved(relative_path="x.distcp"), r"the file x\.distcp is missing"),
     "a number": (moved(relative_path=3), "lies in a file whose name is not text"),
     "linked out": (linked_out, "is a link that leads out of the folder"),
-    "beyond": (moved(offset=10**9), "lies outside: the file is cut short"),
-    "long": (moved(length=10**9), "lies outside: the file is cut short"),
+    "beyond": (moved(offset=10**9), "ends beyond them: the file is cut short"),
+    "long": (moved(length=10**9), "ends beyond them: the file is cut short"),
     "negative": (moved(offset=-5), "wanted sizes and offsets, got"),
-    "short": (moved(length=7), "a chunk of 48 bytes lies in fewer"),
-    "upon another": (moved(offset=1300), "entries lie over each other"),
-    "cut short": (cut_short, "lies outside: the file is cut short"),
-    "unplaced": (unplaced, "model.a: nothing says where it lies"),
+    "short": (moved(length=7), "a chunk of 48 bytes has fewer bytes in its file"),
+    "upon another": (moved(offset=1300), "entries overlap"),
+    "cut short": (cut_short, "ends beyond them: the file is cut short"),
+    "unplaced": (unplaced, "model.a: the metadata does not say where it is stored"),
     "packed": (moved(transform_descriptors=["zstd"]), r"was written through \['zstd'\]"),
     "a larger shape": (reformed(size=torch.Size([3, 1 << 50])), "do not tile"),
     "a huge chunk": (
         reformed(size=torch.Size([1 << 50]), chunks=of_chunk([0], [1 << 50])),
-        "nothing says where|a chunk of .* bytes lies in fewer",
+        "does not say where|a chunk of .* bytes has fewer",
     ),
     "no dtype": (reformed(properties=None), "model.a is a tensor of an unknown dtype"),
     "sparse": (
@@ -298,7 +298,9 @@ def test_metadata_that_lie_are_refused(
 def test_a_chunk_must_be_what_the_metadata_say(saved: Path) -> None:
     reformed(properties=TensorProperties(dtype=torch.int32))(saved)
     found = DistributedTensors(saved)
-    with pytest.raises(ValueError, match=r"__0_0\.distcp: model\.a has a chunk of another kind"):
+    with pytest.raises(
+        ValueError, match=r"__0_0\.distcp: model\.a has a chunk of another shape or dtype"
+    ):
         found["model.a"]
     assert torch.equal(found["model.b"], torch.ones(2))
 

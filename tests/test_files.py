@@ -145,7 +145,10 @@ def test_what_exists_is_kept_unless_told(tmp_path: Path) -> None:
         writing(place, overwrite=False),
     ):
         pass
-    with pytest.raises(FileExistsError, match="by now"), writing(tmp_path / "n", overwrite=False):
+    with (
+        pytest.raises(FileExistsError, match="by another process"),
+        writing(tmp_path / "n", overwrite=False),
+    ):
         (tmp_path / "n").write_bytes(b"of another")
     assert (tmp_path / "n").read_bytes() == b"of another"
     dangling = tmp_path / "link"
@@ -279,7 +282,10 @@ def test_a_folder_replaces_a_file_when_told(tmp_path: Path) -> None:
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     place = tmp_path / "model"
-    with pytest.raises(FileExistsError, match="by now"), writing_folder(place) as folder:
+    with (
+        pytest.raises(FileExistsError, match="by another process"),
+        writing_folder(place) as folder,
+    ):
         (folder / "it").write_bytes(b"it")
         place.mkdir()
     assert list(place.iterdir()) == []

@@ -172,7 +172,7 @@ def test_a_fused_optimizer_under_an_unknown_scaler_says_so() -> None:
     scaler = torch.amp.GradScaler("cpu")
     Averager(model, Exponential(0.5)).attach(optimizer)
     scaler.scale(model(torch.randn(4, 3)).sum()).backward()
-    with pytest.raises(RuntimeError, match=r"give it to attach\(optimizer, scaler\)"):
+    with pytest.raises(RuntimeError, match=r"pass the scaler, attach\(optimizer, scaler\)"):
         scaler.step(optimizer)
 
 

@@ -172,7 +172,7 @@ def test_another_rule_is_refused_unless_told(tmp_path: Path) -> None:
 def test_two_averagers_need_different_names(tmp_path: Path) -> None:
     run = Run()
     with pytest.raises(
-        ValueError, match=r"carries an average 'fast' already.*what the earlier register returned"
+        ValueError, match=r"saves an average 'fast' already.*what the earlier register returned"
     ):
         register(run.accelerator, Averager(run.model, RULES))
     with pytest.raises(TypeError, match="the averager is of type EMA, wanted an Averager"):

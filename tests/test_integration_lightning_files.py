@@ -438,7 +438,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another model": (
         lambda folder: fitted(folder, AveragerCallback(ONE))[0].test(made()),
         ValueError,
-        "the averages are of another model than this; pass its ckpt_path",
+        "the averages belong to another model; pass ckpt_path to use those of a checkpoint",
     ),
     "another rule": (
         lambda folder: (

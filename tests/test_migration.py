@@ -258,7 +258,7 @@ def test_every_class_is_tried() -> None:
         ("EMA(model)", "EMA is several, wanted one of: ema_pytorch.EMA, composer"),
         ("Other(model)", "Other is not known, wanted one of: ema_pytorch.EMA"),
         ("ema_pytorch.EMA(model, beta=args.beta)", "beta is args.beta, wanted its value"),
-        ("ema_pytorch.EMA(model, betta=0.9)", "betta is 0.9, wanted one that it has"),
+        ("ema_pytorch.EMA(model, betta=0.9)", "betta is 0.9, wanted an argument that it has"),
         ("ema_pytorch.EMA(model, beta='a')", "beta is 'a', wanted a number"),
         ("ema_pytorch.EMA(1, 2, 3, 4, 5, 6, 7, 8, 9)", "too many positional arguments"),
         ("ema_pytorch.EMA(model, update_every=1.5)", "update_every is 1.5, wanted an integer"),

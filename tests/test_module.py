@@ -353,7 +353,9 @@ def test_a_module_that_was_converted_is_noticed_once(move: str) -> None:
     averager = begun(model)
     teacher = averager.module()
     MOVES[move](teacher)
-    with pytest.raises(RuntimeError, match=r"is no longer the slot.*moved or converted"):
+    with pytest.raises(
+        RuntimeError, match=r"no longer shares the average's memory.*moved or converted"
+    ):
         averager.update()
     averager.update()
     again = averager.module()

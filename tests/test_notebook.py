@@ -75,7 +75,7 @@ def test_a_notebook_has_the_chart_or_else_a_table(
 def test_a_file_without_a_rule_has_a_table_alone(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "it.pt")
     found = offline.describe(tmp_path / "it.pt")
-    with pytest.raises(LookupError, match=r"it\.pt tells no rule and clock"):
+    with pytest.raises(LookupError, match=r"it\.pt has no average whose rule and clock are known"):
         found.chart()
     assert "<table>" in found._repr_mimebundle_()["text/html"]
 

@@ -666,7 +666,7 @@ def test_a_quality_may_be_better_when_lower(tmp_path: Folder) -> None:
 def test_a_soup_without_a_quality_is_refused(tmp_path: Folder) -> None:
     files = points(tmp_path, [1.0], [2.0])
     for bad in (float("nan"), float("inf"), None, "good"):
-        with pytest.raises(ValueError, match=r"evaluate gave .* with .*0\.safetensors"):
+        with pytest.raises(ValueError, match=r"evaluate returned .* with .*0\.safetensors"):
             greedy_soup(files, lambda _, bad=bad: bad)  # type: ignore[misc]
     with pytest.raises(ValueError, match="better is 'best'"):
         greedy_soup(files, lambda _: 0.0, better="best")  # type: ignore[arg-type]

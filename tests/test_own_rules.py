@@ -104,7 +104,7 @@ def test_another_class_of_that_name_is_not_taken_for_it(tmp_path: Path) -> None:
     try:
         with pytest.raises(ValueError, match=r"is the class own_rules.HalfWay, and half_way means"):
             checkpoints.read(tmp_path / "it")
-        with pytest.raises(ValueError, match=r"HalfWay could not be saved.*reads as elsewhere"):
+        with pytest.raises(ValueError, match=r"HalfWay cannot be saved.*reads as elsewhere"):
             Averager({"w": torch.zeros(2)}, rule)
         assert Averager({"w": torch.zeros(2)}, other()).rule == other()
     finally:
@@ -169,10 +169,10 @@ TEXTLESS: dict[str, Callable[[], Rule]] = {
 @pytest.mark.parametrize("kind", TEXTLESS)
 def test_what_no_file_could_hold_is_refused_when_the_averager_is_made(kind: str) -> None:
     weights = {"w": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"could not be saved, which would fail at the first save"):
+    with pytest.raises(ValueError, match=r"cannot be saved, so the first save would fail"):
         Averager(weights, TEXTLESS[kind]())
     averager = Averager(weights, "uniform()")
-    with pytest.raises(ValueError, match="could not be saved"):
+    with pytest.raises(ValueError, match="cannot be saved"):
         averager.change_rule(TEXTLESS[kind]())
 
 

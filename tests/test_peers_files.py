@@ -207,7 +207,7 @@ def test_load_says_which_rule_it_assumed(tmp_path: Path, case: Case) -> None:
         warnings.simplefilter("always")
         polyak.load(run.path, averager, count=None if case.clock else 1)
     words = (
-        f"does not tell its rule.*assumed \\(average: {re.escape(str(case.rule))}\\).*from_library"
+        f"does not name its rule.*assumed \\(average: {re.escape(str(case.rule))}\\).*from_library"
     )
     assert len(said) == (not case.told)
     assert all(re.search(words, str(each.message)) and each.filename == __file__ for each in said)

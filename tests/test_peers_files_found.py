@@ -593,7 +593,7 @@ def test_what_is_left_aside_is_said(tmp_path: Path) -> None:
         )
     files, said = (
         (tmp_path / "1.pt", tmp_path / "3.pt"),
-        "left aside: generator (7 tensors), opt (3",
+        "not used: generator (7 tensors), opt (3",
     )
     assert said in done("inspect", files[0])
     assert said in done("average", *files, "--out", tmp_path / "it.safetensors")

@@ -564,7 +564,7 @@ def lengths(place: Path) -> dict[str, int]:
 
 def test_of_two_folders_at_one_path_the_first_that_ends_is_kept(tmp_path: Path) -> None:
     place = tmp_path / "step-1"
-    with pytest.raises(FileExistsError, match=r"step-1 exists by now"):  # noqa: SIM117
+    with pytest.raises(FileExistsError, match=r"step-1 was written by another process"):  # noqa: SIM117
         with checkpoints.saving(place) as late, checkpoints.saving(place) as early:
             (early / "it").write_text("early")
             (late / "it").write_text("late")

@@ -733,7 +733,7 @@ def test_a_tensor_of_a_dtype_that_is_not_known_is_named_and_left_aside(
     assert found.live is not None and found.left == {f"q ({code})": 1}
     assert {name: t.tolist() for name, t in found.live.items()} == {"a": [1.0, 2.0], "z": [3.0]}
     out = tmp_path / "mean.safetensors"
-    assert f"left aside: q ({code})" in run("average", path, "--out", out).stderr
+    assert f"not used: q ({code})" in run("average", path, "--out", out).stderr
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="the safetensors file cannot be read"):
         checkpoints.read(path)
@@ -899,7 +899,7 @@ def test_files_that_may_hold_weights_beside_those_that_are_read_are_named(tmp_pa
     assert sorted(checkpoints.read(tmp_path).left) == sorted(told)
     said = run("average", tmp_path, tmp_path, "--out", tmp_path.with_suffix(".safetensors")).stderr
     assert (
-        "left aside: pytorch_model.bin, 2_Dense/model.safetensors, original/consolidated.00.pth"
+        "not used: pytorch_model.bin, 2_Dense/model.safetensors, original/consolidated.00.pth"
         in said
     )
     shutil.rmtree(tmp_path / "original")

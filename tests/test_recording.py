@@ -402,5 +402,5 @@ def test_an_average_of_two_rules_is_not_recorded(tmp_path: Path) -> None:
     later = Averager(weights, {**STORED, "0.05": "uniform()"})
     polyak.load(tmp_path / "again", later)
     for mixed in (other, later):
-        with pytest.raises(ValueError, match="went on with another rule"):
+        with pytest.raises(ValueError, match="continued with another rule"):
             Recorder(mixed, tmp_path / "b", every=10)

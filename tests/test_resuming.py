@@ -121,7 +121,7 @@ class TestWhatAFileDoesNotFit:
         run = follow(tmp_path / "it.pt", case.make(model, **case.options), model)
         averager = Averager(Net(), case.rule)
         self.refused(
-            run.path, averager, "does not tell how many updates its average had; give count="
+            run.path, averager, "does not say how many updates its average had; pass count="
         )
         with pytest.raises(ValueError, match="count is 0"):
             polyak.load(run.path, averager, count=0)

@@ -290,7 +290,7 @@ class TestWhatCannotBeKnown:
         aside = {path.name for path in offline.choose(tmp_path).aside}
         assert aside == {"avg_5.pt", "final.pt"}
         done = command("average", tmp_path, "--last", 2, "--dry-run")
-        assert "note: left aside: avg_5.pt (its name says that it is an average)" in done.stderr
+        assert "note: not used: avg_5.pt (its name says that it is an average)" in done.stderr
 
 
 class TestMetrics:
@@ -312,7 +312,7 @@ class TestMetrics:
             tmp_path / "step-1.pt",
             {"model": weights(1), "train": {"loss": 1.0}, "valid": {"loss": 2.0}},
         )
-        with pytest.raises(ValueError, match=r"may be train.loss or valid.loss: give one"):
+        with pytest.raises(ValueError, match=r"fits train.loss and valid.loss: give one"):
             offline.choose(tmp_path, best=1, by="loss")
 
     def test_a_direction_that_is_not_known(self, tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_a_folder_of_model_and_optimizer_is_the_weights(tmp_path: Path) -> None:
     assert [file.path.name for file in choice.files] == ["step10", "step20"]
     out = tmp_path / "mean.safetensors"
     done = command("average", tmp_path, "--last", 2, "--out", out)
-    assert "left aside: ema.pt, train/rank0.pt" in done.stderr
+    assert "not used: ema.pt, train/rank0.pt" in done.stderr
 
 
 def test_a_run_of_fairseq2(tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ def test_two_averages_do_not_go_into_one_tied_tensor() -> None:
     averager = Averager({"v": torch.zeros(3), "w": torch.ones(3)}, Uniform())
     averager.update()
     target = torch.full((3,), 7.0)
-    with pytest.raises(ValueError, match="w is tied to v in the model, and its average is another"):
+    with pytest.raises(
+        ValueError, match="w is tied to v in the model, but the two have different averages"
+    ):
         averager.copy_to({"v": target, "w": target[:]})
     assert target.tolist() == [7.0] * 3
     tied = Averager({"v": target, "w": target[:]}, Uniform())

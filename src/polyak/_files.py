@@ -175,7 +175,7 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
         return Path(os.path.realpath(path)) if leads else path, None
     if kind := _SPECIAL.get(stat.S_IFMT(there.st_mode)):
         raise OSError(
-            f"{path} is {kind}, and only a file or a folder is replaced; give another path"
+            f"{path} is {kind}, and only files and folders are replaced; give another path"
         )
     if not leads:
         return path, there
@@ -282,4 +282,6 @@ def _rename(part: Path, place: Path, flag: int) -> bool:
 
 
 def _exists_by_now(place: Path) -> FileExistsError:
-    return FileExistsError(f"{place} exists by now: another process wrote it; it is not replaced")
+    return FileExistsError(
+        f"{place} was written by another process in the meantime; it is not replaced"
+    )

@@ -71,7 +71,7 @@ class Journal:
     def again(self) -> None:
         """Begins the next pass; raises `RuntimeError` where a call has moved some of its tensors."""
         if self.lost:
-            raise RuntimeError("a call of torch has moved some tensors and not others")
+            raise RuntimeError("a call of torch changed some tensors and not others")
         number, tensor, version = self._last
         written = tensor is None or tensor._version != version
         pending, copies = self._pending

@@ -27,7 +27,7 @@ from polyak._engine.updating import Motion, undisturbed
 from polyak._tensors import Groups
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 
-_MOST_CALLS = 2**53  # above it, a float does not tell a call from the next
+_MOST_CALLS = 2**53  # above it, a float cannot hold every integer
 
 Copies = list[tuple[Tensor, Tensor]]
 """Tensors of `ema_model`, and what they take from the model."""
@@ -160,7 +160,7 @@ class EMA(nn.Module):
         The models, if given, are this object's own `ema_model` and `model`, else `ValueError`.
         """
         if ma_model not in (None, self.ema_model) or current_model not in (None, self.model):
-            raise ValueError("update_moving_average averages this EMA's own models and no others")
+            raise ValueError("update_moving_average takes this EMA's own two models only")
         self._blend(1 - self.get_current_decay(), ("copy",))
 
     def copy_params_from_model_to_ema(self) -> None:

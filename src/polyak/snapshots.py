@@ -111,7 +111,7 @@ class Recorder:
         self._closed = False
         if averager.mixed:
             raise ValueError(
-                "Recorder: the averager went on with another rule (change_rule=True), so its slots come "
+                "Recorder: the averager continued with another rule (change_rule=True), so its slots come "
                 "from two rules, and what they average is not known; start a new average"
             )
         if averager.sharded:

@@ -170,7 +170,7 @@ def savable_rule(rule: Rule | str) -> Rule:
     except (ValueError, TypeError) as error:
         problem = str(error)
     raise ValueError(
-        f"{type(made).__name__} could not be saved, which would fail at the first save: {problem}. Make "
+        f"{type(made).__name__} cannot be saved, so the first save would fail: {problem}. Make "
         "it a frozen dataclass of numbers, rules and schedules at the top of a module; or write SAVABLE "
         "= False in the class, if it is never saved"
     )

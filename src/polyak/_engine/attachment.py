@@ -55,7 +55,7 @@ class Attachment:
         members = [member for chain in chains for member in chain]
         if not members or len(set(map(id, members))) < len(members):
             raise ValueError(
-                f"attach: {len(optimizers)} optimizers, wanted one or more, each of them once"
+                f"attach: {len(optimizers)} optimizers, wanted one or more, each only once"
             )
         self._live, self._optimizers, self._complete = live, optimizers, complete
         self._generation = 0
@@ -93,8 +93,8 @@ class Attachment:
         def taken(flags: Flags) -> None:
             if not self._scaled and any(flag is not None for flag in flags):
                 raise RuntimeError(
-                    "a GradScaler drives this fused optimizer, whose hooks run on skipped steps "
-                    "too: give it to attach(optimizer, scaler)"
+                    "this fused optimizer has a GradScaler, and its hooks run on skipped steps too: "
+                    "pass the scaler, attach(optimizer, scaler)"
                 )
             self._taken[which] = flags
             if len(self._taken) == len(self._watches):
@@ -208,8 +208,8 @@ def _require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any], compl
         raise ValueError(
             f"attach: {names} has none of the {len(parameters)} averaged parameters "
             f"({parameters[0].name}, ...), so its steps never move them: the weights were replaced "
-            "after the optimizer was made, or it is of another model or a copy. Make the optimizer of "
-            "the averaged model's parameters; if it writes to them from copies of its own, call "
+            "after the optimizer was made, or it trains another model or a copy. Make the optimizer from "
+            "the averaged model's parameters; if it trains copies and writes them back, call "
             "update() after its step instead"
         )
     left = [

@@ -1,4 +1,4 @@
-"""Changes: an average goes on from other weights, under another rule, in another dtype or place.
+"""Changes: an average continues from other weights, under another rule, in another dtype or place.
 
 Each function returns what is to be set on which object, so that the averager can set it in one step.
 """
@@ -51,8 +51,8 @@ def begun(
     moved = [slot for slot in rule.fractions(tick) if count == 1 or len(rule.slots) == 1]
     if not moved:
         raise ValueError(
-            f"begin: {rule} has the slots {', '.join(rule.slots)}, and weights alone do not tell them "
-            f"after {count} updates: wanted count=1, as if the first update had copied these weights"
+            f"begin: {rule} has the slots {', '.join(rule.slots)}, and weights alone do not give them "
+            f"after {count} updates: pass count=1, as if the first update had copied these weights"
         )
     held = _in_slot_dtype(given(weights, live), average, live)
     slots: dict[str, dict[str, Tensor]] = dict.fromkeys(moved, held)
@@ -131,12 +131,12 @@ def ruled(average: Average, rule: Rule) -> Average:
     if not needed <= held <= other.known_slots():
         raise ValueError(
             f"change_rule: the average of {average.rule} has the slots {sorted(held)}, and {rule} needs "
-            f"{sorted(needed)}; make an averager with that rule, and begin(average()) there"
+            f"{sorted(needed)}. Make an averager with that rule, and call begin(average()) on it"
         )
     if average.shared() and len(rule.slots) > 1:
         raise ValueError(
-            f"change_rule: a module has the slot of this average, and {rule} needs "
-            f"{', '.join(rule.slots)}; let go of the module first"
+            f"change_rule: module() shares the memory of this average, and {rule} needs "
+            f"{', '.join(rule.slots)}; delete that module first"
         )
     return other
 

@@ -49,6 +49,6 @@ class Clock:
         now = max(average.tick.t for average in self._averages) + self.since[1]
         if now + elapsed == float("inf"):
             raise ValueError(
-                f"elapsed is {elapsed!r} at time {now!r}, and no float holds their sum: wanted a "
-                "larger unit of time, such as epochs for samples"
+                f"elapsed is {elapsed!r} at time {now!r}, and a float cannot hold their sum: use a "
+                "larger unit of time, such as epochs instead of samples"
             )

@@ -78,8 +78,8 @@ def _require_fit(
         for name in item.aliases:
             if average[name] is not first and not torch.equal(average[name], first):
                 raise ValueError(
-                    f"copy_to: {name} is tied to {item.name} in the model, and its average is "
-                    "another: wanted a model in which they are two tensors"
+                    f"copy_to: {name} is tied to {item.name} in the model, but the two "
+                    "have different averages: use a model in which they are two tensors"
                 )
 
 

@@ -143,7 +143,7 @@ def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
     for loan in OPEN:
         if places := meeting([item.local() for item in items], loan.carriers()[0]):
             raise RuntimeError(
-                f"{call}: {items[places[0]].name} carries an average, in a block "
+                f"{call}: {items[places[0]].name} has an average, in a block "
                 f"applied({loan.label!r}) of {loan.owner.name}; leave that block first"
             )
 
@@ -155,8 +155,8 @@ def refuse_owner(call: str, loan: Loan, name: str) -> None:
     if mine.thread != loan.owner.thread or len(tasks) > 1:
         raise RuntimeError(
             f"{call} in {mine.name}: {loan.owner.name} is in a block applied({loan.label!r}), and "
-            f"{name} can carry one average at a time. Enter the block in one thread, or take "
-            "turns by a lock"
+            f"{name} can have one average at a time. Enter the block in one thread, or "
+            "use a lock"
         )
 
 
@@ -218,7 +218,7 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
             raise RuntimeError(
                 f"a step of {type(optimizer).__name__} inside applied({loan.label!r}) of "
                 f"{loan.owner.name}: {names[places[0]]} {state} there, and a step "
-                "would spoil it; leave the block first"
+                "would change it; leave the block first"
             )
 
 

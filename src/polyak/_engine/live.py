@@ -74,7 +74,9 @@ class ModelTensors:
         else:
             self._ties, self._order = like._ties, like._order
             if lines := self._changes(found.tracked):
-                raise ValueError(report("EMA ema_model has other tensors than the model", lines))
+                raise ValueError(
+                    report("EMA: ema_model and the model have different tensors", lines)
+                )
         self._adopt(found)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,7 +249,7 @@ def _require_averaged(tracked: Sequence[Tracked]) -> None:
     if not any(item.policy == "average" for item in tracked):
         raise ValueError(
             f"nothing to average among {len(tracked)} tensors: wanted at least one selected "
-            "floating-point parameter; look at `model` and `select`"
+            "floating-point parameter; check `model` and `select`"
         )
 
 

@@ -81,7 +81,7 @@ def _choose(
         return cast(Policy, buffers), f'buffers="{buffers}"'
     if is_statistic(item.name):
         return "average", "running statistics belong to the weights"
-    return "copy", "a buffer that is no running statistic"
+    return "copy", "a buffer that is not a running statistic"
 
 
 def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Policy]:
@@ -98,7 +98,7 @@ def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Poli
             raise ValueError(f"buffers[{pattern!r}] is {policy!r}, wanted {wanted}")
         for item in _matches(pattern, names, "buffers"):
             if policy == "average" and not averageable(item.local()):
-                raise ValueError(f"{item.name} is {item.local().dtype}: it can be copied only")
+                raise ValueError(f"{item.name} is {item.local().dtype}: it can only be copied")
             decided.setdefault(item.name, policy)
     return decided
 

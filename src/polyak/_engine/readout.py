@@ -88,7 +88,7 @@ class AverageWeights(LazyTensors):
     def _require_current(self, name: str) -> None:
         if self._average.lent:
             raise RuntimeError(
-                f"{name}: the model carries this average, inside applied(), and its slots may hold "
+                f"{name}: inside applied() this average is in the model, and its own tensors may hold "
                 "the live weights; leave the block first"
             )
         if self._average.tick != self._tick:

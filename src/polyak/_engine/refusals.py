@@ -18,17 +18,17 @@ def refuse_strange(name: str, found: Tensor) -> None:
     if is_lazy(tensor):
         raise ValueError(
             f"{name} is not materialised yet (a lazy module): run one forward pass, then make the "
-            "average"
+            "averager"
         )
     if tensor.is_meta:
         raise ValueError(
             f"{name} is on the meta device and has no content: materialise the model "
-            "(to_empty, load its weights), then make the average"
+            "(to_empty, load its weights), then make the averager"
         )
     if tensor.numel() == 0 and hasattr(found, "ds_id"):
         raise ValueError(
-            f"{name} is partitioned by DeepSpeed ZeRO-3 and is empty between its uses: wanted "
-            "weights that are there (ZeRO 1 or 2), or sharded by fully_shard (FSDP2)"
+            f"{name} is partitioned by DeepSpeed ZeRO-3 and is empty between its uses: use "
+            "ZeRO 1 or 2, or fully_shard (FSDP2)"
         )
     if tensor.is_inference():
         raise ValueError(
@@ -49,7 +49,7 @@ def refuse_sign_view(name: str, tensor: Tensor) -> None:
     if tensor.is_conj() or tensor.is_neg():
         view, call = ("conjugate", "conj") if tensor.is_conj() else ("negative", "neg")
         raise ValueError(
-            f"{name} is a {view} view, of which torch stores the opposite sign, and cannot exchange "
+            f"{name} is a {view} view: torch stores it with the opposite sign, so it cannot exchange "
             f"contents with an average: give the model a .resolve_{call}() of it, or leave it out "
             "with `select`"
         )

@@ -114,7 +114,7 @@ class Resumable(Averages):
     def change_rule(self, rule: Rule | str, name: str | None = None) -> None:
         """Go on with another rule, from the slots and the clock that there are.
 
-        Raises `ValueError` if the rule needs other slots, `TypeError` for what is not a rule, and
+        Raises `ValueError` if the rule needs other slots, `TypeError` for an object that is not a rule, and
         `RuntimeError` inside `applied()`.
         """
         average = self._get(name)
@@ -159,7 +159,7 @@ class Resumable(Averages):
             if average.shared() and not new.averages[name].tick.n:
                 raise ValueError(
                     f"load_state_dict: average {name!r} has no update yet, and module({name!r}) has "
-                    "its slots; let go of the module first"
+                    "its slots; delete that module first"
                 )
         return new
 

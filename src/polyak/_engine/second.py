@@ -40,7 +40,9 @@ class ChooseByName:
         idle = {*self.ignored} - {*names}
         idle |= {p for p in self.prefixes if not any(name.startswith(p) for name in names)}
         if idle:
-            raise ValueError(f"EMA ignores {sorted(idle)}, which match no tensor of the model")
+            raise ValueError(
+                f"EMA ignore_names, ignore_startswith_names: {sorted(idle)} match no tensor of the model"
+            )
         if idle := {*self.copied} - {*names}:
             wanted = "which match no tensor"
             raise ValueError(f"EMA param_or_buffer_names_no_ema has {sorted(idle)}, {wanted}")

@@ -204,7 +204,9 @@ class Average:
     def refuse_spoilt(self, call: str) -> None:
         """Raises `RuntimeError` if a block or an update has spoilt the average, or is moving it."""
         if self.moving:
-            raise RuntimeError(f"{call}: an update is under way, and its slots have half moved")
+            raise RuntimeError(
+                f"{call}: an update is running, and only some of the average's tensors have moved"
+            )
         for reason in filter(None, (self.spoilt, *self.torn.values())):
             raise RuntimeError(f"{call}: load a saved state first. {reason}")
 

@@ -81,7 +81,7 @@ class Lender:
         """Raises `RuntimeError` inside a block: the model carries an average there."""
         if self.loan is not None:
             raise RuntimeError(
-                f"{call} inside applied({self.loan.label!r}): the model carries the average there; "
+                f"{call} inside applied({self.loan.label!r}): the model has the average's weights there; "
                 f"leave the `with` block first ({self.loan.owner.name} has entered it)"
             )
 

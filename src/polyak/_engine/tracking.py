@@ -206,7 +206,7 @@ def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:
 
 
 def inner(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper wraps; None for a module that is no wrapper."""
+    """The module that a wrapper wraps; None for a module that is not a wrapper."""
     if isinstance(module, _PARALLEL):
         return module._modules["module"]
     return next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
@@ -245,7 +245,9 @@ def _merge_ties(found: Sequence[tuple[Entry, Tensor]]) -> list[Tracked]:
     seen: set[str] = set()
     for entry, tensor in found:
         if entry.name in seen:
-            raise ValueError(f"two tensors are named {entry.name!r} once wrappers are left out")
+            raise ValueError(
+                f"two tensors are named {entry.name!r} without the prefixes that wrappers add"
+            )
         seen.add(entry.name)
         refuse_strange(entry.name, tensor)
         tied.setdefault(identity(tensor), []).append(entry)

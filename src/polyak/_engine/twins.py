@@ -69,9 +69,9 @@ class Twin:
             ):
                 self._average.twin = None
                 raise RuntimeError(
-                    f"{call}: {name} of module({self.label!r}) is no longer the slot: the module "
-                    "was moved or converted, or given other tensors. Move it by Averager.to, or "
-                    "take module(copy=True), which is free"
+                    f"{call}: {name} of module({self.label!r}) no longer shares the average's memory: the module "
+                    "was moved or converted, or given other tensors. Use Averager.to to move it, or "
+                    "module(copy=True), which you may move"
                 )
         if (seen := versions(list(slots.values()))) != self._seen:
             wrong = [name for name, a, b in zip(slots, seen, self._seen, strict=True) if a != b]
@@ -209,8 +209,8 @@ def refuse_unlike(call: str, live: ModelTensors, slots: Sequence[Tensor]) -> Non
 
 def _unshareable(call: str, problem: str) -> ValueError:
     return ValueError(
-        f"{call}: {problem}, so no module can have the average itself; take module(copy=True) and "
-        "refresh it by copy_to(module)"
+        f"{call}: {problem}, so no module can share its memory; use module(copy=True) and "
+        "refresh it with copy_to(module)"
     )
 
 
@@ -222,8 +222,8 @@ def plain_copy(call: str, model: nn.Module, copies: dict[int, Any]) -> nn.Module
     for name, parameter in model.named_parameters():
         if is_distributed(parameter):
             raise ValueError(
-                f"{call}: {name} is sharded (fully_shard, parallelize_module), and no second module "
-                "can be made of the model's shards; use applied()"
+                f"{call}: {name} is sharded (fully_shard, parallelize_module), and a second module cannot "
+                "be made from the model's shards; use applied()"
             )
     try:
         for module in reversed(list(model.modules())):  # the inner ones first
@@ -233,7 +233,7 @@ def plain_copy(call: str, model: nn.Module, copies: dict[int, Any]) -> nn.Module
     except Exception as error:
         raise RuntimeError(
             f"{call}: {type(model).__name__} cannot be copied ({error}); build a second one, and "
-            "write the average into it by copy_to"
+            "write the average into it with copy_to"
         ) from error
     return copied
 

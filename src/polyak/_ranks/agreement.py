@@ -27,13 +27,13 @@ _MOST_RANKS = 4  # that an error quotes
 
 @dataclass
 class Agreement:
-    """What a rank goes on with after a block; all ranks must tell the same."""
+    """What a rank continues with after a block; all ranks must tell the same."""
 
     told: str = ""
 
 
 class _Said(NamedTuple):
-    """What a rank says at the end of a block: in which call, what went wrong, what it goes on with."""
+    """What a rank says at the end of a block: in which call, what went wrong, what it continues with."""
 
     call: str
     problem: str | None

@@ -117,8 +117,8 @@ def reshard_group(group: Any) -> None:
     """
     if TorchVersion(torch.__version__) < "2.7":
         raise RuntimeError(
-            f"torch {torch.__version__}: weights of FSDP2 (fully_shard) are averaged since torch 2.7; use "
-            "that or a newer one"
+            f"torch {torch.__version__}: averaging weights of FSDP2 (fully_shard) needs torch 2.7 or "
+            "newer"
         )
     _get(group, "wait_for_unshard", "2.6")()
     _get(group, "_to_sharded", "2.6")()

@@ -95,7 +95,7 @@ def choose(
         file: the name of the file of weights in each checkpoint's folder, if there are several.
 
     `steps` may be given together with one of the others, which then chooses among these steps. Without
-    any, all checkpoints are taken. Copies (`last.ckpt`) and averages (`avg_10.pt`) are left aside.
+    any, all checkpoints are taken. Copies (`last.ckpt`) and averages (`avg_10.pt`) are left out.
 
     Raises `ValueError` for a run without checkpoints, without a known order, or with too few; for
     several runs in one folder; for steps that are not there; for a metric that was not written.

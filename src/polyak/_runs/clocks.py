@@ -32,7 +32,7 @@ class Timed:
 
 
 class Ordered(NamedTuple):
-    """Checkpoints in the order of a unit: "step", "epoch", "time" or "number"; what was left aside."""
+    """Checkpoints in the order of a unit: "step", "epoch", "time" or "number"; what was left out."""
 
     unit: str
     timed: list[Timed]
@@ -63,7 +63,7 @@ def by_name(entries: Sequence[Entry]) -> list[Timed] | None:
 
 
 def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
-    """Checkpoints in the order of their steps; averages and copies are left aside.
+    """Checkpoints in the order of their steps; averages and copies are left out.
 
     The unit is the first that all have, with no two alike. A copy, such as `last.ckpt`, is a link, or
     one whose name has no count, with the count of another.

@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The checkpoints of one folder, and what was left aside: path -> why."""
+    """The checkpoints of one folder, and what was left out: path -> why."""
 
     folder: Path
     entries: list[Entry]

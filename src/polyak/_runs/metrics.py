@@ -56,7 +56,7 @@ def metric(timed: Sequence[Timed], by: str, run: Path) -> tuple[str, list[float 
 def direction(name: str, better: Better | None) -> Better:
     """Which quality is better: as given, or by a metric's usual name.
 
-    Raises `ValueError` for a name that does not tell.
+    Raises `ValueError` if the name does not say which.
     """
     if better is not None:
         return better
@@ -147,7 +147,9 @@ def _resolved(by: str, names: set[str]) -> str:
         if len(fits) == 1:
             return fits[0]
         if fits:
-            raise ValueError(f"by is {by!r}, which may be {' or '.join(sorted(fits))}: give one")
+            raise ValueError(
+                f"by is {by!r}, which fits {' and '.join(sorted(fits))}: give one of them"
+            )
     near = get_close_matches(by, names, _SHOWN, 0.3) or sorted(names)[:_SHOWN]
     has = f"they have {', '.join(near)}" if near else "no metrics were found beside them"
     raise ValueError(f"by is {by!r}, and the checkpoints have no such metric: {has}")

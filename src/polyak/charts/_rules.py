@@ -101,7 +101,9 @@ def description_chart(found: Description) -> alt.TopLevelMixin:
         a.rule for a in found.averages.values() if a.rule is not None and a.half_life is not None
     ]
     if not rules or not found.count:
-        raise LookupError(f"{found.path} tells no rule and clock of an average to draw")
+        raise LookupError(
+            f"{found.path} has no average whose rule and clock are known, so there is nothing to draw"
+        )
     return rule_chart(list(dict.fromkeys(rules))[: len(draw.COLOURS)], found.count)
 
 

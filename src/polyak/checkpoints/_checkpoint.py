@@ -27,7 +27,7 @@ class Clock:
     `unit` says what `count` counts: "updates" of the average; "calls" of its update function, of
     which the 1st, the (1 + every)-th, ... update; or "time", such as images seen. `ahead` are updates
     that the library does not count: torch_ema's copy at construction, for one. `every` is the number
-    of calls per update, or None if the file does not tell.
+    of calls per update, or None if the file does not say.
     """
 
     count: int
@@ -108,7 +108,7 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {reason}")
         if name is None and not self.averages and self.live is not None:
             raise ValueError(
-                f'{self.path} has live weights and no average: for these, name "live" (--average live)'
+                f'{self.path} has live weights and no average: to use them, name "live" (--average live)'
             )
         if name is None or name not in self.averages:
             has = ", ".join(self.averages) or "none"

@@ -128,7 +128,7 @@ class DistributedTensors(LazyTensors):
             if not isinstance(stored, StoredTensor) or stored.spec != wanted:
                 got = stored.spec if isinstance(stored, StoredTensor) else type(stored).__name__
                 raise ValueError(
-                    f"{self.path / place.file}: {name} has a chunk of another kind: {got}, wanted {wanted}"
+                    f"{self.path / place.file}: {name} has a chunk of another shape or dtype: {got}, wanted {wanted}"
                 )
             self._opened[key] = stored
         return self._opened[key]
@@ -155,16 +155,18 @@ class DistributedTensors(LazyTensors):
         """Every entry lies in a file of this folder, and no two lie over each other."""
         for name in objects:
             if (name,) not in self._places:
-                raise ValueError(f"{name}: nothing says where it lies")
+                raise ValueError(f"{name}: the metadata does not say where it is stored")
         for name, chunks in self.chunks.items():
             itemsize = self._specs[name].dtype.itemsize
             for chunk in chunks:
                 place = self._places.get((name, *chunk.offsets))
                 if place is None:
-                    raise ValueError(f"{name}: nothing says where it lies")
+                    raise ValueError(f"{name}: the metadata does not say where it is stored")
                 if place.length < chunk.numel * itemsize:
                     nbytes = chunk.numel * itemsize
-                    raise ValueError(f"{name}: a chunk of {nbytes} bytes lies in fewer")
+                    raise ValueError(
+                        f"{name}: a chunk of {nbytes} bytes has fewer bytes in its file"
+                    )
         by_file: dict[str, list[tuple[int, int]]] = {}
         for file, start, length in self._places.values():
             by_file.setdefault(file, []).append((start, length))
@@ -220,12 +222,12 @@ def _require_apart(file: str, places: list[tuple[int, int]], size: int) -> None:
     for start, length in places:
         if start + length > size:
             raise ValueError(
-                f"{file} has {size} bytes, an entry of {length} bytes at {start} lies outside: the file "
+                f"{file} has {size} bytes, an entry of {length} bytes at {start} ends beyond them: the file "
                 "is cut short"
             )
     for (start, length), (following, _) in pairwise(places):
         if start + length > following:
-            raise ValueError(f"{file}: entries lie over each other, at {start} and {following}")
+            raise ValueError(f"{file}: entries overlap, at {start} and {following}")
 
 
 def _filled(name: str, shape: tuple[int, ...], chunks: list[Box]) -> list[Box]:

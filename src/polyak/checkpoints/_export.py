@@ -54,7 +54,7 @@ def export(
 
     Args:
         source: an averager, or what `checkpoints.read` found in a file. The dtypes of a file's average
-            are those of its live weights, if the file tells them.
+            are those of its live weights, if the file says so.
         name: of the average, if there are several; "live" for the live weights of a checkpoint.
         dtype: of floating-point tensors, instead of the model's.
         shard_bytes: `path` becomes a folder of files with at most this many bytes, and an index.
@@ -194,9 +194,9 @@ def convert(
 
     Args:
         path: of the file, or what `read` read.
-        rule: of each average by name, or of the only one, if the file does not tell it.
+        rule: of each average by name, or of the only one, if the file does not say it.
         names: of tensors without names, in their order.
-        count: the number of updates so far, if the file does not tell it.
+        count: the number of updates so far, if the file does not say it.
         every: calls of the library's update function per update, for a file that counts calls.
         copied: patterns of the names of buffers to copy.
         overwrite: whether to replace what exists at `out`.
@@ -210,7 +210,7 @@ def convert(
     if found.format == "polyak":
         raise ValueError(f"{found.path} is polyak's own file already: polyak.load reads it")
     if not found.averages:
-        raise ValueError(f"{found.path}: {found.format}, live weights and no average")
+        raise ValueError(f"{found.path} ({found.format}) has live weights and no average")
     for average in found.averages.values():
         _require_content(found, as_lazy(average).specs)
     averager = Averager(
@@ -232,15 +232,15 @@ def _rules(
     rules = {name: as_rule(rule) for name, rule in named.items()}
     lines = [f"{name}: {found.rules[name]}" for name in rules if name in found.rules]
     if lines:
-        raise ValueError(f"{found.path} tells its own rule, so give none; {', '.join(lines)}")
+        raise ValueError(f"{found.path} names its own rule, so do not pass one; {', '.join(lines)}")
     rules = {**found.rules, **rules}
     has = ", ".join(found.averages)
     if unknown := [name for name in rules if name not in found.averages]:
         raise ValueError(f"{found.path} has no average {', '.join(unknown)}; it has {has}")
     if missing := [name for name in found.averages if name not in rules]:
         raise ValueError(
-            f"{found.path}: the format {found.format} does not tell the rule of {', '.join(missing)}; "
-            "give it, as it was in training (polyak.theory.equivalents names the libraries' calls)"
+            f"{found.path}: the format {found.format} does not name the rule of {', '.join(missing)}; "
+            "pass the rule of the training (polyak.theory.equivalents names the libraries' calls)"
         )
     return {name: rules[name] for name in found.averages}
 
@@ -250,7 +250,7 @@ def _alone(found: Checkpoint, given: Rule | str | None) -> dict[str, Rule | str]
         return {}
     if len(found.averages) > 1:
         has = ", ".join(found.averages)
-        raise ValueError(f"{found.path} has the averages {has}: give the rule of each by its name")
+        raise ValueError(f"{found.path} has the averages {has}: pass the rule of each by its name")
     return dict.fromkeys(found.averages, given)
 
 

@@ -1,4 +1,4 @@
-"""Load: an averager goes on from a file of ours, or of another library."""
+"""Load: an averager continues from a file of ours, or of another library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak._checks import difference, report, require
+from polyak._checks import difference, report
 from polyak._engine.changes import tick_under
 from polyak._engine.slots import tick_data
 from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
@@ -35,18 +35,18 @@ def load(
     count: int | None = None,
     change_rule: bool = False,
 ) -> None:
-    """Make an averager go on from a file: after `save` bit for bit, as if it had not been interrupted.
+    """Make an averager continue from a file: after `save` bit for bit, as if it had not been interrupted.
 
     `path` may also be what `read` read, such as `read(path, key="ema")`. From a file of another library
-    (`read` lists them) it goes on as that library would, if the averager
+    (`read` lists them) it continues as that library would, if the averager
     has the rule and `every` that the library had: `polyak.theory.from_library` gives them from the
-    library's call. A warning names the rule that is assumed if the file does not tell it. Give what the
-    file does not tell: `count`, the number of updates so far; `names`, the order of tensors without
+    library's call. If the file does not name its rule, a warning names the assumed one. Pass what the
+    file does not say: `count`, the number of updates so far; `names`, the order of tensors without
     names (by default that of the model's parameters). Buffers and frozen parameters that the library
     does not average are taken from the file's live weights, or else from the model. If a file
     holds a state dict alone, and `count` is given, these weights are the average.
 
-    With `change_rule` it goes on with the averager's own rule, `every` and `pull`, from the file's slots and
+    With `change_rule` it continues with the averager's own rule, `every` and `pull`, from the file's slots and
     clock. A `Recorder` does not take such an average, since its slots come from two rules. Nothing is
     changed unless everything fits.
 
@@ -58,8 +58,11 @@ def load(
     that differ, and if the file is damaged or lacks what is needed; `RuntimeError` inside `applied()`.
     """
     if isinstance(averager, EMA):
-        require(not isinstance(path, Checkpoint), "path", "a Checkpoint", "a file for an EMA")
-        _load_module(sniff(path), averager)  # type: ignore[arg-type]
+        if isinstance(path, Checkpoint):
+            raise ValueError(
+                "load: path is a Checkpoint, wanted the path of a file for a polyak.EMA"
+            )
+        _load_module(sniff(path), averager)
         return
     options: Any = {"names": names, "count": count, "change_rule": change_rule}
     if isinstance(path, Checkpoint):
@@ -95,8 +98,8 @@ def _only_state(source: Source) -> dict[str, Any] | None:
     held = states(content(source).top)
     if len(held) > 1:
         raise ValueError(
-            f"{source.path} has the states of several averagers, {', '.join(held)}: save the one that is "
-            "wanted into a file of its own"
+            f"{source.path} has the states of several averagers, {', '.join(held)}: save the one that "
+            "you want in a file of its own"
         )
     return next(iter(held.values()), None)
 
@@ -118,7 +121,7 @@ def _placed(path: Path, state: dict[str, Any], averager: Averager) -> dict[str, 
 
 
 def adopt(path: Path, averager: Averager, state: dict[str, Any]) -> None:
-    """Make an averager go on from a state; a `ValueError` names the file."""
+    """Make an averager continue from a state; a `ValueError` names the file."""
     with _naming(path):
         averager.load_state_dict(state)
 
@@ -184,7 +187,7 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
     if (every := stored.value("every")) != averager.every and not change_rule:
         raise stored.error(
             f"saved with every={every!r}, this averager has every={averager.every}: make them equal, or "
-            "pass change_rule=True to go on with this averager's"
+            "pass change_rule=True to continue with this averager's"
         )
     return state
 

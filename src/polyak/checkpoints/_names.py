@@ -38,7 +38,7 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     for key, name in plain.items():
         if name in named:
             raise ValueError(
-                f"the keys {named[name]!r} and {key!r} are both {name!r} once wrappers are left out: "
+                f"the keys {named[name]!r} and {key!r} are both {name!r} without the prefixes that wrappers add: "
                 "save the state_dict of one model"
             )
         named[name] = key

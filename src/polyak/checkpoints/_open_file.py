@@ -50,7 +50,9 @@ class OpenFile:
         """The bytes from `start` on: fewer than `length` only where the file ends."""
         self.require_unchanged()
         if not 0 <= start <= self.size:
-            raise ValueError(f"{self.path}: byte {start} is asked for, and it has {self.size}")
+            raise ValueError(
+                f"{self.path}: byte {start} was requested, and the file has {self.size}"
+            )
         with self.handle.use() as handle:
             return system.pread(handle, min(length, self.size - start), start)
 

@@ -206,7 +206,7 @@ def within(folder: DistributedTensors) -> dict[str, Stored]:
 def _only(folder: Path, found: Mapping[str, Stored]) -> Stored | None:
     if len(found) > 1:
         one, has = folder / next(iter(found)), ", ".join(found)
-        raise ValueError(f"{folder} has the averagers {has}: give one, as {one}")
+        raise ValueError(f"{folder} has the averagers {has}: give one, such as {one}")
     return next(iter(found.values()), None)
 
 
@@ -215,8 +215,8 @@ def _require_one_save(stored: Stored, held: Renamed) -> None:
     for name in held:
         if name.startswith(f"{KEY}/") and _text(held, name) != stored.value(SAVE):
             raise stored.error(
-                f"the file of rank {name.partition('/')[2]} belongs to another save than the others: "
-                "the folder was put together from two saves, so load another one"
+                f"the file of rank {name.partition('/')[2]} comes from another save than the others: "
+                "the folder is a mixture of two saves, so load another one"
             )
 
 

@@ -191,7 +191,7 @@ class _Unpickler(pickle.Unpickler):
         if type(identity) is tuple and len(identity) == 2:
             return _set(*identity)
         if self._elsewhere is None:
-            raise ValueError("the pickle has storages, which do not belong here")
+            raise ValueError("the pickle has tensor storages, which are not expected here")
         return self._elsewhere(identity)
 
 
@@ -202,7 +202,7 @@ def _set(target: Any, items: Any) -> object:
         return target
     if type(target) is tuple and items is None:
         return frozenset(map(key, target))
-    raise ValueError("the pickle describes a set as no pickle does")
+    raise ValueError("the pickle describes a set in an unknown way")
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def read(
             called "0", "1", ... Files with names go by their own.
         key: the part of the file to read: its keys, joined by dots, such as "g_ema".
         prefix: take the tensors whose names begin so, such as "teacher.", and strip it.
-        role: what the weights are, "live" or "average", where the file does not tell.
+        role: what the weights are, "live" or "average", where the file does not say.
 
     >>> import tempfile, torch
     >>> place = Path(tempfile.mkdtemp()) / "average.pt"

@@ -68,14 +68,14 @@ def foreign_state(
 
 
 def _say_assumed(found: Checkpoint, rules: Mapping[str, Rule]) -> None:
-    """Warn with the rules that the file does not tell: the averager's are assumed."""
+    """Warn if the file names no rule: the averager's rules are assumed."""
     assumed = {name: rule for name, rule in rules.items() if name not in found.rules}
     if assumed:
         told = ", ".join(f"{name}: {rule}" for name, rule in as_specs(assumed).items())
         warn(
-            f"{found.path}: a {found.format} file does not tell its rule, so this averager's is assumed "
-            f"({told}). If the file was made by another, make the averager with that one: "
-            "polyak.theory.from_library(call) gives it from the call that made the library's average",
+            f"{found.path}: this {found.format} file does not name its rule, so this averager's is assumed "
+            f"({told}). If another rule made the file, make the averager with that rule: "
+            "polyak.theory.from_library(call) gives it for the library's call",
             stacklevel=5,
         )
 
@@ -86,9 +86,9 @@ def require_rules(
     """Raise `ValueError` for missing or extra averages, and for different rules unless `change_rule`."""
     lines = difference(dict.fromkeys(wanted), dict.fromkeys(got))
     if lines:
-        raise ValueError(report(f"{path}: other averages than this averager's", lines))
+        raise ValueError(report(f"{path}: the file has other averages than this averager", lines))
     if lines := [] if change_rule else difference(as_specs(wanted), as_specs(got)):
-        title = f"{path}: other rules than this averager's; change_rule=True goes on with its own"
+        title = f"{path}: the file has other rules than this averager; pass change_rule=True to continue with this averager's"
         raise ValueError(report(title, lines))
 
 
@@ -122,8 +122,8 @@ def _clock(found: Checkpoint, count: int | None) -> Clock:
         return Clock(require_count("count", count, "updates made so far"))
     if found.clock is None:
         raise ValueError(
-            f"{found.path}: a {found.format} file does not tell how many updates its average had; "
-            "give count="
+            f"{found.path}: this {found.format} file does not say how many updates its average had; "
+            "pass count="
         )
     return found.clock
 

@@ -167,8 +167,8 @@ def _copied(content: dict[str, Any]) -> dict[str, Any]:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
     except ImportError:
         raise RuntimeError(
-            f"{_CALL}: torch {torch.__version__} cannot copy a state for it, torch 2.9 can: call "
-            "save_distributed, which the training waits for"
+            f"{_CALL}: torch {torch.__version__} cannot copy a state to memory (torch 2.9 can): "
+            "call save_distributed, for which the training waits"
         ) from None
 
     stager = DefaultStager(

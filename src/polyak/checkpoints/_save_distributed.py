@@ -138,7 +138,7 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 def _require_names(call: str, where: str, held: object) -> None:
     """Raise `ValueError` for an averager below the top, and for two keys that are equal as text."""
     if isinstance(held, Averager):
-        raise ValueError(f"{call}: {where} is an averager, wanted it at the top of the state")
+        raise ValueError(f"{call}: {where} is an averager; put it at the top level of the state")
     if isinstance(held, Mapping):
         if twice := [key for key in held if not isinstance(key, str) and str(key) in held]:
             raise ValueError(

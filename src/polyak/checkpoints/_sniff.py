@@ -118,7 +118,7 @@ def _folder(path: Path) -> Source:
             return _file(path / files[0])._replace(path=path)
         if files:
             raise ValueError(f"{path} holds {listed(files)}: read one of them")
-    raise ValueError(f"{path} is replaced while it is read")
+    raise ValueError(f"{path} was replaced while it was read: read it again")
 
 
 def _are_shards(names: list[str]) -> bool:
@@ -199,7 +199,9 @@ def _steady(folder: Path, make: Callable[[], _T]) -> _T:
         else:
             if _inode(folder) == before:
                 return made
-    raise ValueError(f"{folder} is replaced again and again while it is read")
+    raise ValueError(
+        f"{folder} was replaced again and again while it was read: read it again later"
+    )
 
 
 def _inode(folder: Path) -> tuple[int, int] | None:

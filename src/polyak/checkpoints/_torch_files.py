@@ -120,7 +120,7 @@ class Region(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         place = offset + (0, self._place, self.length)[whence]
         if place < 0:
-            raise ValueError("a place before the beginning")
+            raise ValueError("a negative offset")
         self._place = min(place, self.length)
         return self._place
 
@@ -186,7 +186,7 @@ def _begin(region: Region, entry: zipfile.ZipInfo) -> int:
     start = entry.header_offset + 30 + name_length + extra_length
     if name != entry.orig_filename.encode() or start + entry.file_size > region.length:
         record = f"the record {entry.orig_filename[:100]!r}"
-        raise ValueError(f"{region.file.path}: {record} is not where it should be")
+        raise ValueError(f"{region.file.path}: {record} is not where the archive's directory says")
     return int(region.start + start)
 
 
@@ -196,7 +196,7 @@ def _load_pickles(region: Region) -> Loaded:
     magic, _ = pickled.next()
     if magic != _MAGIC:
         raise ValueError(
-            "a pickle that torch.save did not write: load it with what wrote it, and save a dictionary "
+            "a pickle that torch.save did not write: load it with the program that wrote it, and save a dictionary "
             "name -> tensor with torch.save"
         )
     version, _ = pickled.next()

@@ -79,7 +79,7 @@ class Objects:
                     known = self.storages.setdefault(name, storage)
                     if (known.nbytes, known.dtype) == (storage.nbytes, dtype):
                         return known
-        raise ValueError("a storage is described as torch.save never does")
+        raise ValueError("a storage is described in a way that torch.save never uses")
 
     def _limited(self, items: Any, *kinds: type) -> Any:
         """Items to be copied; all copies together may not be far larger than the pickle."""
@@ -119,7 +119,7 @@ class Objects:
             return aside(OF_DTYPE + dtype.name, tensor=True)(storage)
         flags = (rest[2] if len(rest) > 2 else None) or {}
         if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
-            raise ValueError("a tensor that is described as torch.save never does")
+            raise ValueError("a tensor is described in a way that torch.save never uses")
         if not isinstance(flags, dict) or set(flags) - {"conj", "neg"}:
             raise ValueError(f"a tensor with the flags {repr_of(flags)}")
         dtype = dtype or storage.dtype
@@ -264,7 +264,7 @@ _OF_A_CLASS = (
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
 )  # fmt: skip
 KNOWN: dict[str, object] = {
-    # A tensor of packed halves of bytes is left aside: torch can neither add nor convert it.
+    # A tensor of packed halves of bytes is left out: torch can neither add nor convert it.
     **{name: dtype for name, dtype in DTYPES.items() if "float4" not in name},
     **_TENSORS,
     **{name: _named(name, storage_dtype=dtype) for name, dtype in _STORAGES.items()},

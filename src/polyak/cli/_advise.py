@@ -17,18 +17,24 @@ def advise(
     ],
     batch: Annotated[
         float | None,
-        typer.Option(help="Batch size in the model: 1 is very noisy.", show_default="1, 10, 100"),
+        typer.Option(help="Batch size in the model; 1 is very noisy.", show_default="1, 10, 100"),
     ] = None,
-    final: Annotated[float, typer.Option(help="Last learning rate, as a share of the peak.")] = 0.0,
-    warmup: Annotated[float, typer.Option(help="Share of the run that warms up.")] = 0.01,
+    final: Annotated[
+        float, typer.Option(help="Final learning rate, as a share of the peak.")
+    ] = 0.0,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the run in which the rate warms up.")
+    ] = 0.01,
     lr: Annotated[
-        float | None, typer.Option(help="AdamW's learning rate, to show AdamW's own average.")
+        float | None, typer.Option(help="AdamW's learning rate; shows AdamW's own average.")
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     out: ChartFolder = None,
     json: Json = False,
 ) -> None:
-    """Advise which average a run needs, by an exact model and by published results.
+    """Advise which average a run needs.
+
+    The advice comes from an exact model of SGD on a quadratic, and from published results.
 
     \b
     Examples:

@@ -52,14 +52,17 @@ def average(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write a copy of this checkpoint with its weights replaced.",
+            help="Write a copy of this checkpoint with other weights.",
         ),
     ] = None,
     wanted: Wanted,
     shares: Shares,
     better: Annotated[
         Better | None,
-        typer.Option(help="Which quality is better.", show_default="lower, or what --by suggests"),
+        typer.Option(
+            help="Whether lower or higher quality is better.",
+            show_default="lower, or what --by suggests",
+        ),
     ] = None,
     which: Annotated[
         str | None,
@@ -73,32 +76,30 @@ def average(
     part: Part,
     lora: Annotated[
         Literal["concatenate"] | None,
-        typer.Option(
-            help="Average PEFT adapters exactly, as one adapter: its rank is the sum of theirs."
-        ),
+        typer.Option(help="Average PEFT adapters into one whose rank is the sum of theirs."),
     ] = None,
     dtype: Dtype = None,
     accumulate: Annotated[
-        str, typer.Option(metavar="DTYPE", help="Of the sums: float32 or float64.")
+        str, typer.Option(metavar="DTYPE", help="Dtype of the sums: float32 or float64.")
     ] = "float32",
     allow_nonfinite: AllowNonfinite = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check the written tensors against direct sums.")
+        bool, typer.Option("--verify", help="Read the result back and check it by direct sums.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Average checkpoint files of any format, or chosen ones of a run.
+    """Average checkpoint files, or chosen checkpoints of a run.
 
-    The files are ordered by the steps in their names or contents; with --coefficients or several
-    --elapsed, as they are listed.
+    The files are taken in the order of the steps in their names or contents. With --coefficients or
+    several --elapsed, they are taken as listed.
 
     \b
     Examples:
       polyak average . --last 2 --dry-run --rule "exponential(0.5)"
       polyak average . --steps 1:2 --like step-3.pt --out mean.pt --verify
       polyak average step-1.pt step-2.pt --out mean.safetensors --dtype bf16
-      polyak average step-1.pt step-2.pt step-3.pt --out ema.safetensors --rule "exponential(0.9)"
-      polyak average step-1.pt step-2.pt --out soup --greedy judge:loss --shard-size 2GB
+      polyak average step-1.pt step-2.pt --out a.safetensors --rule "exponential(0.9)"
+      polyak average step-1.pt step-2.pt --out soup.safetensors --greedy judge:loss
     """
     from polyak import offline
 

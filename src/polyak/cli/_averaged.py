@@ -175,7 +175,7 @@ def _dtypes(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def note_spoiled(made: Combination) -> None:
-    """Notes what in the files spoils their sum, what was left aside, and which norms no longer fit."""
+    """Notes what in the files spoils their sum, what was left out, and which norms no longer fit."""
     for name, files in list(made.nonfinite.items())[:_FEW]:
         if shown := ", ".join(f"{n} in {file}" for file, n in files.items()):
             note(f"{name} has values that are infinite or NaN, {shown}")

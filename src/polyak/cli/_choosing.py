@@ -38,20 +38,20 @@ class Wanted(NamedTuple):
     steps: Annotated[
         str | None,
         typer.Option(
-            metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run (parts may be empty)."
+            metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run; any part may be empty."
         ),
     ] = None
     window_tokens: Annotated[
         str | None,
-        typer.Option(metavar="TOKENS", help="Take the last TOKENS tokens of a run (125B)."),
+        typer.Option(metavar="TOKENS", help="Take the last TOKENS tokens of a run, such as 125B."),
     ] = None
     tokens_per_step: Annotated[
         str | None,
-        typer.Option(metavar="TOKENS", help="Tokens per step, for --window-tokens (4M)."),
+        typer.Option(metavar="TOKENS", help="Tokens per step, such as 4M, for --window-tokens."),
     ] = None
     file: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The file of weights in each checkpoint's folder."),
+        typer.Option(metavar="NAME", help="Name of the weight file in each checkpoint's folder."),
     ] = None
 
     @property
@@ -60,10 +60,10 @@ class Wanted(NamedTuple):
         return any(value is not None for value in self._replace(file=None))
 
     def of(self, files: Sequence[Path], better: Better | None, *, judged: bool = False) -> Choice:
-        """The checkpoints of a run's folder, or of a list; what was left aside is noted.
+        """The checkpoints of a run's folder, or of a list; what was left out is noted.
 
         `better` is that of `by`. If something else is `judged` by it too, it counts only for a metric
-        whose name does not tell.
+        whose name does not say.
         """
         if judged and better is not None:
             try:
@@ -87,7 +87,7 @@ class Wanted(NamedTuple):
 
     def _window(self) -> float | None:
         if (self.window_tokens is None) != (self.tokens_per_step is None):
-            raise ValueError("--window-tokens and --tokens-per-step are given together")
+            raise ValueError("--window-tokens and --tokens-per-step belong together: give both")
         if self.window_tokens is None or self.tokens_per_step is None:
             return None
         tokens = count_of(self.window_tokens, "--window-tokens")
@@ -106,7 +106,7 @@ def stored(
     typed = given({**wanted._asdict(), **part._asdict()})
     if folder is not None and typed and folder.is_dir() and stored_in(folder):
         raise ValueError(
-            f"{folder} has snapshots of polyak.Recorder, and all of them are used under their own names: "
+            f"{folder} has snapshots of polyak.Recorder, and these options are for plain checkpoints: "
             f"leave {typed} out"
         )
     if not any(value is not None for value in wanted):
@@ -161,7 +161,7 @@ def note_aside(choice: Choice) -> None:
     for path, why in choice.aside.items():
         whys.setdefault(why, []).append(path.name)
     for why, names in whys.items():
-        note(f"left aside: {listed(names, _SHOWN)} ({why})")
+        note(f"not used: {listed(names, _SHOWN)} ({why})")
 
 
 def steps_of(text: str) -> tuple[int | None, int | None, int | None]:

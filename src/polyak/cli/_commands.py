@@ -18,10 +18,12 @@ WIDTH = 100
 EPILOG = """\b
 Exit codes:
   0    done
-  1    diff found a difference, or your function (--evaluate, --greedy) failed
+  1    diff found a difference; your function (--evaluate, --greedy) failed; a
+       study's run failed, or a published figure does not hold
   2    a wrong option, value or file
   130  interrupted (Ctrl-C)
-Results go to stdout, messages and progress to stderr. Files appear complete or not at all."""
+Results go to stdout, messages and progress to stderr.
+Files appear complete or not at all."""
 
 # click's `UsageError`, which newer versions of typer carry within themselves.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -27,7 +27,7 @@ def diff(
         list[str],
         typer.Option(
             metavar="NAME",
-            help='The average to compare, or "live"; twice: for A, for B.',
+            help='The average to compare, or "live". Give it twice for A and for B.',
             show_default="the live weights",
         ),
     ] = [],  # noqa: B006
@@ -36,7 +36,9 @@ def diff(
     all: Annotated[bool, typer.Option("--all", help="List equal tensors too.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints: names, dtypes, shapes, and numbers by |a - b| / |a|.
+    """Compare the tensors of two checkpoints.
+
+    It compares names, dtypes, shapes, and numbers by |a - b| / |a|.
 
     \b
     Example:

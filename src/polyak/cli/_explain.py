@@ -20,19 +20,21 @@ def explain(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of the run: measures are then in % of it, too.", show_default="a long run"
+            help="Steps of the run; adds measures in % of the run.", show_default="a long run"
         ),
     ] = None,
     every: Annotated[int, typer.Option(help="Steps between updates.")] = 1,
     out: ChartFolder = None,
     json: Json = False,
 ) -> None:
-    """Show what a rule averages and its calls in other libraries; or compare rules.
+    """Show what a rule averages, or compare rules.
+
+    For one rule, it also prints the calls of other libraries that average the same.
 
     \b
     Examples:
       polyak explain "exponential(half_life=1000)" --steps 20000
-      polyak explain "power(relative_std=0.1)" "window(100)" --steps 20000 --out rules
+      polyak explain "power(relative_std=0.1)" "window(100)" --out rules
     """  # fmt: skip
     from polyak import theory
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def export(
     file: Source,
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="File *.safetensors, or folder for --shard-size.")
+        Path, typer.Argument(metavar="OUT", help="File *.safetensors; with --shard-size, a folder.")
     ],
     average: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def export(
 ) -> None:
     """Write an average as plain safetensors, for from_pretrained.
 
-    Tensors get the dtypes of the live weights in FILE, if it has them. Tied weights are written once.
+    Tensors get the dtypes of FILE's live weights, if it has them. Tied weights are written once.
 
     \b
     Examples:
@@ -84,7 +84,7 @@ def convert(
         list[str],
         typer.Option(
             metavar="[NAME=]SPEC",
-            help="The rule in training, if FILE does not say.",
+            help="The rule of the training, if FILE does not say.",
         ),
     ] = [],  # noqa: B006
     count: Annotated[
@@ -101,7 +101,7 @@ def convert(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write another library's averages as a file of polyak.
+    """Write another library's averages as a polyak file.
 
     \b
     Example:

@@ -28,14 +28,17 @@ def inspect(
     ],
     *,
     part: Part,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare all checksums.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List all tensors, not only the largest.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything and compare its checksums.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """List what a checkpoint holds: weights, averages, rules.
 
-    It reads the files of polyak and of other libraries, safetensors, torch.save and
-    torch.distributed.checkpoint, and runs no code from them.
+    It reads files of polyak and of other libraries, and runs no code from them.
 
     \b
     Examples:
@@ -60,7 +63,7 @@ def inspect(
     say(f"\nlargest tensors, {len(shown)} of {len(largest.rows)}{more}")
     print_table(largest.header, shown, largest.left)
     if description.left:
-        say(f"left aside: {left_text(description.left)}")
+        say(f"not used: {left_text(description.left)}")
     for name, reason in description.refused.items():
         say(f"{name} was not read: {reason}")
     if description.unfit:

@@ -16,11 +16,11 @@ def migrate(
     ],
     json: Json = False,
 ) -> None:
-    """Show what to type instead of another library's average, and what changes.
+    """Translate another library's average to polyak.
 
     \b
     Examples:
-      polyak migrate "ema_pytorch.EMA(beta=0.995, update_after_step=3, update_every=2)"
+      polyak migrate "ema_pytorch.EMA(beta=0.995, update_every=2)"
       polyak migrate "torch.optim.swa_utils.AveragedModel(model)"
     """
     from polyak import theory

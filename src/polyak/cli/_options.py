@@ -31,7 +31,7 @@ ShardSize = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(metavar="DTYPE", help="Of the result: float64, float32, bf16 or fp16."),
+    typer.Option(metavar="DTYPE", help="Dtype of the result: float64, float32, bf16 or fp16."),
 ]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Accept infinite and NaN values.")
@@ -68,19 +68,17 @@ class Part(NamedTuple):
 
     key: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEYS", help="Read only this part of a file: its keys, joined by dots."
-        ),
+        typer.Option(metavar="KEYS", help="Read only this part of a file; dots join nested keys."),
     ] = None
     prefix: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Read only names that begin with TEXT, and remove it."),
+        typer.Option(metavar="TEXT", help="Read only names that begin with TEXT, and remove TEXT."),
     ] = None
     names: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Tensor names, one a line, for a checkpoint without names.",
+            help="Text file of tensor names, for a checkpoint without names.",
         ),
     ] = None
     as_: Annotated[
@@ -108,16 +106,16 @@ class Writing(NamedTuple):
 
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="File *.safetensors, or folder for --shard-size."),
+        typer.Option(metavar="PATH", help="File *.safetensors; with --shard-size, a folder."),
     ] = None
     shard_size: ShardSize = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write nothing; print what would be done.")
+        bool, typer.Option("--dry-run", help="Write nothing; print what would be written.")
     ] = False
     force: Force = False
     torchrun: Annotated[
         bool,
-        typer.Option("--torchrun", help="Share the work: torchrun ... -m polyak ... --torchrun."),
+        typer.Option("--torchrun", help="Share the work between the processes of torchrun."),
     ] = False
 
     @property

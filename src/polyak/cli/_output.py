@@ -87,11 +87,11 @@ def note_norms(norms: Sequence[str]) -> None:
 def note_left(left: Mapping[str, int]) -> None:
     """Names what of a file was neither read as live weights nor as an average."""
     if left:
-        note(f"left aside: {left_text(left)}")
+        note(f"not used: {left_text(left)}")
 
 
 def left_text(left: Mapping[str, int]) -> str:
-    """What was left aside, each with its number of tensors if that is known."""
+    """What was left out, each with its number of tensors if that is known."""
     shown = [
         f"{what} ({n} tensor{'s' if n > 1 else ''})" if n else what for what, n in left.items()
     ]

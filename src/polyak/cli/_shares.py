@@ -23,24 +23,25 @@ class Shares(NamedTuple):
     rule: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help="Each file counts as one update.", show_default="uniform()"
+            metavar="SPEC",
+            help="Rule of the average; each file counts as one update.",
+            show_default="uniform()",
         ),
     ] = None
     coefficients: Annotated[
-        str | None, typer.Option(metavar="C,C,...", help="One for each file; their sum is 1.")
+        str | None,
+        typer.Option(metavar="C,C,...", help="A coefficient for each file; their sum is 1."),
     ] = None
     wsm: Annotated[
         Shape | None,
         typer.Option(help="Imitate this learning-rate decay (arXiv 2507.17634)."),
     ] = None
-    qam: Annotated[Shape | None, typer.Option(help="Imitate it exactly for a quadratic loss.")] = (
-        None
-    )
+    qam: Annotated[Shape | None, typer.Option(help="The same, exact on a quadratic loss.")] = None
     greedy: Annotated[
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Keep the files that improve this function (greedy soup).",
+            help="Keep the files that improve your function (greedy soup).",
         ),
     ] = None
     elapsed: Annotated[

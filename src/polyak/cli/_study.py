@@ -24,31 +24,33 @@ def run(
         ),
     ],
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds 0 to SEEDS - 1; default: the study's.")
+        int | None, typer.Option(help="Number of seeds; default: the study's.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The study's small form.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run the study's small form.")] = False,
     jobs: Jobs = -1,
     vary: Annotated[
         str,
-        typer.Option(help="Sources that differ between seeds: some of init,order,dropout,split."),
+        typer.Option(help="What differs between seeds: some of init,order,dropout,split."),
     ] = SOURCES,
     stacked: Annotated[
         int | None,
         typer.Option(
-            help="Runs trained at once in a process, 0: one by one; default: the study's."
+            help="Runs that a process trains at once; 0: one by one; default: the study's."
         ),
     ] = None,
     backend: Annotated[
         str,
-        typer.Option(help="loky: this machine; ray: the cluster of RAY_ADDRESS, or a local Ray."),
+        typer.Option(help="loky: this machine; ray: the cluster at RAY_ADDRESS, or a local one."),
     ] = "loky",
     out: Annotated[
-        Path | None, typer.Option(help="Folder; default: study-NAME, with -quick if quick.")
+        Path | None,
+        typer.Option(help="Folder of the study; default: study-NAME, or study-NAME-quick."),
     ] = None,
 ) -> None:
-    """Run a study: every average of every run, over seeds, schedules and learning rates.
+    """Run a study over seeds, schedules and learning rates.
 
-    A study that was interrupted goes on where it was. The folder's report.html opens offline.
+    Every run tracks all averages. An interrupted study continues where it was. The folder's
+    report.html opens offline.
     """
     from rich.console import Console
 
@@ -139,9 +141,11 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("study-compared"),
 ) -> None:
-    """Compare studies with the first one arm by arm, within common seeds; then all arms over all studies.
+    """Compare studies arm by arm.
 
-    Without a common seed the runs are compared as independent ones. The studies may differ in anything, such as the model, the data or the rules: the page lists it.
+    Each study is compared with the first one, and the arms that all of them have stand side by side.
+    Runs are paired by seed; without a common seed they are compared as independent. The studies may
+    differ in model, data, rules or anything else: the page lists the differences.
     """
     from polyak.study import _compare, _compare_page
 
@@ -160,16 +164,16 @@ def compare(
 
 def reproduce(
     studies: Annotated[
-        bool, typer.Option("--studies", help="Train small models too: minutes, not seconds.")
+        bool, typer.Option("--studies", help="Train small models too, which takes minutes.")
     ] = False,
     jobs: Jobs = -1,
     out: Annotated[Path, typer.Option(help="Folder for the table and for the runs.")] = Path(
         "study-reproduced"
     ),
 ) -> None:
-    """Compute published figures anew: what was expected, within which tolerance, and what came out.
+    """Compute published figures anew, and say which hold.
 
-    Exact lines and simulations with the averager take half a minute.
+    Without --studies it takes half a minute.
     """
     from rich.console import Console
 

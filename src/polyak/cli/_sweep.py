@@ -44,10 +44,12 @@ def sweep(
         str,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Maps weights (name -> tensor) to their quality, or to one per example.",
+            help="Takes weights (name -> tensor); returns their quality, or one number for each example.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For sweep.json and the chart.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder for sweep.json and the chart.")
+    ],
     folder: Snapshots = None,
     *,
     rule: Annotated[
@@ -75,15 +77,15 @@ def sweep(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find the best average of a finished run, by a function of yours.
+    """Find the best average of a finished run, by your own function.
 
-    Its module may lie in the current directory; what it prints goes to stderr. The live weights of
-    all checkpoints are judged too. The best of many averages looks better than it is: report its
-    quality on other data.
+    The function's module may be in the current directory; what it prints goes to stderr. The live
+    weights are evaluated too. The best of many averages looks better than it is: report its quality
+    on other data.
 
     \b
     Examples:
-      polyak sweep snapshots --evaluate judge:loss --half-lives 100:1000:8 --out sweep --json
+      polyak sweep snapshots --evaluate judge:loss --half-lives 100:1000:8 --out sweep
       polyak sweep . --evaluate judge:loss --windows 2,3 --out sweep
     """
     from polyak import charts, offline

@@ -48,16 +48,17 @@ def synthesize(
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
 ) -> None:
-    """Make any average of a finished run from its snapshots or checkpoints.
+    """Make any average of a finished run.
 
-    The relative error is a share of the distance between average and live weights, for weights that
-    walk at random. Stored rounding errors grow by the amplification, the sum of |coefficients|.
+    It is made from snapshots of polyak.Recorder, or from checkpoints. The relative error is the
+    expected error on a random walk, relative to the distance between the average and the live
+    weights. The amplification says how much stored rounding errors grow.
 
     \b
     Examples:
       polyak synthesize snapshots --rule "power(relative_std=0.15)" --dry-run
-      polyak synthesize snapshots --rule "uniform()" --at 1500 --out mean.safetensors --json
-      polyak synthesize . --last 2 --rule "uniform()" --max-error 0.5 --out last.safetensors
+      polyak synthesize snapshots --rule "uniform()" --at 1500 --out m.safetensors
+      polyak synthesize . --last 2 --rule "uniform()" --max-error 0.5 --dry-run
     """
     from polyak import offline
 

@@ -67,7 +67,7 @@ def take(
         for name, rule in own.items():
             averager.change_rule(rule, name)
     except ValueError as error:
-        cure = "" if own else "\n  to go on with another rule or pull, pass change_rule=True"
+        cure = "" if own else "\n  to continue with another rule or pull, pass change_rule=True"
         raise ValueError(f"{checkpoint}: {error}{cure}") from error
 
 

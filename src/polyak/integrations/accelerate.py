@@ -47,7 +47,7 @@ def register(
             With FSDP2 then call `attach` after `load_state`, in which torch steps a new optimizer once.
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
-    Raises `TypeError` for what is no `Averager`, `ValueError` for DeepSpeed, and for an average whose name the accelerator carries already.
+    Raises `TypeError` for an object that is not an `Averager`, `ValueError` for DeepSpeed, and for an average whose name the accelerator already saves.
     `load_state` then raises `FileNotFoundError` for a folder without the state, and what `polyak.load`
     raises.
     """
@@ -57,7 +57,7 @@ def register(
     names = _NAMES.setdefault(accelerator, [])
     if taken := [name for name in averager.rules if name in names]:
         raise ValueError(
-            f"the accelerator carries an average {taken[0]!r} already: make the Averager with a mapping "
+            f"the accelerator saves an average {taken[0]!r} already: make the Averager with a mapping "
             "name -> rule that has other names; or, to begin anew, first call what the earlier register "
             "returned"
         )

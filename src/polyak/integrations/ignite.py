@@ -42,7 +42,7 @@ def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engi
     before the handlers of `Events.COMPLETED`, `TERMINATE` and `INTERRUPT` that are added afterwards, and
     before every handler of `Events.EXCEPTION_RAISED`.
 
-    Raises `TypeError` for what is no `Averager`, and `ValueError` if `make` returns one engine twice. A run
+    Raises `TypeError` for an object that is not an `Averager`, and `ValueError` if `make` returns one engine twice. A run
     raises `RuntimeError` before the first update.
     """
     require_averager("evaluators", averager)
@@ -105,6 +105,6 @@ class Weights:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise `TypeError`: weights without a clock do not make an average go on."""
         raise TypeError(
-            f"{len(state_dict)} weights without a clock do not continue an average: save and load "
+            f"{len(state_dict)} weights have no clock, so an average cannot continue from them: save and load "
             "the averager, to_save={'averager': averager}, or load these into the model"
         )

@@ -170,7 +170,9 @@ class AveragerCallback(Callback):
             return None
         averager = self._bound(trainer) if self._state else self.averager
         if averager is not None and self._module is not trainer.lightning_module:
-            raise ValueError("the averages are of another model than this; pass its ckpt_path")
+            raise ValueError(
+                "the averages belong to another model; pass ckpt_path to use those of a checkpoint"
+            )
         return averager if averager is not None and averager.clock.n else None
 
     def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: set[str]) -> Iterator[Any]:

@@ -170,7 +170,8 @@ def _comparable(adapter: Adapter) -> dict[str, str]:
 
 def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     """The settings that give each module its rank and its alpha; the most frequent are the default."""
-    require(bool(ranks), "adapters", "without a factor", "adapters of LoRA")
+    if not ranks:
+        raise ValueError("adapters have no LoRA factors (lora_A, lora_B), wanted adapters of LoRA")
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {

@@ -258,7 +258,8 @@ def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, Te
         if lines := difference(wanted, got):
             title = f"{source.label} is not of the same model as {sources[0].label}"
             raise ValueError(report(title, lines))
-    require(bool(wanted), f"{sources[0].label}", "without a tensor", "weights to combine")
+    if not wanted:
+        raise ValueError(f"{sources[0].label} has no tensor to average")
 
 
 def _described(name: str, spec: TensorSpec) -> str:

@@ -27,7 +27,7 @@ from polyak.theory import half_life, mean_age
 from polyak.theory._profiles import coefficients
 
 _LONGEST = 2_000_000  # updates; the profile of more would take more than some seconds
-_EVENLY = 10_000  # updates into which a time is divided if the file does not tell their number
+_EVENLY = 10_000  # updates into which a time is divided if the file does not say their number
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Weighed:
     """The size of some tensors; tied ones count once.
 
     `parameters` counts the elements of floating-point and complex tensors, without running statistics.
-    Other buffers of such dtypes count too, since a file does not tell them from parameters. `dtypes` is
+    Other buffers of such dtypes count too, since a file does not say which tensors are parameters. `dtypes` is
     dtype -> number of tensors.
     """
 
@@ -53,7 +53,7 @@ class Weighed:
 
 @dataclass(frozen=True)
 class DescribedAverage:
-    """An average: its tensors, and its rule if the file tells it.
+    """An average: its tensors, and its rule if the file says so.
 
     `half_life` and `mean_age` are measures of the rule's profile at the file's clock, in the rule's
     unit of time; None without a rule or a clock, and after more than two million updates.

@@ -72,7 +72,7 @@ class Adapter:
             return "target_parameters are set, whose factors belong to several weights each"
         for name in self.tensors:
             if "lora_" in name and name not in self.factors:
-                return f"{name} is no factor of a product"
+                return f"{name} is not a factor of a product"
         ranks = {(f.module, f.side): self.tensors.specs[n].shape[f.side == "B"]
                  for n, f in self.factors.items() if not f.bias}  # fmt: skip
         for (module, _), rank in ranks.items():

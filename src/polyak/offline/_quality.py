@@ -41,7 +41,7 @@ def judged(evaluate: Evaluate, weights: dict[str, Tensor], where: str) -> Judged
             repr(given) if values.ndim == 0 else f"{values.size} numbers that are not all finite"
         )
         raise ValueError(
-            f"evaluate gave {shown} {where}, wanted a finite number, or one an example"
+            f"evaluate returned {shown} {where}, wanted a finite number, or one for each example"
         )
     return Judged(float(values.mean()), values if values.ndim and len(values) > 1 else None)
 
@@ -71,7 +71,7 @@ def interval(made: Judged, other: Judged) -> tuple[float, float] | None:
     count = len(made.examples)
     if len(other.examples) != count:
         raise ValueError(
-            f"evaluate gave {count} and {len(other.examples)} numbers, wanted one for each of the same "
+            f"evaluate returned {count} and {len(other.examples)} numbers, wanted one for each of the same "
             "examples"
         )
     differences, draws = made.examples - other.examples, np.random.default_rng(0)

@@ -29,7 +29,7 @@ EFFECT = 0.05
 POWER = 0.8
 MOST_SEEDS = 100_000
 MOST_RATIO = 4.0
-LARGEST_LOG = 700.0  # exp of more is no float
+LARGEST_LOG = 700.0  # exp of more is not a float
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -31,7 +31,7 @@ class Effect:
 
     `gain` is positive if the arm is better: a share where all values are above 0, else in the metric's
     unit. `p` is Holm's p-value among the arms of the schedule. `needed` is the number of seeds that a
-    5 % effect would need; None where the gain is no share.
+    5 % effect would need; None where the gain is not a share.
     """
 
     arm: str

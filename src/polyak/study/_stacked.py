@@ -113,7 +113,7 @@ class Stack:
         self._seconds = [self._seconds[0] + trained - began, self._seconds[1] + now - trained]
 
     def evaluate(self) -> None:
-        """Evaluate all runs. When a quarter of them is over, go on with the others alone."""
+        """Evaluate all runs. When a quarter of them is over, continue with the others alone."""
         runs = len(self._logs)
         train, average = (seconds / runs for seconds in self._seconds)
         for log, losses in zip(self._logs, torch.stack(self._losses, 1), strict=True):

@@ -20,7 +20,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """An argument that is no literal: only its text is known."""
+    """An argument that is not a literal: only its text is known."""
 
     text: str
 

@@ -82,7 +82,9 @@ def from_library(call: str) -> Migration:
     except TypeError as error:
         raise ValueError(f"{library}: {error}") from None
     for name, value in bound.arguments.get("others", {}).items():
-        require(name in _NO_MATTER, f"{library}: the argument {name}", value, "one that it has")
+        require(
+            name in _NO_MATTER, f"{library}: the argument {name}", value, "an argument that it has"
+        )
     return Migration(library, *function(*bound.args, **bound.kwargs))
 
 

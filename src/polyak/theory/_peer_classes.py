@@ -115,7 +115,7 @@ def _averaged_model(model: Any = None, device: Any = None, avg_fn: Any = None,
     if function is None or name.endswith(("swa_multi_avg_fn", "swa_avg_fn")):
         return Meaning(Uniform(), buffers=buffers)
     known = name.endswith(("ema_multi_avg_fn", "ema_avg_fn"))
-    require(known, "avg_fn", function, "get_ema_avg_fn(decay): another one may be any rule")
+    require(known, "avg_fn", function, "get_ema_avg_fn(decay), whose rule is known")
     given = [*function.args, *function.kwargs.values(), 0.999]
     return Meaning(Exponential(number("decay", given[0])), buffers=buffers)
 

@@ -67,7 +67,7 @@ def state(value: Any) -> LazyTensors:
     if isinstance(value, LazyTensors):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"a {type_of(value)} where a state dict belongs")
+        raise ValueError(f"got a {type_of(value)}, wanted a state dict")
     for key, part in value.items():
         if str(key).endswith("_extra_state") or is_unread(part):
             continue

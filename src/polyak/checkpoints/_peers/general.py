@@ -197,7 +197,7 @@ def _refuse(parts: Sequence[Part], refused: Mapping[str, str]) -> None:
     if len(states) > 1:
         shown = ", ".join(f"{part.label} ({len(part.tensors())} tensors)" for part in states[:12])
         raise ValueError(
-            f"it holds several state dicts, {shown}, and does not tell which are the live weights: "
+            f"it holds several state dicts, {shown}, and does not say which are the live weights: "
             f"name one, such as key={states[0].label!r} (--key {states[0].label})"
         )
 

@@ -33,7 +33,7 @@ def own_state(found: Found, live: LazyTensors | None = None) -> Checkpoint | Non
         rules[name], ticks[name] = rule, tick
         if tick.n and live is None and LIVE in rule.readout(tick):
             refused[name] = (
-                f"{rule} needs the live weights, and the file does not tell which they are"
+                f"{rule} needs the live weights, and the file does not say which they are"
             )
         elif tick.n:
             averages[name] = _read_out(found, rule, tick, held["slots"], copies, live)

@@ -195,7 +195,7 @@ def under_keys(value: Any, keys: str) -> Any:
 
 
 def live_part(parts: Sequence[Part], averages: Sequence[Part]) -> Part | None:
-    """The part that is the live weights; None if there is none, or the file does not tell.
+    """The part that is the live weights; None if there is none, or the file does not say.
 
     It is the state dict under one of `LIVE_KEYS`, at the outermost place; else those that lie together
     under such a key, as one; else the one that an average has its name from, as "g" and "g_ema"; else

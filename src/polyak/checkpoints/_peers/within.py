@@ -256,7 +256,7 @@ def _only(fits: Mapping[str, list[str]]) -> Keys:
         if len(several) > 1:
             raise ValueError(
                 f"{key!r} may be the average of {' or of '.join(map(repr, several))}: the file does not "
-                "tell"
+                "say"
             )
     return {several[0]: key for key, several in fits.items()}
 
