@@ -15,7 +15,7 @@ and the wider the window of the average, the worse they fit. One pass over train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from polyak._checks import report
 from polyak._engine import lending, signals
 from polyak._engine.tracking import STATISTICS
 from polyak._norm_statistics import Norm, find_norms
-from polyak._ranks.agreement import agree, together
+from polyak._ranks.agreement import agree, together_or_alone
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,7 +84,7 @@ def recalibrate(
     error names the norm or the batch.
     Source: SWA (arXiv 1803.05407); arXiv 2411.18704, section 3.4.
     """
-    with _together(group):
+    with together_or_alone("recalibrate", group):
         _require_arguments(model, batches)
         norms = [Norm(name, module) for name, module in find_norms(model)]
     if group is not None:
@@ -95,7 +95,7 @@ def recalibrate(
     first = next(model.parameters(), norms[0].buffers["running_mean"])
     place = first.device if device is None else torch.device(device)
     with torch.no_grad(), _statistics_kept(norms):
-        with _together(group):
+        with together_or_alone("recalibrate", group):
             moved = ((number, _moved(batch, place)) for number, batch in _numbered(batches))
             _estimate(model, norms, moved, call or _call)
         for norm in norms:
@@ -129,11 +129,6 @@ def statistics(names: Iterable[str]) -> list[str]:
     mean, variance = STATISTICS
     split = (name.rpartition(".") for name in given)
     return [norm for norm, dot, leaf in split if leaf == mean and norm + dot + variance in given]
-
-
-def _together(group: ProcessGroup | None) -> AbstractContextManager[object]:
-    """A block that fails on all ranks of a group if it fails on one; a plain block without a group."""
-    return nullcontext() if group is None else together("recalibrate", group)
 
 
 def _estimate(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +28,7 @@ from polyak._engine.tracking import Source, Tracked
 from polyak._engine.twins import Twins
 from polyak._engine.updating import Updating
 from polyak._lazy import TensorSpec
-from polyak._ranks.agreement import Agreement, digest, together
+from polyak._ranks.agreement import Agreement, digest, together_or_alone
 from polyak._ranks.replicas import require_same
 from polyak._ranks.sharding import is_distributed, one_mesh, require_beside
 from polyak.rules import Rule, Tick
@@ -176,9 +176,7 @@ class Averages:
 
     def _together(self, call: str) -> AbstractContextManager[Agreement]:
         """With `shard`: a block that fails on all ranks if it fails on one."""
-        if self._mesh is None:
-            return nullcontext(Agreement())
-        return together(call, self._mesh.get_group())
+        return together_or_alone(call, None if self._mesh is None else self._mesh.get_group())
 
     def _compare_replicas(self, call: str) -> None:
         if self._mesh is None:

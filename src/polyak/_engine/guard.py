@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from polyak._checks import listed
+from polyak._checks import listed, require
 from polyak._engine.clock import Clock, Moment
 from polyak._engine.live import ModelTensors
 from polyak._tensors import Groups
@@ -80,8 +80,8 @@ class Guard:
     """Decides which calls count: none where no optimizer stepped, or where weights are not finite."""
 
     def __init__(self, live: ModelTensors, clock: Clock, nonfinite: Nonfinite) -> None:
-        if nonfinite not in get_args(Nonfinite):
-            raise ValueError(f'nonfinite is {nonfinite!r}, wanted "allow", "skip" or "error"')
+        wanted = '"allow", "skip" or "error"'
+        require(nonfinite in get_args(Nonfinite), "nonfinite", nonfinite, wanted)
         self.skipped = 0
         self.nonfinite = nonfinite
         self.pending: _Pending | None = None

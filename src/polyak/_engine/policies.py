@@ -9,6 +9,7 @@ from typing import Literal, cast, get_args
 
 from torch import nn
 
+from polyak._checks import require
 from polyak._dtypes import dtype_name, is_wrapper
 from polyak._engine.tracking import Policy, Tracked, averageable, is_statistic
 
@@ -87,15 +88,13 @@ def _choose(
 def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Policy]:
     """First name -> policy; the first pattern that matches one of a tied tensor's names decides."""
     if not isinstance(buffers, Mapping):
-        if buffers not in ("auto", "average", "copy"):
-            wanted = '"auto", "average", "copy" or a mapping pattern -> policy'
-            raise ValueError(f"buffers is {buffers!r}, wanted {wanted}")
+        wanted = '"auto", "average", "copy" or a mapping pattern -> policy'
+        require(buffers in ("auto", "average", "copy"), "buffers", buffers, wanted)
         return {}
     decided: dict[str, Policy] = {}
     for pattern, policy in buffers.items():
-        if policy not in get_args(Given):
-            wanted = '"average", "copy" or "skip"'
-            raise ValueError(f"buffers[{pattern!r}] is {policy!r}, wanted {wanted}")
+        wanted = '"average", "copy" or "skip"'
+        require(policy in get_args(Given), f"buffers[{pattern!r}]", policy, wanted)
         for item in _matches(pattern, names, "buffers"):
             if policy == "average" and not averageable(item.local()):
                 raise ValueError(f"{item.name} is {item.local().dtype}: it can only be copied")

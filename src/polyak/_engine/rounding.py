@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from polyak._checks import require
 from polyak._parts import chunk_length, parts
 from polyak._tensors import Journal, lerp_
 
@@ -26,9 +27,8 @@ _TEMPORARIES = 8  # the functions below hold at most this many tensors as large 
 
 def require_rounding(rounding: str, dtypes: set[torch.dtype]) -> None:
     """Raises `ValueError` for an unknown rounding, and for stochastic rounding of wide slots."""
-    if rounding not in get_args(Rounding):
-        wanted = '"nearest", "stochastic" or "compensated"'
-        raise ValueError(f"rounding is {rounding!r}, wanted {wanted}")
+    wanted = '"nearest", "stochastic" or "compensated"'
+    require(rounding in get_args(Rounding), "rounding", rounding, wanted)
     wide = [str(dtype) for dtype in dtypes if dtype not in STOCHASTIC]
     if rounding == "stochastic" and wide:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import difference, is_integer, is_number, report
+from polyak._checks import difference, report, require_count, require_not_negative
 from polyak._dtypes import can_hold
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
@@ -19,6 +19,7 @@ from polyak.rules import START, Tick
 from polyak.specs import as_specs
 
 STATE_FORMAT = 1
+_CALL = "load_state_dict"
 _Form = tuple[Shape, torch.dtype]
 
 
@@ -55,9 +56,9 @@ def checked(state: object, live: ModelTensors, averages: Mapping[str, Average]) 
     states = {name: _average(held[name], name, live, each) for name, each in averages.items()}
     begun = any(each.tick.n for each in states.values())
     return State(
-        calls=_integer(data["calls"], "calls"),
+        calls=require_count(f"{_CALL}: calls", data["calls"], least=0),
         elapsed=_time(data["elapsed"], "elapsed"),
-        skipped=_integer(data["skipped"], "skipped"),
+        skipped=require_count(f"{_CALL}: skipped", data["skipped"], least=0),
         copies=_copies(data["copies"], live, begun=begun),
         averages=states,
         run=None if data.get("run") is None else str(data["run"]),
@@ -152,9 +153,9 @@ def as_tick(data: object, where: str = "tick") -> Tick:
     if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != len(START):
         raise ValueError(f"load_state_dict: {where} is {data!r}, wanted [n, t, elapsed, inner]")
     n, t, elapsed, inner = data
-    begun = _integer(n, f"{where}, n") > 0
+    n = require_count(f"{_CALL}: {where}, n", n, least=0)
     times = _time(t, f"{where}, t"), _time(elapsed, f"{where}, elapsed")
-    if begun and not 0 < times[1] <= times[0]:
+    if n and not 0 < times[1] <= times[0]:
         raise ValueError(f"load_state_dict: {where} is {data!r}, wanted 0 < elapsed <= t")
     return Tick(n, *times, None if inner is None else as_tick(inner, f"{where}, inner"))
 
@@ -170,13 +171,5 @@ def _tick(data: object, like: Tick, where: str) -> Tick:
     return tick
 
 
-def _integer(value: object, where: str) -> int:
-    if not isinstance(value, int) or not is_integer(value, 0):
-        raise ValueError(f"load_state_dict: {where} is {value!r}, wanted an integer >= 0")
-    return value
-
-
 def _time(value: object, where: str) -> float:
-    if not isinstance(value, (int, float)) or not is_number(value) or value < 0:
-        raise ValueError(f"load_state_dict: {where} is {value!r}, wanted a finite number >= 0")
-    return float(value)
+    return float(require_not_negative(f"{_CALL}: {where}", value))

@@ -8,7 +8,7 @@ process group is a group of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -73,6 +73,11 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
             f"{call}: Aborted on all ranks: the ranks called it with different arguments or state: "
             f"{differ}"
         )
+
+
+def together_or_alone(call: str, group: ProcessGroup | None) -> AbstractContextManager[Agreement]:
+    """`together` on a group that is given; without one, a block of this process alone."""
+    return nullcontext(Agreement()) if group is None else together(call, group)
 
 
 def raise_failures(call: str, problems: Mapping[int, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from polyak._checks import as_number, require, require_positive
 from polyak._lazy import renamed
-from polyak._ranks.agreement import together
+from polyak._ranks.agreement import together_or_alone
 from polyak._runs.choosing import Choice
 from polyak._shown import Charted, Table
 from polyak.checkpoints._read import read
@@ -174,7 +173,7 @@ class Synthesis(Charted):
         group: ProcessGroup | None = None,
     ) -> Combination:
         """Write the average as plain safetensors; arguments and errors as in `Combination.write`."""
-        with together("save", group) if group is not None else nullcontext():
+        with together_or_alone("save", group):
             weights = self.weights(allow_nonfinite=allow_nonfinite)
         weights.write(
             path, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, group=group
