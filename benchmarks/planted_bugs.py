@@ -23,7 +23,14 @@ def bug(name: str, path: str, old: str, new: str, *tests: str, slow: bool = Fals
 
 RULES = ("plain_formulas", "rules", "decays")
 ENGINE = ("averager", "failing_updates", "guard", "rounding", "infinities", "cadence")
-BLOCKS = ("applied", "applied_writes", "applied_graphs", "applied_orders", "applied_threads")
+BLOCKS = (
+    "applied",
+    "applied_writes",
+    "applied_graphs",
+    "applied_orders",
+    "applied_replaced",
+    "applied_threads",
+)
 
 BUGS: tuple[Bug, ...] = (
     # the core: rules and decays
@@ -93,11 +100,14 @@ FAULTS: tuple[Bug, ...] = (
     bug("1. overlaps are not looked for", "_engine/refusals.py", "    if (pair := overlap(stored)) is not None:", "    if False:", "shared_memory"),
     bug("1. expanded parameters are taken", "_engine/refusals.py", "        if overlaps_itself(local(tensor)):", "        if False:", "shared_memory"),
     bug("1. conjugate and negative views are taken", "_engine/refusals.py", "    if tensor.is_conj() or tensor.is_neg():", "    if False:", "shared_memory"),
-    bug("2. blocks above are not taken back first", "_engine/lending.py", "for each in reversed(_involved(loan, wanted)):", "for each in [loan]:", *BLOCKS),
+    bug("2. blocks above are not taken back first", "_engine/lending.py", "involved = _involved(loan, wanted)", "involved = [loan]", *BLOCKS),
+    bug("2. blocks beneath do not make way for what was replaced", "_engine/lending.py", " and (other in above or not each.same())", " and other in above", *BLOCKS),
+    bug("2. what was replaced is not lent again", "_engine/lent.py", "        self._exchange.to(True)\n        self.follow()", "        self._exchange.to(True)", *BLOCKS),
+    bug("2. moved tensors exchange contents where they are now", "_engine/lent.py", "                self._exchange = Exchange(places, self._pairs.asides, exchanged=True)", "                pass", *BLOCKS),
     bug("3. writes in a block are not looked for", "_engine/lent.py", "if now is not None or seen != [self._version] * len(seen):", "if now is not None:", *BLOCKS),
     bug("3. optimizers step in a block", "_engine/lending.py", "        _hooks.append(register_optimizer_step_pre_hook(_refuse_step))", "        pass", *BLOCKS),
-    bug("3. replaced modules keep the average", "_engine/loans.py", "now = None if same else self.model.by_name()", "now = None if same else {e.name: t for p in self._pairs for i in p.items for e in i.entries if (t := e.now()) is not None}", *BLOCKS),
-    bug("3. what replaced a narrowed weight gets the narrowed content", "_engine/lent.py", "asides[i] if i in misfits else live[i]", "live[i]", *BLOCKS),
+    bug("3. replaced modules keep the average", "_engine/loans.py", "now = None if self.same() else self.model.by_name()", "now = None if self.same() else {e.name: t for p in self._pairs for i in p.items for e in i.entries if (t := e.now()) is not None}", *BLOCKS),
+    bug("3. what replaced a narrowed weight gets the narrowed content", "_engine/lent.py", "self._memory[i] if i in moved else live[i]", "live[i]", *BLOCKS),
     bug("3. tensors between each other count as one", "_engine/memory.py", " and _overlap(_span(stretch), _span(others[at]))", "", "shared_memory"),
     bug("4. autograd does not see the exchange", "_engine/lent.py", "        set_versions(self._pairs.counted, [version] * len(self._pairs.counted))\n", "", *BLOCKS),
     bug("4. the versions of blocks are counted to", "_engine/lent.py", "[before[i] + 1 for i in changed]", "[VERSIONS.fresh() for i in changed]", *BLOCKS),

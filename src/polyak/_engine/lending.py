@@ -1,8 +1,8 @@
 """Lending: the loans of this process that are open now, over all averagers, and what they forbid.
 
 Blocks of several averagers of one model may end in any order: the loans above the one that ends are
-taken back first and put on again afterwards. While any block is open, a step of an optimizer that has
-its weights raises; while a loan is, so does an update from lent weights.
+taken back first and put on again afterwards. While any is open, a step of an optimizer that has its
+weights raises, and so does an update from them.
 """
 
 from __future__ import annotations
@@ -75,8 +75,6 @@ def enter(loan: Loan, block: object) -> None:
     with TURN:
         if loan not in OPEN:
             _refuse_others(loan)
-        elif loan is not OPEN[-1]:
-            _refuse_touched(loan)
         _blocks.append((loan, block))
         _arrange(loan)
 
@@ -112,12 +110,14 @@ def _arrange(loan: Loan) -> None:
 
     The model carries the average of the block that was entered last among those that are open.
     """
-    wanted = [each for each in _latest() if not each.broken]
+    wanted = _latest()
     if loan in OPEN and wanted != OPEN:
-        for each in reversed(_involved(loan, wanted)):
+        involved = _involved(loan, wanted)
+        for each in reversed(involved):
             each.take_back()
-    # A broken one cannot be lent again. If it was taken back for another's sake, it ends here.
-    OPEN[:] = [each for each in wanted if not each.broken]
+        for each in involved:
+            each.follow()
+    OPEN[:] = wanted
     if _blocks and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
     for each in OPEN:
@@ -168,30 +168,22 @@ def _refuse_others(loan: Loan) -> None:
         new = other.carriers()[0][len(other.tensors) :]
         if places := of_one_storage(loan.tensors, new):
             raise RuntimeError(
-                f"{call}: {loan.names[places[0]]} was replaced inside a block "
+                f"{call}: {loan.names[places[0]]} was replaced or moved inside a block "
                 f"applied({other.label!r}) of {other.owner.name}, and gets its live weight when "
                 "that ends; leave that block first"
             )
 
 
-def _refuse_touched(loan: Loan) -> None:
-    """Raises `RuntimeError` if a loan would come on top of others, and one of them cannot be lent again."""
-    for other in _involved(loan, [*(each for each in OPEN if each is not loan), loan]):
-        if not other.same():
-            raise RuntimeError(
-                f"applied({loan.label!r}): weights were replaced or moved inside a block "
-                f"applied({other.label!r}) of {other.owner.name}, and get their live content when "
-                "that ends; leave that block first"
-            )
-
-
 def _involved(loan: Loan, wanted: list[Loan]) -> list[Loan]:
-    """A loan, and those that must make way for it: on its storages, and above it now or afterwards."""
+    """A loan, and those that must make way for it: on its storages, and above it now or afterwards.
+
+    Those beneath make way too where tensors were replaced or moved: they may not know of these.
+    """
     found = [loan]
     for each in found:  # which grows on the way
         above = [after for order in (OPEN, wanted) for after in _after(each, order)]
-        for other in above:
-            if other in OPEN and other not in found and _share(other, each):
+        for other in OPEN:
+            if other not in found and _share(other, each) and (other in above or not each.same()):
                 found.append(other)
     return [each for each in OPEN if each in found]
 
@@ -205,19 +197,14 @@ def _share(a: Loan, b: Loan) -> bool:
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """A hook before the steps of all optimizers; it is there while a block is open.
-
-    A block whose loan ended early, since it was broken, has live weights in it: a step there would
-    train the model where its code believes that the average is judged.
-    """
+    """A hook before the steps of all optimizers; it is there while a block is open."""
     held = [local(p) for group in optimizer.param_groups for p in group["params"]]
-    for loan in _latest():
+    for loan in OPEN:
         tensors, names = loan.carriers()
         if places := meeting(tensors, held):
-            state = "carries the average" if loan.out else "was lent to an average"
             raise RuntimeError(
                 f"a step of {type(optimizer).__name__} inside applied({loan.label!r}) of "
-                f"{loan.owner.name}: {names[places[0]]} {state} there, and a step "
+                f"{loan.owner.name}: {names[places[0]]} carries the average there, and a step "
                 "would change it; leave the block first"
             )
 

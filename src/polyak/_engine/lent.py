@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from polyak._engine.exchange import Exchange, failure
-from polyak._engine.pairs import Pairs, has_memory
+from polyak._engine.memory import has_memory, renew
+from polyak._engine.pairs import Pairs
 from polyak._tensors import set_versions, versions
 
 _MOST = 8  # names in a message
@@ -52,15 +53,20 @@ class Lent:
         self.spoilt = False
         self.slots = pairs.slots
         self._pairs = pairs
-        # Else a tensor that is moved twice could come to lie where it was, in memory that was freed.
-        self._kept = [tensor.untyped_storage() for tensor in pairs.live]
+        # A tensor may leave its memory in the block. Loans beneath and above have that memory too.
+        self._memory = [tensor.detach() for tensor in pairs.live]
         self._exchange = pairs.exchange()
         self._before: list[int] | None = None  # old versions, until the old contents are back
         self._version = 0
-        self._misfits: set[int] | None = None
+        self._moved: set[int] | None = None
         self._now: Mapping[str, Tensor] | None = None
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The model's memory at the start, and slots of the average."""
+        return [*self._memory, *(self._pairs.asides if self.slots else ())]
 
     def begin(self) -> None:
         """Notes the old versions, before any of them changes: views of one storage share a counter."""
@@ -73,6 +79,7 @@ class Lent:
     def put(self) -> None:
         """Puts into the model what is aside."""
         self._exchange.to(True)
+        self.follow()
 
     def mark(self, version: int) -> None:
         """Sets a version, at which `look` finds all that no one has written to."""
@@ -93,7 +100,7 @@ class Lent:
         """
         seen = versions(self._pairs.counted)
         VERSIONS.used(seen)
-        self._now = now
+        self._now, self._moved = now, None
         if now is not None or seen != [self._version] * len(seen):
             self._judge(*self._pairs.written(seen, self._version))
 
@@ -101,12 +108,8 @@ class Lent:
         """Gives the model its live content back, wherever the block has left its tensors."""
         if self._before is None:
             return
-        misfits = self._sort_out()
+        self._sort_out()
         self._exchange_back()
-        for i in misfits:
-            self._write(i, self._pairs.live[i], self._pairs.asides[i])
-        if self._now is not None:
-            self._follow(self._now, misfits)
 
     def restore(self) -> None:
         """Sets the old versions, where the old contents are back."""
@@ -151,17 +154,18 @@ class Lent:
         return strays | {i: "removed" if now is None else "replaced" for i, now in renewed}
 
     def _sort_out(self) -> set[int]:
-        """The pairs that cannot exchange contents any more. The others are exchanged without them."""
-        if self._misfits is None:
-            misfits = self._pairs.misfits() if self._now is not None else set()
-            if misfits:
-                live, asides = self._pairs.live, self._pairs.asides
-                rest = [i for i in range(len(live)) if i not in misfits]
-                self._exchange = Exchange(
-                    [live[i] for i in rest], [asides[i] for i in rest], exchanged=True
-                )
-            self._misfits = misfits
-        return self._misfits
+        """The tensors that have left their memory, where contents are exchanged from now on."""
+        if self._moved is None:
+            moved = set() if self._now is None else self._pairs.elsewhere() | self._pairs.misfits()
+            if moved:
+                for i in moved:
+                    renew(self._memory[i])
+                places = [
+                    self._memory[i] if i in moved else t for i, t in enumerate(self._pairs.live)
+                ]
+                self._exchange = Exchange(places, self._pairs.asides, exchanged=True)
+            self._moved = moved
+        return self._moved
 
     def _exchange_back(self) -> None:
         error = failure(lambda: self._exchange.to(False))
@@ -189,14 +193,15 @@ class Lent:
         if error := failure(write):
             self._tell(f"{self._pairs.items[i].name} could not be given back", error)
 
-    def _follow(self, now: Mapping[str, Tensor], misfits: set[int]) -> None:
-        """Writes the live content also into the tensors that have replaced those of the start."""
-        live, asides = self._pairs.live, self._pairs.asides
-        strays = [(i, tensor) for i, tensor, _ in self._pairs.strays(now)]
-        for i, tensor in [*self._pairs.renewed(now), *strays]:
-            if tensor is not None and tensor is not live[i]:
-                # A misfit may have a narrower dtype by now: the content is whole beside it alone.
-                self._write(i, tensor, asides[i] if i in misfits else live[i])
+    def follow(self) -> None:
+        """Writes the content also into tensors that have left its memory, or come in their place."""
+        if self._now is None:
+            return
+        live, moved = self._pairs.live, self._sort_out()
+        new = [(i, live[i]) for i in sorted(moved)]
+        new += [(i, t) for i, t in self._pairs.new(self._now) if t is not live[i]]
+        for i, tensor in new:
+            self._write(i, tensor, self._memory[i] if i in moved else live[i])
 
 
 def _fills_storage(tensor: Tensor) -> bool:

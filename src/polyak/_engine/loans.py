@@ -67,8 +67,6 @@ class Loan:
         self.label, self.owner = label, owner
         self.out = False
         """Whether the model carries the average, as far as the loan comes before others."""
-        self.broken = False
-        """Whether the block has replaced or moved tensors, so that the loan cannot go on once taken back."""
         self.model = model
         self._average, self._pairs, self._ended = average, pairs, ended
         self._lent = [Lent(each) for each in pairs]
@@ -76,10 +74,8 @@ class Loan:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors with other contents than they had: the model's, and slots of the average."""
-        asides = (each.asides if each.slots else [] for each in self._pairs)
-        both = zip((each.live for each in self._pairs), asides, strict=True)
-        return [tensor for live, slots in both for tensor in (*live, *slots)]
+        """All memory with other contents than it had: the model's at the start, and slots of the average."""
+        return [tensor for lent in self._lent for tensor in lent.tensors]
 
     @property
     def names(self) -> list[str]:
@@ -89,14 +85,13 @@ class Loan:
     def carriers(self) -> tuple[list[Tensor], list[str]]:
         """All tensors that carry the average or hold live weights now, and what they are called.
 
-        They are `tensors` and those that the block has put in the place of some.
+        They are `tensors`, and those that the block has moved, or put in the place of some.
         """
         tensors, names = self.tensors, self.names
         if not self.same():
             now = self.model.by_name()
             for pairs in self._pairs:
-                new = [(i, t) for i, t in pairs.renewed(now) if t is not None]
-                new += [(i, t) for i, t, _ in pairs.strays(now) if t is not None]
+                new = [(i, pairs.live[i]) for i in pairs.elsewhere()] + pairs.new(now)
                 tensors += [t for _, t in new]
                 names += [pairs.items[i].name for i, _ in new]
         return tensors, names
@@ -131,16 +126,20 @@ class Loan:
         ):  # a root left whole by a forward pass has the average
             self._problems = {f"resharding failed ({error})": None}
         if self.out:
-            same = self.same()
-            now = None if same else self.model.by_name()
+            now = None if self.same() else self.model.by_name()
             for lent in self._lent:
                 lent.look(now)
-            self.broken = not same
             self.out = False
         for lent in self._lent:
             lent.take()
         for lent in self._lent:
             lent.restore()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Writes what the model's tensors hold now into those that the block has put in their place."""
+        for lent in self._lent:
+            lent.follow()
 
     def close(self) -> None:
         """What follows the last `take_back`: the average can be used again, unless it is spoilt."""

@@ -47,6 +47,18 @@ def is_freed(tensor: Tensor) -> bool:
     return gone and tensor.untyped_storage().nbytes() == 0
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to; writing to one whose storage was freed ends the process."""
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
+
+
+def renew(tensor: Tensor) -> None:
+    """Gives a tensor whose storage was freed memory again, with any content."""
+    if not has_memory(tensor):
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        tensor.untyped_storage().resize_(start + _reach(tensor))
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor are one place in memory, as in an expanded one."""
     if tensor.is_contiguous():

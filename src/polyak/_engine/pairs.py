@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak._engine.exchange import Exchange
+from polyak._engine.memory import has_memory
 from polyak._engine.tracking import Entry, Tracked
 from polyak._parts import CHUNK_BYTES
 from polyak._ranks.sharding import local
@@ -74,6 +75,11 @@ class Pairs:
             ):
                 yield i, part, found is not before
 
+    def new(self, now: Mapping[str, Tensor | None]) -> list[tuple[int, Tensor]]:
+        """The places of live tensors that others have come in place of, and these others."""
+        found = [*self.renewed(now), *((i, part) for i, part, _ in self.strays(now))]
+        return [(i, part) for i, part in found if part is not None]
+
     def elsewhere(self) -> set[int]:
         """The places of live tensors that have other memory than they had."""
         now = enumerate(map(Tensor.data_ptr, self.live))
@@ -118,8 +124,3 @@ class Pairs:
 
 def _form(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
     return tensor.dtype, tensor.device, tensor.shape
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to; writing to one whose storage was freed ends the process."""
-    return tensor.data_ptr() != 0 or tensor.numel() == 0

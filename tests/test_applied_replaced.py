@@ -1,0 +1,172 @@
+"""Blocks of several averagers, in which tensors are replaced or moved, left in any order.
+
+The live weights come back bit for bit with the last block, wherever something is written to the model
+before, and whoever leaves is told. No average is wrong without a word. A new way to replace joins `REPLACED` by one line, and a new nest of
+blocks joins `NESTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import assert_same, snapshot, wander
+from polyak import Averager, Exponential, Uniform, Window
+from polyak._engine import lending
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
+def fresh(model: Any) -> Any:
+    other = deepcopy(model)
+    wander(other, 17)
+    return other
+
+
+def swapped(model: Any) -> None:
+    for tensor, other in zip(model.parameters(), fresh(model).parameters(), strict=True):
+        torch.utils.swap_tensors(tensor, other)
+
+
+def moved(model: Any) -> None:
+    for tensor in model.parameters():
+        tensor.data = torch.ones_like(tensor)
+
+
+REPLACED: dict[str, Callable[[Any], object]] = {
+    "a parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 3))),
+    "a parameter of another shape": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(5))),
+    "a table": lambda m: m[0].__dict__.update(_parameters=fresh(m[0])._parameters),
+    "__setstate__": lambda m: m.__setstate__(fresh(m).__dict__),
+    "__dict__": lambda m: setattr(m, "__dict__", fresh(m).__dict__),
+    "by loading": lambda m: m.load_state_dict(fresh(m).state_dict(), assign=True),
+    "a module": lambda m: m.__setitem__(0, nn.Linear(3, 2)),
+    "every module": lambda m: m.__dict__.update(_modules=fresh(m)._modules),
+    "swap_tensors": swapped,
+    ".data": moved,
+    ".data of another shape": lambda m: setattr(m[0].weight, "data", torch.ones(5)),
+    "moved to another dtype": lambda m: m.double(),
+}
+
+
+class Kind(NamedTuple):
+    """A part of a model, and the way to average it."""
+
+    part: Callable[[Any], nn.Module]
+    options: dict[str, Any]
+    names: Sequence[str] = ()
+
+    def reach(self, part: nn.Module) -> list[Tensor]:
+        return [p for name, p in part.named_parameters() if not self.names or name in self.names]
+
+
+KINDS = {
+    "whole": Kind(lambda m: m, {"rule": Uniform()}),
+    "other": Kind(lambda m: m, {"rule": Exponential(0.5)}),
+    "aside": Kind(lambda m: m, {"rule": Window(2), "buffers": "average"}),
+    "part": Kind(lambda m: m, {"rule": Exponential(0.25), "select": "0.weight"}, ["0.weight"]),
+    "rest": Kind(lambda m: m[1], {"rule": Exponential(0.75)}),
+}
+
+NESTS: list[tuple[str, ...]] = [
+    ("whole", "other"),
+    ("whole", "aside"),
+    ("aside", "whole"),
+    ("whole", "whole"),
+    ("whole", "part"),
+    ("part", "whole"),
+    ("whole", "other", "whole"),
+    ("whole", "part", "rest"),
+    ("aside", "rest", "aside"),
+]
+"""The averagers whose blocks are entered, one after the other."""
+
+
+class Scene:
+    """Blocks that are open on a model."""
+
+    def __init__(self, nest: Sequence[str]) -> None:
+        self.model = network()
+        self.kinds = [KINDS[name] for name in nest]
+        self.parts = [kind.part(self.model) for kind in self.kinds]
+        made = {
+            name: Averager(KINDS[name].part(self.model), **KINDS[name].options) for name in nest
+        }
+        self.made, self.averagers = made.values(), [made[name] for name in nest]
+        for step in range(3):
+            wander(self.model, step)
+            for averager in made.values():
+                averager.update()
+        wander(self.model, 9)
+        self.live = snapshot(self.model)
+        self.averages = [averager.average() for averager in self.made]
+        self.blocks = [averager.applied() for averager in self.averagers]
+        for block in self.blocks:
+            block.__enter__()
+        self.open = list(range(len(nest)))
+        self.told = 0
+
+    def lent(self) -> list[Tensor]:
+        return [t for i in self.open for t in self.kinds[i].reach(self.parts[i])]
+
+    def step(self) -> None:
+        lent = self.lent()
+        for parameter in lent:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(list({id(t): t for t in lent}.values()), lr=0.1).step()
+
+    @torch.no_grad()
+    def write(self, *, seen: bool) -> None:
+        for tensor in self.lent():
+            (tensor if seen else tensor.data).mul_(1.5)
+
+    def leave(self, i: int) -> None:
+        self.open.remove(i)
+        try:
+            self.blocks[i].__exit__(None, None, None)
+        except RuntimeError as error:
+            assert "inside" in str(error)
+            self.told += 1
+
+    def check(self, *, seen: bool) -> None:
+        assert self.told
+        assert lending.OPEN == []
+        live = self.live
+        now = {name: t.to(live[name].dtype) for name, t in snapshot(self.model).items()}
+        assert_same(now, live)
+        for averager, average in zip(self.made, self.averages, strict=True):
+            if seen and not averager._averages["average"].spoilt:
+                assert_same(averager.average(), average)
+
+
+def run(way: str, nest: Sequence[str], order: Sequence[int], moment: int, *, seen: bool) -> None:
+    """Leaves blocks in an order, and writes to the lent weights before one of them is left."""
+    scene = Scene(nest)
+    REPLACED[way](scene.model)
+    for count, i in enumerate(order):
+        with pytest.raises(RuntimeError, match=r"a step of SGD inside applied"):
+            scene.step()
+        with pytest.raises(RuntimeError, match=r"^update"):
+            scene.averagers[i].update()
+        if count == moment:
+            scene.write(seen=seen)
+        scene.leave(i)
+    scene.check(seen=seen)
+
+
+@pytest.mark.parametrize("nest", NESTS, ids="+".join)
+@pytest.mark.parametrize("way", REPLACED)
+def test_the_live_weights_come_back_with_the_last_block(way: str, nest: tuple[str, ...]) -> None:
+    """Some of the writes go through `.data`, which no version counter sees."""
+    for number, order in enumerate(permutations(range(len(nest)))):
+        for moment in range(len(nest)):
+            run(way, nest, order, moment, seen=(number + moment) % 2 == 0)
