@@ -2,7 +2,7 @@
 
     averager = polyak.Averager(model, polyak.Exponential(0.999))
     averager.update()                   after each optimizer step
-    with averager.applied(): ...        the model carries the average within the block
+    with averager.applied(): ...        the model has the average's weights inside the block
 
 Names are imported when first used: `import polyak.theory` needs no torch.
 """

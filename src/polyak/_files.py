@@ -79,7 +79,7 @@ def writing(path: Path | str, *, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Make a folder to fill that appears at `path` when the block ends, with all its files; or not at all.
+    """Give a folder to fill; it appears at `path` when the block ends, with all its files or not at all.
 
     Missing parent folders are made. With `overwrite` the old folder (or file) is removed when the new
     folder is complete; through a symbolic link, the folder that it points to is replaced. An

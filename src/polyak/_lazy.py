@@ -51,8 +51,9 @@ class Place(NamedTuple):
     """Where a tensor, or a part of it, lies: in a storage of `nbytes` bytes from byte `start` on.
 
     `offset` and `stride` count elements, as torch's `as_strided` does. If the storage
-    lies in a zip archive, which may be a part of the file, `archive` is where that begins and its length. `ranges` are the first
-    index of a part and the end, for each dimension; `()` means all of the tensor.
+    lies in a zip archive, which may be a part of the file, `archive` is where that begins and its
+    length. `ranges` are the first index of a part and the end, for each dimension; `()` means all
+    of the tensor.
     """
 
     path: Path

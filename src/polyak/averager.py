@@ -7,7 +7,7 @@
     with averager.applied():
         evaluate(model)
 
-An averager binds to a model as an optimizer does. It does not copy the modules. `polyak._engine.tracking`
+An averager holds averages of a model's weights. It does not copy the modules. `polyak._engine.tracking`
 decides which tensors are averaged, and a rule (`polyak.rules`) says how.
 """
 
@@ -53,7 +53,7 @@ class Averager(IntoModules, Resumable):
             communication; shard the model first.
         rule: a `Rule` or its spec, or a mapping name -> rule for several averages.
         every: calls of `update` per update: the first call updates, and then every n-th. Time counts
-            every call, so the horizon stays the same: `Exponential(d)` with every=4 has decay d^4.
+            every call, so the half-life stays the same: `Exponential(d)` with every=4 has decay d^4.
         dtype: dtype of the slots. Default: that of the weights, and float32 for narrower weights.
         rounding: rounding of the slots: "nearest", "stochastic" (bfloat16 and float16 slots; correct
             in the mean) or "compensated" (a second tensor per slot holds what rounding drops).
@@ -64,7 +64,7 @@ class Averager(IntoModules, Resumable):
             decides by name, for parameters too: the first pattern that matches one of a tensor's names.
         select: what is averaged: a name pattern, several, or a function of the name. Default:
             "trainable", all but frozen parameters (`requires_grad` is False while others train, when
-            the averager is made). These are not held and not saved: an average reads the model's.
+            the averager is made). Frozen parameters are not held or saved: averages read the model's.
         shard: a `torch.distributed` process group, or a device mesh of one dimension, whose ranks
             all hold the whole weights (DistributedDataParallel). Each rank then holds and updates
             1/N of every average, by rows, and `applied` gathers it. Every rank must make the
@@ -73,7 +73,7 @@ class Averager(IntoModules, Resumable):
             leaves the average unchanged and counts (`skipped`), "error" raises. "skip" and "error"
             read the weights once more; the host waits only for the previous update.
         pull: how far and how often updates move the live weights towards an average: `Pull`. A state
-            has it, and loads into an averager with the same. The host waits for each update.
+            contains it, and loads only into an averager with the same. The host waits for each update.
 
     >>> weights = {"w": torch.zeros(2)}
     >>> averager = Averager(weights, "exponential(0.5)")
@@ -106,7 +106,7 @@ class Averager(IntoModules, Resumable):
         self._make(model, rule, Choose(buffers, select), options, shard)
 
     def update(self, elapsed: float | None = None) -> None:
-        """Count one call; at the first and then every `every`-th move the slots to the live weights.
+        """Count one call. The first and then every `every`-th call moves the slots to the live weights.
 
         `elapsed` is the time since the last call in the rule's unit (steps, samples, tokens), by
         default 1. The first update copies. The host does not wait for the device, except once at
@@ -184,16 +184,16 @@ class Averager(IntoModules, Resumable):
         return self.weights(name).whole()
 
     def applied(self, name: str | None = None) -> Applied:
-        """Let the model carry the average inside a `with` block; its live weights always come back.
+        """Give the model the average's weights in a `with` block; the live weights always come back.
 
-        Where there are hooks and no block, call `averager.applied(name).enter()` in one hook and
+        In a framework with hooks, call `averager.applied(name).enter()` in one hook and
         `averager.applied(name).leave()` in the other.
 
         Contents are exchanged in place, chunk by chunk, and pointers stay. There is no third copy
         of the model, except for buffers and for weights whose average has another dtype or device, or
         several slots.
 
-        The model carries the average of the block that was entered last and is still open. Blocks of
+        The model has the average of the block that was entered last and is still open. Blocks of
         several averagers on one model may end in any order. Inside, a step of an optimizer that has
         these weights raises. Signal handlers wait until the exchange is done.
 

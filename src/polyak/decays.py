@@ -264,10 +264,10 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Told(Schedule):
-    """The decay that the host told last: `decay(t) = d` after `tell(d)`, `start` before the first.
+    """A decay that your training sets: `decay(t) = d` after `tell(d)`, `start` before the first.
 
-    Use it where another program computes the decay. The decay is not part of the rule: the host tells
-    it again after it has resumed. Theory uses it as it is now.
+    Use it if your training computes the decay. Files do not store the decay: set it again after a
+    resume. Theory uses its present value.
 
     >>> momentum = Told(0.996)
     >>> momentum(1)

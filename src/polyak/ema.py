@@ -1,4 +1,4 @@
-"""EMA: the founding article's class, a module that carries the average of another module.
+"""EMA: the founding article's class, a module that has the average of another module.
 
 A script written for that class, or for ema-pytorch's `EMA` with these options, works when only its
 import changes, and checkpoints of either load. It runs the averager's engine on the tensors of
@@ -47,7 +47,7 @@ class EMA(nn.Module):
     Args:
         model: the live model; part of the module tree with `include_online_model`.
         ema_model: the module that carries the average; by default a copy of the model, in eval
-            mode, without gradients. One that cannot be copied is given ready made.
+            mode, without gradients. Pass it if the model cannot be copied.
         beta, inv_gamma, power, min_value, update_after_step, update_every: as above, in calls.
         param_or_buffer_names_no_ema: names that are copied instead of averaged.
         ignore_names, ignore_startswith_names: left alone after the initial copies.

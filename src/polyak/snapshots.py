@@ -59,19 +59,19 @@ class Recorder:
             recorder.update()
 
     A few dozen snapshots of two averages, such as `Power.from_relative_std` of 0.05 and 0.10, give any
-    average of the run to a fraction of a percent (`polyak.synthesize` tells the error).
+    average of the run to a fraction of a percent (`polyak.synthesize` reports the error).
 
     Args:
         averager: the averager whose slots are stored. Call `update` after each of its updates, so that
             the time of each update is known. Updates without a call share their time evenly.
-        folder: a folder for the snapshots of this run only. One recorder at a time has it.
+        folder: a folder for the snapshots of this run only. One recorder at a time may use it.
         every: time between snapshots, in the unit of the rule: steps, samples, tokens.
         live: store the live weights too, so that `sweep` shows each average beside them. They are as
             large as one slot.
-        dtype: of what is stored: float32, bfloat16 or float16; by default that of the slots. The
+        dtype: of the stored tensors: float32, bfloat16 or float16; by default that of the slots. The
             amplification of a synthesis multiplies the error of rounding to it.
-        resume: go on in the folder of this averager's run, after you loaded its state. A state carries
-            the run that its recorder gave it. Snapshots of updates that will be made again are renamed
+        resume: continue in the folder of this averager's run, after you loaded its state. The state
+            contains the id of the run. Snapshots of updates that will be made again are renamed
             to `*.stale`.
         group: the ranks that make the recorder of a sharded averager; by default all ranks.
 

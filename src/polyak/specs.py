@@ -159,8 +159,8 @@ def as_rule(rule: Rule | str) -> Rule:
 def savable_rule(rule: Rule | str) -> Rule:
     """A rule, or that of a spec; raises `ValueError` unless its text reads as the rule.
 
-    A file holds the text, so such a rule would fail at the first save. Nothing is asked of a rule that
-    says that it is not saved.
+    A file holds the text, so such a rule would fail at the first save. A rule with `SAVABLE =
+    False` is returned unchecked.
     """
     made = as_rule(rule)
     try:

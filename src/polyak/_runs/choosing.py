@@ -84,14 +84,14 @@ def choose(
     [(1000.0, 0.3), (1100.0, 0.4)]
 
     Args:
-        last: so many checkpoints, those of the largest steps.
-        best: so many checkpoints, those with the best metric `by`; of equal ones the later.
+        last: how many checkpoints to take, those with the largest steps.
+        best: how many checkpoints to take, those with the best metric `by`; of equal ones the later.
         by: a metric that the trainer wrote: in the files' names, in the files, in Lightning's
             `best_k_models`, in transformers' `trainer_state.json`, or in CSV, JSON lines or YAML beside.
         better: "lower" or "higher"; by default what is usual for the metric's name.
         steps: (first, last, distance), each of them or None: the checkpoints from one step to
             another, and of them those whose distance from the first is a multiple.
-        window: the checkpoints of the last so many steps: those whose distance from the last one is less.
+        window: a number of steps: take the checkpoints that are closer than this to the last one.
         file: the name of the file of weights in each checkpoint's folder, if there are several.
 
     `steps` may be given together with one of the others, which then chooses among these steps. Without

@@ -89,7 +89,7 @@ def _baselines(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> l
 def _best(
     sweep: Sweep, point: Point, x: alt.X, y: alt.Y, ends: tuple[float, float]
 ) -> list[alt.Chart]:
-    """A ring draw.around the best point, and its name: on the side that lines leave free, towards the middle."""
+    """A ring around the best point, and its name: on the side that lines leave free, towards the middle."""
     share = math.log(point.half_life / ends[0]) / math.log(ends[1] / ends[0])
     label = f"{_kind(point)}, half-life {point.half_life:.4g}: {point.quality:.5g}"
     base = draw.points([{"x": point.half_life, "y": point.quality, "label": label}]).encode(

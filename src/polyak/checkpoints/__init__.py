@@ -5,10 +5,11 @@
     checkpoints.export(path, averager)                           an average as plain safetensors
     checkpoints.write_like(out, like, weights)                   weights in the form of another checkpoint
     checkpoints.convert(path, out)                               another library's file as one of ours
-    with checkpoints.saving(folder) as place: ...                what belongs together, all there or not at all
+    with checkpoints.saving(folder) as place: ...                several files, all complete or none
     checkpoints.save_distributed(folder, {"model": ..., "average": averager})    a training, by all ranks
 
-Nothing here runs code from a file: pickles are read as data, and whatever asks for more is refused.
+Nothing here runs code from a file: pickles are read as data, and weights that need their own code are
+refused.
 """
 
 from __future__ import annotations

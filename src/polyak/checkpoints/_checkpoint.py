@@ -68,12 +68,12 @@ class Checkpoint:
         averages: the average's name -> its weights by name; a single one is called "average".
         rules: the average's name -> its rule, if the file says.
         clock: how far the averages had come, or None if the file does not say.
-        dtypes: of the live weights by name, each tied weight once, where the file tells them apart
-            from its tensors.
+        dtypes: of the live weights by name, each tied weight once, if the file stores them apart from
+            its tensors.
         ticks: the average's name -> the clock of its rule, in polyak's own files.
         aside: name -> how many objects of that class lie beside the weights and were not read, since
             only their own code could make them.
-        shapes: of tensors by name, where the file tells them beside its tensors.
+        shapes: of tensors by name, if the file stores them beside its tensors.
         left: what -> how many of its tensors are neither live weights nor in an average: an optimizer's
             state, another model; of a folder the other files that may hold weights, with 0.
         refused: the average's name -> why it is not in `averages`.
@@ -143,5 +143,5 @@ class Checkpoint:
 
     @property
     def count(self) -> int | None:
-        """The number of updates or calls that the file tells, in its own counting; or None."""
+        """The number of updates or calls that the file states, as its library counts; or None."""
         return self.clock.count if self.clock else None

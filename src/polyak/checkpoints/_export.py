@@ -186,7 +186,7 @@ def convert(
     copied: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Convert another library's file into one of ours, from which `load` goes on; returns what was read.
+    """Convert another library's file into a polyak file, from which `load` continues; return what was read.
 
     The result is what `load` of that file and `save` would give, without the model: all tensors of
     floating-point and complex dtypes are averaged, integers are copied. An `Averager` copies a model's

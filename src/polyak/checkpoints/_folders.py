@@ -40,7 +40,7 @@ _ALONE = ("ignore", re.compile("torch.distributed is disabled"), UserWarning, No
 
 @contextmanager
 def saving(path: Path | str, *, overwrite: bool = False, keep: int | None = None) -> Iterator[Path]:
-    """Make a folder to fill that appears at `path` when the block ends, with all its files; or not at all.
+    """Give a folder to fill; it appears at `path` when the block ends, with all its files or not at all.
 
     Missing parent folders are made. With `overwrite` the old folder (or file) is removed when the new
     folder is complete; through a symbolic link, the folder that it points to is replaced. An
@@ -95,8 +95,8 @@ def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None
     number, or that holds such a file or a part of torch.distributed.checkpoint. If a folder and a file have
     the same number, the folder is chosen.
 
-    What `saving` wrote has its name only when it is complete. An empty folder, and one of
-    torch.distributed.checkpoint without its metadata, are interrupted saves: they are passed over, and a
+    A folder of `saving` gets its name only when it is complete. An empty folder, and one of
+    torch.distributed.checkpoint without its metadata, are interrupted saves: they are skipped, and a
     warning names those that are newer than the result.
 
     With a `group` it is collective: the first rank looks, and all ranks get the same absolute path.

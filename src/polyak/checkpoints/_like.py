@@ -58,8 +58,8 @@ def write_like(
     objects with other weights. Or it is a file of safetensors, or a folder as Hugging Face writes: then
     its configurations, tokenizer and index are copied, and its weights are laid out in the same files.
     States of the training in a folder are left out; their names are returned. Or it is a folder of
-    torch.distributed.checkpoint: then everything else in it stays. What shares memory with a weight in a
-    file changes with it.
+    torch.distributed.checkpoint: then everything else in it stays. A tensor that shares memory with a weight
+    in a file changes with it.
 
     `which` are the weights of `like` that are replaced, as `Checkpoint.weights` takes it, and `read` reads
     it, by default `checkpoints.read`. Of tied weights, one name is enough. A piece of a tensor is in memory

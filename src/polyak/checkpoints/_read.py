@@ -73,7 +73,7 @@ def read(
     ['weight', 'bias']
 
     Raises `ValueError` that names the file: for a file without state dicts, or with several of which
-    none is known for the live weights, with what it holds; for one that needs names; for a damaged file;
+    none is known to be the live weights, with a list of them; for one that needs names; for a damaged file;
     for weights that only code in the file could make. `FileNotFoundError` if there is nothing.
     """
     return read_source(sniff(path), names, key=key, prefix=prefix, role=role)

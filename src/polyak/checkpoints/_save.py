@@ -50,7 +50,7 @@ def save(
     group: ProcessGroup | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the state of an averager, or of the article's `EMA`, from which `load` goes on bit for bit.
+    """Write the state of an averager, or of the article's `EMA`, from which `load` continues bit for bit.
 
     The file appears when it is complete and on the disk. With `overwrite` it replaces what exists at the
     path; a process that is killed before that leaves the old file. Missing folders are made; through a
@@ -58,9 +58,9 @@ def save(
     yourself, in one folder with this file (`saving`), so that they belong to the same step.
 
     For a sharded averager it is collective: every rank of the group (by default all ranks) calls it, each
-    writes its parts, and `path` becomes a folder of torch.distributed.checkpoint. Of what all ranks have
-    (buffers, which may differ between ranks) the lowest rank's is saved. `save_distributed` saves the
-    rest of the training as well.
+    writes its parts, and `path` becomes a folder of torch.distributed.checkpoint. Of a tensor that
+    all ranks have (a buffer, which may differ between ranks) the lowest rank's is saved.
+    `save_distributed` saves the rest of the training as well.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "average.safetensors"

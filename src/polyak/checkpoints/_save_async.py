@@ -63,7 +63,7 @@ def save_distributed_async(
     group: ProcessGroup | None = None,
     overwrite: bool = False,
 ) -> Saving:
-    """Save as `save_distributed` does, in the background, while the training goes on.
+    """Save as `save_distributed` does, in the background, while training continues.
 
     The training only waits until the state is copied to the memory of the CPU; changes after that are
     not saved. The ranks communicate over a gloo group of their own, which the first call makes, so the

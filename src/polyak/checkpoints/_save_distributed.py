@@ -41,8 +41,8 @@ def save_distributed(
     Args:
         path: the folder, the same on all ranks.
         state: what `torch.distributed.checkpoint.save` takes: key -> a state dict, or an object
-            with `state_dict()`; and key -> `Averager`. What several ranks have whole is saved from the
-            lowest of them: under DistributedDataParallel the buffers of ranks may differ.
+            with `state_dict()`; and key -> `Averager`. A tensor that several ranks have whole is saved from
+            the lowest of them: under DistributedDataParallel the buffers of ranks may differ.
         group: the ranks that save; they must share a file system.
         overwrite: whether to replace a folder that exists.
 
@@ -86,7 +86,7 @@ def load_distributed(
 
     Raises `ValueError` on all ranks, with a list of what is missing, extra, or of another shape or dtype,
     and what `polyak.load` raises; then nothing has changed. Damage to the other tensors may be found
-    when some of them are read already: then load another folder before you go on.
+    when some of them are read already: then load another folder before you continue.
     """
     call, path = "load_distributed", Path(path)
     averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}

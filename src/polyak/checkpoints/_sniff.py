@@ -38,8 +38,9 @@ class Source(NamedTuple):
 
     `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: an `OpenFile` of
     torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, or one within
-    a tar archive, and `key` if the path names one part of it; `snapshots`, `post-hoc`: a folder of snapshots, not opened. Where
-    `path` is a folder that holds one file of weights, that file is what was opened.
+    a tar archive, and `key` if the path names one part of it; `snapshots`, `post-hoc`: a folder of
+    snapshots, not opened. Where `path` is a folder that holds one file of weights, that file is
+    what was opened.
     """
 
     kind: Kind

@@ -1,4 +1,4 @@
-"""Averages in a loop of Accelerate: `save_state` and `load_state` carry them.
+"""Averages in a loop of Accelerate, which `save_state` and `load_state` include.
 
 model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 averager = polyak.Averager(model, "exponential(half_life=200)")
@@ -34,7 +34,7 @@ def register(
     missing_ok: bool = False,
     change_rule: bool = False,
 ) -> Callable[[], None]:
-    """Let `save_state` and `load_state` carry an averager; returns a function that ends this.
+    """Make `save_state` and `load_state` include an averager; return a function that ends this.
 
     Each folder gets the exact state in `averages/<names>.safetensors`, or by all ranks in the folder
     `averages/<names>.dcp` if the averager is sharded. A run without averages loads such a folder too,
@@ -47,9 +47,9 @@ def register(
             With FSDP2 then call `attach` after `load_state`, in which torch steps a new optimizer once.
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
-    Raises `TypeError` for an object that is not an `Averager`, `ValueError` for DeepSpeed, and for an average whose name the accelerator already saves.
-    `load_state` then raises `FileNotFoundError` for a folder without the state, and what `polyak.load`
-    raises.
+    Raises `TypeError` for an object that is not an `Averager`, `ValueError` for DeepSpeed, and for
+    an average whose name the accelerator already saves. `load_state` then raises
+    `FileNotFoundError` for a folder without the state, and what `polyak.load` raises.
     """
     require_averager("register", averager)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

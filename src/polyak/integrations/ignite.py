@@ -36,14 +36,14 @@ Lend = Callable[[], AbstractContextManager[object]]
 
 
 def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engine]:
-    """Return an evaluator for each average; while it runs, the model carries the average.
+    """Return an evaluator for each average; while it runs, the model has the average's weights.
 
     `make` returns a new evaluator of the model, with its metrics. The model has its live weights again
     before the handlers of `Events.COMPLETED`, `TERMINATE` and `INTERRUPT` that are added afterwards, and
     before every handler of `Events.EXCEPTION_RAISED`.
 
-    Raises `TypeError` for an object that is not an `Averager`, and `ValueError` if `make` returns one engine twice. A run
-    raises `RuntimeError` before the first update.
+    Raises `TypeError` for an object that is not an `Averager`, and `ValueError` if `make` returns
+    one engine twice. A run raises `RuntimeError` before the first update.
     """
     require_averager("evaluators", averager)
     engines = {name: make() for name in averager.rules}
@@ -77,7 +77,7 @@ def _failed(
 def log_measures(
     logger: BaseLogger, trainer: Engine, averager: Averager, *, steps: float = 0
 ) -> None:
-    """Let a logger of ignite have each average's half-life and mean age when a training starts.
+    """Log each average's half-life and mean age to a logger of ignite when a training starts.
 
     They are in steps, `averages/<name>/half_life` and `averages/<name>/mean_age`. `steps` is the length of
     the whole training; 0 if it is unknown.
@@ -103,7 +103,7 @@ class Weights:
         return self._averager.average(self._name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise `TypeError`: weights without a clock do not make an average go on."""
+        """Raise `TypeError`: an average cannot continue from weights without a clock."""
         raise TypeError(
             f"{len(state_dict)} weights have no clock, so an average cannot continue from them: save and load "
             "the averager, to_save={'averager': averager}, or load these into the model"

@@ -31,7 +31,7 @@ __all__ = ["AveragerCallback"]
 
 
 class AveragerCallback(TrainerCallback):
-    """Average the weights that a `Trainer` trains, and carry the averages through its run.
+    """Average the weights that a `Trainer` trains; evaluate, save and resume the averages with it.
 
     After `attach(trainer)` the Trainer evaluates every average beside the live weights, and saves the
     averages wherever it saves the model. In `Trainer(callbacks=[...])` alone it averages, saves with

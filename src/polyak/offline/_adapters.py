@@ -130,7 +130,7 @@ def concatenate(
         adapters: folders that PEFT's `save_pretrained` wrote; they may differ in rank, alpha and rsLoRA.
         rule, elapsed: the coefficients, as for `average`; an adapter with coefficient 0 is left out.
 
-    Raises `ValueError` that names the folder for one that is no LoRA adapter of PEFT; for variants that
+    Raises `ValueError` that names the folder for one that is not a LoRA adapter of PEFT; for variants that
     add something else than such products (DoRA and the like); for adapters of other modules.
     Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
     """

@@ -102,10 +102,10 @@ class Description(Charted):
     """What a file or folder holds.
 
     `count` and `unit` are the file's clock (`checkpoints.Clock`). `norms` are the norms with running
-    statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` tells
-    how many objects of each class were not read, because only their own code could make them. `left` tells
-    what of the file is neither live weights nor an average, with its number of tensors, and `refused`
-    why an average is not listed. `unfit` says why an average of these weights would mean nothing; "" if
+    statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` says
+    how many objects of each class were not read, because only their own code could make them. `left` lists
+    what is neither live weights nor an average, with its number of tensors, and `refused` says why an
+    average is not listed. `unfit` says why an average of these weights would mean nothing; "" if
     it would.
     `verified` counts the bytes that were compared with checksums, and those that have none; None if nothing
     was compared.
@@ -154,9 +154,9 @@ class Description(Charted):
 def describe(path: Path | str | Checkpoint, *, verify: bool = False) -> Description:
     """What a checkpoint holds, or a folder of snapshots; only headers are read.
 
-    `path` may also be what `checkpoints.read` read. Tensors without names are named by their positions. For a folder of snapshots, averages are those of
-    the last snapshot. With `verify`, everything is read and compared with its checksums
-    (`Checkpoint.verify`).
+    `path` may also be what `checkpoints.read` read. Tensors without names are named by their
+    positions. For a folder of snapshots, averages are those of the last snapshot. With `verify`,
+    everything is read and compared with its checksums (`Checkpoint.verify`).
 
     >>> import tempfile, torch
     >>> from polyak import Averager, save

@@ -69,8 +69,8 @@ def greedy_soup(
     Args:
         files: of one model, as `average` takes them.
         evaluate: gives the quality of weights, name -> tensor, as `load_state_dict` takes them, or
-            one for each example, whose mean counts: on held-out data, and with BatchNorm's statistics estimated again (`polyak.recalibrate`).
-            It is called 2 * files - 1 times.
+            one for each example, whose mean counts: on held-out data, and with BatchNorm's
+            statistics estimated again (`polyak.recalibrate`). It is called 2 * files - 1 times.
         better: "lower" or "higher".
         which: the weights to take from each file, as for `average`.
         progress: called after each trial with its file and its quality.

@@ -143,12 +143,12 @@ def sweep(
 
     `evaluate(weights)` takes name -> tensor, as `load_state_dict` does, and returns a finite number, or
     one for each example, the same examples each time; `better` is "lower" or "higher". An average outside
-    the limits becomes a point without a quality. `windows` are numbers of checkpoints: the mean of the
-    last so many is tried too. `progress` is called with the evaluations done and their number. The other
-    arguments are those of `synthesize`.
+    the limits becomes a point without a quality. For each number n in `windows`, the mean of the
+    last n checkpoints is evaluated too. `progress` is called with the evaluations done and their
+    number. The other arguments are those of `synthesize`.
 
-    The live weights of every checkpoint are judged too, so that each average is seen beside the last ones
-    and the best ones. Where there are only snapshots, the last one's live weights are judged.
+    The live weights of every checkpoint are evaluated too, to compare each average with the last and the
+    best ones. If there are only snapshots, the last one's live weights are evaluated.
 
     The best of many averages looks better than it is on the data that chose it: report its quality
     on other data.

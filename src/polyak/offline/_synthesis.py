@@ -109,7 +109,7 @@ class Synthesis(Charted):
         return {"rule": str(self.rule), **{n: getattr(self, n) for n in names}, "terms": terms}
 
     def problem(self, max_error: float, max_amplification: float | None) -> str:
-        """Why these limits forbid to make it; empty if they do not."""
+        """Why the limits do not allow it; empty if they do."""
         if max_amplification is None:
             max_amplification = 2 * MAX_ROUNDING / self.precision
         max_error = require_positive("max_error", max_error)
@@ -191,7 +191,7 @@ def synthesize(
     max_error: float = MAX_ERROR,
     max_amplification: float | None = None,
 ) -> Synthesis:
-    """Make the average that a rule would have had at a time, from what was stored of the run.
+    """Make the average that a rule would have had at a time, from snapshots or checkpoints of the run.
 
     It is `sum of coefficient * stored tensor`. The coefficients come from least squares on profiles
     (`theory.fit`), and their sum is 1. Only headers are read until `average()` or `save(path)` of the

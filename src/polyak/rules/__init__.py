@@ -20,7 +20,7 @@ applies it to unit impulses, so training and theory cannot disagree.
 
 A new rule is one frozen dataclass in this package and one line in `RULES`. A rule of your own is a
 frozen dataclass that derives from `Rule`; its first updates are checked, and each of its fractions. Files
-hold it by its text, so its fields are numbers, rules and schedules; else its class sets `SAVABLE = False`.
+store its text, so its fields must be numbers, rules and schedules, or its class sets `SAVABLE = False`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     result = run(recipes()["article"], "study-article")  # a study that ships, or yours
     report(result, "study-article")
 
-It needs the extra `study`. docs/own-study.md writes a study; docs/study.md tells what the founding
-article's study runs, and how the verdicts are decided.
+It needs the extra `study`. docs/own-study.md writes a study; docs/study.md says what the founding
+article's study runs, and docs/study-reports.md how verdicts are decided.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ class Comparison:
     """A study beside the first one: the pairings, and the conditions in which they differ.
 
     `number` is the study's place among the folders, from 2. `seeds` are those that both have. If there is
-    none, the runs are compared as independent ones. Studies with other metrics, arms or schedules have no pairings.
+    none, the runs are compared as independent ones. Studies with other metrics, arms or schedules
+    have no pairings.
     """
 
     number: int

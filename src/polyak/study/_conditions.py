@@ -105,7 +105,8 @@ def tried(study: Study) -> list[str]:
 
     Raises `ValueError` for a function of the study that raises an error, or gives what cannot be used.
 
-    Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the same on most machines.
+    Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the
+    same on most machines.
     """
     with alone():
         first = Run(0, next(iter(study.schedules)), study.learning_rates[0])

@@ -58,7 +58,7 @@ def run(
         progress: called with (runs done, runs wanted, whether one was just run), at the start too.
 
     Records on the disk are never lost: each is synced before the next counts as done. Ctrl-C, a full
-    disk or a killed process ends the call; calling it again goes on.
+    disk or a killed process ends the call; calling it again continues.
 
     Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, a line of
     results.jsonl that is not a record of this study, and a study that cannot be stacked;
@@ -89,7 +89,7 @@ def units(study: Study, seeds: int) -> list[Run]:
 
 
 def read(study: Study, out: Path | str) -> Result:
-    """The records of a study that a folder has; nothing is run.
+    """Read the records of a study from a folder; nothing is run.
 
     Raises `FileNotFoundError` for a folder without results, and what `run` raises for bad lines.
     """

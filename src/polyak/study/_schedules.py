@@ -60,8 +60,8 @@ class Plateau:
             `ReduceLROnPlateau` counts them.
         stop: evaluations in a row without a strictly better value before the run stops; None never
             stops.
-        after: evaluations for which the run goes on after the stop. They are recorded as
-            "after_stop", and are no part of the run.
+        after: evaluations for which the run continues after the stop. They are recorded as
+            "after_stop", and are not part of the run.
 
     Raises `ValueError` for a factor outside (0, 1) and for counts that are not positive.
     """

@@ -185,7 +185,7 @@ class Study:
         loss: `loss(model, *batch)` -> the scalar mean loss of a batch, in train mode.
         metrics: name -> `Metric`. The first is the main one: it selects and tunes. Default: the loss.
         optimizer: called with the parameters and a learning rate. Default: Adam.
-        learning_rates: each is run; every arm is judged at its own best one.
+        learning_rates: each is run; every arm is evaluated at its own best one.
         schedules: name -> `Schedule`. The first is the default of all helpers.
         arms: name -> `Arm`, `Ensemble`, a rule or its spec. "live" is always there.
         claims: sentences that the report judges.
