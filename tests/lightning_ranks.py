@@ -64,9 +64,9 @@ def fit(folder: Path, steps: int, strategy: Any, ckpt: Path | None = None) -> Av
 
 
 def begins(folder: Path, strategy: str) -> None:
-    fit(folder, 2 * EVERY, strategy)
+    average = fit(folder, 2 * EVERY, strategy)
     for name in RULES:
-        exported = AveragerCallback.exported(folder / "last.ckpt", name)
+        exported = average.exported(folder / "last.ckpt", name)
         require_equal(load_file(exported), plain(2 * EVERY).averages[name])
 
 
@@ -105,7 +105,7 @@ def sharded(folder: Path) -> None:
     plain_one = Averager(made(), RULES)
     load(parts, plain_one)  # in one process, without Lightning
     for name in RULES:
-        exported = AveragerCallback.exported(folder / "two" / "last.ckpt", name)
+        exported = AveragerCallback(RULES).exported(folder / "two" / "last.ckpt", name)
         require_equal(load_file(exported), half[name])
         require_equal(plain_one.average(name), half[name])
     trainer, last, resumed = run(folder / "two", 4, folder / "two" / "last.ckpt")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,14 +20,15 @@ from patience import HANG
 from polyak import checkpoints
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = ["diffusion_digits", "keras_digits", "skorch_digits"]
+SHORT = ["diffusion_digits", "keras_digits", "skorch_digits", "trl_sft"]
 """Those of one screen: fewer than 60 lines."""
 
 
 def run(name: str, *arguments: object) -> str:
     """What an example prints."""
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=offline)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -79,3 +83,16 @@ def test_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["file"] == found["ema"] != found["live"]
     assert float(found["ema"].rpartition(" ")[2]) > 0.8
     assert float(found["own"]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_trl(tmp_path: Path) -> None:
+    """The loss that is printed is the one of the log in which the average was best."""
+    (loss, step) = re.findall(
+        r"best average: loss ([.\d]+), of step (\d+)", run("trl_sft", 40, tmp_path)
+    )[0]
+    state = json.loads((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
+    found = {e["step"]: e["eval_ema_loss"] for e in state["log_history"] if "eval_ema_loss" in e}
+    assert min(found, key=found.__getitem__) == int(step)
+    assert float(loss) == pytest.approx(found[int(step)], abs=1e-3)

@@ -175,8 +175,10 @@ def test_two_averagers_need_different_names(tmp_path: Path) -> None:
         ValueError, match=r"saves an average 'fast' already.*what the earlier register returned"
     ):
         register(run.accelerator, Averager(run.model, RULES))
-    with pytest.raises(TypeError, match="the averager is of type EMA, wanted an Averager"):
+    with pytest.raises(TypeError, match=r"averager is of type EMA, wanted polyak\.Averager"):
         register(run.accelerator, EMA(run.model))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"accelerator is of type Averager, wanted accel.*ator"):
+        register(run.averager, run.averager)
     more = Averager(run.model, {"third": "uniform()"})
     more.update()
     register(run.accelerator, more)

@@ -98,6 +98,8 @@ def test_a_model_that_fabric_has_not_set_up_is_refused() -> None:
     fabric, model = Fabric(accelerator="cpu", devices=1), net()
     with pytest.raises(TypeError, match=r"model is a plain Net, wanted what fabric\.setup"):
         average(fabric, model, RULES, optimizer(model))
+    with pytest.raises(TypeError, match=r"fabric is of type Net, wanted lightning\.Fabric"):
+        average(model, model, RULES, optimizer(model))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -198,12 +198,18 @@ def test_bad_input_is_an_error_with_its_cure() -> None:
     with pytest.raises(ValueError, match="the same engine twice, wanted a new one"):
         evaluators(averager, lambda: one)
     engine: Any = evaluator(model)
-    for call in (
-        lambda got: evaluators(got, lambda: evaluator(model)),
-        lambda got: log_measures(engine, engine, got),
-        Weights,
-    ):
-        with pytest.raises(TypeError, match="the averager is of type Net, wanted an Averager"):
+    calls: dict[str, Callable[[Any], Any]] = {
+        "averager is of type Net, wanted polyak.Averager": Weights,
+        "evaluators: averager is": lambda got: evaluators(got, lambda: engine),
+        "evaluators: what make returned is": lambda _: evaluators(averager, net),  # type: ignore[arg-type]
+        "log_measures: averager is": lambda got: log_measures(engine, engine, got),
+        "log_measures: trainer is .* wanted ignite.Engine": lambda got: log_measures(
+            engine, got, averager
+        ),
+        "log_measures: logger is": lambda got: log_measures(got, engine, averager),
+    }
+    for words, call in calls.items():
+        with pytest.raises(TypeError, match=words):
             call(model)
     with pytest.raises(TypeError, match="save and load the averager"):
         Weights(averager, "fast").load_state_dict(model.state_dict())

@@ -106,6 +106,8 @@ def test_a_checkpoint_by_hand_and_one_average(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "final.ckpt")
     assert average.exported(tmp_path / "final.ckpt") == tmp_path / "final.average.safetensors"
     require_equal(load_file(tmp_path / "final.average.safetensors"), plain().averages["fast"])
+    named = AveragerCallback({"ema": "uniform()"})
+    assert named.exported(tmp_path / "final.ckpt") == tmp_path / "final.ema.safetensors"
 
 
 def test_monitors_see_the_metrics_of_averages() -> None:
@@ -413,6 +415,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a bad start": (lambda _: AveragerCallback(ONE, start=-1), ValueError, "start is -1, wanted"),
     "a bad cadence": (lambda _: AveragerCallback(ONE, every=0), ValueError, "every is 0, wanted"),
     "no separator": (lambda _: AveragerCallback(ONE, separator=""), ValueError, "separator is ''"),
+    "no name of several": (
+        lambda folder: AveragerCallback(RULES).exported(folder / "last.ckpt"),
+        ValueError,
+        "the average is None, wanted one of fast, slow",
+    ),
+    "an unknown name": (
+        lambda folder: AveragerCallback({"ema": ONE}).exported(folder / "last.ckpt", "average"),
+        ValueError,
+        "the average is 'average', wanted one of ema",
+    ),
     "the same callback twice": (
         lambda _: trainer_of(AveragerCallback(ONE), AveragerCallback(ONE)),
         RuntimeError,

@@ -29,12 +29,11 @@ def checked(
     return rules, steps
 
 
-def require_averager(call: str, got: object) -> None:
-    """Raise `TypeError` for anything but an `Averager`, such as a model or `polyak.EMA`."""
-    if not isinstance(got, Averager):
-        raise TypeError(
-            f"{call}: the averager is of type {type(got).__name__}, wanted an Averager: polyak.Averager(model, rule)"
-        )
+def require_kind(call: str, what: str, got: object, kind: type) -> None:
+    """Raise `TypeError` unless an argument is of a kind: a model, say, where an `Averager` is wanted."""
+    if not isinstance(got, kind):
+        wanted = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        raise TypeError(f"{call}: {what} is of type {type(got).__name__}, wanted {wanted}")
 
 
 def _require_file_names(names: list[str]) -> None:

@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
+from polyak._checks import require
 from polyak.averager import Averager
 
 
-def exported(checkpoint: Path | str, name: str = "average") -> Path:
+def exported(checkpoint: Path | str, name: str) -> Path:
     """Return the file beside a checkpoint in which an average is exported."""
     path = Path(checkpoint)
     if path.is_symlink():  # `save_last="link"`: the averages are beside the checkpoint it names
         checkpoint = path.resolve()
     return Path(f"{str(checkpoint).removesuffix('.ckpt')}.{name}.safetensors")
+
+
+def chosen(names: Sequence[str], name: str | None) -> str:
+    """Return the name, or that of the only average; raises `ValueError` if there is no such average."""
+    (found, *more) = names if name is None else [name]
+    require(found in names and not more, "the average", name, f"one of {', '.join(names)}")
+    return found
 
 
 def parts(checkpoint: Path | str, names: Sequence[str]) -> Path:

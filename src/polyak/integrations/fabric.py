@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from polyak.averager import Averager
+from polyak.integrations._arguments import require_kind
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
 from polyak.rules import Rule
@@ -51,8 +52,9 @@ def average(
     `fabric.save` takes the averager as any object with a state, but keeps only the first rank's part of
     a sharded one: save that with `polyak.save`.
 
-    Raises `TypeError` for a model that Fabric has not set up, and what `Averager` and `attach` raise.
+    Raises `TypeError` for a model that Fabric has not set up or another `fabric`, and what `Averager` and `attach` raise.
     """
+    require_kind("average", "fabric", fabric, Fabric)
     if not is_wrapped(model):
         got = type(model).__name__
         raise TypeError(f"model is a plain {got}, wanted what fabric.setup(model, ...) returned")

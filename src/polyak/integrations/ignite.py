@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.averager import Averager
-from polyak.integrations._arguments import require_averager
+from polyak.integrations._arguments import require_kind
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import numbers
 
@@ -42,14 +42,15 @@ def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engi
     before the handlers of `Events.COMPLETED`, `TERMINATE` and `INTERRUPT` that are added afterwards, and
     before every handler of `Events.EXCEPTION_RAISED`.
 
-    Raises `TypeError` for an object that is not an `Averager`, and `ValueError` if `make` returns
+    Raises `TypeError` for an averager or engine of another type, and `ValueError` if `make` returns
     one engine twice. A run raises `RuntimeError` before the first update.
     """
-    require_averager("evaluators", averager)
+    require_kind("evaluators", "averager", averager, Averager)
     engines = {name: make() for name in averager.rules}
     if len(set(map(id, engines.values()))) < len(engines):
         raise ValueError("make returned the same engine twice, wanted a new one at each call")
     for name, engine in engines.items():
+        require_kind("evaluators", "what make returned", engine, Engine)
         block, lend = ExitStack(), partial(averager.applied, name)
         # Handlers that are added later, such as a checkpoint's, must see live weights.
         for event in (Events.TERMINATE, Events.INTERRUPT, Events.COMPLETED):
@@ -80,9 +81,11 @@ def log_measures(
     """Log each average's half-life and mean age to a logger of ignite when a training starts.
 
     They are in steps, `averages/<name>/half_life` and `averages/<name>/mean_age`. `steps` is the length of
-    the whole training; 0 if it is unknown.
+    the whole training; 0 if it is unknown. Raises `TypeError` for an argument of another type.
     """
-    require_averager("log_measures", averager)
+    require_kind("log_measures", "averager", averager, Averager)
+    require_kind("log_measures", "trainer", trainer, Engine)
+    require_kind("log_measures", "logger", logger, BaseLogger)
     logger.attach_output_handler(
         trainer, Events.STARTED, "averages", output_transform=lambda _: numbers(averager, steps)
     )
@@ -95,7 +98,7 @@ class Weights:
     """
 
     def __init__(self, averager: Averager, name: str | None = None) -> None:
-        require_averager("Weights", averager)
+        require_kind("Weights", "averager", averager, Averager)
         self._averager, self._name = averager, name
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
@@ -65,21 +66,24 @@ class AveragerCallback(Callback):
         change_rule: bool = False,
         **options: Any,
     ) -> None:
-        self._rule, self._change_rule = rule, change_rule
         # LightningCLI reads the source to find the options of `Averager`; it follows `dict(...)` alone.
         self._options = dict(every=every, **options)
-        rules, self.start = checked(rule, start, self._options)
+        self._rules, self.start = checked(rule, start, self._options)
         require(bool(separator), "separator", separator, "a string that is not empty")
-        self.names, self.separator = list(rules), separator
+        self.names, self.separator, self._change_rule = list(self._rules), separator, change_rule
         self.averager: Averager | None = None
         """The averager, once training has begun or a checkpoint with averages was evaluated."""
         self._module: LightningModule | None = None
         self._state: dict[str, Any] = {}  # of a checkpoint, until there is a model to load it for
-        self._restored = False  # whether this run's checkpoint had a state
         self._attachment: Any = None
         self._metrics: dict[str, Contents] = {}
 
-    exported = staticmethod(files.exported)
+    def exported(self, checkpoint: Path | str, name: str | None = None) -> Path:
+        """Return the file beside a checkpoint in which an average is exported.
+
+        `name` is needed if there are several averages. Raises `ValueError` for an unknown name.
+        """
+        return files.exported(checkpoint, files.chosen(self.names, name))
 
     @property
     def state_key(self) -> str:
@@ -95,9 +99,8 @@ class AveragerCallback(Callback):
         if taken := [name for name in self.names if name in others]:
             raise ValueError(f"two callbacks average {taken[0]!r}; give each average its own name")
         if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
-            raise ValueError(
-                "DeepSpeed and FSDP 1 hide the weights; use ModelParallelStrategy (FSDP2)"
-            )
+            raise ValueError("DeepSpeed and FSDP 1 hide weights; use ModelParallelStrategy (FSDP2)")
+        # Whether this run's checkpoint has a state of it is not known yet.
         self._restored, self._metrics = False, {}
         in_fit = trainer.fit_loop.epoch_loop.val_loop
         for loop in (in_fit, trainer.validate_loop, trainer.test_loop):
@@ -153,7 +156,7 @@ class AveragerCallback(Callback):
         """The averager of the trainer's model, with the state that a checkpoint had for it."""
         module = trainer.lightning_module
         if self.averager is None or self._module is not module:
-            self.averager = Averager(module, self._rule, **self._options)
+            self.averager = Averager(module, self._rules, **self._options)
             self._module = module
         if self._state.get("sharded"):
             path = files.parts(str(trainer.ckpt_path), self.names)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from polyak.averager import Averager
-from polyak.integrations._arguments import checked
+from polyak.integrations._arguments import checked, require_kind
 from polyak.integrations._card import write_card
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import numbers
@@ -75,8 +75,9 @@ class AveragerCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> Self:
         """Add the callback to a Trainer, which then evaluates and saves the averages.
 
-        Raises `ValueError` if it is attached to another Trainer.
+        Raises `ValueError` if it is attached to another Trainer, and `TypeError` for another object.
         """
+        require_kind("attach", "trainer", trainer, Trainer)
         if self.trainer not in (None, trainer):
             raise ValueError(
                 "this callback is attached to another Trainer: give this one a deepcopy"
