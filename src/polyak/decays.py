@@ -51,7 +51,7 @@ class Schedule(Spec, ABC):
 
 
 def rate_of(lost: float) -> float:
-    """The rate of a decay of `1 - lost`: `-ln(1 - lost)`, to all digits."""
+    """Compute the rate of a decay of `1 - lost`: `-ln(1 - lost)`, to all digits."""
     return -math.log1p(-lost) if lost < 1 else math.inf
 
 
@@ -74,7 +74,7 @@ class Constant(Schedule):
 
 
 def inverse_power(since: float, inv_gamma: float, power: float) -> float:
-    """`1 - (1 + since / inv_gamma) ** -power`: the ramp of `InversePower` before it is clamped."""
+    """Compute `1 - (1 + since / inv_gamma) ** -power`: the ramp of `InversePower` before it is clamped."""
     below_one: float = (1 + since / inv_gamma) ** -power
     return 1 - below_one
 

@@ -34,7 +34,7 @@ _CLASSES: dict[str, type] = {cls.spec_name(): cls for cls in (*RULES, *SCHEDULES
 
 
 def parse(spec: str) -> Rule:
-    """The rule that a spec describes; `str(rule)` parses back to the same rule.
+    """Return the rule that a spec describes; `str(rule)` parses back to the same rule.
 
     >>> print(parse("tail(exponential(0.999, debias=True), start=1000)"))
     tail(exponential(0.999, debias=True), 1000)
@@ -114,18 +114,18 @@ def _construct(name: str, args: list[object], options: dict[str, object], spec: 
 
 
 def class_of(name: str) -> type | None:
-    """The class that a name in a spec means; None if there is none."""
+    """Return the class that a name in a spec means, or None."""
     return _CLASSES.get(name) or KNOWN.get(name)
 
 
 def own_classes(spec: str) -> dict[str, str]:
-    """name -> module and name of each class in a spec that is not one of this library's."""
+    """Return name -> module and name of each class in a spec that is not one of polyak's."""
     names = {node.func.id for node in ast.walk(ast.parse(spec)) if _is_call(node)}  # type: ignore[attr-defined]
     return {name: path_of(class_of(name)) for name in sorted(names - _CLASSES.keys())}
 
 
 def path_of(known: type | None) -> str:
-    """The module and the name of a class; empty for None."""
+    """Return the module and the name of a class; an empty text for None."""
     return "" if known is None else f"{known.__module__}.{known.__qualname__}"
 
 
@@ -140,12 +140,12 @@ def _known() -> str:
 
 
 def as_specs(rules: Mapping[str, Rule | None]) -> dict[str, str]:
-    """name -> spec of the rules, to compare or store them."""
+    """Return name -> spec of the rules, to compare or store them."""
     return {name: str(rule) for name, rule in rules.items()}
 
 
 def as_rule(rule: Rule | str) -> Rule:
-    """A rule unchanged, a spec parsed; anything else raises `TypeError`."""
+    """Return a rule unchanged, or parse a spec; anything else raises `TypeError`."""
     if isinstance(rule, str):
         return parse(rule)
     if not isinstance(rule, Rule):
@@ -157,7 +157,7 @@ def as_rule(rule: Rule | str) -> Rule:
 
 
 def savable_rule(rule: Rule | str) -> Rule:
-    """A rule, or that of a spec; raises `ValueError` unless its text reads as the rule.
+    """Return a rule, or parse a spec; raise `ValueError` unless its text reads as the rule.
 
     A file holds the text, so such a rule would fail at the first save. A rule with `SAVABLE =
     False` is returned unchecked.
@@ -177,7 +177,7 @@ def savable_rule(rule: Rule | str) -> Rule:
 
 
 def named_rules(rule: Rule | str | Mapping[str, Rule | str]) -> dict[str, Rule]:
-    """name -> rule that can be saved; a single rule is called "average"."""
+    """Return name -> rule that can be saved; a single rule is called "average"."""
     if not isinstance(rule, Mapping):
         return {ONLY: savable_rule(rule)}
     if not rule:

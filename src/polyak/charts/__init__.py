@@ -28,5 +28,5 @@ _CHARTS: dict[str, Callable[[Any], alt.TopLevelMixin]] = {
 
 
 def chart_of(result: object) -> alt.TopLevelMixin:
-    """The chart of a result of `theory` or `offline`, which are not imported for that."""
+    """Draw a result of `theory` or `offline`, without importing these."""
     return _CHARTS[type(result).__name__](result)

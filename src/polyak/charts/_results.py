@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def advice_chart(advice: Advice) -> alt.TopLevelMixin:
-    """The gain of EMAs over their half-life in % of the run, with a line for each noise of the model.
+    """Draw the gain of EMAs over their half-life in % of the run, a line for each noise of the model.
 
     One panel is at the live weights' best learning rate, the other at each average's own best.
     """
@@ -49,13 +49,13 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
 
 
 def fit_chart(fit: Fit) -> alt.TopLevelMixin:
-    """The coefficient of each column, in the order in which the columns were given."""
+    """Draw the coefficient of each column, in the order in which the columns were given."""
     rows = [{"x": i, "y": c, "of": "column"} for i, c in enumerate(fit.coefficients.tolist())]
     return _coefficients(rows, "column", str(fit))
 
 
 def synthesis_chart(made: Synthesis) -> alt.TopLevelMixin:
-    """The coefficient of each stored tensor by its time, in a colour for each stored average."""
+    """Draw the coefficient of each stored tensor by its time, in a colour for each stored average."""
     rows = [
         {"x": t.time, "y": t.coefficient, "of": f"{t.average} {t.slot}".strip()} for t in made.terms
     ]

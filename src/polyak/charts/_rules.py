@@ -31,7 +31,7 @@ def rule_chart(
     *,
     every: int = 1,
 ) -> alt.TopLevelMixin:
-    """Four panels on what a rule, or each of several, averages after `steps` steps.
+    """Draw four panels on what a rule, or each of several, averages after `steps` steps.
 
     The profile by age, the step response by the age of the jump, the frequency response with its
     -3 dB point, the equivalent learning-rate schedule by step. Several rules are lines of several
@@ -96,7 +96,7 @@ def _label(about: Explanation, among: Sequence[Explanation]) -> str:
 
 
 def description_chart(found: Description) -> alt.TopLevelMixin:
-    """What the averages of a file average, at its clock (`rule_chart`), as far as their rules are known."""
+    """Draw what a file's averages of known rules average, at the file's clock (`rule_chart`)."""
     rules = [
         a.rule for a in found.averages.values() if a.rule is not None and a.half_life is not None
     ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
-    """The quality of a sweep's averages over their half-life, with a line for each kind of rule.
+    """Draw the quality of a sweep's averages over their half-life, a line for each kind of rule.
 
     The best average is marked and named; dashed lines are the live weights; refused averages are
     marks on the axis. The logarithmic axis has no place for a half-life of 0 (the last update

@@ -40,7 +40,7 @@ def read(
     prefix: str | None = None,
     role: Role | None = None,
 ) -> Checkpoint:
-    """What a checkpoint holds: live weights, averages, their rules and clock; nothing in it is run.
+    """Read what a checkpoint holds: live weights, averages, their rules and clock; run none of its code.
 
     It reads polyak's own files; state dicts of torch.save and safetensors, in one file or several
     with an index, wherever they lie in a file; folders of torch.distributed.checkpoint; and what

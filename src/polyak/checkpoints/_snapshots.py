@@ -58,7 +58,7 @@ class Snapshot:
 
 
 def snapshots(folder: Path | str) -> list[Snapshot]:
-    """The snapshots in a folder, in the order of time; only their headers are read.
+    """List the snapshots in a folder, in the order of time; read only their headers.
 
     Raises `ValueError` that names the files if there are no snapshots, for damaged snapshots, and if
     they are of different runs, rules or models; `FileNotFoundError` if there is no folder.

@@ -152,7 +152,7 @@ class Description(Charted):
 
 
 def describe(path: Path | str | Checkpoint, *, verify: bool = False) -> Description:
-    """What a checkpoint holds, or a folder of snapshots; only headers are read.
+    """Describe a checkpoint or a folder of snapshots; read only headers.
 
     `path` may also be what `checkpoints.read` read. Tensors without names are named by their
     positions. For a folder of snapshots, averages are those of the last snapshot. With `verify`,

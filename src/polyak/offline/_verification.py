@@ -29,7 +29,7 @@ class Forecast(NamedTuple):
 
 
 def forecast(made: Combination) -> Forecast:
-    """What it takes to compute a combination. A part of it is computed, to measure the speed."""
+    """Estimate what a combination takes: bytes and seconds. A part is computed, to measure the speed."""
     specs = made.specs
     terms = zip(made.sources, made.coefficients.tolist(), strict=True)
     read = [source.weights.specs[name].nbytes for source, c in terms if c for name in specs]

@@ -144,7 +144,7 @@ class Exponential(Rule):
 
 
 def convex(coefficients: dict[str, float]) -> dict[str, float]:
-    """Coefficients without those below 0: `max(c, 0) / sum of max(c, 0)`; as they are without such.
+    """Leave out coefficients below 0: `max(c, 0) / sum of max(c, 0)`; unchanged if there are none.
 
     >>> convex({"fast": 2.0, "slow": -1.0}), convex({"a": 0.25, "b": 0.75})
     ({'fast': 1.0}, {'a': 0.25, 'b': 0.75})

@@ -20,7 +20,7 @@ from polyak.study._study import Study
 
 
 def recipes() -> dict[str, Study]:
-    """The studies that polyak contains, by name."""
+    """Return the studies that polyak contains, by name."""
     return {name: _study_of(_shipped(name), name) for name in names()}
 
 

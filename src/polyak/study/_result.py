@@ -170,7 +170,7 @@ def gain(
     schedule: str | None = None,
     when: When = "last",
 ) -> Comparison:
-    """The relative improvement of an arm, positive if it is better: `1 - arm / against` for a loss."""
+    """Compare by the relative improvement, positive if the arm is better: `1 - arm / against` for a loss."""
     return Comparison(arm, against, metric, schedule, when, _gain)
 
 
@@ -181,7 +181,7 @@ def log_ratio(
     schedule: str | None = None,
     when: When = "last",
 ) -> Comparison:
-    """`log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios."""
+    """Compare by `log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios."""
     return Comparison(arm, against, metric, schedule, when, _log_ratio)
 
 
@@ -192,7 +192,7 @@ def difference(
     schedule: str | None = None,
     when: When = "last",
 ) -> Comparison:
-    """`arm - against` in the unit of the metric."""
+    """Compare by `arm - against`, in the unit of the metric."""
     return Comparison(arm, against, metric, schedule, when, _difference)
 
 

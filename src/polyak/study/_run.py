@@ -45,7 +45,7 @@ def run(
     backend: str = "loky",
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """Run what is missing of a study, and return all of its records.
+    """Run the missing runs of a study, and return all its records.
 
     Args:
         study: the study.

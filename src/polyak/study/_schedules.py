@@ -20,27 +20,27 @@ Factor = Callable[[float], float]
 
 
 def constant(share: float) -> float:
-    """The factor 1."""
+    """Return 1 at every share of the run."""
     return _factor("constant", share)
 
 
 def inverse_sqrt(share: float) -> float:
-    """`(1 + 30 share)^-1/2`: from 1 to .18, as in Anytime Pretraining (arXiv 2602.03702)."""
+    """Return `(1 + 30 share)^-1/2`: from 1 to .18, as in Anytime Pretraining (arXiv 2602.03702)."""
     return _factor("inverse_sqrt", share)
 
 
 def cosine(share: float) -> float:
-    """`(1 + cos(pi share)) / 2`: from 1 to 0."""
+    """Return `(1 + cos(pi share)) / 2`: from 1 to 0."""
     return _factor("cosine", share)
 
 
 def linear(share: float) -> float:
-    """`1 - share`: from 1 to 0."""
+    """Return `1 - share`: from 1 to 0."""
     return _factor("linear", share)
 
 
 def wsd(share: float) -> float:
-    """1 for 80 % of the run, then `1 - sqrt` of the share of the rest: from 1 to 0."""
+    """Return 1 for 80 % of the run, then `1 - sqrt` of the share of the rest: from 1 to 0."""
     return _factor("wsd", share)
 
 

@@ -123,7 +123,7 @@ class Ensemble:
 
 
 def mean_probability(logits: Tensor) -> Tensor:
-    """The log of the mean softmax of stacked logits (size, ..., classes): logits of an ensemble."""
+    """Return the log of the mean softmax of stacked logits (size, ..., classes): an ensemble's logits."""
     return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))
 
 

@@ -150,7 +150,7 @@ def advise(
     lr: float | None = None,
     weight_decay: float | None = None,
 ) -> Advice:
-    """Which average, which half-life and what gain, for a run of `steps` steps under a schedule.
+    """Advise an average, its half-life and its gain, for a run of `steps` steps under a schedule.
 
     Every average is compared with the live weights at *their* best learning rate, once at that rate and
     once at its own best. All are exact on the noisy quadratic model; beside them stand the ranges that

@@ -19,7 +19,7 @@ _LEAST = 1e-3  # the least error that a long average is asked for: it takes 68 /
 
 
 def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) -> int:
-    """The largest `every` that displaces the average's profile by at most `error`.
+    """Find the largest `every` that displaces the average's profile by at most `error`.
 
     The displacement is the mean distance, in steps, by which weight moves along the run: the
     Wasserstein distance `sum_i |C_every[i] - C_1[i]|` of the cumulative profiles, as a share of the
@@ -62,7 +62,7 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
 
 
 def displacement(rule: Rule | str, steps: int, *, every: int) -> float:
-    """How far, as a share of the mean age, updating every `every` steps moves the profile's weight.
+    """Compute how far updating every `every` steps moves the profile, as a share of the mean age.
 
     `sum_i |C_every[i] - C_1[i]| / sum_i |c_1[i]| age_i`, C the cumulative profile c: the divisor is
     the mean age where no coefficient is below 0. Read out just after the last update within `steps`.

@@ -111,7 +111,7 @@ class Explanation(Charted):
 
 
 def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Explanation:
-    """Every measure of a rule's profile after `steps` steps, updated every `every` steps.
+    """Compute every measure of a rule's profile after `steps` steps, updated every `every` steps.
 
     Without `steps`: enough of them for the start to be forgotten (20 mean ages or more), or 10 000 for
     a rule whose window grows with the run, which the result then says. A long average is measured

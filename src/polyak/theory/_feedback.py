@@ -46,7 +46,7 @@ def feedback(
     update_every: int = 1,
     with_step: bool = False,
 ) -> Feedback:
-    """The stationary variances on a quadratic when the live weights are pulled towards their EMA.
+    """Compute stationary variances on a quadratic if the live weights are pulled towards their EMA.
 
     Each step does `live <- live - step (live + noise)`, where `step` = learning rate * curvature. Each
     `update_every` steps the average moves, `average <- lerp(average, live, 1 - decay^update_every)`.

@@ -28,7 +28,7 @@ CONVENTIONS = {
 
 
 def equivalents(rule: Rule | str) -> dict[str, str]:
-    """library -> the call whose average equals this rule's at every update.
+    """Return library -> the call whose average equals this rule's at every update.
 
     Libraries without such a call are left out. Each value is Python source that starts with its key,
     for a rule updated after every step (`every=1`); it needs the library's package imported and

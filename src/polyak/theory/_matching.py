@@ -30,7 +30,7 @@ _EQUAL = 1e-12
 def match(
     family: type[Rule], *, like: Rule | str, by: str = "mean_age", steps: int | None = None
 ) -> Rule:
-    """The member of a family that equals another average in one measure after `steps` steps.
+    """Find the member of a family that equals another average in one measure after `steps` steps.
 
     Families: `Exponential` (its span), `Window` (its size, the nearest integer), `Power` (its
     gamma >= 0). Measures: "mean_age" (the same lag) and "noise_gain" (the same calm). Without

@@ -40,7 +40,7 @@ def _ages(c: Array) -> Array:
 
 
 def step_response(c: npt.ArrayLike) -> Array:
-    """How much of a jump of the live weights the average shows: S[k] = sum of c over ages <= k.
+    """Compute how much of a jump the average shows: S[k] = sum of c over ages <= k.
 
     Index k: the jump is k + 1 steps old, so that k + 1 steps carry the new weights. Shape (steps,);
     the last entry is 1. An EMA far from its start has S[k] = 1 - decay^(k + 1).
@@ -52,7 +52,7 @@ def step_response(c: npt.ArrayLike) -> Array:
 
 
 def half_life(c: npt.ArrayLike) -> float:
-    """The smallest age a, in steps, such that the steps younger than a carry half of the average.
+    """Find the smallest age a, in steps, such that the steps younger than a have half of the weight.
 
     S(a) = sum of c over ages < a. S is known at the sampled steps. Between two of them the rest 1 - S
     is taken to fall geometrically, as an EMA's does. So an EMA has exactly ln 2 / -ln decay, at every
@@ -73,7 +73,7 @@ def half_life(c: npt.ArrayLike) -> float:
 
 
 def mean_age(c: npt.ArrayLike) -> float:
-    """The mean age of the averaged weights, in steps: sum of c * age.
+    """Compute the mean age of the averaged weights, in steps: sum of c * age.
 
     decay / (1 - decay) for a long EMA, (n - 1) / 2 for a mean of n. It is the delay of slow signals
     (the group delay at frequency 0). For a rule that extrapolates (`Bema`) it is negative.
@@ -86,7 +86,7 @@ def mean_age(c: npt.ArrayLike) -> float:
 
 
 def ramp_lag(c: npt.ArrayLike) -> float:
-    """How far the average is behind live weights that move at a constant speed, in steps.
+    """Compute how far the average is behind live weights of constant speed, in steps.
 
     live_i = i gives live - average = sum of c * age: for each rule the lag is the mean age.
 
@@ -97,7 +97,7 @@ def ramp_lag(c: npt.ArrayLike) -> float:
 
 
 def noise_gain(c: npt.ArrayLike, *, correlation: float = 0.0) -> float:
-    """The variance of the average of stationary noise, as a share of the noise's variance.
+    """Compute the variance of the average of stationary noise, as a share of the noise's variance.
 
     White noise: sum of c^2; (1 - decay) / (1 + decay) for a long EMA, 1 / n for a mean of n. With
     `correlation` rho of neighbouring steps (an AR(1) process): sum_ij c_i c_j rho^|i - j|.
@@ -120,7 +120,7 @@ def noise_gain(c: npt.ArrayLike, *, correlation: float = 0.0) -> float:
 
 
 def effective_window(c: npt.ArrayLike) -> float:
-    """The number of steps whose plain mean has the same noise gain: 1 / sum of c^2.
+    """Compute the number of steps whose plain mean has the same noise gain: 1 / sum of c^2.
 
     (1 + decay) / (1 - decay) for a long EMA, which is its span; n for a mean of n.
 
@@ -131,7 +131,7 @@ def effective_window(c: npt.ArrayLike) -> float:
 
 
 def relative_std(c: npt.ArrayLike) -> float | None:
-    """The standard deviation of the position of the averaged weights, as a share of all steps.
+    """Compute the standard deviation of the averaged weights' positions, as a share of all steps.
 
     sqrt(sum of c * (i - mean)^2) / steps, i the step. For `Power(gamma)` it tends to
     sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)). It is None if negative coefficients (`Bema`)
@@ -149,7 +149,7 @@ def relative_std(c: npt.ArrayLike) -> float | None:
 
 
 def initial_weight(c: npt.ArrayLike) -> float:
-    """The weight left on the first update, which is the start of the average: c[0].
+    """Return the weight left on the first update, which is the start of the average: c[0].
 
     >>> initial_weight([0.125, 0.125, 0.25, 0.5])
     0.125
@@ -158,7 +158,7 @@ def initial_weight(c: npt.ArrayLike) -> float:
 
 
 def learning_rate_profile(c: npt.ArrayLike) -> Array:
-    """The multiplier of each step's change that makes training end at the average.
+    """Compute the multiplier of each step's change that makes training end at the average.
 
     W_i = sum_{j >= i} c_j. With x_0 the weights before step 1 and u_i = x_{i-1} - x_i the change of
     step i, `average = x_0 - sum_i W_i u_i` holds exactly. So on the same trajectory, the average is
@@ -184,7 +184,7 @@ class FrequencyResponse(NamedTuple):
 def frequency_response(
     c: npt.ArrayLike, frequencies: npt.ArrayLike | None = None
 ) -> FrequencyResponse:
-    """What the average leaves of an oscillation of the live weights, by frequency.
+    """Compute what the average leaves of an oscillation of the live weights, by frequency.
 
     H(w) = sum over ages k of c * exp(-i w k); magnitude |H|, phase arg H, w in radians per step
     (a period of 2 pi / w steps). By default 400 frequencies from 1 / steps to pi, evenly spaced on a
@@ -207,7 +207,7 @@ def frequency_response(
 
 
 def cutoff(c: npt.ArrayLike) -> float | None:
-    """The -3 dB cutoff: the lowest frequency, in radians per step, where |H|^2 falls to 1/2.
+    """Compute the -3 dB cutoff: the lowest frequency, in radians per step, where |H|^2 falls to 1/2.
 
     A long EMA has 2 asin((1 - decay) / (2 sqrt(decay))), and none (None) below decay
     3 - 2 sqrt(2) = 0.17. Divide by 2 pi for cycles per step.

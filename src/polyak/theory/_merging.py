@@ -28,7 +28,7 @@ SHAPES: dict[str, Callable[[Profile], Profile]] = {
 
 
 def learning_rate_decay(shape: str, checkpoints: int) -> Profile:
-    """The multipliers of a decay from 1 to 0 in the intervals between checkpoints, for a merge.
+    """Compute the multipliers of a decay from 1 to 0 in the intervals between checkpoints.
 
     w_i = f(i / checkpoints) for the intervals i = 1 .. checkpoints - 1, with f(x) = 1 - x
     ("linear"), 1 - sqrt(x) ("sqrt") or (1 + cos(pi x)) / 2 ("cosine"). Shape (checkpoints - 1,).
@@ -51,7 +51,7 @@ def learning_rate_decay(shape: str, checkpoints: int) -> Profile:
 
 
 def wsm(multipliers: npt.ArrayLike) -> Profile:
-    """Warmup-stable-merge: c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k.
+    """Merge as if the rate had decayed (WSM): c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k.
 
     The merge is exactly `theta_0 - sum_i w_i u_i`, with u_i = theta_(i-1) - theta_i the change of
     interval i: the end of the decayed run, if its gradients were the same.
@@ -75,7 +75,7 @@ def wsm(multipliers: npt.ArrayLike) -> Profile:
 
 
 def qam(multipliers: npt.ArrayLike) -> Profile:
-    """Quadratic-accurate merging: the coefficients of t^0 .. t^k in prod_i (1 - w_i + w_i t).
+    """Merge exactly on a quadratic: the coefficients of t^0 .. t^k in prod_i (1 - w_i + w_i t).
 
     A step of gradient descent on a quadratic multiplies the distance from the minimum by
     M = I - lr H; a step with the learning rate w_i lr multiplies it by (1 - w_i) I + w_i M. So if an

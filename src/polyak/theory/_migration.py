@@ -63,7 +63,7 @@ class Migration:
 
 
 def from_library(call: str) -> Migration:
-    """Our rule for a call of another library's average, given as source text; nothing is run.
+    """Translate a call of another library's average, given as source text; nothing is run.
 
     The average is the same at every update, for floating-point parameters, except for what `changes`
     says. Arguments that do not change the average, such as a device, are passed over.

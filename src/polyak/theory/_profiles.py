@@ -35,7 +35,7 @@ NOTHING = 1e-150
 
 
 def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
-    """The coefficient of each step's live weights in the average after `steps` steps.
+    """Compute the coefficient of each step's live weights in the average after `steps` steps.
 
     `average = sum_i profile[i] * live[i]`: shape (steps,), float64, index 0 is step 1; sums to 1.
     The rule is updated at steps 1, `every` + 1, 2 `every` + 1, ..., as `Averager` does, and read out
@@ -61,7 +61,7 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
 
 
 def coefficients(rule: Rule | str, elapsed: Sequence[float], *, convex: bool = False) -> Profile:
-    """The coefficient of each update's live weights, for updates at any times.
+    """Compute the coefficient of each update's live weights, for updates at any times.
 
     `elapsed[i]` > 0 is the time from the update before (or from the start) to update i, in the
     rule's unit: steps, samples, tokens. Shape (updates,), float64; sums to 1. With `convex` they

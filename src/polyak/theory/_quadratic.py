@@ -45,7 +45,7 @@ class Moments(NamedTuple):
 def quadratic_moments(
     profiles: npt.ArrayLike, rates: npt.ArrayLike, curvatures: npt.ArrayLike
 ) -> Moments:
-    """Second moments of averages of SGD on a quadratic, exact, in each direction.
+    """Compute the exact second moments of averages of SGD on a quadratic, in each direction.
 
     `w_i = (1 - rate_i h) w_{i-1} + rate_i noise_i`, average = sum_i c_i w_i. The response of the
     average to a unit of weight at step i is `G_i = c_i + (1 - rate_{i+1} h) G_{i+1}`, so that

@@ -27,7 +27,7 @@ ANNEALING = ("cosine", "linear", "wsd")
 def learning_rates(
     schedule: str, steps: int, *, final: float = 0.0, warmup: float = 0.0
 ) -> Profile:
-    """The multiplier of the peak learning rate at each step of a run: shape (steps,).
+    """Compute the multiplier of the peak learning rate at each step of a run: shape (steps,).
 
     With x = step / steps: "constant" 1; "inverse_sqrt" 1 / sqrt(1 + 30 x); "linear" 1 - x; "cosine"
     (1 + cos(pi x)) / 2; "wsd" 1 until the last 20 % of the run, there 1 - sqrt of the share of them

@@ -85,7 +85,7 @@ def fit(
     norm: Norm = "profile",
     convex: bool = False,
 ) -> Fit:
-    """The coefficients of stored tensors, with sum 1, whose combination is nearest to a rule's average.
+    """Find the coefficients of stored tensors, with sum 1, that come nearest to a rule's average.
 
     They minimise `|sum_k c_k profile_k - target|` over the updates. The target is
     `coefficients(rule, elapsed)`; the profile of a column is that of its slot at its time. If several
