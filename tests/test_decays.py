@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyak
-from polyak import Averager
+from polyak import Averager, decays
 from polyak.decays import (
     SCHEDULES,
     AnytimeTail,
@@ -36,7 +36,8 @@ ALL = [schedule for examples in SCHEDULE_EXAMPLES.values() for schedule in examp
 
 
 def test_every_schedule_has_an_example() -> None:
-    assert set(SCHEDULE_EXAMPLES) == set(SCHEDULES)
+    assert set(SCHEDULE_EXAMPLES) == set(SCHEDULES), "write examples into tests/rule_examples.py"
+    assert {schedule.__name__ for schedule in SCHEDULES} <= set(decays.__all__)
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)

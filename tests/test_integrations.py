@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from polyak import integrations
+from test_layers import frameworks
 
 HOME = Path(integrations.__file__).parent
-FRAMEWORKS = {
-    "accelerate": "accelerate",
-    "fabric": "lightning",
-    "ignite": "ignite",
-    "lightning": "lightning",
-    "transformers": "transformers",
-}
-"""integration -> the package that it needs, and that its extra installs."""
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in HOME.glob("[!_]*.py"))
 
 
-def test_every_integration_is_in_the_table() -> None:
-    assert set(integrations.__all__) == set(FRAMEWORKS)
+def test_every_integration_is_named_and_has_an_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(integrations.__all__) == set(NAMES)
+    assert set(NAMES) <= set(extras["optional-dependencies"])
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_missing_framework_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [m for m in sys.modules if m.partition(".")[0] == FRAMEWORKS[name]]:
+    package = frameworks(HOME / f"{name}.py")[0]
+    for module in [m for m in sys.modules if m.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, FRAMEWORKS[name], None)
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"polyak.integrations.{name}", raising=False)
     with pytest.raises(ModuleNotFoundError) as caught:
         import_module(f"polyak.integrations.{name}")

@@ -58,18 +58,6 @@ FORBIDDEN = {
     "ema": {"theory", "_files"},
 }
 
-# A framework is imported in its integration, `integrations/<name>.py`, and nowhere else.
-FRAMEWORKS: dict[str, set[str]] = {
-    "_lightning_optimizers": {"lightning"},
-    "_lightning_passes": {"lightning", "torchmetrics"},
-    "accelerate": {"accelerate"},
-    "fabric": {"lightning"},
-    "ignite": {"ignite"},
-    "lightning": {"lightning"},
-    "transformers": {"transformers"},
-}
-
-
 # Windows, or macOS, does not have these: `_system` says what stands in for them.
 NOT_EVERYWHERE = {
     "fcntl", "resource", "termios", "pwd", "grp", "os.pread", "os.preadv", "os.pwrite", "os.pwritev",
@@ -77,6 +65,13 @@ NOT_EVERYWHERE = {
     "os.O_NONBLOCK", "os.O_DIRECTORY", "os.O_NOFOLLOW", "os.sched_getaffinity", "os.geteuid",
     "os.getuid", "os.killpg", "os.fork", "signal.SIGKILL",
 }  # fmt: skip
+
+
+def frameworks(path: Path) -> list[str]:
+    """The packages that an integration says to need: `with extra(name, *packages)`."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    extras = [n.args for n in calls if isinstance(n.func, ast.Name) and n.func.id == "extra"]
+    return [ast.literal_eval(package) for arguments in extras for package in arguments[1:]]
 
 
 def layer_of(path: Path) -> str:
@@ -106,7 +101,7 @@ def test_imports_point_down(path: Path) -> None:
     assert layer in ORDER, f"{layer} has no place in the table of layers"
     below = set(ORDER[: ORDER.index(layer) + 1]) - FORBIDDEN.get(layer, set())
     outside = dict(LAYERS)[layer] | set(sys.stdlib_module_names)
-    outside |= FRAMEWORKS.get(path.stem, set()) if layer == "integrations" else set()
+    outside |= set(frameworks(path)) if layer == "integrations" else set()
     for name in imports(path):
         package, _, rest = name.partition(".")
         if package == "polyak":
@@ -149,7 +144,8 @@ def test_theory_loads_no_torch() -> None:
 
 def test_polyak_loads_no_extra() -> None:
     extras = {"typer", "rich", "sklearn", "altair", "joblib", "scipy", "diffusers", "lightning"}
-    extras |= set().union(*FRAMEWORKS.values())
+    extras |= set().union(*map(frameworks, SOURCE.glob("integrations/*.py")))
+    assert "transformers" in extras
     assert not extras & loaded("import polyak; polyak.Averager; polyak.EMA")
 
 

@@ -43,7 +43,8 @@ def ticks(rule: Rule, elapsed: list[float]) -> Iterator[Tick]:
 
 
 def test_every_rule_has_an_example() -> None:
-    assert set(RULE_EXAMPLES) == set(RULES)
+    assert set(RULE_EXAMPLES) == set(RULES), "write examples into tests/rule_examples.py"
+    assert {rule.__name__ for rule in RULES} <= set(rules.__all__)
 
 
 @every_rule

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from polyak.decays import InversePower, Ratio
-from polyak.rules import Bema, Exponential, Power, Rule, Tail, Uniform, Window
+from polyak.decays import SCHEDULES, InversePower, Ratio
+from polyak.rules import RULES, Bema, Exponential, Power, Rule, Tail, Uniform, Window
 from polyak.specs import as_rule, parse
 
 SPECS: list[tuple[str, Rule]] = [
@@ -52,9 +52,8 @@ def test_any_text_is_a_rule_or_a_value_error(text: str) -> None:
         assert isinstance(parse(text), Rule)
 
 
-KNOWN = (
-    "rules: exponential, power, uniform, window, bema, tail, article_ema; schedules for"
-    " exponential: constant, inverse_power, ratio, cosine, half_life_ramp, anytime_tail, polynomial, told"
+KNOWN = "rules: {}; schedules for exponential: {}".format(
+    *(", ".join(cls.spec_name() for cls in classes) for classes in (RULES, SCHEDULES))
 )
 SYNTAX = "does not read as name(arguments)"
 ERRORS = [

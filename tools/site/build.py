@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
@@ -35,16 +37,18 @@ def gather(out: Path) -> None:
     """The folder that Zensical builds: settings, theme, pages, and a page for each public module."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(HERE, out, ignore=shutil.ignore_patterns("build.py", "__pycache__"))
-    shutil.copy(ROOT / "mkdocs.yml", out)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, out / "pages" / folder)
     for page in PAGES:
         shutil.copy(ROOT / page, out / "pages")
     (out / "pages/api").mkdir()
-    for module in public_modules():
-        page = out / f"pages/api/{module.removeprefix('polyak.')}.md"
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    api = {module: f"api/{module.removeprefix('polyak.')}.md" for module in public_modules()}
+    settings["nav"].append({"API": [{module: page} for module, page in api.items()]})
+    (out / "mkdocs.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    for module, page in api.items():
         options = "    options:\n      inherited_members: true\n" if module in WITH_BASES else ""
-        page.write_text(f"# {module}\n\n::: {module}\n{options}")
+        (out / "pages" / page).write_text(f"# {module}\n\n::: {module}\n{options}")
 
 
 def public_modules() -> list[str]:
