@@ -46,8 +46,8 @@ BUGS: tuple[Bug, ...] = (
         return {AVERAGE: 1.0}
 ''', "", "running_statistics", "norms", "rules"),
     bug("an article rule that copies one call less", "rules/_published.py", "newest_copy <= self.update_after_step + 1", "newest_copy < self.update_after_step + 1", "rules", "ema", "plain_formulas"),
-    bug("a ramp that is not clamped from below", "decays.py", "return min(max(decay, self.min_decay), self.max_decay)", "return min(decay, self.max_decay)", *RULES),
-    bug("a ratio of (2 + n)", "decays.py", "9 / (10 + max(t - 1, 0.0))", "8 / (10 + max(t - 1, 0.0))", *RULES),
+    bug("a ramp that is not clamped from below", "decays/_ramps.py", "return min(max(decay, self.min_decay), self.max_decay)", "return min(decay, self.max_decay)", *RULES),
+    bug("a ratio of (2 + n)", "decays/_ramps.py", "9 / (10 + max(t - 1, 0.0))", "8 / (10 + max(t - 1, 0.0))", *RULES),
     # the core: the engine
     bug("a lerp in place of a copy", "_tensors.py", "            if fraction == 1:\n                if journal", "            if fraction > 1:\n                if journal", "tensors", *ENGINE),
     bug("slots in the dtype of narrow weights", "_dtypes.py", "return wanted or (torch.float32 if dtype.itemsize < 4 else dtype)", "return wanted or dtype", "tensors", *ENGINE),
