@@ -90,10 +90,10 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
 
 
 NO_CHART = [
-    ("/dev/null/x", "polyak: [Errno 20] Not a directory: '/dev/null/x'\n"),
+    ("/dev/null/x", "polyak: /dev/null/x: Not a directory\n"),
     ("file", "polyak: file is a file, wanted a folder; choose another place\n"),
-    ("file/x", "polyak: [Errno 20] Not a directory: 'file/x'\n"),
-    ("/proc/x", "polyak: [Errno 2] No such file or directory: '/proc/x'\n"),
+    ("file/x", "polyak: file/x: Not a directory\n"),
+    ("/proc/x", "polyak: /proc/x: No such file or directory\n"),
     ("folder", "polyak: folder/rule.png is a folder"),
 ]
 

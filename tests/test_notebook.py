@@ -85,4 +85,4 @@ def test_of_many_rows_a_notebook_has_the_first() -> None:
     averager.update()
     html = averager._repr_html_()
     assert html.count("<tr>") == 1 + 200 + 1 and "and 100 more" in html
-    assert str(averager.summary()).count("float32  tensor") == 300
+    assert str(averager.summary()).count("float32    tensor") == 300

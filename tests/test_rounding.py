@@ -141,7 +141,7 @@ def test_summary_warns_of_weights_that_would_not_move() -> None:
     summary = averager.summary()
     assert summary.stalled["fast"] == 0.0
     assert summary.stalled["slow"] == 1.0
-    assert "warning: 100% of the weights of slow that should move would not" in str(summary)
+    assert "warning: rounding stops 100% of the weights of slow" in str(summary)
     wider = Averager(weights, rules, dtype=torch.float64)
     wider.update()
     weights["w"] *= 1.01

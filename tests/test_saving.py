@@ -391,7 +391,7 @@ class TestExport:
         with pytest.raises(KeyError, match="average None is unknown"):
             checkpoints.export(tmp_path / "a.safetensors", averager)
         polyak.save(tmp_path / "s.safetensors", averager)
-        with pytest.raises(ValueError, match="fast, window, bema; wanted the name of one"):
+        with pytest.raises(ValueError, match="fast, window, bema; name one of them"):
             checkpoints.export(
                 tmp_path / "a.safetensors", checkpoints.read(tmp_path / "s.safetensors")
             )

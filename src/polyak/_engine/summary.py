@@ -52,21 +52,21 @@ class Summary(Tabled):
     def heading(self) -> list[str]:
         """The rules, the updates, the memory, and a warning of averages that do not move."""
         head = [f"{name}: {rule}" for name, rule in self.rules.items()]
-        head.append(f"{self.count} updates, {self.memory / 2**20:.1f} MiB held")
+        head.append(f"{self.count} updates, {self.memory / 2**20:.1f} MiB stored")
         shares = self.stalled.items()
         return head + [_warning(name, share) for name, share in shares if share > WORTH_SAYING]
 
     def tables(self) -> list[Table]:
         """A line for every tensor."""
-        header = ("tensor", "shape", "dtype", "policy", "in", "because")
+        header = ("tensor", "shape", "dtype", "policy", "stored as", "reason")
         return [Table(header, [_cells(row) for row in self.rows], left=len(header))]
 
 
 def _warning(name: str, share: float) -> str:
     return (
-        f"warning: {share:.0%} of the weights of {name} that should move would not, at the next "
-        'update: the fraction is below what their slots can express; use rounding="compensated", '
-        "a wider dtype, or a larger every"
+        f"warning: rounding stops {share:.0%} of the weights of {name}: their next step is smaller than "
+        'half a unit of the last digit; use rounding="compensated", a wider dtype, or a larger '
+        "every"
     )
 
 

@@ -112,8 +112,8 @@ class Checkpoint:
             )
         if name is None or name not in self.averages:
             has = ", ".join(self.averages) or "none"
-            wanted = "the name of one" if name is None else f"the average {name!r}"
-            raise ValueError(f"{self.path} has the averages: {has}; wanted {wanted}")
+            said = "name one of them (--average)" if name is None else f"there is no {name!r}"
+            raise ValueError(f"{self.path} has the averages: {has}; {said}")
         return self.averages[name]
 
     def weights(self, name: str | None = None) -> Weights:

@@ -210,7 +210,10 @@ def convert(
     if found.format == "polyak":
         raise ValueError(f"{found.path} is polyak's own file already: polyak.load reads it")
     if not found.averages:
-        raise ValueError(f"{found.path} ({found.format}) has live weights and no average")
+        raise ValueError(
+            f"{found.path} ({found.format}) has live weights and no average; "
+            'if these weights are an average, pass role="average" (--as average)'
+        )
     for average in found.averages.values():
         _require_content(found, as_lazy(average).specs)
     averager = Averager(

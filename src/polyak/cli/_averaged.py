@@ -147,7 +147,7 @@ class Averaged(NamedTuple):
 
 
 def _note_findings(made: Combination) -> None:
-    """What was done to tensors that have no mean, and which files are the same."""
+    """What was done to integers and booleans, and which files are the same."""
     from polyak.offline._findings import duplicates
 
     if made.copied:
@@ -155,7 +155,7 @@ def _note_findings(made: Combination) -> None:
         share = 100 * sum(made.specs[name].nbytes for name in made.copied) / max(size, 1)
         note(
             f"{len(made.copied)} of {len(made)} tensors ({share:{'.0f' if share >= 10 else '.2g'}} % of the bytes) are the "
-            f"last file's: integers and booleans have no mean ({listed(made.copied, 3)})"
+            f"last file's: integers and booleans are not averaged ({listed(made.copied, 3)})"
         )
     if made.mixed:
         names = list(made.mixed)

@@ -86,6 +86,8 @@ def _message(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, FileExistsError) and error.errno is None:
         return f"{text.partition(';')[0]}; --force replaces it"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, KeyError):  # its text is the key alone
         return f"{text} is missing"
     return text

@@ -143,7 +143,7 @@ def _print(out: Path, checkpoint: Checkpoint, *, json: bool, **about: Any) -> No
     if json:
         print_json({"out": str(out), "from": checkpoint.format, **about, "bytes": size})
     else:
-        say(f"{out}: from {checkpoint.format}, {size_text(size)}")
+        say(f"{out}: {size_text(size)}, from a file of the format {checkpoint.format}")
 
 
 def _note_norms(checkpoint: Checkpoint, averages: Any) -> None:
