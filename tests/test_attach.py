@@ -9,6 +9,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.optim import SGD, Optimizer
 
+from models import assert_same
 from polyak import Averager, Uniform
-from polyak._engine import attachment
+from polyak._engine import attachment, optimizers
 
 
 class Inheriting(SGD):
@@ -413,7 +415,7 @@ def test_a_detached_optimizer_has_its_own_step_back(kind: str) -> None:
         attached.remove()
     stepper.step(closure)
     assert averager.count == 2
-    for optimizer in attachment._nested(stepper.attached):
+    for optimizer in optimizers._nested(stepper.attached):
         if "after" not in kind:  # where a scheduler has wrapped it since, it stays inside
             code = getattr(vars(optimizer).get("step"), "__code__", None)
             assert code is None or code.co_filename != attachment.__file__
@@ -530,6 +532,51 @@ def pair() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
 
 
+class Masters:
+    """Trains copies of the weights, and writes them back at the end of its step, as Megatron's does."""
+
+    def __init__(self, model: nn.Module, form: Callable[[list[Any]], Any]) -> None:
+        weights = list(model.parameters())
+        self.copies = [weight.detach().clone().requires_grad_() for weight in weights]
+        self.optimizer, self.kept = SGD(self.copies, lr=0.1), form(weights)
+        self._write = [partial(torch.Tensor.copy_, w) for w in map(torch.Tensor.detach, weights)]
+        self._grads = [partial(getattr, weight, "grad") for weight in weights]
+
+    def step(self) -> None:
+        for copied, grad in zip(self.copies, self._grads, strict=True):
+            copied.grad = grad()
+        self.optimizer.step()
+        for write, copied in zip(self._write, self.copies, strict=True):
+            write(copied)
+
+
+FORMS: dict[str, Callable[[list[Any]], Any]] = {
+    "a list": list,
+    "a tuple": tuple,
+    "groups, as Megatron's and apex's": lambda weights: [weights[:1], weights[1:]],
+    "keys of a map, as torchao's": lambda weights: {w: torch.zeros_like(w) for w in weights},
+    "values of a map": lambda weights: {"float16": {str(i): w for i, w in enumerate(weights)}},
+}
+"""How an optimizer that trains copies of the weights keeps the weights."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimizer_of_copies_that_it_writes_back_moves_the_weights(form: str) -> None:
+    """The average is that of the weights that it has written back."""
+    model = pair()
+    averager, wanted = Averager(model, Uniform()), Averager(model, Uniform())
+    optimizer = Masters(model, FORMS[form])
+    averager.attach(optimizer)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        wanted.update()
+    assert averager.count == 3
+    assert_same(averager.average(), wanted.average())
+    assert not torch.equal(averager.average()["0.weight"], model.state_dict()["0.weight"])
+
+
 STRANGERS: dict[str, Callable[[nn.Module], Any]] = {
     "of another model": lambda _: plain(nn.Linear(3, 2)),
     "of a deep copy": lambda m: plain(copy.deepcopy(m)),
@@ -537,6 +584,8 @@ STRANGERS: dict[str, Callable[[nn.Module], Any]] = {
     "several of a copy": lambda m: list(map(plain, copy.deepcopy(m).children())),
     "accelerate's, of a copy": lambda m: accelerated(plain(copy.deepcopy(m))),
     "a duck of a copy": lambda m: Duck(Outer(plain(copy.deepcopy(m)))),
+    "of copies for a copy": lambda m: Masters(copy.deepcopy(m), list),
+    "of copies, which hides the weights": lambda m: Masters(m, len),
     "empty": lambda _: SGD([{"params": []}], lr=0.1),
 }
 """Optimizers that have none of the averaged weights of a model."""

@@ -8,26 +8,18 @@ the outermost of these calls ends: only then are the weights those of the step.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from polyak._checks import listed
 from polyak._engine.live import ModelTensors
-from polyak._engine.memory import meeting
+from polyak._engine.optimizers import chain_of, require_moved, runs_hooks, warn_of_own_average
 from polyak._engine.signals import runs_below
-from polyak._engine.tracking import Tracked
-from polyak._ranks.sharding import local
 from polyak._ranks.torch_private import state_makers
-
-_INSIDE = ("optimizer", "base_optimizer", "optim", "base")
-"""The attributes in which optimizers and their wrappers keep the optimizer inside them."""
 
 Flags = list[Tensor | None]
 """What a `GradScaler` left in an optimizer at each of its calls: `found_inf`, None without a scaler."""
@@ -51,7 +43,7 @@ class Attachment:
         *,
         complete: bool,
     ) -> None:
-        chains = [_chain(optimizer) for optimizer in optimizers]
+        chains = [chain_of(optimizer) for optimizer in optimizers]
         members = [member for chain in chains for member in chain]
         if not members or len(set(map(id, members))) < len(members):
             raise ValueError(
@@ -61,7 +53,7 @@ class Attachment:
         self._generation = 0
         self.require_moved()
         for chain in chains:
-            _warn_of_own_average(chain)
+            warn_of_own_average(chain)
         scalers = (scaler, *(getattr(member, "scaler", None) for member in members))
         self._scaled = any(each is not None for each in scalers)
         self._step = step
@@ -77,7 +69,7 @@ class Attachment:
         It looks at weights that were found anew since it was called last.
         """
         if self._generation != self._live.generation:
-            _require_moved(self._live.averaged, self._optimizers, self._complete)
+            require_moved(self._live.averaged, self._optimizers, self._complete)
             self._generation = self._live.generation
 
     def remove(self) -> None:
@@ -127,7 +119,7 @@ class _Watch:
         self._first = False
         self._undo: list[Callable[[], None]] = []
         for member in chain:
-            if _runs_hooks(member):
+            if runs_hooks(member):
                 self._undo.append(member.register_step_post_hook(self._stepped).remove)
             self._undo.append(self._wrap(member))
 
@@ -184,105 +176,7 @@ class _Watch:
         self._taken(flags)
 
 
-def movers(tracked: Sequence[Tracked], optimizers: Sequence[Any]) -> Sequence[Any]:
-    """Those of the optimizers that have an averaged tensor; all of them if none has."""
-    averaged = [item for item in tracked if item.policy == "average"]
-    return [each for each in optimizers if _moved(averaged, [each])] or optimizers
-
-
-def _moved(averaged: Sequence[Tracked], optimizers: Sequence[Any]) -> list[Tracked]:
-    """The averaged tensors that optimizers have: as the same object, or in the same memory."""
-    members = [member for optimizer in optimizers for member in _nested(optimizer)]
-    groups = [group for member in members for group in getattr(member, "param_groups", None) or ()]
-    held = [parameter for group in groups for parameter in group["params"]]
-    objects = set(map(id, held))  # on a rank that has no row of a tensor it has no memory
-    places = set(meeting([item.local() for item in averaged], list(map(local, held))))
-    return [item for i, item in enumerate(averaged) if i in places or id(item.found()) in objects]
-
-
-def _require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any], complete: bool) -> None:
-    parameters = [item for item in averaged if item.kind != "buffer"]
-    found = {item.name for item in _moved(parameters, optimizers)}
-    names = ", ".join(type(each).__name__ for each in optimizers)
-    if parameters and not found:
-        raise ValueError(
-            f"attach: {names} has none of the {len(parameters)} averaged parameters "
-            f"({parameters[0].name}, ...), so its steps never move them: the weights were replaced "
-            "after the optimizer was made, or it trains another model or a copy. Make the optimizer from "
-            "the averaged model's parameters; if it trains copies and writes them back, call "
-            "update() after its step instead"
-        )
-    left = [
-        i.name for i in parameters if i.name not in found and i.kind == "parameter" and i.trains
-    ]
-    if left and not complete:
-        warnings.warn(
-            f"attach: {names} has {len(found)} of the {len(parameters)} averaged parameters, and "
-            f"not {listed(left)}: attach every optimizer that trains them, or leave them out "
-            "(requires_grad_(False) or `select`)",
-            stacklevel=6,
-        )
-
-
-def _chain(optimizer: Any) -> list[Any]:
-    """An optimizer or its wrapper, and the optimizers inside it, from the outermost to the innermost.
-
-    Raises `TypeError` where none of them is a torch optimizer, whose hooks tell of a step.
-    """
-    chain = list(_nested(optimizer))
-    if not any(map(_runs_hooks, chain)):
-        raise TypeError(
-            f"attach: {type(optimizer).__name__} is not a torch.optim.Optimizer, and has none "
-            "inside (.optimizer); call update() after its step instead"
-        )
-    return chain
-
-
-def _nested(optimizer: Any) -> Iterator[Any]:
-    seen: list[Any] = []
-    while callable(getattr(optimizer, "step", None)) and optimizer not in seen:
-        seen.append(optimizer)
-        yield optimizer
-        inside = (getattr(optimizer, name, None) for name in _INSIDE)
-        optimizer = next((each for each in inside if callable(getattr(each, "step", None))), None)
-
-
-def _warn_of_own_average(chain: Sequence[Any]) -> None:
-    """Warn if an optimizer averages the weights itself: it is one of schedule-free, or ASGD."""
-    for optimizer in reversed(chain):  # accelerate's wrapper has what the optimizer inside has
-        if own := _own_average(optimizer, innermost=optimizer is chain[-1]):
-            warnings.warn(
-                f"attach: {type(optimizer).__name__} averages the weights itself, and {own}. Evaluate "
-                "the optimizer's own average first: you may not need another",
-                stacklevel=5,
-            )
-            return
-
-
-def _own_average(optimizer: Any, *, innermost: bool) -> str:
-    """Where an optimizer has its average, and what an averager would average; empty if it has none."""
-    second = (
-        "This averager makes a second average, of the weights after each step, at which the next "
-        "gradients are taken"
-    )
-    if isinstance(optimizer, torch.optim.ASGD):
-        return f'state[parameter]["ax"] is that average. {second}'
-    modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
-    known = "weight_lr_power" in {*vars(optimizer), *getattr(optimizer, "defaults", ())}
-    if modes and (known or innermost):
-        return f"eval() writes that average into the model. {second}"
-    if known:  # schedule-free with a closure, in which alone the model has other weights
-        return "the weights after each step are that average. This averager makes an average of averages"
-    return ""
-
-
 def _makes_state() -> bool:
     """Whether the step that runs is the one by which torch makes an optimizer's state."""
     makers = state_makers()
     return bool(makers) and runs_below(sys._getframe(1), makers)
-
-
-def _runs_hooks(optimizer: Any) -> bool:
-    """Whether torch has wrapped the `step` of this class so that it runs hooks."""
-    is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
-    return is_optimizer and bool(getattr(type(optimizer).step, "hooked", False))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyak._engine.attachment import Attachment, movers
+from polyak._engine.attachment import Attachment
+from polyak._engine.optimizers import movers
 from polyak.averager import Averager
 from polyak.integrations._extra import extra
 
