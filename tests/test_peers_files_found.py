@@ -7,6 +7,7 @@ average, 9 in anything else.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch.optim import swa_utils
 
 import polyak
 from cli_runs import run
-from polyak import offline
+from polyak import checkpoints, offline
 from polyak.checkpoints import Clock, read
+from polyak.checkpoints._peers import FORMATS
 from polyak.decays import Ratio
 from polyak.rules import Exponential, Rule
 from test_peers_files import saved_distributed
@@ -343,6 +345,18 @@ def test_every_state_dict_is_found_and_accounted_for(tmp_path: Path, layout: Lai
             assert set(found.averages[name]) == set(found.live)
     if layout.rule is not None:
         assert found.rules == {"average": layout.rule}
+
+
+def test_every_format_is_in_the_list() -> None:
+    """What `polyak inspect` says of a file that it does not know names them all."""
+    files = Path(checkpoints.__file__).parent.rglob("*.py")
+    calls = [
+        n for f in files for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Call)
+    ]
+    made = [n.args[1] for n in calls if getattr(n.func, "id", "") == "Checkpoint" and n.args[1:]]
+    said = {node.value for node in made if isinstance(node, ast.Constant)}
+    assert "mmengine" in said
+    assert said <= set(FORMATS), "add the name to FORMATS in checkpoints/_peers/__init__.py"
 
 
 FLAT = [
