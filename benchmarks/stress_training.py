@@ -45,7 +45,8 @@ def train(world: World, random: Random) -> None:
 
 def forward(world: World, random: Random) -> None:
     """A forward pass, which moves running statistics in train mode; inside blocks too."""
-    fits = world.kind.inputs is not None and not world.undo and world.trains
+    shaped = not world.undo and not world.misshapen
+    fits = world.kind.inputs is not None and shaped and world.trains
     if not fits or not isinstance(world.model, nn.Module):
         return
     tensors = (*world.model.parameters(), *world.model.buffers())
@@ -102,29 +103,41 @@ def step(world: World, random: Random) -> None:
             optimizer.step()
     subject = next((s for s in world.subjects if s.optimizer == name), None)
     if world.blocks:
-        _step_inside(world, pair[0])
+        _step_inside(world, pair[0], subject)
     else:
         _step_outside(world, pair[0], subject)
 
 
-def _step_inside(world: World, optimizer: Any) -> None:
-    """A step inside a block: it raises, or leaving does, or the average is marked."""
+def _step_inside(world: World, optimizer: Any, subject: Subject | None) -> None:
+    """A step inside a block: it raises, or leaving does, or the average is marked.
+
+    A step of weights that no block has is one as outside.
+    """
     world.stepped_inside = True
     try:
         world.writing(optimizer.step)
     except RuntimeError:
         world.untold = ""
+    except Exception as error:
+        _refused_update(world, subject, error)
+    else:
+        if subject is not None:
+            note_update(world, subject, 1.0)
+
+
+def _refused_update(world: World, subject: Subject | None, error: Exception) -> None:
+    # The weights that count are those after the step, which may have made them infinite.
+    if subject is None or not due_facts(world, subject) & UPDATE_REFUSALS:
+        raise Fault("refused step", f"{type(error).__name__}: {error}") from error
+    if isinstance(error, FloatingPointError):
+        subject.history = subject.history.left_out(1.0)
 
 
 def _step_outside(world: World, optimizer: Any, subject: Subject | None) -> None:
     try:
         world.writing(optimizer.step)
     except Exception as error:
-        # The weights that count are those after the step, which may have made them infinite.
-        if subject is None or not due_facts(world, subject) & UPDATE_REFUSALS:
-            raise Fault("refused step", f"{type(error).__name__}: {error}") from error
-        if isinstance(error, FloatingPointError):
-            subject.history = subject.history.left_out(1.0)
+        _refused_update(world, subject, error)
         return
     if subject is not None:
         facts = due_facts(world, subject)
@@ -249,6 +262,7 @@ def resize(world: World, random: Random) -> None:
         if new.is_floating_point():
             new += noise(new, torch.Generator().manual_seed(drawn))
         tensor.data = new
+        world.misshapen = True
         world.undo.append(partial(_set_data, source, name, before))
 
 
@@ -262,6 +276,7 @@ def mend(world: World, random: Random) -> None:
         for undo in reversed(world.undo):
             undo()
         world.undo.clear()
+        world.misshapen = False
 
 
 def poison(world: World, random: Random) -> None:

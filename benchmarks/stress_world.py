@@ -100,7 +100,7 @@ class World:
     """All that one program works on.
 
     `clean` says that nothing but polyak wrote to the model since blocks opened, `ordered` that blocks
-    were left in the opposite order, `suspects` whose blocks were written in, `restructured` that tensors were replaced or moved in a block,
+    were left in the opposite order, `suspects` whose blocks were written in, `restructured` that tensors were replaced or moved in a block, `misshapen` that a forward pass may fail,
     `untold` what was written to in a block while polyak has not said so.
     `epoch` counts the changes that make a graph invalid.
     """
@@ -120,6 +120,7 @@ class World:
     clean: bool = True
     ordered: bool = True
     restructured: bool = False
+    misshapen: bool = False
     suspects: set[int] = field(default_factory=set)
     untold: str = ""
     stepped_inside: bool = False
@@ -154,15 +155,23 @@ class World:
             facts |= {"other average applied"} if any(b.name != name for b in own) else set()
         facts |= {"other thread"} if any(block.thread != self.thread for block in own) else set()
         mine = {*subject.averaged, *subject.copied}
-        others = (block.subject for block in self.blocks if block.subject is not subject)
-        if any(mine.intersection((*other.averaged, *other.copied)) for other in others):
-            facts.add("other block")
+        others = [block.subject for block in self.blocks if block.subject is not subject]
+        theirs = {name for other in others for name in (*other.averaged, *other.copied)}
+        facts |= {"other block"} if mine & theirs or self._one_storage(mine, theirs) else set()
         facts.update(self.structure(subject))
         facts |= {"restructured"} if self.restructured else set()
         if any(subject.spoilt(n) for n in subject.cases if name in (None, n)):
             facts.add("spoilt")
         facts |= {"wrong rule later" for case in subject.cases.values() if case.wrong}
         return facts
+
+    def _one_storage(self, mine: set[str], theirs: set[str]) -> bool:
+        """Whether two averagers have views of one storage, which may share a version counter."""
+        there = [entry for entry in entries(self.model) if _has_memory(entry.tensor)]
+        storages = {entry.name: entry.tensor.untyped_storage().data_ptr() for entry in there}
+        return bool(
+            {storages.get(n) for n in mine} & {storages[n] for n in theirs & storages.keys()}
+        )
 
     def structure(self, subject: Subject) -> Iterator[str]:
         """What is not any more as it was when the averager was made."""
@@ -181,6 +190,8 @@ class World:
             lost |= len(set(stored.values())) < len(stored)
             untied = (after.keys() - before.keys()) & subject.carried()
             yield "changed" if lost or untied else "changed elsewhere"
+        if _ties(subject, first_names(found)) != _ties(subject, subject.firsts):
+            yield "changed elsewhere"
         if by_storage != subject.storage_form:
             yield "aliased"
         yield from shared(found)
@@ -435,6 +446,12 @@ def shared(found: list[Entry]) -> Iterator[str]:
 def _has_memory(tensor: torch.Tensor) -> bool:
     strided = tensor.layout == torch.strided and not tensor.is_meta
     return strided and not is_lazy(tensor) and tensor.numel() > 0
+
+
+def _ties(subject: Subject, firsts: Mapping[str, str]) -> dict[str, str]:
+    """All names of what an averager has -> their first names."""
+    own = {*subject.averaged, *subject.copied}
+    return {name: first for name, first in firsts.items() if first in own}
 
 
 def _stored(held: Any) -> dict[str, object]:

@@ -92,10 +92,10 @@ class ModelTensors:
     def groups(self) -> Groups:
         """The averaged weights as they are trained, in groups of one dtype and device: the hot path.
 
-        Raises `RuntimeError` if they hold an average, in a block of any averager.
+        Raises `RuntimeError` if they or copied tensors hold an average, in a block of any averager.
         """
         if lending.OPEN:
-            lending.refuse_lent("update", self.averaged)
+            lending.refuse_lent("update", self.stored())
         if not self.unchanged():
             self.check("update")
         return self._groups

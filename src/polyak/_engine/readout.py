@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._lazy import LazyTensors, TensorSpec, Where, spec_of
@@ -43,7 +44,7 @@ class AverageWeights(LazyTensors):
         if first in self._copies:
             return self._copies[first][where].clone()
         if first in self._frozen:
-            return self._frozen[first].local()[where].clone()
+            return self._model_s_own(first)[where].clone()
         return self._average.read(self._live, [self._places[first]], where)[0]
 
     @cached_property
@@ -69,8 +70,13 @@ class AverageWeights(LazyTensors):
 
     def beside(self) -> dict[str, Tensor]:
         """What `whole` returns, with the model's own frozen tensors in place of copies."""
-        frozen = {name: item.local() for name, item in self._frozen.items()}
+        frozen = {name: self._model_s_own(name) for name in self._frozen}
         return self._named(self._held() | frozen)
+
+    def _model_s_own(self, name: str) -> Tensor:
+        """A frozen tensor; raises `RuntimeError` where it carries an average, in another averager's block."""
+        lending.refuse_lent("the average", [self._frozen[name]])
+        return self._frozen[name].local()
 
     def _held(self) -> dict[str, Tensor]:
         """This rank's shards of what is not frozen, under their first names."""

@@ -89,6 +89,8 @@ class Resumable(Averages):
         """
         labels = list(self._averages) if name is None else [self._lender.label(name)]
         self._same_model("begin")
+        given = set(weights or ())
+        lending.refuse_lent("begin", [i for i in self._live.stored() if given.isdisjoint(i.names)])
         if weights is None:
             weights = {item.name: item.held() for item in self._live.stored()}
         copies = changes.given(weights, self._live, "copy")

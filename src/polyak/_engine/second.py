@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._dtypes import slot_dtype
+from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
@@ -66,6 +67,7 @@ def second(
     model, and `RuntimeError` for a model that cannot be copied.
     """
     if given is None:
+        lending.refuse_lent("EMA", live.stored())
         module = _copied(live, model)
     else:
         module = given if isinstance(given, nn.Module) else given()
