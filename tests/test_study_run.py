@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polyak.study import Claim, Data, Metric, Plateau, Region, Seed, Study, gain, read, recipes, run
+from polyak.study import (
+    Claim,
+    Data,
+    Metric,
+    Plateau,
+    Published,
+    Region,
+    Seed,
+    Study,
+    gain,
+    read,
+    recipes,
+    run,
+)
+from polyak.study._judging import judge
 from polyak.study._loop import Run, source_seed, train
 from polyak.study._recipes import opened_recipe
 from polyak.study._run import units
@@ -101,7 +116,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_failures(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    metric = Metric(partial(_metric, 0, tmp_path))
+    metric = Metric(partial(_wrong, iter(range(2))))
     small = study(**ONE, steps=4, evaluations=1, seeds=1, metrics={"loss": metric})
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*failures\.jsonl'"):
@@ -119,7 +134,8 @@ def test_a_schedule_that_fails_midway_is_a_run_that_fails(tmp_path: Path) -> Non
 
 
 def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
-    small = study(steps=4, evaluations=1, metrics={"loss": Metric(_wrong)})
+    metric = Metric(partial(_wrong, iter(range(2))))
+    small = study(steps=4, evaluations=1, metrics={"loss": metric})
     with pytest.raises(
         RuntimeError, match="every run failed; the first: TypeError: the value is a tensor"
     ):
@@ -127,10 +143,9 @@ def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
     assert len(lines(tmp_path, "failures.jsonl")) == 4
 
 
-def _wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """No scalar on the test part; the validation part is tried before the training."""
-    on_test = any(torch.equal(x, images(4 * seed + 3).test[0]) for seed in range(2))
-    return model(x) if on_test else cross_entropy(model, x, y)
+def _wrong(tried: Iterator[int], model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """No scalar, but when it is tried before the training."""
+    return model(x) if next(tried, None) is None else cross_entropy(model, x, y)
 
 
 def test_a_metric_that_is_nan_is_null_and_the_run_is_kept(tmp_path: Path) -> None:
@@ -184,13 +199,26 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"optimizer": lambda *_: None}, {}, "optimizer returned NoneType, wanted Optimizer"),
     ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
-    ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f': the value is a tensor \(45, 3\), wanted a"),
-    ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f': the value is str, wanted a scalar"),  # type: ignore[arg-type]
-    ({"metrics": {"f": Metric(lambda *_: torch.tensor(1j))}}, {}, r"metric 'f': the value is a tensor \(\) of complex numbers, wanted a"),
-    ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f': the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
-    ({"metrics": {"f": Metric(lambda *_: 1 / 0)}}, {}, "study's metric 'f' raised ZeroDivisionError"),  # type: ignore[arg-type]
+    ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(45, 3\), wanted a"),
+    ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f' on the validation part: the value is str, wanted a scalar"),  # type: ignore[arg-type]
+    ({"metrics": {"f": Metric(lambda *_: torch.tensor(1j))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(\) of complex numbers, wanted a"),
+    ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f' on the validation part: the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
+    ({"metrics": {"f": Metric(lambda *_: 1 / 0)}}, {}, "study's metric 'f' on the validation part raised ZeroDivisionError"),  # type: ignore[arg-type]
     ({"loss": lambda *_: 1.0}, {}, "the study's loss returned float, wanted Tensor"),
-    ({"loss": lambda model, x, _: model(x).detach().sum()}, {}, "loss raised RuntimeError: .*grad"),
+    ({"loss": lambda model, x, _: model(x).detach().sum()}, {}, "loss returned a tensor without a gradient, wanted one without detach"),
+    ({"loss": torch.no_grad()(cross_entropy)}, {}, "loss returned a tensor without a gradient, wanted one without detach"),
+    ({"loss": lambda model, x, _: model(x)}, {}, r"loss returned a tensor \(\d+, 3\), wanted a scalar: the mean"),
+    ({"loss": lambda *_: torch.ones((), requires_grad=True)}, {}, "loss does not depend on a parameter of the model"),
+    ({"loss": lambda model, x, _: model(x).sum() * math.nan}, {}, "loss is nan on the first batch, before any step"),
+    ({"model": nn.Flatten}, {}, "model has no parameter with requires_grad: nothing to train"),
+    ({"model": lambda: mlp().requires_grad_(False)}, {}, "model has no parameter with requires_grad"),
+    ({"model": lambda: nn.LazyLinear(3)}, {}, "model has weight, which has no shape yet: run one batch"),
+    ({"model": partial(lambda same: same, mlp())}, {}, "returned the same 1.weight twice, wanted a new model"),
+    ({"optimizer": lambda p, _: torch.optim.SGD(p, 0.1), "learning_rates": (0.1, 0.3)}, {}, "the same learning rate 0.1 when it is called with 0.1 and 0.3"),
+    ({"optimizer": torch.optim.LBFGS}, {}, r"optimizer raised TypeError: .*'closure'"),
+    ({"model": lambda: sys.exit(0)}, {}, r"model raised SystemExit: 0 \(test_study_run.py, line"),
+    ({"metrics": {"f": Metric(lambda model, x, y: cross_entropy(model, x, y) if torch.equal(x, images(3).validation[0]) else model(x))}}, {}, "metric 'f' on the test part: the value is a tensor"),
+    ({"claims": lambda _: None}, {}, "the claim 'A claim.': its quantity is of type NoneType, wanted a number"),
 ]  # fmt: skip
 
 
@@ -240,7 +268,12 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"arms": {"ema": 0.9}}, "arm 'ema': rule is float, wanted a polyak.Rule or its spec"),
     ({"quick": {"stepps": 1}}, "quick has ['stepps'], wanted fields of Study"),
     ({"metrics": {"f1": max}}, "metric 'f1' is <built-in function max>, wanted a Metric"),
-]
+    *(({name: nn.Linear(2, 3)}, f"{name} is of type Linear, wanted a function") for name in ("model", "data", "loss", "optimizer")),
+    ({"claims": "live"}, "claims is of type str, wanted a tuple of Claim"),
+    ({"claims": ["The EMA is better."]}, "claims[0] is of type str, wanted a tuple of Claim"),
+    ({"published": (0.5,)}, "published[0] is of type float, wanted a tuple of Published"),
+    ({"caveats": "small data"}, "caveats is of type str, wanted a tuple of str"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("fields", "message"), FIELDS, ids=[f[1] for f in FIELDS])
@@ -248,6 +281,83 @@ def test_a_bad_field_is_refused_with_its_name(fields: dict[str, Any], message: s
     with pytest.raises((ValueError, TypeError)) as refused:
         study(**fields)
     assert message in str(refused.value)
+
+
+PIECES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: Claim("A claim.", gain("ema"), (0, 1)), "region is (0, 1), wanted a Region"),  # type: ignore[arg-type]
+    (lambda: Claim("A claim.", "ema", Region()), "the quantity of a claim is of type str, wanted"),  # type: ignore[arg-type]
+    (lambda: Published("x", 0.5, 0.5), "the quantity of a published figure is of type float"),  # type: ignore[arg-type]
+    (lambda: Metric(3), "a metric's function is of type int, wanted a function"),  # type: ignore[arg-type]
+    (lambda: Data(torch.zeros(3), (), ()), "train is of type Tensor, wanted a tuple of Tensor"),  # type: ignore[arg-type]
+    (lambda: Data((torch.zeros(3).numpy(),), (), ()), "train[0] is of type ndarray, wanted a"),  # type: ignore[arg-type]
+    (
+        lambda: Data((torch.zeros(0, 2),), (), ()),
+        "rows of train is [0], wanted the same number >= 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), PIECES, ids=[p[1] for p in PIECES])
+def test_a_bad_piece_of_a_study_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert message in str(refused.value)
+
+
+def test_a_list_is_as_good_as_a_tuple() -> None:
+    part = [torch.zeros(3, 2), torch.zeros(3)]
+    data = Data(part, part, part)  # type: ignore[arg-type]
+    assert isinstance(data.train, tuple) and len(data.test) == 2
+
+
+def test_a_claim_that_fails_for_a_seed_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    """When it is mended, the same records are judged."""
+
+    def quantity(seed: Seed) -> float:
+        return 1 / (seed.number - 1)
+
+    small = study(**ONE, steps=4, evaluations=1, seeds=2)
+    wrong = replace(small, claims=(Claim("A claim.", quantity, Region.above(0)),))
+    result = run(wrong, tmp_path, jobs=1)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    said = r"the claim 'A claim.', for seed 1, raised ZeroDivisionError: .*test_study_run.py, line"
+    with pytest.raises(ValueError, match=said):
+        judge(result)
+    mended = replace(small, claims=(Claim("A claim.", gain("ema"), Region.above(0)),))
+    assert len(judge(run(mended, tmp_path, jobs=1))) == 1
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_a_run_that_exits_is_a_run_that_fails(tmp_path: Path) -> None:
+    def data(split: int) -> Data:
+        return images(split) if split == 3 else sys.exit("no data")
+
+    result = run(study(**ONE, steps=4, evaluations=1, seeds=2, data=data), tmp_path, jobs=1)
+    (failure,) = result.failures
+    assert failure["failed"].startswith("SystemExit: no data (test_study_run.py, line ")
+
+
+def test_what_ends_this_process_ends_the_study(tmp_path: Path) -> None:
+    """A signal's handler may raise its own kind of `SystemExit`, as the command line's does."""
+
+    class Terminated(SystemExit):
+        pass
+
+    def data(split: int) -> Data:
+        if split != 3:
+            raise Terminated
+        return images(split)
+
+    with pytest.raises(Terminated):
+        run(study(**ONE, steps=4, evaluations=1, seeds=2, data=data), tmp_path, jobs=1)
+    assert len(lines(tmp_path)) == 1
+
+
+def test_what_cannot_be_sent_to_other_processes_is_refused(tmp_path: Path) -> None:
+    loss = partial(lambda _, *rows: cross_entropy(*rows), threading.Lock())
+    with pytest.raises(ValueError, match=r"cannot be sent to other processes .*lock.*jobs=1"):
+        run(study(**ONE, steps=4, evaluations=1, loss=loss), tmp_path / "out", jobs=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_parts_must_have_equal_rows() -> None:
@@ -467,6 +577,7 @@ FILES: list[tuple[str, str]] = [
     ("\nstudy = (", r"file.py does not run: SyntaxError: .* \(line 2\)"),
     ("x = 1\nx / 0", r"file.py does not run: ZeroDivisionError: .* \(line 2\)"),
     ("", "has no `study`, wanted a module-level study = Study"),
+    ("\nraise SystemExit(0)", r"file.py does not run: SystemExit: 0 \(line 2\)"),
     ("study = 3", "has `study`, a int, wanted a module-level study"),
 ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from polyak.study._claims import Claim, Published
 from polyak.study._recipes import recipes
 from polyak.study._region import Region
 from polyak.study._result import Result, Seed, difference, gain, log_ratio
@@ -26,11 +27,9 @@ from polyak.study._schedules import (
 )
 from polyak.study._study import (
     Arm,
-    Claim,
     Data,
     Ensemble,
     Metric,
-    Published,
     Study,
     mean_probability,
 )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from polyak._checks import is_integer, is_number, require
+from polyak._checks import is_integer, is_number
 from polyak.rules import LIVE
-from polyak.study._judge import finite
-from polyak.study._loop import SOURCES, Run, alone, prepared
+from polyak.study._loop import SOURCES, Run
 from polyak.study._record_format import (
     COUNT,
     FLAG,
@@ -29,11 +25,8 @@ from polyak.study._record_format import (
     fingerprint,
 )
 from polyak.study._schedules import described
-from polyak.study._study import Arm, Data, Ensemble, Study
-
-T = TypeVar("T")
-
-TRIED_STEPS = 4
+from polyak.study._study import Arm, Ensemble, Study
+from polyak.study._trial import tried
 
 VALUE = Kind("a finite number or null", lambda value: value is None or is_number(value))
 STEP = Kind("an integer >= 1 or null", lambda value: value is None or is_integer(value, 1))
@@ -98,66 +91,6 @@ def described_arm(arm: Arm | Ensemble) -> str:
         return f"ensemble of {arm.size}, every {arm.every}"
     start = f", from {arm.start:g} of the run" if arm.start else ""
     return f"{arm.rule}, every {arm.every}{start}{', recalibrated' if arm.recalibrate else ''}"
-
-
-def tried(study: Study) -> list[str]:
-    """The losses of the first four steps of seed 0, which tell another model, loss, data or optimizer.
-
-    Raises `ValueError` for a function of the study that raises an error, or gives what cannot be used.
-
-    Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the
-    same on most machines.
-    """
-    with alone():
-        first = Run(0, next(iter(study.schedules)), study.learning_rates[0])
-        model, data, batches, optimizer = prepared(study, first, call=called)
-        rows = len(data.train[0])
-        wanted = f"at most the {rows} rows of the training part"
-        require(study.batch_size <= rows, "batch_size", study.batch_size, wanted)
-        losses = []
-        for _ in range(TRIED_STEPS):
-            optimizer.zero_grad()
-            loss = called("loss", study.loss, model, *next(batches), gives=Tensor)
-            called("loss", loss.backward)
-            optimizer.step()
-            losses.append(f"{float(loss.detach()):.6g}")
-        _try_metrics(study, model.eval(), data)
-    return losses
-
-
-@torch.no_grad()
-def _try_metrics(study: Study, model: nn.Module, data: Data) -> None:
-    """Raise `ValueError` for a metric that raises an error, or whose value is not a scalar."""
-    for name, metric in study.metrics.items():
-        value = called(f"metric {name!r}", metric.function, model, *data.validation)
-        try:
-            finite(value)
-        except TypeError as error:
-            raise ValueError(f"the study's metric {name!r}: {error}") from None
-
-
-def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:
-    """What a function of a recipe returns.
-
-    Raises `ValueError` with the name of the field, and with the line of the recipe, if the function raises
-    an error or returns another type than `gives`.
-    """
-    try:
-        value = function(*inputs)
-    except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"the study's {name} raised {said}{_place(error)}") from error
-    if gives and not isinstance(value, gives):
-        wanted = f"polyak.study.{gives.__name__}" if gives is Data else gives.__name__
-        raise ValueError(f"the study's {name} returned {type(value).__name__}, wanted {wanted}")
-    return value
-
-
-def _place(error: Exception) -> str:
-    """The last line of the function's own file that the error went through."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def fields(study: Study, steps: Any) -> dict[str, Any]:

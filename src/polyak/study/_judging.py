@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from polyak.study._claims import Claim
+from polyak.study._errors import placed
 from polyak.study._result import Result, Seed
 from polyak.study._statistics import (
     ClaimVerdict,
@@ -21,7 +23,6 @@ from polyak.study._statistics import (
     share,
     verdict,
 )
-from polyak.study._study import Claim
 from polyak.study._text import FORMS, between
 
 
@@ -84,9 +85,17 @@ def judge(result: Result) -> list[Judgement]:
     return [Judgement(sentence, tuple(parts)) for sentence, parts in sentences.items()]
 
 
-def over_seeds(quantity: Callable[[Seed], float], seeds: Sequence[Seed]) -> list[float]:
-    """The quantity of every seed that has one."""
-    return known(float(quantity(seed)) for seed in seeds)
+def over_seeds(what: str, quantity: Callable[[Seed], float], seeds: Sequence[Seed]) -> list[float]:
+    """The quantity of every seed that has one. Raise `ValueError` with `what` it is for one that is no number."""
+    values = []
+    for seed in seeds:
+        try:
+            values.append(float(quantity(seed)))
+        except Exception as error:
+            mend = "mend it and run the study again: its records are kept"
+            where = f"the quantity of {what}, for seed {seed.number}"
+            raise ValueError(f"{where}, raised {placed(error)}; {mend}") from error
+    return known(values)
 
 
 def interval(values: Sequence[float], statistic: Statistic = "mean") -> Interval:
@@ -100,7 +109,7 @@ def interval(values: Sequence[float], statistic: Statistic = "mean") -> Interval
 
 
 def _judged(claim: Claim, seeds: Sequence[Seed]) -> Judged:
-    values = over_seeds(claim.quantity, seeds)
+    values = over_seeds(f"the claim {claim.sentence!r}", claim.quantity, seeds)
     return Judged(claim, interval(values, claim.statistic), len(seeds) - len(values))
 
 

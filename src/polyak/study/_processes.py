@@ -14,6 +14,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from joblib.parallel import get_active_backend
 
 from polyak._checks import require
+from polyak.study._errors import said
 
 BACKENDS = ("loky", "ray")
 Killed = tuple[type[Exception], ...]
@@ -54,7 +55,11 @@ def computed(calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:
     """The results of (function, *inputs) in the order in which they finish.
 
     Ray's backend cannot give results one by one, so it gets as many calls at once as it has workers.
+
+    Raises `ValueError` for a call that cannot be sent to another process.
     """
+    if workers > 1:
+        _require_sendable(calls[0])
     if get_active_backend()[0].supports_return_generator:
         tasks = (delayed(function)(*inputs) for function, *inputs in calls)
         yield from Parallel(
@@ -65,6 +70,16 @@ def computed(calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:
         for first in range(0, len(calls), workers):
             sent = (cloudpickle.dumps(call) for call in calls[first : first + workers])
             yield from parallel(delayed(_there)(sys.path, call) for call in sent)
+
+
+def _require_sendable(call: tuple[Any, ...]) -> None:
+    try:
+        cloudpickle.dumps(call)
+    except Exception as error:
+        remedy = "make it inside the function that needs it, or use one process (jobs=1)"
+        raise ValueError(
+            f"the study cannot be sent to other processes ({said(error)}): {remedy}"
+        ) from error
 
 
 def _there(path: list[str], call: bytes) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 
 from polyak.study import recipes as package
+from polyak.study._errors import is_recipes, said
 from polyak.study._study import Study
 
 
@@ -72,18 +73,18 @@ def _executed(path: Path) -> ModuleType:
         specification.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[module.__name__]
-        if isinstance(error, Exception):
+        if is_recipes(error):
             raise ValueError(f"{path.name} does not run: {_said(error, path)}") from error
         raise
     cloudpickle.register_pickle_by_value(module)
     return module
 
 
-def _said(error: Exception, path: Path) -> str:
+def _said(error: BaseException, path: Path) -> str:
     """An error in one line, with the line of the file in which it happened."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-    return f"{type(error).__name__}: {error}" + (f" (line {line})" if line else "")
+    return said(error) + (f" (line {line})" if line else "")
 
 
 def _study_of(module: Any, name: str) -> Study:

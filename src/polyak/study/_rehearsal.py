@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from polyak.study._claims import Claim, Published
 from polyak.study._result import Result, Seed
-from polyak.study._study import Claim, Published, Study
+from polyak.study._study import Study
 
 
 class UnknownNameError(ValueError):
@@ -36,7 +37,7 @@ def _check(study: Study, arm: str, metric: str | None, schedule: str | None) -> 
 
 
 def rehearse(study: Study) -> None:
-    """Raise `ValueError` if the quantity of a claim or a published figure reads what does not exist.
+    """Raise `ValueError` if the quantity of a claim or a published figure reads what does not exist, or is no number.
 
     Other errors are left to the report: a quantity may not be defined for values that are all 1.
     """
@@ -49,8 +50,11 @@ def rehearse(study: Study) -> None:
             else f"published figure {each.what!r}"
         )
         try:
-            each.quantity(seed)
+            value = each.quantity(seed)
         except UnknownNameError as error:
             raise ValueError(f"the {named}: {error}") from None
         except Exception:
             continue
+        if not hasattr(value, "__float__"):
+            got = type(value).__name__
+            raise ValueError(f"the {named}: its quantity is of type {got}, wanted a number")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak._files import making_folder, writing
+from polyak.study._errors import said
 from polyak.study._region import Region
 from polyak.study._statistics import ClaimVerdict, Interval, around, verdict
 from polyak.study._text import Table
@@ -138,8 +139,7 @@ def _outcome(line: Line) -> Outcome:
         measured = line.measure()
     except Exception as error:
         nothing = Interval(math.nan, math.nan, math.nan, 0)
-        told = f"{type(error).__name__}: {error}"
-        return Outcome(line, nothing, "does not hold", time.perf_counter() - began, told)
+        return Outcome(line, nothing, "does not hold", time.perf_counter() - began, said(error))
     if not isinstance(measured, Interval):
         measured = Interval(measured, measured, measured, _CERTAIN)
     return Outcome(line, measured, verdict(measured, line.region), time.perf_counter() - began)

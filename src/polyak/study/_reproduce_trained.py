@@ -7,13 +7,13 @@ from functools import cache, partial
 from pathlib import Path
 
 from polyak._checks import is_integer, require
+from polyak.study._claims import Claim
 from polyak.study._judging import interval, over_seeds
 from polyak.study._recipes import opened_recipe
 from polyak.study._reproduce import Line
 from polyak.study._result import Result
 from polyak.study._run import run
 from polyak.study._statistics import Interval
-from polyak.study._study import Claim
 
 NAMES = ("digits_mlp", "digits_mlp_noisy", "diffusion_2d")
 _SEEDS = 8  # with fewer, no claim is decided
@@ -38,4 +38,4 @@ def lines(folder: Path, *, jobs: int = -1, names: tuple[str, ...] = NAMES) -> li
 
 
 def _quantity(result: Callable[[], Result], claim: Claim) -> Callable[[], Interval]:
-    return lambda: interval(over_seeds(claim.quantity, result().seeds))
+    return lambda: interval(over_seeds(claim.sentence, claim.quantity, result().seeds))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from joblib import effective_n_jobs
 
 from polyak._checks import is_integer, require
 from polyak.study._conditions import Conditions
+from polyak.study._errors import is_recipes, placed
 from polyak.study._loop import SOURCES, Run, train
 from polyak.study._processes import Killed, computed, computing_on
 from polyak.study._recorded import RESULTS, existing, first_conditions
@@ -188,11 +188,10 @@ def attempt(study: Study, group: Group, vary: tuple[str, ...]) -> tuple[Group, l
 def _attempt_one(study: Study, run: Run, vary: tuple[str, ...]) -> Record:
     try:
         return train(study, run, vary)
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        said = " ".join(str(error).split())
-        return {"failed": f"{type(error).__name__}: {said} ({place})"}
+    except BaseException as error:
+        if not is_recipes(error):
+            raise
+        return {"failed": placed(error)}
 
 
 def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from polyak._checks import is_integer, require, require_not_negative, require_positive
 from polyak.rules import LIVE
+from polyak.study._errors import said
 from polyak.theory._rates import FACTORS
 
 Factor = Callable[[float], float]
@@ -103,10 +104,8 @@ def require_factors(name: str, schedule: Factor) -> None:
         except ValueError:
             raise
         except Exception as error:
-            raised = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"schedule {name!r} raised {raised} at the share {share:.3g}"
-            ) from error
+            where = f"at the share {share:.3g}"
+            raise ValueError(f"schedule {name!r} raised {said(error)} {where}") from error
 
 
 def described(schedule: Schedule) -> str:

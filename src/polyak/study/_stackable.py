@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from polyak.study._errors import said
 from polyak.study._loop import Run, alone
 from polyak.study._stacked import move_, train_stacked
 from polyak.study._study import Arm, Study
@@ -29,9 +30,8 @@ def require_stackable(study: Study) -> None:
         run = Run(0, next(iter(study.schedules)), study.learning_rates[0])
         train_stacked(tiny, [run, run._replace(seed=1)])
     except Exception as error:
-        said = " ".join(str(error).split())
         raise ValueError(
-            f"the study cannot train runs at once ({type(error).__name__}: {said}); set stacked=0"
+            f"the study cannot train runs at once ({said(error)}); set stacked=0"
         ) from error
 
 

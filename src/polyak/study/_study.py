@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,9 @@ from torch.optim import Optimizer
 from polyak._checks import is_integer, is_number, require
 from polyak.rules import LIVE, Rule
 from polyak.specs import parse
-from polyak.study._fields import as_rates, require_named
-from polyak.study._region import Region
+from polyak.study._claims import Claim, Published
+from polyak.study._fields import as_rates, as_tuple, require_function, require_named
 from polyak.study._schedules import Plateau, Schedule, constant, require_factors
-from polyak.study._text import FORMS
-
-if TYPE_CHECKING:
-    from polyak.study._result import Seed
 
 Part = tuple[Tensor, ...]
 
@@ -45,9 +41,8 @@ class Data:
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
-            part = getattr(self, name)
-            if not isinstance(part, tuple) or not all(isinstance(t, Tensor) for t in part):
-                raise ValueError(f"{name} is {type(part).__name__}, wanted a tuple of tensors")
+            part = as_tuple(name, getattr(self, name), Tensor)
+            object.__setattr__(self, name, part)
             rows = [len(tensor) if tensor.ndim else 0 for tensor in part]
             one_length = len(set(rows)) == 1 and rows[0] > 0
             require(one_length, f"rows of {name}", rows, "the same number >= 1 in each tensor")
@@ -63,6 +58,9 @@ class Metric:
     function: Callable[..., Tensor]
     lower_is_better: bool = True
     title: str = ""
+
+    def __post_init__(self) -> None:
+        require_function("a metric's function", self.function)
 
 
 @dataclass(frozen=True)
@@ -127,45 +125,6 @@ def mean_probability(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A sentence, a quantity with one number per seed, and the region in which the sentence is true.
-
-    Claims with one sentence are its parts: it holds if all of them hold. `what` names the quantity. `form`
-    says how the report prints it: "share", "number", "ratio" or "steps"; of a log ratio "factor" prints
-    the ratio, and "percent" the ratio less 1. `statistic` is "mean" or "median" over the seeds; the mean of
-    log ratios is the log of a geometric mean.
-    """
-
-    sentence: str
-    quantity: Callable[[Seed], float]
-    region: Region
-    source: str = ""
-    form: str = "share"
-    what: str = ""
-    statistic: Literal["mean", "median"] = "mean"
-
-    def __post_init__(self) -> None:
-        require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
-
-
-@dataclass(frozen=True)
-class Published:
-    """A figure that somebody published about one run, to be compared with the quantity over seeds.
-
-    The report has a table for each `source`; `form` is as in `Claim`.
-    """
-
-    what: str
-    quantity: Callable[[Seed], float]
-    figure: float
-    source: str = ""
-    form: str = "number"
-
-    def __post_init__(self) -> None:
-        require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
-
-
 def _adam(parameters: Any, learning_rate: float) -> Optimizer:
     return torch.optim.Adam(parameters, lr=learning_rate)
 
@@ -226,12 +185,16 @@ class Study:
     source: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("model", "data", "loss", "optimizer"):
+            require_function(name, getattr(self, name))
         for name in ("arms", "metrics", "schedules", "quick"):
             require_named(name, getattr(self, name))
         arms = {name: _as_arm(name, arm) for name, arm in self.arms.items()}
         object.__setattr__(self, "arms", arms)
         object.__setattr__(self, "metrics", dict(self.metrics) or {"loss": Metric(self.loss)})
         object.__setattr__(self, "learning_rates", as_rates(self.learning_rates))
+        for name, kind in (("claims", Claim), ("published", Published), ("caveats", str)):
+            object.__setattr__(self, name, as_tuple(name, getattr(self, name), kind))
         self._require_fields()
 
     def _require_fields(self) -> None:

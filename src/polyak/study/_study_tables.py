@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from polyak.rules import LIVE
+from polyak.study._claims import Published
 from polyak.study._conditions import described_arm
 from polyak.study._effects import Effects, half_lives, nominal_age
 from polyak.study._judging import interval, over_seeds
 from polyak.study._result import Result
 from polyak.study._speed import scores, times_to_target
 from polyak.study._statistics import bootstrap
-from polyak.study._study import Arm, Published
+from polyak.study._study import Arm
 from polyak.study._text import FORMS, Table, between, file_name, number, percent, significant
 
 
@@ -188,7 +189,7 @@ def published(result: Result) -> list[Table]:
 
 
 def _published(result: Result, figure: Published) -> tuple[str, ...]:
-    values = over_seeds(figure.quantity, result.seeds)
+    values = over_seeds(f"the published figure {figure.what!r}", figure.quantity, result.seeds)
     form = FORMS[figure.form]
     below = interval([float(value < figure.figure) for value in values])
     return (

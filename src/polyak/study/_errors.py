@@ -1,0 +1,32 @@
+"""Errors: what a function of a recipe raises, in one line."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch
+
+
+def is_recipes(error: BaseException) -> bool:
+    """Whether an error is the recipe's own: its sys.exit() too, but not what ends this process, such as Ctrl-C."""
+    return isinstance(error, Exception) or type(error) is SystemExit
+
+
+def said(error: BaseException) -> str:
+    """An error's type and message."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def placed(error: BaseException) -> str:
+    """An error's type and message, with the last line of the recipe that it went through."""
+    outside = [f for f in traceback.extract_tb(error.__traceback__) if not _is_inside(f.filename)]
+    own = [f for f in outside if f.filename == outside[0].filename]
+    return said(error) + (f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else "")
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a file belongs to what runs recipes: this package without its recipes, or torch."""
+    path = Path(file)
+    return path.parent == Path(__file__).parent or Path(torch.__file__).parent in path.parents

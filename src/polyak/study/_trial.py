@@ -1,0 +1,139 @@
+"""Trial: the first steps of a study, in which a mistake of a recipe shows before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from polyak._checks import require
+from polyak.study._errors import is_recipes, placed
+from polyak.study._judge import finite
+from polyak.study._loop import Run, alone, prepared
+from polyak.study._study import Data, Part, Study
+
+T = TypeVar("T")
+
+STEPS = 4
+
+
+def tried(study: Study) -> list[str]:
+    """The losses of the first four steps of seed 0, which tell another model, loss, data or optimizer.
+
+    Raises `ValueError` for a function of the study that raises an error, or gives what cannot be used.
+
+    Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the
+    same on most machines.
+    """
+    with alone():
+        other = called("model", study.model, gives=nn.Module)
+        _require_trainable(other)
+        first = Run(0, next(iter(study.schedules)), study.learning_rates[0])
+        model, data, batches, optimizer = prepared(study, first, call=called)
+        _require_new(model, other)
+        _require_rates(study, other)
+        rows = len(data.train[0])
+        wanted = f"at most the {rows} rows of the training part"
+        require(study.batch_size <= rows, "batch_size", study.batch_size, wanted)
+        losses: list[str] = []
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = _loss(study, model, next(batches))
+            if not losses:
+                _require_learning(model, loss)
+            called("optimizer", optimizer.step)
+            losses.append(f"{float(loss.detach()):.6g}")
+        _try_metrics(study, model.eval(), data)
+    return losses
+
+
+def _require_trainable(model: nn.Module) -> None:
+    """Raise `ValueError` for a model without a parameter to train, or with one that has no shape yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            remedy = "run one batch through the model before it is returned"
+            raise ValueError(f"the study's model has {name}, which has no shape yet: {remedy}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the study's model has no parameter with requires_grad: nothing to train")
+
+
+def _require_new(model: nn.Module, other: nn.Module) -> None:
+    """Raise `ValueError` if two calls gave one trained parameter: each run would go on where another ended."""
+    others = {id(parameter) for parameter in other.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in others:
+            wanted = "wanted a new model at each call, such as copy.deepcopy of it"
+            raise ValueError(f"the study's model returned the same {name} twice, {wanted}")
+
+
+def _require_rates(study: Study, model: nn.Module) -> None:
+    """Raise `ValueError` if the optimizer does not have the learning rate with which it is called."""
+    made = [
+        called("optimizer", study.optimizer, model.parameters(), r)
+        for r in study.learning_rates[:2]
+    ]
+    one, *others = ([group["lr"] for group in optimizer.param_groups] for optimizer in made)
+    if one in others:
+        rates = " and ".join(f"{rate:g}" for rate in study.learning_rates[:2])
+        raise ValueError(
+            f"the study's optimizer has the same learning rate {one[0]:g} when it is called with {rates}: "
+            "use the second argument as lr"
+        )
+
+
+def _loss(study: Study, model: nn.Module, batch: Part) -> Tensor:
+    """The loss of a batch, of which the gradients are computed."""
+    loss = called("loss", study.loss, model, *batch, gives=Tensor)
+    if loss.numel() != 1:
+        wanted = "wanted a scalar: the mean over the batch"
+        raise ValueError(f"the study's loss returned a tensor {tuple(loss.shape)}, {wanted}")
+    if not loss.requires_grad:
+        wanted = "wanted one without detach(), item() and no_grad()"
+        raise ValueError(f"the study's loss returned a tensor without a gradient, {wanted}")
+    called("loss", loss.backward)
+    return loss
+
+
+def _require_learning(model: nn.Module, loss: Tensor) -> None:
+    """Raise `ValueError` if a loss is no number before any step, or moves no parameter."""
+    if finite(loss.detach()) is None:
+        raise ValueError(
+            f"the study's loss is {float(loss.detach())} on the first batch, before any step; "
+            "look for NaN and infinity in the data"
+        )
+    if all(parameter.grad is None for parameter in model.parameters()):
+        raise ValueError("the study's loss does not depend on a parameter of the model")
+
+
+@torch.no_grad()
+def _try_metrics(study: Study, model: nn.Module, data: Data) -> None:
+    """Raise `ValueError` for a metric that raises an error, or whose value is not a scalar."""
+    for name, metric in study.metrics.items():
+        for part in ("validation", "test"):
+            what = f"metric {name!r} on the {part} part"
+            value = called(what, metric.function, model, *getattr(data, part))
+            try:
+                finite(value)
+            except TypeError as error:
+                raise ValueError(f"the study's {what}: {error}") from None
+
+
+def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:
+    """What a function of a recipe returns.
+
+    Raises `ValueError` with the name of the field, and with the line of the recipe, if the function raises
+    an error or returns another type than `gives`.
+    """
+    try:
+        value = function(*inputs)
+    except BaseException as error:
+        if not is_recipes(error):
+            raise
+        raise ValueError(f"the study's {name} raised {placed(error)}") from error
+    if gives and not isinstance(value, gives):
+        wanted = f"polyak.study.{gives.__name__}" if gives is Data else gives.__name__
+        raise ValueError(f"the study's {name} returned {type(value).__name__}, wanted {wanted}")
+    return value
