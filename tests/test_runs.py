@@ -215,6 +215,27 @@ class TestWhatCannotBeKnown:
         with pytest.raises(FileNotFoundError):
             offline.choose(tmp_path / "nowhere")
 
+    def test_what_is_for_a_crash(self, tmp_path: Path) -> None:
+        """As timm's `recovery-4-40.pth.tar`: its last number is a batch, and its step may be that of another."""
+        for epoch in range(5):
+            put(
+                tmp_path / f"checkpoint-{epoch}.pth.tar",
+                {"state_dict": weights(epoch), "epoch": epoch},
+            )
+        put(tmp_path / "recovery-4-40.pth.tar", {"state_dict": weights(4), "epoch": 4})
+        chosen = offline.choose(tmp_path, last=2)
+        assert [file.path.name for file in chosen.files] == [
+            "checkpoint-3.pth.tar",
+            "checkpoint-4.pth.tar",
+        ]
+        assert [path.name for path in chosen.aside] == ["recovery-4-40.pth.tar"]
+
+    def test_numbers_that_count_several_things(self, tmp_path: Path) -> None:
+        for name in ("a-1.pt", "a-2.pt", "b-1-30.pt"):
+            put(tmp_path / name, weights(1))
+        with pytest.raises(ValueError, match=r"several things: .* of one kind \(.*a-\*\.pt, "):
+            offline.choose(tmp_path)
+
     def test_no_folder_with_the_file(self, tmp_path: Path) -> None:
         put(tmp_path / "save" / "CKPT+1" / "model.ckpt", weights(1))
         with pytest.raises(ValueError, match=r"no folder of a checkpoint in it has asr\.ckpt"):

@@ -97,6 +97,10 @@ def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
     clocked = [each for each in series if each.clock]
     twice: Row = {}
     for unit in _UNITS:
+        if unit == "number" and not twice and (kinds := _of_one_kind(clocked)):
+            raise ValueError(
+                f"{run}: the numbers in its names may count several things: list the files themselves{kinds}"
+            )
         counts = [each.clock[unit] for each in clocked if unit in each.clock]
         if counts and len(set(counts)) == len(counts) == len(clocked):
             return unit, [each.entry.named for each in series if not each.clock]

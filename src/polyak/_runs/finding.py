@@ -19,8 +19,10 @@ _RANK = re.compile(r"(?<=rank)_?0", re.IGNORECASE)
 _NO_CHECKPOINT = re.compile(
     r"(version|run|exp|seed|trial|fold|rank|worker|ws)[-_]?\d+(\.\w+)?", re.IGNORECASE
 )
-
-
+_RECOVERY = re.compile(
+    r"(?<![a-z])(recover(y)?|interrupt(ed)?|on_exception|crash(ed)?|emergency|preempt(ed|ion)?|autosave)(?![a-z])",
+    re.IGNORECASE,
+)
 _SAFE = ".safetensors"
 _EMPTY = "it holds no weights: its save may have been interrupted"
 _NOTHING = (
@@ -106,6 +108,8 @@ def _held(folder: Path, file: str | None) -> Found:
                 weights := path.with_name(SUFFIX.sub(_SAFE, path.name))
             ) != path and weights.exists():
                 aside[path] = f"its weights lie in {weights.name}"
+            elif _RECOVERY.search(path.name):
+                aside[path] = "its name says that it is for going on after a crash"
             else:
                 entries.append(Entry(path, path))
         elif path.is_dir() and path.suffix in UNFINISHED and named(path).clock:
