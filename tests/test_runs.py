@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,17 @@ class TestWhatCannotBeKnown:
         with pytest.raises(ValueError, match=r"several things: .* of one kind \(.*a-\*\.pt, "):
             offline.choose(tmp_path)
 
+    def test_averages_and_optimizers_beside(self, tmp_path: Path) -> None:
+        """As guided-diffusion saves. Averages that are listed alone are what is wanted."""
+        for step in (10_000, 20_000):
+            put(tmp_path / f"model{step:06d}.pt", weights(step))
+            put(tmp_path / f"ema_0.9999_{step:06d}.pt", weights(step))
+            put(tmp_path / f"opt{step:06d}.pt", {"state": {}})
+        names = [file.path.name for file in offline.choose(tmp_path).files]
+        assert names == ["model010000.pt", "model020000.pt"]
+        chosen = offline.choose(sorted(tmp_path.glob("ema_*.pt")), last=1)
+        assert chosen.files[0].path.name == "ema_0.9999_020000.pt"
+
     def test_no_folder_with_the_file(self, tmp_path: Path) -> None:
         put(tmp_path / "save" / "CKPT+1" / "model.ckpt", weights(1))
         with pytest.raises(ValueError, match=r"no folder of a checkpoint in it has asr\.ckpt"):
@@ -260,7 +272,32 @@ class TestWhatCannotBeKnown:
         for rank in (0, 1):
             put(tmp_path / "global_step5" / f"mp_rank_0{rank}_model_states.pt", weights(1))
         with pytest.raises(
-            ValueError, match=r"parts of one model .*: let their trainer merge them"
+            ValueError, match=r"parts of one model .* \(--file, .* let their trainer merge them"
+        ):
+            offline.choose(tmp_path)
+
+    @pytest.mark.parametrize(
+        "name", ["consolidated.0{}.pth", "model/pp_00/tp_0{}/sdp_00.pt", "mp_rank_0{}/m.pt"]
+    )
+    def test_parts_are_averaged_one_by_one(self, tmp_path: Path, name: str) -> None:
+        """A part of the mean is the mean of the parts."""
+        for rank, step in product((0, 1), (1, 3)):
+            put(tmp_path / f"step_{step}" / name.format(rank), {"model": weights(step + 10 * rank)})
+        for rank in (0, 1):
+            like, out = tmp_path / "step_3" / name.format(rank), tmp_path / "made" / f"{rank}.pt"
+            options = ("--file", name.format(rank), "--like", like, "--out", out)
+            assert command("average", tmp_path, "--last", 2, *options).exit_code == 0
+            assert torch.load(out)["model"]["w"][0] == 2 + 10 * rank
+
+    def test_files_of_one_rank(self, tmp_path: Path) -> None:
+        """The number of the rank is not the step's."""
+        for rank, step in product((0, 1), (200, 1000)):
+            put(tmp_path / f"checkpoint_1_{step}-shard{rank}.pt", weights(step))
+        for rank in (0, 1):
+            chosen = offline.choose(sorted(tmp_path.glob(f"*shard{rank}.pt")))
+            assert [file.at for file in chosen.files] == [200, 1000]
+        with pytest.raises(
+            ValueError, match="average the files of each rank by a command of its own"
         ):
             offline.choose(tmp_path)
 

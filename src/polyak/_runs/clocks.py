@@ -63,7 +63,7 @@ def by_name(entries: Sequence[Entry]) -> list[Timed] | None:
 
 
 def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
-    """Checkpoints in the order of their steps; averages and copies are left out.
+    """Checkpoints in the order of their steps; averages beside others, and copies, are left out.
 
     The unit is the first that all have, with no two alike. A copy, such as `last.ckpt`, is a link, or
     one whose name has no count, with the count of another.
@@ -72,9 +72,10 @@ def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
     """
     aside: dict[Path, str] = {}
     series = []
+    beside = not all(named(each.entry.named).averages for each in timed)
     for each in timed:
         about, path = named(each.entry.named), each.entry.named
-        if about.averages:
+        if about.averages and beside:
             aside[path] = "its name says that it is an average"
         elif about.clock and not about.repeats and not _links(path, timed):
             series.append(each)

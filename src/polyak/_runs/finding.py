@@ -13,9 +13,9 @@ from polyak.checkpoints._holder import folders, holder, is_beside
 _LEVELS = 4
 _SHOWN = 6
 _PART = re.compile(
-    r"\d-of-\d|rank_?[1-9]", re.IGNORECASE
+    r"\d-of-\d|(rank|shard)[-_]?[1-9]", re.IGNORECASE
 )  # of one checkpoint, whose first rank is 0
-_RANK = re.compile(r"(?<=rank)_?0", re.IGNORECASE)
+_FIRST = re.compile(r"((rank|shard)[-_]?)0", re.IGNORECASE)
 _NO_CHECKPOINT = re.compile(
     r"(version|run|exp|seed|trial|fold|rank|worker|ws)[-_]?\d+(\.\w+)?", re.IGNORECASE
 )
@@ -102,8 +102,14 @@ def _held(folder: Path, file: str | None) -> Found:
         if path.is_symlink() and not path.exists() and named(path).clock:
             aside[path] = "it is a link that leads nowhere"
         elif path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
-            if _RANK.search(path.name) and path.with_name(_RANK.sub("1", path.name)).exists():
-                aside[path] = "there are parts of it by other ranks: let its trainer merge them"
+            if (
+                _FIRST.search(path.name)
+                and path.with_name(_FIRST.sub(r"\g<1>1", path.name)).exists()
+            ):
+                aside[path] = (
+                    "there are parts of it by other ranks: average the files of each rank by a command of its own, "
+                    "or let its trainer merge them"
+                )
             elif (
                 weights := path.with_name(SUFFIX.sub(_SAFE, path.name))
             ) != path and weights.exists():

@@ -14,7 +14,9 @@ UNFINISHED = {".tmp", ".part", ".incomplete"}
 """How the names of files and folders end whose save is not done."""
 
 _PAIR = re.compile(r"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", re.IGNORECASE)
-_VERSION = re.compile(r"-v\d+$")  # Lightning's, where the name was taken
+_NOT_COUNTED = re.compile(
+    r"-v\d+$|[-_.](rank|shard)[-_]?\d+$"
+)  # Lightning's, where the name was taken
 _STEP = re.compile(
     r"(?:(?:steps?|iter|iteration|updates?|(?<![a-z])ba)[-_]?(\d+)|(\d+)[-_]?(?:steps?|iters?|updates?))"
     r"(?![\d.])",
@@ -56,7 +58,7 @@ def named(path: Path) -> Named:
     pairs = {key.strip(" -_"): float(value) for key, value in _PAIR.findall(stem)}
     clock = {_CLOCKS[key]: value for key, value in pairs.items() if key in _CLOCKS}
     metrics = {key: value for key, value in pairs.items() if key not in _CLOCKS}
-    rest = _VERSION.sub("", _PAIR.sub("", stem))
+    rest = _NOT_COUNTED.sub("", _PAIR.sub("", stem))
     if not clock:
         clock = _counted(rest)
     return Named(clock, metrics, bool(_REPEATS.search(rest)), bool(_AVERAGES.search(rest)))

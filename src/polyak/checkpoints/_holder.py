@@ -14,7 +14,7 @@ WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*mode
 """Files that make their folder a model's: of several patterns the first counts."""
 _BESIDE = re.compile(
     r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
-    r"|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
+    r"|(^|_)opt\d*$|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
     re.IGNORECASE,
 )
 _MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng|model_and_optim|weights")
@@ -94,8 +94,9 @@ def _require_one_part(parts: list[Path]) -> None:
     if len(parts) > 1:
         shown = listed([path.name for path in parts])
         raise ValueError(
-            f"it holds parts of one model that several ranks or stages wrote ({shown}): let their trainer "
-            "merge them (DeepSpeed: run zero_to_fp32.py)"
+            f"it holds parts of one model that several ranks or stages wrote ({shown}): average each part by a "
+            "command of its own (--file, its path in the folder), or let their trainer merge them (DeepSpeed: run "
+            "zero_to_fp32.py)"
         )
 
 

@@ -54,9 +54,11 @@ def composer(found: Found) -> Checkpoint | None:
 
 def opennmt(found: Found) -> Checkpoint | None:
     """OpenNMT: the model's output layer, which it has under `generator.`, lies beside it."""
+    if not {"model", "generator", "vocab", "opt"} <= found.top.keys():
+        return None
     top = dict(found.top)
-    model, generator = top.get("model", {}), top.pop("generator", {})
-    if not ({"vocab", "opt"} <= top.keys() and is_state(model) and is_state(generator)):
+    model, generator = top["model"], top.pop("generator")
+    if not (is_state(model) and is_state(generator)):
         return None
     own = {f"generator.{name}": tensor for name, tensor in generator.items()}
     return general(replace(found, top={**top, "model": {**model, **own}}))
