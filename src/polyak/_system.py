@@ -110,8 +110,14 @@ def pread(handle: int, length: int, start: int) -> bytes:
     return bytes(content[: read_at(handle, memoryview(content), start)])
 
 
-def write_at(handle: int, content: memoryview, start: int) -> int:
-    """Write `content` from `start` on; returns how many bytes were written at once."""
+def write_at(handle: int, content: memoryview, start: int) -> None:
+    """Write all of `content` from `start` on."""
+    while content:
+        count = _written_at(handle, content, start)
+        content, start = content[count:], start + count
+
+
+def _written_at(handle: int, content: memoryview, start: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(handle, content, start)
     with _one_position:

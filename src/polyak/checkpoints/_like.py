@@ -30,7 +30,7 @@ from polyak.checkpoints._read import read as read_checkpoint
 from polyak.checkpoints._safetensor_files import content, is_safetensors
 from polyak.checkpoints._torch_files import Region
 from polyak.checkpoints._weight_files import totalled
-from polyak.checkpoints._zip_checksums import renew_checksums, write_at
+from polyak.checkpoints._zip_checksums import renew_checksums
 
 Read = Callable[[Path], Checkpoint]
 
@@ -264,7 +264,8 @@ def _write_box(file: BinaryIO, place: Place, spec: TensorSpec, where: Where, par
     within = tuple(slice(a - i.start, b - i.start) for i, (a, b) in zip(where, common, strict=True))
     steps = zip(common, ranges, place.stride, strict=True)
     first = place.offset + sum((start - begin) * step for (start, _), (begin, _), step in steps)
-    write_at(file, content(part[within]), place.start + first * spec.dtype.itemsize)
+    start = place.start + first * spec.dtype.itemsize
+    system.write_at(file.fileno(), content(part[within]), start)
 
 
 def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tensor: Tensor) -> None:
@@ -274,7 +275,7 @@ def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tens
         held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))
         storage = torch.frombuffer(held, dtype=tensor.dtype)
         storage.as_strided(part.shape, place.stride, place.offset).copy_(part)
-        write_at(file, memoryview(held), place.start)
+        system.write_at(file.fileno(), memoryview(held), place.start)
 
 
 def _pieces(weights: LazyTensors, name: str) -> Iterator[Tensor]:

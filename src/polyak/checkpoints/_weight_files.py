@@ -166,9 +166,7 @@ class SharedFile:
     def write(self, data: memoryview, place: int) -> None:
         """Write all of the data at a place."""
         with self._naming():
-            while data:
-                count = system.write_at(self._handle, data, place)
-                data, place = data[count:], place + count
+            system.write_at(self._handle, data, place)
 
     def sync(self) -> None:
         """Force what was written to the disk."""

@@ -16,13 +16,6 @@ _ENTRY = struct.Struct("<4s12xI8xHHH8xI")
 """An entry of a zip archive's directory: its signature, CRC-32, three lengths, the record's place."""
 
 
-def write_at(file: BinaryIO, data: memoryview, at: int) -> None:
-    """Write all of the bytes at a place."""
-    while data:
-        count = system.write_at(file.fileno(), data, at)
-        data, at = data[count:], at + count
-
-
 def renew_checksums(file: BinaryIO, archive: Region, places: Iterable[Place]) -> None:
     """Give the changed records of an archive their CRC-32, in its directory and behind the records.
 
@@ -30,7 +23,7 @@ def renew_checksums(file: BinaryIO, archive: Region, places: Iterable[Place]) ->
     """
     # All are found before one is written: what is read must not change meanwhile.
     for at, crc in list(_checksums(archive, places)):
-        write_at(file, memoryview(crc), archive.start + at)
+        system.write_at(file.fileno(), memoryview(crc), archive.start + at)
 
 
 def _checksums(archive: Region, places: Iterable[Place]) -> Iterator[tuple[int, bytes]]:
