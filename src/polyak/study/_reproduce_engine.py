@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 
 import torch
 
 from polyak.averager import Averager
 from polyak.study._reproduce import Line
+from polyak.study._reproduce_exact import variances
 
 _RUNS = 20_000
 _STEP = 0.1
@@ -22,12 +23,7 @@ def lines() -> list[Line]:
 
 def _averages() -> Iterator[Line]:
     topic = "20 000 runs of SGD with Averager, learning rate * h = .1"
-    closed = "closed form (1 - b)(1 + b rho) / ((1 + b)(1 - b rho))"
-    for name, ratio in (("0.9", 0.50139), ("0.99", 0.08718)):
-        yield Line.figure(
-            topic, f"variance of an EMA of decay {name} / of SGD", closed, ratio, _TOLERANCE,
-            partial(_kept, name),
-        )  # fmt: skip
+    yield from variances(topic, _TOLERANCE, _kept, (0.9, 0.99))
     yield Line.figure(
         topic, "variance of the mean of 1000 steps that start stationary * steps",
         "Polyak and Juditsky 1992: tends to 1", 0.991, _TOLERANCE, lambda: 1000 * _variances()["mean"],
@@ -47,8 +43,8 @@ def _pulls() -> Iterator[Line]:
     )  # fmt: skip
 
 
-def _kept(name: str) -> float:
-    return _variances()[name] / _variances()["live"]
+def _kept(decay: float) -> float:
+    return _variances()[str(decay)] / _variances()["live"]
 
 
 @cache

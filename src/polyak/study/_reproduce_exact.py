@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -28,6 +28,7 @@ from polyak.theory import (
 
 _EXACT = 0.002  # the figures have three or four digits
 _STEP = 0.1  # learning rate * curvature
+_RATIOS = {0.9: 0.50139, 0.99: 0.08718, 0.999: 0.00942}
 
 
 def lines() -> list[Line]:
@@ -37,14 +38,21 @@ def lines() -> list[Line]:
     ]  # fmt: skip
 
 
+def variances(
+    topic: str, tolerance: float, kept: Callable[[float], float], decays: Sequence[float]
+) -> Iterator[Line]:
+    """The share of SGD's variance that averages of these decays keep, learning rate * h = .1."""
+    closed = "closed form (1 - b)(1 + b rho) / ((1 + b)(1 - b rho))"
+    for decay in decays:
+        yield Line.figure(
+            topic, f"variance of an EMA of decay {decay} / of SGD", closed, _RATIOS[decay], tolerance,
+            partial(kept, decay),
+        )  # fmt: skip
+
+
 def _quadratic() -> Iterator[Line]:
     topic = "noisy quadratic, learning rate * h = .1"
-    closed = "closed form (1 - b)(1 + b rho) / ((1 + b)(1 - b rho))"
-    for decay, ratio in ((0.9, 0.50139), (0.99, 0.08718), (0.999, 0.00942)):
-        yield Line.figure(
-            topic, f"variance of an EMA of decay {decay} / of SGD", closed, ratio, _EXACT,
-            partial(_kept, decay),
-        )  # fmt: skip
+    yield from variances(topic, _EXACT, _kept, list(_RATIOS))
     yield Line.figure(
         topic, "variance of the mean of 3000 steps that start stationary",
         "Polyak and Juditsky 1992: tends to 1 / steps", 3.323e-4, _EXACT, _variance_of_a_mean,
