@@ -14,19 +14,8 @@ from polyak.cli._adapters import concatenated
 from polyak.cli._averaged import Averaged, Form
 from polyak.cli._choosing import Wanted, in_order, require_chosen
 from polyak.cli._grouped import grouped
-from polyak.cli._options import (
-    AllowNonfinite,
-    Dtype,
-    Json,
-    Part,
-    Writing,
-    bytes_of,
-    dtype_of,
-)
-from polyak.cli._output import (
-    note,
-    progress_shown,
-)
+from polyak.cli._options import AllowNonfinite, Dtype, Json, Part, Writing, bytes_of, dtype_of
+from polyak.cli._output import note, progress_shown
 from polyak.cli._shares import Shares
 from polyak.cli._torchrun import shared
 from polyak.cli._users_function import Better, users_function
@@ -43,17 +32,13 @@ _ROUNDING = 1e-9
 @grouped
 def average(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE", help="Checkpoints, or the folder of a run."),
+        list[Path], typer.Argument(metavar="FILE", help="Checkpoints, or the folder of a run.")
     ],
     *,
     writing: Writing,
     like: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write a copy of this checkpoint with other weights.",
-        ),
+        typer.Option(metavar="FILE", help="Write a copy of this checkpoint with other weights."),
     ] = None,
     wanted: Wanted,
     shares: Shares,

@@ -10,16 +10,7 @@ import typer
 
 from polyak._shown import size_text
 from polyak.cli._grouped import grouped
-from polyak.cli._options import (
-    Dtype,
-    Force,
-    Json,
-    Part,
-    ShardSize,
-    Source,
-    bytes_of,
-    dtype_of,
-)
+from polyak.cli._options import Dtype, Force, Json, Part, ShardSize, Source, bytes_of, dtype_of
 from polyak.cli._output import note_left, note_norms, print_json, progress_shown, say
 from polyak.rules import LIVE
 
@@ -82,10 +73,7 @@ def convert(
     part: Part,
     rule: Annotated[
         list[str],
-        typer.Option(
-            metavar="[NAME=]SPEC",
-            help="The rule of the training, if FILE does not say.",
-        ),
+        typer.Option(metavar="[NAME=]SPEC", help="The rule of the training, if FILE does not say."),
     ] = [],  # noqa: B006
     count: Annotated[
         int | None, typer.Option(metavar="N", help="Updates so far, if FILE does not say.")
@@ -95,8 +83,7 @@ def convert(
         typer.Option(metavar="N", help="Calls per update, if FILE counts calls (ema-pytorch)."),
     ] = None,
     copy: Annotated[
-        list[str],
-        typer.Option(metavar="PATTERN", help="Buffers to copy instead of averaging."),
+        list[str], typer.Option(metavar="PATTERN", help="Buffers to copy instead of averaging.")
     ] = [],  # noqa: B006
     force: Force = False,
     json: Json = False,

@@ -23,8 +23,7 @@ _MOST = 10
 @grouped
 def inspect(
     path: Annotated[
-        Path,
-        typer.Argument(metavar="PATH", help="A checkpoint, or a folder of snapshots."),
+        Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of snapshots.")
     ],
     *,
     part: Part,

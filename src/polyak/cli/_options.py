@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -24,10 +24,7 @@ ChartFolder = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 ShardSize = Annotated[
     str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Write a folder of files up to this size (2GB, 1GiB).",
-    ),
+    typer.Option(metavar="SIZE", help="Write a folder of files up to this size (2GB, 1GiB)."),
 ]
 Dtype = Annotated[
     str | None,
@@ -35,25 +32,6 @@ Dtype = Annotated[
 ]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Accept infinite and NaN values.")
-]
-At = Annotated[
-    float | None,
-    typer.Option(
-        metavar="TIME",
-        help="The time of the average, in the run's unit.",
-        show_default="the last snapshot",
-    ),
-]
-Checkpoints = Annotated[
-    list[str],
-    typer.Option("--checkpoint", metavar="TIME=FILE", help="Live weights at a step (repeatable)."),
-]
-MaxError = Annotated[float, typer.Option(metavar="E", help="Refuse a larger relative error.")]
-MaxAmplification = Annotated[
-    float | None,
-    typer.Option(
-        metavar="A", help="Refuse a larger amplification.", show_default="by the stored dtype"
-    ),
 ]
 Snapshots = Annotated[
     Path | None,
@@ -77,8 +55,7 @@ class Part(NamedTuple):
     names: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Text file of tensor names, for a checkpoint without names.",
+            metavar="FILE", help="Text file of tensor names, for a checkpoint without names."
         ),
     ] = None
     as_: Annotated[
@@ -101,6 +78,36 @@ class Part(NamedTuple):
         )
 
 
+class Fitted(NamedTuple):
+    """What an average is fitted to, and how well it must fit."""
+
+    at: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TIME",
+            help="The time of the average, in the run's unit.",
+            show_default="the last snapshot",
+        ),
+    ] = None
+    checkpoint: Annotated[
+        list[str], typer.Option(metavar="TIME=FILE", help="Live weights at a step (repeatable).")
+    ] = []  # typer makes a new one  # noqa: RUF012
+    max_error: Annotated[
+        float, typer.Option(metavar="E", help="Refuse a larger relative error.")
+    ] = 0.05
+    max_amplification: Annotated[
+        float | None,
+        typer.Option(
+            metavar="A", help="Refuse a larger amplification.", show_default="by the stored dtype"
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What `offline.synthesize` and `offline.sweep` take for them."""
+        given = self._asdict()
+        return {"checkpoints": checkpoints_of(given.pop("checkpoint")), **given}
+
+
 class Writing(NamedTuple):
     """Where weights are written, and how."""
 
@@ -114,8 +121,7 @@ class Writing(NamedTuple):
     ] = False
     force: Force = False
     torchrun: Annotated[
-        bool,
-        typer.Option("--torchrun", help="Share the work between the processes of torchrun."),
+        bool, typer.Option("--torchrun", help="Share the work between the processes of torchrun.")
     ] = False
 
     @property

@@ -33,8 +33,7 @@ class Shares(NamedTuple):
         typer.Option(metavar="C,C,...", help="A coefficient for each file; their sum is 1."),
     ] = None
     wsm: Annotated[
-        Shape | None,
-        typer.Option(help="Imitate this learning-rate decay (arXiv 2507.17634)."),
+        Shape | None, typer.Option(help="Imitate this learning-rate decay (arXiv 2507.17634).")
     ] = None
     qam: Annotated[Shape | None, typer.Option(help="The same, exact on a quadratic loss.")] = None
     greedy: Annotated[
@@ -45,8 +44,7 @@ class Shares(NamedTuple):
         ),
     ] = None
     elapsed: Annotated[
-        str | None,
-        typer.Option(metavar="T,T,...", help="Time between files, in the rule's unit."),
+        str | None, typer.Option(metavar="T,T,...", help="Time between files, in the rule's unit.")
     ] = None
 
     @property

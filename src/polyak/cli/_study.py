@@ -29,8 +29,7 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="Run the study's small form.")] = False,
     jobs: Jobs = -1,
     vary: Annotated[
-        str,
-        typer.Option(help="What differs between seeds: some of init,order,dropout,split."),
+        str, typer.Option(help="What differs between seeds: some of init,order,dropout,split.")
     ] = SOURCES,
     stacked: Annotated[
         int | None,
@@ -107,12 +106,7 @@ def _report(result: Any, folder: Path, command: str) -> None:
 
 
 def _command(
-    recipe: str,
-    seeds: int | None,
-    quick: bool,
-    vary: str,
-    stacked: int | None,
-    out: Path | None,
+    recipe: str, seeds: int | None, quick: bool, vary: str, stacked: int | None, out: Path | None
 ) -> str:
     """The command of a run, without its processes, which change nothing."""
     words = ["polyak", "study", "run", recipe]

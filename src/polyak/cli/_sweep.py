@@ -10,19 +10,7 @@ import typer
 from polyak._files import making_folder, refuse_existing, writing
 from polyak.cli._choosing import Wanted, stored
 from polyak.cli._grouped import grouped
-from polyak.cli._options import (
-    At,
-    Checkpoints,
-    Force,
-    Json,
-    MaxAmplification,
-    MaxError,
-    Part,
-    Snapshots,
-    checkpoints_of,
-    counts_of,
-    grid_of,
-)
+from polyak.cli._options import Fitted, Force, Json, Part, Snapshots, counts_of, grid_of
 from polyak.cli._output import (
     json_text,
     note,
@@ -56,24 +44,18 @@ def sweep(
         list[str], typer.Option(metavar="SPEC", help="An average to try (repeatable).")
     ] = [],  # noqa: B006
     half_lives: Annotated[
-        str | None,
-        typer.Option(metavar="LOW:HIGH:COUNT", help="Try exponential(half_life=...)."),
+        str | None, typer.Option(metavar="LOW:HIGH:COUNT", help="Try exponential(half_life=...).")
     ] = None,
     relative_stds: Annotated[
-        str | None,
-        typer.Option(metavar="LOW:HIGH:COUNT", help="Try power(relative_std=...)."),
+        str | None, typer.Option(metavar="LOW:HIGH:COUNT", help="Try power(relative_std=...).")
     ] = None,
     windows: Annotated[
-        str | None,
-        typer.Option(metavar="K,K,...", help="Try the mean of the last K checkpoints."),
+        str | None, typer.Option(metavar="K,K,...", help="Try the mean of the last K checkpoints.")
     ] = None,
-    at: At = None,
-    checkpoint: Checkpoints = [],  # noqa: B006
+    fitted: Fitted,
     wanted: Wanted,
     part: Part,
     better: BetterOption = "lower",
-    max_error: MaxError = 0.05,
-    max_amplification: MaxAmplification = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -104,14 +86,11 @@ def sweep(
                 stored(folder, wanted, part, better),
                 rules,
                 function,
-                at,
                 windows=counts,
                 better=better,
-                checkpoints=checkpoints_of(checkpoint),
                 read=part.reader(),
-                max_error=max_error,
-                max_amplification=max_amplification,
                 progress=show,
+                **fitted.arguments(),
             )
         try:  # the work of hours: it is printed if it cannot be written, and the reverse
             with writing(out / "sweep.json", overwrite=force) as file:

@@ -11,19 +11,7 @@ from polyak._shown import number_text
 from polyak.cli._averaged import note_spoiled
 from polyak.cli._choosing import Wanted, stored
 from polyak.cli._grouped import grouped
-from polyak.cli._options import (
-    AllowNonfinite,
-    At,
-    Checkpoints,
-    Json,
-    MaxAmplification,
-    MaxError,
-    Part,
-    Snapshots,
-    Writing,
-    bytes_of,
-    checkpoints_of,
-)
+from polyak.cli._options import AllowNonfinite, Fitted, Json, Part, Snapshots, Writing, bytes_of
 from polyak.cli._output import print_json, print_table, progress_shown, say
 from polyak.cli._torchrun import shared
 
@@ -39,12 +27,9 @@ def synthesize(
     folder: Snapshots = None,
     *,
     writing: Writing,
-    at: At = None,
-    checkpoint: Checkpoints = [],  # noqa: B006  # typer makes a new one
+    fitted: Fitted,
     wanted: Wanted,
     part: Part,
-    max_error: MaxError = 0.05,
-    max_amplification: MaxAmplification = None,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
 ) -> None:
@@ -65,13 +50,7 @@ def synthesize(
     began, out, shard_bytes = time.monotonic(), writing.place, bytes_of(writing.shard_size)
     with shared(writing.torchrun) as group:
         made = offline.synthesize(
-            stored(folder, wanted, part),
-            rule,
-            at,
-            checkpoints=checkpoints_of(checkpoint),
-            read=part.reader(),
-            max_error=max_error,
-            max_amplification=max_amplification,
+            stored(folder, wanted, part), rule, read=part.reader(), **fitted.arguments()
         )
         if out is None:
             made.weights()  # refuses what cannot be averaged
