@@ -106,7 +106,7 @@ class Averager(IntoModules, Resumable):
         self._make(model, rule, Choose(buffers, select), options, shard)
 
     def update(self, elapsed: float | None = None) -> None:
-        """Count one call. The first and then every `every`-th call moves the slots to the live weights.
+        """Count one call. The first and then every `every`-th call moves the slots towards the live weights.
 
         `elapsed` is the time since the last call in the rule's unit (steps, samples, tokens), by
         default 1. The first update copies. The host does not wait for the device, except once at

@@ -1,4 +1,4 @@
-"""State: averages are saved, loaded, begun, and go on under another rule or in another place."""
+"""State: averages are saved, loaded, begun, and continued under another rule or on another device."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class Resumable(Averages):
         count: int = 1,
         name: str | None = None,
     ) -> None:
-        """Go on as if `count` updates had made the average that is given by name; it is copied.
+        """Begin the average from weights, as if `count` updates had made it; the weights are copied.
 
         Without weights it begins from the model's, so that there is an average before the first call
         of `update`. Give weights for a target network that begins apart from its model, for the
         average of another program, or after a change that `load_state_dict` refuses. Buffers that are
-        not given are the model's. With several averages and no `name`, all of them begin so. A rule of
+        not given are the model's. With several averages and no `name`, all of them begin. A rule of
         several slots takes count=1: the weights of its first update.
 
         Raises `ValueError` for names, shapes or dtypes that do not fit, and a count below 1;
@@ -114,7 +114,7 @@ class Resumable(Averages):
 
     @lending.in_turn
     def change_rule(self, rule: Rule | str, name: str | None = None) -> None:
-        """Go on with another rule, from the slots and the clock that there are.
+        """Continue with another rule, from the present slots and clock.
 
         Raises `ValueError` if the rule needs other slots, `TypeError` for an object that is not a rule, and
         `RuntimeError` inside `applied()`.
@@ -131,10 +131,10 @@ class Resumable(Averages):
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Bring the slots to another dtype or device, those that there are and those to come.
+        """Move the slots, present and future ones, to another dtype or device.
 
-        Raises `ValueError` for a dtype or device that slots cannot have, or not while a module has
-        them; `RuntimeError` inside `applied()`.
+        Raises `ValueError` for a dtype or device that slots cannot have, or cannot have while `module()`
+        shares them; `RuntimeError` inside `applied()`.
         """
         self._same_model("to")
         require_slot_dtype(dtype)
