@@ -9,6 +9,7 @@ the result at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -147,8 +148,4 @@ def _deferred(flag: Tensor) -> bool:
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """The flags that the host does not know yet, as one; None if there is nothing to mask."""
     open_flags = [flag for flag in (a, b) if flag is not None and _deferred(flag)]
-    return (
-        None
-        if not open_flags
-        else open_flags[0].logical_and(open_flags[-1].to(open_flags[0].device))
-    )
+    return reduce(lambda a, b: a.logical_and(b.to(a.device)), open_flags) if open_flags else None

@@ -26,11 +26,6 @@ class Infinities:
         """The slot is copied: look again at the next lerp."""
         self._looked_at = self.none_in = None
 
-    @property
-    def found(self) -> bool:
-        """Whether the last look found some."""
-        return bool(self._places)
-
     def shared(self, slots: Groups, live: Groups, residues: Groups | None) -> Kept:
         """Where a slot and the weights hold the same infinity; what rounding dropped there is 0."""
         if self._looked_at is not slots:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import difference, report, require_count, require_not_negative
+from polyak._checks import difference, report, require, require_count, require_not_negative
 from polyak._dtypes import can_hold
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
@@ -49,8 +49,8 @@ def checked(state: object, live: ModelTensors, averages: Mapping[str, Average]) 
     data = _mapping(
         state, "the state", ("format", "calls", "elapsed", "skipped", "copies", "averages")
     )
-    if data["format"] != STATE_FORMAT:
-        raise ValueError(f"load_state_dict: format is {data['format']!r}, wanted {STATE_FORMAT}")
+    found = data["format"]
+    require(found == STATE_FORMAT, f"{_CALL}: format", found, str(STATE_FORMAT))
     held = _mapping(data["averages"], "averages")
     _require_same_rules(held, averages)
     states = {name: _average(held[name], name, live, each) for name, each in averages.items()}
