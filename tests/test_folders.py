@@ -58,10 +58,10 @@ def test_without_numbers_the_newest_is_the_one_that_changed_last(tmp_path: Path)
 def test_interrupted_saves_are_passed_over_with_their_names(tmp_path: Path) -> None:
     (tmp_path / "step-5").mkdir()
     fill(tmp_path / "step-8", "__0_0.distcp")
-    with pytest.warns(UserWarning, match=r"passed over step-5, step-8 in .*interrupted"):
+    with pytest.warns(UserWarning, match=r"skipped step-5, step-8 in .*interrupted"):
         assert checkpoints.latest(tmp_path) is None
     whole = fill(tmp_path / "step-7")
-    with pytest.warns(UserWarning, match=r"passed over step-8 in"):
+    with pytest.warns(UserWarning, match=r"skipped step-8 in"):
         assert checkpoints.latest(tmp_path) == whole
     newer = fill(tmp_path / "step-9")
     assert checkpoints.latest(tmp_path) == newer  # the older one is no one's concern
@@ -123,7 +123,7 @@ def test_numbers_that_begin_at_odd_places_of_a_file_are_read(tmp_path: Path) -> 
 def test_weights_are_not_exported_as_integers(tmp_path: Path) -> None:
     averager = Averager({"w": torch.ones(3)}, "uniform()")
     averager.update()
-    with pytest.raises(ValueError, match=r"export: dtype is torch\.int32, wanted one of float64"):
+    with pytest.raises(ValueError, match=r"export: dtype is torch\.int32, wanted one of torch\.float64"):
         checkpoints.export(tmp_path / "w.safetensors", averager, dtype=torch.int32)
 
 

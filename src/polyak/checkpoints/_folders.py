@@ -117,7 +117,7 @@ def latest(folder: Path | str, group: ProcessGroup | None = None) -> Path | None
     if torn:
         names = ", ".join(path.name for path in torn)
         warnings.warn(
-            f"latest: passed over {names} in {folder}: the save was interrupted", stacklevel=2
+            f"latest: skipped {names} in {folder}: the save was interrupted", stacklevel=2
         )
     return whole[-1] if whole else None
 
