@@ -123,7 +123,9 @@ def test_numbers_that_begin_at_odd_places_of_a_file_are_read(tmp_path: Path) -> 
 def test_weights_are_not_exported_as_integers(tmp_path: Path) -> None:
     averager = Averager({"w": torch.ones(3)}, "uniform()")
     averager.update()
-    with pytest.raises(ValueError, match=r"export: dtype is torch\.int32, wanted one of torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"export: dtype is torch\.int32, wanted one of torch\.float64"
+    ):
         checkpoints.export(tmp_path / "w.safetensors", averager, dtype=torch.int32)
 
 
