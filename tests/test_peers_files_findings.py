@@ -145,10 +145,11 @@ def test_files_of_several_dtypes_are_averaged_in_the_widest(
     said = run("average", *files, "--out", out).stderr
     assert load_file(out)["w"].dtype == getattr(torch, wanted) and load_file(out)["w"][0] == 1.5
     assert (
-        f"1 of 2 tensors have several dtypes in the files (w {' and '.join(sorted(dtypes))})"
-        in said
+        f"1 of 2 tensors have other dtypes in the files (w {' and '.join(sorted(dtypes))})" in said
     )
     assert f"written as {wanted}" in said
+    said = run("average", *files, "--out", tmp_path / "asked.safetensors", "--dtype", "bf16").stderr
+    assert "other dtypes" not in said
     said = run("average", *files, "--out", tmp_path / "like.pt", "--like", files[1]).stderr
     assert torch.load(tmp_path / "like.pt")["w"].dtype == getattr(torch, dtypes[1])
     assert f"written as {dtypes[1]}" in said

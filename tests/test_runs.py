@@ -216,6 +216,25 @@ class TestWhatCannotBeKnown:
         with pytest.raises(FileNotFoundError):
             offline.choose(tmp_path / "nowhere")
 
+    def test_a_run_whose_folder_has_a_number(self, tmp_path: Path) -> None:
+        """It is no checkpoint with several files."""
+        folder = tmp_path / "run-January-01-2026"
+        for name in ("checkpoint_100", "checkpoint_200", "best_model_200", "best_model"):
+            put(
+                folder / f"{name}.pth", {"model": weights(200), "step": 200 if "2" in name else 100}
+            )
+        names = [file.path.name for file in offline.choose(tmp_path, last=2).files]
+        assert names == ["checkpoint_100.pth", "checkpoint_200.pth"]
+
+    def test_a_run_within_a_folder(self, tmp_path: Path) -> None:
+        """Composer's names have a rank, of which there is one."""
+        for batch in (5, 10):
+            put(
+                tmp_path / "run-1-of-mine" / f"ep1-ba{batch}-rank0.pt",
+                {"state": {"model": weights(batch)}},
+            )
+        assert [file.at for file in offline.choose(tmp_path).files] == [5, 10]
+
     def test_what_is_for_a_crash(self, tmp_path: Path) -> None:
         """As timm's `recovery-4-40.pth.tar`: its last number is a batch, and its step may be that of another."""
         for epoch in range(5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,10 @@ _BESIDE = re.compile(
 )
 _MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng|model_and_optim|weights")
 _PART = re.compile(
-    r"(rank|layer|stage|shard)[-_.]?\d+|^(pp|tp|mp|ep|cp|dp|sdp)_\d+|\.\d\d(\.|$)", re.IGNORECASE
+    r"\d-of-\d|(rank|layer|stage|shard)[-_.]?\d+|^(pp|tp|mp|ep|cp|dp|sdp)_\d+|\.\d\d(\.|$)",
+    re.IGNORECASE,
 )
+_NUMBER = re.compile(r"\d+")
 
 
 def holder(folder: Path, *, deeper: bool = True) -> Path | None:
@@ -83,11 +86,18 @@ def _chosen(files: list[Path]) -> Path | None:
     for several in (files, models):
         if len(several) == 1:
             return several[0]
-    if not models and sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files) > 1:
+    if not models and _is_of_run(files):
         return None
     _require_one_part(models)
     _require_one_part([path for path in files if _PART.search(path.name)])
     raise ValueError(_several([path.name for path in files]))
+
+
+def _is_of_run(files: list[Path]) -> bool:
+    """Whether several files have a step or an epoch, or names that differ in their numbers only."""
+    counted = sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files)
+    kinds = Counter(_NUMBER.sub("*", path.name) for path in files if not _PART.search(path.name))
+    return counted > 1 or max(kinds.values(), default=0) > 1
 
 
 def _require_one_part(parts: list[Path]) -> None:

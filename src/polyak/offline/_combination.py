@@ -59,7 +59,8 @@ class Combination(LazyTensors):
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
-        mixed: the tensors whose dtypes differ between files, with these.
+        changed: the tensors that have another dtype in some file, with their dtypes in the files; none if
+            one `dtype` was asked for.
         left: what else the files hold (`Checkpoint.left`), with the largest number of tensors of a file.
         nonfinite: tensor -> file -> how many of its values are infinite or NaN; as far as computed.
         negative: names of variances that extrapolation made negative; as far as computed.
@@ -94,11 +95,14 @@ class Combination(LazyTensors):
         self.left = left_in(sources)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
         dtypes = {n: {of_file[n].dtype for of_file in of_files} for n in last}
-        self.mixed = {n: several for n, several in dtypes.items() if len(several) > 1}
         self._specs = {}
         for n, spec in last.items():
             held = spec.dtype if n in self.copied else widest(dtypes[n])
             self._specs[n] = TensorSpec(spec.shape, _as(given.get(n), held))
+        asked = isinstance(dtype, torch.dtype)
+        self.changed = {
+            n: of for n, of in dtypes.items() if of != {self._specs[n].dtype} and not asked
+        }
         self._sums = {n: _sum_dtype([accumulate, *dtypes[n], self._specs[n].dtype]) for n in last}
         self._terms_told = {
             f"file {i + 1}": f"{float(self.coefficients[i])!r} of {source.label}, "

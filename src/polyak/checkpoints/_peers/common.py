@@ -167,4 +167,6 @@ def kind_of(value: object) -> str:
     sized = isinstance(value, (Mapping, list, tuple)) and not (
         isinstance(value, Aside) and not value
     )
+    if isinstance(value, dict) and value and all(map(_is_array, value.values())):
+        return f"{len(value)} arrays of numpy, which are not read: save tensors"
     return f"{type_of(value)} of {len(value)}" if sized else type_of(value)  # type: ignore[arg-type]
