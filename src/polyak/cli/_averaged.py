@@ -157,12 +157,11 @@ def _note_findings(made: Combination) -> None:
             f"{len(made.copied)} of {len(made)} tensors ({share:{'.0f' if share >= 10 else '.2g'}} % of the bytes) are the "
             f"last file's: integers and booleans are not averaged ({listed(made.copied, 3)})"
         )
-    if made.changed:
-        names = list(made.changed)
-        shown = ", ".join(f"{name} {_dtypes(made.changed[name])}" for name in names[:3])
-        written = _dtypes({made.specs[name].dtype for name in names})
+    if changed := made.changed:
+        shown = ", ".join(f"{name} {_dtypes(changed[name])}" for name in [*changed][:3])
+        written = _dtypes({made.specs[name].dtype for name in changed})
         note(
-            f"{len(names)} of {len(made)} tensors have other dtypes in the files ({shown}): written as {written}"
+            f"{len(changed)} of {len(made)} tensors have other dtypes in the files ({shown}): written as {written}"
         )
     for file, other in duplicates(made.sources):
         note(f"{file} holds the same weights as {other}: they count twice")

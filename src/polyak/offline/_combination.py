@@ -59,8 +59,6 @@ class Combination(LazyTensors):
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
-        changed: the tensors that have another dtype in some file, with their dtypes in the files; none if
-            one `dtype` was asked for.
         left: what else the files hold (`Checkpoint.left`), with the largest number of tensors of a file.
         nonfinite: tensor -> file -> how many of its values are infinite or NaN; as far as computed.
         negative: names of variances that extrapolation made negative; as far as computed.
@@ -99,10 +97,6 @@ class Combination(LazyTensors):
         for n, spec in last.items():
             held = spec.dtype if n in self.copied else widest(dtypes[n])
             self._specs[n] = TensorSpec(spec.shape, _as(given.get(n), held))
-        asked = isinstance(dtype, torch.dtype)
-        self.changed = {
-            n: of for n, of in dtypes.items() if of != {self._specs[n].dtype} and not asked
-        }
         self._sums = {n: _sum_dtype([accumulate, *dtypes[n], self._specs[n].dtype]) for n in last}
         self._terms_told = {
             f"file {i + 1}": f"{float(self.coefficients[i])!r} of {source.label}, "
@@ -118,6 +112,7 @@ class Combination(LazyTensors):
         self._threads = Threads()
         self._extrapolates = bool((self.coefficients < 0).any())
         self._allow_nonfinite = allow_nonfinite
+        self._asked = isinstance(dtype, torch.dtype)
         self.nonfinite: dict[str, dict[str, int]] = {}
         self.negative: set[str] = set()
 
@@ -125,6 +120,13 @@ class Combination(LazyTensors):
     def specs(self) -> dict[str, TensorSpec]:
         """name -> shape and dtype of the result."""
         return self._specs
+
+    @property
+    def changed(self) -> dict[str, set[torch.dtype]]:
+        """The tensors that get another dtype than all files have -> those of the files; none if one was asked for."""
+        of_files = [] if self._asked else [source.weights.specs for source in self.sources]
+        dtypes = {n: {of_file[n].dtype for of_file in of_files} for n in self._specs}
+        return {n: of for n, of in dtypes.items() if of and of != {self._specs[n].dtype}}
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         shape, dtype = self._specs[name]
