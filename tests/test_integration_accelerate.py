@@ -204,6 +204,11 @@ def test_an_averager_that_is_removed_is_no_longer_carried(tmp_path: Path) -> Non
     run.train(0, 2).accelerator.save_state(str(tmp_path))
     assert not (tmp_path / "averages").exists()
     register(run.accelerator, run.averager)
+    run.remove()  # again: the later register stays
+    run.accelerator.save_state(str(tmp_path))
+    assert (tmp_path / "averages").exists()
+    with pytest.raises(ValueError, match="already"):
+        register(run.accelerator, run.averager)
 
 
 @pytest.mark.slow

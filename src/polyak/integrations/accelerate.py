@@ -72,16 +72,16 @@ def register(
         cure = None if missing_ok else "to go on without it, register with missing_ok=True"
         load_state(Path(folder), averager, change_rule=change_rule, cure=cure)
 
-    handles = (
+    handles = [
         accelerator.register_save_state_pre_hook(saving),
         accelerator.register_load_state_pre_hook(loading),
-    )
+    ]
     names += averager.rules
 
     def remove() -> None:
-        for handle in handles:
-            handle.remove()
-        for name in averager.rules:
+        for name in averager.rules if handles else ():  # a second call does nothing
             names.remove(name)
+        while handles:
+            handles.pop().remove()
 
     return remove
