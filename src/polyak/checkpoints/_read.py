@@ -26,7 +26,7 @@ from polyak.rules import AVERAGE
 
 _MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)
 _REGISTERED = "custom_checkpoint_*.pkl"  # what accelerate's register_for_checkpointing saves
-_SETTINGS_BYTES = 1_000_000
+_SETTINGS_BYTES = 10_000_000
 
 
 Role = Literal["live", "average"]
@@ -141,8 +141,8 @@ def _read(source: Source, names: Names, key: str | None, *, whole: bool) -> Chec
     top = replace(content(source, names), whole=whole)
     found = recognise(top if key is None else _part(top, key))
     if path.is_dir() and not isinstance(opened, DistributedTensors):
-        settings = _settings(path / "config.json")
-        return _diffusers(found, settings) if "optimization_step" in settings else found
+        held = settings(path / "config.json")
+        return _diffusers(found, held) if "optimization_step" in held else found
     return found
 
 
@@ -218,15 +218,16 @@ def _post_hoc(path: Path) -> Checkpoint:
     return Checkpoint(path, "post-hoc-ema", None, averages, {}, clock, check=check)
 
 
-def _settings(config: Path) -> dict[str, Any]:
-    if not config.exists():
+def settings(config: Path) -> dict[str, Any]:
+    """The settings beside weights, in JSON; empty without them, or if they are not a mapping."""
+    if not config.is_file():
         return {}
+    file = OpenFile(config)
     try:
-        file = OpenFile(config)
-        settings = json.loads(file.read(0, _SETTINGS_BYTES))
+        held = json.loads(file.read(0, min(file.size, _SETTINGS_BYTES)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config}: the settings cannot be read ({str(error)[:200]})") from None
-    return settings if isinstance(settings, dict) else {}
+    return held if isinstance(held, dict) else {}
 
 
 def _diffusers(found: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:

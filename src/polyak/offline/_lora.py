@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,13 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from polyak._checks import difference, report, require
-from polyak.checkpoints._adapter_kinds import CONSTANTS
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._read import read
+from polyak.checkpoints._read import read, settings
+from polyak.checkpoints._unfit import CONSTANTS
 from polyak.offline._findings import Source
 
 CONFIG = "adapter_config.json"
-_MOST_BYTES = 10_000_000
 _LONGEST = 1000  # characters of a pattern
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<leaf>weight|bias))?"
@@ -86,18 +83,6 @@ def _factor(name: str) -> Factor | None:
     return Factor(found["module"], found["side"], found["leaf"] == "bias") if found else None
 
 
-def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter; empty in a folder without them, or if they are not a mapping."""
-    if not (folder / CONFIG).is_file():
-        return {}
-    file = OpenFile(folder / CONFIG)
-    try:
-        config = json.loads(file.read(0, min(file.size, _MOST_BYTES)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: the settings cannot be read ({str(error)[:200]})") from None
-    return config if isinstance(config, dict) else {}
-
-
 def comparable(config: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, str]:
     """The settings that say what an adapter adds, as text; but for some."""
     return {
@@ -130,7 +115,7 @@ def _settings_beside(source: Source) -> dict[str, str]:
     path = Path(source.label)
     if path.name.startswith("adapter_model."):
         path = path.parent
-    return comparable(settings_in(path)) if path.is_dir() else {}
+    return comparable(settings(path / CONFIG)) if path.is_dir() else {}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -139,7 +124,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no {CONFIG}: wanted a folder that PEFT's save_pretrained wrote"
         )
-    config = settings_in(folder)
+    config = settings(folder / CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{folder / CONFIG}: the adapter is of the kind {kind!r}, wanted LORA")
