@@ -459,7 +459,9 @@ def test_a_state_with_other_slots_or_copies_is_refused() -> None:
     averager = Averager(model, Window(2))
     averager.update()
     state = averager.state_dict()
-    with pytest.raises(ValueError, match="copies: other tensors\n  missing: num_batches_tracked"):
+    with pytest.raises(
+        ValueError, match="copies: the tensors differ\n  missing: num_batches_tracked"
+    ):
         averager.load_state_dict({**state, "copies": {"x": torch.ones(1)}})
     slots = {"window.9": state["averages"]["average"]["slots"]["window.0"]}
     average = {**state["averages"]["average"], "slots": slots}
@@ -472,7 +474,7 @@ BROKEN_STATES: list[tuple[str, Any, str]] = [
     ("calls", -5, "calls is -5, wanted an integer >= 0"),
     ("elapsed", float("nan"), "elapsed is nan, wanted a finite number >= 0"),
     ("skipped", "x", "skipped is 'x', wanted an integer >= 0"),
-    ("copies", {}, "copies: other tensors\n  missing: 1.num_batches_tracked"),
+    ("copies", {}, "copies: the tensors differ\n  missing: 1.num_batches_tracked"),
     ("copies", {"1.num_batches_tracked": torch.tensor(1.0)}, "different: 1.num_batches_tracked"),
     ("averages", [], "averages is list, wanted a mapping"),
     ("averages", {"average": 3}, "average 'average' is int, wanted a mapping"),

@@ -255,7 +255,7 @@ def test_every_class_is_tried() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ("EMA(model)", "EMA is several, wanted one of: ema_pytorch.EMA, composer"),
+        ("EMA(model)", "EMA may be several classes, wanted one of: ema_pytorch.EMA, composer"),
         ("Other(model)", "Other is not known, wanted one of: ema_pytorch.EMA"),
         ("ema_pytorch.EMA(model, beta=args.beta)", "beta is args.beta, wanted its value"),
         ("ema_pytorch.EMA(model, betta=0.9)", "betta is 0.9, wanted an argument that it has"),

@@ -229,7 +229,7 @@ def test_several_states_are_asked_for(tmp_path: Path) -> None:
     save_folder(made.state_dict(), tmp_path / "top")
     polyak.load(tmp_path / "top", fresh)
     fresh = polyak.Averager({"w": torch.zeros(2)}, "exponential(0.5)")
-    with pytest.raises(ValueError, match=r"top: load_state_dict: other rules"):
+    with pytest.raises(ValueError, match=r"top: load_state_dict: .*other rules"):
         polyak.load(tmp_path / "top", fresh)
     fresh = polyak.Averager({"w": torch.zeros(3)}, "exponential(0.9)")
     with pytest.raises(ValueError, match=r"w: .*\(2,\).*wanted .*\(3,\)"):

@@ -70,7 +70,7 @@ def given(
     if extra := [name for name in weights if name not in known]:
         wanted = dict.fromkeys(item.name for item in live.averaged)
         lines = difference(wanted, wanted | dict.fromkeys(extra))
-        raise ValueError(report("begin: other tensors than the model's", lines))
+        raise ValueError(report("begin: the weights are not the model's tensors", lines))
     found, missing = {}, []
     for item in (each for each in live.tracked if each.policy == policy):
         names = [name for name in item.names if name in weights]

@@ -76,7 +76,7 @@ def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]
     fields = ("rule", "tick", "slots")
     got = {name: _mapping(data, f"average {name!r}", fields)["rule"] for name, data in held.items()}
     if lines := difference(as_specs({n: each.rule for n, each in averages.items()}), got):
-        title = "load_state_dict: other rules than this averager's; make it with the state's"
+        title = "load_state_dict: the state has other rules than this averager; make it with the state's"
         raise ValueError(report(f"{title}, and call change_rule() afterwards to change one", lines))
 
 
@@ -128,7 +128,7 @@ def _require_forms(wanted: Mapping[str, _Form], held: Mapping[str, Any], where: 
     if lines := difference(wanted, got):
         if any(isinstance(held, Layout) for held, _ in wanted.values()):
             lines.append("polyak.load takes each rank's part from a file of any layout")
-        raise ValueError(report(f"load_state_dict: {where}: other tensors", lines))
+        raise ValueError(report(f"load_state_dict: {where}: the tensors differ", lines))
 
 
 def _form(value: object) -> _Form | str:

@@ -24,7 +24,7 @@ def local_parts(
     sharded = {name: held[name] for name in tensors if is_distributed(held.get(name))}
     wanted = {name: tuple(tensor.shape) for name, tensor in sharded.items()}
     if lines := difference(wanted, {name: tensors.specs[name].shape for name in wanted}):
-        raise ValueError(report(f"{path}: {where}: other tensors", lines))
+        raise ValueError(report(f"{path}: {where}: the tensors differ", lines))
     return {name: _local_part(tensors, name, sharded.get(name)) for name in tensors}
 
 

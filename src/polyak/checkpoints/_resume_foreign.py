@@ -167,7 +167,12 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
     if missing or extra:
         wanted = dict.fromkeys(item.name for item in tracked)
         got = dict.fromkeys([*complete, *extra])
-        raise ValueError(report(f"{found.path}: other tensors", difference(wanted, got)))
+        raise ValueError(
+            report(
+                f"{found.path}: the file has other tensors than this averager",
+                difference(wanted, got),
+            )
+        )
     shards = {item.name: item.held() for item in tracked}
     return local_parts(found.path, name, Renamed(complete), shards)
 

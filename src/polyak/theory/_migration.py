@@ -95,8 +95,8 @@ def _library_of(name: str) -> str:
     if len(same) > 1:
         same = [library for library in same if library.split(".")[0] == first] or same
     if len(same) != 1:
-        known = "several" if same else "not known"
-        raise ValueError(f"{name} is {known}, wanted one of: {', '.join(same or CLASSES)}")
+        problem = "may be several classes" if same else "is not known"
+        raise ValueError(f"{name} {problem}, wanted one of: {', '.join(same or CLASSES)}")
     return same[0]
 
 
