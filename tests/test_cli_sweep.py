@@ -247,7 +247,7 @@ ERRORS = [
     (("--half-lives", "5"), "--half-lives is '5', wanted LOW:HIGH:COUNT"),
     (("--relative-stds", "0.1:0.9:3"), "Power.relative_std is 0.9, wanted 0 < s <= 0.300283"),
     (("--windows", "2,x"), "--windows is '2,x', wanted integers above 0, such as 2,5,10"),
-    (("--windows", "200"), "windows is 200, wanted at most 41, the checkpoints there are"),
+    (("--windows", "200"), "windows is 200, wanted at most 41: the run has no more checkpoints"),
     (("--rule", "ema()"), "'ema' in spec 'ema()' is unknown"),
     (("--rule", "uniform()", "--checkpoint", "x"), "--checkpoint is 'x', wanted TIME=FILE"),
     (("--rule", "uniform()", "--out", "judge.py"), "judge.py is a file, wanted a folder"),

@@ -172,7 +172,7 @@ class TestChoosing:
     def test_options_that_exclude_each_other(self, run: Path) -> None:
         with pytest.raises(ValueError, match="last and window are given, wanted one"):
             self.steps(run, last=1, window=5)
-        with pytest.raises(ValueError, match="by is None, wanted a metric"):
+        with pytest.raises(ValueError, match="best is 1 and by is None: give both"):
             self.steps(run, best=1)
 
     def test_a_run_needs_a_choice(self, run: Path) -> None:

@@ -103,7 +103,8 @@ def choose(
     given = [n for n, v in (("last", last), ("best", best), ("window", window)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are given, wanted one of them")
-    require((best is None) == (by is None), "by", by, "a metric if best is given, and only then")
+    if (best is None) != (by is None):
+        raise ValueError(f"best is {best!r} and by is {by!r}: give both (--best N --by METRIC)")
     place, listed = _place(run, file)
     order = _order(listed, place, by)
     timed = order.timed if steps is None else _of_steps(order, steps)
@@ -189,12 +190,17 @@ def _best(
 
 def _window(order: Ordered, timed: Sequence[Timed], window: float) -> list[Timed]:
     require_positive("window", window)
-    require(order.unit in ("step", "number"), "window", window, "None, since no steps are known")
+    require(
+        order.unit in ("step", "number"),
+        "window",
+        window,
+        "None: the steps of these checkpoints are not known",
+    )
     end = timed[-1].clock[order.unit]
     return [each for each in timed if end - each.clock[order.unit] < window * (1 - _SLACK)]
 
 
 def _counted(option: str, count: int, there: int) -> int:
     require(is_integer(count, 1), option, count, "an integer >= 1")
-    require(count <= there, option, count, f"at most {there}, the checkpoints that there are")
+    require(count <= there, option, count, f"at most {there}: the run has no more checkpoints")
     return count

@@ -243,7 +243,7 @@ def _rules(
     if missing := [name for name in found.averages if name not in rules]:
         raise ValueError(
             f"{found.path}: the format {found.format} does not name the rule of {', '.join(missing)}; "
-            "pass the rule of the training (polyak.theory.equivalents names the libraries' calls)"
+            "pass the rule of the training (--rule SPEC; polyak.theory.from_library translates a call)"
         )
     return {name: rules[name] for name in found.averages}
 

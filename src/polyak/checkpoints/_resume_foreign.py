@@ -123,7 +123,7 @@ def _clock(found: Checkpoint, count: int | None) -> Clock:
     if found.clock is None:
         raise ValueError(
             f"{found.path}: this {found.format} file does not say how many updates its average had; "
-            "pass count="
+            "pass count=N (--count N)"
         )
     return found.clock
 

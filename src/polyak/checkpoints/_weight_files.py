@@ -187,8 +187,8 @@ def _index(within: Mapping[str, Mapping[str, TensorSpec]]) -> str:
 def _require_name(out: Path, shard_bytes: int | None) -> None:
     if shard_bytes is None:
         wanted = (
-            f"a name that ends in {_SUFFIX}, or shard_bytes for a folder of files; a file of torch.save is made "
-            "like another (write_like, on the command line average --like FILE)"
+            f"a name that ends in {_SUFFIX}; for a folder of files pass shard_bytes (--shard-size), for a file "
+            "of torch.save use write_like (average --like FILE)"
         )
         require(out.suffix == _SUFFIX, "out", str(out), wanted)
         return

@@ -230,7 +230,10 @@ def _means(run: Run, live: Sequence[StoredSlot], windows: Sequence[int]) -> Iter
     for count in windows:
         require_count("windows", count, "checkpoints")
         require(
-            count <= len(live), "windows", count, f"at most {len(live)}, the checkpoints there are"
+            count <= len(live),
+            "windows",
+            count,
+            f"at most {len(live)}: the run has no more checkpoints",
         )
         files = live[-count:]
         between = (files[-1].time - files[0].time) / max(count - 1, 1)
