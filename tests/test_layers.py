@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,11 @@ SOURCE = Path(polyak.__file__).parent
 LAYERS: list[tuple[str, set[str]]] = [
     ("_checks", set()),
     ("_spelling", set()),
-    ("_shown", set()),
     ("decays", set()),
     ("rules", set()),
     ("_contract", set()),
     ("specs", set()),
+    ("_shown", set()),
     ("theory", {"numpy"}),
     ("_system", {"filelock"}),
     ("_unfinished", set()),
@@ -108,6 +109,17 @@ def test_imports_point_down(path: Path) -> None:
             assert rest.split(".")[0] in below, f"{path.name} imports {name}"
         else:
             assert package in outside, f"{path.name} imports {name}"
+
+
+def test_contributing_draws_the_house() -> None:
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| room .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    parts = re.search(r"^\| `_engine/` \| modules .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    assert rows and parts, "CONTRIBUTING.md has a table of rooms, and one of the engine's modules"
+    first = " ".join(row.split("|")[1] for row in rows[0].split("\n") if row)
+    assert re.findall(r"`(\w+)/?`", first) == ORDER[:-1], "the rooms in their order, all of them"
+    modules = {path.stem for path in (SOURCE / "_engine").glob("[!_]*.py")}
+    assert modules <= set(re.findall(r"`(\w+)`", parts[0])), "a row has each module of the engine"
 
 
 # What torch.distributed keeps private has one home, which knows the versions (and says no to others).
