@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -92,6 +94,20 @@ def host(
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_contract(law: Callable[[Host, Path], None], tmp_path: Path) -> None:
     law(host, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [Fabric, lightning_fabric.Fabric])
+@pytest.mark.parametrize("wraps", [lambda model: model, partial(torch.compile, backend="eager")])
+def test_the_fabric_of_either_package_with_a_model_that_is_compiled_or_not(
+    kind: Any, wraps: Any
+) -> None:
+    fabric, made = kind(accelerator="cpu", devices=1), net()
+    model, steps = fabric.setup(made, optimizer(made))
+    averager = average(fabric, wraps(model), RULES, steps)
+    fabric.backward(loss(model, batches()[0]))
+    steps.step()
+    assert averager.count == 1
+    assert set(averager.average("fast")) == set(made.state_dict())
 
 
 def test_a_model_that_fabric_has_not_set_up_is_refused() -> None:

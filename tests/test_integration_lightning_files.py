@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as other
 import torch
 import torch._dynamo
 from lightning.pytorch import Trainer
@@ -30,12 +31,13 @@ from integration_contract import (
     RULES,
     STEPS,
     EvaluationError,
+    Net,
     batches,
     evaluate,
     net,
     plain,
 )
-from lightning_modules import WARNINGS, Module, made, trainer_of
+from lightning_modules import QUIET, WARNINGS, Module, made, trainer_of
 from polyak import Averager, theory
 from polyak.integrations.lightning import AveragerCallback
 
@@ -484,7 +486,49 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy])
+OTHER = {name: value for name, value in vars(Module).items() if not name.startswith("__")}
+"""What the contract's module does, for a class of `pytorch_lightning`, which has Lightning's classes again."""
+
+
+def test_modules_and_trainers_of_pytorch_lightning(tmp_path: Path) -> None:
+    kind: Any = type("Other", (Net, other.LightningModule), OTHER)
+    settings: Any = {**QUIET, "reload_dataloaders_every_n_epochs": 1, "enable_progress_bar": True}
+    best = other.callbacks.ModelCheckpoint(tmp_path, "{step}", monitor="val_loss/fast")
+    bar, average, seen = other.callbacks.TQDMProgressBar(0), AveragerCallback(RULES), set[bool]()
+    trainer = other.Trainer(max_epochs=4, callbacks=[average, best, bar], **settings)  # type: ignore[list-item]
+    module, step = made(kind), kind.validation_step
+
+    def noted(*args: Any) -> None:
+        seen.add(trainer.progress_bar_callback is bar)
+        step(module, *args)
+
+    module.validation_step = noted
+    trainer.fit(module)
+    require_equal(module.state_dict(), plain().live)
+    for name in RULES:
+        require_equal(averages(average)[name], plain().averages[name])
+    exported = load_file(average.exported(best.best_model_path, "fast"))
+    require_equal(exported, plain(BEST).averages["fast"])
+    assert seen == {True}
+    idle = type("Idle", (kind,), {"configure_optimizers": WithoutOptimizer.configure_optimizers})
+    idle.training_step = WithoutOptimizer.training_step  # type: ignore[attr-defined]
+    trainer = other.Trainer(max_epochs=1, callbacks=[AveragerCallback(RULES)], **settings)  # type: ignore[list-item]
+    with (
+        pytest.warns(UserWarning, match="no optimizer"),
+        pytest.raises(ValueError, match="return one"),
+    ):
+        trainer.fit(made(idle))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        other.strategies.DeepSpeedStrategy,
+        other.strategies.FSDPStrategy,
+    ],
+)
 def test_strategies_that_hide_the_weights_are_refused(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

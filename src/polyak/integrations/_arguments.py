@@ -36,6 +36,14 @@ def require_kind(call: str, what: str, got: object, kind: type) -> None:
         raise TypeError(f"{call}: {what} is of type {type(got).__name__}, wanted {wanted}")
 
 
+def is_named(found: object, *kinds: str) -> bool:
+    """Whether the class of an object, or a base of it, has one of these names.
+
+    The packages `lightning` and `pytorch_lightning` have the same classes twice.
+    """
+    return any(base.__name__ in kinds for base in type(found).__mro__)
+
+
 def _require_file_names(names: list[str]) -> None:
     """Raise `ValueError` unless files on every system can have these names, as checkpoints give them."""
     for name in names:

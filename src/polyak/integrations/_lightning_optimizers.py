@@ -7,10 +7,7 @@ from typing import Any
 from polyak._engine.attachment import Attachment
 from polyak._engine.optimizers import movers
 from polyak.averager import Averager
-from polyak.integrations._extra import extra
-
-with extra("lightning", "lightning"):
-    from lightning.pytorch.core.optimizer import _MockOptimizer
+from polyak.integrations._arguments import is_named
 
 
 def attach_all(averager: Averager, trainer: Any) -> Attachment:
@@ -20,7 +17,7 @@ def attach_all(averager: Averager, trainer: Any) -> Attachment:
 
     Raises `ValueError` if the module has none, and what `Averager.attach` raises.
     """
-    if any(isinstance(each, _MockOptimizer) for each in trainer.optimizers):
+    if any(is_named(each, "_MockOptimizer") for each in trainer.optimizers):
         raise ValueError(
             "configure_optimizers returned no optimizer, so no step would update the averages: "
             "return one, or remove the AveragerCallback"

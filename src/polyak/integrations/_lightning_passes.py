@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from polyak.integrations._arguments import is_named
 from polyak.integrations._extra import extra
 
 with extra("lightning", "lightning", "torchmetrics"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.utilities.seed import isolate_rng
     from torchmetrics import Metric, MetricCollection
 
@@ -50,7 +50,7 @@ def _alone(trainer: Any, loop: Any, callbacks: list[Callback]) -> Iterator[None]
     """A block that other callbacks, and the loop's progress, do not notice; a progress bar shows it."""
     kept = trainer.callbacks, loop.batch_progress, loop.restarting
     # A bar draws itself in a thread of its own, which looks for it among the callbacks.
-    bars = [each for each in trainer.callbacks if isinstance(each, ProgressBar)]
+    bars = [each for each in trainer.callbacks if is_named(each, "ProgressBar")]
     trainer.callbacks = [*bars, *callbacks]
     loop.batch_progress, loop.restarting = deepcopy(loop.batch_progress), False
     try:

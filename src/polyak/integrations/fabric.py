@@ -17,13 +17,13 @@ from contextlib import suppress
 from typing import Any
 
 from polyak.averager import Averager
-from polyak.integrations._arguments import require_kind
+from polyak.integrations._arguments import is_named
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import measures
 from polyak.rules import Rule
 
 with extra("fabric", "lightning"):
-    from lightning.fabric import Fabric, is_wrapped
+    from lightning.fabric import Fabric
 
 __all__ = ["average"]
 
@@ -54,8 +54,10 @@ def average(
 
     Raises `TypeError` for a model that Fabric has not set up or another `fabric`, and what `Averager` and `attach` raise.
     """
-    require_kind("average", "fabric", fabric, Fabric)
-    if not is_wrapped(model):
+    if not is_named(fabric, "Fabric"):
+        got = type(fabric).__name__
+        raise TypeError(f"average: fabric is of type {got}, wanted lightning.Fabric")
+    if not is_named(getattr(model, "_orig_mod", model), "_FabricModule"):
         got = type(model).__name__
         raise TypeError(f"model is a plain {got}, wanted what fabric.setup(model, ...) returned")
     # Fabric's wrapper has the model under two names.

@@ -19,18 +19,17 @@ from polyak import checkpoints
 from polyak._checks import require
 from polyak.averager import Averager
 from polyak.integrations import _lightning_files as files
-from polyak.integrations._arguments import checked
+from polyak.integrations._arguments import checked, is_named
 from polyak.integrations._extra import extra
+from polyak.integrations._lightning_optimizers import attach_all
 from polyak.integrations._measures import measures
 from polyak.integrations._states import take
 from polyak.rules import Rule
 
 with extra("lightning", "lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-    from polyak.integrations._lightning_optimizers import attach_all
     from polyak.integrations._lightning_passes import Contents, renaming, unnoticed, wrap
 
 __all__ = ["AveragerCallback"]
@@ -98,7 +97,7 @@ class AveragerCallback(Callback):
         others = [name for each in _callbacks(trainer) if each is not self for name in each.names]
         if taken := [name for name in self.names if name in others]:
             raise ValueError(f"two callbacks average {taken[0]!r}; give each average its own name")
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+        if is_named(trainer.strategy, "DeepSpeedStrategy", "FSDPStrategy"):
             raise ValueError("DeepSpeed and FSDP 1 hide weights; use ModelParallelStrategy (FSDP2)")
         # Whether this run's checkpoint has a state of it is not known yet.
         self._restored, self._metrics = False, {}
