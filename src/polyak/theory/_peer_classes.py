@@ -255,7 +255,7 @@ def _trl(update_freq: Any = 400, ema_power: Any = 0.5, bias_power: Any = 0.2, la
         rho=number("lag", lag) + scale * after,
     )
     first = f"make the first update at step {after}, which takes the anchor"
-    change = "its resume begins again; ours goes on"
+    change = "when it resumes, its average begins again; ours continues"
     return Meaning(rule, count("update_freq", update_freq), changes=(first, change))
 
 
