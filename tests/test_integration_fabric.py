@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,12 @@ from integration_contract import (
     net,
     optimizer,
 )  # fmt: skip
+from models import assert_same
 from polyak import Pull, theory
 from polyak.checkpoints import export
 from polyak.integrations.fabric import average
+
+DOCS = Path(__file__).parents[1] / "docs" / "lightning.md"
 
 
 def score(model: Any) -> float:
@@ -136,3 +140,25 @@ def test_loggers_get_what_is_averaged(tmp_path: Path) -> None:
     assert told["ema/rule"].string_value == "exponential(0.6)"
     assert told["ema/half_life"].number_value == seen.half_life
     assert told["ema/mean_age"].number_value == seen.mean_age
+
+
+def test_the_code_of_the_docs_runs(tmp_path: Path) -> None:
+    """The state of the page is saved and loaded, by `strict=False` from a file without the averager too."""
+    (code,) = re.findall(r"## Fabric\n\n```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    made = net()
+    scope: dict[str, Any] = {"model": made, "optimizer": optimizer(made)}
+    exec(code.replace("Fabric()", 'Fabric(accelerator="cpu", devices=1)'), scope)
+    fabric, state = scope["fabric"], scope["state"]
+    fabric.save(tmp_path / "without", {"model": scope["model"]})
+    for batch in batches()[:3]:
+        fabric.backward(loss(scope["model"], batch))
+        scope["optimizer"].step()
+    fabric.save(tmp_path / "with", state)
+    wanted = scope["averager"].average()
+    scope["optimizer"].step()
+    fabric.load(tmp_path / "with", state)
+    assert scope["averager"].count == 3
+    assert_same(scope["averager"].average(), wanted)
+    fabric.load(tmp_path / "without", {**state, "averager": scope["averager"]}, strict=False)
+    assert scope["averager"].count == 3
+    assert_same(made.state_dict(), net().state_dict())

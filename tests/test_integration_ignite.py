@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from integration_contract import (
     Net,
     Outcome,
     batches,
+    evaluate,
     held_out,
     loss,
     net,
@@ -33,6 +35,8 @@ from integration_contract import (
 )  # fmt: skip
 from polyak import Averager, Pull, theory
 from polyak.integrations.ignite import Weights, evaluators, log_measures
+
+DOCS = Path(__file__).parents[1] / "docs" / "lightning.md"
 
 
 def evaluator(model: Net) -> Engine:
@@ -213,3 +217,30 @@ def test_bad_input_is_an_error_with_its_cure() -> None:
             call(model)
     with pytest.raises(TypeError, match="save and load the averager"):
         Weights(averager, "fast").load_state_dict(model.state_dict())
+
+
+def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it saves as the best loads into the model, and has the metric that chose it."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"## ignite\n\n```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    model = net()
+    steps = optimizer(model)
+
+    def train(_: Engine, batch: Any) -> None:
+        loss(model, batch).backward()
+        steps.step()
+        steps.zero_grad()
+
+    trainer = Engine(train)
+    scope: dict[str, Any] = {"model": model, "optimizer": steps, "trainer": trainer}
+    exec(code, {**scope, "make_evaluator": lambda: evaluator(model)}, scope)
+    for first in range(0, STEPS, EVERY):
+        trainer.run(batches()[first : first + EVERY], max_epochs=1)
+        for engine in scope["engines"].values():
+            engine.run(held_out())
+    (saved,) = (tmp_path / "run").iterdir()
+    state = torch.load(saved, weights_only=True)
+    assert float(saved.stem.rpartition("_")[2]) == pytest.approx(-evaluate(state), abs=1e-3)
+    assert scope["averager"].count == STEPS
+    scope["last"](trainer)
+    assert len(list((tmp_path / "run").iterdir())) == 2
