@@ -74,11 +74,16 @@ def test_axe_finds_nothing(browser: Browser, report: Path, scheme: Any) -> None:
 
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_no_page_is_wider_than_the_screen(browser: Browser, report: Path, width: int) -> None:
+    """A wide table scrolls, and its caption stays whole."""
     page = opened(browser, report, viewport={"width": width, "height": 800})
     open_details(page)
     wide = page.evaluate("document.documentElement.scrollWidth")
+    captions = page.evaluate(
+        "[...document.querySelectorAll('caption span')].map(s => s.getBoundingClientRect().right)"
+    )
     page.close()
     assert wide <= width
+    assert captions and max(captions) <= width
 
 
 def test_the_page_is_silent_and_loads_nothing(browser: Browser, report: Path) -> None:

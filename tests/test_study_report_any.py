@@ -255,6 +255,14 @@ def page(made: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(made, tmp_path_factory.mktemp("any"), "polyak study run made").page
 
 
+def test_too_few_seeds_are_the_reason_of_a_verdict() -> None:
+    few, enough = (judge(result(seeds, claims=CLAIMS[:1]))[0] for seeds in (7, 8))
+    assert few.verdict == "undecided" and few.parts[0].quantity == (
+        "mean over 7 seeds, too few for a verdict"
+    )
+    assert enough.verdict == "holds" and enough.parts[0].quantity == "mean over 8 seeds"
+
+
 @pytest.mark.slow
 def test_the_page_has_every_section(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -268,8 +276,8 @@ def test_the_page_has_every_section(page: Path) -> None:
     for wanted in ("polyak study run made", "made up", "torch 2.", "init, order vary", "a table"):
         assert wanted in text
     assert (
-        "of the live weights, a gain of 1" in text
-        and "Verdicts on the claims: 2 holds, 2 undecided, 1 does" in text
+        "over the live weights under the schedule constant: loss" in text
+        and "Of 5 claims, 2 hold, 2 are undecided, 1 does not hold." in text
     )
 
 

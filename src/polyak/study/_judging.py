@@ -14,6 +14,7 @@ from polyak.study._claims import Claim
 from polyak.study._errors import placed
 from polyak.study._result import Result, Seed
 from polyak.study._statistics import (
+    FEWEST_SEEDS,
     ClaimVerdict,
     Interval,
     Statistic,
@@ -50,8 +51,14 @@ class Judged:
         missing = f", {self.missing} more without a value" if self.missing else ""
         said = f"{self.claim.what}, " if self.claim.what else ""
         geometric = "geometric " if self.claim.form in ("factor", "percent") else ""
-        over = f"over {self.interval.seeds} seeds{missing}"
+        few = ", too few for a verdict" if self.too_few else ""
+        over = f"over {self.interval.seeds} seeds{missing}{few}"
         return f"{said}{geometric}{self.claim.statistic} {over}"
+
+    @property
+    def too_few(self) -> bool:
+        """Whether the claim is undecided whatever its interval, since it has too few seeds."""
+        return self.interval.seeds < FEWEST_SEEDS
 
     @property
     def verdict(self) -> ClaimVerdict:

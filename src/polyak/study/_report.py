@@ -32,6 +32,7 @@ from polyak.study._page import (
 )
 from polyak.study._result import Result
 from polyak.study._schedules import Plateau, described
+from polyak.study._statistics import FEWEST_SEEDS
 from polyak.study._study import Study
 from polyak.study._text import Table, between, percent
 
@@ -130,9 +131,9 @@ def _best(effects: Effects, schedule: str) -> str:
     effect = next(e for e in effects.of(schedule) if e.arm == best)
     wins = between(effect.improvement, lambda v: percent(v, 0))
     return (
-        f"Under the schedule {schedule}, validation chooses {best}: its {effects.metric} on the test part is "
-        f"{between(effects.mean(best, schedule))} against {between(effects.mean(LIVE, schedule))} of the live weights, a gain "
-        f"of {between(effect.gain, effects.form)}, and it is better in {wins} of the seeds."
+        f"{best} gains {between(effect.gain, effects.form)} over the live weights under the schedule {schedule}: "
+        f"{effects.metric} {between(effects.mean(best, schedule))} against {between(effects.mean(LIVE, schedule))} on the test "
+        f"part, better in {wins} of the seeds. Validation chose it among {len(effects.arms)} averages."
     )
 
 
@@ -142,15 +143,24 @@ def _others(effects: Effects, schedules: list[str]) -> str:
         for s in schedules
         if (arm := effects.best(s))
     ]
-    return f"The gain of the arm that validation chooses is {', '.join(gains)}." if gains else ""
+    return f"The average that validation chose gains {', '.join(gains)}." if gains else ""
+
+
+_SAID = {
+    "holds": ("holds", "hold"),
+    "does not hold": ("does not hold", "do not hold"),
+    "undecided": ("is undecided", "are undecided"),
+}
 
 
 def _counts(judged: list[judging.Judgement]) -> str:
     counts = Counter(each.verdict for each in judged)
     if not judged:
         return ""
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    return f"Verdicts on the claims: {said}."
+    said = ", ".join(f"{count} {_SAID[v][count > 1]}" for v, count in counts.most_common())
+    few = any(part.too_few for each in judged for part in each.parts)
+    why = f" Fewer than {FEWEST_SEEDS} seeds decide nothing." if few else ""
+    return f"Of {len(judged)} claim{'s' * (len(judged) > 1)}, {said}.{why}"
 
 
 def _caveats(effects: Effects) -> tuple[str, ...]:

@@ -22,27 +22,15 @@ from polyak.study._text import FORMS, Table, between, file_name, number, percent
 def arms(effects: Effects, schedule: str) -> Table:
     """Every arm under a schedule against the live weights, at the last step and at the selected one."""
     header = (
-        "arm", f"{effects.metric}, test", "interquartile mean", "gain over live", "gain, each at its best step", "probability of improvement",
-        "effect size", "p (Holm)", "seeds for a 5 % effect", "learning rate", "step of live's last value",
+        "arm", "gain over live", f"{effects.metric}, test", "gain, each at its best step", "probability of improvement",
+        "effect size", "p (Holm)", "seeds for a 5 % effect", "learning rate", "step of live's last value", "interquartile mean",
     )  # fmt: skip
-    live = (
-        LIVE,
-        between(effects.mean(LIVE, schedule)),
-        between(effects.mean(LIVE, schedule, "last", "iqm")),
-        "—",
-        "—",
-        "—",
-        "—",
-        "—",
-        "—",
-        *_ends(effects, LIVE, schedule),
-    )
+    live = (LIVE, "—", between(effects.mean(LIVE, schedule)), *5 * ("—",), *_ends(effects, LIVE, schedule))  # fmt: skip
     rows = [
         (
             e.arm,
-            between(effects.mean(e.arm, schedule)),
-            between(effects.mean(e.arm, schedule, "last", "iqm")),
             between(e.gain, effects.form),
+            between(effects.mean(e.arm, schedule)),
             between(effects.gain(e.arm, schedule, "selected"), effects.form),
             between(e.improvement, lambda v: percent(v, 0)),
             between(e.size, lambda v: number(v, 2)),
@@ -64,18 +52,20 @@ def arms_note(effects: Effects) -> str:
     )
     return (
         f"Test values at the last step, mean over seeds [95 % interval], each arm at the learning rate that is best for it on "
-        f"validation. Interquartile mean: of the middle half of the seeds. Gain: {gain}; positive is better. The best step of each arm is that of its best validation value. "
+        f"validation. Gain: {gain}; positive is better. The best step of each arm is that of its best validation value. "
         "Probability of improvement: share of seeds in which the arm is better, ties by half. Effect size: mean / standard "
         "deviation of the paired gains. p: random signs of the gains, corrected over the arms of this table. Seeds for a 5 % "
-        "effect: a paired t-test finds it with 80 % probability. The last column is the median evaluated step at which an "
-        "arm is as good on validation as the live weights at the end; never counts as infinite."
+        "effect: a paired t-test finds it with 80 % probability. The step of live's last value is the median evaluated step at which an "
+        "arm is as good on validation as the live weights at the end; never counts as infinite. Interquartile mean: of the test values of the middle half of the seeds."
     )
 
 
-def _ends(effects: Effects, arm: str, schedule: str) -> tuple[str, str]:
-    times = times_to_target(effects, arm, schedule)
-    middle = bootstrap(times, "median")
-    return f"{effects.result.tuned(arm, schedule):g}", between(middle, lambda v: significant(v, 6))
+def _ends(effects: Effects, arm: str, schedule: str) -> tuple[str, str, str]:
+    """The learning rate, the time to the target and the interquartile mean of an arm."""
+    time = bootstrap(times_to_target(effects, arm, schedule), "median")
+    rate = f"{effects.result.tuned(arm, schedule):g}"
+    iqm = effects.mean(arm, schedule, "last", "iqm")
+    return rate, between(time, lambda v: significant(v, 6)), between(iqm)
 
 
 def metrics(effects: Effects, schedule: str) -> Table:
