@@ -210,6 +210,30 @@ def test_a_shallow_copy_is_a_second_averager_of_the_model() -> None:
     assert second.count == 2 and torch.equal(second.average()["scale"], average["scale"])
 
 
+class Counting(Averager):
+    """A subclass with attributes, of which one is there before the averager is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = "mine"
+        super().__init__(model, "uniform()")
+        self.calls: list[float] = []
+
+    def update(self, elapsed: float | None = None) -> None:
+        super().update(elapsed)
+        self.calls.append(1.0 if elapsed is None else elapsed)
+
+
+@pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
+def test_a_copy_of_a_subclass_is_one_with_its_attributes(copier: Callable[[Any], Any]) -> None:
+    averager = Counting(nn.Linear(2, 1))
+    averager.update(2.0)
+    other = copier(averager)
+    other.update()
+    assert isinstance(other, Counting) and other.name == "mine"
+    assert (averager.calls, averager.count) == ([2.0], 1)
+    assert (other.calls, other.count, other.clock.t) == ([2.0, 1.0], 2, 3.0)
+
+
 def test_inside_a_block_it_is_refused() -> None:
     holder = Holder()
     holder.train(range(2))

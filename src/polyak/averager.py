@@ -233,8 +233,9 @@ class Averager(IntoModules, Resumable):
                 "an Averager with shard= has a process group and cannot be copied or pickled: save "
                 "state_dict(), make an Averager for the other model and call load_state_dict() there"
             )
-        made_with = self._live.model, self.rules, self._choice, self._options
-        return _restored, (*made_with, self.state_dict())
+        made_with = type(self), self._live.model, self.rules, self._choice, self._options
+        own = {name: value for name, value in vars(self).items() if name not in self._parts}
+        return _restored, (*made_with, self.state_dict()), own
 
     @lending.in_turn
     def _after_steps(self, found_inf: list[Tensor]) -> None:
@@ -243,6 +244,7 @@ class Averager(IntoModules, Resumable):
 
 
 def _restored(
+    cls: type[Averager],
     model: Source,
     rules: dict[str, Rule],
     choice: Choose,
@@ -256,7 +258,7 @@ def _restored(
             "before the model is: leave it out, def __getstate__(self): return {**super()."
             '__getstate__(), "averager": None}, or keep it beside the model'
         )
-    averager = Averager.__new__(Averager)
+    averager = cls.__new__(cls)
     averager._make(model, rules, choice, options)
     changes.alike(state, averager._live, averager._averages, averager._updating)
     averager.load_state_dict(state)

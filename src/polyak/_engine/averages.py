@@ -61,6 +61,7 @@ class Averages:
         options: Options,
         shard: DeviceMesh | ProcessGroup | None = None,
     ) -> None:
+        before = set(vars(self))
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
         with self._together("Averager"):
             require_slot_dtype(options.dtype)
@@ -92,6 +93,8 @@ class Averages:
         self._twins = Twins(self._live, self._averages, self._updating)
         self._call = self._with_pull(self._updating.call)
         self._attachment: Attachment | None = None
+        self._parts = {*vars(self), "_parts"} - before
+        """The attributes that are not a subclass's own, nor a user's."""
         self._compare_replicas("Averager")
 
     @property
