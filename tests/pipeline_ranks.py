@@ -126,7 +126,7 @@ def refuse_other_groups(averager: polyak.Averager, folder: Path, across: dist.Pr
     for group in (across, None):
         with raises(ValueError, "save: ranks do not agree", "tensor 0.weight", "`group=`"):
             polyak.save(path, averager, group=group)
-    with raises((ValueError, RuntimeError), "lie only on the ranks", "give the group of all ranks"):
+    with raises((ValueError, RuntimeError), "are only on the ranks", "give the group of all ranks"):
         checkpoints.export(path, averager, "ema", group=across)
     with raises(ValueError, "export: ranks do not agree", "0.weight", "`group=`"):
         checkpoints.export(path, averager, "ema")
@@ -147,7 +147,7 @@ def stages_of_equal_shapes_are_not_taken_for_copies() -> None:
             fully_shard(model, mesh=mesh["data"])
         averager = polyak.Averager(model, "uniform()")
         averager.update()
-        told = ("ranks 0 and 2 have the same part of ", "0.weight", "`group=`")
+        told = ("ranks 0 and 2 have the same shard of ", "0.weight", "`group=`")
         with raises(ValueError, *told):
             checkpoints.save_distributed(folder, {"average": averager})
         if sharded:

@@ -138,7 +138,7 @@ def test_weights_written_to_inside_are_reported_and_the_live_ones_are_back() -> 
     live = snapshot(model)
     with (
         pytest.raises(
-            RuntimeError, match=r"body.weight was written to. .* and the average is spoilt"
+            RuntimeError, match=r"body.weight was written to. .* and the average is damaged"
         ),
         averager.applied(),
         torch.no_grad(),
@@ -187,7 +187,7 @@ def test_weights_moved_inside_come_back_and_the_average_is_spoilt() -> None:
         model.bfloat16().float()
     assert_same(snapshot(model), live)
     for call in (averager.average, averager.state_dict, lambda: averager.applied().__enter__()):
-        with pytest.raises(RuntimeError, match=r"load a saved state first.*the average is spoilt"):
+        with pytest.raises(RuntimeError, match=r"load a saved state first.*the average is damaged"):
             call()
     averager.load_state_dict(saved)
     assert_same(averager.average(), average)

@@ -626,6 +626,6 @@ def test_a_sharded_model_is_refused_by_name() -> None:
     rows = begun(model, shard=mesh)
     with pytest.raises(TypeError, match=r"with shard= has a process group"):
         copy.deepcopy(rows)
-    with pytest.raises(ValueError, match=r"each rank has a part of weight \(shard=\)"):
+    with pytest.raises(ValueError, match=r"each rank has a shard of weight \(shard=\)"):
         rows.module()
     assert_same(dict(rows.module(copy=True).state_dict()), dict(model.state_dict()))

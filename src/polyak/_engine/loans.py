@@ -157,7 +157,7 @@ class Loan:
         if not problems:
             return ""
         spoilt = any(lent.spoilt for lent in self._lent)
-        fate = "the average is spoilt" if spoilt else "what was put there is dropped"
+        fate = "the average is damaged" if spoilt else "what was put there is dropped"
         return (
             f"applied: inside the block {'; '.join(problems[:_MOST])}. The live weights are back and "
             f"{fate}: train, load and move the model outside the block"

@@ -198,7 +198,7 @@ def refuse_unlike(call: str, live: ModelTensors, slots: Sequence[Tensor]) -> Non
     for item, slot in zip(live.averaged, slots, strict=True):
         weight = item.local()
         if item.mesh is not None:
-            raise _unshareable(call, f"each rank has a part of {item.name} (shard=)")
+            raise _unshareable(call, f"each rank has a shard of {item.name} (shard=)")
         if kind(slot) != kind(weight):
             raise _unshareable(
                 call,

@@ -63,7 +63,7 @@ def box(tensor: DTensor) -> Box:
     found = box_at(tensor, coordinate)
     if found.shape != tuple(local(tensor).shape):
         raise ValueError(
-            f"this rank's part of {tuple(tensor.shape)} as {tensor.placements} has shape "
+            f"this rank's shard of {tuple(tensor.shape)} as {tensor.placements} has shape "
             f"{tuple(local(tensor).shape)}, wanted {found.shape}"
         )
     return found
@@ -182,7 +182,7 @@ def _cuts(tensor: DTensor) -> dict[int, list[int]]:
         if placement.is_partial() or factor not in pieces:
             raise ValueError(
                 f"it is spread as {tensor.placements} on the ranks {_ranks(tensor)}, wanted parts "
-                "that are boxes of the tensor: redistribute it"
+                "that are contiguous in every dimension: redistribute it"
             )
         later.insert(pieces.index(factor), axis)
     return cuts

@@ -47,7 +47,7 @@ def require_one_model(
             theirs = gathered(samples, group)  # on all ranks, as all have found the same
             names = [n for n in theirs[rank] if theirs[rank][n] != theirs[other].get(n)]
             raise ValueError(
-                f"{call}: ranks {other} and {rank} have the same part of {', '.join(names[:8])}, but "
+                f"{call}: ranks {other} and {rank} have the same shard of {', '.join(names[:8])}, but "
                 "its content differs, and one of the two would be lost. Give the group of ranks that "
                 "share a model (a stage of a pipeline) as `group=`, and each group its own path. If "
                 "these ranks should have copies of one model, their weights have diverged"
@@ -59,7 +59,7 @@ def require_all_parts(call: str, name: str, tensor: DTensor, group: ProcessGroup
     writers = set(dist.get_process_group_ranks(group)) if group is not None else set()
     if writers and (lost := missing_parts(tensor, writers)):
         raise ValueError(
-            f"{call}: parts of {name} lie only on the ranks {lost[:8]}, which are not members of "
+            f"{call}: shards of {name} are only on the ranks {lost[:8]}, which are not members of "
             f"`group` ({sorted(writers)[:8]}): give the group of all ranks that share the tensor"
         )
 
@@ -75,7 +75,7 @@ def require_stored_rightly(call: str, name: str, tensor: DTensor) -> None:
     if told != [wanted] and (wanted.numel or any(0 not in shape for _, shape in told)):
         raise ValueError(
             f"{call}: {name} of shape {tuple(tensor.shape)} is cut as {tensor.placements} into "
-            f"uneven parts, which torch.distributed.checkpoint stores at wrong places (offsets and "
+            f"uneven shards, which torch.distributed.checkpoint stores at wrong places (offsets and "
             f"shapes {told}, wanted {wanted}): choose sizes that the number of ranks divides"
         )
 
