@@ -7,16 +7,17 @@ context manager. The blocks of all averagers meet in `polyak._engine.lending`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ContextDecorator, nullcontext
+from contextlib import ContextDecorator
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakMethod, finalize
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
 from polyak._dtypes import Kind, kind
 from polyak._engine import lending, signals
+from polyak._engine.holds import Hold, leave
 from polyak._engine.live import ModelTensors
 from polyak._engine.loans import Loan
 from polyak._engine.pairs import Pairs
@@ -24,7 +25,7 @@ from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked
 from polyak._engine.updating import Updating
 from polyak._engine.watch import Places
-from polyak._ranks.agreement import Agreement, digest, together
+from polyak._ranks.agreement import Agreement, digest, together_or_alone
 from polyak._ranks.replicas import gather_
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class Lender:
         if self.loan is not None:
             self._join(self.loan, hold, name)
             return
-        with self._together() as agreement:
+        group = None if self._mesh is None else self._mesh.get_group()
+        with together_or_alone("applied", group) as agreement:
             gathered = self._plan(hold, name, agreement)
         if self._mesh is not None:
             gather_(gathered, self._mesh)
@@ -115,11 +117,6 @@ class Lender:
         lending.refuse_owner(f"applied({label!r})", loan, "a model")
         hold.loan = loan
         lending.enter(loan, hold)
-
-    def _together(self) -> AbstractContextManager[Agreement]:
-        if self._mesh is None:
-            return nullcontext(Agreement())
-        return together("applied", self._mesh.get_group())
 
     @lending.in_turn
     @torch.no_grad()
@@ -212,37 +209,6 @@ class Lender:
         return pairs, gathered
 
 
-class Hold:
-    """What one block has of a loan. The last block to end gives the model its live weights back."""
-
-    def __init__(self, block: Applied) -> None:
-        self.loan: Loan | None = None
-        self._rescue: finalize[..., Applied] | None = None
-        # If no `__exit__` comes (an abandoned generator), the block ends with its object. `__del__`
-        # would run after every block, and Python swallows a Ctrl-C that arrives in it.
-        self._rescue = finalize(block, self._abandoned)
-
-    def end(self) -> str:
-        """Ends the block. Returns what it did to weights and average; empty if it did nothing."""
-        report = ""
-        if self.loan is not None and lending.leave(self.loan, self):
-            report = self.loan.report()
-        if self._rescue is not None:
-            self._rescue.detach()
-        return report
-
-    @signals.critical
-    def _abandoned(self) -> None:
-        """Ends a block that no one can leave any more. No one would hear an exception from here."""
-        signals.hold()
-        try:
-            _end(self)
-        finally:
-            if not lending.OPEN:
-                signals.release()
-            signals.send_again()
-
-
 class Applied(ContextDecorator):
     """A block in which a model carries an average. One object may be entered several times.
 
@@ -276,7 +242,7 @@ class Applied(ContextDecorator):
                 signals.hold()
             finally:
                 kept.remove(mine[-1])
-                _leave(mine[-1].hold, error)
+                leave(mine[-1].hold, error)
 
     @signals.critical
     def __enter__(self) -> None:
@@ -290,7 +256,7 @@ class Applied(ContextDecorator):
             signals.deliver()
             note(hold)
         except BaseException as error:
-            _leave(hold, error)
+            leave(hold, error)
             raise
 
     @signals.critical
@@ -303,24 +269,4 @@ class Applied(ContextDecorator):
         try:
             signals.hold()  # the block may have set other handlers
         finally:
-            _leave(self._holds.pop(), error)
-
-
-def _leave(hold: Hold, error: BaseException | None) -> None:
-    """Ends a block, and tells what it did to the weights: in a note on its exception, or by one."""
-    try:
-        report = _end(hold)
-        if report and error is not None:
-            error.add_note(report)
-        elif report:
-            raise RuntimeError(report)
-    finally:
-        lending.hear_signals()
-
-
-def _end(hold: Hold) -> str:
-    try:
-        return hold.end()
-    except BaseException:
-        hold.end()  # finishes what an exception has broken off
-        raise
+            leave(self._holds.pop(), error)
