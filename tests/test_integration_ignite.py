@@ -203,7 +203,7 @@ def test_bad_input_is_an_error_with_its_cure() -> None:
         evaluators(averager, lambda: one)
     engine: Any = evaluator(model)
     calls: dict[str, Callable[[Any], Any]] = {
-        "averager is of type Net, wanted polyak.Averager": Weights,
+        "averager is of type integration_contract.Net, wanted polyak.Averager": Weights,
         "evaluators: averager is": lambda got: evaluators(got, lambda: engine),
         "evaluators: what make returned is": lambda _: evaluators(averager, net),  # type: ignore[arg-type]
         "log_measures: averager is": lambda got: log_measures(engine, engine, got),

@@ -711,7 +711,11 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (new_weights, RuntimeError, r"(?s)not the tensors that.*more.weight"),
     (best_by_an_average_that_no_one_evaluates, ValueError, r"call attach\(trainer\)"),
     (two_trainers, ValueError, r"attached to another Trainer.*deepcopy"),
-    (another_object, TypeError, r"attach: trainer is of type Bert\w+, wanted transformers.Trainer"),
+    (
+        another_object,
+        TypeError,
+        r"attach: trainer is of type transformers.Bert\w+, wanted transformers.Trainer",
+    ),
     (deepspeed, ValueError, r"DeepSpeed keeps the weights.*use FSDP2"),
     (a_start_that_is_no_step, ValueError, r"start is -1, wanted"),
     (a_rule_that_does_not_parse, ValueError, r"decay"),

@@ -32,8 +32,10 @@ def checked(
 def require_kind(call: str, what: str, got: object, kind: type) -> None:
     """Raise `TypeError` unless an argument is of a kind: a model, say, where an `Averager` is wanted."""
     if not isinstance(got, kind):
-        wanted = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
-        raise TypeError(f"{call}: {what} is of type {type(got).__name__}, wanted {wanted}")
+        found, wanted = (
+            f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in (type(got), kind)
+        )
+        raise TypeError(f"{call}: {what} is of type {found}, wanted {wanted}")
 
 
 def is_named(found: object, *kinds: str) -> bool:
