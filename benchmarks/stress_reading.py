@@ -226,6 +226,9 @@ def attach(world: World, random: Random) -> None:
     facts = world.facts(subject)
     if subject.attachment is not None:
         facts.add("attached")
+    own = {id(e.tensor) for e in entries(world.model) if e.name in subject.averaged}
+    if own.isdisjoint(id(p) for group in pair[0].param_groups for p in group["params"]):
+        facts.add("none of its weights")  # torch's fused optimizers take few dtypes
     world.tell(f"averager {subject.number}: attach to {name}")
     done = world.ask("attach", facts, lambda: subject.averager.attach(pair[0]))
     if not isinstance(done, Refused):

@@ -115,16 +115,26 @@ def _arrange(loan: Loan) -> None:
         involved = _involved(loan, wanted)
         for each in reversed(involved):
             each.take_back()
-        for each in involved:
-            each.follow()
+        _follow(involved)
     OPEN[:] = wanted
     if _blocks and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
-    for each in OPEN:
-        if not each.out:
-            each.lend()
+    again = [each for each in OPEN if not each.out]
+    for each in again:
+        each.lend()
+    _follow(again)
     if not _blocks and _hooks:
         _hooks.pop().remove()
+
+
+def _follow(loans: Sequence[Loan]) -> None:
+    """Brings the contents that have changed to tensors that have left lent memory, or replaced others."""
+    if strayed := [each for each in loans if each.strayed]:
+        lent = [tensor for each in {*OPEN, *strayed} for tensor in each.tensors]
+        for each in loans:
+            each.part()
+        for each in strayed:
+            each.follow(lent)
 
 
 def _latest() -> list[Loan]:

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from polyak._engine.exchange import Exchange, failure
-from polyak._engine.memory import has_memory, renew
+from polyak._engine.memory import has_memory, identity, meeting, renew
 from polyak._engine.pairs import Pairs
+from polyak._ranks.sharding import local
 from polyak._tensors import set_versions, versions
 
 _MOST = 8  # names in a message
@@ -59,6 +60,7 @@ class Lent:
         self._before: list[int] | None = None  # old versions, until the old contents are back
         self._version = 0
         self._moved: set[int] | None = None
+        self._places = pairs.live
         self._now: Mapping[str, Tensor] | None = None
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
@@ -79,7 +81,6 @@ class Lent:
     def put(self) -> None:
         """Puts into the model what is aside."""
         self._exchange.to(True)
-        self.follow()
 
     def mark(self, version: int) -> None:
         """Sets a version, at which `look` finds all that no one has written to."""
@@ -121,11 +122,10 @@ class Lent:
             self._before = None
 
     def _judge(self, written: set[int], slots: set[int]) -> None:
-        pairs, elsewhere = self._pairs, self._pairs.elsewhere()
-        moved = elsewhere.union(pairs.misfits()) if pairs.slots else pairs.misfits()
+        pairs, moved = self._pairs, self._pairs.moved()
         renewed = self._renewed()
         changes = {
-            i: renewed.get(i) or ("written to" if i in written else "moved" if i in moved else "")
+            i: renewed.get(i) or ("moved" if i in moved else "written to" if i in written else "")
             for i, item in enumerate(pairs.items)
             if pairs.slots
             or item.kind != "buffer"  # BatchNorm writes to buffers, which are kept aside
@@ -141,7 +141,7 @@ class Lent:
         # Not valid again: a graph that has saved a view of the memory where a tensor was, and one
         # that has saved another part of a storage, which alone may have been written to.
         unsure = {i for i in written if not _fills_storage(pairs.live[i])}
-        self._changed_live = elsewhere | moved | slots | unsure
+        self._changed_live = moved | slots | unsure
         self._changed_slots = written | moved | slots
         self.spoilt = self.spoilt or (pairs.slots and bool(self._changed_slots))
 
@@ -156,16 +156,19 @@ class Lent:
     def _sort_out(self) -> set[int]:
         """The tensors that have left their memory, where contents are exchanged from now on."""
         if self._moved is None:
-            moved = set() if self._now is None else self._pairs.elsewhere() | self._pairs.misfits()
-            if moved:
-                for i in moved:
-                    renew(self._memory[i])
-                places = [
-                    self._memory[i] if i in moved else t for i, t in enumerate(self._pairs.live)
-                ]
-                self._exchange = Exchange(places, self._pairs.asides, exchanged=True)
+            moved = set() if self._now is None else self._pairs.moved()
+            for i in moved:
+                renew(self._memory[i])
+            if self._now is not None:
+                self.part(moved, exchanged=True)
             self._moved = moved
         return self._moved
+
+    def part(self, moved: set[int], *, exchanged: bool) -> None:
+        """Exchanges contents from now on where they are, whatever becomes of the tensors."""
+        live = enumerate(self._pairs.live)
+        self._places = [self._memory[i] if i in moved else t.detach() for i, t in live]
+        self._exchange = Exchange(self._places, self._pairs.asides, exchanged=exchanged)
 
     def _exchange_back(self) -> None:
         error = failure(lambda: self._exchange.to(False))
@@ -181,27 +184,48 @@ class Lent:
     def _tell(self, problem: str, error: str) -> None:
         self.problems[f"{problem} ({error})"] = None
 
-    def _write(self, i: int, tensor: Tensor, content: Tensor) -> None:
+    def follow(self, lent: Sequence[Tensor]) -> None:
+        """Writes the content also into tensors that have left its memory, or come in their place.
+
+        `lent` is the memory of all loans: a tensor that lies in it, or shares memory with another one
+        of the model, gets memory of its own.
+        """
+        if self._now is None:
+            return
+        items, gone = self._pairs.items, {i for i, _ in self._pairs.renewed(self._now)}
+        free = {name for i in gone for name in items[i].names}
+        names: dict[int, set[str]] = {}
+        for name, tensor in self._now.items():
+            names.setdefault(id(local(tensor)), set()).add(name)
+        new = [(i, self._pairs.live[i]) for i in sorted(self._sort_out() - gone)]
+        for i, tensor in self._pairs.new(self._now):
+            ties = names[id(tensor)] - set(items[i].names)
+            for other in ties:
+                self._tell(
+                    f"{items[i].name} could not be given back", f"{other} is the same tensor"
+                )
+            if ties <= free:
+                new.append((i, tensor))
+        new = [(i, t) for i, t in new if identity(t) != identity(self._places[i])]
+        mine = {name for i, _ in new for name in items[i].names}
+        others = [local(t) for name, t in self._now.items() if name not in mine]
+        shared = set(meeting([t for _, t in new], [*others, *lent]))
+        for k, (i, tensor) in enumerate(new):
+            self._write(i, tensor, self._places[i], anew=k in shared)
+
+    def _write(self, i: int, tensor: Tensor, content: Tensor, *, anew: bool) -> None:
         """Writes content into a tensor, which keeps its dtype and device but not another shape."""
 
         def write() -> None:
-            if tensor.shape == content.shape and has_memory(tensor):
-                tensor.copy_(content)
+            if tensor.shape != content.shape or not has_memory(tensor):
+                tensor.data = content.clone()
+            elif anew:
+                tensor.data = content.to(tensor.device, tensor.dtype, copy=True)
             else:
-                tensor.data = content.detach().clone()
+                tensor.copy_(content)
 
         if error := failure(write):
             self._tell(f"{self._pairs.items[i].name} could not be given back", error)
-
-    def follow(self) -> None:
-        """Writes the content also into tensors that have left its memory, or come in their place."""
-        if self._now is None:
-            return
-        live, moved = self._pairs.live, self._sort_out()
-        new = [(i, live[i]) for i in sorted(moved)]
-        new += [(i, t) for i, t in self._pairs.new(self._now) if t is not live[i]]
-        for i, tensor in new:
-            self._write(i, tensor, self._memory[i] if i in moved else live[i])
 
 
 def _fills_storage(tensor: Tensor) -> bool:

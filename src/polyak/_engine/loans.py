@@ -65,6 +65,8 @@ class Loan:
         ended: WeakMethod[Callable[[], None]],
     ) -> None:
         self.label, self.owner = label, owner
+        self.strayed = False
+        """Whether the block has replaced or moved tensors."""
         self.out = False
         """Whether the model carries the average, as far as the loan comes before others."""
         self.model = model
@@ -91,7 +93,7 @@ class Loan:
         if not self.same():
             now = self.model.by_name()
             for pairs in self._pairs:
-                new = [(i, pairs.live[i]) for i in pairs.elsewhere()] + pairs.new(now)
+                new = [(i, pairs.live[i]) for i in pairs.moved()] + pairs.new(now)
                 tensors += [t for _, t in new]
                 names += [pairs.items[i].name for i, _ in new]
         return tensors, names
@@ -126,7 +128,8 @@ class Loan:
         ):  # a root left whole by a forward pass has the average
             self._problems = {f"resharding failed ({error})": None}
         if self.out:
-            now = None if self.same() else self.model.by_name()
+            self.strayed = not self.same()
+            now = self.model.by_name() if self.strayed else None
             for lent in self._lent:
                 lent.look(now)
             self.out = False
@@ -135,11 +138,19 @@ class Loan:
         for lent in self._lent:
             lent.restore()
 
+    def part(self) -> None:
+        """What `follow` of other loans writes changes no content of this one from now on."""
+        for each in () if self.strayed else self._lent:
+            each.part(set(), exchanged=self.out)
+
     @torch.no_grad()
-    def follow(self) -> None:
-        """Writes what the model's tensors hold now into those that the block has put in their place."""
-        for lent in self._lent:
-            lent.follow()
+    def follow(self, lent: Sequence[Tensor]) -> None:
+        """Writes what the lent memory holds now into tensors that have left it, or come in their place.
+
+        `lent` is the memory of all loans, which stays as it is.
+        """
+        for each in self._lent:
+            each.follow(lent)
 
     def close(self) -> None:
         """What follows the last `take_back`: the average can be used again, unless it is spoilt."""

@@ -80,15 +80,14 @@ class Pairs:
         found = [*self.renewed(now), *((i, part) for i, part, _ in self.strays(now))]
         return [(i, part) for i, part in found if part is not None]
 
-    def elsewhere(self) -> set[int]:
-        """The places of live tensors that have other memory than they had."""
-        now = enumerate(map(Tensor.data_ptr, self.live))
-        return {i for i, pointer in now if pointer != self._pointers[i]}
-
-    def misfits(self) -> set[int]:
-        """The places of live tensors with which contents cannot be exchanged, or that have no memory."""
-        pairs = enumerate(zip(self.live, self.asides, strict=True))
-        return {i for i, (a, b) in pairs if _form(a) != _form(b) or not has_memory(a)}
+    def moved(self) -> set[int]:
+        """The places of live tensors that have other memory than they had, another form, or no memory."""
+        there = zip(self.live, self._pointers, self.asides, strict=True)
+        return {
+            i
+            for i, (t, pointer, aside) in enumerate(there)
+            if t.data_ptr() != pointer or _form(t) != _form(aside) or not has_memory(t)
+        }
 
     def exchange(self) -> Exchange:
         """An exchange of all pairs, as if it had not begun."""
