@@ -13,14 +13,12 @@ from typer.testing import CliRunner
 
 from polyak.cli import app
 from polyak.rules import Uniform
-from polyak.study import Metric
-from polyak.study import _independent as independent
+from polyak.study import Metric, constant
 from polyak.study._compare import Comparison
 from polyak.study._compare import compare as compare_all
-from polyak.study._compare_page import table, write
+from polyak.study._compare_page import write
 from polyak.study._effects import Effects
 from polyak.study._speed import over_studies, scores_over_studies, times_to_target
-from polyak.study._statistics import Interval, proportion
 from study_results import folder, loss, result, truth
 
 
@@ -85,45 +83,6 @@ def test_a_seed_without_a_number_is_left_out(folders: tuple[Path, Path], tmp_pat
     seeds = {(p.schedule, p.arm): p.gain.seeds for p in found.pairings}
     assert {arm for (_, arm), count in seeds.items() if count == 8} == {"long"}
     assert {count for (_, arm), count in seeds.items() if arm != "long"} == {9}
-
-
-def test_without_a_common_seed_runs_are_independent(tmp_path: Path) -> None:
-    """Welch's interval of the log ratio, Mann and Whitney's share of pairs and p-value, by Holm."""
-
-    def other(arm: str, seed: int, *rest: Any) -> float:
-        return truth(arm, seed + 50, *rest) * (1.3 if arm == "long" else 0.7)
-
-    one = folder(tmp_path / "one", result(9))
-    both = compare_all([one, folder(tmp_path / "two", result(6, other), first=50)])
-    (found,) = both.comparisons
-    assert found.seeds == () and "Mann and Whitney" in table(both, found).note
-    p_values = {}
-    for pairing in found.pairings:
-        place = (pairing.arm, pairing.schedule)
-        first = [truth(place[0], n, place[1], 0.1, "test") for n in range(9)]
-        second = [other(place[0], n, place[1], 0.1, "test") for n in range(6)]
-        welch = stats.ttest_ind(np.log(second), np.log(first), equal_var=False)
-        low, high = welch.confidence_interval()
-        wanted = 1 - np.exp([np.mean(np.log(second)) - np.mean(np.log(first)), high, low])
-        gain = pairing.gain
-        assert [gain.estimate, gain.low, gain.high] == pytest.approx(wanted)
-        wins = np.mean([[ours < theirs for theirs in first] for ours in second])
-        assert pairing.improvement.estimate == pytest.approx(wins)
-        p_values[place] = stats.mannwhitneyu(second, first).pvalue
-        assert p_values[place] <= pairing.p <= 1
-        assert (pairing.gain.estimate > 0) == (pairing.arm != "long")
-    assert min(p.p for p in found.pairings) == pytest.approx(min(1, 12 * min(p_values.values())))
-    page = write(both, tmp_path / "out", "c").read_text(encoding="utf-8")
-    assert "they have no common seed" in page
-
-
-def test_independent_runs_that_are_few_or_equal() -> None:
-    """One value has no deviation, equal values have none, and the smaller sample decides."""
-    one = independent.difference([1.0], [2.0, 3.0])
-    assert (one.estimate, one.seeds) == (-1.5, 1) and np.isnan([one.low, one.high]).all()
-    assert independent.difference([1.0, 1.0], [2.0] * 3) == Interval(-1.0, -1.0, -1.0, 2)
-    assert independent.superiority([1.0] * 2, [1.0] * 9, True) == proportion(1.0, 2)
-    assert independent.rank_sum([1.0] * 3, [1.0] * 4) == independent.rank_sum([], [1.0]) == 1.0
 
 
 def broken(place: Path, text: str) -> Path:
@@ -208,13 +167,21 @@ def test_studies_without_a_common_average_have_no_fastest_one(
     assert "better than study 1 in" in page and "soonest" not in page
 
 
-def test_of_other_metrics_only_the_times_to_the_target_are_compared(
-    folders: tuple[Path, Path], tmp_path: Path
+OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    "metric": ({"metrics": {"error": Metric(loss)}}, 0),
+    "schedule": ({"schedules": {"another": constant}}, 0),
+    "seed": ({}, 50),
+}
+
+
+@pytest.mark.parametrize(("fields", "first"), OTHERS.values(), ids=OTHERS)
+def test_without_common_values_only_the_times_to_the_target_are_compared(
+    fields: dict[str, Any], first: int, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    other = folder(tmp_path / "other", result(3, metrics={"error": Metric(loss)}))
+    other = folder(tmp_path / "other", result(3, **fields), first)
     page = write(compare_all([folders[0], other]), tmp_path / "out", "c").read_text()
-    assert "Study 2 does not have the loss of study 1" in page and "soonest" in page
-    assert 'id="gains_2"' not in page and "metrics: error: " in page
+    assert "Study 2 and study 1 have no loss of one arm" in page and "soonest" in page
+    assert 'id="gains_2"' not in page and 'id="differences_2"' in page
 
 
 @pytest.mark.slow

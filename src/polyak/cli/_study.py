@@ -138,8 +138,8 @@ def compare(
     """Compare studies arm by arm.
 
     Each study is compared with the first one, and the arms that all of them have stand side by side.
-    Runs are paired by seed; without a common seed they are compared as independent. The studies may
-    differ in model, data, rules or anything else: the page lists the differences.
+    Runs are paired by seed. The studies may differ in model, data, rules or anything else: the page
+    lists the differences.
     """
     from polyak.study import _compare, _compare_page
 
@@ -148,8 +148,6 @@ def compare(
         if each.pairings:
             table = _compare_page.table(compared, each)
             print_table(table.header, table.rows, left=2)
-        if not each.seeds:
-            say("The studies have no common seed: their runs are compared as independent ones.")
         for line in each.differences:
             say(f"study {each.number} differs: {line}")
     command = shlex.join(["polyak", "study", "compare", *map(str, folders), "--out", str(out)])

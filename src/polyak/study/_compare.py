@@ -1,4 +1,4 @@
-"""Compare: studies against the first one, arm by arm, within the seeds that both have, or as independent runs.
+"""Compare: studies against the first one, arm by arm, within the seeds that both have.
 
 It reads what the records say about their study, so it needs no recipe, and the studies may differ in any
 condition, such as the model, the data or the length of the runs: what differs is listed.
@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polyak._checks import require
 from polyak.study import _comparisons as comparisons
-from polyak.study import _independent as independent
 from polyak.study._record_format import differences
 from polyak.study._recorded import recorded
 from polyak.study._result import Result
-from polyak.study._statistics import Interval, bootstrap, known
+from polyak.study._statistics import Interval, bootstrap
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """One arm under one schedule in two studies, over the seeds that both have, or over all of each.
+    """One arm under one schedule in two studies, over the seeds that both have.
 
     `gain` is positive if the other study is better than the first: a share if all values are above 0, else
     in the metric's unit. `p` is Holm's p-value among all pairings of the two.
@@ -43,9 +41,8 @@ class Pairing:
 class Comparison:
     """A study beside the first one: the pairings, and the conditions in which they differ.
 
-    `number` is the study's place among the folders, from 2. `seeds` are those that both have. If there is
-    none, the runs are compared as independent ones. Studies with other metrics, arms or schedules
-    have no pairings.
+    `number` is the study's place among the folders, from 2, `seeds` are those that both have. Studies
+    without a common seed, metric, or arm under one schedule have no pairings.
     """
 
     number: int
@@ -85,22 +82,15 @@ def _listed(folders: Sequence[Path]) -> str:
     return f"{', '.join(map(str, folders[:-1]))} and {folders[-1]}"
 
 
-def _common(one: Result, two: Result, metric: str) -> list[tuple[str, str]]:
-    """The arms under schedules that two studies have; none if they do not have the metric in common."""
-    return [
-        (schedule, arm)
-        for schedule in one.study.schedules
-        for arm in one.study.arm_names
-        if schedule in two.study.schedules
-        and arm in two.study.arm_names
-        and metric in two.study.metrics
-    ]
-
-
 def _compared(number: int, one: Result, two: Result, metric: str) -> Comparison:
     seeds = tuple(sorted({s.number for s in one.seeds} & {s.number for s in two.seeds}))
-    pair = partial(_paired, seeds=seeds) if seeds else _independent
-    found = [pair(one, two, *name, metric) for name in _common(one, two, metric)]
+    found = [
+        _paired(one, two, schedule, arm, metric, seeds)
+        for schedule in one.study.schedules
+        for arm in one.study.arm_names
+        if schedule in two.study.schedules and arm in two.study.arm_names
+        if metric in two.study.metrics and seeds
+    ]
     corrected = comparisons.holm({f"{i}": p.p for i, p in enumerate(found)})
     pairings = tuple(replace(p, p=corrected[f"{i}"]) for i, p in enumerate(found))
     differ = tuple(differences(_conditions(one), _conditions(two)))
@@ -126,29 +116,9 @@ def _paired(
     lower = one.study.metrics[metric].lower_is_better
     is_share = bool(ours) and min(*ours, *theirs) > 0
     gains = comparisons.gains(ours, theirs, lower, is_share)
-    return Pairing(
-        schedule, arm, bootstrap(theirs), bootstrap(ours), _as_gain(bootstrap(gains), lower, is_share),
-        is_share, comparisons.improvement(ours, theirs, lower),
-        comparisons.sign_flip(gains),
-    )  # fmt: skip
-
-
-def _independent(one: Result, two: Result, schedule: str, arm: str, metric: str) -> Pairing:
-    ours, theirs = (
-        known(seed.value(arm, metric, schedule) for seed in result.seeds) for result in (two, one)
-    )
-    lower = one.study.metrics[metric].lower_is_better
-    is_share = bool(ours and theirs) and min(*ours, *theirs) > 0
-    scaled = (
-        comparisons.gains(values, [float(is_share)] * len(values), lower, is_share)
-        for values in (ours, theirs)
-    )
+    gain = bootstrap(gains)
     return Pairing(
         schedule, arm, bootstrap(theirs), bootstrap(ours),
-        _as_gain(independent.difference(*scaled), lower, is_share),
-        is_share, independent.superiority(ours, theirs, lower), independent.rank_sum(ours, theirs),
+        gain.map(lambda value: comparisons.as_share(value, lower)) if is_share else gain,
+        is_share, comparisons.improvement(ours, theirs, lower), comparisons.sign_flip(gains),
     )  # fmt: skip
-
-
-def _as_gain(gain: Interval, lower: bool, is_share: bool) -> Interval:
-    return gain.map(lambda value: comparisons.as_share(value, lower)) if is_share else gain

@@ -16,17 +16,10 @@ from polyak.study._page import Block, Bullets, Figure, Figures, Grid, Page, Sect
 from polyak.study._text import Table, between, file_name, percent, significant
 
 _NOTE = (
-    "Test values at the last step, mean over seeds [95 % interval], each arm at the learning rate that is best for it on "
-    "validation in its study. Gain: positive if study {} is better than study 1; a ratio of geometric means where it is in %. "
-)
-_PAIRED = (
-    "Only seeds that both studies have count, and gains are paired within a seed. Probability of improvement: share of seeds in "
-    "which study {} is better, ties by half. p: random signs of the gains, corrected over the rows."
-)
-_INDEPENDENT = (
-    "The studies have no common seed, so their runs count as independent ones: the gain has Welch's interval, the probability "
-    "of improvement is Mann and Whitney's over all pairs of runs, with a conservative interval, and p is of their test, "
-    "corrected over the rows."
+    "Test values at the last step, mean over the seeds that both studies have [95 % interval], each arm at the learning rate that is "
+    "best for it on validation in its study. Gain: paired within a seed, positive if study {0} is better than study 1; a ratio of "
+    "geometric means where it is in %. Probability of improvement: share of seeds in which study {0} is better, ties by half. p: "
+    "random signs of the gains, corrected over the rows."
 )
 
 
@@ -49,8 +42,8 @@ def table(compared: Compared, comparison: Comparison) -> Table:
         "schedule", "arm", f"{compared.metric}, study 1", f"{compared.metric}, study {number}",
         f"gain of study {number}", "probability of improvement", "p (Holm)",
     )  # fmt: skip
-    note = (_NOTE + (_PAIRED if comparison.seeds else _INDEPENDENT)).format(number, number)
-    return Table(f"compared_{number}", f"Study {number} against study 1", header, rows, note)
+    title = f"Study {number} against study 1"
+    return Table(f"compared_{number}", title, header, rows, _NOTE.format(number))
 
 
 def _page(compared: Compared, command: str) -> Page:
@@ -71,18 +64,16 @@ def _page(compared: Compared, command: str) -> Page:
 def _said(comparison: Comparison, metric: str) -> str:
     pairings, number = comparison.pairings, comparison.number
     if not pairings:
-        return f"Study {number} does not have the {metric} of study 1 under one of its schedules, so only times to the target are compared."
+        return (
+            f"Study {number} and study 1 have no {metric} of one arm under one schedule and seed in common, so only times to "
+            "the target are compared."
+        )
     better = sum(p.gain.low > 0 for p in pairings)
     worse = sum(p.gain.high < 0 for p in pairings)
-    seeds = (
-        f"they are compared within {len(comparison.seeds)} common seeds"
-        if comparison.seeds
-        else "they have no common seed, so their runs are compared as independent ones"
-    )
     differ = len(comparison.differences)
     return (
         f"Of {len(pairings)} averages under their schedules, study {number} is better than study 1 in {better} and worse in "
-        f"{worse}; for the others the 95 % interval holds 0; {seeds}, and {f'{differ} conditions differ' if differ else 'all conditions are equal'}."
+        f"{worse}; for the others the 95 % interval holds 0. They have {len(comparison.seeds)} common seeds, and {f'{differ} conditions differ' if differ else 'all conditions are equal'}."
     )
 
 
