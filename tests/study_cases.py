@@ -13,7 +13,7 @@ from polyak.study import Study
 from polyak.study._record_format import RecordFormat
 from polyak.study.recipes import article
 
-FORM = RecordFormat(dict, dict, str, str, ())  # of a file to which no record is added
+FORM = RecordFormat(dict, dict)  # of a file to which no record is added
 
 
 def short(epochs: int) -> Study:

@@ -69,20 +69,7 @@ class Conditions:
         return RecordFormat(
             lambda record: self.of(str(record.get("schedule"))),
             lambda record: fields(self._study, record.get("steps")),
-            run_of,
-            lambda record: label(run_of(record)),
-            ("seconds",),
         )
-
-
-def run_of(record: Record) -> Run:
-    """The run that a record is of."""
-    return Run(record["seed"], record["schedule"], record["learning_rate"])
-
-
-def label(run: Run) -> str:
-    """A run as a message names it."""
-    return f"seed {run.seed}, schedule {run.schedule}, learning rate {run.learning_rate:g}"
 
 
 def described_arm(arm: Arm | Ensemble) -> str:

@@ -33,6 +33,9 @@ class Run(NamedTuple):
     schedule: str
     learning_rate: float
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}, schedule {self.schedule}, learning rate {self.learning_rate:g}"
+
 
 def source_seed(seed: int, source: str, vary: Collection[str] = SOURCES) -> int:
     """`4 seed + place of the source in SOURCES`; a source that does not vary has the seed of run 0."""

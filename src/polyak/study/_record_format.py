@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from reprlib import Repr
 from typing import Any, NamedTuple
 
@@ -42,14 +42,10 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 
 class RecordFormat(NamedTuple):
-    """What a line is: of which conditions, with which fields, of which run."""
+    """What a line is: of which conditions, with which fields."""
 
     conditions: Callable[[Record], Mapping[str, Any]]
     fields: Callable[[Record], Mapping[str, Any]]
-    key: Callable[[Record], Hashable]
-    label: Callable[[Record], str]
-    measured: tuple[str, ...]
-    """The fields that differ when a run is repeated: times."""
 
 
 def fingerprint(conditions: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from polyak.rules import Uniform
-from polyak.study._conditions import fields, label, run_of
+from polyak.study._conditions import fields
 from polyak.study._record_format import Record, RecordFormat
 from polyak.study._records import opened
 from polyak.study._result import Result
@@ -55,13 +55,7 @@ def recorded(folder: Path) -> Result:
         own = record.get("conditions")
         return {**conditions, "schedule": own.get("schedule") if isinstance(own, dict) else None}
 
-    form = RecordFormat(
-        expected,
-        lambda record: fields(study, record.get("steps")),
-        run_of,
-        lambda record: label(run_of(record)),
-        ("seconds",),
-    )
+    form = RecordFormat(expected, lambda record: fields(study, record.get("steps")))
     with opened(path, form) as results:
         records = list(results.by_run.values())
     schedules = {record["schedule"]: constant for record in records}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from polyak._files import making_folder
 from polyak._system import Claim
+from polyak.study._loop import Run
 from polyak.study._record_format import Record, RecordFormat, require_record
 
 _BEGINNING = b'{"seed": '  # of every line that `add` writes
@@ -28,8 +29,8 @@ class Results:
     def __init__(self, file: IO[bytes], form: RecordFormat) -> None:
         self._file = file
         self._form = form
-        self._lines: dict[Hashable, int] = {}  # run -> the number of its line, for messages
-        self.by_run: dict[Any, Record] = {}
+        self._lines: dict[Run, int] = {}  # run -> the number of its line, for messages
+        self.by_run: dict[Run, Record] = {}
         self._read()
 
     def add(self, record: Record) -> None:
@@ -41,9 +42,9 @@ class Results:
         try:
             require_record(record, self._form)
         except ValueError as error:
-            raise ValueError(f"{self._form.label(record)}: {error}") from None
+            raise ValueError(f"{_run(record)}: {error}") from None
         self._write(json.dumps(record).encode() + b"\n")
-        self.by_run[self._form.key(record)] = record
+        self.by_run[_run(record)] = record
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -62,22 +63,15 @@ class Results:
         try:
             record = _parsed(line)
             require_record(record, self._form)
-            run = self._form.key(record)
-            if self._measurements(self.by_run.setdefault(run, record)) != self._measurements(
-                record
-            ):
-                label = self._form.label(record)
-                raise ValueError(f"line {self._lines[run]} has other results of {label}")
+            run = _run(record)
+            if _measured(self.by_run.setdefault(run, record)) != _measured(record):
+                raise ValueError(f"line {self._lines[run]} has other results of {run}")
         except ValueError as error:
             problem, *details = str(error).split("\n")
             remedy = "remove this line to run it again, or choose another folder"
             message = f"{self._file.name}, line {number}: {problem}; {remedy}"
             raise ValueError("\n".join([message, *details])) from None
         self._lines.setdefault(run, number)
-
-    def _measurements(self, record: Record) -> Record:
-        """What a repeated run must give again."""
-        return {name: value for name, value in record.items() if name not in self._form.measured}
 
     def _write(self, line: bytes) -> None:
         """Appends bytes and waits until they are on the disk."""
@@ -87,6 +81,15 @@ class Results:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from None
+
+
+def _run(record: Record) -> Run:
+    return Run(record["seed"], record["schedule"], record["learning_rate"])
+
+
+def _measured(record: Record) -> Record:
+    """What a repeated run must give again: all but its times."""
+    return {name: value for name, value in record.items() if name != "seconds"}
 
 
 def _is_torn(line: bytes) -> bool:
