@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,12 @@ def unfit(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]
             "Run its zero_to_fp32.py in the checkpoint's folder, or save with "
             "stage3_gather_16bit_weights_on_model_save"
         )
+    return _of_kind(tuple(specs.items()))
+
+
+@lru_cache(maxsize=4)  # all files of a run have the same tensors
+def _of_kind(tensors: tuple[tuple[str, TensorSpec], ...]) -> str:
+    specs = dict(tensors)
     if name := next(_packed(specs), ""):
         return (
             f"{name} ({specs[name]}) holds quantised numbers, whose mean is not the mean of the weights "
@@ -126,24 +133,27 @@ def _packed(specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     They have scales beside them, or they are integers that are called weights, or those of a module that has
     floating-point numbers but no weight of at least their size.
     """
+    narrow = {n: spec for n, spec in specs.items() if spec.shape and _may_be_packed(spec.dtype)}
     scaled: set[str] = set()
     for name in specs:
         if found := _SCALES.search(name):
             base = name[: found.start()].rstrip("._:").removesuffix("_quantizer")
             scaled |= {name.rpartition(".")[0], base}
     largest = _largest_floats(specs)
-    for name, (shape, dtype) in specs.items():
+    for name, spec in narrow.items():
         module, _, leaf = name.rpartition(".")
-        if not shape or _SCALES.search(leaf):
+        matrix = len(spec.shape) > 1 and spec.dtype not in _FLOAT8 and not _BUFFER.search(leaf)
+        smaller = spec.dtype != torch.int64 and 0 < largest.get(module, 0) < spec.numel
+        if _SCALES.search(leaf):
             continue
-        integers = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
         by_scales = name in scaled or (module in scaled and _WEIGHT.search(leaf))
-        if by_scales and (integers or dtype in _FLOAT8):
+        if by_scales or (matrix and (_CALLED.search(name) or smaller)):
             yield name
-        elif integers and len(shape) > 1 and not _BUFFER.search(leaf):
-            smaller = 0 < largest.get(module, 0) < specs[name].numel
-            if _CALLED.search(name) or (smaller and dtype != torch.int64):
-                yield name
+
+
+def _may_be_packed(dtype: torch.dtype) -> bool:
+    number = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+    return number or dtype in _FLOAT8
 
 
 def _largest_floats(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
