@@ -70,6 +70,14 @@ def test_conditions_that_differ_are_listed(folders: tuple[Path, Path]) -> None:
     assert compare(folders[0], folders[0]).differences == ()
 
 
+def test_all_conditions_that_differ_are_counted(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    arms = {f"arm_{i}": "uniform()" for i in range(9)}
+    other = folder(tmp_path / "other", result(2, arms=arms))
+    page = write(compare_all([folders[0], other]), tmp_path / "out", "c").read_text()
+    assert "and 14 conditions differ" in page
+    assert len(compare(folders[0], other).differences) == 14
+
+
 def test_a_study_is_as_good_as_itself(folders: tuple[Path, Path]) -> None:
     for pairing in compare(folders[0], folders[0]).pairings:
         assert (pairing.gain.estimate, pairing.p, pairing.improvement.estimate) == (0.0, 1.0, 0.5)

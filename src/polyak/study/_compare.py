@@ -13,10 +13,11 @@ from typing import Any
 
 from polyak._checks import require
 from polyak.study import _comparisons as comparisons
-from polyak.study._record_format import differences
+from polyak.study._record_format import all_differences
 from polyak.study._recorded import recorded
 from polyak.study._result import Result
 from polyak.study._statistics import Interval, bootstrap
+from polyak.study._text import listed
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,10 @@ def compare(folders: Sequence[Path]) -> Compared:
     arms = set.intersection(*(set(result.study.arms) for result in results))
     if not arms and not any(each.pairings for each in compared):
         what = f"an average, or the metric {metric!r} of the live weights under one schedule"
-        raise ValueError(f"{_listed(folders)} do not all have {what}: nothing to compare")
+        raise ValueError(
+            f"{listed([*map(str, folders)])} do not all have {what}: nothing to compare"
+        )
     return Compared(tuple(folders), results, metric, compared)
-
-
-def _listed(folders: Sequence[Path]) -> str:
-    return f"{', '.join(map(str, folders[:-1]))} and {folders[-1]}"
 
 
 def _compared(number: int, one: Result, two: Result, metric: str) -> Comparison:
@@ -93,7 +92,7 @@ def _compared(number: int, one: Result, two: Result, metric: str) -> Comparison:
     ]
     corrected = comparisons.holm({f"{i}": p.p for i, p in enumerate(found)})
     pairings = tuple(replace(p, p=corrected[f"{i}"]) for i, p in enumerate(found))
-    differ = tuple(differences(_conditions(one), _conditions(two)))
+    differ = tuple(all_differences(_conditions(one), _conditions(two)))
     return Comparison(number, seeds, pairings, differ)
 
 

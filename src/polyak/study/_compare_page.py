@@ -13,7 +13,7 @@ from polyak.study import _speed as speed
 from polyak.study._compare import Compared, Comparison, Pairing
 from polyak.study._effects import Effects
 from polyak.study._page import Block, Bullets, Figure, Figures, Grid, Page, Section, Text
-from polyak.study._text import Table, between, file_name, percent, significant
+from polyak.study._text import Table, between, file_name, listed, percent, significant
 
 _NOTE = (
     "Test values at the last step, mean over the seeds that both studies have [95 % interval], each arm at the learning rate that is "
@@ -50,7 +50,7 @@ def _page(compared: Compared, command: str) -> Page:
     studies = [Effects(result) for result in compared.results]
     names = [folder.name for folder in compared.folders]
     return Page(
-        f"{' and '.join(names[1:])} against {names[0]}",
+        f"{listed(names[1:])} against {names[0]}",
         " ".join(f"Study {i}: {folder}." for i, folder in enumerate(compared.folders, 1)),
         (*(_said(each, compared.metric) for each in compared.comparisons), *_fastest(studies)),
         (
@@ -72,7 +72,7 @@ def _said(comparison: Comparison, metric: str) -> str:
     worse = sum(p.gain.high < 0 for p in pairings)
     differ = len(comparison.differences)
     return (
-        f"Of {len(pairings)} averages under their schedules, study {number} is better than study 1 in {better} and worse in "
+        f"Of {len(pairings)} arms under their schedules, study {number} is better than study 1 in {better} and worse in "
         f"{worse}; for the others the 95 % interval holds 0. They have {len(comparison.seeds)} common seeds, and {f'{differ} conditions differ' if differ else 'all conditions are equal'}."
     )
 

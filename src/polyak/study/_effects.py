@@ -19,7 +19,7 @@ from polyak.study._result import Result, When
 from polyak.study._schedules import Plateau
 from polyak.study._statistics import Interval, Statistic, bootstrap, known
 from polyak.study._study import Arm, Ensemble
-from polyak.study._text import percent, significant
+from polyak.study._text import listed, percent, significant
 from polyak.study._tracking import profile_of, rule_of
 
 SAME = 1e-9
@@ -160,13 +160,13 @@ def identical(result: Result) -> list[str]:
     """Sentences that name the averages that are one and the same, by their rules or by their values."""
     by_rule = _same_rules(result)
     sentences = [
-        f"{_listed(group)} are one average: their rules give every step the same weight."
+        f"{listed(group)} are one average: their rules give every step the same weight."
         for group in by_rule
     ]
     known = [set(group) for group in by_rule]
     for group in _same_values(result):
         if not any(set(group) <= each for each in known):
-            sentences.append(f"{_listed(group)} have equal values in every run.")
+            sentences.append(f"{listed(group)} have equal values in every run.")
     return sentences
 
 
@@ -219,7 +219,3 @@ def _rules(result: Result) -> dict[str, tuple[Rule, int]]:
         for name, arm in arms.items()
         if isinstance(arm, Arm)
     }
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"

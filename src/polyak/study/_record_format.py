@@ -74,18 +74,19 @@ def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
 ) -> list[str]:
     """Lines that say in which conditions two mappings differ: at most eight, then a count."""
-    lines = list(_differences(stored, wanted, within))
+    lines = list(all_differences(stored, wanted, within))
     more = len(lines) - _MOST_LINES
     return [*lines[:_MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
 
 
-def _differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str
+def all_differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
 ) -> Iterator[str]:
+    """A line for each condition in which two mappings differ."""
     for name in sorted({*stored, *wanted}):
         theirs, ours = stored.get(name, "(nothing)"), wanted.get(name, "(nothing)")
         if isinstance(theirs, dict) and isinstance(ours, dict):
-            yield from _differences(theirs, ours, f"{within}{name}: ")
+            yield from all_differences(theirs, ours, f"{within}{name}: ")
         elif theirs != ours:
             yield f"{within}{name}: {_repr.repr(theirs)} there, {_repr.repr(ours)} now"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from polyak.study._statistics import Interval
@@ -32,6 +32,15 @@ class Table:
 def _markdown(cell: str) -> str:
     """A cell in one line; a bar in it would begin another cell."""
     return " ".join(cell.split()).replace("|", r"\|")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def file_name(name: str) -> str:
