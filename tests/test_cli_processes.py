@@ -22,9 +22,26 @@ from patience import HANG
 POLYAK = [sys.executable, "-m", "polyak"]
 
 
-def started(folder: Path, *arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
+# The command line, which waits for a signal after it has written a tensor.
+WAITS = """
+import runpy, time
+from polyak.checkpoints import _safetensor_files as files
+
+def write_and_wait(*given, write=files._write_tensor):
+    write(*given)
+    while True:
+        time.sleep(0.01)
+
+files._write_tensor = write_and_wait
+runpy.run_module("polyak", run_name="__main__", alter_sys=True)
+"""
+
+
+def started(
+    folder: Path, *arguments: str, stderr: int | None = None, command: list[str] = POLYAK
+) -> subprocess.Popen[str]:
     process: subprocess.Popen[str] = subprocess.Popen(
-        [*POLYAK, *arguments],
+        [*command, *arguments],
         cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
@@ -36,7 +53,7 @@ def started(folder: Path, *arguments: str, stderr: int | None = None) -> subproc
 
 @pytest.fixture
 def big(tmp_path: Path) -> Path:
-    """A folder with a file that takes some time to average often."""
+    """A folder with a file of 33.6 MB."""
     save_file({f"w{i}": torch.ones(1 << 20) for i in range(8)}, tmp_path / "big.safetensors")
     return tmp_path
 
@@ -46,7 +63,7 @@ SIGNALS = {signal.SIGINT: (130, "polyak: interrupted\n"), signal.SIGTERM: (143, 
 
 def interrupted(folder: Path, *arguments: str, by: signal.Signals = signal.SIGINT) -> None:
     """Starts a command, interrupts it while it writes, and looks at what it said and left."""
-    process = started(folder, *arguments)
+    process = started(folder, *arguments, command=[sys.executable, "-c", WAITS])
     while not list(folder.rglob(".*.part")):
         assert process.poll() is None, "it never wrote"
         time.sleep(0.002)
@@ -60,7 +77,7 @@ def interrupted(folder: Path, *arguments: str, by: signal.Signals = signal.SIGIN
 @pytest.mark.slow
 @pytest.mark.parametrize("by", SIGNALS, ids=lambda each: each.name)
 def test_interrupted_it_leaves_no_half_file(big: Path, by: signal.Signals) -> None:
-    files = ["big.safetensors"] * 60
+    files = ["big.safetensors"] * 2
     interrupted(big, "average", *files, "--out", "mean.safetensors", by=by)
     assert not (big / "mean.safetensors").exists()
     interrupted(big, "average", *files, "--out", "new/folder", "--shard-size", "8MB", by=by)
@@ -70,7 +87,7 @@ def test_interrupted_it_leaves_no_half_file(big: Path, by: signal.Signals) -> No
 @pytest.mark.slow
 def test_interrupted_it_leaves_what_was_there(big: Path) -> None:
     (big / "mean.safetensors").write_text("precious")
-    files = ["big.safetensors"] * 60
+    files = ["big.safetensors"] * 2
     interrupted(big, "average", *files, "--out", "mean.safetensors", "--force")
     assert (big / "mean.safetensors").read_text() == "precious"
 

@@ -163,8 +163,14 @@ def _note_findings(made: Combination) -> None:
         note(
             f"{len(changed)} of {len(made)} tensors have other dtypes in the files ({shown}): written as {written}"
         )
+    same: dict[str, list[str]] = {}
     for file, other in duplicates(made.sources):
-        note(f"{file} holds the same weights as {other}: they count twice")
+        same.setdefault(other, []).append(file)
+    for file, others in same.items():
+        names = listed([*dict.fromkeys(others)], 3)
+        note(
+            f"the same weights as {file} come again, in {names}: they count {len(others) + 1} times"
+        )
 
 
 def _dtypes(dtypes: Iterable[torch.dtype]) -> str:
