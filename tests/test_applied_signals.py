@@ -10,15 +10,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from models import assert_same, snapshot, wander
+from patience import HANG
 from polyak import Averager, Exponential
+from polyak._engine import lending, signals
 from polyak._engine.exchange import Exchange
+from polyak._engine.swap import Applied
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
 
@@ -236,6 +243,122 @@ def test_a_block_that_ends_amid_an_exchange_lets_the_handlers_wait(
     assert signal.getsignal(signal.SIGUSR1) is raises
 
 
+class SignalAt:
+    """Sends a signal before the n-th instruction of the Python code that `del` runs first."""
+
+    def __init__(self, n: int) -> None:
+        self.left, self.sent = n, False
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Any:
+        if self.sent or (frame.f_back and frame.f_back.f_code is not abandon.__code__):
+            return None
+        frame.f_trace_opcodes = True
+        self.left -= event == "opcode"
+        if self.left < 0:
+            self.sent = True
+            signal.raise_signal(signal.SIGUSR1)
+        return self
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def abandon(blocks: list[Applied], trace: SignalAt) -> None:
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        del blocks[:]
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_abandoned_block_ends_whenever_a_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two instructions of what Python calls when the block's object goes."""
+    monkeypatch.setattr(signals, "_SOON", 0.0)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    heard: list[int] = []
+
+    def hears(number: int, _: object) -> None:
+        heard.append(number)
+        raise TimeUpError
+
+    signal.signal(signal.SIGUSR1, hears)
+    model, averager = averaged()
+    live, average = snapshot(model), averager.average()
+    sent, n = True, 0
+    while sent:
+        blocks = [averager.applied()]
+        blocks[0].__enter__()
+        trace = SignalAt(n)
+        with suppress(TimeUpError):
+            abandon(blocks, trace)
+            if trace.sent:
+                wait_for(lambda: bool(heard))
+        assert_same(snapshot(model), live)
+        assert_same(averager.average(), average)
+        sent, n = trace.sent, n + 1
+        heard.clear()
+    assert n > 10
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_comes_after_the_handlers_keeps_no_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block that is abandoned ends, although a signal that came in its caller still waits."""
+    monkeypatch.setattr(signals, "_SOON", 0.0)
+    model, outer = averaged()
+    inner = Averager(model, Exponential(0.9))
+    inner.update()
+    live, heard = snapshot(model), []
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    hear = lending.hear_signals
+
+    def comes_late() -> None:
+        hear()
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGUSR1)
+
+    def entered_in_order() -> None:
+        with outer.applied():
+            second = inner.applied()
+            second.__enter__()
+            monkeypatch.setattr(lending, "hear_signals", comes_late)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        entered_in_order()
+    assert_same(snapshot(model), live)
+    wait_for(lambda: bool(heard))
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_still_waits_is_heard_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, outer = averaged()
+    _, inner = averaged()
+    heard: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: heard.append(number))
+    hear = lending.hear_signals
+
+    def comes_late() -> None:
+        hear()
+        signal.raise_signal(signal.SIGUSR1)
+
+    with outer.applied():
+        with inner.applied():
+            monkeypatch.setattr(lending, "hear_signals", comes_late)
+        monkeypatch.undo()
+        assert heard == []
+        signal.raise_signal(signal.SIGUSR2)
+        assert heard == [signal.SIGUSR1, signal.SIGUSR2]
+
+
 STORM = """
 import random, signal, sys, time
 import torch, polyak
@@ -258,8 +381,11 @@ first, second = averagers
 class TimeUpError(Exception):
     pass
 
+armed = False
+
 def raises(*_):
-    raise TimeUpError
+    if armed:  # an alarm that has waited may be sent again when the program is over
+        raise TimeUpError
 
 signal.signal(signal.SIGALRM, raises)
 
@@ -295,14 +421,16 @@ while hits < HITS:
     wait = max(2e-6, 1.1 * span * rng.random())
     again = 3e-4 + span * rng.random() if sent == "again and again" else 0
     try:
+        armed = True
         signal.setitimer(signal.ITIMER_REAL, wait, again)
         try:
             run()
             while not again and signal.getitimer(signal.ITIMER_REAL)[0]:
                 pass
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            armed = False
     except TimeUpError:
+        armed = False
         hits += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert all(bool((tensor == 3.0).all()) for tensor in weights.values()), hits

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from weakref import finalize
+from weakref import ref
 
 from polyak._engine import lending, signals
 from polyak._engine.loans import Loan
+
+_open: set[Hold] = set()  # Python calls only those weak references back that someone keeps
 
 
 class Hold:
@@ -13,22 +15,23 @@ class Hold:
 
     def __init__(self, block: object) -> None:
         self.loan: Loan | None = None
-        self._rescue: finalize[..., object] | None = None
         # If no `__exit__` comes (an abandoned generator), the block ends with its object. `__del__`
-        # would run after every block, and Python swallows a Ctrl-C that arrives in it.
-        self._rescue = finalize(block, self._abandoned)
+        # would run after every block, and Python swallows a Ctrl-C that arrives in it; or in the
+        # code of `weakref.finalize`, before the weights are back.
+        self._rescue: ref[object] | None = ref(block, self._abandoned)
+        _open.add(self)
 
     def end(self) -> str:
         """Ends the block. Returns what it did to weights and average; empty if it did nothing."""
         report = ""
         if self.loan is not None and lending.leave(self.loan, self):
             report = self.loan.report()
-        if self._rescue is not None:
-            self._rescue.detach()
+        self._rescue = None
+        _open.discard(self)
         return report
 
     @signals.critical
-    def _abandoned(self) -> None:
+    def _abandoned(self, _: ref[object]) -> None:
         """Ends a block that no one can leave any more. No one would hear an exception from here."""
         signals.hold()
         try:

@@ -22,7 +22,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SOON = 0.25  # seconds: longer than the rest of a call that the garbage collector makes
 _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
 _critical: set[CodeType] = set()
-_received: list[tuple[_Handler, int, FrameType | None]] = []
+_received: list[
+    tuple[_Handler, int]
+] = []  # without frames: they would keep the blocks of their callers
 
 
 class _Waiting:
@@ -33,8 +35,11 @@ class _Waiting:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if runs_below(frame, _critical, deliver.__code__):
-            _received.append((self.handler, number, frame))
-        else:
+            _received.append((self.handler, number))
+            return
+        try:
+            deliver()  # an exception may have broken off the call that would have
+        finally:
             self.handler(number, frame)
 
 
@@ -85,8 +90,8 @@ def deliver() -> None:
         return
     try:
         while _received:
-            handler, number, frame = _received.pop(0)
-            handler(number, frame)
+            handler, number = _received.pop(0)
+            handler(number, sys._getframe())
     finally:
         if _received:
             deliver()
