@@ -68,7 +68,7 @@ REFUSALS: Mapping[str, Mapping[str, str]] = {
         **_READS, "applied": MAY, "restructured": MAY, "other average applied": MUST, "no update": MUST, "spoilt": MUST,
     },
     "leave": {**_STRUCTURE, "written": MAY, "restructured": MAY},
-    "attach": {**_STRUCTURE, "attached": MUST, "none of its weights": MAY},
+    "attach": {**_STRUCTURE, "attached": MUST, "none of its weights": MAY, "restructured": MAY},
     "step": {**_BLOCKS, "applied": MAY},
     "copy the averager": {**_READS, "spoilt": MUST},
     "EMA": {"changed": MUST, "changed elsewhere": MAY, "other block": MAY, "lazy view": MAY},
