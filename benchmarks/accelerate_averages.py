@@ -10,8 +10,6 @@ evaluated. Time is the processor's, in rounds that take turns, as a ratio to the
 
 from __future__ import annotations
 
-import gc
-import statistics
 import tempfile
 import time
 import warnings
@@ -31,10 +29,10 @@ from ema_pytorch import EMA  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import polyak  # noqa: E402
+from in_training import State, furthest, held, in_turns  # noqa: E402
 from polyak.integrations.accelerate import register  # noqa: E402
 
 DECAY, STEPS, ROUNDS = 0.9, 16, 5
-State = dict[str, Tensor]
 
 
 class Nothing:
@@ -169,30 +167,6 @@ def copied(state: State) -> State:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def furthest(a: State, b: State) -> float:
-    return max((a[name] - tensor).abs().max().item() for name, tensor in b.items())
-
-
-def times() -> dict[str, float]:
-    """The processor's milliseconds of a step: the median over rounds that take turns."""
-    found: dict[str, list[float]] = {name: [] for name in MAKE}
-    for _ in range(ROUNDS):
-        for name, make in MAKE.items():
-            found[name].append(statistics.median(Run(make).train().marks[4:]))
-    return {name: statistics.median(each) for name, each in found.items()}
-
-
-def held(make: type[Nothing]) -> float:
-    """The bytes of all tensors after a training, while it is there."""
-    gc.collect()
-    run = Run(make).train()
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    del run
-    return sum(storages.values())
-
-
 def after_exception(make: type[Nothing]) -> str:
     """What the model has after an exception in the evaluation of the average."""
     run = Run(make).train()
@@ -232,7 +206,8 @@ ROWS: dict[str, Callable[[type[Nothing], Path], str]] = {
 def main() -> None:
     set_verbosity_error()
     torch.set_num_threads(1)
-    clocks, bytes_held = times(), {name: held(make) for name, make in MAKE.items()}
+    clocks = in_turns(MAKE, ROUNDS, lambda make: Run(make).train().marks[4:])
+    bytes_held = {name: held(Run(make).train) for name, make in MAKE.items()}
     base, *names = MAKE
     one = sum(tensor.nbytes for tensor in Run(Nothing).averaged.average().values())
     ratios = [f"{clocks[name] / clocks[base]:.2f}" for name in names]

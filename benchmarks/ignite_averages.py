@@ -7,9 +7,7 @@ Time is the processor's, in rounds that take turns, as a ratio to the training w
 
 from __future__ import annotations
 
-import gc
 import math
-import statistics
 import time
 import warnings
 from itertools import pairwise
@@ -20,12 +18,12 @@ warnings.simplefilter("ignore")
 import torch  # noqa: E402
 from ignite.engine import Engine, Events  # noqa: E402
 from ignite.handlers import EMAHandler  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 import polyak  # noqa: E402
+from in_training import State, furthest, held, in_turns  # noqa: E402
 
 DECAY, STEPS, ROUNDS, SKIPPED = 0.9, 16, 5, 7
-State = dict[str, Tensor]
 
 
 class Nothing:
@@ -116,10 +114,6 @@ class Run:
         return {"net": self.net, "optimizer": self.optimizer, **self.averaged.state()}
 
 
-def furthest(a: State, b: State) -> float:
-    return max((a[name] - tensor).abs().max().item() for name, tensor in b.items())
-
-
 def resumed(make: type[Nothing]) -> float:
     """How far the average of a resumed run is from that of one without a stop, at most."""
     whole, half, run = Run(make).train(), Run(make).train(0, STEPS // 2), Run(make)
@@ -136,31 +130,15 @@ def follows_live_statistics(make: type[Nothing]) -> str:
     return "yes" if furthest(run.averaged.average(), before) else "no"
 
 
-def times() -> dict[str, float]:
-    """The processor's seconds of a step: the median over rounds that take turns."""
-    found: dict[str, list[float]] = {name: [] for name in MAKE}
-    for _ in range(ROUNDS):
-        for name, make in MAKE.items():
-            marks = Run(make).train().marks[4:]
-            steps = [b - a for a, b in pairwise(marks)]
-            found[name].append(statistics.median(steps))
-    return {name: statistics.median(each) for name, each in found.items()}
-
-
-def held(make: type[Nothing]) -> float:
-    """The bytes of all tensors after a training, while it is there."""
-    gc.collect()
-    run = Run(make).train()
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    del run
-    return sum(storages.values())
+def steps(make: type[Nothing]) -> list[float]:
+    """The processor's seconds of the steps of a training, but the first."""
+    return [b - a for a, b in pairwise(Run(make).train().marks[4:])]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    clocks, memory = times(), {name: held(make) for name, make in MAKE.items()}
+    clocks = in_turns(MAKE, ROUNDS, steps)
+    memory = {name: held(Run(make).train) for name, make in MAKE.items()}
     base, *names = MAKE
     one = sum(tensor.nbytes for tensor in Run(Nothing).averaged.average().values())
     rows = {

@@ -8,13 +8,12 @@ exception, a resume, a checkpoint of weights alone, and a whole training.
 
 from __future__ import annotations
 
-import gc
 import logging
-import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from in_training import State, furthest, held, in_turns  # noqa: E402
 from polyak.integrations.lightning import AveragerCallback  # noqa: E402
 
 DECAY, STEPS, EVERY, ROUNDS = 0.9, 60, 10, 5
-State = dict[str, Tensor]
 
 
 class Module(LightningModule):
@@ -103,10 +102,6 @@ def state(module: LightningModule) -> State:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def furthest(a: State, b: State) -> float:
-    return max((a[name] - b[name]).abs().max().item() for name in b)
-
-
 def told(got: State, steps: int) -> str:
     """Which weights of the training after so many steps these are."""
     module, _ = fit(average := MAKE["polyak"](), steps=steps)
@@ -119,28 +114,6 @@ MAKE: dict[str, Callable[[], Any]] = {
     "polyak": lambda: AveragerCallback({"ema": f"exponential({DECAY})"}),
     "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=DECAY),
 }
-
-
-def times() -> dict[str, float]:
-    """Milliseconds of a step: the median over rounds that take turns."""
-    found: dict[str, list[float]] = {name: [] for name in MAKE}
-    for _ in range(ROUNDS):
-        for name, make in MAKE.items():
-            start = Start()
-            fit(start, make(), Stop(start))
-            found[name].append(statistics.median(start.steps[EVERY:]))
-    return {name: statistics.median(each) for name, each in found.items()}
-
-
-def held(make: Callable[[], Any]) -> float:
-    """MiB of all tensors after a training, while module and callback are there."""
-    gc.collect()
-    kept = fit(average := make())
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    del kept, average
-    return sum(storages.values()) / 2**20
 
 
 def resumed(make: Callable[[], Any], folder: Path) -> float:
@@ -187,13 +160,26 @@ TITLES = (
 )
 
 
+def step_times(make: Callable[[], Any]) -> list[float]:
+    """The milliseconds of the steps of a training, but the first."""
+    start = Start()
+    fit(start, make(), Stop(start))
+    return start.steps[EVERY:]
+
+
+def trained(make: Callable[[], Any]) -> object:
+    """What there is after a training: module, trainer and callback."""
+    return fit(average := make()), average
+
+
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    seconds, bytes_held = times(), {name: held(make) for name, make in MAKE.items()}
+    seconds = in_turns(MAKE, ROUNDS, step_times)
+    mebibytes = {name: held(partial(trained, make)) / 2**20 for name, make in MAKE.items()}
     print(f"| | {' | '.join(MAKE)} |\n|---|{'---|' * len(MAKE)}")
     print(f"| time of a step, ms | {' | '.join(f'{t:.2f}' for t in seconds.values())} |")
-    print(f"| tensors held, MiB | {' | '.join(f'{m:.1f}' for m in bytes_held.values())} |")
+    print(f"| tensors held, MiB | {' | '.join(f'{m:.1f}' for m in mebibytes.values())} |")
     with tempfile.TemporaryDirectory() as folder:
         columns = [rows(name, Path(folder) / name) for name in list(MAKE)[1:]]
     for title, *cells in zip(TITLES, *columns, strict=True):

@@ -10,13 +10,12 @@ it little; it and memory are given as a ratio to the training without an average
 
 from __future__ import annotations
 
-import gc
-import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -40,10 +39,10 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
+from in_training import State, furthest, held, in_turns  # noqa: E402
 from polyak.integrations.transformers import AveragerCallback  # noqa: E402
 
 DECAY, STEPS, EVERY, ROUNDS = 0.9, 20, 5, 3
-State = dict[str, Tensor]
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -213,34 +212,6 @@ def live(net: Any) -> State:
     return {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
 
 
-def furthest(a: State, b: State) -> float:
-    return max((a[name] - b[name]).abs().max().item() for name in b)
-
-
-def times(folder: Path) -> dict[str, float]:
-    """The processor's milliseconds of a step: the median over rounds that take turns."""
-    found: dict[str, list[float]] = {name: [] for name in MAKE}
-    for _ in range(ROUNDS):
-        for name, make in MAKE.items():
-            clock = Clock()
-            trainer_of(make(), folder, clock).train()
-            steps = [1e3 * (b - a) for a, b in pairwise(clock.marks)]
-            found[name].append(statistics.median(steps[5:]))
-    return {name: statistics.median(each) for name, each in found.items()}
-
-
-def held(make: Callable[[], Any], folder: Path) -> float:
-    """The bytes of all tensors after a training, while its Trainer is there."""
-    gc.collect()
-    trainer = trainer_of(make(), folder)
-    trainer.train()
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    del trainer
-    return sum(storages.values())
-
-
 def after_exception(make: Callable[[], Any], folder: Path) -> str:
     """What the Trainer's model has after an exception in the evaluation of an average."""
     callback = make()
@@ -310,14 +281,28 @@ TITLES = (
 )
 
 
+def step_times(folder: Path, make: Callable[[], Any]) -> list[float]:
+    """The processor's milliseconds of the steps of a training, but the first."""
+    clock = Clock()
+    trainer_of(make(), folder, clock).train()
+    return [1e3 * (b - a) for a, b in pairwise(clock.marks)][5:]
+
+
+def trained(folder: Path, make: Callable[[], Any]) -> object:
+    """A Trainer after its training."""
+    trainer = trainer_of(make(), folder)
+    trainer.train()
+    return trainer
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
-        clocks = times(at / "times")
-        bytes_held = {name: held(make, at / "held") for name, make in MAKE.items()}
+        clocks = in_turns(MAKE, ROUNDS, partial(step_times, at / "times"))
+        bytes_held = {n: held(partial(trained, at / "held", make)) for n, make in MAKE.items()}
         columns = [column(name, at / name) for name in list(MAKE)[1:]]
     one = sum(tensor.nbytes for tensor in live(model()).values())
     first = next(iter(MAKE))
