@@ -28,8 +28,8 @@ Flags = list[Tensor | None]
 class Attachment:
     """Watches the optimizers of `live` weights, and calls `step` once each of them has taken its step.
 
-    `before` is called before each step, `after` when the attachment is removed. If the optimizers are
-    all there are (`complete`), there is no warning of weights that none of them has.
+    `before` is called before each step, `after` when the attachment is removed. `complete`
+    says that there are no other optimizers: then no warning names weights that none of these has.
     """
 
     def __init__(

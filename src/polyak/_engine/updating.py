@@ -1,7 +1,7 @@
 """Updating: slots move towards the live weights when it is time, all of them or none.
 
-A signal handler may raise between any two lines of an update. `Motion` then goes on where it was
-broken off: an average of which some tensors have moved and others have not would be lost.
+A signal handler may raise between any two lines of an update. `Motion` then continues where it
+stopped: an average would be lost if some of its tensors had moved and others had not.
 
 The plain case, without guards and offload, is the hot path: `call`, `_update` and `Motion.run` do
 nothing else for it.

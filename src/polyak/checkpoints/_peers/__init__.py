@@ -76,9 +76,7 @@ def _unknown(top: Mapping[str, Any]) -> str:
         key, part = next(iter(modules.items()))
         return f"{key!r} is a whole pickled {part.name}: {NO_CODE}"
     if {"state", "param_groups"} <= top.keys():
-        return (
-            "the state of an optimizer, which is no model: give the file of the weights beside it"
-        )
+        return "the state of an optimizer, not of a model: give the file of the weights beside it"
     return (
         f"no layout that polyak knows. It holds {_described(top)}; known are {', '.join(FORMATS)}, "
         f"and state dicts under {', '.join(filter(None, LIVE_KEYS))}, ema and the like. Name the part with the "
