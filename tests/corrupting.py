@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from alone import ALONE
-from polyak.checkpoints._open_file import OpenFile, labelled
-from polyak.checkpoints._pickles import Aside
-from polyak.checkpoints._stored_tensor import StoredTensor
-from polyak.checkpoints._torch_files import load
+from polyak.checkpoints._open.files import OpenFile, labelled
+from polyak.checkpoints._torch_save.files import load
+from polyak.checkpoints._torch_save.pickles import Aside
+from polyak.checkpoints._torch_save.tensors import StoredTensor
 
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,

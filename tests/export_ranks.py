@@ -36,8 +36,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import polyak
 from polyak._ranks.agreement import chosen
 from polyak._ranks.shard_geometry import Box, box
-from polyak.checkpoints import _sharded_export as sharded_export
 from polyak.checkpoints import export
+from polyak.checkpoints._safetensors import by_ranks as sharded_export
 from sharding_ranks import (
     RULES,
     Sharded,

@@ -29,11 +29,11 @@ from corrupting import (
 )
 from polyak import checkpoints
 from polyak._lazy import spec_of
-from polyak.checkpoints import _safetensor_files as tensorfile
 from polyak.checkpoints import _save as native
-from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._safetensor_files import TensorFile
+from polyak.checkpoints._dcp.tensors import DistributedTensors
+from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._safetensors import files as tensorfile
+from polyak.checkpoints._safetensors.files import TensorFile
 from reading_hostile import Net
 
 MARKER = "marker-of-code-that-ran"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak import _files, _hold, _system, _unfinished
-from polyak.checkpoints import _handles
-from polyak.checkpoints import _safetensor_headers as headers
+from polyak.checkpoints._open import handles as _handles
+from polyak.checkpoints._safetensors import headers
 
 _MISSING = {"preadv", "pread", "pwrite", "fchown", "fchmod", "chown", "register_at_fork", "O_CLOEXEC", "O_NONBLOCK"}  # fmt: skip
 

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from corrupting import Calls, Stored, pickled
 from polyak._lazy import TensorSpec
-from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._open_file import joined_checksum
+from polyak.checkpoints._open.files import joined_checksum
+from polyak.checkpoints._safetensors import files as tensorfile
 
 MIB = 1 << 20
 CHECKSUMS = {count: joined_checksum([(zlib.crc32(bytes(MIB)), MIB)] * count) for count in (8, 5120)}

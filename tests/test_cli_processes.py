@@ -25,7 +25,7 @@ POLYAK = [sys.executable, "-m", "polyak"]
 # The command line, which waits for a signal after it has written a tensor.
 WAITS = """
 import runpy, time
-from polyak.checkpoints import _safetensor_files as files
+from polyak.checkpoints._safetensors import files
 
 def write_and_wait(*given, write=files._write_tensor):
     write(*given)

@@ -45,9 +45,9 @@ from corrupting import (
 from polyak._lazy import spec_of
 from polyak.checkpoints import read
 from polyak.checkpoints._indexed import IndexedTensors
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._pickles import Aside, name_of
-from polyak.checkpoints._torch_files import StoredTensors, load
+from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._torch_save.files import StoredTensors, load
+from polyak.checkpoints._torch_save.pickles import Aside, name_of
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = [True, False]  # the zip archive, and what came before it

@@ -25,8 +25,8 @@ import polyak
 from alone import ALONE
 from cli_runs import run as command
 from polyak import Averager, checkpoints, offline
-from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._zip_checksums import _far_place
+from polyak.checkpoints._dcp.tensors import DistributedTensors
+from polyak.checkpoints._torch_save.checksums import _far_place
 from test_distributed import TILINGS, WHOLE, split
 from test_reading import saved_bytes, tarred
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polyak import checkpoints, offline
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open.files import OpenFile
 
 FILES = 120
 

@@ -53,10 +53,10 @@ from polyak._engine.policies import Choose
 from polyak._engine.tracking import WRAPPERS, track
 from polyak.checkpoints import Clock, read
 from polyak.checkpoints._names import canonical_names
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open.files import OpenFile
 from polyak.checkpoints._peers import FORMATS, recognise
 from polyak.checkpoints._peers.common import Found
-from polyak.checkpoints._torch_files import load
+from polyak.checkpoints._torch_save.files import load
 from polyak.decays import InversePower, Ratio
 from polyak.rules import ArticleEMA, Exponential, Power, Rule, Tail, Uniform
 

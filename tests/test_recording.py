@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import polyak
 from models import assert_same, everything, wander
 from polyak import Averager, Recorder, checkpoints, synthesize
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open.files import OpenFile
 from polyak.checkpoints._own_format import Stored
-from polyak.checkpoints._safetensor_files import TensorFile
+from polyak.checkpoints._safetensors.files import TensorFile
 from polyak.snapshots import snapshots
 
 STORED = {"0.05": "power(relative_std=0.05)", "0.10": "power(relative_std=0.1)"}

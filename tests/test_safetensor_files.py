@@ -16,9 +16,9 @@ from torch import Tensor
 
 from corrupting import DTYPES, flipped, of_bytes, resident_bytes, safetensors, same
 from polyak._lazy import TensorSpec, spec_of
-from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
+from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._safetensors import files as tensorfile
+from polyak.checkpoints._safetensors.files import TensorFile, is_safetensors
 
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 tensors = st.dictionaries(

@@ -17,9 +17,9 @@ from killing import kill
 from models import assert_same, everything, snapshot, wander
 from polyak import EMA, Averager, Exponential, checkpoints
 from polyak._lazy import spec_of
-from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._safetensor_files import TensorFile
+from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._safetensors import files as tensorfile
+from polyak.checkpoints._safetensors.files import TensorFile
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
 

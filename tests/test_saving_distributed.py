@@ -27,7 +27,7 @@ from patience import HANG
 from polyak import checkpoints
 from polyak._lazy import Held, LazyTensors, TensorSpec, Where, spec_of
 from polyak._ranks.shard_geometry import Box
-from polyak.checkpoints._dcp import DistributedTensors, chunks_part
+from polyak.checkpoints._dcp.tensors import DistributedTensors, chunks_part
 from polyak.offline import average, describe
 from polyak.offline._summation import Summand, Summation, Threads
 from sharding_ranks import RULES, Net

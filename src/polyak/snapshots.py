@@ -26,7 +26,7 @@ from polyak._ranks.agreement import agree, chosen
 from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
 from polyak.checkpoints import _save as native
-from polyak.checkpoints._safetensor_files import narrowed
+from polyak.checkpoints._safetensors.files import narrowed
 from polyak.checkpoints._save import NARROWED, Packed
 from polyak.checkpoints._snapshots import ELAPSED, UPDATES, Snapshot, snapshots, stored_in
 from polyak.rules import Tick

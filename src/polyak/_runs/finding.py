@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from polyak.checkpoints._dcp_metadata import METADATA
-from polyak.checkpoints._file_names import SUFFIX, UNFINISHED, named
-from polyak.checkpoints._holder import folders, holder, is_beside
+from polyak.checkpoints._dcp.metadata import METADATA
+from polyak.checkpoints._file_names import SUFFIX, UNFINISHED, folders, holder, is_beside, named
 
 _LEVELS = 4
 _SHOWN = 6

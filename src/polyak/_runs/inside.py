@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak._runs.tables import Row, numbers
-from polyak.checkpoints._open_file import OpenFile, labelled
+from polyak.checkpoints._open.files import OpenFile, labelled
 from polyak.checkpoints._peers.common import is_state
-from polyak.checkpoints._stored_tensor import StoredTensor
-from polyak.checkpoints._torch_files import is_torch, load
+from polyak.checkpoints._torch_save.files import is_torch, load
+from polyak.checkpoints._torch_save.tensors import StoredTensor
 
 _DEPTH = 4
 

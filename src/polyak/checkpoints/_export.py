@@ -21,11 +21,11 @@ from polyak.checkpoints._checkpoint import Checkpoint, Weights
 from polyak.checkpoints._load import load
 from polyak.checkpoints._rank_checks import require_all_parts, require_one_model
 from polyak.checkpoints._read import read
-from polyak.checkpoints._safetensor_files import narrowed
+from polyak.checkpoints._safetensors.by_ranks import Spread, write_together
+from polyak.checkpoints._safetensors.files import narrowed
+from polyak.checkpoints._safetensors.weights import write
 from polyak.checkpoints._save import save
-from polyak.checkpoints._sharded_export import Spread, write_together
 from polyak.checkpoints._unfit import placeholder, unfit
-from polyak.checkpoints._weight_files import write
 from polyak.rules import LIVE, Rule
 from polyak.specs import as_rule
 

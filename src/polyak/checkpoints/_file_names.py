@@ -1,10 +1,18 @@
-"""What the name of a checkpoint tells: its step or epoch, metrics, and whether it repeats another."""
+"""What names tell: a checkpoint's step or epoch and metrics, and which file of a folder holds its weights.
+
+It is decided here once, for reading a folder and for finding checkpoints in a run.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from polyak._checks import listed
+from polyak.checkpoints._dcp.metadata import METADATA
 
 SUFFIX = re.compile(
     r"(\.safetensors|\.nemo|\.ckpt|\.bin|\.pt|\.pth|\.pkl)(\.tar)?$|(?<=^snapshot)(?=\.ep\.\d+$)"
@@ -12,6 +20,8 @@ SUFFIX = re.compile(
 """How the names of files with weights end; those of espnet 1 have no suffix."""
 UNFINISHED = {".tmp", ".part", ".incomplete"}
 """How the names of files and folders end whose save is not done."""
+WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
+"""Files that make their folder a model's: of several patterns the first counts."""
 
 _PAIR = re.compile(r"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", re.IGNORECASE)
 _NOT_COUNTED = re.compile(
@@ -29,6 +39,16 @@ _NUMBER = re.compile(r"\d+")
 _REPEATS = re.compile(r"(?<![a-z])(best|last|latest|final|end)(?![a-z])", re.IGNORECASE)
 _AVERAGES = re.compile(
     r"(?<![a-z])(ave|avg|average|averaged|ema|swa|mean|soup|merged)(?![a-z])", re.IGNORECASE
+)
+_BESIDE = re.compile(
+    r"optim|schedul|scaler|sampler|rng|random_states|(^|_)args|counter|^brain$|dataloader|^init$"
+    r"|(^|_)opt\d*$|trainer_state|custom_checkpoint|tokenizer|^initial|^common$",
+    re.IGNORECASE,
+)
+_MODEL = re.compile(r"(pytorch_)?model|.*model_states|model_optim_rng|model_and_optim|weights")
+_PART = re.compile(
+    r"\d-of-\d|(rank|layer|stage|shard)[-_.]?\d+|^(pp|tp|mp|ep|cp|dp|sdp)_\d+|\.\d\d(\.|$)",
+    re.IGNORECASE,
 )
 _CLOCKS = {"step": "step", "global_step": "step", "epoch": "epoch"}
 
@@ -73,3 +93,102 @@ def _counted(stem: str) -> dict[str, float]:
         found["epoch"] = float("".join(epochs[-1]))
     numbers = _NUMBER.findall(stem)
     return found or ({"number": float(numbers[-1])} if numbers else {})
+
+
+def holder(folder: Path, *, deeper: bool = True) -> Path | None:
+    """The folder itself, the file in it, or what its only folder with weights has; None if nothing has them.
+
+    Of several files or folders, the one that is called the model's counts.
+
+    Raises `ValueError` where several may be it, where each is a part of the model, and for a save that
+    was interrupted.
+    """
+    if (folder / METADATA).exists():
+        return folder
+    if any(folder.glob("*.distcp")):
+        raise ValueError("it has no .metadata: its save was interrupted")
+    if any(any(folder.glob(pattern)) for pattern in WHOLE):
+        return folder
+    if any(folder.glob("zero/*/fp32.pt")):
+        raise ValueError(
+            "it is DeepSpeed's universal form, a file for each weight: read the checkpoint that it was made from"
+        )
+    files = _torch_files(folder)
+    within = [each for each in folders(folder) if not is_beside(each)]
+    models = [each for each in (*files, *within) if _is_model(each)]
+    if len(models) == 1 and deeper:
+        held = holder(models[0], deeper=False) if models[0] in within else models[0]
+        if held is not None:
+            return held
+    if files:
+        return _chosen(files)
+    if parts := [each for each in within if _PART.search(each.name)]:
+        _require_one_part(parts)
+        return holder(parts[0], deeper=False)
+    return _of_folders(within) if deeper else None
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file or folder lies beside the weights: states of optimizers, schedulers, random numbers, loaders."""
+    return bool(_BESIDE.search(SUFFIX.sub("", path.name))) and not _is_model(path)
+
+
+def _is_model(path: Path) -> bool:
+    return bool(_MODEL.fullmatch(SUFFIX.sub("", path.name)))
+
+
+def folders(folder: Path) -> Iterator[Path]:
+    """The folders in a folder that are not hidden."""
+    return (path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")
+
+
+def _of_folders(within: list[Path]) -> Path | None:
+    held = {each: weights for each in within if (weights := holder(each, deeper=False))}
+    if len(held) > 1 and not any(named(each).clock for each in held):
+        raise ValueError(_several([each.name for each in held]))
+    return next(iter(held.values())) if len(held) == 1 else None
+
+
+def _chosen(files: list[Path]) -> Path | None:
+    """The one file of weights, or the one that is called the model's; None for those of a whole run."""
+    models = [path for path in files if _is_model(path)]
+    for several in (files, models):
+        if len(several) == 1:
+            return several[0]
+    if not models and _is_of_run(files):
+        return None
+    _require_one_part(models)
+    _require_one_part([path for path in files if _PART.search(path.name)])
+    raise ValueError(_several([path.name for path in files]))
+
+
+def _is_of_run(files: list[Path]) -> bool:
+    """Whether several files have a step or an epoch, or names that differ in their numbers only."""
+    counted = sum(bool({"step", "epoch"} & named(path).clock.keys()) for path in files)
+    kinds = Counter(_NUMBER.sub("*", path.name) for path in files if not _PART.search(path.name))
+    return counted > 1 or max(kinds.values(), default=0) > 1
+
+
+def _require_one_part(parts: list[Path]) -> None:
+    if len(parts) > 1:
+        shown = listed([path.name for path in parts])
+        raise ValueError(
+            f"it holds parts of one model that several ranks or stages wrote ({shown}): average each part by a "
+            "command of its own (--file, its path in the folder), or let their trainer merge them (DeepSpeed: run "
+            "zero_to_fp32.py)"
+        )
+
+
+def _several(names: list[str]) -> str:
+    return (
+        f"it holds {listed(names)}: read the one with the weights, or of a run name it (file={names[0]!r}, "
+        f"on the command line --file {names[0]})"
+    )
+
+
+def _torch_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if SUFFIX.search(path.name) and not is_beside(path) and path.is_file()
+    ]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints._looks import looks, refusal
-from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
-from polyak.checkpoints._open_folder import OpenFiles
-from polyak.checkpoints._safetensor_files import TensorFile, is_safetensors
-from polyak.checkpoints._stored_tensor import StoredTensor
-from polyak.checkpoints._torch_files import StoredTensors, is_torch, load, verify
+from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._open.folders import OpenFiles
+from polyak.checkpoints._safetensors.files import TensorFile, is_safetensors
+from polyak.checkpoints._torch_save.files import StoredTensors, is_torch, load, verify
+from polyak.checkpoints._torch_save.tensors import StoredTensor
 
 _UNLISTED = "not in the index"
 _INDEX_BYTES = 100_000_000  # the safetensors library's own limit for a header

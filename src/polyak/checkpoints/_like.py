@@ -24,13 +24,13 @@ from polyak._checks import difference, report
 from polyak._files import naming, writing, writing_folder
 from polyak._lazy import LazyTensors, Place, TensorSpec, Where, as_lazy, parts
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._dcp_metadata import METADATA
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._dcp.metadata import METADATA
+from polyak.checkpoints._open.files import OpenFile
 from polyak.checkpoints._read import read as read_checkpoint
-from polyak.checkpoints._safetensor_files import content, is_safetensors
-from polyak.checkpoints._torch_files import Region
-from polyak.checkpoints._weight_files import totalled
-from polyak.checkpoints._zip_checksums import renew_checksums
+from polyak.checkpoints._safetensors.files import content, is_safetensors
+from polyak.checkpoints._safetensors.weights import totalled
+from polyak.checkpoints._torch_save.checksums import renew_checksums
+from polyak.checkpoints._torch_save.files import Region
 
 Read = Callable[[Path], Checkpoint]
 

@@ -14,15 +14,14 @@ from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
 from polyak.averager import Averager
 from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._local_parts import local_parts
-from polyak.checkpoints._open_file import labelled
+from polyak.checkpoints._dcp.tensors import DistributedTensors
+from polyak.checkpoints._open.files import labelled
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._peers.common import is_state
 from polyak.checkpoints._peers.common import state as state_of
 from polyak.checkpoints._peers.own_state import states
 from polyak.checkpoints._read import content
-from polyak.checkpoints._resume_foreign import foreign_state, require_rules
+from polyak.checkpoints._resume_foreign import foreign_state, local_parts, require_rules
 from polyak.checkpoints._sniff import Source, sniff
 from polyak.ema import EMA
 

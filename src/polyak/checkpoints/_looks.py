@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open.files import OpenFile
 
 _FIRST = 512
 _LINE = 60

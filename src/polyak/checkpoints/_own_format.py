@@ -16,10 +16,9 @@ from torch import Tensor
 from polyak._engine.slots import tick_data
 from polyak._engine.states import STATE_FORMAT, as_tick
 from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where, renamed
-from polyak.checkpoints._checkpoint import MOST_UPDATES, Checkpoint, Clock
-from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._readout import ReadOut, read_out_terms
-from polyak.checkpoints._safetensor_files import KEY, TensorFile
+from polyak.checkpoints._checkpoint import MOST_UPDATES, Checkpoint, Clock, ReadOut, read_out_terms
+from polyak.checkpoints._dcp.tensors import DistributedTensors
+from polyak.checkpoints._safetensors.files import KEY, TensorFile
 from polyak.checkpoints._sniff import Source, sniff
 from polyak.rules import AVERAGE, LIVE, START, Rule, Tail, Tick, Window
 from polyak.specs import class_of, parse, path_of

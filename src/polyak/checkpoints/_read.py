@@ -12,16 +12,16 @@ from typing import Any, Literal
 from polyak._lazy import LazyTensors
 from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
-from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._names import Names, canonical, under
-from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
 from polyak.checkpoints._peers.walk import under_keys
 from polyak.checkpoints._sniff import POST_HOC, Source, files_beside, sniff
-from polyak.checkpoints._tar import Member, span_of
-from polyak.checkpoints._torch_files import Loaded, load
+from polyak.checkpoints._torch_save.files import Loaded, load
+from polyak.checkpoints._torch_save.tar import Member, span_of
 from polyak.rules import AVERAGE
 
 _MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)

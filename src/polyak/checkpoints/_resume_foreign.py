@@ -17,10 +17,10 @@ from polyak._engine.slots import COMPENSATION, tick_data
 from polyak._engine.states import STATE_FORMAT
 from polyak._engine.tracking import Tracked
 from polyak._lazy import Held, LazyTensors, Renamed, TensorSpec
-from polyak._ranks.sharding import as_distributed, local
+from polyak._ranks.shard_geometry import box, whole
+from polyak._ranks.sharding import as_distributed, is_distributed, local
 from polyak.averager import Averager
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
-from polyak.checkpoints._local_parts import local_parts
 from polyak.checkpoints._names import named
 from polyak.checkpoints._read import read_source
 from polyak.checkpoints._sniff import Source
@@ -211,3 +211,26 @@ def _widened(found: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -
 
 def _zeros_like(tensor: Tensor) -> Tensor:
     return as_distributed(torch.zeros_like(local(tensor)), tensor)
+
+
+def local_parts(
+    path: Path, where: str, tensors: LazyTensors, held: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """This rank's part of each tensor, spread like the tensor of that name in `held`.
+
+    A tensor that is whole in `held`, or not there, is read whole. Raises `ValueError` for a shape that
+    is not that of the sharded tensor.
+    """
+    sharded = {name: held[name] for name in tensors if is_distributed(held.get(name))}
+    wanted = {name: tuple(tensor.shape) for name, tensor in sharded.items()}
+    if lines := difference(wanted, {name: tensors.specs[name].shape for name in wanted}):
+        raise ValueError(report(f"{path}: {where}: the tensors differ", lines))
+    return {name: _local_part(tensors, name, sharded.get(name)) for name in tensors}
+
+
+def _local_part(tensors: LazyTensors, name: str, like: Tensor | None) -> Tensor:
+    if like is None:
+        return tensors[name]
+    assert is_distributed(like)
+    part = tensors.read(name, box(like).within(whole(like.shape)))
+    return part if is_distributed(part) else as_distributed(part, like)

@@ -1,7 +1,7 @@
 """Save: the state of an averager in a file of our own, with names, rules, clocks and checksums.
 
 The format is safetensors; nothing is pickled. The header's metadata has, beside the checksums
-(`_safetensor_files`), one entry `polyak`: the description, which is the state's numbers, rules and names as
+(`_safetensors.files`), one entry `polyak`: the description, which is the state's numbers, rules and names as
 JSON. The keys of the tensors are `averages/<average>/<slot>/<name>`, `copies/<name>`, and `live/<name>`
 if a rule's readout has a term in the live weights.
 
@@ -31,11 +31,11 @@ from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, rank_of, together
 from polyak._ranks.sharding import require_whole
 from polyak.averager import Averager
-from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._folders import save_folder
+from polyak.checkpoints._dcp.folders import save_folder
 from polyak.checkpoints._own_format import FORMAT, PAIRS, SAVE
 from polyak.checkpoints._rank_checks import require_one_model
-from polyak.checkpoints._safetensor_files import KEY, narrowed
+from polyak.checkpoints._safetensors import files as tensorfile
+from polyak.checkpoints._safetensors.files import KEY, narrowed
 from polyak.ema import EMA
 from polyak.rules import LIVE
 from polyak.specs import own_classes, parse

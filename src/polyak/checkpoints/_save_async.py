@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from polyak._ranks.agreement import alone, require_member, together
 from polyak._ranks.torch_private import time_out
-from polyak.checkpoints._folders import save_folder
+from polyak.checkpoints._dcp.folders import save_folder
 from polyak.checkpoints._save_distributed import content_of
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from polyak._checks import difference, report, require
 from polyak._ranks.agreement import together
 from polyak.averager import Averager
 from polyak.checkpoints import _save as native
-from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._folders import load_folder, save_folder
+from polyak.checkpoints._dcp.folders import load_folder, save_folder
+from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._load import adopt, fitted, require_fit
 from polyak.checkpoints._own_format import Stored, within
 

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from polyak._checks import listed
-from polyak.checkpoints._dcp import DistributedTensors
-from polyak.checkpoints._dcp_metadata import METADATA
-from polyak.checkpoints._holder import WHOLE, holder, is_beside
+from polyak.checkpoints._dcp.metadata import METADATA
+from polyak.checkpoints._dcp.tensors import DistributedTensors
+from polyak.checkpoints._file_names import WHOLE, holder, is_beside
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._looks import looks, refusal
-from polyak.checkpoints._open_file import OpenFile, Verified
-from polyak.checkpoints._safetensor_files import KEY, TensorFile, is_safetensors
-from polyak.checkpoints._tar import Member, folder_with, is_tar, members_of, span_of, weights_within
-from polyak.checkpoints._torch_files import is_torch, verify
+from polyak.checkpoints._open.files import OpenFile, Verified
+from polyak.checkpoints._safetensors.files import KEY, TensorFile, is_safetensors
+from polyak.checkpoints._torch_save.files import is_torch, verify
+from polyak.checkpoints._torch_save.tar import (
+    Member,
+    folder_with,
+    is_tar,
+    members_of,
+    span_of,
+    weights_within,
+)
 
 Kind = Literal["polyak", "safetensors", "index", "torch", "dcp", "snapshots", "post-hoc"]
 Opened = TensorFile | IndexedTensors | OpenFile | Member | DistributedTensors | None

@@ -14,7 +14,7 @@ from polyak.cli._options import Json, Part
 from polyak.cli._output import left_text, note_norms, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from polyak.checkpoints._open_file import Verified
+    from polyak.checkpoints._open.files import Verified
 
 _LARGEST = 5
 _MOST = 10

@@ -22,8 +22,8 @@ from torch import Tensor
 from polyak._checks import difference, report, require
 from polyak._files import writing_folder
 from polyak._lazy import LazyTensors, TensorSpec, Where, joined, renamed
-from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._weight_files import METADATA
+from polyak.checkpoints._safetensors import files as tensorfile
+from polyak.checkpoints._safetensors.weights import METADATA
 from polyak.offline._average import shares_of
 from polyak.offline._coefficients import checked
 from polyak.offline._combination import Combination

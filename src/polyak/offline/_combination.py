@@ -21,8 +21,8 @@ from polyak._dtypes import complex_of, widest
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where
 from polyak._ranks.agreement import together
-from polyak.checkpoints._safetensor_files import content
-from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, write
+from polyak.checkpoints._safetensors.files import content
+from polyak.checkpoints._safetensors.weights import Begun, SharedFile, begun_files, write
 from polyak.offline._coefficients import checked, convex, shares
 from polyak.offline._findings import Source, all_positive, is_variance, left_in, nonfinite
 from polyak.offline._lora import require_same_constants

@@ -15,7 +15,7 @@ from polyak._lazy import TensorSpec
 from polyak._shown import Charted, Table, number_text, size_text
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._export import distinct
-from polyak.checkpoints._open_file import Verified, all_verified
+from polyak.checkpoints._open.files import Verified, all_verified
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._own_format import checkpoint as checkpoint_of
 from polyak.checkpoints._read import read, read_source

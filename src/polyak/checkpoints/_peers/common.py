@@ -13,10 +13,10 @@ from polyak._checks import is_integer, is_number
 from polyak._lazy import LazyTensors
 from polyak.checkpoints._checkpoint import Weights
 from polyak.checkpoints._names import Names, canonical
-from polyak.checkpoints._pickles import Aside, name_of
-from polyak.checkpoints._stored_tensor import Storage, StoredTensor
-from polyak.checkpoints._torch_files import StoredTensors
-from polyak.checkpoints._torch_objects import OF_DTYPE, REMEDIES
+from polyak.checkpoints._torch_save.files import StoredTensors
+from polyak.checkpoints._torch_save.objects import OF_DTYPE, REMEDIES
+from polyak.checkpoints._torch_save.pickles import Aside, name_of
+from polyak.checkpoints._torch_save.tensors import Storage, StoredTensor
 
 NO_CODE = (
     "only its own code could make it, and polyak runs no code from a file: load the file in the "

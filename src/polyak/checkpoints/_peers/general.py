@@ -18,8 +18,8 @@ from polyak.checkpoints._peers.libraries import described
 from polyak.checkpoints._peers.own_state import own_state
 from polyak.checkpoints._peers.walk import Part, joined_like, live_part, walk, words
 from polyak.checkpoints._peers.within import split
-from polyak.checkpoints._safetensor_files import TensorFile
-from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._safetensors.files import TensorFile
+from polyak.checkpoints._torch_save.files import StoredTensors
 from polyak.rules import AVERAGE, Rule, Tick
 
 _FORMATS = {"pytorch-lightning_version": "lightning", "state_dict_ema": "timm"}

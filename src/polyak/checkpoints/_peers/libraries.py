@@ -23,7 +23,7 @@ from polyak.checkpoints._peers.common import (
     tensors,
 )
 from polyak.checkpoints._sniff import POST_HOC
-from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._torch_save.files import StoredTensors
 from polyak.rules import AVERAGE, Rule
 from polyak.theory import _peer_rules as peer_rules
 

@@ -8,11 +8,10 @@ from typing import Any
 from polyak._engine.slots import COMPENSATION
 from polyak._engine.states import STATE_FORMAT, as_tick
 from polyak._lazy import LazyTensors
-from polyak.checkpoints._checkpoint import Checkpoint, Clock
+from polyak.checkpoints._checkpoint import Checkpoint, Clock, ReadOut, Terms, read_out_terms
 from polyak.checkpoints._peers.common import Found, state
 from polyak.checkpoints._peers.walk import walk
-from polyak.checkpoints._readout import ReadOut, Terms, read_out_terms
-from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._torch_save.files import StoredTensors
 from polyak.rules import LIVE, Rule, Tick
 from polyak.specs import parse
 

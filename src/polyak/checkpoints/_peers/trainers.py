@@ -23,8 +23,8 @@ from polyak.checkpoints._peers.common import (
 )
 from polyak.checkpoints._peers.general import general
 from polyak.checkpoints._peers.walk import live_part, walk
-from polyak.checkpoints._stored_tensor import StoredTensor
-from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._torch_save.files import StoredTensors
+from polyak.checkpoints._torch_save.tensors import StoredTensor
 from polyak.rules import AVERAGE, Power, Rule
 from polyak.theory._peer_rules import every_step
 

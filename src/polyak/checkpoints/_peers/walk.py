@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 from polyak._lazy import LazyTensors, Renamed, renamed
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._peers.common import holds_tensors, is_state, is_unread, state
-from polyak.checkpoints._pickles import Aside
-from polyak.checkpoints._stored_tensor import StoredTensor
-from polyak.checkpoints._torch_files import StoredTensors
+from polyak.checkpoints._torch_save.files import StoredTensors
+from polyak.checkpoints._torch_save.pickles import Aside
+from polyak.checkpoints._torch_save.tensors import StoredTensor
 
 Role = Literal["average", "optimizer", "other"]
 

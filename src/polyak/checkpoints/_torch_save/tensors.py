@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from polyak._lazy import Elements, Place, TensorSpec
-from polyak.checkpoints._open_file import FileSpan
-from polyak.checkpoints._pickles import Inert
+from polyak.checkpoints._open.files import FileSpan
+from polyak.checkpoints._torch_save.pickles import Inert
 
 
 class Storage(Inert):

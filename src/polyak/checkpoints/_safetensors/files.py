@@ -22,8 +22,8 @@ from torch import Tensor
 from polyak import _files as files
 from polyak._dtypes import refuse_wrapper
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
-from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified
-from polyak.checkpoints._safetensor_headers import CODES, read_header
+from polyak.checkpoints._open.files import FileSpan, OpenFile, Verified, all_verified
+from polyak.checkpoints._safetensors.headers import CODES, read_header
 
 KEY = "polyak"  # the entry of a header that only files of ours have
 _DIGEST, _NO_DIGEST = "digest", "0" * 64

@@ -33,8 +33,8 @@ from polyak._ranks.shard_geometry import (
     windows,
 )
 from polyak._ranks.sharding import is_distributed, local
-from polyak.checkpoints._safetensor_files import Layout, as_bytes, content, narrowed
-from polyak.checkpoints._weight_files import Begun, SharedFile, begun_files, totalled
+from polyak.checkpoints._safetensors.files import Layout, as_bytes, content, narrowed
+from polyak.checkpoints._safetensors.weights import Begun, SharedFile, begun_files, totalled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -73,7 +73,7 @@ def write_together(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Write tensors that are spread over ranks, as `write` of `_weight_files` does those of one process.
+    """Write tensors that are spread over ranks, as `write` of `_safetensors.weights` does those of one process.
 
     Collective: all ranks of the group call it with the same arguments. Only the first calls `progress`.
     `told` is a text that must be equal on all ranks, as the tensors' specs and layouts must be.

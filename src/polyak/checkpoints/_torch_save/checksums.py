@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from polyak import _system as system
 from polyak._lazy import Place
-from polyak.checkpoints._torch_files import Region
+from polyak.checkpoints._torch_save.files import Region
 
 _DESCRIPTOR = b"PK\7\10"
 _ENTRY = struct.Struct("<4s12xI8xHHH8xI")

@@ -17,8 +17,8 @@ from polyak import _system as system
 from polyak._checks import is_integer, require
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, together
-from polyak.checkpoints import _safetensor_files as tensorfile
-from polyak.checkpoints._safetensor_files import Layout, Pieces, layout
+from polyak.checkpoints._safetensors import files as tensorfile
+from polyak.checkpoints._safetensors.files import Layout, Pieces, layout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

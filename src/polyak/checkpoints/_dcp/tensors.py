@@ -1,7 +1,7 @@
 """Folders of torch.distributed.checkpoint, read in one process without a process group.
 
 A folder holds what each rank wrote, as files of torch.save one behind the other, and a pickle
-`.metadata` that says which chunk of which tensor lies where (`_dcp_metadata`). The metadata are
+`.metadata` that says which chunk of which tensor lies where (`_dcp.metadata`). The metadata are
 believed only where they fit the files: chunks must tile their tensors, without overlap or gap.
 """
 
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, Renamed, TensorSpec, Where
 from polyak._ranks.shard_geometry import Box, whole
-from polyak.checkpoints._dcp_metadata import METADATA, ChunkKey, ChunkPlace, described
+from polyak.checkpoints._dcp.metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._looks import looks
-from polyak.checkpoints._open_file import OpenFile, Verified, all_verified, labelled
-from polyak.checkpoints._open_folder import OpenFiles
-from polyak.checkpoints._pickles import no_collection
-from polyak.checkpoints._stored_tensor import StoredTensor
-from polyak.checkpoints._tar import FilesWithin, Member, span_of
-from polyak.checkpoints._torch_files import load, verify
+from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._open.folders import OpenFiles
+from polyak.checkpoints._torch_save.files import load, verify
+from polyak.checkpoints._torch_save.pickles import no_collection
+from polyak.checkpoints._torch_save.tar import FilesWithin, Member, span_of
+from polyak.checkpoints._torch_save.tensors import StoredTensor
 
 _PICKLE = b"\x80"
 _DIMENSIONS = 8  # of a tensor in chunks: comparing corners takes 2^dimensions steps a chunk

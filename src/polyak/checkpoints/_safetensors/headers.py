@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from polyak import _system as system
 from polyak._lazy import TensorSpec
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open.files import OpenFile
 
 CODES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 
 from polyak._lazy import TensorSpec
-from polyak.checkpoints._pickles import (
+from polyak.checkpoints._torch_save.pickles import (
     LEAST_VALUES,
     Aside,
     Dictionary,
@@ -26,7 +26,7 @@ from polyak.checkpoints._pickles import (
     aside,
     key,
 )
-from polyak.checkpoints._stored_tensor import Storage, StoredTensor
+from polyak.checkpoints._torch_save.tensors import Storage, StoredTensor
 
 _LEAST_ROOM = 1 << 20
 _REPEATS = 64  # tied weights are claimed once for every name they have

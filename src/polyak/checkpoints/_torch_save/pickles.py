@@ -5,7 +5,7 @@ here, after two changes that make it harmless:
 
 1. A name means what the reader's table says. Any other name becomes an `Aside`, which stands for the
    object that only its own code could make.
-2. The program is checked first (`_pickle_program`). Dictionaries and sets become ones that refuse deep
+2. The program is checked first (`_torch_save.programs`). Dictionaries and sets become ones that refuse deep
    keys: the hash of `(t, t)` with `t = (u, u)`, and so on 60 times, would never end.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from polyak.checkpoints._pickle_program import checked
+from polyak.checkpoints._torch_save.programs import checked
 
 _KEY_PARTS = 16
 _MOST_NAMES = 10_000

@@ -19,11 +19,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
-from polyak.checkpoints import _pickles as pickles
 from polyak.checkpoints._looks import archive_kind
-from polyak.checkpoints._open_file import FileSpan, OpenFile, Verified, all_verified, labelled
-from polyak.checkpoints._stored_tensor import Storage, StoredTensor
-from polyak.checkpoints._torch_objects import Objects
+from polyak.checkpoints._open.files import FileSpan, OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._torch_save import pickles
+from polyak.checkpoints._torch_save.objects import Objects
+from polyak.checkpoints._torch_save.tensors import Storage, StoredTensor
 
 _ARCHIVE = b"PK\3\4"
 _PICKLE = b"\x80"

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from polyak.checkpoints._open_file import OpenFile
-from polyak.checkpoints._torch_files import is_torch
+from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._torch_save.files import is_torch
 
 _BLOCK = 512
 _SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from polyak.checkpoints._open_file import OpenFile
+from polyak.checkpoints._open.files import OpenFile
 
 
 class OpenFiles:

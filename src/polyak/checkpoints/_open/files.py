@@ -24,8 +24,7 @@ from torch import Tensor
 
 from polyak import _system as system
 from polyak._lazy import Elements, TensorSpec
-from polyak.checkpoints._handles import Handle
-from polyak.checkpoints._mapping import Mapping
+from polyak.checkpoints._open.handles import Handle, Mapping
 
 _PIECE = 1 << 20
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, bits reversed

@@ -1,7 +1,7 @@
 """The metadata of a folder of torch.distributed.checkpoint: what it holds, and where each chunk lies.
 
 They are a pickle (`.metadata`). Its classes become classes of ours, never torch's own. Everything that is
-used from them is checked here and in `_dcp`.
+used from them is checked here and in `_dcp.tensors`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 
 from polyak._lazy import TensorSpec
 from polyak._ranks.shard_geometry import Box
-from polyak.checkpoints import _pickles as pickles
-from polyak.checkpoints._pickles import Maker, Sealed, name_of
-from polyak.checkpoints._torch_objects import DTYPES
+from polyak.checkpoints._torch_save import pickles
+from polyak.checkpoints._torch_save.objects import DTYPES
+from polyak.checkpoints._torch_save.pickles import Maker, Sealed, name_of
 
 METADATA = ".metadata"
 _MOST = 1 << 60

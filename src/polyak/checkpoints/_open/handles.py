@@ -1,24 +1,43 @@
-"""Handles of files: as many stay open as half of what the process may have open.
+"""Handles of files, and files as memory.
 
-Averages are made of hundreds of files, and of folders of many files each. Of those the handles that were
-not used for longest are closed, and opened again when they are needed. What is then there must be the
-same file, unchanged.
+As many handles stay open as half of what the process may have open. Averages are made of hundreds of
+files, and of folders of many files each. Of those the handles that were not used for longest are closed,
+and opened again when they are needed. What is then there must be the same file, unchanged.
+
+Python's `mmap` keeps a copy of the handle, and has no name for MAP_NORESERVE. So `Mapping` calls the C
+library.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from weakref import finalize
+
+import numpy as np
 
 from polyak import _system as system
 
 _LEAST = 16
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+_FAILED = ctypes.c_void_p(-1).value
+if not system.WINDOWS:
+    _libc = ctypes.CDLL(None, use_errno=True)
+    _libc.mmap.restype = ctypes.c_void_p
+    _libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+    )  # fmt: skip
+    _libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+    _libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class _Opened:
@@ -143,3 +162,42 @@ def _opened(place: Path, path: Path) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder, wanted a file")
     raise ValueError(f"{path} is a pipe or a device, wanted a file")
+
+
+class Mapping:
+    """All of an open file as memory that is private to this process; a page is read when it is touched.
+
+    It reserves no memory, so a file may be larger than the memory. It ends with the last object that
+    uses `buffer`. Raises `OSError` if the system refuses it.
+    """
+
+    def __init__(self, handle: int, size: int) -> None:
+        if system.WINDOWS:  # which has no C function for it
+            content = mmap.mmap(handle, size, access=mmap.ACCESS_COPY)
+            self.buffer = np.frombuffer(content, np.uint8)
+            return
+        flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        self._address = _libc.mmap(None, size, access, flags, handle, 0)
+        if self._address == _FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, f"{os.strerror(error)} when mapping the file")
+        pages = _Pages(self._address, size)
+        finalize(pages, _libc.munmap, self._address, size).atexit = False
+        self.buffer = np.asarray(pages)
+
+    def release(self, start: int, length: int) -> None:
+        """Give back whole pages; what was written to them is lost."""
+        if not system.WINDOWS:
+            _libc.madvise(self._address + start, length, mmap.MADV_DONTNEED)
+
+
+class _Pages:
+    """Memory at an address, as numpy takes it; an array of it keeps this object."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__array_interface__: dict[str, Any] = {
+            "data": (address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }

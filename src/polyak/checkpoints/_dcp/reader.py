@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from polyak._ranks.shard_geometry import Box
-from polyak.checkpoints._dcp import DistributedTensors
+from polyak.checkpoints._dcp.tensors import DistributedTensors
 
 
 class FolderReader(StorageReader):

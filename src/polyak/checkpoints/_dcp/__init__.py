@@ -1,0 +1,1 @@
+"""Folders of torch.distributed.checkpoint: read in one process, written and loaded by all ranks."""

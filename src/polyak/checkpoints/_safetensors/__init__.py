@@ -1,0 +1,1 @@
+"""Safetensors files: read, and written by one process or by all ranks."""
