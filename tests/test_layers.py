@@ -120,6 +120,10 @@ def test_contributing_draws_the_house() -> None:
     assert re.findall(r"`(\w+)/?`", first) == ORDER[:-1], "the rooms in their order, all of them"
     modules = {path.stem for path in (SOURCE / "_engine").glob("[!_]*.py")}
     assert modules <= set(re.findall(r"`(\w+)`", parts[0])), "a row has each module of the engine"
+    parts = re.search(r"^\| `checkpoints/` \| modules .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    assert parts, "CONTRIBUTING.md has a table of the modules of checkpoints/"
+    modules = {path.stem for path in (SOURCE / "checkpoints").glob("_[!_]*")} - {"__pycache__"}
+    assert modules <= set(re.findall(r"`(\w+)/?`", parts[0])), "a row has each of them"
 
 
 # What torch.distributed keeps private has one home, which knows the versions (and says no to others).
