@@ -41,14 +41,28 @@ def test_the_page_is_what_help_says() -> None:
     assert PAGE.read_text() == reference(), wanted
 
 
+def options(text: str) -> set[str]:
+    """The options in a help text, each with its help, as one line."""
+    listed = re.findall(r"^  (--\w.*(?:\n {5,}.*)*)", text, re.MULTILINE)
+    return {" ".join(option.split()) for option in listed}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_on_the_page_as_its_help(name: str) -> None:
     command = [sys.executable, "-m", "polyak", *name.split(), "--help"]
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    said = done.stdout.replace("python -m polyak", "polyak").rstrip()
-    heading = f"## polyak {name}".rstrip()
-    assert f"{heading}\n\n```text\n{said}\n```\n" in PAGE.read_text()
+    said = done.stdout.replace("python -m polyak", "polyak")
+    section, *_ = PAGE.read_text().partition(f"## polyak {name}".rstrip() + "\n")[2].split("\n## ")
+    assert section.startswith(f"\n```text\n{said.partition('Options:')[0].rstrip()}\n")
+    shared = dict(re.findall(r"^Options (.*):\n((?: .*\n)*)", PAGE.read_text(), re.MULTILINE))
+    (named,) = re.findall(r"^Shared options: (.*)\.$", section, re.MULTILINE) or [""]
+    told = options(section).union(*(options(shared[title]) for title in named.split("; ") if title))
+    everywhere = {"--help Show this message and exit."}
+    if name and not name.startswith("study"):
+        everywhere.add("--json Print JSON.")
+    assert told | everywhere == options(said)
+    assert not told & everywhere
 
 
 @pytest.mark.parametrize("name", COMMANDS)

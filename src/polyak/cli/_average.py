@@ -45,7 +45,7 @@ def average(
     better: Annotated[
         Better | None,
         typer.Option(
-            help="Whether lower or higher quality is better.",
+            help="Which quality is better.",
             show_default="lower, or what --by suggests",
         ),
     ] = None,
@@ -54,7 +54,7 @@ def average(
         typer.Option(
             "--average",
             metavar="NAME",
-            help='The average to take from each file, or "live".',
+            help='The average in each file, or "live".',
             show_default="the live weights",
         ),
     ] = None,
@@ -75,8 +75,8 @@ def average(
 ) -> None:
     """Average checkpoint files, or chosen checkpoints of a run.
 
-    The files are taken in the order of the steps in their names or contents. With --coefficients or
-    several --elapsed, they are taken as listed.
+    Files are sorted by the steps in their names or contents, except with --coefficients or several
+    --elapsed.
 
     \b
     Examples:

@@ -37,9 +37,7 @@ class Wanted(NamedTuple):
     ] = None
     steps: Annotated[
         str | None,
-        typer.Option(
-            metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run; any part may be empty."
-        ),
+        typer.Option(metavar="FIRST:LAST:DISTANCE", help="Take these steps of a run (: for all)."),
     ] = None
     window_tokens: Annotated[
         str | None,

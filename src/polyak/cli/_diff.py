@@ -27,7 +27,7 @@ def diff(
         list[str],
         typer.Option(
             metavar="NAME",
-            help='The average to compare, or "live". Give it twice for A and for B.',
+            help='The average, or "live"; give it twice for A and B.',
             show_default="the live weights",
         ),
     ] = [],  # noqa: B006

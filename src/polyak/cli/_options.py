@@ -54,9 +54,7 @@ class Part(NamedTuple):
     ] = None
     names: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Text file of tensor names, for a checkpoint without names."
-        ),
+        typer.Option(metavar="FILE", help="Text file of tensor names, if the checkpoint has none."),
     ] = None
     as_: Annotated[
         Literal["live", "average"] | None,

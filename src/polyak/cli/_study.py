@@ -24,17 +24,16 @@ def run(
         ),
     ],
     seeds: Annotated[
-        int | None, typer.Option(help="Number of seeds; default: the study's.")
+        int | None, typer.Option(help="Number of seeds.", show_default="the study's")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Run the study's small form.")] = False,
     jobs: Jobs = -1,
-    vary: Annotated[
-        str, typer.Option(help="What differs between seeds: some of init,order,dropout,split.")
-    ] = SOURCES,
+    vary: Annotated[str, typer.Option(help="What differs between seeds.")] = SOURCES,
     stacked: Annotated[
         int | None,
         typer.Option(
-            help="Runs that a process trains at once; 0: one by one; default: the study's."
+            help="Runs that a process trains at once; 0: the plain loop.",
+            show_default="the study's",
         ),
     ] = None,
     backend: Annotated[
@@ -43,7 +42,7 @@ def run(
     ] = "loky",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the study; default: study-NAME, or study-NAME-quick."),
+        typer.Option(help="Folder of the study.", show_default="study-NAME[-quick]"),
     ] = None,
 ) -> None:
     """Run a study over seeds, schedules and learning rates.
@@ -131,15 +130,14 @@ def listed() -> None:
 
 def compare(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders of two studies or more.", metavar="FOLDERS...")
+        list[Path], typer.Argument(help="Folders of two or more studies.", metavar="FOLDERS...")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("study-compared"),
 ) -> None:
     """Compare studies arm by arm.
 
-    Each study is compared with the first one, and the arms that all of them have stand side by side.
-    Runs are paired by seed. The studies may differ in model, data, rules or anything else: the page
-    lists the differences.
+    Each study is compared with the first, in the arms that all have, paired by seed. The page lists
+    all other differences between the studies.
     """
     from polyak.study import _compare, _compare_page
 
@@ -159,7 +157,7 @@ def reproduce(
         bool, typer.Option("--studies", help="Train small models too, which takes minutes.")
     ] = False,
     jobs: Jobs = -1,
-    out: Annotated[Path, typer.Option(help="Folder for the table and for the runs.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the table and the runs.")] = Path(
         "study-reproduced"
     ),
 ) -> None:

@@ -62,8 +62,7 @@ def sweep(
     """Find the best average of a finished run, by your own function.
 
     The function's module may be in the current directory; what it prints goes to stderr. The live
-    weights are evaluated too. The best of many averages looks better than it is: report its quality
-    on other data.
+    weights are evaluated too. Report the best average's quality on other data.
 
     \b
     Examples:
