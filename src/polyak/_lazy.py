@@ -230,6 +230,15 @@ def renamed(source: Mapping[str, Tensor], keys: Mapping[str, str]) -> Renamed:
     return Renamed({name: (lazy, key) for name, key in keys.items()})
 
 
+def distinct(weights: LazyTensors) -> dict[str, TensorSpec]:
+    """The spec of each tensor, of tied ones under their first name."""
+    kept: dict[Hashable, str] = {}
+    for name in weights:
+        identity = weights.identity(name)
+        kept.setdefault(name if identity is None else identity, name)
+    return {name: weights.specs[name] for name in kept.values()}
+
+
 def joined(*sources: Mapping[str, Tensor]) -> Renamed:
     """The tensors of several mappings in one; of one name the last mapping's tensor counts."""
     return Renamed({name: (as_lazy(source), name) for source in sources for name in source})

@@ -204,6 +204,9 @@ class ReadOut(LazyTensors):
         for source, key, _ in self._terms[name]:
             source.release(key)
 
+    def identity(self, name: str) -> Hashable:
+        return id(self._terms[name])
+
     def origins(self, name: str) -> Iterable[Hashable]:
         return [origin for source, key, _ in self._terms[name] for origin in source.origins(key)]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from polyak._dtypes import require_slot_dtype
 from polyak._engine.tracking import Tracked
 from polyak._files import refuse_existing
-from polyak._lazy import TensorSpec, as_lazy, joined, spec_of
+from polyak._lazy import TensorSpec, as_lazy, distinct, joined, spec_of
 from polyak._ranks.agreement import together
 from polyak._ranks.sharding import is_distributed, local
 from polyak.averager import Averager
@@ -147,7 +147,7 @@ def _of_checkpoint(found: Checkpoint, name: str | None) -> tuple[dict[str, Tenso
     weights = found.weights(name) if name == LIVE else found.average(name)
     live = found.live.specs if found.live is not None else {}
     dtypes = found.dtypes or {n: spec.dtype for n, spec in live.items()}
-    specs = distinct(found, weights).items()
+    specs = distinct(weights).items()
     return {n: TensorSpec(spec.shape, dtypes.get(n, spec.dtype)) for n, spec in specs}, weights
 
 
@@ -155,18 +155,6 @@ def _in_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
     """The spec with another floating-point dtype, if one is given."""
     change = dtype is not None and spec.dtype.is_floating_point
     return TensorSpec(spec.shape, dtype) if change and dtype is not None else spec
-
-
-def distinct(found: Checkpoint, weights: Weights) -> dict[str, TensorSpec]:
-    """The spec of each of a checkpoint's tensors, of tied ones under their first name."""
-    specs = weights.specs
-    if found.dtypes:
-        return {name: specs[name] for name in specs if name in found.dtypes}
-    kept: dict[Hashable, str] = {}
-    for name in specs:
-        identity = weights.identity(name)
-        kept.setdefault(name if identity is None else identity, name)
-    return {name: specs[name] for name in kept.values()}
 
 
 def _require_content(found: Checkpoint, specs: Mapping[str, TensorSpec]) -> None:

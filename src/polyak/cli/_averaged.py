@@ -90,6 +90,7 @@ class Averaged(NamedTuple):
                     progress=progress,
                     group=group,
                 )
+                _note_tied(self.made)
 
     def verified(self, out: Path, form: Form | None) -> int:
         """Read the result back, and compare it with direct sums; the number of tensors."""
@@ -106,24 +107,34 @@ class Averaged(NamedTuple):
         about, made = offline.forecast(self.made), self.made
         note_left(made.left)
         if json:
-            print_json({**about._asdict(), "tensors": len(made), "terms": self._terms()})
+            print_json({**about._asdict(), "tensors": len(made.written), "terms": self._terms()})
             return
         self._print_terms()
         sizes = f"{size_text(about.read_bytes)} to read, {size_text(about.written_bytes)} to write"
-        say(f"{len(made)} tensors of {len(self.files)} files: {sizes}, about {about.seconds:.1f} s")
+        say(
+            f"{len(made.written)} tensors of {len(self.files)} files: {sizes}, about {about.seconds:.1f} s"
+        )
 
     def print_written(self, out: Path, seconds: float, checked: int | None, *, json: bool) -> None:
         """Print what was written, and note what was found."""
-        made, size = self.made, sum(spec.nbytes for spec in self.made.specs.values())
+        made, size = self.made, sum(spec.nbytes for spec in self.made.written.values())
         if json:
-            about = {"out": str(out), "tensors": len(made), "bytes": size, "seconds": seconds}
+            about = {
+                "out": str(out),
+                "tensors": len(made.written),
+                "bytes": size,
+                "seconds": seconds,
+            }
             about |= {} if checked is None else {"verified": checked}
             found = {"copied": made.copied, "left": made.left, "norms": made.norms}
             print_json({**about, **found, "terms": self._terms()})
         else:
             if len(self.files) <= _FEW:
                 self._print_terms()
-            done = f"{len(made)} tensors of {len(self.files)} files, {size_text(size)}, {seconds:.1f} s"
+            done = (
+                f"{len(made.written)} tensors of {len(self.files)} files, {size_text(size)}, "
+                f"{seconds:.1f} s"
+            )
             said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
             say(f"{out}: {done}{said}")
         _note_findings(made)
@@ -170,6 +181,15 @@ def _note_findings(made: Combination) -> None:
         names = listed([*dict.fromkeys(others)], 3)
         note(
             f"the same weights as {file} come again, in {names}: they count {len(others) + 1} times"
+        )
+
+
+def _note_tied(made: Combination) -> None:
+    """Which tensors are not in the file under all their names."""
+    if tied := [name for name in made if name not in made.written]:
+        note(
+            f"tied tensors are written once, without {listed(tied, 3)}: load the file with "
+            "safetensors' load_model, or from_pretrained"
         )
 
 

@@ -7,6 +7,7 @@ cache. So models may be larger than the memory, and files may be many.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,22 +17,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from polyak import norms
-from polyak._checks import difference, report, require
+from polyak._checks import require
 from polyak._dtypes import complex_of, widest
 from polyak._engine.tracking import is_statistic
-from polyak._lazy import LazyTensors, TensorSpec, Where
+from polyak._lazy import LazyTensors, TensorSpec, Where, distinct
 from polyak._ranks.agreement import together
 from polyak.checkpoints._safetensors.files import content
 from polyak.checkpoints._safetensors.weights import Begun, SharedFile, begun_files, write
 from polyak.offline._coefficients import checked, convex, shares
-from polyak.offline._findings import Source, all_positive, is_variance, left_in, nonfinite
+from polyak.offline._findings import (
+    Source,
+    all_positive,
+    is_variance,
+    left_in,
+    nonfinite,
+    require_alike,
+)
 from polyak.offline._lora import require_same_constants
 from polyak.offline._summation import Summand, Summation, Threads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_BYTES = "_extra_state"  # of a module, such as one of Transformer Engine
 _CALL = "write"  # what errors call a write by several ranks
 
 
@@ -85,7 +92,7 @@ class Combination(LazyTensors):
         of_statistics = convex(self.coefficients) if statistics is None else statistics
         self.statistics = checked(of_statistics, len(sources))
         of_files = [source.weights.specs for source in sources]
-        _require_alike(sources, of_files)
+        require_alike(sources, of_files)
         require_same_constants(sources)
         last = of_files[-1]
         self.copied = [n for n, spec in last.items() if n in copy or not _has_mean(spec.dtype)]
@@ -139,8 +146,14 @@ class Combination(LazyTensors):
 
     def identity(self, name: str) -> Hashable:
         """Equal for names that are one tensor in every file."""
-        found = tuple(source.weights.identity(name) for source in self.sources)
-        return None if None in found else found
+        found = [source.weights.identity(name) for source in self.sources]
+        alike = self._specs[name], name in self.copied, is_statistic(name)
+        return None if None in found else (*found, *alike)
+
+    @cached_property
+    def written(self) -> dict[str, TensorSpec]:
+        """The specs of what `write` writes: of tied tensors the first name."""
+        return distinct(self)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The elements of a tensor, row by row; a piece stays valid until the next is asked for.
@@ -187,6 +200,9 @@ class Combination(LazyTensors):
     ) -> None:
         """Write a safetensors file, or with `shard_bytes` a folder of them, complete or not at all.
 
+        Of tensors that are one in every file (tied weights), only the first name is written, as safetensors'
+        `save_model` does: `load_model` and `from_pretrained` load the file.
+
         With a `group` of torch.distributed, all its ranks call this with the same combination and
         share the work: each computes some of the tensors. The files equal those of one process byte
         for byte. `progress(bytes done, bytes in all)` is not called then.
@@ -194,7 +210,7 @@ class Combination(LazyTensors):
         if group is None:
             write(
                 out,
-                self.specs,
+                self.written,
                 self.pieces,
                 shard_bytes=shard_bytes,
                 overwrite=overwrite,
@@ -215,7 +231,7 @@ class Combination(LazyTensors):
             begun_files(
                 _CALL,
                 out,
-                self.specs,
+                self.written,
                 {**self._terms_told, **described},
                 "give all ranks the same files and options",
                 group=group,
@@ -224,7 +240,7 @@ class Combination(LazyTensors):
             ) as begun,
             together(_CALL, group),
         ):
-            own = _divided(self.specs, dist.get_world_size(group))[dist.get_rank(group)]
+            own = _divided(self.written, dist.get_world_size(group))[dist.get_rank(group)]
             for each in begun:
                 self._fill(each, [name for name in each.layout.starts if name in own])
 
@@ -254,32 +270,6 @@ def _divided(specs: Mapping[str, TensorSpec], ranks: int) -> list[set[str]]:
         names[least].add(name)
         nbytes[least] += specs[name].nbytes
     return names
-
-
-def _require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, TensorSpec]]) -> None:
-    """Raises `ValueError` with the names, shapes and kinds of numbers in which a file differs."""
-    wanted = {name: _described(name, spec) for name, spec in of_files[0].items()}
-    for source, of_file in zip(sources, of_files, strict=True):
-        got = {name: _described(name, spec) for name, spec in of_file.items()}
-        if lines := difference(wanted, got):
-            title = f"{source.label} is not of the same model as {sources[0].label}"
-            raise ValueError(report(title, lines))
-    if not wanted:
-        raise ValueError(f"{sources[0].label} has no tensor to average")
-
-
-def _described(name: str, spec: TensorSpec) -> str:
-    """The kind of numbers and the shape; a pickle that a module keeps as bytes may have any length."""
-    kind = _kind(spec.dtype)
-    return kind if name.endswith(_BYTES) and kind == "integer" else f"{kind} {spec.shape}"
-
-
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_complex:
-        return "complex"
-    if dtype.is_floating_point:
-        return "floating-point"
-    return "boolean" if dtype == torch.bool else "integer"
 
 
 def _has_mean(dtype: torch.dtype) -> bool:

@@ -11,10 +11,9 @@ from typing import Any
 from polyak import norms
 from polyak._dtypes import dtype_name
 from polyak._engine.tracking import is_statistic
-from polyak._lazy import TensorSpec
+from polyak._lazy import TensorSpec, distinct
 from polyak._shown import Charted, Table, number_text, size_text
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.checkpoints._export import distinct
 from polyak.checkpoints._open.files import Verified, all_verified
 from polyak.checkpoints._own_format import Stored
 from polyak.checkpoints._own_format import checkpoint as checkpoint_of
@@ -204,17 +203,17 @@ def _described(
     recorded: Recorded | None = None,
 ) -> Description:
     averages = {
-        name: _average(distinct(found, weights), found.rules.get(name), times.get(name))
+        name: _average(distinct(weights), found.rules.get(name), times.get(name))
         for name, weights in found.averages.items()
     }
     first = found.live if found.live is not None else next(iter(found.averages.values()), None)
-    shown = {} if first is None else distinct(found, first)
+    shown = {} if first is None else distinct(first)
     return Description(
         path=str(path),
         format="snapshots" if recorded else found.format,
         count=found.count,
         unit=found.clock.unit if found.clock else None,
-        live=None if found.live is None else _weighed(distinct(found, found.live)),
+        live=None if found.live is None else _weighed(distinct(found.live)),
         averages=averages,
         norms=tuple(norms.statistics(shown)),
         tensors=tuple(sorted(map(_tensor, shown, shown.values()), key=lambda each: -each.bytes)),

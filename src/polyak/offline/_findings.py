@@ -11,13 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyak._lazy import LazyTensors
+from polyak._checks import difference, report
+from polyak._lazy import LazyTensors, TensorSpec
 from polyak.checkpoints._checkpoint import Weights
 from polyak.offline._comparison import compare
 
 _PIECE = 1 << 16  # elements that are examined at a time
 _SAMPLED = 16  # tensors of a file that are compared first
 _BEGINNING = 1024  # elements of each
+_BYTES = "_extra_state"  # of a module, such as one of Transformer Engine
 _VARIANCE = re.compile(r"(^|_)(var|variance|std)$")
 
 
@@ -30,6 +32,32 @@ class Source(NamedTuple):
     label: str
     weights: Weights
     left: Mapping[str, int] = {}
+
+
+def require_alike(sources: Sequence[Source], of_files: Sequence[Mapping[str, TensorSpec]]) -> None:
+    """Raises `ValueError` with the names, shapes and kinds of numbers in which a file differs."""
+    wanted = {name: _described(name, spec) for name, spec in of_files[0].items()}
+    for source, of_file in zip(sources, of_files, strict=True):
+        got = {name: _described(name, spec) for name, spec in of_file.items()}
+        if lines := difference(wanted, got):
+            title = f"{source.label} is not of the same model as {sources[0].label}"
+            raise ValueError(report(title, lines))
+    if not wanted:
+        raise ValueError(f"{sources[0].label} has no tensor to average")
+
+
+def _described(name: str, spec: TensorSpec) -> str:
+    """The kind of numbers and the shape; a pickle that a module keeps as bytes may have any length."""
+    kind = _kind(spec.dtype)
+    return kind if name.endswith(_BYTES) and kind == "integer" else f"{kind} {spec.shape}"
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    if dtype.is_floating_point:
+        return "floating-point"
+    return "boolean" if dtype == torch.bool else "integer"
 
 
 def left_in(sources: Iterable[Source]) -> dict[str, int]:

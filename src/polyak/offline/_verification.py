@@ -30,7 +30,7 @@ class Forecast(NamedTuple):
 
 def forecast(made: Combination) -> Forecast:
     """Estimate what a combination takes: bytes and seconds. A part is computed, to measure the speed."""
-    specs = made.specs
+    specs = made.written
     terms = zip(made.sources, made.coefficients.tolist(), strict=True)
     read = [source.weights.specs[name].nbytes for source, c in terms if c for name in specs]
     total, done, began = sum(spec.nbytes for spec in specs.values()), 0, time.perf_counter()

@@ -1,0 +1,120 @@
+"""Tied weights in files: one tensor under two names is averaged and written once."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+from torch import Tensor, nn
+
+import polyak
+from polyak import checkpoints, offline
+
+
+class Tied(nn.Module):
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(4, 2), nn.LayerNorm(2)
+        self.head = nn.Linear(2, 4, bias=False)
+        self.head.weight = self.embedding.weight
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, value)
+
+
+def own(model: nn.Module, path: Path) -> Path:
+    averager = polyak.Averager(model, "uniform()")
+    averager.update()
+    polyak.save(path.with_suffix(".safetensors"), averager)
+    return path.with_suffix(".safetensors")
+
+
+def saved(held: object, path: Path, *, zipped: bool = True) -> Path:
+    torch.save(held, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def sharded(model: nn.Module, path: Path) -> Path:
+    path.mkdir()
+    names = [*model.state_dict()]
+    files = {name: f"part-{'norm' in name:d}.bin" for name in names}
+    for file in {*files.values()}:
+        torch.save({n: t for n, t in model.state_dict().items() if files[n] == file}, path / file)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    return path
+
+
+FORMS: dict[str, Callable[[nn.Module, Path], Path]] = {
+    "of torch.save": lambda model, path: saved(model.state_dict(), path),
+    "before 1.6": lambda model, path: saved(model.state_dict(), path, zipped=False),
+    "nested": lambda model, path: saved({"model": model.state_dict(), "step": 1}, path),
+    "Lightning's": lambda model, path: saved({
+        "pytorch-lightning_version": "2.6", "global_step": 1,
+        "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()},
+    }, path),
+    "polyak's": own,
+    "in two files": sharded,
+}  # fmt: skip
+
+
+def two(form: str, folder: Path, second: nn.Module | None = None) -> list[Path]:
+    models = [Tied(1.0), Tied(3.0) if second is None else second]
+    return [FORMS[form](model, folder / f"{i}.pt") for i, model in enumerate(models)]
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 20])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_average_is_written_once(form: str, shard_bytes: int | None, tmp_path: Path) -> None:
+    made = offline.average(two(form, tmp_path))
+    assert made["head.weight"].tolist() == made["embedding.weight"].tolist()
+    out = tmp_path / ("out" if shard_bytes else "out.safetensors")
+    made.write(out, shard_bytes=shard_bytes)
+    found = checkpoints.read(out)
+    assert sorted(found.weights()) == ["embedding.weight", "norm.bias", "norm.weight"]
+    assert offline.verify(made, found.weights()) == 3
+    averager = polyak.Averager(Tied(), "uniform()")
+    polyak.load(checkpoints.read(out, role="average"), averager, count=2)
+    assert averager.average()["head.weight"].eq(2).all()
+    if not shard_bytes:
+        model = Tied()
+        load_model(model, out)
+        assert model.head.weight.eq(2).all() and model.norm.bias.eq(2).all()
+
+
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a copy": lambda tensor: tensor.clone(),
+    "another part of its storage": lambda tensor: torch.stack((tensor, tensor))[1],
+    "the same memory, another stride": lambda tensor: tensor.view(2, 4).T,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_another_tensor_in_one_file_is_written_too(other: str, tmp_path: Path) -> None:
+    files = two("of torch.save", tmp_path)
+    state = copy.deepcopy(Tied(3.0).state_dict())
+    state["head.weight"] = OTHERS[other](state["embedding.weight"])
+    torch.save(state, files[1])
+    offline.average(files).write(tmp_path / "out.safetensors")
+    assert "head.weight" in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.slow
+def test_transformers_loads_what_was_written_once(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    models = [transformers.GPT2LMHeadModel(config) for _ in range(2)]
+    files = [saved(model.state_dict(), tmp_path / f"{i}.pt") for i, model in enumerate(models)]
+    out = tmp_path / "mean"
+    models[0].save_pretrained(out)
+    own_names = set(load_file(out / "model.safetensors"))
+    made = offline.average(files)
+    made.write(out / "model.safetensors", overwrite=True)
+    assert set(load_file(out / "model.safetensors")) == own_names
+    loaded, told = transformers.GPT2LMHeadModel.from_pretrained(out, output_loading_info=True)
+    assert not any(told.values()), told
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, made[name])
