@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -40,6 +41,15 @@ def require(holds: bool, name: str, got: object, wanted: str) -> None:
     """Raise `ValueError` with what was given and what is wanted, unless the condition holds."""
     if not holds:
         raise ValueError(f"{name} is {got!r}, wanted {wanted}")
+
+
+@contextmanager
+def prefixed(label: object) -> Iterator[None]:
+    """Let the text of a `ValueError` within the block begin with a label, such as a file's path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
 
 
 def is_number(value: object) -> bool:

@@ -87,6 +87,13 @@ class Elements(ABC):
     def read_(self, out: Tensor, start: int) -> None:
         """Fill the flat tensor `out`, of the same dtype, with the elements from `start` on."""
 
+    def pieces(self, length: int) -> Iterator[Tensor]:
+        """The elements in order, `length` at a time; each piece is a tensor of its own."""
+        for start in range(0, self.spec.numel, length):
+            piece = torch.empty(min(length, self.spec.numel - start), dtype=self.spec.dtype)
+            self.read_(piece, start)
+            yield piece
+
     def done(self) -> None:  # noqa: B027  # most have nothing to compare
         """Compare what was read with its checksum.
 
@@ -169,7 +176,43 @@ class Held(LazyTensors):
         return len(self._tensors)
 
 
-class Renamed(LazyTensors):
+class Forwarding(LazyTensors):
+    """Tensors that lie in other sources."""
+
+    @abstractmethod
+    def at(self, name: str) -> tuple[LazyTensors, str]:
+        """The source of a tensor, and its name there."""
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        source, key = self.at(name)
+        return source.read(key, where)
+
+    def release(self, name: str) -> None:
+        source, key = self.at(name)
+        source.release(key)
+
+    def elements(self, name: str) -> Elements:
+        source, key = self.at(name)
+        return source.elements(key)
+
+    def identity(self, name: str) -> Hashable:
+        source, key = self.at(name)
+        return source.identity(key)
+
+    def origins(self, name: str) -> Iterable[Hashable]:
+        source, key = self.at(name)
+        return source.origins(key)
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        source, key = self.at(name)
+        return source.places(key)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, key = self.at(name)
+        return source[key]
+
+
+class Renamed(Forwarding):
     """Tensors of one or several sources under other names: name -> (source, its name there)."""
 
     def __init__(self, sources: Mapping[str, tuple[LazyTensors, str]]) -> None:
@@ -181,33 +224,8 @@ class Renamed(LazyTensors):
         of_source = {id(source): source.specs for source, _ in self._sources.values()}
         return {name: of_source[id(source)][key] for name, (source, key) in self._sources.items()}
 
-    def read(self, name: str, where: Where = ()) -> Tensor:
-        source, key = self._sources[name]
-        return source.read(key, where)
-
-    def release(self, name: str) -> None:
-        source, key = self._sources[name]
-        source.release(key)
-
-    def elements(self, name: str) -> Elements:
-        source, key = self._sources[name]
-        return source.elements(key)
-
-    def identity(self, name: str) -> Hashable:
-        source, key = self._sources[name]
-        return source.identity(key)
-
-    def origins(self, name: str) -> Iterable[Hashable]:
-        source, key = self._sources[name]
-        return source.origins(key)
-
-    def places(self, name: str) -> tuple[Place, ...]:
-        source, key = self._sources[name]
-        return source.places(key)
-
-    def __getitem__(self, name: str) -> Tensor:
-        source, key = self._sources[name]
-        return source[key]
+    def at(self, name: str) -> tuple[LazyTensors, str]:
+        return self._sources[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources

@@ -11,6 +11,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from polyak._checks import prefixed
 from polyak._ranks.sharding import local
 
 if TYPE_CHECKING:
@@ -71,10 +72,8 @@ def box(tensor: DTensor) -> Box:
 
 def box_of(name: str, tensor: DTensor) -> Box:
     """`box`, with errors that begin with the tensor's name."""
-    try:
+    with prefixed(name):
         return box(tensor)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def box_at(tensor: DTensor, coordinate: Sequence[int]) -> Box:

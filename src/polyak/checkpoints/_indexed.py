@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
-from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
+from polyak._lazy import Forwarding, LazyTensors, TensorSpec
 from polyak.checkpoints._looks import looks, refusal
 from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._open.folders import OpenFiles
@@ -21,7 +19,7 @@ _UNLISTED = "not in the index"
 _INDEX_BYTES = 100_000_000  # the safetensors library's own limit for a header
 
 
-class IndexedTensors(LazyTensors):
+class IndexedTensors(Forwarding):
     """The tensors of several files by an index.
 
     The index maps a tensor's name to the file beside it that holds it: safetensors, or a dictionary
@@ -58,20 +56,8 @@ class IndexedTensors(LazyTensors):
     def specs(self) -> dict[str, TensorSpec]:
         return {name: self._holder(name).specs[name] for name in self}
 
-    def read(self, name: str, where: Where = ()) -> Tensor:
-        return self._holder(name).read(name, where)
-
-    def release(self, name: str) -> None:
-        self._holder(name).release(name)
-
-    def elements(self, name: str) -> Elements:
-        return self._holder(name).elements(name)
-
-    def identity(self, name: str) -> Hashable:
-        return self._holder(name).identity(name)
-
-    def places(self, name: str) -> tuple[Place, ...]:
-        return self._holder(name).places(name)
+    def at(self, name: str) -> tuple[LazyTensors, str]:
+        return self._holder(name), name
 
     def verify(self) -> Verified:
         """Compare all files with their checksums, if they have any."""

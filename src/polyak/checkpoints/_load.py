@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak._checks import difference, report
+from polyak._checks import difference, prefixed, report
 from polyak._engine.changes import tick_under
 from polyak._engine.slots import tick_data
 from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
@@ -121,22 +120,14 @@ def _placed(path: Path, state: dict[str, Any], averager: Averager) -> dict[str, 
 
 def adopt(path: Path, averager: Averager, state: dict[str, Any]) -> None:
     """Make an averager continue from a state; a `ValueError` names the file."""
-    with _naming(path):
+    with prefixed(path):
         averager.load_state_dict(state)
 
 
 def require_fit(path: Path, averager: Averager, state: dict[str, Any]) -> None:
     """Raise what `adopt` would raise, and change nothing."""
-    with _naming(path):
+    with prefixed(path):
         averager.check_state(state)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _load_module(source: Source, ema: EMA) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from polyak._checks import prefixed
 from polyak._lazy import LazyTensors
 from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
@@ -148,10 +149,8 @@ def _read(source: Source, names: Names, key: str | None, *, whole: bool) -> Chec
 
 def _part(found: Found, key: str) -> Found:
     """The part of a file's content under a path of keys."""
-    try:
+    with prefixed(found.path):
         value = under_keys(found.top, key)
-    except ValueError as error:
-        raise ValueError(f"{found.path}: {error}") from None
     if isinstance(value, (list, tuple)):
         value = {key: value}
     if not isinstance(value, Mapping):
@@ -232,10 +231,8 @@ def settings(config: Path) -> dict[str, Any]:
 
 def _diffusers(found: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
     """What `EMAModel.save_pretrained` writes: a model's folder, whose weights are the average."""
-    try:
+    with prefixed(found.path / "config.json"):
         clock = Clock(count("optimization_step", settings["optimization_step"]))
         rules = diffusers_rules(settings)
-    except ValueError as error:
-        raise ValueError(f"{found.path / 'config.json'}: {error}") from None
     average = found.live if found.live is not None else next(iter(found.averages.values()))
     return Checkpoint(found.path, "diffusers", None, {AVERAGE: average}, rules, clock)

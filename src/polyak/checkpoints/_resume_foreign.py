@@ -11,7 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from polyak._checks import difference, report, require_count
+from polyak._checks import difference, prefixed, report, require_count
 from polyak._dtypes import can_hold
 from polyak._engine.slots import COMPENSATION, tick_data
 from polyak._engine.states import STATE_FORMAT
@@ -20,7 +20,7 @@ from polyak._lazy import Held, LazyTensors, Renamed, TensorSpec
 from polyak._ranks.shard_geometry import box, whole
 from polyak._ranks.sharding import as_distributed, is_distributed, local
 from polyak.averager import Averager
-from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
+from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._names import named
 from polyak.checkpoints._read import read_source
 from polyak.checkpoints._sniff import Source
@@ -47,14 +47,15 @@ def foreign_state(
     clock = _clock(found, count)
     tracked = averager.tracked
     weights = {name: _complete(found, name, tracked) for name in rules}
-    averages = {
-        name: {
-            "rule": str(rule),
-            "tick": _tick(found, clock, rule, averager.every),
-            "slots": _slots(found, weights[name], averager.slot_specs(name)),
+    with prefixed(found.path):
+        averages = {
+            name: {
+                "rule": str(rule),
+                "tick": tick_data(_clock_under(found, clock, rule).tick(rule, averager.every)),
+                "slots": _slots(weights[name], averager.slot_specs(name)),
+            }
+            for name, rule in rules.items()
         }
-        for name, rule in rules.items()
-    }
     since = clock.since(averager.every)
     last = weights[next(iter(rules))]
     return {
@@ -104,16 +105,10 @@ def _read(
         if names is None and list(weights) == [str(i) for i in range(len(weights))]:
             every = [item.name for item in parameters]
             order = trainable if len(weights) == len(trainable) else every
-            weights = _named(found.path, weights, order)
+            with prefixed(found.path):
+                weights = named(weights, order)
         averages[name] = weights
     return replace(found, averages=averages)
-
-
-def _named(path: Path, tensors: Weights, order: list[str]) -> Weights:
-    try:
-        return named(tensors, order)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _clock(found: Checkpoint, count: int | None) -> Clock:
@@ -126,13 +121,6 @@ def _clock(found: Checkpoint, count: int | None) -> Clock:
             "pass count=N (--count N)"
         )
     return found.clock
-
-
-def _tick(found: Checkpoint, clock: Clock, rule: Rule, every: int) -> Any:
-    try:
-        return tick_data(_clock_under(found, clock, rule).tick(rule, every))
-    except ValueError as error:
-        raise ValueError(f"{found.path}: {error}") from None
 
 
 def _clock_under(found: Checkpoint, clock: Clock, rule: Rule) -> Clock:
@@ -182,35 +170,32 @@ def _learns(item: Tracked) -> bool:
 
 
 def _slots(
-    found: Checkpoint, weights: Mapping[str, Tensor], specs: Mapping[str, Mapping[str, TensorSpec]]
+    weights: Mapping[str, Tensor], specs: Mapping[str, Mapping[str, TensorSpec]]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots of an average from its weights; only for a rule whose one slot is the average."""
     plain = [slot for slot in specs if not slot.endswith(COMPENSATION)]
     if plain != [AVERAGE]:
         raise ValueError(
-            f"{found.path}: the file of another library holds the average alone, and this averager's "
-            f"rule needs the slots {', '.join(plain)}"
+            "the file of another library holds the average alone, and this averager's rule needs the "
+            f"slots {', '.join(plain)}"
         )
-    slots = {
-        AVERAGE: {n: _widened(found, n, weights[n], s.dtype) for n, s in specs[AVERAGE].items()}
-    }
+    slots = {AVERAGE: {n: _widened(n, weights[n], s.dtype) for n, s in specs[AVERAGE].items()}}
     for slot in specs.keys() - slots.keys():
-        slots[slot] = {n: _zeros_like(tensor) for n, tensor in slots[AVERAGE].items()}
+        slots[slot] = {
+            n: as_distributed(torch.zeros_like(local(tensor)), tensor)
+            for n, tensor in slots[AVERAGE].items()
+        }
     return slots
 
 
-def _widened(found: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _widened(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in a slot's dtype, which must be able to hold its values."""
     if not can_hold(dtype, tensor.dtype):
         raise ValueError(
-            f"{found.path}: {name} is {tensor.dtype}, and the averager's slots are {dtype}, which "
-            f"would round it; make the averager with dtype={tensor.dtype}"
+            f"{name} is {tensor.dtype}, and the averager's slots are {dtype}, which would round it; "
+            f"make the averager with dtype={tensor.dtype}"
         )
     return as_distributed(local(tensor).to(dtype), tensor)
-
-
-def _zeros_like(tensor: Tensor) -> Tensor:
-    return as_distributed(torch.zeros_like(local(tensor)), tensor)
 
 
 def local_parts(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from polyak._checks import listed
+from polyak._checks import listed, prefixed
 from polyak.checkpoints._dcp.metadata import METADATA
 from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._file_names import WHOLE, holder, is_beside
@@ -106,10 +106,8 @@ def _folder(path: Path) -> Source:
         return Source("snapshots", path)
     if any(map(POST_HOC.fullmatch, names)):
         return Source("post-hoc", path)
-    try:
+    with prefixed(path):
         held = holder(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     if held is None:
         raise ValueError(f"{path} {_contents(path, names)}")
     if held != path:

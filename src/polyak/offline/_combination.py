@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from polyak import norms
-from polyak._checks import require
+from polyak._checks import prefixed, require
 from polyak._dtypes import complex_of, widest
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where, distinct
@@ -167,12 +167,10 @@ class Combination(LazyTensors):
         terms = of_kind if averaged else [(self._last, 1.0)]
         summands = [Summand(weights.elements(name), share) for weights, share in terms]
         summation = Summation(summands, self._sums[name] if averaged else dtype, dtype)
-        try:
+        with prefixed(name):
             for piece in summation.pieces(self._threads):
                 self._note(name, piece, doubtful=averaged and summation.doubtful)
                 yield piece
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
 
     def _note(self, name: str, piece: Tensor, *, doubtful: bool) -> None:
         """Note what spoils a piece of a tensor; the files are examined only if something may."""

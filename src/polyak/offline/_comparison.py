@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyak._dtypes import dtype_name
 from polyak._engine.tracking import averageable
-from polyak._lazy import Elements, TensorSpec, as_lazy
+from polyak._lazy import TensorSpec, as_lazy
 from polyak.checkpoints._checkpoint import Weights
 
 PIECE = 3 << 13
@@ -138,18 +138,11 @@ def _difference(
     if of_a.shape != of_b.shape:
         return Difference(name, dtypes, shapes), _Sums()
     first, second = a.elements(name), b.elements(name)
-    sums = sum(map(_sums, _pieces(first), _pieces(second)), _Sums())
+    sums = sum(map(_sums, first.pieces(PIECE), second.pieces(PIECE)), _Sums())
     first.done()
     second.done()
     found = (sums.relative, sums.largest, sums.elements)
     return Difference(name, dtypes, shapes, *found), sums
-
-
-def _pieces(elements: Elements) -> Iterator[Tensor]:
-    for start in range(0, elements.spec.numel, PIECE):
-        piece = torch.empty(min(PIECE, elements.spec.numel - start), dtype=elements.spec.dtype)
-        elements.read_(piece, start)
-        yield piece
 
 
 def _sums(a: Tensor, b: Tensor) -> _Sums:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from polyak._checks import difference, report
 from polyak._lazy import LazyTensors, TensorSpec
@@ -74,7 +74,8 @@ def nonfinite(sources: Sequence[Source], name: str) -> dict[str, int]:
     An infinity that all files have at the same place, as in a mask, does not count.
     """
     counts = [0] * len(sources)
-    for pieces in zip(*(_pieces(source.weights, name) for source in sources), strict=True):
+    of_files = [source.weights.elements(name).pieces(_PIECE) for source in sources]
+    for pieces in zip(*of_files, strict=True):
         shared = pieces[0].isinf()
         for piece in pieces[1:]:
             shared = shared & (piece == pieces[0])
@@ -90,8 +91,8 @@ def is_variance(name: str) -> bool:
 
 def all_positive(sources: Sequence[Source], name: str) -> bool:
     """Whether no file has a negative value of a tensor."""
-    pieces = (piece for source in sources for piece in _pieces(source.weights, name))
-    return not any(bool((piece < 0).any()) for piece in pieces)
+    of_files = [source.weights.elements(name).pieces(_PIECE) for source in sources]
+    return not any(bool((piece < 0).any()) for piece in chain(*of_files))
 
 
 def duplicates(sources: Sequence[Source]) -> list[tuple[str, str]]:
@@ -122,18 +123,6 @@ def _sample(weights: LazyTensors) -> bytes:
     names = list(weights)
     digest = hashlib.sha256()
     for name in names[:: max(1, len(names) // _SAMPLED)]:
-        for piece in _pieces(weights, name, _BEGINNING, 1):
+        for piece in islice(weights.elements(name).pieces(_BEGINNING), 1):
             digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
-
-
-def _pieces(
-    weights: LazyTensors, name: str, length: int = _PIECE, most: int | None = None
-) -> Iterator[Tensor]:
-    """The elements of a tensor, row by row."""
-    elements = weights.elements(name)
-    for start in range(0, elements.spec.numel, length)[:most]:
-        size = min(length, elements.spec.numel - start)
-        piece = torch.empty(size, dtype=elements.spec.dtype)
-        elements.read_(piece, start)
-        yield piece

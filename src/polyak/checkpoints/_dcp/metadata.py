@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from reprlib import repr as repr_of  # a short text of any value, however deep
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -74,39 +74,19 @@ class _Fields(metaclass=Sealed):
         self.state = state
 
 
-class _Metadata(_Fields):
-    __slots__ = ()
-    name = "Metadata"
+def _fields(name: str) -> type[_Fields]:
+    """The class that stands for one of torch's."""
+    made: Any = Sealed(name, (_Fields,), {"__slots__": (), "name": name})
+    return cast("type[_Fields]", made)
 
 
-class _Tensor(_Fields):
-    __slots__ = ()
-    name = "TensorStorageMetadata"
-
-
-class _Bytes(_Fields):
-    __slots__ = ()
-    name = "BytesStorageMetadata"
-
-
-class _Properties(_Fields):
-    __slots__ = ()
-    name = "TensorProperties"
-
-
-class _Chunk(_Fields):
-    __slots__ = ()
-    name = "ChunkStorageMetadata"
-
-
-class _Index(_Fields):
-    __slots__ = ()
-    name = "MetadataIndex"
-
-
-class _StorageInfo(_Fields):
-    __slots__ = ()
-    name = "_StorageInfo"
+_Metadata = _fields("Metadata")
+_Tensor = _fields("TensorStorageMetadata")
+_Bytes = _fields("BytesStorageMetadata")
+_Properties = _fields("TensorProperties")
+_Chunk = _fields("ChunkStorageMetadata")
+_Index = _fields("MetadataIndex")
+_StorageInfo = _fields("_StorageInfo")
 
 
 def _state(value: object, kind: type[_Fields], where: object) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from polyak._checks import difference, report
 from polyak._lazy import as_lazy
 from polyak.checkpoints._checkpoint import Checkpoint
+from polyak.checkpoints._open.files import labelled
 from polyak.checkpoints._peers.common import NO_CODE, Found, holds_tensors, kind_of
 from polyak.checkpoints._peers.general import general, left_aside
 from polyak.checkpoints._peers.trainers import (
@@ -43,18 +44,12 @@ def recognise(found: Found) -> Checkpoint:
     Raises `ValueError` naming the file: if no layout fits, with what the file holds; if one fits and a
     part is damaged or names are needed.
     """
-    try:
+    # Parts may be of any type, and torch's own errors are many.
+    with labelled(found.path, "a part of its layout is missing"):
         readings = (layout(found) for layout in _LAYOUTS)
         reading = next((reading for reading in readings if reading is not None), None)
         if reading is not None and found.names is not None:
             _require_shapes(reading)
-    except ValueError as error:
-        raise ValueError(f"{found.path}: {error}") from None
-    except OSError:
-        raise
-    except Exception as error:  # parts may be of any type, and torch's own errors are many
-        what = f"{error!r:.200}"
-        raise ValueError(f"{found.path}: a part of its layout is missing ({what})") from None
     if reading is None:
         raise ValueError(f"{found.path}: {_unknown(found.top)}")
     return replace(reading, aside=dict(found.aside), left=left_aside(found.top, reading))
