@@ -166,15 +166,6 @@ class Held(LazyTensors):
         tensor = self._tensors[name]
         return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
 
 class Forwarding(LazyTensors):
     """Tensors that lie in other sources."""
