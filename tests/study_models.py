@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from polyak.rules import Uniform, Window
 from polyak.study import Arm, Data, Ensemble, Metric, Study, constant, cosine, mean_probability
 
 CLASSES = 3
@@ -52,13 +53,16 @@ def sgd(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=1e-3)
 
 
-ARMS = {
-    "ema": "exponential(0.9)",
-    "sma": "window(7)",
-    "lawa": Arm("window(3)", every=5),  # type: ignore[arg-type]
-    "tail": Arm("uniform()", start=0.5),  # type: ignore[arg-type]
-    "ensemble": Ensemble(3, every=5, combine=mean_probability),
-}
+def arms(steps: int) -> dict[str, Any]:
+    """Averages that a run of so many steps is long enough for."""
+    every = max(steps // 8, 1)
+    return {
+        "ema": "exponential(0.9)" if steps > 7 else "exponential(0.5)",
+        "sma": f"window({min(7, steps)})",
+        "lawa": Arm(Window(min(3, steps)), every=every),
+        "tail": Arm(Uniform(), start=0.5 if steps > 3 else 0),
+        "ensemble": Ensemble(min(3, steps), every=every, combine=mean_probability),
+    }
 
 
 def study(**changes: Any) -> Study:
@@ -75,7 +79,7 @@ def study(**changes: Any) -> Study:
         "optimizer": sgd,
         "learning_rates": (0.05,),
         "schedules": {"constant": constant, "cosine": cosine},
-        "arms": ARMS,
+        "arms": arms(max(changes.get("steps", 40), 1)),
         "steps": 40,
         "batch_size": 20,
         "evaluations": 4,

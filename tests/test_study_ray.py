@@ -46,7 +46,7 @@ def loss(model, x, y):
 
 study = Study(
     name="mine", model=lambda: torch.nn.Linear(WIDTH, WIDTH), data=data, loss=loss, seeds=6,
-    arms={"ema": "exponential(0.9)"}, steps=4, batch_size=8, evaluations=2, learning_rates=(0.1,),
+    arms={"ema": "exponential(0.5)"}, steps=4, batch_size=8, evaluations=2, learning_rates=(0.1,),
 )
 """
 

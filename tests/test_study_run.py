@@ -21,9 +21,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from polyak.rules import Uniform, Window
+from polyak.specs import parse
 from polyak.study import (
+    Arm,
     Claim,
     Data,
+    Ensemble,
     Metric,
     Plateau,
     Published,
@@ -35,12 +39,13 @@ from polyak.study import (
     recipes,
     run,
 )
+from polyak.study._feasible import require_feasible
 from polyak.study._judging import judge
 from polyak.study._loop import Run, source_seed, train
 from polyak.study._recipes import opened_recipe
 from polyak.study._run import units
 from polyak.study._schedules import PLACES
-from study_models import ARMS, cross_entropy, images, mlp, study
+from study_models import arms, cross_entropy, images, mlp, study
 
 ONE = {"schedules": {"constant": lambda _: 1.0}}
 
@@ -192,6 +197,17 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"claims": gain("ema", metric="f1")}, {}, "metric is 'f1', wanted loss, accuracy"),
     ({"claims": gain("ema", schedule="wsd")}, {}, "schedule is 'wsd', wanted constant, cosine"),
     ({"claims": lambda seed: seed.curve("emma")[0]}, {}, "there is no arm 'emma'"),
+    ({"claims": gain("ema", when="best")}, {}, "claim 'A claim.': when is 'best', wanted 'last' or 'sel"),  # type: ignore[arg-type]
+    ({"claims": lambda seed: seed.value("ema", part="train")}, {}, "part is 'train', wanted 'test' or"),
+    ({"claims": lambda seed: seed.curve("ema")[4]}, {}, r"claim 'A claim.' raised IndexError: .*\(test_study_run.py, line"),
+    ({"claims": lambda seed: seed.steps()[4]}, {}, r"claim 'A claim.' raised IndexError"),
+    ({"claims": lambda _: sede.value("ema")}, {}, "claim 'A claim.' raised NameError: name 'sede'"),  # type: ignore[name-defined]  # noqa: F821
+    ({"arms": {"rare": Arm(Uniform(), every=41)}}, {}, "arm 'rare' is never updated: every=41, and a run has 40 steps"),
+    ({"arms": {"rare": Ensemble(1, every=41)}}, {}, "arm 'rare' is never updated"),
+    ({"arms": {"late": Arm(Uniform(), start=0.99)}}, {}, "arm 'late' is the live weights at the end of a run: its start is 0.99"),
+    ({"arms": {"late": Arm(Uniform(), every=10, start=0.8)}}, {}, "arm 'late' is the live weights"),
+    ({"arms": {"one": Window(1)}}, {}, "arm 'one' is the live weights"),
+    ({"arms": {"none": "exponential(0)"}}, {}, "arm 'none' is the live weights"),
     ({"model": lambda: nn.Linear(-1, 2)}, {}, r"study's model raised RuntimeError: .*\(test_study_run.py, line"),
     ({"model": lambda: [nn.Linear(2, 1)]}, {}, "the study's model returned list, wanted Module"),
     ({"data": lambda _: 1 / 0}, {}, "the study's data raised ZeroDivisionError: division by zero"),
@@ -231,6 +247,36 @@ def test_what_does_not_fit_is_refused_before_the_training(
     with pytest.raises(ValueError, match=message):
         run(study(**fields), tmp_path / "out", **{"jobs": 1, **options})
     assert not (tmp_path / "out").exists()
+
+
+SHORT: list[tuple[dict[str, Any], str]] = [
+    ({"arms": {"slow": "exponential(half_life=40)"}}, r"arm 'slow' is too slow .* 51 % .* of step 1;"),
+    ({"arms": {"slow": Arm(parse("exponential(0.99)"), start=0.5)}}, "arm 'slow' is too slow .* step 21;"),
+    ({"arms": {"sma": Window(41)}}, "arm 'sma' wants 41 snapshots and gets 40 in a run"),
+    ({"arms": {"lawa": Arm(Window(5), every=5, start=0.5)}}, "arm 'lawa' wants 5 snapshots and gets 4"),
+    ({"arms": {"few": Ensemble(9, every=5)}}, "arm 'few' wants 9 snapshots and gets 8"),
+    ({"schedules": {"p": Plateau(patience=3)}}, "schedule 'p' never lowers the learning rate: patience=3"),
+    ({"schedules": {"p": Plateau(patience=0, stop=4)}}, "schedule 'p' never stops a run: stop=4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), SHORT, ids=[s[1] for s in SHORT])
+def test_what_a_run_is_too_short_for_is_told(fields: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        require_feasible(study(**fields))
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        {"ema": "exponential(half_life=38)", "bema": "bema(0.9)"},
+        {"sma": Window(40), "lawa": Arm(Window(5), every=8), "last": Arm(Uniform(), start=0.95)},
+        {"statistics": Arm(Window(1), recalibrate=True), "stale": Arm(Window(1), every=7)},
+        {"all": Ensemble(8, every=5), "debiased": "exponential(0.999, debias=True)"},
+    ],
+)
+def test_an_average_that_a_run_has_room_for_is_no_fault(arms: dict[str, Any]) -> None:
+    require_feasible(study(arms=arms, schedules={"p": Plateau(patience=2, stop=3)}))
 
 
 def test_a_quantity_that_is_not_defined_for_ones_is_no_error(tmp_path: Path) -> None:
@@ -368,7 +414,10 @@ def test_parts_must_have_equal_rows() -> None:
 
 OTHER: list[tuple[dict[str, Any], str]] = [
     ({"steps": 8}, "steps: 4 there, 8 now"),
-    ({"arms": {**ARMS, "ema": "exponential(0.8)"}}, "arms: ema: 'exponential(0.9), every 1' there"),
+    (
+        {"arms": {**arms(4), "ema": "exponential(0.6)"}},
+        "arms: ema: 'exponential(0.5), every 1' there",
+    ),
     ({"model": partial(mlp, 0.5)}, "first losses: "),
     ({"optimizer": lambda p, lr: torch.optim.SGD(p, lr)}, "first losses: "),
     ({"schedules": {"constant": lambda _: 0.5}}, "schedule: '1 1 1 1 1 1 1 1 1' there"),
@@ -557,7 +606,7 @@ def data(seed):
     return Data((x, x), (x, x), (x, x))
 
 study = Study(name="mine", model=Net, data=data, loss=lambda m, x, y: nn.functional.mse_loss(m(x), y),
-              arms={"ema": "exponential(0.9)"}, steps=4, batch_size=8, evaluations=2, seeds=2, learning_rates=(0.1,))
+              arms={"ema": "exponential(0.5)"}, steps=4, batch_size=8, evaluations=2, seeds=2, learning_rates=(0.1,))
 """
 
 

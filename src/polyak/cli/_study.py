@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,8 @@ def run(
     from polyak.study._recipes import opened_recipe
     from polyak.study._terminal import Seeds
 
+    # The end of the command restores it. A warning about a study has no line of code to show.
+    warnings.showwarning = lambda message, *_, **__: say(f"polyak: warning: {message}", err=True)
     with opened_recipe(recipe) as study:
         study = study.quickly() if quick else study
         study = study if stacked is None else replace(study, stacked=stacked)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from polyak.rules import LIVE
 from polyak.study._claims import Claim, Published
-from polyak.study._result import Result, Seed
+from polyak.study._errors import placed
+from polyak.study._result import Result, Seed, require_place
 from polyak.study._study import Study
+from polyak.study._tracking import due
 
 
 class UnknownNameError(ValueError):
@@ -17,21 +20,34 @@ class _Rehearsed(Seed):
     """A seed whose values are all 1, but whose names are checked."""
 
     def value(
-        self, arm: str, metric: Any = None, schedule: Any = None, *_: Any, **__: Any
+        self,
+        arm: str,
+        metric: Any = None,
+        schedule: Any = None,
+        when: Any = "last",
+        part: Any = "test",
     ) -> float:
-        _check(self.result.study, arm, metric, schedule)
+        _check(self.result.study, arm, metric, schedule, when, part)
         return 1.0
 
     def curve(self, arm: str, metric: Any = None, schedule: Any = None) -> list[float]:
         _check(self.result.study, arm, metric, schedule)
         return [1.0] * self.result.study.evaluations
 
+    def steps(self, arm: str = LIVE, schedule: Any = None) -> list[int]:
+        study = self.result.study
+        _check(study, arm, None, schedule)
+        return [due(study, evaluation) for evaluation in range(1, study.evaluations + 1)]
 
-def _check(study: Study, arm: str, metric: str | None, schedule: str | None) -> None:
+
+def _check(
+    study: Study, arm: str, metric: Any, schedule: Any, when: Any = "last", part: Any = "test"
+) -> None:
     try:
         study.require_arm(arm)
         study.require_metric(metric)
         study.require_schedule(schedule)
+        require_place(when, part)
     except ValueError as error:
         raise UnknownNameError(str(error)) from None
 
@@ -53,6 +69,8 @@ def rehearse(study: Study) -> None:
             value = each.quantity(seed)
         except UnknownNameError as error:
             raise ValueError(f"the {named}: {error}") from None
+        except (IndexError, NameError) as error:
+            raise ValueError(f"the {named} raised {placed(error)}") from error
         except Exception:
             continue
         if not hasattr(value, "__float__"):

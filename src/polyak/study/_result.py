@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from polyak._checks import require
 from polyak.rules import LIVE
 from polyak.study._statistics import known
 from polyak.study._study import Study
@@ -90,8 +91,9 @@ class Seed:
         `when` is "last", the last step, or "selected", the evaluated step with the arm's best
         validation value of the main metric. `part` is "test" or "validation".
 
-        Raises `ValueError` for an unknown arm, metric or schedule.
+        Raises `ValueError` for an unknown arm, metric or schedule, and for another `when` or `part`.
         """
+        require_place(when, part)
         record = self.record(arm, schedule, when)
         return value_in(record, self.result.study, arm, metric, when, part)
 
@@ -114,6 +116,12 @@ class Seed:
         """The record of the run in which an arm is read; None if it failed."""
         rate = self.result.tuned(arm, schedule, when)
         return self.result.record(self.number, self.result.study.require_schedule(schedule), rate)
+
+
+def require_place(when: str, part: str) -> None:
+    """Raise `ValueError` for a `when` or `part` that no record has."""
+    require(when in ("last", "selected"), "when", when, "'last' or 'selected'")
+    require(part in ("test", "validation"), "part", part, "'test' or 'validation'")
 
 
 def value_in(

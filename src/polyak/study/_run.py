@@ -18,6 +18,7 @@ from joblib import effective_n_jobs
 from polyak._checks import is_integer, require
 from polyak.study._conditions import Conditions
 from polyak.study._errors import is_recipes, placed
+from polyak.study._feasible import require_feasible
 from polyak.study._loop import SOURCES, Run, train
 from polyak.study._processes import Killed, computed, computing_on
 from polyak.study._recorded import RESULTS, existing, first_conditions
@@ -72,6 +73,7 @@ def run(
     strange = set(vary) - set(SOURCES)
     require(not strange, "vary", sorted(vary), f"some of {', '.join(SOURCES)}")
     rehearse(study)
+    require_feasible(study)
     folder = Path(f"study-{study.name}" if out is None else out)
     sources = tuple(source for source in SOURCES if source in vary)
     with computing_on(backend) as killed:
