@@ -200,6 +200,26 @@ def fairseq2(run: Path) -> None:
             text(folder / "scores" / f"step_{step}.txt", f"{score}\n")
 
 
+def mmengine(
+    run: Path, *, iterations: int = 8, every: int = 4, by_epoch: bool = True, epochs: int = 5
+) -> None:
+    """A validation after each epoch; its "step" is the epoch or the iteration. The third is the best."""
+    rows = []
+    for epoch in range(1, epochs + 1):
+        ends = epoch * iterations
+        for i in range(ends - iterations + every, ends + 1, every):
+            shown = epoch if by_epoch else 1
+            rows.append({"loss": 9.0 - i % 7, "epoch": shown, "iter": i, "step": i})
+        rows.append({"coco/bbox_mAP": -abs(epoch - 3.1), "step": epoch if by_epoch else ends})
+        held = {"meta": {"epoch": epoch, "iter": ends}, "state_dict": weights(epoch)}
+        put(run / (f"epoch_{epoch}.pth" if by_epoch else f"iter_{ends}.pth"), held)
+    shutil.copy(
+        run / f"{'epoch_3' if by_epoch else f'iter_{3 * iterations}'}.pth",
+        run / "best_coco_bbox_mAP_epoch_3.pth",
+    )
+    text(run / "20260101_100000" / "vis_data" / "scalars.json", "\n".join(map(json.dumps, rows)))
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], tuple[str, str], str, str, tuple[str, str]]] = {
     # its folder; the last two in order; a metric as typed, its full name, the best two in order
     "transformers": (transformers_trainer, ("checkpoint-1000", "checkpoint-1500"), "eval_loss", "eval_loss", ("checkpoint-1000", "checkpoint-1500")),
@@ -214,6 +234,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], tuple[str, str], str, str, tuple[
     "fairseq": (fairseq, ("checkpoint_2_150.pt", "checkpoint2.pt"), "val_loss", "extra_state.val_loss", ("checkpoint_2_150.pt", "checkpoint2.pt")),
     "composer": (composer, ("ep1-ba100-rank0.pt", "ep1-ba200-rank0.pt"), "loss", "loss", ("ep1-ba50-rank0.pt", "ep1-ba100-rank0.pt")),
     "detectron2": (detectron, ("model_0009999.pth", "model_0014999.pth"), "bbox.AP", "bbox/AP", ("model_0009999.pth", "model_0014999.pth")),
+    "mmengine": (mmengine, ("epoch_4.pth", "epoch_5.pth"), "bbox_mAP", "coco/bbox_mAP", ("epoch_3.pth", "epoch_4.pth")),
     "espnet 1": (espnet_1, ("snapshot.ep.9", "snapshot.ep.10"), "main/acc", "validation/main/acc", ("snapshot.ep.9", "snapshot.ep.10")),
     "timm": (timm, ("checkpoint-9.pth.tar", "checkpoint-10.pth.tar"), "top1", "eval_top1", ("checkpoint-9.pth.tar", "checkpoint-10.pth.tar")),
 }  # fmt: skip

@@ -21,6 +21,7 @@ from run_folders import (
     fairseq2,
     lightning,
     megatron,
+    mmengine,
     put,
     text,
     transformers_trainer,
@@ -411,6 +412,19 @@ class TestMetrics:
         assert {path.name for path in choice.aside} == {"step-2.pt", "step-4.pt"}
         with pytest.raises(ValueError, match="best is 3, wanted at most 2"):
             offline.choose(tmp_path, best=3, by="loss")
+
+    @pytest.mark.parametrize(
+        ("iterations", "every", "by_epoch"),
+        [(1, 1, True), *product((3, 8, 10), (1, 7, 50), (True, False))],
+    )
+    def test_what_mmengine_counts(
+        self, iterations: int, every: int, by_epoch: bool, tmp_path: Path
+    ) -> None:
+        """Where no row of training tells it, the steps of the checkpoints do; epoch 8 is no step 8."""
+        mmengine(tmp_path, iterations=iterations, every=every, by_epoch=by_epoch, epochs=20)
+        choice = offline.choose(tmp_path, best=3, by="coco/bbox_mAP")
+        assert [torch.load(file.path)["meta"]["epoch"] for file in choice.files] == [2, 3, 4]
+        assert [path.name for path in choice.aside] == ["best_coco_bbox_mAP_epoch_3.pth"]
 
     def test_rows_of_trainers_that_count_from_0(self, tmp_path: Path) -> None:
         """Lightning's CSV has the validation after 64 steps at step 63, and training's loss anywhere."""

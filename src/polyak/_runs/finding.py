@@ -127,8 +127,9 @@ def _held(folder: Path, file: str | None) -> Found:
             else:
                 entries += [Entry(path, held)] if held else []
                 empty += [] if held else [path]
-    # Alone, they may be folders that hold a run.
-    return Found(folder, entries, aside | dict.fromkeys(empty if entries else (), _EMPTY))
+    # Alone, or beside files, they may be folders that hold a run, or its records.
+    beside = any(entry.folder is not None for entry in entries)
+    return Found(folder, entries, aside | dict.fromkeys(empty if beside else (), _EMPTY))
 
 
 def _may_be_checkpoint(folder: Path) -> bool:

@@ -79,12 +79,42 @@ def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
     for place in (*reversed(above), folder):
         for pattern in _TABLES:
             yield from (rows(path) for path in sorted(place.glob(pattern)))
+        for path in sorted(place.glob("*/vis_data/scalars.json")):
+            yield from _of_mmengine(rows(path), timed)
     for path in sorted(folder.glob("checkpoint.pth")):  # where espnet keeps its reporter
         yield epochs(inside(path))
     yield [row for path in sorted(folder.glob("scores/*.txt")) if (row := _score(path))]
     for each in timed:
         if each.entry.folder is not None:
             yield rows(each.entry.folder / "trainer_state.json")
+
+
+def _of_mmengine(table: list[Row], timed: Sequence[Timed]) -> Iterator[list[Row]]:
+    """The rows of training in mmengine's table, and those of validation, whose "step" may be an epoch.
+
+    Then it is the epoch of the row of training before it. Without such rows, more checkpoints have it as
+    their epoch than as their step. Where neither is clear, the validations are left out.
+    """
+    before: Row = {}
+    votes = dict.fromkeys(("step", "epoch"), 0)
+    trained = [row for row in table if "iter" in row]
+    validated = [row for row in table if "iter" not in row and "step" in row]
+    for row in table:
+        if "iter" in row:
+            before = row
+        elif before:
+            votes["epoch" if row.get("step") == before.get("epoch") else "step"] += 1
+    steps = {row["step"] for row in validated}
+    for each in timed if not before else ():
+        for unit in votes:
+            votes[unit] += each.clock.get(unit) in steps
+    unit, other = sorted(votes, key=lambda each: -votes[each])
+    yield trained
+    if votes[unit] > votes[other]:
+        yield [
+            {unit: row["step"], **{k: v for k, v in row.items() if k != "step"}}
+            for row in validated
+        ]
 
 
 def _score(path: Path) -> Row:
