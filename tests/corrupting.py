@@ -81,7 +81,7 @@ def load_torch(path: Path) -> Any:
     """What a file of torch.save holds, all its tensors read."""
     file = OpenFile(path)
     with labelled(path, "a damaged file of torch.save"):
-        return all_read(load(file).value)
+        return all_read(load(file.whole).value)
 
 
 def all_read(value: Any) -> Any:

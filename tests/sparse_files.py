@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from corrupting import Calls, Stored, pickled
 from polyak._lazy import TensorSpec
-from polyak.checkpoints._open.files import joined_checksum
+from polyak.checkpoints._open.checksums import joined_checksum
 from polyak.checkpoints._safetensors import files as tensorfile
 
 MIB = 1 << 20

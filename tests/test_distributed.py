@@ -29,7 +29,8 @@ from corrupting import Calls, resident_bytes, same, save_folder
 from launching import said_by
 from polyak._lazy import spec_of
 from polyak._ranks.shard_geometry import Box
-from polyak.checkpoints._dcp.tensors import DistributedTensors, _tiles
+from polyak.checkpoints._dcp.metadata import _tiles
+from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._torch_save.pickles import Aside
 
 RANKS = Path(__file__).with_name("saving_ranks.py")

@@ -183,7 +183,7 @@ def test_objects_beside_weights_are_left_unread(tmp_path: Path) -> None:
     found = load_torch(path)
     assert torch.equal(found["w"], torch.ones(2))
     assert isinstance(found["args"], Aside) and isinstance(found["losses"], Aside)
-    assert load(OpenFile(path)).aside == {"argparse.Namespace": 1, "numpy.ndarray": 2}
+    assert load(OpenFile(path).whole).aside == {"argparse.Namespace": 1, "numpy.ndarray": 2}
 
 
 def test_views_of_any_layout(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_released_pages_leave_memory_and_come_back(tmp_path: Path, archived: boo
     path = tmp_path / "it.pt"
     save({"w": held}, path, archived)
     start = resident_bytes()
-    tensors = StoredTensors(load(OpenFile(path)).value)  # type: ignore[arg-type]
+    tensors = StoredTensors(load(OpenFile(path).whole).value)  # type: ignore[arg-type]
     found = tensors["w"]
     assert resident_bytes() - start < 8 << 20, "the file was read, but its pages are not kept"
     assert same(found, held)
@@ -447,7 +447,7 @@ def test_code_is_named_and_never_run(
     path = tmp_path / "it.pt"
     written(path, payload, archived)
     assert name_of(load_torch(path)) == name
-    assert load(OpenFile(path)).aside == {name: 1}
+    assert load(OpenFile(path).whole).aside == {name: 1}
     with pytest.raises(ValueError, match=re.escape(f"{path} holds a {name}, wanted a dictionary")):
         read(path)
     assert not (tmp_path / MARKER).exists()
@@ -658,7 +658,7 @@ def test_a_tensor_lies_within_its_storage(
     path.write_bytes(claimed(*lie))
     start = resident_bytes()
     with pytest.raises(ValueError, match=r"tensor|storage"):
-        load(OpenFile(path))  # before anything asks for the tensor
+        load(OpenFile(path).whole)  # before anything asks for the tensor
     assert resident_bytes() - start < 50 << 20
     path.write_bytes(claimed(torch.FloatStorage, 12, 0, (3, 4), (4, 1), TWELVE))
     assert torch.equal(load_torch(path)["w"], torch.arange(12.0).reshape(3, 4))

@@ -948,7 +948,7 @@ def test_a_part_of_any_other_kind_is_an_error_that_names_the_file(
     tmp_path: Path, state: dict[str, Any]
 ) -> None:
     torch.save({"state": state, "junk": JUNK}, tmp_path / "stored.pt")
-    stored: Any = load(OpenFile(tmp_path / "stored.pt")).value
+    stored: Any = load(OpenFile(tmp_path / "stored.pt").whole).value
     state, path = stored["state"], Path("it.pt")
     whole = recognise(Found(path, "state-dict", state, "positions"))
     assert whole.averages and whole.format in FORMATS

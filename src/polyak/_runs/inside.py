@@ -26,7 +26,7 @@ def inside(path: Path) -> Mapping[str, Any]:
     if not is_torch(file.read(0, 64)):
         return {}
     with labelled(path, "a damaged file of torch.save"):
-        held = load(file).value
+        held = load(file.whole).value
     return held if isinstance(held, dict) and not is_state(held) else {}
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from polyak._lazy import Forwarding, LazyTensors, TensorSpec
 from polyak.checkpoints._looks import looks, refusal
-from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
-from polyak.checkpoints._open.folders import OpenFiles
+from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled, open_files
 from polyak.checkpoints._safetensors.files import TensorFile, is_safetensors
 from polyak.checkpoints._torch_save.files import StoredTensors, is_torch, load, verify
 from polyak.checkpoints._torch_save.tensors import StoredTensor
@@ -38,7 +37,7 @@ class IndexedTensors(Forwarding):
         self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
         self._files: dict[str, str] = content["weight_map"]
         with labelled(self.path, "a damaged index"):
-            self._opened = OpenFiles(self.path.parent, sorted(set(self._files.values())))
+            self._opened = open_files(self.path.parent, sorted(set(self._files.values())))
         self.files = {*self._files.values()}
         self._held: dict[str, LazyTensors] = {}
 
@@ -63,7 +62,8 @@ class IndexedTensors(Forwarding):
         """Compare all files with their checksums, if they have any."""
         files = [self._opened[name] for name in sorted(set(self._files.values()))]
         return all_verified(
-            TensorFile(file).verify() if is_safetensors(file) else verify(file) for file in files
+            TensorFile(file).verify() if is_safetensors(file) else verify(file.whole)
+            for file in files
         )
 
     @cached_property
@@ -102,7 +102,7 @@ def _tensors(file: OpenFile) -> LazyTensors:
     if not is_torch(file.read(0, 4)):
         raise refusal(file)
     with labelled(file.path, "a damaged file of torch.save"):
-        held = load(file).value
+        held = load(file.whole).value
         if not isinstance(held, dict):
             raise ValueError("wanted a dictionary name -> tensor")
         if not all(isinstance(tensor, StoredTensor) for tensor in held.values()):

@@ -25,7 +25,7 @@ from polyak._files import naming, writing, writing_folder
 from polyak._lazy import LazyTensors, Place, TensorSpec, Where, as_lazy, parts
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp.metadata import METADATA
-from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._open.files import OpenFile, Part
 from polyak.checkpoints._read import read as read_checkpoint
 from polyak.checkpoints._safetensors.files import content, is_safetensors
 from polyak.checkpoints._safetensors.weights import totalled
@@ -193,7 +193,7 @@ def _replace(
                 add(weights.specs[name].nbytes)
         for (path, archive), places_of in changed.items():
             if archive is not None:
-                renew_checksums(files[path], Region(OpenFile(path), *archive, ""), places_of)
+                renew_checksums(files[path], Region(Part(OpenFile(path), *archive)), places_of)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

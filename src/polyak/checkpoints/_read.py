@@ -15,14 +15,13 @@ from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._names import Names, canonical, under
-from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._open.files import OpenFile, Part, Verified, all_verified, labelled
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
 from polyak.checkpoints._peers.walk import under_keys
 from polyak.checkpoints._sniff import POST_HOC, Source, files_beside, sniff
 from polyak.checkpoints._torch_save.files import Loaded, load
-from polyak.checkpoints._torch_save.tar import Member, span_of
 from polyak.rules import AVERAGE
 
 _MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)
@@ -164,15 +163,15 @@ def content(source: Source, names: Names = None) -> Found:
     beside = [] if found.plain == "dcp" else sorted(source.path.glob(_REGISTERED))
     if not beside:
         return found
-    held = {file.name: _loaded(file, OpenFile(file)) for file in beside}
+    held = {file.name: _loaded(file, OpenFile(file).whole) for file in beside}
     aside = sum((Counter(loaded.aside) for loaded in held.values()), Counter(found.aside))
     top = {"": found.top, **{name: loaded.value for name, loaded in held.items()}}
     return replace(found, top=top, aside=dict(aside))
 
 
-def _loaded(path: Path, opened: OpenFile | Member) -> Loaded:
+def _loaded(path: Path, opened: Part) -> Loaded:
     with labelled(path, "a damaged file of torch.save"):
-        return load(*span_of(opened))
+        return load(opened)
 
 
 def _content(source: Source, names: Names) -> Found:
@@ -183,7 +182,7 @@ def _content(source: Source, names: Names) -> Found:
     if isinstance(opened, LazyTensors):
         plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
         return Found(path, plain, opened, names)
-    assert isinstance(opened, (OpenFile, Member))
+    assert isinstance(opened, Part)
     held, aside, _ = _loaded(path, opened)
     if isinstance(held, (list, tuple)) and any(isinstance(one, Mapping) for one in held):
         held = {str(place): one for place, one in enumerate(held)}

@@ -13,20 +13,18 @@ from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._file_names import WHOLE, holder, is_beside
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._looks import looks, refusal
-from polyak.checkpoints._open.files import OpenFile, Verified
+from polyak.checkpoints._open.files import OpenFile, Part, Verified
 from polyak.checkpoints._safetensors.files import KEY, TensorFile, is_safetensors
 from polyak.checkpoints._torch_save.files import is_torch, verify
 from polyak.checkpoints._torch_save.tar import (
-    Member,
     folder_with,
     is_tar,
     members_of,
-    span_of,
     weights_within,
 )
 
 Kind = Literal["polyak", "safetensors", "index", "torch", "dcp", "snapshots", "post-hoc"]
-Opened = TensorFile | IndexedTensors | OpenFile | Member | DistributedTensors | None
+Opened = TensorFile | IndexedTensors | Part | DistributedTensors | None
 _T = TypeVar("_T")
 
 SNAPSHOT = re.compile(r"snapshot-\d+(\.safetensors)?")
@@ -43,8 +41,8 @@ _ATTEMPTS = 5
 class Source(NamedTuple):
     """What is at a path, opened.
 
-    `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: an `OpenFile` of
-    torch.save, or one within a tar archive; `dcp`: a folder of torch.distributed.checkpoint, or one within
+    `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: a file of torch.save,
+    which may lie in a tar archive; `dcp`: a folder of torch.distributed.checkpoint, or one within
     a tar archive, and `key` if the path names one part of it; `snapshots`, `post-hoc`: a folder of
     snapshots, not opened. Where `path` is a folder that holds one file of weights, that file is
     what was opened.
@@ -57,8 +55,8 @@ class Source(NamedTuple):
 
     def verify(self) -> Verified:
         """Compare all of the file or folder with its checksums; raises `ValueError` for damage."""
-        if isinstance(self.opened, (OpenFile, Member)):
-            return verify(*span_of(self.opened))
+        if isinstance(self.opened, Part):
+            return verify(self.opened)
         return Verified(0, 0) if self.opened is None else self.opened.verify()
 
 
@@ -91,7 +89,7 @@ def _file(path: Path) -> Source:
         held = TensorFile(file)
         return Source("polyak" if KEY in held.metadata else "safetensors", path, held)
     if is_torch(file.read(0, 4)):
-        return Source("torch", path, file)
+        return Source("torch", path, file.whole)
     if is_tar(file):
         members = members_of(file)
         if folder := folder_with(METADATA, members):
@@ -136,13 +134,12 @@ def _are_shards(names: list[str]) -> bool:
 def files_beside(source: Source) -> list[str]:
     """The files in a folder, and in the folders in it, that may hold weights and were not opened."""
     path, opened = source.path, source.opened
-    if not path.is_dir() or isinstance(opened, (DistributedTensors, Member, type(None))):
+    if not path.is_dir() or isinstance(opened, (DistributedTensors, type(None))):
         return []
-    used = (
-        {path / name for name in opened.files}
-        if isinstance(opened, IndexedTensors)
-        else {opened.path}
-    )
+    if isinstance(opened, IndexedTensors):
+        used = {path / name for name in opened.files}
+    else:
+        used = {opened.file.path if isinstance(opened, Part) else opened.path}
     inner = [each for each in _within(path) if each.is_dir() and not _SAVED.search(each.name)]
     files = [file for folder in (path, *inner) for file in _within(folder)]
     return [

@@ -1,25 +1,29 @@
 """The metadata of a folder of torch.distributed.checkpoint: what it holds, and where each chunk lies.
 
 They are a pickle (`.metadata`). Its classes become classes of ours, never torch's own. Everything that is
-used from them is checked here and in `_dcp.tensors`.
+used from them is checked here (a tensor's chunks must tile it, without overlap or gap), and in
+`_dcp.tensors` against the files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 from reprlib import repr as repr_of  # a short text of any value, however deep
 from typing import Any, NamedTuple, cast
 
 import torch
 
 from polyak._lazy import TensorSpec
-from polyak._ranks.shard_geometry import Box
+from polyak._ranks.shard_geometry import Box, whole
 from polyak.checkpoints._torch_save import pickles
 from polyak.checkpoints._torch_save.objects import DTYPES
 from polyak.checkpoints._torch_save.pickles import Maker, Sealed, name_of
 
 METADATA = ".metadata"
 _MOST = 1 << 60
+_DIMENSIONS = 8  # of a tensor in chunks: comparing corners takes 2^dimensions steps a chunk
 
 
 class ChunkPlace(NamedTuple):
@@ -112,7 +116,7 @@ def _tensor(name: str, entry: object) -> tuple[TensorSpec, list[Box]]:
     if type(chunks) is not list:
         raise ValueError(f"{name} is a tensor without a list of chunks")
     shape = _numbers(state.get("size"))
-    return TensorSpec(shape, dtype), [_box(name, chunk) for chunk in chunks]
+    return TensorSpec(shape, dtype), _filled(name, shape, [_box(name, chunk) for chunk in chunks])
 
 
 def _dtype(name: str, properties: Any) -> torch.dtype:
@@ -167,6 +171,63 @@ def _paths(planned: object, names: Mapping[str, object]) -> dict[str, tuple[str 
         if type(path) is not tuple or not all(type(part) in (str, int) for part in path):
             raise ValueError(f"a name is made from {repr_of(path)}, wanted keys")
     return paths
+
+
+def _filled(name: str, shape: tuple[int, ...], chunks: list[Box]) -> list[Box]:
+    """The chunks that hold something; together they are the tensor exactly."""
+    filled = [chunk for chunk in chunks if 0 not in chunk.shape]
+    if not filled and 0 in shape:
+        return []
+    everything = whole(shape)
+    if filled != [everything] and not _tiles(everything, filled):
+        raise ValueError(
+            f"{name}: {len(filled)} chunks do not tile the shape {shape}: there is an overlap "
+            "or a gap, so a rank's part is missing"
+        )
+    return filled
+
+
+def _tiles(outer: Box, chunks: list[Box]) -> bool:
+    """Whether boxes fill a box exactly.
+
+    Mostly they are slices along one dimension, which is checked in one pass. Otherwise their corners,
+    with alternating signs, must cancel to those of the whole: a sum of boxes is known by the mixed
+    differences at its corners.
+    """
+    dimensions = len(outer.shape)
+    if dimensions > _DIMENSIONS or any(len(chunk.shape) != dimensions for chunk in chunks):
+        return False
+    for along in range(dimensions):
+        if all(_is_slice(chunk, outer, along) for chunk in chunks):
+            return _follow(outer, chunks, along)
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, chunk in [(-1, outer), *((1, chunk) for chunk in chunks)]:
+        for picked in product((0, 1), repeat=dimensions):
+            corner = tuple(o + n * p for o, n, p in zip(*chunk, picked, strict=True))
+            corners[corner] += sign * (-1) ** sum(picked)
+    return not any(corners.values())
+
+
+def _is_slice(chunk: Box, outer: Box, along: int) -> bool:
+    """Whether a box is as large as the whole in all dimensions but one."""
+    offsets, shape = chunk
+    after = along + 1
+    return (
+        shape[:along] == outer.shape[:along]
+        and shape[after:] == outer.shape[after:]
+        and offsets[:along] == outer.offsets[:along]
+        and offsets[after:] == outer.offsets[after:]
+    )
+
+
+def _follow(outer: Box, slices: list[Box], along: int) -> bool:
+    """Whether slices along a dimension follow each other from the beginning to the end."""
+    place = outer.offsets[along]
+    for start, size in sorted((offsets[along], shape[along]) for offsets, shape in slices):
+        if start != place:
+            return False
+        place += size
+    return place == outer.offsets[along] + outer.shape[along]
 
 
 _MODULE = "torch.distributed.checkpoint"

@@ -2,14 +2,13 @@
 
 A folder holds what each rank wrote, as files of torch.save one behind the other, and a pickle
 `.metadata` that says which chunk of which tensor lies where (`_dcp.metadata`). The metadata are
-believed only where they fit the files: chunks must tile their tensors, without overlap or gap.
+believed only where they fit the files.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,19 @@ from polyak._lazy import Elements, LazyTensors, Place, Renamed, TensorSpec, Wher
 from polyak._ranks.shard_geometry import Box, whole
 from polyak.checkpoints._dcp.metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._looks import looks
-from polyak.checkpoints._open.files import OpenFile, Verified, all_verified, labelled
-from polyak.checkpoints._open.folders import OpenFiles
+from polyak.checkpoints._open.files import (
+    OpenFile,
+    Part,
+    Verified,
+    all_verified,
+    labelled,
+    open_files,
+)
 from polyak.checkpoints._torch_save.files import load, verify
 from polyak.checkpoints._torch_save.pickles import no_collection
-from polyak.checkpoints._torch_save.tar import FilesWithin, Member, span_of
 from polyak.checkpoints._torch_save.tensors import StoredTensor
 
 _PICKLE = b"\x80"
-_DIMENSIONS = 8  # of a tensor in chunks: comparing corners takes 2^dimensions steps a chunk
 
 
 class DistributedTensors(LazyTensors):
@@ -44,7 +47,7 @@ class DistributedTensors(LazyTensors):
     file for a damaged chunk; `FileNotFoundError` for missing files.
     """
 
-    def __init__(self, folder: Path | str, archive: Mapping[str, Member] | None = None) -> None:
+    def __init__(self, folder: Path | str, archive: Mapping[str, Part] | None = None) -> None:
         self.path = Path(folder)
         metadata = self.path / METADATA
         if archive is None and not metadata.exists():
@@ -53,23 +56,17 @@ class DistributedTensors(LazyTensors):
                 "of torch.distributed.checkpoint"
             )
         with labelled(self.path, "damaged metadata"), no_collection():
-            file, start, length = span_of(
-                OpenFile(metadata) if archive is None else archive[METADATA]
+            file, start, length, _ = (
+                OpenFile(metadata).whole if archive is None else archive[METADATA]
             )
             if file.read(start, 1) != _PICKLE:
                 raise ValueError(f"{METADATA} looks like {looks(file) or 'no pickle'}")
             told = described(file.read(start, length))
             self._specs, self._places, self.paths = told.specs, told.places, told.paths
-            self.chunks = {n: _filled(n, told.specs[n].shape, c) for n, c in told.chunks.items()}
+            self.chunks = told.chunks
             names = dict.fromkeys(place.file for place in told.places.values())
-            self._files = (
-                OpenFiles(self.path, names) if archive is None else FilesWithin(archive, names)
-            )
+            self._files = _opened(self.path, names, archive)
             self._require_places(told.objects)
-            self._places = {
-                key: place._replace(start=place.start + self._files.starts[place.file])
-                for key, place in self._places.items()
-            }
         self.objects: Mapping[str, Any] = _Objects(told.objects, self._object)
         self._opened: dict[ChunkKey, StoredTensor] = {}
 
@@ -137,19 +134,24 @@ class DistributedTensors(LazyTensors):
         """The bytes of an entry that is not a tensor: a file of torch.save."""
         place = self._places[(name,)]
         self._verify(name, place)
-        return self._files[place.file].read(place.start, place.length)
+        file, start, length, _ = self._part(name, place)
+        return file.read(start, length)
 
     def _verify(self, name: str, place: ChunkPlace) -> Verified:
-        file = self._files[place.file]
-        with labelled(f"{file.path}: {name}", "a damaged file of torch.save"):
-            return verify(file, place.start, place.length, f"{name}: ")
+        part = self._part(name, place)
+        with labelled(f"{part.file.path}: {name}", "a damaged file of torch.save"):
+            return verify(part)
+
+    def _part(self, name: str, place: ChunkPlace) -> Part:
+        """Where an entry lies."""
+        return self._files[place.file].part(place.start, place.length, f"{name}: ")
 
     def _object(self, name: str) -> Any:
         return self._load(name, self._places[(name,)])
 
     def _load(self, name: str, place: ChunkPlace) -> Any:
         with labelled(f"{self.path / place.file}: {name}", "a damaged file of torch.save"):
-            return load(self._files[place.file], place.start, place.length, f"{name}: ").value
+            return load(self._part(name, place)).value
 
     def _require_places(self, objects: Iterable[str]) -> None:
         """Every entry lies in a file of this folder, and no two lie over each other."""
@@ -171,7 +173,18 @@ class DistributedTensors(LazyTensors):
         for file, start, length in self._places.values():
             by_file.setdefault(file, []).append((start, length))
         for file, places in by_file.items():
-            _require_apart(file, sorted(places), self._files.sizes[file])
+            _require_apart(file, sorted(places), self._files[file].length)
+
+
+def _opened(
+    folder: Path, names: Iterable[str], archive: Mapping[str, Part] | None
+) -> dict[str, Part]:
+    """Files of a folder, which may lie in an archive; raises `FileNotFoundError` for a missing one."""
+    if archive is None:
+        return {name: file.whole for name, file in open_files(folder, names).items()}
+    if missing := [name for name in names if name not in archive]:
+        raise FileNotFoundError(f"the file {missing[0][:200]} is missing in the archive")
+    return {name: archive[name] for name in names}
 
 
 class _Objects(Mapping[str, Any]):
@@ -228,60 +241,3 @@ def _require_apart(file: str, places: list[tuple[int, int]], size: int) -> None:
     for (start, length), (following, _) in pairwise(places):
         if start + length > following:
             raise ValueError(f"{file}: entries overlap, at {start} and {following}")
-
-
-def _filled(name: str, shape: tuple[int, ...], chunks: list[Box]) -> list[Box]:
-    """The chunks that hold something; together they are the tensor exactly."""
-    filled = [chunk for chunk in chunks if 0 not in chunk.shape]
-    if not filled and 0 in shape:
-        return []
-    everything = whole(shape)
-    if filled != [everything] and not _tiles(everything, filled):
-        raise ValueError(
-            f"{name}: {len(filled)} chunks do not tile the shape {shape}: there is an overlap "
-            "or a gap, so a rank's part is missing"
-        )
-    return filled
-
-
-def _tiles(outer: Box, chunks: list[Box]) -> bool:
-    """Whether boxes fill a box exactly.
-
-    Mostly they are slices along one dimension, which is checked in one pass. Otherwise their corners,
-    with alternating signs, must cancel to those of the whole: a sum of boxes is known by the mixed
-    differences at its corners.
-    """
-    dimensions = len(outer.shape)
-    if dimensions > _DIMENSIONS or any(len(chunk.shape) != dimensions for chunk in chunks):
-        return False
-    for along in range(dimensions):
-        if all(_is_slice(chunk, outer, along) for chunk in chunks):
-            return _follow(outer, chunks, along)
-    corners: Counter[tuple[int, ...]] = Counter()
-    for sign, chunk in [(-1, outer), *((1, chunk) for chunk in chunks)]:
-        for picked in product((0, 1), repeat=dimensions):
-            corner = tuple(o + n * p for o, n, p in zip(*chunk, picked, strict=True))
-            corners[corner] += sign * (-1) ** sum(picked)
-    return not any(corners.values())
-
-
-def _is_slice(chunk: Box, outer: Box, along: int) -> bool:
-    """Whether a box is as large as the whole in all dimensions but one."""
-    offsets, shape = chunk
-    after = along + 1
-    return (
-        shape[:along] == outer.shape[:along]
-        and shape[after:] == outer.shape[after:]
-        and offsets[:along] == outer.offsets[:along]
-        and offsets[after:] == outer.offsets[after:]
-    )
-
-
-def _follow(outer: Box, slices: list[Box], along: int) -> bool:
-    """Whether slices along a dimension follow each other from the beginning to the end."""
-    place = outer.offsets[along]
-    for start, size in sorted((offsets[along], shape[along]) for offsets, shape in slices):
-        if start != place:
-            return False
-        place += size
-    return place == outer.offsets[along] + outer.shape[along]

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from polyak import _system as system
 from polyak._lazy import Elements, TensorSpec
+from polyak.checkpoints._open.checksums import joined_checksum
 from polyak.checkpoints._open.handles import Handle, Mapping
 
 _PIECE = 1 << 20
-_POLYNOMIAL = 0xEDB88320  # of CRC-32, bits reversed
 
 
 class OpenFile:
@@ -44,6 +44,11 @@ class OpenFile:
         self.size = self._state[0]
         if self.size == 0:
             raise ValueError(f"{path}: the file is empty")
+
+    @property
+    def whole(self) -> Part:
+        """All of the file."""
+        return Part(self, 0, self.size)
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes from `start` on: fewer than `length` only where the file ends."""
@@ -124,6 +129,19 @@ class OpenFile:
         with self.handle.use() as handle:
             status = os.fstat(handle)
         return status.st_size, status.st_mtime_ns
+
+
+class Part(NamedTuple):
+    """A part of an open file: all of it, or what an archive holds; `label` is what errors call it."""
+
+    file: OpenFile
+    start: int
+    length: int
+    label: str = ""
+
+    def part(self, start: int, length: int, label: str) -> Part:
+        """A part of this part."""
+        return Part(self.file, self.start + start, length, label)
 
 
 class Verified(NamedTuple):
@@ -224,42 +242,34 @@ class _SpanElements(Elements):
             self._span.require(joined_checksum(pieces))
 
 
-def joined_checksum(pieces: Iterable[tuple[int, int]]) -> int:
-    """The CRC-32 of pieces that follow each other, from the (CRC-32, length) of every piece.
+def open_files(folder: Path, names: Iterable[str]) -> dict[str, OpenFile]:
+    """Files of a folder by name, opened at once. A folder that is replaced meanwhile is still read as it was.
 
-    `crc(a + b) = crc(a) x^(8 len(b)) + crc(b)` over the polynomials of CRC-32.
-
-    >>> a, b = b"some ", b"bytes"
-    >>> joined_checksum([(zlib.crc32(a), 5), (zlib.crc32(b), 5)]) == zlib.crc32(a + b)
-    True
+    Raises `ValueError` for names that lead out of the folder, `FileNotFoundError` for a file that is
+    missing.
     """
-    joined = 0
-    for crc, length in pieces:
-        joined = (
-            _times(_shift(length), joined) if joined else 0
-        ) ^ crc  # most tensors are one piece
-    return joined
+    opened = {}
+    for name in names:
+        _require_beside(folder, name)
+        opened[name] = OpenFile(folder / name)
+    return opened
 
 
-@lru_cache(maxsize=64)
-def _shift(length: int) -> int:
-    """x^(8 length) modulo the polynomial; the highest bit is the coefficient of 1."""
-    power, result = 1 << 23, 1 << 31
-    while length:
-        if length & 1:
-            result = _times(power, result)
-        power, length = _times(power, power), length >> 1
-    return result
+def _require_beside(folder: Path, name: str) -> None:
+    """Raises unless a name is that of a file in this folder.
 
-
-def _times(a: int, b: int) -> int:
-    """The product of two polynomials modulo that of CRC-32."""
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-    return product
+    It may be a link within that folder, or to where the Hugging Face hub's cache keeps contents.
+    """
+    folder = folder.resolve()
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise ValueError(f"{name[:200]!r} is not the name of a file in the folder")
+    if not (folder / name).exists():
+        raise FileNotFoundError(f"the file {name} is missing")
+    leads = (folder / name).resolve().parent
+    if leads != folder and not (
+        folder.parent.name == "snapshots" and leads == folder.parents[1] / "blobs"
+    ):
+        raise ValueError(f"the file {name} is a link that leads out of the folder")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints._looks import archive_kind
-from polyak.checkpoints._open.files import FileSpan, OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._open.files import FileSpan, Part, Verified, all_verified, labelled
 from polyak.checkpoints._torch_save import pickles
 from polyak.checkpoints._torch_save.objects import Objects
 from polyak.checkpoints._torch_save.tensors import Storage, StoredTensor
@@ -46,15 +46,15 @@ def is_torch(first: bytes) -> bool:
     return first[:4] == _ARCHIVE or first[:1] == _PICKLE
 
 
-def load(file: OpenFile, start: int = 0, length: int | None = None, label: str = "") -> Loaded:
-    """What was saved into a file, or into this part of it; its tensors are not read.
+def load(part: Part) -> Loaded:
+    """What was saved into a file, or a part of one; its tensors are not read.
 
-    Errors of a tensor that is read later have the label behind the file's name.
+    Errors of a tensor that is read later have the part's label behind the file's name.
 
     Raises `ValueError` saying what is wrong and what to do, or any other exception for a file that
     is too damaged to tell.
     """
-    region = Region(file, start, file.size - start if length is None else length, label)
+    region = Region(part)
     first = region.read(4)
     if not is_torch(first):
         raise ValueError("it is not a file of torch.save")
@@ -62,12 +62,12 @@ def load(file: OpenFile, start: int = 0, length: int | None = None, label: str =
     return _load_archive(region) if first == _ARCHIVE else _load_pickles(region)
 
 
-def verify(file: OpenFile, start: int = 0, length: int | None = None, label: str = "") -> Verified:
+def verify(part: Part) -> Verified:
     """Compare every record with its checksum; raises `ValueError` that names a damaged one."""
-    with labelled(file.path, "a damaged file of torch.save"):
-        if records := load(file, start, length, label).records:
+    with labelled(part.file.path, "a damaged file of torch.save"):
+        if records := load(part).records:
             return all_verified(record.verify() for record in records)
-    return Verified(0, file.size - start if length is None else length)
+    return Verified(0, part.length)
 
 
 class StoredTensors(LazyTensors):
@@ -103,8 +103,8 @@ class StoredTensors(LazyTensors):
 class Region(io.RawIOBase):
     """A part of an open file, to read as a file."""
 
-    def __init__(self, file: OpenFile, start: int, length: int, label: str) -> None:
-        self.file, self.start, self.length, self.label = file, start, length, label
+    def __init__(self, part: Part) -> None:
+        self.file, self.start, self.length, self.label = part
         self._place = 0
 
     def read(self, size: int = -1) -> bytes:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
-from polyak.checkpoints._open.files import OpenFile
+from polyak.checkpoints._open.files import OpenFile, Part
 from polyak.checkpoints._torch_save.files import is_torch
 
 _BLOCK = 512
@@ -24,55 +23,20 @@ _MOST_TOLD = 1 << 20
 _RANK = re.compile(r"(tp|pp|mp|tensor|pipeline|model_parallel)_?rank")
 
 
-class Member(NamedTuple):
-    """A file within a tar archive."""
-
-    file: OpenFile
-    name: str
-    start: int
-    length: int
-
-
-class FilesWithin:
-    """Files of a folder that lies in a tar archive: each is a part of that one open file.
-
-    Raises `FileNotFoundError` for a file that is missing.
-    """
-
-    def __init__(self, members: Mapping[str, Member], names: Iterable[str]) -> None:
-        self._held = {}
-        for name in names:
-            if name not in members:
-                raise FileNotFoundError(f"the file {name[:200]} is missing in the archive")
-            self._held[name] = members[name]
-        self.sizes = {name: member.length for name, member in self._held.items()}
-        self.starts = {name: member.start for name, member in self._held.items()}
-
-    def __getitem__(self, name: str) -> OpenFile:
-        return self._held[name].file
-
-
-def span_of(opened: OpenFile | Member) -> tuple[OpenFile, int, int]:
-    """The file, and where in it a file of torch.save begins and how long it is."""
-    if isinstance(opened, OpenFile):
-        return opened, 0, opened.size
-    return opened.file, opened.start, opened.length
-
-
 def is_tar(file: OpenFile) -> bool:
     """Whether a file is a tar archive."""
     return file.read(257, 5) == b"ustar" if file.size >= _BLOCK else False
 
 
-def members_of(file: OpenFile) -> dict[str, Member]:
+def members_of(file: OpenFile) -> dict[str, Part]:
     """The files in a tar archive by name; of equal names the last, as `tar -x` has it.
 
     Raises `ValueError` for a damaged archive.
     """
-    return {member.name.removeprefix("./"): member for member in _members(file)}
+    return {name.removeprefix("./"): member for name, member in _members(file)}
 
 
-def folder_with(name: str, members: Mapping[str, Member]) -> dict[str, Member]:
+def folder_with(name: str, members: Mapping[str, Part]) -> dict[str, Part]:
     """The files in the only folder of an archive that has a file of this name; empty without one."""
     folders = {PurePosixPath(path).parent for path in members if PurePosixPath(path).name == name}
     if len(folders) != 1:
@@ -82,7 +46,7 @@ def folder_with(name: str, members: Mapping[str, Member]) -> dict[str, Member]:
     return {at.name: members[path] for path, at in paths.items() if at.parent == of_folder}
 
 
-def weights_within(file: OpenFile, members: Mapping[str, Member]) -> Member:
+def weights_within(file: OpenFile, members: Mapping[str, Part]) -> Part:
     """The one file of torch.save in a tar archive.
 
     Raises `ValueError` that says what the archive holds, and what to do.
@@ -108,7 +72,7 @@ def weights_within(file: OpenFile, members: Mapping[str, Member]) -> Member:
     )
 
 
-def _members(file: OpenFile) -> Iterator[Member]:
+def _members(file: OpenFile) -> Iterator[tuple[str, Part]]:
     place = 0
     told: dict[str, str] = {}
     for _ in range(_MOST):
@@ -130,7 +94,7 @@ def _members(file: OpenFile) -> Iterator[Member]:
         else:
             told = {}
         if header.isreg():
-            yield Member(file, name, start, size)
+            yield name, Part(file, start, size)
         place = start + -(-size // _BLOCK) * _BLOCK
 
 
