@@ -85,7 +85,10 @@ class Interruption:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         now = signal.signal(self.number, self._before)
         sys.unraisablehook = self._hook
-        torch.set_grad_enabled(True)  # an exception inside torch's own `__exit__` leaves it off
+        left = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        torch.set_grad_enabled(True)
+        if left != (True, False):
+            raise Fault("signal", f"grad mode and inference mode were left as {left}")
         if now != self._handle and not self.open:
             raise Fault("signal", f"the handler of signal {self.number} was left as {now!r}")
         late = self._take_late()

@@ -29,6 +29,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("_files", set()),
     ("_hold", set()),
     ("_dtypes", {"torch"}),
+    ("_modes", {"torch"}),
     ("_parts", {"torch"}),
     ("_tensors", {"torch"}),
     ("_lazy", {"torch"}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyak._dtypes import Kind, kind
+from polyak._modes import ordinary
 
 CHUNK_BYTES = 1 << 20
 """The most bytes of a temporary tensor on a CPU, so that it stays in the cache."""
@@ -33,7 +34,7 @@ class Stage:
     elements. All weights and slots have the shapes of `slots`; their layouts may differ.
     """
 
-    @torch.inference_mode(False)
+    @ordinary
     def __init__(self, slots: list[Tensor], length: int, buffer: Tensor) -> None:
         numels = [slot.numel() for slot in slots]
         self._length, self._buffer = length, buffer
@@ -91,7 +92,7 @@ class Stages:
             self._made[key] = Stage(slots, length, self._buffer(slots, length))
         return self._made[key]
 
-    @torch.inference_mode(False)
+    @ordinary
     def _buffer(self, slots: list[Tensor], length: int) -> Tensor:
         wanted, (dtype, device) = min(length, sum(map(Tensor.numel, slots))), kind(slots[0])
         held = self._buffers.get((dtype, device))

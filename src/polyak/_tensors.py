@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from polyak._dtypes import Kind, kind
+from polyak._modes import inference, no_grad
 from polyak._parts import DEVICE_CHUNK_BYTES, Stages, chunk_length, parts
 
 Groups = list[list[Tensor]]
@@ -84,7 +85,7 @@ Copies = list[tuple[list[Tensor], list[Tensor]]]
 """Tensors, and what is to be written into them."""
 
 
-@torch.no_grad()
+@no_grad
 def _copy_all_(copies: Copies) -> None:
     for tensors, contents in copies:
         torch._foreach_copy_(tensors, contents)
@@ -116,7 +117,7 @@ def lerp_all_(
     """
     # Not `no_grad`, under which torch still walks through the lists for autograd: a fifth of the time of
     # many small tensors. Tensors stay ordinary ones, and their versions count.
-    with torch.inference_mode():
+    with inference(True):
         lerps = []
         for slots, fraction in zip(averages, fractions, strict=True):
             if fraction == 1:
@@ -195,7 +196,7 @@ def _lerp_staged_(
                 _lerp_alike_(slots, weights, fraction, journal)
 
 
-@torch.no_grad()
+@no_grad
 def combine_(out: list[Tensor], terms: list[tuple[list[Tensor], float]]) -> None:
     """`out <- sum of coefficient * tensor`, for coefficients that sum to 1.
 
@@ -221,7 +222,7 @@ Kept = list[tuple[Tensor, Tensor, Tensor]]
 """Slots, where they hold the same infinities as the weights (a mask), and the weights' values."""
 
 
-@torch.no_grad()
+@no_grad
 def infinite(tensors: Sequence[Tensor]) -> list[int]:
     """The positions of the tensors that hold an infinity, or NaN; one read, and one wait for it."""
     held = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.numel()]
@@ -235,7 +236,7 @@ def infinite(tensors: Sequence[Tensor]) -> list[int]:
     return [i for (i, _), is_finite in zip(held, finite, strict=True) if not is_finite]
 
 
-@torch.no_grad()
+@no_grad
 def equal_infinities(slots: Sequence[Tensor], live: Sequence[Tensor]) -> Kept:
     """Where slots and weights hold the same infinity before a lerp, which makes `inf - inf` of it."""
     alike = [weight.to(slot.device, slot.dtype) for slot, weight in zip(slots, live, strict=True)]
@@ -243,14 +244,14 @@ def equal_infinities(slots: Sequence[Tensor], live: Sequence[Tensor]) -> Kept:
     return [(slot, slot.isinf() & (slot == weight), weight) for slot, weight in pairs]
 
 
-@torch.no_grad()
+@no_grad
 def keep_(kept: Kept) -> None:
     """Gives slots, after a lerp, the infinities that they shared with the weights."""
     for slot, same, weight in kept:
         slot.copy_(torch.where(same, weight, slot))
 
 
-@torch.no_grad()
+@no_grad
 def kept(before: list[Tensor] | None, now: list[Tensor]) -> list[Tensor]:
     """The contents of `now` in the memory of `before`, if that has the same shapes, dtypes and devices."""
     if not before or _forms(before) != _forms(now):

@@ -1,9 +1,8 @@
 """EMA: the founding article's class, a module that has the average of another module.
 
 A script written for that class, or for ema-pytorch's `EMA` with these options, works when only its
-import changes, and checkpoints of either load. It runs the averager's engine on the tensors of
-`ema_model`. Its decay counts averaging calls and is not rescaled by `update_every`; where that is
-not wanted, use `Averager`.
+import changes, and checkpoints of either load. It runs the averager's engine on the tensors of `ema_model`.
+Its decay counts averaging calls, whatever `update_every` is; where that is not wanted, use `Averager`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from polyak._engine.second import ChooseByName, WideSlots, second
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Policy, averageable, track
 from polyak._engine.updating import Motion, undisturbed
+from polyak._modes import no_grad
 from polyak._tensors import Groups
 from polyak.rules import AVERAGE, ArticleEMA, Tick
 
@@ -220,7 +220,7 @@ class EMA(nn.Module):
         motion.finish()
         self._end(copies, end)
 
-    @torch.no_grad()
+    @no_grad
     def _end(self, copies: Copies, end: Callable[[], None]) -> None:
         """What follows the moves: copies, and float32 slots rounded into the narrow weights."""
         for tensor, content in copies:
@@ -257,7 +257,7 @@ class EMA(nn.Module):
         self._average.adopt(AVERAGE, self._wide.look_up())
         self._bound = self._carrier.generation
 
-    @torch.no_grad()
+    @no_grad
     def _resume(self, _: object) -> None:
         """Sets the clock by the counters that were loaded, and takes float32 slots from the file."""
         self._calls, self._initted = int(self.step), bool(self.initted)

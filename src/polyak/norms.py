@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 from polyak._checks import report
 from polyak._engine import lending, signals
 from polyak._engine.tracking import STATISTICS
+from polyak._modes import no_grad
 from polyak._norm_statistics import Norm, find_norms
 from polyak._ranks.agreement import agree, together_or_alone
 
@@ -94,7 +95,7 @@ def recalibrate(
         return
     first = next(model.parameters(), norms[0].buffers["running_mean"])
     place = first.device if device is None else torch.device(device)
-    with torch.no_grad(), _statistics_kept(norms):
+    with _statistics_kept(norms):
         with together_or_alone("recalibrate", group):
             moved = ((number, _moved(batch, place)) for number, batch in _numbered(batches))
             _estimate(model, norms, moved, call or _call)
@@ -131,6 +132,7 @@ def statistics(names: Iterable[str]) -> list[str]:
     return [norm for norm, dot, leaf in split if leaf == mean and norm + dot + variance in given]
 
 
+@no_grad
 def _estimate(
     model: nn.Module, norms: list[Norm], batches: Iterable[tuple[int, Any]], call: Call
 ) -> None:

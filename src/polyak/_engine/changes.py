@@ -20,6 +20,7 @@ from polyak._engine.slots import COMPENSATION, Average, tick_data
 from polyak._engine.tracking import Tracked
 from polyak._engine.twins import refuse_unlike
 from polyak._engine.updating import Updating
+from polyak._modes import no_grad, ordinary
 from polyak._ranks.sharding import as_distributed, is_distributed, local, spread
 from polyak.rules import START, Rule, Tick
 
@@ -89,7 +90,7 @@ def given(
     return found
 
 
-@torch.inference_mode(False)
+@ordinary
 def alike(
     state: Mapping[str, Any],
     live: ModelTensors,
@@ -141,8 +142,8 @@ def ruled(average: Average, rule: Rule) -> Average:
     return other
 
 
-@torch.no_grad()
-@torch.inference_mode(False)
+@no_grad
+@ordinary
 def moved(
     live: ModelTensors,
     averages: Iterable[Average],

@@ -11,6 +11,7 @@ from torch import Tensor
 from polyak import _tensors as tensors
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import named
+from polyak._modes import ordinary
 
 _DTYPE = attrgetter("dtype")
 
@@ -59,6 +60,6 @@ class Copies:
         there = [tensor.to(device or tensor.device) for tensor in self.tensors]
         return {"tensors": there, "_device": device or self._device}
 
-    @torch.inference_mode(False)
+    @ordinary
     def _empty(self, like: Sequence[Tensor]) -> list[Tensor]:
         return [torch.empty_like(t, device=self._device) for t in like]

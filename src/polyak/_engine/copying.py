@@ -13,6 +13,7 @@ from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity
 from polyak._engine.tracking import Choice, Source, Tracked, track
+from polyak._modes import no_grad
 from polyak._ranks.replicas import gather_
 from polyak._ranks.sharding import Layout, Shape, reshard, shape
 
@@ -40,7 +41,7 @@ def gathered_forms(
     return [(name, theirs[name].shape, theirs[name].dtype) for name in names]
 
 
-@torch.no_grad()
+@no_grad
 def write_(
     found: Sequence[Tracked],
     average: Mapping[str, Tensor],

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from polyak._modes import no_grad
 from polyak._parts import chunk_length, parts
 from polyak._tensors import clones
 
@@ -63,7 +64,7 @@ class Exchange:
         self._a, self._b, self._staging = a, b, staging
         self._progress = _Progress(exchanged)
 
-    @torch.no_grad()
+    @no_grad
     def to(self, exchanged: bool) -> None:
         """Makes the pairs hold each other's contents, or their own again."""
         self._settle()
@@ -79,7 +80,7 @@ class Exchange:
         if forward:
             self._progress = _Progress(exchanged)
 
-    @torch.no_grad()
+    @no_grad
     def give_up(self) -> list[str]:
         """Copies `b` into `a` where `to` cannot bring contents back; what `a` held is lost.
 

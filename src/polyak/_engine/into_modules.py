@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from polyak._engine import copying, lending
@@ -10,6 +9,7 @@ from polyak._engine.averages import Averages
 from polyak._engine.pulling import require_fraction
 from polyak._engine.tracking import Source
 from polyak._engine.twins import plain_copy
+from polyak._modes import no_grad
 from polyak._ranks.agreement import digest
 from polyak._ranks.sharding import local
 
@@ -47,7 +47,7 @@ class IntoModules(Averages):
         self._call = self._with_pull(self._twins.call)
         return module
 
-    @torch.no_grad()
+    @no_grad
     def copy_to(self, model: Source, name: str | None = None) -> None:
         """Write the average into a model for good, by name, rounded to the model's dtypes.
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakMethod
 
-import torch
 from torch import Tensor
 
 from polyak._engine.exchange import failure
 from polyak._engine.lent import VERSIONS, Lent
 from polyak._engine.pairs import Pairs
+from polyak._modes import no_grad
 
 _MOST = 8  # problems in a message
 
@@ -102,7 +102,7 @@ class Loan:
         """Whether no tensor was replaced or moved, as far as that is looked at in every block."""
         return self.model.unchanged() and all(lent.untouched() for lent in self._lent)
 
-    @torch.no_grad()
+    @no_grad
     def lend(self) -> None:
         """Lets the model carry the average: for the first time, or again after `take_back`."""
         self._average.lent = True
@@ -120,7 +120,7 @@ class Loan:
             lent.mark(version)
         self.out = True
 
-    @torch.no_grad()
+    @no_grad
     def take_back(self) -> None:
         """Gives the model its live weights back, every one of them that can be."""
         if error := failure(
@@ -143,7 +143,7 @@ class Loan:
         for each in () if self.strayed else self._lent:
             each.part(set(), exchanged=self.out)
 
-    @torch.no_grad()
+    @no_grad
     def follow(self, lent: Sequence[Tensor]) -> None:
         """Writes what the lent memory holds now into tensors that have left it, or come in their place.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from polyak import _tensors as tensors
 from polyak._engine.infinities import Infinities
 from polyak._engine.rounding import compensated_lerp_, stochastic_lerp_
+from polyak._modes import no_grad
 from polyak._parts import chunk_length, parts
 from polyak._tensors import Groups, Journal
 
@@ -61,7 +62,7 @@ def _rounded_move_(
         tensors.lerp_all_([slots], live, [fraction], journal=journal)
 
 
-@torch.no_grad()
+@no_grad
 def _masked_move_(
     fraction: float,
     columns: list[list[Tensor]],

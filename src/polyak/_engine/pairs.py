@@ -10,6 +10,7 @@ from torch import Tensor
 from polyak._engine.exchange import Exchange
 from polyak._engine.memory import has_memory
 from polyak._engine.tracking import Entry, Tracked
+from polyak._modes import inference
 from polyak._parts import CHUNK_BYTES
 from polyak._ranks.sharding import local
 
@@ -100,7 +101,7 @@ class Pairs:
         """
         size = sum(t.numel() for t in self.asides) * self.asides[0].element_size()
         if self.slots and size <= CHUNK_BYTES:
-            with torch.inference_mode(False):
+            with inference(False):
                 self._staging = [torch.empty_like(t) for t in self.asides]
         return self._staging
 

@@ -12,6 +12,7 @@ from polyak._checks import as_number, is_number, require, require_count
 from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._lazy import LazyTensors
+from polyak._modes import no_grad
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def require_pull(pull: object, names: Iterable[str]) -> None:
         raise ValueError(f"pull is {pull!r}, wanted the name of an average: {', '.join(known)}")
 
 
-@torch.no_grad()
+@no_grad
 def pull_(live: ModelTensors, average: LazyTensors, fraction: float) -> None:
     """`weights <- lerp(weights, average, fraction)`, one tensor at a time, rounded once at the end.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import require
+from polyak._modes import no_grad
 from polyak._parts import chunk_length, parts
 from polyak._tensors import Journal, lerp_
 
@@ -46,7 +47,7 @@ def seed(*place: object) -> int:
     return int.from_bytes(blake2b(repr(place).encode(), digest_size=4).digest(), "big")
 
 
-@torch.no_grad()
+@no_grad
 def stochastic_lerp_(
     slots: list[Tensor],
     live: list[Tensor],
@@ -97,7 +98,7 @@ def _neighbour(near: Tensor, error: Tensor) -> Tensor:
     return torch.where(near == 0, smallest, stepped).view(near.dtype)
 
 
-@torch.no_grad()
+@no_grad
 def compensated_lerp_(
     slots: list[Tensor],
     residues: list[Tensor],
@@ -125,7 +126,7 @@ def compensated_lerp_(
         journal.copy_([(sums, moved), (lows, steps)])
 
 
-@torch.no_grad()
+@no_grad
 def stalled(slots: list[Tensor], live: list[Tensor], fraction: float) -> tuple[int, int]:
     """How many weights a lerp with rounding to nearest would not move, and how many should move."""
     stay = move = 0

@@ -15,6 +15,7 @@ from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
+from polyak._modes import no_grad, ordinary
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class _ChooseAlike:
         return [(self.policies.get(item.name, "average"), alike) for item in found]
 
 
+@no_grad
 def _copied(live: ModelTensors, model: nn.Module) -> nn.Module:
     """A copy of the model, in which tied tensors are tied.
 
@@ -132,7 +134,7 @@ class WideSlots:
         self._live, self._carrier = live, carrier
         self._wide: dict[str, Tensor] = {}
 
-    @torch.no_grad()
+    @no_grad
     def look_up(self) -> list[Tensor]:
         """The slots, in the order of the averaged tensors."""
         slots, wide = [], {}
@@ -164,7 +166,7 @@ class WideSlots:
         return [(t, wide[t.name]) for t in self._carrier.averaged if t.name in wide] if wide else []
 
 
-@torch.inference_mode(False)
+@ordinary
 def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     """A wide slot for a narrow tensor: the last one, unless the narrow tensor was changed since."""
     if before is not None and torch.equal(before.to(narrow.device, narrow.dtype), narrow):

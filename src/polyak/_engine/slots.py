@@ -24,6 +24,7 @@ from polyak._engine.moving import Move
 from polyak._engine.rounding import Rounding, seed, stalled
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec, spec_of
+from polyak._modes import no_grad, ordinary
 from polyak._ranks.sharding import as_distributed
 from polyak._tensors import Groups
 from polyak.rules import LIVE, START, Rule, Tick
@@ -239,7 +240,7 @@ class Average:
         """The names of the slots that the average needs at a tick."""
         return self._with_residues(set(self.rule.readout(tick)) - {LIVE} if tick.n else set())
 
-    @torch.no_grad()
+    @no_grad
     def taken(
         self, live: ModelTensors, tick: Tick, slots: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, object]:
@@ -273,7 +274,7 @@ class Average:
         if self._compensated:
             self.slots[slot + COMPENSATION] = self._empty(live, dtypes)
 
-    @torch.inference_mode(False)
+    @ordinary
     def _empty(self, live: ModelTensors, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Fresh tensors for one slot, not filled; ordinary ones, even in inference mode."""
         return [

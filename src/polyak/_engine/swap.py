@@ -25,6 +25,7 @@ from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked
 from polyak._engine.updating import Updating
 from polyak._engine.watch import Places
+from polyak._modes import no_grad, ordinary
 from polyak._ranks.agreement import Agreement, digest, together_or_alone
 from polyak._ranks.replicas import gather_
 
@@ -119,8 +120,8 @@ class Lender:
         lending.enter(loan, hold)
 
     @lending.in_turn
-    @torch.no_grad()
-    @torch.inference_mode(False)
+    @no_grad
+    @ordinary
     def _plan(self, hold: Hold, name: str | None, agreement: Agreement) -> list[_Rows]:
         """Does all that can fail on one rank alone, and writes to no weight."""
         label = self.label(name)

@@ -11,7 +11,6 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +19,7 @@ from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked, inner
 from polyak._engine.updating import Updating
+from polyak._modes import no_grad, ordinary
 from polyak._ranks.sharding import is_distributed
 from polyak._tensors import versions
 
@@ -104,7 +104,7 @@ class _Shared:
         shared = {i.name: i.local().detach() for i in self._live.tracked if _is_shared(i)}
         return shared | {item.name: copy for item, copy in copied} | self.slots(average)
 
-    @torch.inference_mode(False)
+    @ordinary
     def made(
         self, model: nn.Module, average: Average, memo: dict[int, Any]
     ) -> tuple[nn.Module, list[_View]]:
@@ -214,6 +214,7 @@ def _unshareable(call: str, problem: str) -> ValueError:
     )
 
 
+@no_grad
 def plain_copy(call: str, model: nn.Module, copies: dict[int, Any]) -> nn.Module:
     """A copy of a model without the wrappers, in which tensors of these ids are those given.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polyak._checks import listed
 from polyak._dtypes import kind
+from polyak._modes import no_grad
 from polyak._ranks.agreement import agree, digest, together
 from polyak._ranks.sharding import rows_of_a_rank
 
@@ -93,7 +94,7 @@ class _Piece(NamedTuple):
         return self.rows * self.whole[0].numel()
 
 
-@torch.no_grad()
+@no_grad
 def gather_(pairs: Sequence[tuple[Tensor, Tensor]], mesh: DeviceMesh) -> None:
     """Fill whole tensors on every rank from the rows that the ranks have, rounded to their dtypes.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak._lazy import Elements
+from polyak._modes import ordinary
 
 PIECE_BYTES = 1 << 20
 """The size of a piece of the sum; it is computed while one file after the other is read."""
@@ -143,7 +144,7 @@ class _Buffer:
 class _Workspace:
     """The buffers for one piece: for the sum, for what is read (one per dtype), and for the result."""
 
-    @torch.inference_mode(False)
+    @ordinary
     def __init__(self, dtypes: _Dtypes) -> None:
         self._sum = _Buffer(dtypes.most, dtypes.sum)
         self._read = {stored: _Buffer(dtypes.most, stored) for stored in dtypes.read}

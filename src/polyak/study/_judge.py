@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from polyak._modes import no_grad
 from polyak.norms import recalibrate
 from polyak.rules import LIVE
 from polyak.study._ensembles import MeanPrediction, of_ensemble, remember
@@ -64,7 +65,7 @@ class Judge:
         distance, cosine = found
         return finite(distance), finite(cosine)
 
-    @torch.no_grad()
+    @no_grad
     def _values(self, arm: str, part: str) -> Values:
         networks, spec = self._arms.networks(arm), self._study.arms.get(arm)
         if not networks:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from polyak._modes import no_grad
 from polyak.study._course import Course, Rate
 from polyak.study._flat import Flat, Weights, some_runs
 from polyak.study._logbook import Logbook
@@ -162,7 +163,7 @@ class Stack:
             view.run = number
 
 
-@torch.no_grad()
+@no_grad
 def move_(optimizer: Optimizer, parameters: Sequence[Tensor], rates: Tensor) -> None:
     """Step parameters (runs, n) with learning rate 1, and keep of each run's step the share that is its learning rate."""
     before = [parameter.clone() for parameter in parameters]

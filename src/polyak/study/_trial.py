@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from polyak._checks import require
+from polyak._modes import no_grad
 from polyak.study._errors import is_recipes, placed
 from polyak.study._judge import finite
 from polyak.study._loop import Run, alone, prepared
@@ -108,7 +108,7 @@ def _require_learning(model: nn.Module, loss: Tensor) -> None:
         raise ValueError("the study's loss does not depend on a parameter of the model")
 
 
-@torch.no_grad()
+@no_grad
 def _try_metrics(study: Study, model: nn.Module, data: Data) -> None:
     """Raise `ValueError` for a metric that raises an error, or whose value is not a scalar."""
     for name, metric in study.metrics.items():

@@ -1,0 +1,45 @@
+"""Modes: torch's grad mode and inference mode, for one call, whatever breaks that call off.
+
+torch's own context managers end in Python code. If a signal handler raises there, the mode stays, and the
+next backward pass fails. These end in one call of C++, during which Python runs no handler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+inference = torch._C._InferenceMode
+"""`with inference(True):`, as `torch.inference_mode`."""
+
+
+def no_grad(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Lets a function run as under `torch.no_grad`."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        before = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return call
+
+
+def ordinary(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Lets a function make ordinary tensors, also if it is called under `torch.inference_mode`."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with inference(False):
+            return function(*args, **kwargs)
+
+    return call
