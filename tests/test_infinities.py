@@ -137,6 +137,23 @@ def test_a_mask_that_is_filled_while_the_average_still_copies() -> None:
     assert averager.average()["w"].tolist() == [-INF] * 3
 
 
+@dataclass(frozen=True)
+class CopiesAgain(Rule):
+    """Copies at updates 1 and 4."""
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1.0 if tick.n in (1, 4) else 0.5}
+
+
+def test_a_mask_that_is_filled_before_the_average_copies_again() -> None:
+    weights = {"w": torch.zeros(3)}
+    averager = Averager(weights, CopiesAgain())
+    for step in range(9):
+        weights["w"].fill_(-INF if step >= 2 else 0.0)
+        averager.update()
+    assert averager.average()["w"].tolist() == [-INF] * 3
+
+
 def test_a_resumed_average_keeps_constants() -> None:
     weights = {"w": torch.tensor([INF, 1.0])}
     first, second = (Averager(weights, Exponential(0.9)) for _ in range(2))
