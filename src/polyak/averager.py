@@ -200,8 +200,8 @@ class Averager(IntoModules, Resumable):
         Raises `RuntimeError` before the first update, inside a block of another average of this
         averager, if another thread or asyncio task is in a block on these weights, and after a block
         that wrote to the weights, replaced or moved them. If the block itself raised, that report is
-        a note on its exception. Such a write may have spoilt the average; then it cannot be read
-        until a state is loaded.
+        a note on its exception. Such a write may have changed the average, too; then it cannot be
+        read until a state is loaded.
 
         With `shard`, entering is collective: the ranks agree on what they gather, and each keeps a
         copy of its live weights. Leaving needs no other rank.
@@ -227,7 +227,7 @@ class Averager(IntoModules, Resumable):
         return self.summary()._repr_html_()
 
     def __reduce__(self) -> Any:
-        """A copy or a pickle is an averager of the model beside it: of the copied model, in a holder."""
+        """A copy or a pickle averages the model that was copied with it."""
         if self._mesh is not None:
             raise TypeError(
                 "an Averager with shard= has a process group and cannot be copied or pickled: save "
@@ -251,7 +251,7 @@ def _restored(
     options: Options,
     state: dict[str, Any],
 ) -> Averager:
-    """An averager as it was; raises `TypeError` for a model that is not there yet."""
+    """Restore an averager; raises `TypeError` if its model is not restored yet."""
     if isinstance(model, nn.Module) and "_modules" not in vars(model):
         raise TypeError(
             f"{type(model).__name__} has an Averager of itself as an attribute, which would be copied "

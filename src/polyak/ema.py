@@ -31,7 +31,7 @@ from polyak.rules import AVERAGE, ArticleEMA, Tick
 _MOST_CALLS = 2**53  # above it, a float cannot hold every integer
 
 Copies = list[tuple[Tensor, Tensor]]
-"""Tensors of `ema_model`, and what they take from the model."""
+"""Tensors of `ema_model`, and the tensors of the model that they are updated from."""
 
 __all__ = ["EMA"]
 
@@ -47,7 +47,7 @@ class EMA(nn.Module):
 
     Args:
         model: the live model; part of the module tree with `include_online_model`.
-        ema_model: the module that carries the average; by default a copy of the model, in eval
+        ema_model: the module that has the average; by default a copy of the model, in eval
             mode, without gradients. Pass it if the model cannot be copied.
         beta, inv_gamma, power, min_value, update_after_step, update_every: as above, in calls.
         param_or_buffer_names_no_ema: names that are copied instead of averaged.
@@ -117,7 +117,7 @@ class EMA(nn.Module):
         return online if isinstance(online, nn.Module) else online[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module that carries the average."""
+        """Calls the module that has the average."""
         return self.ema_model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> EMA:
@@ -131,7 +131,7 @@ class EMA(nn.Module):
         return self.rule.decay(self._calls)
 
     def update(self) -> None:
-        """Counts one call and, if it is this call's turn, copies or averages.
+        """Counts one call; every `update_every`-th call copies or averages.
 
         Raises `RuntimeError` if the model's tensors are not those of the start.
         """
@@ -216,13 +216,13 @@ class EMA(nn.Module):
             raise
 
     def _finish(self, motion: Motion, copies: Copies, end: Callable[[], None]) -> None:
-        """Goes on where an exception has broken a call off; what is done twice stays the same."""
+        """Continues a call that an exception interrupted; each part of it may run twice."""
         motion.finish()
         self._end(copies, end)
 
     @no_grad
     def _end(self, copies: Copies, end: Callable[[], None]) -> None:
-        """What follows the moves: copies, and float32 slots rounded into the narrow weights."""
+        """After the moves: copies tensors, and rounds float32 slots into the narrow weights."""
         for tensor, content in copies:
             tensor.copy_(content)
         self._wide.round_()

@@ -121,7 +121,7 @@ class Recorder:
             self.run, times, self._stored = self._by_first(begin)  # snapshots by updates, in order
             self._elapsed, self._time = array("d", times), math.fsum(times)
             self._set_aside(averager.clock.n + 1)
-            averager.run = self.run  # its state carries it, so that a resumed run is recognized
+            averager.run = self.run  # its state has it, so that a resumed run is recognized
             self._follow(averager.clock)
         except BaseException:
             self.close()

@@ -100,10 +100,10 @@ class Attachment:
 
 
 class _Watch:
-    """Tells when the outermost `step` of a chain of optimizers ends, if one of them took a step.
+    """Notices when the outermost `step` of a chain of optimizers ends, if one of them took a step.
 
-    torch's hooks tell that a step was taken: they do not run where a `GradScaler` or accelerate skip
-    it. They do not tell where the outermost call ends: they run once for each class whose `step`
+    torch's hooks show that a step was taken: they do not run where a `GradScaler` or accelerate skip
+    it. They do not show where the outermost call ends: they run once for each class whose `step`
     calls the next, and wrappers run none. So each optimizer also gets a `step` of its own that
     counts the calls under way, as torch's schedulers do. A call that raises ends there too.
     """
@@ -124,8 +124,8 @@ class _Watch:
             self._undo.append(self._wrap(member))
 
     def remove(self) -> None:
-        """Takes the hooks off, and gives the optimizers their own `step` back."""
-        self._taken = lambda _: None  # where someone has wrapped `step` since, ours stays inside
+        """Removes the hooks, and restores the optimizers' own `step`."""
+        self._taken = lambda _: None  # if other code has wrapped `step` since, ours stays inside
         for undo in self._undo:
             undo()
 
@@ -136,12 +136,12 @@ class _Watch:
             self._tell()
 
     def _wrap(self, optimizer: Any) -> Callable[[], None]:
-        """Gives an optimizer its own `step`; returns what takes it away again."""
+        """Gives an optimizer its own `step`; returns a function that removes it."""
         before, inner = vars(optimizer).get("step"), optimizer.step
 
         @wraps(type(optimizer).step)
         def step(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if owner is not optimizer:  # a copy of the optimizer, which nobody watches
+            if owner is not optimizer:  # a copy of the optimizer, which is not watched
                 return type(owner).step(owner, *args, **kwargs)
             with self._under_way():
                 return inner(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Averages of a model: the parts of an `Averager`, and what can be asked of it.
+"""Averages of a model: the parts of an `Averager`, and its properties.
 
 `Averager` is this base, `resumable`, `into_modules`, and training in `polyak.averager`.
 """
@@ -51,7 +51,7 @@ class Options(NamedTuple):
 
 
 class Averages:
-    """The averages of one model, their options, and the parts that move and lend them."""
+    """The averages of one model, their options, and the parts that move them and write them into the model."""
 
     def _make(
         self,

@@ -1,4 +1,4 @@
-"""Copies of what is not averaged: an update takes integers and most buffers over as they are."""
+"""Copies of what is not averaged: an update copies integers and most buffers as they are."""
 
 from __future__ import annotations
 

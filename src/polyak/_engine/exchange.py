@@ -1,4 +1,4 @@
-"""Exchanges of contents: two lists of tensors swap what they hold, and no exception loses any of it."""
+"""Exchanges of contents: two lists of tensors swap their contents, and no exception loses any."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Exchange:
 
     Only contents move: the tensors keep their memory. Temporary memory is one chunk. A call of `to`
     may end by an exception at any point, also between two lines (a signal handler may raise there).
-    Another call then goes on, or goes back. `staging`, tensors like `a`, is used as the temporary
+    Another call then continues, or undoes it. `staging`, tensors like `a`, is used as the temporary
     memory of a single chunk.
     """
 
@@ -116,7 +116,7 @@ class Exchange:
         self._progress = after  # one assignment: the chunk is done, and it is not broken
 
     def _settle(self) -> None:
-        """Takes back a chunk that an exception broke off, so that it is as it was before."""
+        """Undoes a chunk that an exception interrupted."""
         broken = self._progress.broken
         if broken is None:
             return

@@ -1,8 +1,8 @@
-"""Guards: updates that must not count, which a device knows of before the host does.
+"""Guards: updates that must not count; a device knows of them before the host does.
 
 That a scaler skipped a step, or that weights are not finite, is known on the device first. The update
 is masked there at once. The host learns the result at the next call and rolls the counters back: it
-waits for the update before at most, so it runs one step ahead and no further. On the CPU it learns
+waits at most for the update before, so it runs at most one step ahead. On the CPU it learns
 the result at once.
 """
 
@@ -24,7 +24,7 @@ Nonfinite = Literal["allow", "skip", "error"]
 
 
 class Verdict:
-    """A yes or no computed on a device; `ask` waits only while its copy to the host is under way."""
+    """A bool computed on a device; `ask` waits only until its copy has reached the host."""
 
     def __init__(self, yes: Tensor) -> None:
         self.yes = yes

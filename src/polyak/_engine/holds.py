@@ -1,4 +1,4 @@
-"""Holds: what the blocks of `applied()` have of a loan, and how each of them ends."""
+"""Holds: the part of a block of `applied()` in a loan, and how the block ends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from weakref import ref
 from polyak._engine import lending, signals
 from polyak._engine.loans import Loan
 
-_open: set[Hold] = set()  # Python calls only those weak references back that someone keeps
+_open: set[Hold] = set()  # Python calls back only weak references that are kept
 
 
 class Hold:
-    """What one block has of a loan. The last block to end gives the model its live weights back."""
+    """One block's part in a loan. The last block to end restores the live weights."""
 
     def __init__(self, block: object) -> None:
         self.loan: Loan | None = None
@@ -32,7 +32,7 @@ class Hold:
 
     @signals.critical
     def _abandoned(self, _: ref[object]) -> None:
-        """Ends a block that no one can leave any more. No one would hear an exception from here."""
+        """Ends a block that can no longer be left. An exception raised here would be lost."""
         signals.hold()
         try:
             _end(self)
@@ -43,7 +43,7 @@ class Hold:
 
 
 def leave(hold: Hold, error: BaseException | None) -> None:
-    """Ends a block, and tells what it did to the weights: in a note on its exception, or by one."""
+    """Ends a block, and reports what it did to the weights: in a note on its exception, or in one."""
     try:
         report = _end(hold)
         if report and error is not None:
@@ -58,5 +58,5 @@ def _end(hold: Hold) -> str:
     try:
         return hold.end()
     except BaseException:
-        hold.end()  # finishes what an exception has broken off
+        hold.end()  # finishes a call that an exception interrupted
         raise

@@ -18,7 +18,7 @@ class Infinities:
 
     def __init__(self) -> None:
         self.none_in: Groups | None = None
-        """The slots, if they hold no infinity: the usual case, where nobody needs to ask more."""
+        """The slots, if they hold no infinity: the usual case, which needs no further check."""
         self._looked_at: Groups | None = None
         self._places: list[tuple[int, list[int]]] = []
 

@@ -24,8 +24,8 @@ class IntoModules(Averages):
         Its parameters and buffers are the average's own tensors, so it follows every update without a
         copy, inside `applied()` too. It has the model's structure without wrappers, is in eval mode
         and requires no gradients. Frozen and unselected tensors are the model's. BatchNorm normalises
-        by the batch in train mode and never writes. A call returns the same module while anyone holds
-        it; a deep copy or a pickle of it is a plain module.
+        by the batch in train mode and never writes. A call returns the same module while it is
+        referenced; a deep copy or a pickle of it is a plain module.
 
         It needs a rule with one slot in the weights' dtype and on their device. With `copy` it is a
         module of its own for every rule: `copy_to(module)` refreshes it.

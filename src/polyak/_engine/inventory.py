@@ -33,7 +33,7 @@ class Inventory:
         self._stamps = list(map(_stamp, self._tensors)) if self._complete else []
 
     def holds(self) -> bool:
-        """Whether nothing has changed that a walk depends on; False if that cannot be told."""
+        """Whether nothing has changed that a walk depends on; False if that is unknown."""
         return (
             self._complete
             and self._same_tables()

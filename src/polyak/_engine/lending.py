@@ -1,7 +1,8 @@
 """Lending: the loans of this process that are open now, over all averagers, and what they forbid.
 
-Blocks of several averagers of one model may end in any order: the loans above the one that ends are
-taken back first and put on again afterwards. While any is open, a step of an optimizer that has its
+A *loan* is an average that is in the model for a while (`polyak._engine.loans`). Blocks of several
+averagers of one model may end in any order: the loans above the one that ends are undone first and
+made again afterwards. While any is open, a step of an optimizer that has its
 weights raises, and so does an update from them.
 """
 
@@ -30,10 +31,10 @@ TURN = threading.RLock()
 """What reads or moves weights takes turns with their exchange in another thread."""
 
 OPEN: list[Loan] = []
-"""The open loans. Where several are on one tensor, the model carries the average of the last."""
+"""The open loans. If several are on one tensor, the model has the average of the last."""
 
 _blocks: list[tuple[Loan, object]] = []  # the blocks that are open, in the order of entering
-_late: list[tuple[Loan, object]] = []  # blocks that ended amid an exchange
+_late: list[tuple[Loan, object]] = []  # blocks that ended during an exchange
 _hooks: list[Any] = []
 
 
@@ -68,7 +69,7 @@ def hear_signals() -> None:
 
 
 def enter(loan: Loan, block: object) -> None:
-    """Lets the model carry the average of a loan, for a block. If it raises, `leave` undoes it.
+    """Writes the average of a loan into the model, for a block. If it raises, `leave` undoes it.
 
     Raises `RuntimeError` if another thread or task has lent some of the same tensors.
     """
@@ -80,12 +81,12 @@ def enter(loan: Loan, block: object) -> None:
 
 
 def leave(loan: Loan, block: object) -> bool:
-    """Ends a block, wherever it stands among those that are open. Returns whether the loan has ended.
+    """Ends a block, in any position among those that are open. Returns whether the loan has ended.
 
-    A call that an exception has broken off can be repeated.
+    A call that an exception interrupted can be repeated.
     """
     if signals.runs_below(sys._getframe(1), {_arrange.__code__}):
-        # The garbage collector closes a generator, with a block in it, amid an exchange.
+        # The garbage collector closes a generator, with a block in it, during an exchange.
         _late.append((loan, block))
         return False
     with TURN:
@@ -106,9 +107,9 @@ def _leave(loan: Loan, block: object) -> bool:
 
 
 def _arrange(loan: Loan) -> None:
-    """Brings a loan to its place: on top, or beneath others, or out of `OPEN`.
+    """Brings a loan to its place: on top, below others, or out of `OPEN`.
 
-    The model carries the average of the block that was entered last among those that are open.
+    The model has the average of the block that was entered last among those that are open.
     """
     wanted = _latest()
     if loan in OPEN and wanted != OPEN:
@@ -144,12 +145,12 @@ def _latest() -> list[Loan]:
 
 
 def lends(model: object) -> bool:
-    """Whether a model's tensors, as they were found last, carry an average."""
+    """Whether a model's tensors, as they were found last, hold an average."""
     return any(loan.model is model for loan in OPEN)
 
 
 def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
-    """Raises `RuntimeError` if a model carries an average in any of these tensors."""
+    """Raises `RuntimeError` if any of these tensors of a model holds an average."""
     for loan in OPEN:
         if places := meeting([item.local() for item in items], loan.carriers()[0]):
             raise RuntimeError(
@@ -187,7 +188,7 @@ def _refuse_others(loan: Loan) -> None:
 def _involved(loan: Loan, wanted: list[Loan]) -> list[Loan]:
     """A loan, and those that must make way for it: on its storages, and above it now or afterwards.
 
-    Those beneath make way too where tensors were replaced or moved: they may not know of these.
+    Those below make way too where tensors were replaced or moved: they may not know of these.
     """
     found = [loan]
     for each in found:  # which grows on the way
@@ -214,7 +215,7 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         if places := meeting(tensors, held):
             raise RuntimeError(
                 f"a step of {type(optimizer).__name__} inside applied({loan.label!r}) of "
-                f"{loan.owner.name}: {names[places[0]]} carries the average there, and a step "
+                f"{loan.owner.name}: {names[places[0]]} has the average there, and a step "
                 "would change it; leave the block first"
             )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Form = tuple[Shape | str, ...]
-"""What must stay of a tensor: its shape and its policy, and whether it is complex."""
+"""What may not change in a tensor: its shape, its policy, and whether it is complex."""
 
 
 class ModelTensors:
@@ -80,7 +80,7 @@ class ModelTensors:
         self._adopt(found)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: all that is not found again by looking."""
+        """What a copy is made from: all that a walk through the model does not find."""
         kept = ("model", "_options", "_forms", "_ties", "_order", "generation", "suspect")
         return {name: getattr(self, name) for name in kept}
 
@@ -190,7 +190,7 @@ class ModelTensors:
             )
 
     def reshard(self) -> None:
-        """Lets a sharded model carry its shards, which a forward pass may have put aside."""
+        """Puts a sharded model's shards back in place of the gathered weights of a forward pass."""
         reshard(self.model)
 
     def by_name(self) -> dict[str, Tensor]:

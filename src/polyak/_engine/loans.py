@@ -1,9 +1,9 @@
-"""Loans: an average that a model carries for a while, and the live weights that come back for it.
+"""Loans: an average that is in a model for a while, and the live weights that return afterwards.
 
 During a loan each tensor of the model holds the average, and a tensor beside it (a slot of the
 average, or a temporary one) holds the live content (`polyak._engine.lent`).
 
-An exception may break off any call here at any line; calling it again finishes it.
+An exception may interrupt any call here at any line; calling it again finishes it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Owner(NamedTuple):
 
 
 class Lendable(Protocol):
-    """What a loan says of its average: that its slots hold live weights, or what has spoilt them."""
+    """What a loan notes on its average: that its slots hold live weights, or what has changed them."""
 
     lent: bool
     spoilt: str
 
 
 class Watched(Protocol):
-    """What a loan asks of the model's tensors."""
+    """What a loan needs from the model's tensors."""
 
     def reshard(self) -> None: ...
 
@@ -50,7 +50,7 @@ class Watched(Protocol):
 
 
 class Loan:
-    """One average that a model carries, for one block or several. `ended` is called by `close`.
+    """One average in a model, for one block or several. `ended` is called by `close`.
 
     A loan does not keep the owner of `ended`: its blocks end once nobody could leave them any more.
     """
@@ -68,7 +68,7 @@ class Loan:
         self.strayed = False
         """Whether the block has replaced or moved tensors."""
         self.out = False
-        """Whether the model carries the average, as far as the loan comes before others."""
+        """Whether the model has the average, as far as the loan comes before others."""
         self.model = model
         self._average, self._pairs, self._ended = average, pairs, ended
         self._lent = [Lent(each) for each in pairs]
@@ -85,7 +85,7 @@ class Loan:
         return [name for each in self._pairs for name in each.names()]
 
     def carriers(self) -> tuple[list[Tensor], list[str]]:
-        """All tensors that carry the average or hold live weights now, and what they are called.
+        """All tensors that hold the average or the live weights now, and their names.
 
         They are `tensors`, and those that the block has moved, or put in the place of some.
         """
@@ -104,7 +104,7 @@ class Loan:
 
     @no_grad
     def lend(self) -> None:
-        """Lets the model carry the average: for the first time, or again after `take_back`."""
+        """Writes the average into the model: for the first time, or again after `take_back`."""
         self._average.lent = True
         self.model.reshard()
         for lent in self._lent:
@@ -122,7 +122,7 @@ class Loan:
 
     @no_grad
     def take_back(self) -> None:
-        """Gives the model its live weights back, every one of them that can be."""
+        """Restores the live weights, as many of them as possible."""
         if error := failure(
             self.model.reshard
         ):  # a root left whole by a forward pass has the average
@@ -153,7 +153,7 @@ class Loan:
             each.follow(lent)
 
     def close(self) -> None:
-        """What follows the last `take_back`: the average can be used again, unless it is spoilt."""
+        """After the last `take_back`: the average can be used again, unless its slots were changed."""
         if any(lent.spoilt for lent in self._lent):
             self._average.spoilt = self.report()
         self._average.lent = False

@@ -20,7 +20,7 @@ from torch import Tensor
 from polyak._ranks.sharding import is_distributed, local, shape
 
 FEW = 32
-"""Up to so many tensors on one stretch of memory, each pair is compared; above, elements are marked."""
+"""Up to this many tensors on one stretch of memory, each pair is compared; above, elements are marked."""
 
 MOST_STEPS = 10_000
 """A pair that takes more steps to tell apart counts as overlapping. Views made by slicing take tens."""
@@ -42,7 +42,7 @@ def identity(tensor: Tensor) -> Hashable:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether a tensor has elements and no memory for them, as while a framework keeps them away."""
+    """Whether a tensor has elements and no memory for them, as while a framework has freed them."""
     gone = address(tensor) is None and tensor.numel() > 0
     return gone and tensor.untyped_storage().nbytes() == 0
 
@@ -53,7 +53,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def renew(tensor: Tensor) -> None:
-    """Gives a tensor whose storage was freed memory again, with any content."""
+    """Allocates the memory of a tensor whose storage was freed, with any content."""
     if not has_memory(tensor):
         start = int(tensor.storage_offset()) * tensor.element_size()
         tensor.untyped_storage().resize_(start + _reach(tensor))

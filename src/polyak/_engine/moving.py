@@ -29,7 +29,7 @@ class Move(NamedTuple):
     seeds: Sequence[int] | None = None
 
     def alone_(self, live: Groups, ok: Tensor | None, journal: Journal) -> None:
-        """A move that is rounded in its own way, or that `ok` may take back."""
+        """A move that is rounded in its own way, or that `ok` may mask."""
         for g, weights in enumerate(live):
             columns = [self.slots[g], *([] if self.residues is None else [self.residues[g]])]
             generator = _generator(self, g)

@@ -1,13 +1,13 @@
 """Offload: slots in the host's memory while the weights are on a CUDA device.
 
-The weights travel on a stream of their own into pinned memory, and a thread moves the slots when they
+The weights are copied on a separate stream into pinned memory, and a thread moves the slots when they
 have arrived. The order that keeps this right:
 
 1. the side stream begins after all work queued so far, so that it reads the weights of this step;
 2. the next write to the weights waits, on the device, for the copy (`before_write`);
 3. the staging memory is written again only when the slots have taken what it held (`join`).
 
-The host waits only in `join`: at the next update, or when someone reads the average.
+The host waits only in `join`: at the next update, or when the average is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Arrival(Protocol):
 
 
 class Streams(Protocol):
-    """What the courier asks of a device."""
+    """What the courier needs from a device."""
 
     def begin(self) -> None:
         """Lets the side stream begin after the work queued on the compute stream so far."""
@@ -57,7 +57,7 @@ class CudaStreams:
     def copy(self, host: Tensor, device: Tensor) -> None:
         with torch.cuda.stream(self._side):
             host.copy_(device, non_blocking=True)
-        device.record_stream(self._side)  # its memory is not given away while it is read
+        device.record_stream(self._side)  # the allocator does not reuse its memory while it is read
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -75,7 +75,7 @@ def require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any], comple
 def chain_of(optimizer: Any) -> list[Any]:
     """An optimizer or its wrapper, and the optimizers inside it, from the outermost to the innermost.
 
-    Raises `TypeError` where none of them is a torch optimizer, whose hooks tell of a step.
+    Raises `TypeError` if none of them is a torch optimizer, whose hooks run at a step.
     """
     chain = list(_nested(optimizer))
     if not any(map(runs_hooks, chain)):

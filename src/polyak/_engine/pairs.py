@@ -18,7 +18,7 @@ from polyak._ranks.sharding import local
 class Pairs:
     """Tensors of a model, of one dtype and device, each with the one that takes its live content.
 
-    `slots` says that those are slots of the average, which a write in the block would spoil.
+    `slots` says that those are slots of the average, which a write in the block would change.
     """
 
     def __init__(self, items: list[Tracked], asides: list[Tensor], *, slots: bool) -> None:
@@ -77,7 +77,7 @@ class Pairs:
                 yield i, part, found is not before
 
     def new(self, now: Mapping[str, Tensor | None]) -> list[tuple[int, Tensor]]:
-        """The places of live tensors that others have come in place of, and these others."""
+        """The places of live tensors that were replaced by others, and these others."""
         found = [*self.renewed(now), *((i, part) for i, part, _ in self.strays(now))]
         return [(i, part) for i, part in found if part is not None]
 

@@ -74,7 +74,7 @@ class AverageWeights(LazyTensors):
         return self._named(self._held() | frozen)
 
     def _model_s_own(self, name: str) -> Tensor:
-        """A frozen tensor; raises `RuntimeError` where it carries an average, in another averager's block."""
+        """A frozen tensor; raises `RuntimeError` where it holds an average, in another averager's block."""
         lending.refuse_lent("the average", [self._frozen[name]])
         return self._frozen[name].local()
 

@@ -1,4 +1,4 @@
-"""The second module of `EMA`, which carries the average: how it is made, and what it averages."""
+"""The second module of `EMA`, which has the average: how it is made, and what it averages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ChooseByName:
 def second(
     live: ModelTensors, model: nn.Module, given: nn.Module | Callable[[], nn.Module] | None
 ) -> tuple[nn.Module, ModelTensors]:
-    """The module that carries the average, in eval mode and without gradients, and its tensors.
+    """The module that has the average, in eval mode and without gradients, and its tensors.
 
     It is the given one, or a copy of the model. Raises `ValueError` if it shares memory with the
     model, and `RuntimeError` for a model that cannot be copied.
@@ -80,7 +80,7 @@ def second(
 
 @dataclass(frozen=True)
 class _ChooseAlike:
-    """The policies of the live model, name by name, for the module that carries the average."""
+    """The policies of the live model, name by name, for the module that has the average."""
 
     policies: Mapping[str, Policy]
 

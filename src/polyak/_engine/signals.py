@@ -38,7 +38,7 @@ class _Waiting:
             _received.append((self.handler, number))
             return
         try:
-            deliver()  # an exception may have broken off the call that would have
+            deliver()  # an exception may have interrupted the call that would have
         finally:
             self.handler(number, frame)
 
@@ -72,7 +72,7 @@ def hold() -> None:
 
 
 def release() -> None:
-    """Puts the handlers back that `hold` has replaced; the outermost critical function does it."""
+    """Restores the handlers that `hold` has replaced; the outermost critical function does it."""
     if not _may_act():
         return
     for number in _NUMBERS:
@@ -84,7 +84,7 @@ def release() -> None:
 def deliver() -> None:
     """Calls the handlers that have waited, each of them, although one may raise.
 
-    Only the outermost critical function calls them: what they raise would break off the outer one.
+    Only the outermost critical function calls them: what they raise would interrupt the outer one.
     """
     if not _may_act():
         return

@@ -1,4 +1,4 @@
-"""The engine: the slots of one average, moved and read as its rule says. It knows no rule by name."""
+"""The engine: the slots of one average, moved and read by any rule."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Average:
 
     A slot is allocated at its first move, which is a copy, so a window takes memory as it fills.
     If `spoilt` is not empty, the slots no longer hold an average, and it says why. While `lent`, they may
-    hold live weights: the model carries the average, in a block.
+    hold live weights: the model has the average, in a block.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Average:
         self.torn |= dict.fromkeys(moved, reason)
 
     def mend(self) -> None:
-        """Takes the mark off the slots that the last tick has copied."""
+        """Removes the mark from the slots that the last tick has copied."""
         copied = {slot for slot, f in self.rule.fractions(self.tick).items() if f == 1}
         self.torn = {slot: reason for slot, reason in self.torn.items() if slot not in copied}
 
@@ -203,7 +203,7 @@ class Average:
             )
 
     def refuse_spoilt(self, call: str) -> None:
-        """Raises `RuntimeError` if a block or an update has spoilt the average, or is moving it."""
+        """Raises `RuntimeError` if a block or an update has damaged the average, or is moving it."""
         if self.moving:
             raise RuntimeError(
                 f"{call}: an update is running, and only some of the average's tensors have moved"

@@ -1,4 +1,4 @@
-"""Applying: the model carries an average for a while, in place, and gets its live weights back.
+"""Applying: the model has an average for a while, in place, and then its live weights again.
 
 A `Lender` belongs to one averager and says which tensors exchange contents. A block is `Applied`, the
 context manager. The blocks of all averagers meet in `polyak._engine.lending`.
@@ -63,7 +63,7 @@ class _Kept(NamedTuple):
 
 
 class Lender:
-    """Lends the averages of one averager to its model, one average at a time."""
+    """Writes averages of one averager into its model, one at a time, and restores the live weights."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Lender:
         """The blocks that `Applied.enter` has begun."""
 
     def refuse(self, call: str) -> None:
-        """Raises `RuntimeError` inside a block: the model carries an average there."""
+        """Raises `RuntimeError` inside a block: the model has an average there."""
         if self.loan is not None:
             raise RuntimeError(
                 f"{call} inside applied({self.loan.label!r}): the model has the average's weights there; "
@@ -98,7 +98,7 @@ class Lender:
         return label
 
     def lend(self, hold: Hold, name: str | None) -> None:
-        """Lets the model carry an average, for a block; `give_back` undoes it, whatever this raises."""
+        """Writes an average into the model, for a block; `give_back` undoes it, whatever this raises."""
         if self.loan is not None:
             self._join(self.loan, hold, name)
             return
@@ -173,7 +173,7 @@ class Lender:
         alike: dict[Kind, list[int]] = {}
         rest = []
         for i, item in enumerate(items):
-            # A forward pass writes to buffers (BatchNorm in train mode), which would spoil a slot.
+            # A forward pass writes to buffers (BatchNorm in train mode), which would change a slot.
             if item.mesh is None and item.kind != "buffer" and kind(item.local()) == kind(slots[i]):
                 alike.setdefault(kind(slots[i]), []).append(i)
             else:
@@ -211,10 +211,10 @@ class Lender:
 
 
 class Applied(ContextDecorator):
-    """A block in which a model carries an average. One object may be entered several times.
+    """A block in which a model has an average. One object may be entered several times.
 
-    A `with` statement that is abandoned ends with this object. Hosts that have hooks and no block call
-    `enter` and `leave`: such a block stays open as long as the averager or this object is there.
+    A `with` statement that is abandoned ends with this object. Frameworks that have hooks and no block
+    call `enter` and `leave`: such a block stays open as long as the averager or this object is there.
 
     Signal handlers wait during these four methods, from the first to the last instruction.
     """
@@ -233,8 +233,8 @@ class Applied(ContextDecorator):
     def leave(self, error: BaseException | None = None) -> None:
         """End the block that `enter` began last, here or on another `applied()` of the same average.
 
-        It does nothing if there is none, so that a host may call it in every hook that could be the
-        last. Raises `RuntimeError` for what the block did to the weights; with an `error`, that report
+        It does nothing if there is none, so call it in every hook that could be the last. Raises
+        `RuntimeError` for what the block did to the weights; with an `error`, that report
         becomes a note on it.
         """
         label, kept = self._lender.label(self._name), self._lender.kept

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Policy = Literal["average", "copy", "frozen", "skip"]
-"""What is done with a tensor. A frozen one is not held: whoever reads the average reads the model's."""
+"""What is done with a tensor. A frozen one is not held: an average has the model's."""
 
 Source = nn.Module | Mapping[str, Tensor]
 Table = Literal["_parameters", "_buffers"]
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """One tensor of a model: its names, the first of which it is known by, and what is done with it.
+    """One tensor of a model: its names (the first is its canonical name) and its policy.
 
     With a `mesh`, the ranks that all have the tensor average a part of it each.
     """

@@ -134,7 +134,7 @@ class _Shared:
 
 
 class Twins:
-    """The modules of an averager's averages: at most one each, as long as anyone holds it."""
+    """The modules of an averager's averages: at most one each, as long as it is referenced."""
 
     def __init__(
         self, live: ModelTensors, averages: Mapping[str, Average], updating: Updating
@@ -163,7 +163,7 @@ class Twins:
         try:
             self._updating.call(elapsed, found_inf)
             self.settle()
-        except BaseException:  # slots may have moved: an update that a signal stops goes on
+        except BaseException:  # slots may have moved: an interrupted update is completed
             for twin in self._followed():
                 twin.note()
             raise
@@ -174,7 +174,7 @@ class Twins:
             twin.require_followed(call)
 
     def settle(self) -> None:
-        """Lets the modules follow what has moved."""
+        """Makes the modules follow what has moved."""
         for twin in self._followed():
             twin.settle()
 

@@ -83,7 +83,7 @@ class Motion:
             tensors.keep_(self._kept)
 
     def finish(self) -> None:
-        """Goes on where an exception has broken `run` off."""
+        """Continues after an exception interrupted `run`."""
         self._journal.again()
         self.run()
 
@@ -181,8 +181,8 @@ class Updating:
     def _update(self, groups: Groups, time: float, ok: Tensor | None = None) -> None:
         """One update of every average and of the copies, `time` after the last.
 
-        An exception that comes before slots have moved undoes it, and one that comes later lets it
-        go on to its end. Where that fails too, it marks the averages; they can be read again once
+        If an exception comes before slots have moved, the update is undone; if it comes later, the
+        update is completed. If that fails too, it marks the averages; they can be read again once
         their slots are copied or loaded.
         """
         since, ticks = self.clock.since, tuple(map(TICK, self._averages))
@@ -215,7 +215,7 @@ class Updating:
             raise
 
     def _end(self) -> None:
-        """What follows when all has moved."""
+        """After all slots have moved."""
         self.clock.since = START
         for average in self._averages:
             average.moving = False
@@ -230,7 +230,7 @@ class Updating:
         motion: Motion | None,
         copy: Callable[[], None],
     ) -> None:
-        """After an exception: goes on to the end, or else back to the moment before."""
+        """After an exception: completes the update, or else returns to the moment before."""
 
         def finish() -> None:
             assert motion is not None

@@ -1,6 +1,6 @@
-"""Watching: what must stay for the averaged tensors to be those that were found.
+"""Watching: what shows that the averaged tensors are still those that were found.
 
-`ModelTensors.unchanged` asks for it at every update.
+`ModelTensors.unchanged` checks it at every update.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _END = {None: None}.values()  # without it, an entry added behind the last would
 
 
 class Watch:
-    """All that must stay for `groups` to be the averaged tensors of a model, without a walk.
+    """Checks that `groups` are still the averaged tensors of a model, without a walk.
 
     Objects are compared by identity: the tensors, the modules, and the tables that modules keep them
     in. Tensors that were moved in place (`.to`) are noticed by the first of their group, since models

@@ -108,7 +108,7 @@ def fsdp_parameters(group: Any) -> list[Any]:
 
 
 def reshard_group(group: Any) -> None:
-    """Let a group carry its shards again. FSDPParamGroup.wait_for_unshard, _to_sharded: 2.6.
+    """Make a group have its shards again. FSDPParamGroup.wait_for_unshard, _to_sharded: 2.6.
 
     Weights that are being gathered ahead (prefetching, `unshard(async_op=True)`) arrive first: they
     would take the place of the shards afterwards.

@@ -25,7 +25,7 @@ Exit codes:
 Results go to stdout, messages and progress to stderr.
 Files appear complete or not at all."""
 
-# click's `UsageError`, which newer versions of typer carry within themselves.
+# click's `UsageError`, which newer versions of typer contain.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _WRONG_INPUT = (ValueError, TypeError, OSError, LookupError, ArithmeticError, RuntimeError)
 

@@ -32,7 +32,7 @@ with extra("ignite", "ignite"):
 __all__ = ["Weights", "evaluators", "log_measures"]
 
 Lend = Callable[[], AbstractContextManager[object]]
-"""Makes a block in which the model carries an average."""
+"""Makes a block in which the model has an average."""
 
 
 def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engine]:

@@ -19,8 +19,8 @@ applies it to unit impulses, so training and theory cannot disagree.
 ({'average': 1.0}, {'average': 0.25}, {'average': 1.0})
 
 A new rule is one frozen dataclass in this package and one line in `RULES`. A rule of your own is a
-frozen dataclass that derives from `Rule`; its first updates are checked, and each of its fractions. Files
-store its text, so its fields must be numbers, rules and schedules, or its class sets `SAVABLE = False`.
+frozen dataclass that derives from `Rule`; polyak checks its first updates and each of its fractions.
+Files store its text, so its fields must be numbers, rules and schedules, or its class sets `SAVABLE = False`.
 """
 
 from __future__ import annotations

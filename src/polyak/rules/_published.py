@@ -1,4 +1,4 @@
-"""Rules as one paper or one program has them: BEMA, and the founding article's class."""
+"""Rules that one paper or one program defines: BEMA, and the founding article's class."""
 
 from __future__ import annotations
 

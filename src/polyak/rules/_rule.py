@@ -1,4 +1,4 @@
-"""The contract of a rule: a clock goes in, fractions and coefficients come out; and the EMA keeps it."""
+"""The contract of a rule, which turns a clock into fractions and coefficients; and the EMA."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _ages(c: Array) -> Array:
 def step_response(c: npt.ArrayLike) -> Array:
     """Compute how much of a jump the average shows: S[k] = sum of c over ages <= k.
 
-    Index k: the jump is k + 1 steps old, so that k + 1 steps carry the new weights. Shape (steps,);
+    Index k: the jump is k + 1 steps old, so that k + 1 steps have the new weights. Shape (steps,);
     the last entry is 1. An EMA far from its start has S[k] = 1 - decay^(k + 1).
 
     >>> step_response([0.125, 0.125, 0.25, 0.5])
@@ -56,7 +56,7 @@ def half_life(c: npt.ArrayLike) -> float:
 
     S(a) = sum of c over ages < a. S is known at the sampled steps. Between two of them the rest 1 - S
     is taken to fall geometrically, as an EMA's does. So an EMA has exactly ln 2 / -ln decay, at every
-    cadence, and a mean of n steps has n / 2 for even n. If one step carries the half (the first step
+    cadence, and a mean of n steps has n / 2 for even n. If one step has the half (the first step
     of a short EMA, a plain copy), the half-life is the age of that step.
 
     >>> half_life([0.25, 0.25, 0.25, 0.25]), half_life([0.0, 0.0, 1.0])

@@ -47,7 +47,7 @@ def profile(rule: Rule | str, steps: int, *, every: int = 1) -> Profile:
     >>> profile("exponential(0.5)", 4, every=2)
     array([0.25, 0.  , 0.75, 0.  ])
 
-    The first update copies, so it carries the weight of the start: decay ** (steps - 1).
+    The first update copies, so its coefficient includes the weight of the start: decay ** (steps - 1).
     A million steps take about a second. Raises `ValueError` unless `every` and `steps` are integers
     from 1 to 10^8, and for a rule that breaks its contract.
     """
