@@ -177,7 +177,7 @@ class Scene:
         now = {name: t.to(live[name].dtype) for name, t in snapshot(self.model).items()}
         assert_same(now, live)
         for averager, average in zip(self.made, self.averages, strict=True):
-            if seen and not averager._averages["average"].spoilt:
+            if seen and not averager._averages["average"].damaged:
                 assert_same(averager.average(), average)
 
 

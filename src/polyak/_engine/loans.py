@@ -34,7 +34,7 @@ class Lendable(Protocol):
     """What a loan notes on its average: that its slots hold live weights, or what has changed them."""
 
     lent: bool
-    spoilt: str
+    damaged: str
 
 
 class Watched(Protocol):
@@ -155,7 +155,7 @@ class Loan:
     def close(self) -> None:
         """After the last `take_back`: the average can be used again, unless its slots were changed."""
         if any(lent.spoilt for lent in self._lent):
-            self._average.spoilt = self.report()
+            self._average.damaged = self.report()
         self._average.lent = False
         if (ended := self._ended()) is not None:
             ended()

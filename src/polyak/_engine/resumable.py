@@ -36,7 +36,7 @@ class Resumable(Averages):
         self._same_model("state_dict")
         self._twins.check("state_dict")
         for average in self._averages.values():
-            average.refuse_spoilt("state_dict")
+            average.refuse_damaged("state_dict")
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
         state = {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
         state |= {"run": self.run} if self.run else {}

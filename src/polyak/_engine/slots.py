@@ -36,7 +36,7 @@ class Average:
     """One average: its rule, its clock, and for each slot its tensors in the order of the weights.
 
     A slot is allocated at its first move, which is a copy, so a window takes memory as it fills.
-    If `spoilt` is not empty, the slots no longer hold an average, and it says why. While `lent`, they may
+    If `damaged` is not empty, the slots no longer hold an average, and it says why. While `lent`, they may
     hold live weights: the model has the average, in a block.
     """
 
@@ -52,7 +52,7 @@ class Average:
         self.rule = rule
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
-        self.spoilt = ""
+        self.damaged = ""
         self.lent = False
         self.twin: Callable[[], object] | None = None
         """Returns the module that has the slots, if it is still there."""
@@ -195,20 +195,20 @@ class Average:
 
     def require_usable(self, call: str) -> None:
         """Raises `RuntimeError` if there is no average yet, or none any more."""
-        self.refuse_spoilt(call)
+        self.refuse_damaged(call)
         if self.tick.n == 0:
             raise RuntimeError(
                 f"{call}: there is no average before the first update; call update() after each "
                 "optimizer step, or begin() to have an average at once"
             )
 
-    def refuse_spoilt(self, call: str) -> None:
+    def refuse_damaged(self, call: str) -> None:
         """Raises `RuntimeError` if a block or an update has damaged the average, or is moving it."""
         if self.moving:
             raise RuntimeError(
                 f"{call}: an update is running, and only some of the average's tensors have moved"
             )
-        for reason in filter(None, (self.spoilt, *self.torn.values())):
+        for reason in filter(None, (self.damaged, *self.torn.values())):
             raise RuntimeError(f"{call}: load a saved state first. {reason}")
 
     def lone_slot(self) -> list[Tensor] | None:
@@ -250,7 +250,7 @@ class Average:
         for slot, held in slots.items():
             filled[slot] = self._empty(live, dtypes)
             tensors.lerp_(filled[slot], [held[item.name] for item in live.averaged], 1.0)
-        fresh = {"spoilt": "", "moving": False, "torn": {}, "_grouped": {}, "_born": {}}
+        fresh = {"damaged": "", "moving": False, "torn": {}, "_grouped": {}, "_born": {}}
         return {"tick": tick, "slots": filled, **fresh}
 
     def kept(self, before: Mapping[str, list[Tensor]]) -> dict[str, object]:

@@ -76,11 +76,11 @@ class Twin:
         if (seen := versions(list(slots.values()))) != self._seen:
             wrong = [name for name, a, b in zip(slots, seen, self._seen, strict=True) if a != b]
             self._seen = seen
-            self._average.spoilt = (
+            self._average.damaged = (
                 f"{wrong[0]} of module({self.label!r}) was written to: by an optimizer that has it, "
                 "by a layer in train mode, or by hand"
             )
-            self._average.refuse_spoilt(call)
+            self._average.refuse_damaged(call)
 
 
 class _Shared:

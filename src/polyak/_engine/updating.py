@@ -143,7 +143,7 @@ class Updating:
         self.guard.hear()
         if self._live.suspect:
             for average in self._averages:
-                average.spoilt = average.spoilt or self._live.suspect
+                average.damaged = average.damaged or self._live.suspect
             self._live.suspect = ""
 
     def state(self) -> dict[str, Any]:
