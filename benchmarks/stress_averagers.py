@@ -226,7 +226,7 @@ class Subject:
 
     def spoilt(self, name: str) -> str:
         average = self.averager._averages[name]
-        return average.spoilt or next(iter(average.torn.values()), "")
+        return average.damaged or next(iter(average.torn.values()), "")
 
     def slots(self, name: str) -> dict[str, list[Tensor]]:
         """The slots as they are, in the order of `averaged`."""
@@ -241,7 +241,7 @@ class Subject:
         averages = {
             name: (
                 average.tick,
-                average.spoilt,
+                average.damaged,
                 {s: list(map(bits, t)) for s, t in average.slots.items()},
             )
             for name, average in averager._averages.items()
