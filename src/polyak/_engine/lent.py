@@ -55,7 +55,7 @@ class Lent:
         self.slots = pairs.slots
         self._pairs = pairs
         # A tensor may leave its memory in the block. Loans beneath and above have that memory too.
-        self._memory = [tensor.detach() for tensor in pairs.live]
+        self._memory = [tensor.data for tensor in pairs.live]
         self._exchange = pairs.exchange()
         self._before: list[int] | None = None  # old versions, until the old contents are back
         self._version = 0

@@ -41,6 +41,24 @@ def identity(tensor: Tensor) -> Hashable:
     return part.device, start, *kept, layout, strides
 
 
+class Forms(NamedTuple):
+    """Where tensors are, and how their contents are read. An address tells the device as well."""
+
+    addresses: list[int | None]
+    dtypes: list[torch.dtype]
+    shapes: list[torch.Size]
+
+
+def forms(tensors: Sequence[Tensor]) -> Forms:
+    """The forms of many tensors, in one pass for each attribute: a block looks at all of them."""
+    starts: list[int | None]
+    try:
+        starts = list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        starts = list(map(address, tensors))
+    return Forms(starts, [t.dtype for t in tensors], [t.shape for t in tensors])
+
+
 def is_freed(tensor: Tensor) -> bool:
     """Whether a tensor has elements and no memory for them, as while a framework has freed them."""
     gone = address(tensor) is None and tensor.numel() > 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak._engine.exchange import Exchange
-from polyak._engine.memory import has_memory
+from polyak._engine.memory import forms, has_memory
 from polyak._engine.tracking import Entry, Tracked
 from polyak._modes import inference
 from polyak._parts import CHUNK_BYTES
@@ -35,8 +35,7 @@ class Pairs:
         self.extra = [i for i, _ in extra.values()]
         wrappers = [tensor for _, tensor in extra.values()]
         self.counted = [*self.live, *wrappers, *(asides if slots else ())]
-        self._pointers = list(map(Tensor.data_ptr, self.live))
-        self._dtypes, self._shapes = [t.dtype for t in asides], [t.shape for t in asides]
+        self._forms = forms(self.live)
         self._staging: list[Tensor] | None = None
 
     def names(self) -> list[str]:
@@ -46,11 +45,7 @@ class Pairs:
 
     def fit(self) -> bool:
         """Whether all tensors are where they were, and in the form in which contents can be exchanged."""
-        return (
-            list(map(Tensor.data_ptr, self.live)) == self._pointers
-            and [t.dtype for t in self.live] == self._dtypes
-            and [t.shape for t in self.live] == self._shapes
-        )
+        return forms(self.live) == self._forms
 
     def own(self) -> bool:
         """Whether the modules that had the tensors have them still, under all their names."""
@@ -83,7 +78,7 @@ class Pairs:
 
     def moved(self) -> set[int]:
         """The places of live tensors that have other memory than they had, another form, or no memory."""
-        there = zip(self.live, self._pointers, self.asides, strict=True)
+        there = zip(self.live, self._forms.addresses, self.asides, strict=True)
         return {
             i
             for i, (t, pointer, aside) in enumerate(there)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyak._engine.memory import address
+from polyak._engine.memory import Forms, forms
 from polyak._engine.tracking import Entry, Source, Table, Tracked
 from polyak._ranks.sharding import Shards, is_distributed, local
 from polyak._tensors import Groups
@@ -86,6 +86,7 @@ class Places:
     def __init__(self, items: Iterable[Tracked]) -> None:
         self._entries = [entry for item in items for entry in item.entries]
         self._tensors = [entry.found() for entry in self._entries]
+        self._spread = any(map(is_distributed, self._tensors))
         self._forms = self._forms_now()
 
     def same(self) -> bool:
@@ -93,9 +94,8 @@ class Places:
         now = map(Entry.now, self._entries)
         return all(map(operator.is_, now, self._tensors)) and self._forms_now() == self._forms
 
-    def _forms_now(self) -> tuple[list[object], list[object]]:
-        parts = list(map(local, self._tensors))
-        return list(map(address, parts)), list(map(FORM, parts))
+    def _forms_now(self) -> Forms:
+        return forms(list(map(local, self._tensors)) if self._spread else self._tensors)
 
 
 def _is_unseen_tie(item: Tracked) -> bool:
