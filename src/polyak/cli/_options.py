@@ -91,12 +91,17 @@ class Fitted(NamedTuple):
         list[str], typer.Option(metavar="TIME=FILE", help="Live weights at a step (repeatable).")
     ] = []  # typer makes a new one  # noqa: RUF012
     max_error: Annotated[
-        float, typer.Option(metavar="E", help="Refuse a larger relative error.")
+        float,
+        typer.Option(
+            metavar="E", help="Refuse a larger relative error, expected on a random walk."
+        ),
     ] = 0.05
     max_amplification: Annotated[
         float | None,
         typer.Option(
-            metavar="A", help="Refuse a larger amplification.", show_default="by the stored dtype"
+            metavar="A",
+            help="Refuse a larger growth of rounding errors.",
+            show_default="by the stored dtype",
         ),
     ] = None
 

@@ -35,9 +35,7 @@ def synthesize(
 ) -> None:
     """Make any average of a finished run.
 
-    It is made from snapshots of polyak.Recorder, or from checkpoints. The relative error is the
-    expected error on a random walk, relative to the distance between the average and the live
-    weights. The amplification says how much stored rounding errors grow.
+    It is made from snapshots of polyak.Recorder, or from checkpoints.
 
     \b
     Examples:
