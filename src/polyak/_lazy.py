@@ -8,7 +8,7 @@ reading content. `read` gives a tensor or a part of it. `elements` gives a tenso
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -124,12 +124,8 @@ class LazyTensors(Mapping[str, Tensor]):
         """The elements of a tensor for reading piece by piece."""
         return _ByParts(self, name)
 
-    def identity(self, name: str) -> Hashable:  # noqa: ARG002
-        """Equal for two names of one tensor (tied weights); None if no other name shares it."""
-        return None
-
-    def origins(self, name: str) -> Iterable[Hashable]:
-        """What a tensor is made of: equal for two names, here or elsewhere, of the same stored tensor."""
+    def origins(self, name: str) -> tuple[Hashable, ...]:
+        """What a tensor is made of: equal for two names of one stored tensor (tied weights), here or elsewhere."""
         return ((id(self), name),)
 
     def places(self, name: str) -> tuple[Place, ...]:  # noqa: ARG002
@@ -162,9 +158,10 @@ class Held(LazyTensors):
     def read(self, name: str, where: Where = ()) -> Tensor:
         return self._tensors[name][where] if where else self._tensors[name]
 
-    def identity(self, name: str) -> Hashable:
+    def origins(self, name: str) -> tuple[Hashable, ...]:
         tensor = self._tensors[name]
-        return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        return place if tensor.numel() else super().origins(name)
 
 
 class Forwarding(LazyTensors):
@@ -186,11 +183,7 @@ class Forwarding(LazyTensors):
         source, key = self.at(name)
         return source.elements(key)
 
-    def identity(self, name: str) -> Hashable:
-        source, key = self.at(name)
-        return source.identity(key)
-
-    def origins(self, name: str) -> Iterable[Hashable]:
+    def origins(self, name: str) -> tuple[Hashable, ...]:
         source, key = self.at(name)
         return source.origins(key)
 
@@ -243,8 +236,7 @@ def distinct(weights: LazyTensors) -> dict[str, TensorSpec]:
     """The spec of each tensor, of tied ones under their first name."""
     kept: dict[Hashable, str] = {}
     for name in weights:
-        identity = weights.identity(name)
-        kept.setdefault(name if identity is None else identity, name)
+        kept.setdefault(weights.origins(name), name)
     return {name: weights.specs[name] for name in kept.values()}
 
 

@@ -204,11 +204,9 @@ class ReadOut(LazyTensors):
         for source, key, _ in self._terms[name]:
             source.release(key)
 
-    def identity(self, name: str) -> Hashable:
-        return id(self._terms[name])
-
-    def origins(self, name: str) -> Iterable[Hashable]:
-        return [origin for source, key, _ in self._terms[name] for origin in source.origins(key)]
+    def origins(self, name: str) -> tuple[Hashable, ...]:
+        terms = self._terms[name]
+        return tuple(origin for source, key, _ in terms for origin in source.origins(key))
 
     def _spec_at(self, name: str) -> TensorSpec:
         """The shape of the slots, and the widest of their dtypes."""

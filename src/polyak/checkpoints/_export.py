@@ -261,12 +261,10 @@ def _cadence(found: Checkpoint, every: int | None, count: int | None) -> int:
 def _held(found: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of the model by name, the live one if the file has it; tied names share an object."""
     held: dict[str, Tensor] = {}
-    by_identity: dict[Hashable, Tensor] = {}
+    by_origins: dict[Hashable, Tensor] = {}
     live = [] if found.live is None else [found.live]
     for weights in (*live, *found.averages.values()):
         for name in weights:
             if name not in held:
-                tensor, identity = weights[name], weights.identity(name)
-                tied = tensor if identity is None else by_identity.setdefault(identity, tensor)
-                held[name] = tied
+                held[name] = by_origins.setdefault(weights.origins(name), weights[name])
     return held

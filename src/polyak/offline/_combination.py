@@ -144,11 +144,10 @@ class Combination(LazyTensors):
             done += len(piece)
         return out[where] if where else out
 
-    def identity(self, name: str) -> Hashable:
+    def origins(self, name: str) -> tuple[Hashable, ...]:
         """Equal for names that are one tensor in every file."""
-        found = [source.weights.identity(name) for source in self.sources]
-        alike = self._specs[name], name in self.copied, is_statistic(name)
-        return None if None in found else (*found, *alike)
+        found = [source.weights.origins(name) for source in self.sources]
+        return (*found, self._specs[name], name in self.copied, is_statistic(name))
 
     @cached_property
     def written(self) -> dict[str, TensorSpec]:

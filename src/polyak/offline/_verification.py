@@ -53,8 +53,8 @@ def verify(made: Combination, written: LazyTensors) -> int:
     Raises `ValueError` with the tensor that differs by more than rounding, or with the names, shapes
     and dtypes that differ.
     """
-    known = {made.identity(name) for name in written if name in made} - {None}
-    there = [name for name in made if name in written or made.identity(name) not in known]
+    known = {made.origins(name) for name in written if name in made}
+    there = [name for name in made if name in written or made.origins(name) not in known]
     wanted = {name: str(made.specs[name]) for name in there}
     if lines := difference(wanted, {name: str(spec) for name, spec in written.specs.items()}):
         raise ValueError(report("what was written differs from what was computed", lines))

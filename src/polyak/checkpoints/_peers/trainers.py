@@ -153,8 +153,8 @@ def _nemo_rules(held: Sequence[Mapping[str, Any]]) -> dict[str, Rule]:
 
 def _are_within(averaged: Sequence[StoredTensor], live: LazyTensors) -> bool:
     """Whether tensors are those of a state dict: a file holds what is shared once."""
-    places = {live.identity(name) for name in live}
-    return all(tensor.identity in places for tensor in averaged)
+    origins = {origin for name in live for origin in live.origins(name)}
+    return all(tensor.identity in origins for tensor in averaged)
 
 
 def torchtitan(found: Found) -> Checkpoint | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -89,11 +89,8 @@ class StoredTensors(LazyTensors):
     def elements(self, name: str) -> Elements:
         return self._tensors[name].elements() or super().elements(name)
 
-    def identity(self, name: str) -> Hashable:
-        return self._tensors[name].identity
-
-    def origins(self, name: str) -> Iterable[Hashable]:
-        return (self.identity(name) or id(self._tensors[name]),)
+    def origins(self, name: str) -> tuple[Hashable, ...]:
+        return (self._tensors[name].identity,)
 
     def places(self, name: str) -> tuple[Place, ...]:
         place = self._tensors[name].place()

@@ -75,6 +75,6 @@ class StoredTensor(Inert):
 
     @property
     def identity(self) -> Hashable:
-        """Equal for tensors that are the same part of the same storage."""
+        """Equal for tensors with elements that are the same part of the same storage."""
         place = (id(self._storage), self._offset, self.spec, self._stride)
-        return place if self.spec.numel else None
+        return place if self.spec.numel else id(self)
