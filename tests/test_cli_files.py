@@ -413,6 +413,20 @@ class TestConvert:
 
 
 class TestDiff:
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_a_part_that_one_of_them_has(self, turned: bool) -> None:
+        """The other is read whole, and a note says so."""
+        inner = torch.load("step-1.pt")
+        nested = {"g": {f"net.{n}": t for n, t in inner.items()}, "d": {"w": torch.ones(2)}}
+        torch.save(nested, "nested.pt")
+        files = ["step-1.pt", "nested.pt"][:: -1 if turned else 1]
+        result = run("diff", *files, "--key", "g", "--prefix", "net.")
+        assert result.exit_code == 0 and result.stdout == "equal: 9 tensors\n", result.output
+        assert "note: step-1.pt: " in result.stderr and "all of it is compared" in result.stderr
+        for part in (("--key", "x"), ("--prefix", "x.")):
+            result = run("diff", *files, *part)
+            assert result.exit_code == 2 and "note" not in result.stderr
+
     def test_equal_files_of_different_formats(self) -> None:
         save_file(torch.load("step-1.pt"), "same.safetensors")
         assert done("diff", "step-1.pt", "same.safetensors") == "equal: 9 tensors\n"

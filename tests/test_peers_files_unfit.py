@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cli_runs import run
@@ -124,6 +125,11 @@ ALIKE: dict[str, State] = {
     "integers beside a larger weight": {
         "g.faces_of": torch.ones(2, 3, dtype=torch.int32), "g.weight": torch.ones(3, 3),
     },
+    "a table for look-up": {"table": torch.ones(64, 8, dtype=torch.int32), "l.weight": torch.ones(4, 4), "l.bias": torch.ones(4)},
+    "a table beside a weight": {
+        "grid.hashes": torch.ones(64, 8, dtype=torch.int32), "grid.weight": torch.ones(4, 4), "grid.tau": torch.ones(1),
+        "grid.embedding": torch.ones(9, 2), "n.running_mean": torch.ones(4), "n.scale": torch.ones(4),
+    },
     "a mask of pruning": {"l.weight_mask": torch.ones(4, 4, dtype=torch.uint8), "l.weight_orig": torch.ones(4, 4)},
     "positions": {"e.position_ids": torch.ones(1, 8, dtype=torch.int32), "e.scale": torch.ones(1)},
     "quantization-aware training": {
@@ -159,6 +165,36 @@ def test_what_has_no_average_is_refused_by_kind(
 def test_what_only_looks_alike_is_averaged(tmp_path: Path, content: State) -> None:
     torch.save(content, tmp_path / "it.pt")
     assert set(offline.average([tmp_path / "it.pt"] * 2)) == set(content)
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "Marlin", "bitsandbytes nf4", "integers called weights"])
+def test_what_the_user_says_is_copied(tmp_path: Path, name: str) -> None:
+    """The error names the option; the last file's integers and scales come out, the rest is averaged."""
+    first, last = (UNFIT[name][0] for _ in range(2))
+    torch.save(first, tmp_path / "1.pt")
+    torch.save(
+        {n: t + 2 if n == "norm.weight" else t.clone() + 1 for n, t in last.items()},
+        tmp_path / "2.pt",
+    )
+    files, out = [tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "mean.safetensors"
+    refused = run("average", *files, "--out", out)
+    assert "(average ... --copy 'l." in refused.stderr and refused.exit_code == 2
+    made = run("average", *files, "--out", out, "--copy", "l.*", "--verify")
+    assert made.exit_code == 0, made.output
+    for each, tensor in load_file(out).items():
+        assert torch.equal(tensor, torch.load(files[1])[each] - int(each == "norm.weight"))
+    with pytest.raises(ValueError, match=r"copy is 'm\.\*', wanted a tensor's name or a pattern"):
+        offline.average(files, copy=["l.*", "m.*"])
+
+
+def test_a_copy_of_floats(tmp_path: Path) -> None:
+    for value in (1.0, 3.0):
+        torch.save(net(value), tmp_path / f"{value}.pt")
+    files = [tmp_path / "1.0.pt", tmp_path / "3.0.pt"]
+    made = offline.average(files, copy=["2.*"])
+    assert [made[n].flatten()[0].item() for n in ("0.weight", "2.weight", "2.bias")] == [2, 3, 3]
+    soup = offline.greedy_soup(files, lambda weights: float(weights["2.bias"][0]), copy=["2.*"])
+    assert set(soup.qualities) == {3.0}
 
 
 def test_placeholders_are_not_exported_either(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ _BUFFER = re.compile(
     r"mask|bias|index|indices|pos(ition)?_|(^|_)(idxs?|ids?|perm|state|tokens?|labels?|anchors?|edges?|faces|neighbou?rs?)(_|$)",
     re.IGNORECASE,
 )
+_OF_LAYER = re.compile(r"weight|bias|kernel|embed|running_|(^|_)w(_|$)", re.IGNORECASE)
 _FEW = 4  # so many numbers alone are a small model's, not placeholders
 
 
@@ -107,7 +108,8 @@ def _of_kind(tensors: tuple[tuple[str, TensorSpec], ...]) -> str:
     if name := next(_packed(specs), ""):
         return (
             f"{name} ({specs[name]}) holds quantised numbers, whose mean is not the mean of the weights "
-            "that they stand for. Dequantise the model, and average that"
+            "that they stand for. Dequantise the model, and average that; or if it is not quantised, take it from the "
+            f"last file: copy=[{name!r}] (average ... --copy {name!r})"
         )
     return _of_adapter(specs)
 
@@ -131,19 +133,25 @@ def _packed(specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     """The tensors of integers or of 8-bit floats that are weights in another form.
 
     They have scales beside them, or they are integers that are called weights, or those of a module that has
-    floating-point numbers but no weight of at least their size.
+    floating-point numbers which are no weight or bias, and no weight of at least their size.
     """
     narrow = {n: spec for n, spec in specs.items() if spec.shape and _may_be_packed(spec.dtype)}
     scaled: set[str] = set()
-    for name in specs:
+    among: set[str] = set()  # the modules with numbers that may be scales by another name
+    for name, spec in specs.items():
+        module, _, leaf = name.rpartition(".")
         if found := _SCALES.search(name):
             base = name[: found.start()].rstrip("._:").removesuffix("_quantizer")
-            scaled |= {name.rpartition(".")[0], base}
+            scaled |= {module, base}
+            among |= {module, base, module.rpartition(".")[0]}
+        elif spec.dtype.is_floating_point and spec.numel > 1 and not _OF_LAYER.search(leaf):
+            among.add(module)
     largest = _largest_floats(specs)
     for name, spec in narrow.items():
         module, _, leaf = name.rpartition(".")
         matrix = len(spec.shape) > 1 and spec.dtype not in _FLOAT8 and not _BUFFER.search(leaf)
-        smaller = spec.dtype != torch.int64 and 0 < largest.get(module, 0) < spec.numel
+        smaller = module in among and spec.dtype != torch.int64
+        smaller = smaller and largest.get(module, spec.numel) < spec.numel
         if _SCALES.search(leaf):
             continue
         by_scales = name in scaled or (module in scaled and _WEIGHT.search(leaf))

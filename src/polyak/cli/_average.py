@@ -58,6 +58,10 @@ def average(
             show_default="the live weights",
         ),
     ] = None,
+    copy: Annotated[
+        list[str],
+        typer.Option(metavar="PATTERN", help="Tensors to take from the last file (repeatable)."),
+    ] = [],  # noqa: B006
     part: Part,
     lora: Annotated[
         Literal["concatenate"] | None,
@@ -96,7 +100,7 @@ def average(
         if lora is not None:
             named: dict[str, object] = {"like": like, "greedy": shares.greedy, "average": which}
             named |= {"better": None if wanted.best else better, **part._asdict(), "dtype": dtype}
-            named |= {"allow-nonfinite": allow_nonfinite, "verify": verify}
+            named |= {"allow-nonfinite": allow_nonfinite, "verify": verify, "copy": copy or None}
             named |= {"shard-size": writing.shard_size, "torchrun": writing.torchrun}
             concatenated(chosen, rule, elapsed, writing, named, json=json)
             return
@@ -104,12 +108,13 @@ def average(
         form = None if like is None else Form(like, which, read)
         dtypes, sums = _dtype(dtype, form), dtype_of(accumulate, "--accumulate")
         if shares.greedy is not None:
-            soup = _soup(found, shares.greedy, better or "lower", which)
+            soup = _soup(found, shares.greedy, better or "lower", which, copy)
         made = offline.average(
             found,
             rule if soup is None else soup.coefficients,
             elapsed=elapsed,
             which=which,
+            copy=copy,
             dtype=dtypes,
             accumulate=sums,
             allow_nonfinite=allow_nonfinite,
@@ -158,7 +163,11 @@ def _files(
 
 
 def _soup(
-    files: Sequence[Checkpoint], name: str, better: Literal["lower", "higher"], which: str | None
+    files: Sequence[Checkpoint],
+    name: str,
+    better: Literal["lower", "higher"],
+    which: str | None,
+    copy: Sequence[str],
 ) -> Soup:
     from polyak import offline
 
@@ -170,6 +179,7 @@ def _soup(
             function,
             better=better,
             which=which,
+            copy=copy,
             progress=lambda *_: show and show(next(done), trials),
         )
     last, best = soup.qualities[-1], soup.qualities[soup.order[0]]

@@ -11,9 +11,10 @@ from polyak._shown import number_text
 from polyak.cli._commands import DIFFERENT
 from polyak.cli._grouped import grouped
 from polyak.cli._options import Json, Part
-from polyak.cli._output import print_json, print_table, progress_shown, say
+from polyak.cli._output import note, print_json, print_table, progress_shown, say
 
 if TYPE_CHECKING:
+    from polyak.checkpoints import Checkpoint
     from polyak.offline._comparison import Comparison, Difference
 
 _MOST = 20
@@ -38,7 +39,8 @@ def diff(
 ) -> None:
     """Compare the tensors of two checkpoints.
 
-    It compares names, dtypes, shapes, and numbers by |a - b| / |a|.
+    It compares names, dtypes, shapes, and numbers by |a - b| / |a|. --key and --prefix are for the
+    files that have such a part; the other is read whole.
 
     \b
     Example:
@@ -51,8 +53,8 @@ def diff(
             f"--average is given {len(average)} times, wanted once, or for A and for B"
         )
     of_a, of_b = (average[0], average[-1]) if average else (None, None)
-    read = part.reader(positions=True)
-    first, second = read(a).weights(of_a), read(b).weights(of_b)
+    found_a, found_b = _parts((a, b), part)
+    first, second = found_a.weights(of_a), found_b.weights(of_b)
     with progress_shown("comparing") as progress:
         compared = offline.compare(first, second, progress=progress)
     if json:
@@ -61,6 +63,25 @@ def diff(
         _print(compared, all=all)
     if not compared.equal:
         raise typer.Exit(DIFFERENT)
+
+
+def _parts(paths: tuple[Path, Path], part: Part) -> list[Checkpoint]:
+    """The part of each checkpoint, or all of the one that has no such part."""
+    whole = part._replace(key=None, prefix=None)
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(part.reader(positions=True)(path))
+        except ValueError as error:
+            if part == whole:
+                raise
+            errors.append(error)
+            found.append(whole.reader(positions=True)(path))
+    if len(errors) == len(paths):
+        raise errors[0]
+    for problem in errors:
+        note(f"{problem}: all of it is compared")
+    return found
 
 
 def _print(compared: Comparison, *, all: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy.typing as npt
@@ -25,6 +26,7 @@ def average(
     *,
     elapsed: Sequence[float] | None = None,
     which: str | None = None,
+    copy: Sequence[str] = (),
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     accumulate: torch.dtype = torch.float32,
     allow_nonfinite: bool = True,
@@ -55,6 +57,7 @@ def average(
         elapsed: the time between a file and the file before it, in the rule's unit; by default 1.
         which: the weights to take from each file: the name of an average, or "live"; by default the
             live weights, or the only average of a file without live weights.
+        copy: names of tensors, or patterns, to take from the last file, as integers and booleans are.
         dtype: of the result, or of each tensor by name; by default the widest of the files.
         accumulate: the dtype of the sums: float32, or float64 at half the speed.
         allow_nonfinite: whether values that are infinite or NaN in some file may come into the result; an
@@ -69,9 +72,11 @@ def average(
     require(not isinstance(files, (str, Path)), "files", files, "a list of files")
     require(len(files) > 0, "files", files, "one file or more")
     shares, statistics = shares_of(rule, len(files), elapsed)
+    sources = opened(files, which, copy)
     return Combination(
-        opened(files, which),
+        sources,
         shares,
+        copy=matching(copy, sources),
         dtype=dtype,
         accumulate=accumulate,
         statistics=statistics,
@@ -79,16 +84,37 @@ def average(
     )
 
 
-def opened(files: Sequence[os.PathLike[str] | str | Checkpoint], which: str | None) -> list[Source]:
-    """The weights called `which` of each file (`Checkpoint.weights`), with the file as label."""
-    return [_source(f if isinstance(f, Checkpoint) else read(Path(f)), which) for f in files]
+def opened(
+    files: Sequence[os.PathLike[str] | str | Checkpoint],
+    which: str | None,
+    copy: Sequence[str] = (),
+) -> list[Source]:
+    """The weights called `which` of each file (`Checkpoint.weights`), with the file as label.
+
+    Raises `ValueError` for weights that have no average, but for those that `copy` names.
+    """
+    return [_source(f if isinstance(f, Checkpoint) else read(Path(f)), which, copy) for f in files]
 
 
-def _source(found: Checkpoint, which: str | None) -> Source:
+def _source(found: Checkpoint, which: str | None, copy: Sequence[str]) -> Source:
     held = found.weights(which)
-    if problem := unfit(held.specs, found.shapes):
+    averaged = {name: spec for name, spec in held.specs.items() if not _named(name, copy)}
+    if problem := unfit(averaged, found.shapes):
         raise ValueError(f"{found.path}: {problem}")
     return Source(str(found.path), held, found.left)
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def matching(patterns: Sequence[str], sources: Sequence[Source]) -> list[str]:
+    """The names of the tensors that patterns mean; raises `ValueError` for a pattern without one."""
+    names = list(sources[-1].weights)
+    for pattern in patterns:
+        wanted = f"a tensor's name or a pattern of names, such as {', '.join(names[:5])}"
+        require(any(_named(name, [pattern]) for name in names), "copy", pattern, wanted)
+    return [name for name in names if _named(name, patterns)]
 
 
 def shares_of(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from polyak._checks import require
 from polyak.checkpoints._checkpoint import Checkpoint
-from polyak.offline._average import opened
+from polyak.offline._average import matching, opened
 from polyak.offline._combination import Combination
 from polyak.offline._quality import Better, Evaluate, judged, sign_of
 
@@ -49,6 +49,7 @@ def greedy_soup(
     *,
     better: Better = "lower",
     which: str | None = None,
+    copy: Sequence[str] = (),
     progress: Callable[[Path, float], object] | None = None,
 ) -> Soup:
     """Choose files greedily, the best first: keep a file if the mean with it is strictly better.
@@ -72,7 +73,7 @@ def greedy_soup(
             one for each example, whose mean counts: on held-out data, and with BatchNorm's
             statistics estimated again (`polyak.recalibrate`). It is called 2 * files - 1 times.
         better: "lower" or "higher".
-        which: the weights to take from each file, as for `average`.
+        which, copy: as for `average`.
         progress: called after each trial with its file and its quality.
 
     Only one model is in memory at a time. Every trial is computed from the files, and equals bit for
@@ -85,12 +86,13 @@ def greedy_soup(
     sign = sign_of(better)
     require(len(files) > 0, "files", files, "one file or more")
     paths = tuple(f.path if isinstance(f, Checkpoint) else Path(f) for f in files)
-    sources = opened(files, which)
+    sources = opened(files, which, copy)
+    copied = matching(copy, sources)
 
     def quality_with(ingredients: Sequence[int]) -> float:
         """The quality of the mean of some files; the last of them is on trial."""
         path = paths[ingredients[-1]]
-        weights = dict(Combination(sources, _even(ingredients, len(sources))))
+        weights = dict(Combination(sources, _even(ingredients, len(sources)), copy=copied))
         quality = judged(evaluate, weights, f"with {path}").quality
         if progress is not None:
             progress(path, quality)
