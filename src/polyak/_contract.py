@@ -14,7 +14,7 @@ from polyak._checks import as_number, is_number
 from polyak.rules import LIVE, RULES, Rule, Tail, Tick
 
 CHECKED = 3
-"""So many first updates check the whole contract; later updates check the fractions alone."""
+"""The first updates, this many, check the whole contract; later updates check only the fractions."""
 
 _SLACK = 1e-6  # of a sum of coefficients, for rounding
 

@@ -219,7 +219,7 @@ class Recorder:
             self._by_first(lambda: list(map(_put_aside, stale)))
 
     def _by_first(self, choose: Callable[[], _T]) -> _T:
-        """Work in the folder by one process, which tells the other ranks of a sharded average."""
+        """Work in the folder by one process, which sends the result to the other ranks of a sharded average."""
         return chosen("Recorder", choose, self._group) if self._averager.sharded else choose()
 
     def _begun(self) -> tuple[str, list[float], dict[int, _Kept]]:
@@ -294,7 +294,7 @@ def _require_same(snapshot: Snapshot, averager: Averager) -> None:
 
 
 def _runs(elapsed: Sequence[float]) -> dict[str, Tensor]:
-    """The times of updates as two tensors: so much time each, so many updates in a row."""
+    """The times of updates as two tensors: a time, and how many updates in a row have it."""
     times = torch.tensor(elapsed, dtype=torch.float64)
     spans, counts = torch.unique_consecutive(times, return_counts=True)
     return {ELAPSED: spans, UPDATES: counts}

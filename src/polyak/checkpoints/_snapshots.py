@@ -15,7 +15,7 @@ from polyak.rules import Rule
 from polyak.specs import as_specs
 
 ELAPSED, UPDATES = "times/elapsed", "times/updates"
-"""The keys of the times that updates span: so much time each, so many in a row."""
+"""The keys of the times that updates span: a time, and how many updates in a row have it."""
 
 _MOST = 10**7  # updates; more times are not expanded from a file
 

@@ -37,7 +37,7 @@ _BUFFER = re.compile(
     re.IGNORECASE,
 )
 _OF_LAYER = re.compile(r"weight|bias|kernel|embed|running_|(^|_)w(_|$)", re.IGNORECASE)
-_FEW = 4  # so many numbers alone are a small model's, not placeholders
+_FEW = 4  # up to this many numbers are a small model's, not placeholders
 
 
 class AdapterKind(NamedTuple):

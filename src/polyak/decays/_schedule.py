@@ -1,4 +1,4 @@
-"""The contract of a schedule, the schedule that never changes, and the one that the host tells."""
+"""The contract of a schedule, the schedule that never changes, and the one that your training sets."""
 
 from __future__ import annotations
 

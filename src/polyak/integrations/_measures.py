@@ -11,7 +11,7 @@ _MOST = 10**8  # steps of a profile
 
 
 def measures(averager: Averager, steps: float) -> dict[str, Any]:
-    """Return the rule, half-life and mean age of each average, both in steps, after so many steps.
+    """Return the rule, half-life and mean age of each average, both in steps, after `steps` steps.
 
     If the number of steps is unknown or too large, they are those of a long run.
     """

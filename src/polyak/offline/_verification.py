@@ -14,7 +14,7 @@ from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, Where, parts
 from polyak.offline._combination import Combination
 
-_TENSORS = 32  # so many are compared
+_TENSORS = 32  # this many are compared
 _ELEMENTS = 1 << 16  # at the beginning, in the middle and at the end of each
 _SECONDS = 0.3
 _BYTES = 1 << 26

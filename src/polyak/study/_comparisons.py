@@ -129,7 +129,7 @@ def seeds_needed(deviation: float, effect: float = math.log1p(EFFECT), power: fl
 
 
 def _power(seeds: int, standardised: float) -> float:
-    """The probability that a two-sided paired t-test finds an effect of so many deviations."""
+    """The probability that a two-sided paired t-test finds an effect of this many deviations."""
     centre = math.sqrt(seeds) * standardised
     if centre > 30:  # far beyond what scipy's distribution can compute, and certain
         return 1.0

@@ -81,7 +81,7 @@ def described_arm(arm: Arm | Ensemble) -> str:
 
 
 def fields(study: Study, steps: Any) -> dict[str, Any]:
-    """The fields of a record with so many evaluated steps."""
+    """The fields of a record with this many evaluated steps."""
     arms, count = study.arms, len(steps) if isinstance(steps, list) else None
     curve = dict.fromkeys(study.metrics, Listed(VALUE, count))
     values = dict.fromkeys(study.metrics, VALUE)

@@ -113,6 +113,6 @@ def _expected_flips() -> float:
 
 
 def _contradict(share: float, seeds: int) -> float:
-    """Normal differences that help in a share of seeds: two means over so many seeds differ in sign."""
+    """Normal differences that help in a share of seeds: two means over this many seeds differ in sign."""
     p = NormalDist().cdf(math.sqrt(seeds) * NormalDist().inv_cdf(share))
     return 2 * p * (1 - p)

@@ -63,7 +63,7 @@ def _variances() -> dict[str, float]:
 
 
 def _pulled(decay: float, pull: float, *, every: int | None, steps: int) -> float:
-    """The variance of the average; a pull every so many steps, or with every gradient step (None)."""
+    """The variance of the average; a pull every n steps, or with every gradient step (None)."""
     generator = torch.Generator().manual_seed(0)
     weights = {"w": torch.zeros(_RUNS, dtype=torch.float64)}
     averager = Averager(weights, f"exponential({decay})", every=every or 1)

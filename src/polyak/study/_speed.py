@@ -40,7 +40,7 @@ def times_to_target(effects: Effects, arm: str, schedule: str) -> list[float]:
 def figures(effects: Effects) -> tuple[Figure, ...]:
     """The performance profile of the arms of a study."""
     caption = (
-        "Share of the runs (a seed under a schedule) in which an arm reaches the target within so many times the fastest "
+        "Share of the runs (a seed under a schedule) in which an arm reaches the target within a multiple of the fastest "
         f"arm's steps. {TARGET}"
     )
     return _profile([_times(effects, effects.study.arm_names)], caption)
@@ -55,7 +55,7 @@ def scores(effects: Effects) -> dict[str, float]:
 def over_studies(studies: Sequence[Effects]) -> tuple[Figure, ...]:
     """The performance profile of the arms that all studies have; each study counts the same."""
     caption = (
-        "Share of the runs (a seed under a schedule) in which an arm reaches the target within so many times the steps of "
+        "Share of the runs (a seed under a schedule) in which an arm reaches the target within a multiple of the steps of "
         f"the fastest arm here; the mean over the studies. {TARGET}"
     )
     return _profile(_common_times(studies), caption)

@@ -60,7 +60,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A number with so many significant digits, and a real minus sign; words for NaN and infinity."""
+    """A number with this many significant digits, and a real minus sign; words for NaN and infinity."""
     if math.isnan(value):
         return "—"
     if math.isinf(value):

@@ -203,7 +203,7 @@ class Snapshots(Kept):
 
 
 def kept_as(arm: Arm | Ensemble, steps: int) -> tuple[type[Kept], Any]:
-    """How an arm is kept in a run of so many steps, and its key."""
+    """How an arm is kept in a run of this many steps, and its key."""
     if isinstance(arm, Ensemble):
         return Snapshots, arm.size
     if isinstance(arm.rule, Window) and not arm.start:
@@ -234,7 +234,7 @@ def size_of(weights: Weights) -> int:
 
 
 def rule_of(arm: Arm, steps: int) -> Rule:
-    """The rule of an arm in a run of so many steps."""
+    """The rule of an arm in a run of this many steps."""
     return Tail(arm.rule, start=round(arm.start * steps)) if arm.start else arm.rule
 
 

@@ -2,7 +2,7 @@
 
 The model has the curvatures 1 to 1/300, as many of each as 1/i has, gradients with the noise covariance
 curvature / batch, and first weights at distance 1. Its losses are exact, for every average, learning
-rate and noise. What the model lacks, real training has: `LIMITS`.
+rate and noise. `LIMITS` says what the model lacks.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def advise(
     """Advise an average, its half-life and its gain, for a run of `steps` steps under a schedule.
 
     Every average is compared with the live weights at *their* best learning rate, once at that rate and
-    once at its own best. All are exact on the noisy quadratic model; beside them stand the ranges that
+    once at its own best. All are exact on the noisy quadratic model; the result also has the ranges that
     papers report. Schedules, `final` and `warmup` are those of `learning_rates`.
 
     `batch` is the batch size of the model: a batch of 1 is as noisy as the curvature, so that 1, 10

@@ -95,7 +95,7 @@ def _displaced(fine: Profile, coarse: Profile, every: int) -> float:
 
 
 def _of_long(rule: Rule, where: Horizon, error: float) -> int:
-    """The cadence of a long average: all weight moves to newer steps, so the mean ages tell."""
+    """The cadence of a long average: all weight moves to newer steps, so the mean ages say how far."""
     require(
         error >= _LEAST, "error", error, f"{_LEAST} or more of so long an average; or pass steps"
     )

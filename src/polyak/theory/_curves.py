@@ -1,4 +1,4 @@
-"""Curves: the points to draw of what a profile says, few enough for a page.
+"""Curves: the points of a chart of a profile, few enough for a page.
 
 Each function takes a profile `c`, and the number `unit` of steps that each coefficient stands for.
 """

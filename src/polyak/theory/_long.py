@@ -75,7 +75,7 @@ def _settled(rule: Rule, every: int) -> int | None:
 
 
 def last_step(updates: int, every: int) -> int:
-    """The step of the last of so many updates."""
+    """The step of the last of this many updates."""
     return (updates - 1) * every + 1
 
 

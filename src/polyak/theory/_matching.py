@@ -34,7 +34,7 @@ def match(
 
     Families: `Exponential` (its span), `Window` (its size, the nearest integer), `Power` (its
     gamma >= 0). Measures: "mean_age" (the same lag) and "noise_gain" (the same calm). Without
-    `steps`: after so many that both have forgotten their start. Both are measured on profiles.
+    `steps`: after enough steps for both to have forgotten their start. Both are measured on profiles.
 
     >>> match(Window, like=Exponential(0.99))
     Window(size=199)
@@ -84,7 +84,7 @@ def _require_known(family: type[Rule], by: str) -> None:
 
 
 def _far_enough(family: type[Rule], like: Rule) -> Horizon:
-    """So many steps that neither average remembers its start: e^-34 of it or less is left."""
+    """Enough steps for both averages to forget their start: e^-34 of it or less is left."""
     where = None if family is Power else horizon(like)
     if where is None:
         grows = "a power average" if family is Power else like

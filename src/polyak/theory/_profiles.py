@@ -1,7 +1,7 @@
 """Profiles: what an average averages, found by running its rule.
 
-A rule is fed one unit impulse per update. What comes out is the coefficient of every step's live
-weights in the average. No formula of any average stands here: each rule that `Averager` can train
+A rule gets one unit impulse per update. The result is the coefficient of every step's live
+weights in the average. There is no formula of any average here: each rule that `Averager` can train
 with has a profile, and the two are the same numbers.
 """
 
@@ -109,7 +109,7 @@ def checked_times(elapsed: Sequence[float]) -> list[float]:
 
 
 def checked_steps(steps: int, every: int) -> tuple[int, int]:
-    """Steps and cadence as ints; raises `ValueError` unless a profile of so many fits an array."""
+    """Steps and cadence as ints; raises `ValueError` unless a profile of this length fits an array."""
     every, steps = require_count("every", every), require_count("steps", steps)
     for name, value in (("every", every), ("steps", steps)):
         wanted = f"at most {LONGEST:,}: a profile holds a coefficient for every step"

@@ -26,7 +26,7 @@ _KEY_PARTS = 16
 _MOST_NAMES = 10_000
 _DEPTH = 100
 LEAST_VALUES = 1_000_000
-"""So many values may every pickle stand for when written out, and 8 for each of its bytes."""
+"""How many values a pickle may stand for when written out, beside 8 for each of its bytes."""
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 
 

@@ -10,7 +10,7 @@ import re
 
 
 def _sized(width: int) -> bytes:
-    """A pattern for a length below 256, in so many bytes, and that many bytes of content."""
+    """A pattern for a length below 256, in this many bytes, and that many bytes of content."""
     rest = rb"\0" * (width - 1)
     return b"|".join(re.escape(bytes([n])) + rest + b".{%d}" % n for n in range(256))
 
