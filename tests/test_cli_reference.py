@@ -54,7 +54,8 @@ def test_every_command_is_on_the_page_as_its_help(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     said = done.stdout.replace("python -m polyak", "polyak")
     section, *_ = PAGE.read_text().partition(f"## polyak {name}".rstrip() + "\n")[2].split("\n## ")
-    assert section.startswith(f"\n```text\n{said.partition('Options:')[0].rstrip()}\n")
+    about = said.partition("\n\n")[2].partition("Options:")[0].rstrip()
+    assert section.startswith(f"\n```text\n{about}\n")
     shared = dict(re.findall(r"^Options (.*):\n((?: .*\n)*)", PAGE.read_text(), re.MULTILINE))
     (named,) = re.findall(r"^Shared options: (.*)\.$", section, re.MULTILINE) or [""]
     told = options(section).union(*(options(shared[title]) for title in named.split("; ") if title))

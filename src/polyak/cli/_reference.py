@@ -54,7 +54,10 @@ def _sections(command: Any, name: str, parent: Any) -> Iterator[str]:
     own.params = [parameter for parameter in command.params if parameter.name not in fields]
     own.add_help_option = False
     shared = f"\n\nShared options: {'; '.join(titles)}." if titles else ""
-    yield f"## {context.command_path}\n\n```text\n{own.get_help(context).rstrip()}{shared}\n```\n"
+    _, _, text = own.get_help(context).partition(
+        "\n\n"
+    )  # without its usage, which repeats the rest
+    yield f"## {context.command_path}\n\n```text\n{text.rstrip()}{shared}\n```\n"
     for word, subcommand in getattr(command, "commands", {}).items():
         yield from _sections(subcommand, word, context)
 
