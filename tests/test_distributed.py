@@ -69,7 +69,7 @@ def test_what_ranks_save_is_read_whole(tmp_path: Path, world: int) -> None:
         assert found.keys() == tensors.keys()
         assert found.specs == {name: spec_of(tensor) for name, tensor in tensors.items()}
         assert all(same(found[name], tensors[name]) for name in found)
-        assert dict(found.objects) == objects
+        assert {name: found.object(name) for name in found.objects} == objects
         for name in found:
             found.release(name)
         assert all(same(found[name], tensors[name]) for name in found)
@@ -99,12 +99,12 @@ def test_one_process_without_a_group(saved: Path) -> None:
     found = DistributedTensors(saved)
     assert list(found) == ["model.a", "model.b"]
     assert torch.equal(found["model.a"], STATE["model"]["a"])  # type: ignore[index]
-    assert dict(found.objects) == {"step": 3}
+    assert {name: found.object(name) for name in found.objects} == {"step": 3}
     assert len(found) == 2
     with pytest.raises(KeyError):
         found["step"]
     with pytest.raises(KeyError):
-        found.objects["model.a"]
+        found.object("model.a")
 
 
 def test_a_folder_keeps_no_memory(tmp_path: Path) -> None:
@@ -342,8 +342,8 @@ def test_an_object_that_needs_code_is_set_aside(
     state = {"bad": Calls(os.system, f"touch {MARKER}"), "good": {"a": (1, "b")}}
     save_folder(state, saved / "other")
     found = DistributedTensors(saved / "other")
-    assert found.objects["good.a"] == (1, "b")
-    bad = found.objects["bad"]
+    assert found.object("good.a") == (1, "b")
+    bad = found.object("bad")
     assert isinstance(bad, Aside) and bad.name == "posix.system"
     assert not (saved / MARKER).exists()
 

@@ -14,6 +14,11 @@ Kind = tuple[torch.dtype, torch.device]
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def has_mean(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype can be averaged: floating-point and complex ones."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def kind(tensor: Tensor) -> Kind:
     """Dtype and device: one foreach call can update tensors that agree in both."""
     return tensor.dtype, tensor.device

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from polyak._checks import difference, prefixed, report
 from polyak._engine.changes import tick_under
 from polyak._engine.slots import tick_data
-from polyak._lazy import LazyTensors, as_lazy, renamed, spec_of
+from polyak._lazy import LazyTensors, as_lazy, joined, renamed, spec_of
 from polyak.averager import Averager
 from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint
@@ -141,13 +141,13 @@ def _load_module(source: Source, ema: EMA) -> None:
             got[counter] = wanted[counter]
     if lines := difference(wanted, got):
         raise ValueError(report(f"{path}: not the state of this EMA", lines))
-    if stored is not None and (rule := stored.value("rule")) != str(ema.rule):
-        mine = f"this one {ema.rule}"
-        raise ValueError(f"{path}: the saved EMA has the rule {rule}, {mine}; make it the same")
-    if stored is not None and (every := stored.value("every")) != ema.update_every:
-        mine = f"this one {ema.update_every}"
-        problem = f"the saved EMA has update_every={every!r}, {mine}; make it the same"
-        raise ValueError(f"{path}: {problem}")
+    mine = theirs = {"rule": str(ema.rule), "update_every": ema.update_every}
+    if stored is not None:
+        theirs = {"rule": stored.value("rule"), "update_every": stored.value("every")}
+    if lines := difference(mine, theirs):
+        raise ValueError(
+            report(f"{path}: the saved EMA has other settings; make them the same", lines)
+        )
     with labelled(path, "a damaged file"):
         ema.load_state_dict(held)
 
@@ -216,21 +216,16 @@ def _state(folder: DistributedTensors, root: tuple[str, ...]) -> dict[str, Any]:
             place, (*outer, last) = state, keys[len(root) :]
             for key in outer:
                 place = place.setdefault(key, {})
-            place[last] = _Tensor(name) if name in folder else folder.objects[name]
-    state["copies"] = _tensors(folder, state["copies"])
+            alone = renamed(folder, {last: name}) if name in folder else None
+            place[last] = folder.object(name) if alone is None else alone
+    state["copies"] = _tensors(state["copies"])
     for average in state["averages"].values():
         slots = average.setdefault("slots", {})
-        average["slots"] = {slot: _tensors(folder, held) for slot, held in slots.items()}
+        average["slots"] = {slot: _tensors(held) for slot, held in slots.items()}
     return state
 
 
-class _Tensor(NamedTuple):
-    """A tensor of a state, by its name in the folder."""
-
-    name: str
-
-
-def _tensors(folder: DistributedTensors, held: Mapping[str, Any]) -> LazyTensors:
-    if not all(isinstance(value, _Tensor) for value in held.values()):
+def _tensors(held: Mapping[str, Any]) -> LazyTensors:
+    if not all(isinstance(value, LazyTensors) for value in held.values()):
         raise ValueError("it has an object among its tensors")
-    return renamed(folder, {name: value.name for name, value in held.items()})
+    return joined(*held.values())

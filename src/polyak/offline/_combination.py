@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polyak import norms
 from polyak._checks import prefixed, require
-from polyak._dtypes import complex_of, widest
+from polyak._dtypes import complex_of, has_mean, widest
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, TensorSpec, Where, distinct
 from polyak._ranks.agreement import together
@@ -95,7 +95,7 @@ class Combination(LazyTensors):
         require_alike(sources, of_files)
         require_same_constants(sources)
         last = of_files[-1]
-        self.copied = [n for n, spec in last.items() if n in copy or not _has_mean(spec.dtype)]
+        self.copied = [n for n, spec in last.items() if n in copy or not has_mean(spec.dtype)]
         self.norms = norms.statistics(last)
         self.left = left_in(sources)
         given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(last, dtype)
@@ -269,13 +269,9 @@ def _divided(specs: Mapping[str, TensorSpec], ranks: int) -> list[set[str]]:
     return names
 
 
-def _has_mean(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
 def _as(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a result: `wanted`, but complex for a complex file; integers stay as they are."""
-    if wanted is None or not _has_mean(dtype):
+    if wanted is None or not has_mean(dtype):
         return dtype
     return complex_of(wanted) if dtype.is_complex and not wanted.is_complex else wanted
 

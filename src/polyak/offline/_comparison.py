@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._dtypes import dtype_name
-from polyak._engine.tracking import averageable
+from polyak._dtypes import dtype_name, has_mean
 from polyak._lazy import TensorSpec, as_lazy
 from polyak.checkpoints._checkpoint import Weights
 
@@ -96,7 +95,9 @@ def compare(
     for name in shared:
         difference, of_name = _difference(name, a, b, of_a[name], of_b[name])
         found.append(difference)
-        sums += of_name if _counts(of_a[name]) and _counts(of_b[name]) else _Sums()
+        # A counter of steps would outweigh all weights.
+        counts = has_mean(of_a[name].dtype) and has_mean(of_b[name].dtype)
+        sums += of_name if counts else _Sums()
         done += of_a[name].nbytes
         if progress is not None:
             progress(done, total)
@@ -146,7 +147,7 @@ def _difference(
 
 
 def _sums(a: Tensor, b: Tensor) -> _Sums:
-    wide_a, wide_b = _wide(a), _wide(b)
+    wide_a, wide_b = wide(a), wide(b)
     if a.dtype.is_complex or b.dtype.is_complex or {a.dtype, b.dtype} & _BEYOND_FLOAT64:
         return _careful_sums(a, b, wide_a, wide_b)
     apart = wide_a - wide_b
@@ -170,13 +171,9 @@ def _careful_sums(a: Tensor, b: Tensor, wide_a: Tensor, wide_b: Tensor) -> _Sums
     return _Sums(*sums, int(differs.sum()), float(apart.max()))
 
 
-def _wide(piece: Tensor) -> Tensor:
+def wide(piece: Tensor) -> Tensor:
+    """A tensor as float64 or complex128."""
     return piece.to(torch.complex128 if piece.dtype.is_complex else torch.float64)
-
-
-def _counts(spec: TensorSpec) -> bool:
-    """Whether a tensor counts in the distance of the whole: a counter of steps would outweigh all."""
-    return averageable(torch.empty(0, dtype=spec.dtype))
 
 
 def _order(difference: Difference) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak import norms
-from polyak._dtypes import dtype_name
+from polyak._dtypes import dtype_name, has_mean
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import TensorSpec, distinct
 from polyak._shown import Charted, Table, number_text, size_text
@@ -234,8 +234,7 @@ def _weighed(tensors: Mapping[str, TensorSpec]) -> Weighed:
 
 
 def _is_parameter(name: str, spec: TensorSpec) -> bool:
-    numeric = spec.dtype.is_floating_point or spec.dtype.is_complex
-    return numeric and not is_statistic(name)
+    return has_mean(spec.dtype) and not is_statistic(name)
 
 
 def _average(

@@ -13,6 +13,7 @@ from polyak._checks import difference, report
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import LazyTensors, Where, parts
 from polyak.offline._combination import Combination
+from polyak.offline._comparison import wide
 
 _TENSORS = 32  # this many are compared
 _ELEMENTS = 1 << 16  # at the beginning, in the middle and at the end of each
@@ -83,15 +84,16 @@ def _require_close(name: str, made: Combination, got: Tensor, where: Where) -> N
     copied = name in made.copied
     shares = (made.statistics if is_statistic(name) else made.coefficients).tolist()
     shares = [0.0] * (len(shares) - 1) + [1.0] if copied else shares
-    values = [_wide(source.weights.read(name, where)) for source in made.sources]
+    values = [wide(source.weights.read(name, where)) for source in made.sources]
     direct, size = _summed(values, shares)
     allowed = torch.zeros_like(size) if copied else _rounding(got.dtype, direct, len(shares) * size)
-    wide = _wide(got)
-    near = ((wide - direct).abs() <= allowed) | torch.isclose(wide, direct, 0, 0, equal_nan=True)
+    written = wide(got)
+    near = (written - direct).abs() <= allowed
+    near |= torch.isclose(written, direct, 0, 0, equal_nan=True)
     wrong = ~near & (direct.abs().isfinite() | copied)
     if wrong.any():
         index = int(wrong.flatten().nonzero()[0])
-        wrote, wanted = (tensor.flatten()[index].item() for tensor in (wide, direct))
+        wrote, wanted = (tensor.flatten()[index].item() for tensor in (written, direct))
         raise ValueError(
             f"{name}: {wrote!r} was written, and the direct sum is {wanted!r} (element {index} of "
             f"{list(where)})"
@@ -104,10 +106,6 @@ def _summed(values: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, 
     direct = torch.stack([share * value for value, share in counting]).sum(0)
     size = torch.stack([abs(share) * value.abs() for value, share in counting]).sum(0)
     return direct, size
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _rounding(dtype: torch.dtype, result: Tensor, size: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ believed only where they fit the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ class DistributedTensors(LazyTensors):
     """The tensors of a folder of torch.distributed.checkpoint: flat name -> tensor, whole.
 
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
-    file. `objects` are the entries that are not tensors, such as a count of steps, read when asked
-    for. `chunks` are where a tensor's parts begin and their shapes. `paths` gives, for each flat name
+    file. `objects` are the names of the entries that are not tensors, such as a count of steps. `chunks` are where a tensor's parts begin and their shapes. `paths` gives, for each flat name
     (of objects too), the keys that it was made from, outermost first. `archive` has the folder's files if
     they lie in a tar archive, whose path `folder` is then.
 
@@ -67,7 +66,7 @@ class DistributedTensors(LazyTensors):
             names = dict.fromkeys(place.file for place in told.places.values())
             self._files = _opened(self.path, names, archive)
             self._require_places(told.objects)
-        self.objects: Mapping[str, Any] = _Objects(told.objects, self._object)
+        self.objects = told.objects
         self._opened: dict[ChunkKey, StoredTensor] = {}
 
     @property
@@ -146,7 +145,8 @@ class DistributedTensors(LazyTensors):
         """Where an entry lies."""
         return self._files[place.file].part(place.start, place.length, f"{name}: ")
 
-    def _object(self, name: str) -> Any:
+    def object(self, name: str) -> Any:
+        """An entry that is not a tensor."""
         return self._load(name, self._places[(name,)])
 
     def _load(self, name: str, place: ChunkPlace) -> Any:
@@ -185,25 +185,6 @@ def _opened(
     if missing := [name for name in names if name not in archive]:
         raise FileNotFoundError(f"the file {missing[0][:200]} is missing in the archive")
     return {name: archive[name] for name in names}
-
-
-class _Objects(Mapping[str, Any]):
-    """Entries that are read when asked for."""
-
-    def __init__(self, names: list[str], read: Callable[[str], Any]) -> None:
-        self._names = dict.fromkeys(names)
-        self._read = read
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def chunks_part(
