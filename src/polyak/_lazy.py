@@ -1,7 +1,7 @@
 """Tensors that are known before their content is read: their specs, and mappings that read on demand.
 
 `LazyTensors` is the one interface between a source of weights (a file, a folder, an averager, a
-combination of files) and everything that uses weights. `specs` tells names, shapes and dtypes without
+combination of files) and everything that uses weights. `specs` gives names, shapes and dtypes without
 reading content. `read` gives a tensor or a part of it. `elements` gives a tensor piece by piece.
 """
 

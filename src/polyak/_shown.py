@@ -186,7 +186,7 @@ class Tabled:
 class Charted(Tabled):
     """A result with a chart, which `polyak.charts` draws.
 
-    The room of charts stands above the results, so it is imported by name when a chart is asked for.
+    The rooms of results may not import `charts`, so it is imported by name at the first chart.
     """
 
     def chart(self) -> Any:

@@ -1,7 +1,7 @@
 """Hidden files and folders, in which a process writes what is not finished.
 
 A process that is killed leaves its hidden file. The next write into that folder from the same host
-removes it, unless a process still has it open. A lock tells that. Another host may not see the lock
+removes it, unless a process still has it open. A lock shows that. Another host may not see the lock
 (on NFS a folder's lock is local), so what another host left is removed after a day. Where a file
 system has no locks, it stays.
 
@@ -103,7 +103,7 @@ def _may_be_abandoned(path: Path, host: str) -> bool:
 
 
 def _remove_unlocked(path: Path) -> None:
-    """Remove a file or folder, unless someone has it locked or there are no locks (then `OSError`)."""
+    """Remove a file or folder, unless it is locked or there are no locks (then `OSError`)."""
     if system.WINDOWS:  # the system refuses to remove what is open
         remove(path)
         return

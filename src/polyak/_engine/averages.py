@@ -201,7 +201,7 @@ class Averages:
         if sharded and nonfinite in ("skip", "error"):
             raise ValueError(
                 f'nonfinite is "{nonfinite}" and the weights are sharded ({sharded[0]}): each rank '
-                'would decide by its own shards, and the ranks would drift apart; wanted "allow"'
+                'would decide by its own shards, and the ranks would differ; wanted "allow"'
             )
 
     def _refuse_rows(self, call: str) -> None:

@@ -66,7 +66,7 @@ def require_apart(stored: Sequence[tuple[str, Tensor]]) -> None:
             )
     if (pair := overlap(stored)) is not None:
         raise ValueError(
-            f"{pair[0]} and {pair[1]} share memory without being the same tensor: averaged apart, "
+            f"{pair[0]} and {pair[1]} share memory without being the same tensor: averaged separately, "
             "each would overwrite the other. Give one of them memory of its own (.clone()), or "
             "leave one out with `select`"
         )

@@ -1,4 +1,4 @@
-"""Agreement: what the ranks of a group tell each other.
+"""Agreement: the ranks of a group exchange values and errors.
 
 Everything here is collective: every rank of the group calls it, at the same place of the program.
 Every wait ends by the group's own time-out (`init_process_group(timeout=...)`). A process without a
@@ -27,7 +27,7 @@ _MOST_RANKS = 4  # that an error quotes
 
 @dataclass
 class Agreement:
-    """What a rank continues with after a block; all ranks must tell the same."""
+    """What a rank continues with after a block; it must be equal on all ranks."""
 
     told: str = ""
 
@@ -48,7 +48,7 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     """Run a block that ends well on all ranks of a group, or on none.
 
     An error of one rank is raised there, and as a `RuntimeError` on every other rank. All ranks raise
-    a `RuntimeError` if they tell different things. Nothing in the block may wait for another rank,
+    a `RuntimeError` if they sent different values. Nothing in the block may wait for another rank,
     since a rank that failed would not come.
     """
     agreement = Agreement()
@@ -95,7 +95,7 @@ def _lost(call: str, lost: RuntimeError) -> RuntimeError:
 
 
 def differing(told: Sequence[str]) -> str:
-    """Quote what ranks tell, each text with the first rank that tells it; nothing if all are equal.
+    """Quote the texts of the ranks, each with the first rank that sent it; nothing if all are equal.
 
     >>> differing(["a", "b", "a"])
     'rank 0: a; rank 1: b'
@@ -109,7 +109,7 @@ def differing(told: Sequence[str]) -> str:
 def agree(
     call: str, told: Mapping[str, object], group: ProcessGroup | None = None, remedy: str = ""
 ) -> None:
-    """Raise `ValueError` on all ranks of a group if one tells something else than the first rank.
+    """Raise `ValueError` on all ranks of a group if a rank has other values than the first rank.
 
     `told` is name -> what must be equal; the error lists every name and rank that differs.
     """
@@ -127,7 +127,7 @@ def digest(*told: object) -> str:
 
 
 def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = None) -> _T:
-    """What the first rank of a group finds, told to all ranks; its error is raised on all ranks."""
+    """Run a function on the first rank of a group; all ranks get its result or its error."""
     found: list[_T | None] = [None]
     with together(call, group):
         if is_first(group):

@@ -76,7 +76,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """64 bits of a tensor's first 4096 elements: enough to tell trained weights apart."""
+    """64 bits of a tensor's first 4096 elements: enough to distinguish trained weights."""
     return fingerprint(tensor.detach().reshape(-1)[:_SAMPLE])
 
 

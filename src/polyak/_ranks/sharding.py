@@ -2,7 +2,7 @@
 
 An average is elementwise, so each rank averages its own shards, exactly, without communication.
 Shards become DTensors only where they leave an averager. Without torch.distributed nothing is imported
-and nothing is looked for: a tensor can be a DTensor only if someone has loaded their module.
+and nothing is looked for: a tensor can be a DTensor only if their module is loaded.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 # DTensor._local_tensor: 2.5 (before, DTensor was in torch.distributed._tensor). The public `to_local()`
-# makes a new view of a parameter at each call, so its identity would tell nothing, and it is slower.
+# makes a new view of a parameter at each call, so its identity would mean nothing, and it is slower.
 local_part = operator.attrgetter("_local_tensor")
 
 

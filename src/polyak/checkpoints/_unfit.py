@@ -91,7 +91,7 @@ CONSTANTS = re.compile(r"(shira|supertuning)_indices\b|frod_(v|s_indices|s_size)
 def unfit(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Why weights cannot be averaged, and what to do; "" if they can.
 
-    `shapes` are those that the file tells beside its tensors, as DeepSpeed does.
+    `shapes` are those that the file stores beside its tensors, as DeepSpeed does.
     """
     if name := placeholder(specs, shapes):
         return (

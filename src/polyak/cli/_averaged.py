@@ -138,7 +138,7 @@ class Averaged(NamedTuple):
             said = "" if checked is None else f"; verified: {checked} tensors are the direct sums"
             say(f"{out}: {done}{said}")
         _note_findings(made)
-        note_spoiled(made)
+        note_faults(made)
 
     def _terms(self) -> list[dict[str, object]]:
         """Each file with its coefficient; of a soup, with its quality alone."""
@@ -199,8 +199,8 @@ def _dtypes(dtypes: Iterable[torch.dtype]) -> str:
     return " and ".join(sorted(map(dtype_name, dtypes)))
 
 
-def note_spoiled(made: Combination) -> None:
-    """Notes what in the files spoils their sum, what was left out, and which norms no longer fit."""
+def note_faults(made: Combination) -> None:
+    """Notes what makes the mean wrong, what was left out, and which norms no longer fit."""
     for name, files in list(made.nonfinite.items())[:_FEW]:
         if shown := ", ".join(f"{n} in {file}" for file, n in files.items()):
             note(f"{name} has values that are infinite or NaN, {shown}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak._shown import number_text
-from polyak.cli._averaged import note_spoiled
+from polyak.cli._averaged import note_faults
 from polyak.cli._choosing import Wanted, stored
 from polyak.cli._grouped import grouped
 from polyak.cli._options import AllowNonfinite, Fitted, Json, Part, Snapshots, Writing, bytes_of
@@ -64,7 +64,7 @@ def synthesize(
                     progress=progress,
                     group=group,
                 )
-            note_spoiled(weights)
+            note_faults(weights)
         written = {"out": out and str(out), "seconds": time.monotonic() - began}
         if json:
             print_json({**made.as_dict(), **written})

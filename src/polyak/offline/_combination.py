@@ -172,7 +172,7 @@ class Combination(LazyTensors):
                 yield piece
 
     def _note(self, name: str, piece: Tensor, *, doubtful: bool) -> None:
-        """Note what spoils a piece of a tensor; the files are examined only if something may."""
+        """Note what makes a piece of a tensor wrong; the files are examined only if something may."""
         sources = [s for s, c in zip(self.sources, self.coefficients, strict=True) if c]
         if doubtful and name not in self.nonfinite:
             self.nonfinite[name] = nonfinite(sources, name)

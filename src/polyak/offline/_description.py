@@ -252,7 +252,7 @@ def _tensor(name: str, spec: TensorSpec) -> DescribedTensor:
 
 
 def _times(found: Checkpoint) -> dict[str, list[float]]:
-    """average -> the time that each of its updates spans, if the file tells."""
+    """average -> the time that each of its updates spans, if the file says it."""
     if found.ticks:
         ticks = {name: tick for name, tick in found.ticks.items() if 0 < tick.n <= _LONGEST}
         return {name: [tick.t / tick.n] * tick.n for name, tick in ticks.items()}

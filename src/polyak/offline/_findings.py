@@ -1,4 +1,4 @@
-"""Findings: what in the files spoils an average of them, told by tensor and file."""
+"""Findings: what makes an average of files wrong, by tensor and file."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Run:
         return opened([self.read(path)], None)[0]
 
     def has_statistics(self) -> bool:
-        """Whether the model has running statistics, or may have: checkpoints alone do not tell."""
+        """Whether the model has running statistics, or may have: checkpoints alone do not say."""
         return not self.model or any(map(is_statistic, self.model))
 
     def elapsed_until(self, at: float) -> list[float]:

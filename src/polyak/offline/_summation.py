@@ -61,7 +61,7 @@ class Threads:
         self._idle: dict[_Dtypes, list[_Workspace]] = {}
 
     def take(self, dtypes: _Dtypes, count: int) -> list[_Workspace]:
-        """Workspaces that nobody else uses."""
+        """Workspaces that nothing else uses."""
         idle = self._idle.pop(dtypes, [])
         return [*idle, *(_Workspace(dtypes) for _ in range(count - len(idle)))]
 

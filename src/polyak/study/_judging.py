@@ -99,7 +99,7 @@ def over_seeds(what: str, quantity: Callable[[Seed], float], seeds: Sequence[See
         try:
             values.append(float(quantity(seed)))
         except Exception as error:
-            mend = "mend it and run the study again: its records are kept"
+            mend = "correct it and run the study again: its records are kept"
             where = f"the quantity of {what}, for seed {seed.number}"
             raise ValueError(f"{where}, raised {placed(error)}; {mend}") from error
     return known(values)
