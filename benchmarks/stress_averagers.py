@@ -37,15 +37,22 @@ class History:
     times: tuple[float, ...] = ()
     path: tuple[Vector, ...] = ()
     copies: tuple[Tensor, ...] = ()
+    epsilon: Vector | float = 0.0
 
     def called(
-        self, elapsed: float, every: int, weights: Vector, copies: tuple[Tensor, ...]
+        self,
+        elapsed: float,
+        every: int,
+        weights: Vector,
+        copies: tuple[Tensor, ...],
+        epsilon: Vector,
     ) -> History:
         """The history after a call of `update` that counts."""
         calls, span = self.calls + 1, self.elapsed + elapsed
         if self.times and calls < every:
             return replace(self, calls=calls, elapsed=span)
-        return History(0, 0.0, self.skipped, (*self.times, span), (*self.path, weights), copies)
+        times, path = (*self.times, span), (*self.path, weights)
+        return History(0, 0.0, self.skipped, times, path, copies, np.maximum(self.epsilon, epsilon))
 
     def left_out(self, elapsed: float) -> History:
         """The history after an update that was left out: its time counts in the next."""
@@ -58,6 +65,12 @@ def vector(tensor: Tensor) -> Vector:
     real = torch.view_as_real(plain) if plain.is_complex() else plain
     flat: Vector = real.reshape(-1).double().numpy()
     return flat
+
+
+def epsilons(tensors: list[Tensor], dtypes: list[torch.dtype]) -> Vector:
+    """The rounding of a dtype, for each element of a tensor."""
+    pairs = zip(tensors, dtypes, strict=True)
+    return np.concatenate([np.full(len(vector(t)), torch.finfo(d).eps) for t, d in pairs])
 
 
 def joined(tensors: list[Tensor]) -> Vector:
@@ -224,6 +237,18 @@ class Subject:
             return wide if dtype.is_complex else wanted
         return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
+    def slot_dtypes(self, name: str, source: Source) -> list[torch.dtype]:
+        """The dtypes of the slots, those there are or those there will be, in the order of `averaged`."""
+        found = {entry.name: entry.tensor for entry in entries(source)}
+        held = [tensor.dtype for tensor in next(iter(self.slots(name).values()), ())]
+        return held or [self.slot_dtype(found[n].dtype) for n in self.averaged]
+
+    def epsilon(self, source: Source) -> Vector:
+        """The rounding of an update, for each element. A state may be loaded into wider slots later."""
+        found = {entry.name: entry.tensor for entry in entries(source)}
+        dtypes = self.slot_dtypes(next(iter(self.cases)), source)
+        return epsilons([found[n] for n in self.averaged], dtypes)
+
     def spoilt(self, name: str) -> str:
         average = self.averager._averages[name]
         return average.damaged or next(iter(average.torn.values()), "")
@@ -294,7 +319,7 @@ class Subject:
             raise Fault("average", f"averager {self.number} has no slots")
         seen = self.read(name, live) if held is None else held
         like = next(iter(self.slots(name).values()))
-        epsilon = np.concatenate([np.full(len(vector(t)), torch.finfo(t.dtype).eps) for t in like])
+        epsilon = np.maximum(self.history.epsilon, epsilons(like, [t.dtype for t in like]))
         with np.errstate(invalid="ignore"):
             off = (3 * len(self.history.times) + 8) * epsilon * scale + np.where(
                 epsilon > 1e-4, 1e-6, 1e-13

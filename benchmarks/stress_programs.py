@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import stress_rules
 from stress_article import make_article
 from stress_averagers import SKIP, TRAINABLE, Subject, frozen_names, make, policies
 from stress_blocks import close_block
@@ -59,7 +60,10 @@ class Program:
     def __str__(self) -> str:
         done = ",".join(str(number) for number, _, _ in self.operations())
         kinds = "".join(f" --kind {kind!r}" for kind in self.kinds)
-        return f"python benchmarks/stress.py --seed {self.seed} --ops {done or 'none'}{kinds}"
+        plain = " --plain-numbers" if stress_rules.PLAIN else ""
+        return (
+            f"python benchmarks/stress.py --seed {self.seed} --ops {done or 'none'}{kinds}{plain}"
+        )
 
 
 @dataclass

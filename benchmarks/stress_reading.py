@@ -102,7 +102,8 @@ def _check_copied(world: World, subject: Subject, name: str, target: Any, before
     wanted, scale, _ = subject.expected(name, subject.weights(world.twin))
     seen = joined([written[n] for n in subject.averaged])
     both = [*(written[n] for n in subject.averaged), *next(iter(subject.slots(name).values()))]
-    epsilon = max(torch.finfo(tensor.dtype).eps for tensor in both)
+    now = max(torch.finfo(tensor.dtype).eps for tensor in both)
+    epsilon = np.maximum(subject.history.epsilon, now)
     off = (3 * len(subject.history.times) + 8) * epsilon * scale + 1e-6
     with np.errstate(invalid="ignore"):
         right = (np.abs(seen - wanted) <= off) | ~np.isfinite(wanted)
@@ -134,11 +135,7 @@ class Save(NamedTuple):
 def forms_now(world: World, subject: Subject) -> Any:
     """What a state's tensors must agree with."""
     found = {entry.name: entry.tensor for entry in entries(world.model)}
-    slots = {
-        name: [tensor.dtype for tensor in next(iter(subject.slots(name).values()), ())]
-        or [subject.slot_dtype(found[n].dtype) for n in subject.averaged]
-        for name in subject.cases
-    }
+    slots = {name: subject.slot_dtypes(name, world.model) for name in subject.cases}
     copied = [found[name].dtype for name in subject.copied]
     return slots, copied, subject.form, subject.storage_form
 

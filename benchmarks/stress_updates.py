@@ -53,7 +53,8 @@ def note_update(world: World, subject: Subject, elapsed: float) -> None:
     if subject.due and subject.options["nonfinite"] != "allow" and not np.isfinite(weights).all():
         subject.history = history.left_out(elapsed)
         return
-    subject.history = history.called(elapsed, subject.every, weights, subject.copies(world.model))
+    copies, epsilon = subject.copies(world.model), subject.epsilon(world.model)
+    subject.history = history.called(elapsed, subject.every, weights, copies, epsilon)
 
 
 def update(world: World, random: Random) -> None:

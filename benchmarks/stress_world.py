@@ -187,7 +187,9 @@ class World:
             firsts, own = first_names(found), {*subject.averaged, *subject.copied}
             stored = {name: firsts.get(name, "") for name in before.keys() & own}
             lost = any(after.get(first) != before[name] for name, first in stored.items())
-            lost |= len(set(stored.values())) < len(stored)
+            # An update looks at objects: that two share memory, all other calls notice.
+            objects = first_names(found, by_storage=False)
+            lost |= len({objects.get(name) for name in stored}) < len(stored)
             untied = (after.keys() - before.keys()) & subject.carried()
             yield "changed" if lost or untied else "changed elsewhere"
         if _ties(subject, first_names(found)) != _ties(subject, subject.firsts):
