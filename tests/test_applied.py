@@ -6,7 +6,8 @@ import copy
 import gc
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -394,6 +395,37 @@ def test_compiled_code_sees_the_average_without_a_recompile() -> None:
         torch.testing.assert_close(compiled(inputs), expected)
     assert torch.equal(compiled(inputs), live)
     assert calls == 1
+
+
+def test_a_decorated_function_runs_in_a_block() -> None:
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    average, _ = snapshot(model), wander(model, 1)
+    live = snapshot(model)
+    seen = averager.applied()(lambda: snapshot(model))()
+    assert_same(seen, average)
+    assert_same(snapshot(model), live)
+
+
+def generator() -> Iterator[int]:
+    yield 1
+
+
+async def coroutine() -> int:
+    return 1
+
+
+async def both() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("function", [generator, coroutine, both, partial(generator)], ids=str)
+def test_a_function_whose_body_runs_after_its_call_is_not_decorated(function: Any) -> None:
+    averager = Averager(nn.Linear(3, 2), Exponential(0.5))
+    averager.update()
+    with pytest.raises(TypeError, match="a generator or coroutine function: its body runs after"):
+        averager.applied()(function)
 
 
 HELD: dict[str, Callable[[Averager], object]] = {

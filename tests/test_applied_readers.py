@@ -6,6 +6,7 @@ a block that lends other kinds of tensors joins `BLOCKS`.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -92,6 +93,10 @@ def pulled(scene: Scene) -> dict[str, Tensor]:
     return {name: snapshot(scene.model)[name] for name in WEIGHTS}
 
 
+def live_of(averager: Any) -> dict[str, Tensor]:
+    return snapshot(averager._live.model)
+
+
 def article(scene: Scene) -> dict[str, Tensor]:
     scene.ema.update()
     return snapshot(scene.ema.ema_model)
@@ -109,6 +114,8 @@ CALLS: dict[str, Callable[[Scene, Path], dict[str, Tensor]]] = {
     "save": saved,
     "copy_to": lambda s, _: written(s),
     "pull": lambda s, _: pulled(s),
+    "a copy": lambda s, _: live_of(deepcopy(s.averager)),
+    "a pickle": lambda s, _: live_of(pickle.loads(pickle.dumps(s.averager))),
     "EMA": lambda s, _: snapshot(EMA(s.model).ema_model),
     "EMA.update": lambda s, _: article(s),
 }

@@ -33,11 +33,13 @@ class Custom(Rule):
     moves: Callable[[Tick], Any] = field(default=copy_then(0.5), repr=False)
     reads: Callable[[Tick], Any] = field(default=lambda _: {AVERAGE: 1.0}, repr=False)
     convex: Callable[[Tick], Any] | None = field(default=None, repr=False)
+    names: Any = (AVERAGE, "slow")
     clock: Callable[[Tick, float], Any] | None = field(default=None, repr=False)
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return (AVERAGE, "slow")
+        names: tuple[str, ...] = self.names
+        return names
 
     def tick(self, before: Tick, elapsed: float) -> Tick:
         made: Tick = self.clock(before, elapsed) if self.clock else super().tick(before, elapsed)
@@ -78,6 +80,10 @@ def late(value: Any, usual: Any = 0.5) -> Callable[[Tick], dict[str, Any]]:
 NAN, INF = float("nan"), float("inf")
 IN = "wanted a fraction in [0, 1]"
 SUM = "wanted finite numbers that sum to 1"
+NAMES: tuple[Any, ...] = (
+    AVERAGE, (AVERAGE, AVERAGE), (AVERAGE, LIVE), (AVERAGE, "average.compensation"), (AVERAGE, "a/b"),
+    (AVERAGE, 1), None,
+)  # fmt: skip
 FAULTY: dict[str, tuple[Rule, str, int]] = {
     "a fraction above 1": (Custom(copy_then(1.5)), f"moves slot 'average' by 1.5, {IN}", 2),
     "a fraction below 0": (Custom(copy_then(-0.1)), f"moves slot 'average' by -0.1, {IN}", 2),
@@ -103,6 +109,15 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
         " average, slow",
         1,
     ),
+    "a late slot that the rule does not have": (
+        Custom(lambda tick: late(0.5)(tick) | ({"fast": 1.0} if tick.n == 6 else {})),
+        "moves slot 'fast', wanted one of average, slow",
+        6,
+    ),
+    **{
+        f"slots {names!r}": (Custom(names=names), f"has the slots {names!r}, wanted a tuple of", 1)
+        for names in NAMES
+    },
     "fractions of no mapping": (
         Custom(lambda _: 0.5),
         "has the fractions 0.5, wanted a mapping slot -> fraction, for slots of average, slow",
@@ -154,6 +169,21 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
         Custom(clock=lambda before, elapsed: Tick(1, before.t + elapsed, elapsed)),
         "follows Tick(n=1, t=1.0, elapsed=1.0, inner=None), wanted a polyak.rules.Tick with n + 1",
         2,
+    ),
+    "a clock that goes back": (
+        Custom(clock=lambda before, elapsed: Tick(before.n + 1, 2 - before.n * elapsed, elapsed)),
+        "follows Tick(n=1, t=2.0, elapsed=1.0, inner=None), wanted no smaller t",
+        2,
+    ),
+    "a clock of infinity": (
+        Custom(clock=lambda before, elapsed: Tick(before.n + 1, INF, elapsed)),
+        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted no smaller t",
+        1,
+    ),
+    "a clock whose time is longer than all": (
+        Custom(clock=lambda before, elapsed: Tick(before.n + 1, before.t + elapsed, elapsed + 4)),
+        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted no smaller t",
+        1,
     ),
     "a clock of a plain tuple": (
         Custom(clock=lambda before, elapsed: (before.n + 1, before.t + elapsed, elapsed, None)),

@@ -29,7 +29,9 @@ def checked_fraction(rule: Rule, tick: Tick, slot: str, fraction: Any) -> float:
 
 
 def require_copy(rule: Rule, tick: Tick, slot: str, fraction: float) -> None:
-    """Raise `ValueError` unless the first move of a slot is a copy."""
+    """Raise `ValueError` unless a slot is one of the rule, and its first move a copy."""
+    if slot not in rule.slots:
+        raise _error(rule, tick, f"moves slot {slot!r}, wanted one of {', '.join(rule.slots)}")
     if fraction != 1:
         problem = f"first moves slot {slot!r} by {fraction!r}, wanted 1"
         raise _error(rule, tick, f"{problem}: a slot has no value before its first copy")
@@ -40,14 +42,17 @@ def checked_update(
 ) -> tuple[Tick, Mapping[str, float]]:
     """The next tick of a rule and its fractions; `held` are the slots that were moved before.
 
-    Raises `ValueError` unless the clock counts one update more, the fractions are those of slots of
-    the rule, and both readouts are right (`checked_readout`).
+    Raises `ValueError` unless the clock counts one update more and does not go back, the fractions are
+    those of slots of the rule, and both readouts are right (`checked_readout`).
     """
     tick: Any = rule.tick(before, elapsed)
     if _is_ours(rule):
         return tick, rule.fractions(tick)
     if not isinstance(tick, Tick) or tick.n != before.n + 1:
         raise _error(rule, tick, f"follows {before!r}, wanted a polyak.rules.Tick with n + 1")
+    if not (before.t <= tick.t < math.inf and 0 < tick.elapsed <= tick.t):
+        raise _error(rule, tick, f"follows {before!r}, wanted no smaller t, and 0 < elapsed <= t")
+    _require_names(rule, tick)
     fractions: Any = rule.fractions(tick)
     if not isinstance(fractions, Mapping) or not set(fractions) <= set(rule.slots):
         wanted = f"a mapping slot -> fraction, for slots of {', '.join(rule.slots)}"
@@ -56,6 +61,16 @@ def checked_update(
     checked_readout(rule, tick, rule.readout(tick), moved)
     checked_readout(rule, tick, rule.convex_readout(tick), moved, convex=True)
     return tick, fractions
+
+
+def _require_names(rule: Rule, tick: Tick) -> None:
+    """Raises `ValueError` unless the slots of a rule have names that tell them apart everywhere."""
+    slots: Any = rule.slots
+    listed = isinstance(slots, tuple | list) and all(isinstance(slot, str) for slot in slots)
+    taken = listed and [s for s in slots if s == LIVE or "/" in s or s.endswith(".compensation")]
+    if not listed or taken or len(set(slots)) < len(slots):
+        wanted = f"a tuple of different names, none {LIVE!r}, with '/' or ending in '.compensation'"
+        raise _error(rule, tick, f"has the slots {slots!r}, wanted {wanted}")
 
 
 def checked_readout(

@@ -233,6 +233,7 @@ class Averager(IntoModules, Resumable):
                 "an Averager with shard= has a process group and cannot be copied or pickled: save "
                 "state_dict(), make an Averager for the other model and call load_state_dict() there"
             )
+        lending.refuse_lent("copy", self._live.tracked)
         made_with = type(self), self._live.model, self.rules, self._choice, self._options
         own = {name: value for name, value in vars(self).items() if name not in self._parts}
         return _restored, (*made_with, self.state_dict()), own

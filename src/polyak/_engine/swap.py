@@ -6,10 +6,11 @@ context manager. The blocks of all averagers meet in `polyak._engine.lending`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakMethod
 
 import torch
@@ -31,6 +32,10 @@ from polyak._ranks.replicas import gather_
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_RUN_LATER = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
 
 
 class _Slots(NamedTuple):
@@ -222,6 +227,15 @@ class Applied(ContextDecorator):
     def __init__(self, lender: Lender, name: str | None) -> None:
         self._lender, self._name = lender, name
         self._holds: list[Hold] = []
+
+    def __call__(self, func: _Function) -> _Function:
+        """A function that runs in a block; raises `TypeError` if its body would run after the block."""
+        if any(runs_later(func) for runs_later in _RUN_LATER):
+            raise TypeError(
+                f"applied() decorates {func!r}, a generator or coroutine function: its body runs "
+                "after the call has returned; write `with averager.applied():` inside it"
+            )
+        return super().__call__(func)
 
     @signals.critical
     def enter(self) -> None:
