@@ -1,12 +1,12 @@
-"""Lent tensors: those of a model that exchange contents with others beside them, and come back.
+"""Lent tensors: those of a model that exchange contents with other tensors, and get them back.
 
 Autograd's version counters follow the contents: tensors that are lent have a version of their own, so
 autograd refuses a graph that was recorded under other contents. When the old contents are back, so is
 the old version, or the one after it where something else may have changed: outside of blocks,
 versions stay far below those of blocks.
 
-An exception may break off any call here at any line; calling it again finishes it. So what says that
-a thing is done is set after it, in one assignment.
+An exception may interrupt any call here at any line; calling it again finishes it. So a step is marked
+as done after it, in one assignment.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ VERSIONS = _Versions()
 class Lent:
     """Pairs whose contents are exchanged for a while.
 
-    After `look`, `problems` says what the block did to them, and `spoilt` that slots have changed.
+    After `look`, `problems` says what the block did to them, and `damaged` that slots have changed.
     """
 
     def __init__(self, pairs: Pairs) -> None:
         self.problems: dict[str, None] = {}  # a set in the order of finding
-        self.spoilt = False
+        self.damaged = False
         self.slots = pairs.slots
         self._pairs = pairs
-        # A tensor may leave its memory in the block. Loans beneath and above have that memory too.
+        # A tensor may leave its memory in the block. Loans below and above have that memory too.
         self._memory = [tensor.data for tensor in pairs.live]
         self._exchange = pairs.exchange()
         self._before: list[int] | None = None  # old versions, until the old contents are back
@@ -75,7 +75,7 @@ class Lent:
         if self._before is None:
             self._changed_live = self._changed_slots = set()
             before = versions(self._pairs.counted)
-            VERSIONS.used(before)  # of a loan beneath, in which tensors were written to
+            VERSIONS.used(before)  # of a loan below, in which tensors were written to
             self._before = before
 
     def put(self) -> None:
@@ -83,14 +83,14 @@ class Lent:
         self._exchange.to(True)
 
     def mark(self, version: int) -> None:
-        """Sets a version, at which `look` finds all that no one has written to."""
+        """Sets a version; `look` finds it again in all tensors that were not written to."""
         set_versions(self._pairs.counted, [version] * len(self._pairs.counted))
         self._version = version
 
     def untouched(self) -> bool:
         """Whether every tensor is in its place and form, and its module's own.
 
-        `Watched.unchanged` tells that of the tensors that have slots.
+        `Watched.unchanged` checks the tensors that have slots.
         """
         return (self._pairs.slots or self._pairs.own()) and self._pairs.fit()
 
@@ -106,7 +106,7 @@ class Lent:
             self._judge(*self._pairs.written(seen, self._version))
 
     def take(self) -> None:
-        """Gives the model its live content back, wherever the block has left its tensors."""
+        """Restores the live content, wherever the block has left the tensors."""
         if self._before is None:
             return
         self._sort_out()
@@ -143,7 +143,7 @@ class Lent:
         unsure = {i for i in written if not _fills_storage(pairs.live[i])}
         self._changed_live = moved | slots | unsure
         self._changed_slots = written | moved | slots
-        self.spoilt = self.spoilt or (pairs.slots and bool(self._changed_slots))
+        self.damaged = self.damaged or (pairs.slots and bool(self._changed_slots))
 
     def _renewed(self) -> dict[int, str]:
         """The places of tensors that the model no longer has, and what was done to them."""
@@ -154,7 +154,7 @@ class Lent:
         return strays | {i: "removed" if now is None else "replaced" for i, now in renewed}
 
     def _sort_out(self) -> set[int]:
-        """The tensors that have left their memory, where contents are exchanged from now on."""
+        """The tensors that have left their memory; contents are exchanged where they are from now on."""
         if self._moved is None:
             moved = set() if self._now is None else self._pairs.moved()
             for i in moved:
@@ -165,7 +165,7 @@ class Lent:
         return self._moved
 
     def part(self, moved: set[int], *, exchanged: bool) -> None:
-        """Exchanges contents from now on where they are, whatever becomes of the tensors."""
+        """Exchanges contents from now on where they are, whatever happens to the tensors."""
         live = enumerate(self._pairs.live)
         self._places = [self._memory[i] if i in moved else t.detach() for i, t in live]
         self._exchange = Exchange(self._places, self._pairs.asides, exchanged=exchanged)
@@ -175,7 +175,7 @@ class Lent:
         if error:
             # The live content comes first: it is copied, and the average in its place is lost.
             names = ", ".join(item.name for item in self._pairs.items[:_MOST])
-            self.spoilt = self._pairs.slots
+            self.damaged = self._pairs.slots
             self._changed_slots = set(range(len(self._pairs.live)))
             for lost in self._exchange.give_up():
                 self._tell(f"one of {names} could not be given back", lost)

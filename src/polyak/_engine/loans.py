@@ -154,7 +154,7 @@ class Loan:
 
     def close(self) -> None:
         """After the last `take_back`: the average can be used again, unless its slots were changed."""
-        if any(lent.spoilt for lent in self._lent):
+        if any(lent.damaged for lent in self._lent):
             self._average.damaged = self.report()
         self._average.lent = False
         if (ended := self._ended()) is not None:
@@ -167,8 +167,8 @@ class Loan:
             problems += lent.problems
         if not problems:
             return ""
-        spoilt = any(lent.spoilt for lent in self._lent)
-        fate = "the average is damaged" if spoilt else "what was put there is dropped"
+        damaged = any(lent.damaged for lent in self._lent)
+        fate = "the average is damaged" if damaged else "what was put there is dropped"
         return (
             f"applied: inside the block {'; '.join(problems[:_MOST])}. The live weights are back and "
             f"{fate}: train, load and move the model outside the block"
