@@ -48,8 +48,7 @@ def run(
 ) -> None:
     """Run a study over seeds, schedules and learning rates.
 
-    Every run tracks all averages. An interrupted study continues where it was. The folder's
-    report.html opens offline.
+    An interrupted study continues where it was. The folder's report.html opens offline.
     """
     from rich.console import Console
 
