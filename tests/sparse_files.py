@@ -8,10 +8,12 @@ import pickle
 import zipfile
 import zlib
 from collections import OrderedDict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from isal.isal_zlib import crc32_combine
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -23,11 +25,14 @@ from torch.distributed.checkpoint.metadata import (
 
 from corrupting import Calls, Stored, pickled
 from polyak._lazy import TensorSpec
-from polyak.checkpoints._open.checksums import joined_checksum
 from polyak.checkpoints._safetensors import files as tensorfile
 
 MIB = 1 << 20
-CHECKSUMS = {count: joined_checksum([(zlib.crc32(bytes(MIB)), MIB)] * count) for count in (8, 5120)}
+_CRC = zlib.crc32(bytes(MIB))
+CHECKSUMS = {
+    count: reduce(lambda crc, _: crc32_combine(crc, _CRC, MIB), range(count), 0)
+    for count in (8, 5120)
+}
 
 
 def _weights(mebibytes: int) -> dict[str, object]:

@@ -39,7 +39,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("norms", {"torch"}),
     ("averager", {"torch"}),
     ("ema", {"torch"}),
-    ("checkpoints", {"torch", "numpy", "safetensors"}),
+    ("checkpoints", {"torch", "numpy", "safetensors", "isal"}),
     ("_runs", {"yaml"}),
     ("snapshots", {"torch"}),
     ("offline", {"torch", "numpy"}),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from isal.isal_zlib import crc32, crc32_combine
 from torch import Tensor
 
 from polyak import _system as system
 from polyak._lazy import Elements, TensorSpec
-from polyak.checkpoints._open.checksums import joined_checksum
 from polyak.checkpoints._open.handles import Handle, Mapping
 
 _PIECE = 1 << 20
@@ -112,7 +111,7 @@ class OpenFile:
         for place in range(start, start + length, _PIECE):
             piece = buffer[: start + length - place]
             self.read_into(piece, place)
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
         return crc
 
     @cached_property
@@ -233,13 +232,15 @@ class _SpanElements(Elements):
         skip = start * self.spec.dtype.itemsize
         self._span.file.read_into(content, self._span.start + skip)
         if self._span.checksum is not None:
-            self._sums[skip] = (zlib.crc32(content), len(content))
+            self._sums[skip] = (crc32(content), len(content))
 
     def done(self) -> None:
         self._span.file.require_unchanged()
-        pieces = [self._sums[start] for start in sorted(self._sums)]
-        if sum(length for _, length in pieces) == self._span.nbytes and pieces:
-            self._span.require(joined_checksum(pieces))
+        crc = done = 0
+        for _, (of_piece, length) in sorted(self._sums.items()):
+            crc, done = crc32_combine(crc, of_piece, length), done + length
+        if done == self._span.nbytes and self._sums:
+            self._span.require(crc)
 
 
 def open_files(folder: Path, names: Iterable[str]) -> dict[str, OpenFile]:

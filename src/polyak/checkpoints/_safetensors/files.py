@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from zlib import crc32
 
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from polyak import _files as files
