@@ -54,7 +54,7 @@ def read(entries: Sequence[Entry]) -> list[Timed]:
 
 
 def by_name(entries: Sequence[Entry]) -> list[Timed] | None:
-    """The clocks that the names tell; None unless each tells a step of its own."""
+    """The clocks in the names; None unless each name has a step of its own."""
     clocks = [named(entry.named).clock for entry in entries]
     steps = {clock.get("step") for clock in clocks}
     if None in steps or len(steps) < len(entries):
@@ -68,7 +68,7 @@ def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
     The unit is the first that all have, with no two alike. A copy, such as `last.ckpt`, is a link, or
     one whose name has no count, with the count of another.
 
-    Raises `ValueError` for checkpoints whose order is not known, or of which two have one count.
+    Raises `ValueError` for checkpoints whose order is not known, or if two have one count.
     """
     aside: dict[Path, str] = {}
     series = []

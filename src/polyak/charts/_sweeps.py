@@ -19,7 +19,7 @@ def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
 
     The best average is marked and named; dashed lines are the live weights; refused averages are
     marks on the axis. The logarithmic axis has no place for a half-life of 0 (the last update
-    carries the half): the subtitle counts those.
+    has the half): the subtitle counts those.
     """
     placed = [point for point in sweep.points if point.half_life > 0]
     lives = [point.half_life for point in placed] or [1.0]

@@ -1,4 +1,4 @@
-"""Checkpoint: what was found in a file, whoever wrote it: live weights, averages, rules, a clock.
+"""Checkpoint: what was found in a file of any library: live weights, averages, rules, a clock.
 
 An average that a file holds as slots is read out tensor by tensor: `sum of coefficient * slot`.
 """
@@ -162,7 +162,7 @@ def read_out_terms(
     names: Iterable[str],
     place: Callable[[str, str], tuple[LazyTensors, str]],
 ) -> dict[str, Terms]:
-    """The sum that each tensor of an average is; `place(slot, name)` tells where a slot's tensor lies.
+    """The sum that each tensor of an average is; `place(slot, name)` says where a slot's tensor is.
 
     Running statistics have the rule's convex coefficients, as in the averager.
     """

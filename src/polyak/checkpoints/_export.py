@@ -246,7 +246,7 @@ def _alone(found: Checkpoint, given: Rule | str | None) -> dict[str, Rule | str]
 
 
 def _cadence(found: Checkpoint, every: int | None, count: int | None) -> int:
-    """The calls per update, which a file that counts calls may not tell."""
+    """The calls per update, which a file that counts calls may not say."""
     clock = found.clock
     if every is None and clock is not None and clock.every is not None:
         return clock.every

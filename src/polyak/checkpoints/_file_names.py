@@ -1,4 +1,4 @@
-"""What names tell: a checkpoint's step or epoch and metrics, and which file of a folder holds its weights.
+"""Names: a checkpoint's step or epoch and metrics, and which file of a folder holds its weights.
 
 It is decided here once, for reading a folder and for finding checkpoints in a run.
 """
@@ -54,7 +54,7 @@ _CLOCKS = {"step": "step", "global_step": "step", "epoch": "epoch"}
 
 
 class Named(NamedTuple):
-    """What a name tells.
+    """What a name says.
 
     `clock` has "step", "epoch" or "number" (the last number of a name that does not say of what).
     `repeats`: it may be a copy of another, such as `last.ckpt`. `averages`: it is made of others.
@@ -67,7 +67,7 @@ class Named(NamedTuple):
 
 
 def named(path: Path) -> Named:
-    """What the name of a file or folder tells.
+    """What the name of a file or folder says.
 
     >>> named(Path("epoch=3-step=64-val_loss=0.25.ckpt"))
     Named(clock={'epoch': 3.0, 'step': 64.0}, metrics={'val_loss': 0.25}, repeats=False, averages=False)

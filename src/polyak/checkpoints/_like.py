@@ -1,4 +1,4 @@
-"""Like another: weights in the form of a checkpoint, of which only the weights' own bytes are replaced.
+"""Like another: weights in the form of a checkpoint; only the bytes of its weights are replaced.
 
 A copy of the file or folder is made, and each tensor is written where the old one lies in it. So nothing
 in a pickle has to be understood or made again: nesting, counters, settings, states of optimizers and the
@@ -265,7 +265,7 @@ def _write_box(file: BinaryIO, place: Place, spec: TensorSpec, where: Where, par
 
 
 def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tensor: Tensor) -> None:
-    """Write the parts of a whole tensor into their storages, of which the rest stays."""
+    """Write the parts of a whole tensor into their storages; the rest of these stays."""
     for place in places:
         file, part = files[place.path], tensor[place.where] if place.where else tensor
         held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))

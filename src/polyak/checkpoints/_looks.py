@@ -50,7 +50,7 @@ _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<error", b"<")
 
 
 def looks(file: OpenFile) -> str:
-    """What a file looks like, and what to do with it; "" if its first bytes tell nothing."""
+    """What a file looks like, and what to do with it; "" if its first bytes do not say."""
     first = file.read(0, _FIRST)
     for place, begin, what in _BEGINS:
         if first[place : place + len(begin)] == begin:
@@ -79,7 +79,7 @@ def _unpacking(command: str, path: Path) -> str:
 
 
 def _text(first: bytes) -> str:
-    """What to say of a text: its first line, which of a failed download tells why."""
+    """What to say of a text: its first line, which says why a download failed."""
     try:
         text = first.decode()
     except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as 
 
 
 class StoredAverage(NamedTuple):
-    """What a file tells about an average: its rule, its clock, the names of its slots."""
+    """What a file says about an average: its rule, its clock, the names of its slots."""
 
     rule: Rule
     tick: Tick

@@ -1,4 +1,4 @@
-"""Reading: a file or a folder of checkpoints, whoever wrote it, as one `Checkpoint`."""
+"""Reading: a checkpoint of any library, a file or a folder, as one `Checkpoint`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _MOST = 10**7  # updates; more times are not expanded from a file
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored snapshot, of which the header is read.
+    """A stored snapshot; only its header is read.
 
     Attributes:
         path: its file or folder.

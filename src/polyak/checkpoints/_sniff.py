@@ -182,7 +182,7 @@ def _contents(path: Path, names: list[str]) -> str:
         )
     others = [path / name for name in names if Path(name).suffix not in _TEXTS]
     told = [(file.name, what) for file in others if (what := looks(OpenFile(file)))]
-    told.sort(key=lambda each: each[1].startswith("text"))  # a text tells least
+    told.sort(key=lambda each: each[1].startswith("text"))  # a text says least
     said = ": {} is {}".format(*told[0]) if told else ""
     return (
         f"holds no weights ({shown}){said}; wanted a folder of torch.distributed.checkpoint, or one with "

@@ -125,7 +125,7 @@ def in_order(files: Sequence[Path]) -> Sequence[Path]:
         return files
     try:
         choice = offline.choose(files)
-    except (ValueError, OSError):  # they have no order of their own, or reading them will tell more
+    except (ValueError, OSError):  # they have no order of their own, or reading them will say more
         return files
     chosen = [file.path for file in choice.files]
     if choice.aside:

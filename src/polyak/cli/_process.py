@@ -19,7 +19,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class Terminated(SystemExit):
-    """The process was told to end (SIGTERM)."""
+    """The process was asked to end (SIGTERM)."""
 
 
 @contextmanager

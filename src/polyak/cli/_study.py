@@ -163,7 +163,7 @@ def reproduce(
         "study-reproduced"
     ),
 ) -> None:
-    """Compute published figures anew, and say which hold.
+    """Compute published figures again, and say which hold.
 
     Without --studies it takes half a minute.
     """

@@ -67,7 +67,7 @@ def renaming(module: LightningModule, rename: Callable[[str], str]) -> Iterator[
     """
     log, own = module.log, vars(module).get("log")
 
-    # A compiled step that calls it would be compiled anew for every name.
+    # A compiled step that calls it would be compiled again for every name.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def renamed(name: str, *args: Any, **kwargs: Any) -> None:
         log(rename(name), *args, **kwargs)

@@ -24,7 +24,7 @@ with extra("accelerate", "accelerate"):
 __all__ = ["register"]
 
 _NAMES: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
-"""accelerator -> the names of the averages that it carries."""
+"""accelerator -> the names of the averages that it saves."""
 
 
 def register(

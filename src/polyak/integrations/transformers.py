@@ -45,7 +45,7 @@ class AveragerCallback(TrainerCallback):
         change_rule: whether a resumed run may have another rule, as `polyak.load` takes it.
         options: `every`, `dtype`, `select`, ... as `Averager` takes them.
 
-    `averager` is the `Averager`. It is made anew when a training begins. Raises what `Averager` raises.
+    `averager` is the `Averager`. A new one is made when a training begins. Raises what `Averager` raises.
     """
 
     averager: Averager | None = None

@@ -40,7 +40,7 @@ class _Average(NamedTuple):
 def general(found: Found) -> Checkpoint | None:
     """Read a file by the roles of its state dicts; None if none has weights.
 
-    Raises `ValueError` for several state dicts, if nothing tells which are the live weights.
+    Raises `ValueError` for several state dicts, if nothing says which are the live weights.
     """
     describe = lambda held: _described(replace(found, top=held))  # noqa: E731
     parts = list(walk(found.top, describe, found.keys))
@@ -179,7 +179,7 @@ def _shapes(told: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _by_label(averages: list[_Average]) -> dict[str, _Average]:
-    """Averages by their labels; a number tells those of one label apart."""
+    """Averages by their labels; a number distinguishes those of one label."""
     named: dict[str, _Average] = {}
     seen: Counter[str] = Counter()
     for each in averages:

@@ -1,6 +1,6 @@
-"""Find every state dict in the content of a file, and tell what each is for.
+"""Find every state dict in the content of a file, and what each is for.
 
-Three things tell it: the keys on the way to a state dict, the layouts of averages that describe
+Three things show it: the keys on the way to a state dict, the layouts of averages that describe
 themselves, and what lies beside. `AVERAGES`, `OPTIMIZERS` and `LIVE_KEYS` are the words that count.
 """
 

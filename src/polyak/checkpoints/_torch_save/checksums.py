@@ -31,7 +31,7 @@ def _checksums(archive: Region, places: Iterable[Place]) -> Iterator[tuple[int, 
     with zipfile.ZipFile(archive) as opened:
         start, entries = opened.start_dir, opened.infolist()
     if not any(entry.CRC for entry in entries):
-        return  # torch was told to leave them out
+        return  # torch left them out, as its setting asks
     changed = {place.start - archive.start: place.nbytes for place in places}
     while (entry := _entry(archive, start)) is not None:
         record, length = entry

@@ -52,7 +52,7 @@ def load(part: Part) -> Loaded:
     Errors of a tensor that is read later have the part's label behind the file's name.
 
     Raises `ValueError` saying what is wrong and what to do, or any other exception for a file that
-    is too damaged to tell.
+    is too damaged to know.
     """
     region = Region(part)
     first = region.read(4)
