@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import polyak
 from models import Everything, assert_same, everything, pointers, snapshot, wander
@@ -833,6 +835,65 @@ def test_an_average_is_asked_for_by_name() -> None:
     for name in (None, "medium"):
         with pytest.raises(KeyError, match=r"is unknown, wanted one of \['fast', 'slow'\]"):
             several.average(name)
+
+
+def _new_name(layer: Any) -> Any:
+    """As torch's functions do it: the same parameter with another name."""
+    weight = layer.weight
+    del layer.weight
+    layer.register_parameter("mine", weight)
+    return weight
+
+
+RENAMES: dict[str, Callable[[Any], object]] = {
+    "weight_mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight_g": nn.utils.weight_norm,
+    "weight_u": nn.utils.spectral_norm,
+    "parametrizations.weight.original1": nn.utils.parametrizations.weight_norm,
+    "parametrizations.weight.0._u": nn.utils.parametrizations.spectral_norm,
+    "parametrizations.weight.0.base": nn.utils.parametrizations.orthogonal,
+    "mine": _new_name,
+}
+CALLS: dict[str, Callable[[Averager, Path], object]] = {
+    "update": lambda a, _: a.update(),
+    r"applied\('average'\)": lambda a, _: a.applied().__enter__(),
+    "average": lambda a, _: a.average(),
+    "state_dict": lambda a, path: polyak.save(path / "a.safetensors", a),
+    "tracked": lambda a, _: a.tracked,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("new", RENAMES)
+def test_a_weight_that_got_another_name_is_an_error_with_its_cure(
+    new: str, call: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    changing = Averager(model, Uniform())
+    changing.update()
+    RENAMES[new](model[0])
+    words = rf"(?s){call}: .*missing: 0\.weight.*extra: .*0\.{new}.*prune.* before you make the averager"
+    with pytest.raises(RuntimeError, match=words):
+        CALLS[call](changing, tmp_path)
+
+
+def test_a_weight_can_be_pruned_in_the_course_if_it_had_its_name_before() -> None:
+    """The cure that the error names: the average keeps the mask that the model has."""
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    prune.identity(model[0], "weight")
+    averager = Averager(model, "exponential(0.5)")
+    averager.update()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with torch.no_grad():
+        model[0].weight_orig.add_(1)
+    averager.update()
+    with averager.applied():
+        model(torch.zeros(1, 3))
+        found = model[0].weight
+    assert torch.equal(found == 0, model[0].weight_mask == 0)
+    wanted = (model[0].weight_orig - 0.5) * model[0].weight_mask
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("call", ["update", "average", "state_dict"])

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     LambdaCallback,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     RichProgressBar,
     StochasticWeightAveraging,
     TQDMProgressBar,
@@ -30,6 +31,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_model
+from torch.nn.utils import prune
 
 import polyak
 from integration_contract import (
@@ -174,6 +176,32 @@ def test_another_callback_of_lightning_does_what_it_does_alone(
     assert again["val_loss/ema"] == wanted
     if name != "StochasticWeightAveraging":  # it re-estimates statistics after the last validation
         assert both["val_loss/ema"] == wanted
+
+
+class Renamed(Module):
+    def on_fit_start(self) -> None:
+        prune.identity(self.body[0], "weight")
+
+
+@pytest.mark.slow
+def test_weights_are_pruned_as_without_the_callback() -> None:
+    """The cure that its error names: the weight has the name that pruning gives it before."""
+    left = []
+    for ours in ([], [AveragerCallback({"ema": "exponential(0.6)"})]):
+        module = made(Renamed)
+        pruning = ModelPruning(
+            "l1_unstructured", [(module.body[0], "weight")], make_pruning_permanent=False
+        )
+        trainer = trainer_of(*ours, pruning, enable_checkpointing=False)
+        trainer.fit(module)
+        left.append(module.state_dict())
+    assert all(torch.equal(left[1][key], tensor) for key, tensor in left[0].items())
+    average = ours[0].averager
+    assert average is not None and "val_loss/ema" in trainer.callback_metrics
+    mask = average.average("ema")[
+        "body.0.weight_mask"
+    ]  # of the last update, before the last pruning
+    assert 0 < left[0]["body.0.weight_mask"].mean() < mask.mean() < 1
 
 
 @pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])

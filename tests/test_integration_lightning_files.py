@@ -14,7 +14,12 @@ import pytorch_lightning as other
 import torch
 import torch._dynamo
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from safetensors.torch import load_file, load_model
@@ -441,6 +446,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(made(Clashing)),
         ValueError,
         "'val_loss/average', wanted a name that no average has",
+    ),
+    "pruned midway": (
+        lambda folder: fitted(folder, AveragerCallback(ONE), ModelPruning("l1_unstructured")),
+        RuntimeError,
+        "(?s)missing: body.0.weight.*call prune.identity before",
     ),
     "no optimizer": (
         lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(

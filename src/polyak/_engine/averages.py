@@ -154,9 +154,10 @@ class Averages:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds only a part of the weights, or of the averages; raises as `tracked`."""
-        self._live.check("sharded")
-        return any(is_distributed(item.held()) for item in self._live.stored())
+        """Whether each rank holds only a part of the weights, or of the averages."""
+        self._live.reshard()
+        stored = self._live.stored()
+        return any(i.mesh is not None or is_distributed(i.entries[0].now()) for i in stored)
 
     def check_replicas(self) -> None:
         """Compare the weights of all ranks bit for bit (with `shard`). Collective.

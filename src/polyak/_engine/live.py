@@ -13,10 +13,11 @@ from polyak._checks import difference, listed, report
 from polyak._dtypes import Kind, kind
 from polyak._engine import lending
 from polyak._engine.inventory import Inventory
+from polyak._engine.refusals import CHANGE_FIRST
 from polyak._engine.tracking import Choice, Entry, Found, Source, Tracked, by_name, track
 from polyak._engine.watch import FORM, Watch
 from polyak._parts import Stages
-from polyak._ranks.sharding import Shape, is_distributed, reshard
+from polyak._ranks.sharding import Shape, reshard
 from polyak._tensors import Groups
 
 if TYPE_CHECKING:
@@ -170,8 +171,8 @@ class ModelTensors:
             raise RuntimeError(report(f"{call}: the model has changed", [str(error)])) from error
         if lines := self._changes(found.tracked):
             self._suspect()
-            if any(is_distributed(item.found()) for item in found.tracked):
-                lines.append("shard the model (fully_shard, parallelize_module) before")
+            if _forms(found.tracked) != self._forms:
+                lines.append(CHANGE_FIRST)
             title = f"{call}: not the tensors that the averager was made with"
             raise RuntimeError(report(title, lines))
         if not lending.lends(self):  # the loan finds by what is known here what its block replaces

@@ -11,6 +11,11 @@ from torch.nn.parameter import is_lazy
 from polyak._engine.memory import is_freed, overlap, overlaps_itself
 from polyak._ranks.sharding import local
 
+CHANGE_FIRST = (
+    "add layers, prune, parametrize (weight_norm, spectral_norm) or shard the model before you make the "
+    "averager, or make a new one afterwards; to prune while it trains, call prune.identity before"
+)
+
 
 def refuse_strange(name: str, found: Tensor) -> None:
     """Raises `ValueError` for a tensor that has no content, or none that can be moved in place."""
