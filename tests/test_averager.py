@@ -863,6 +863,13 @@ CALLS: dict[str, Callable[[Averager, Path], object]] = {
 }
 
 
+def test_a_state_of_another_cadence_is_refused() -> None:
+    state = averager(every=2).state_dict()
+    with pytest.raises(ValueError, match=r"saved with every=2, this averager has every=1: make it"):
+        averager().load_state_dict(state)
+    averager(every=2).load_state_dict(state)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("new", RENAMES)

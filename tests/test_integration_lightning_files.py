@@ -335,6 +335,27 @@ def test_tensorboard_has_the_module_s_hyper_parameters_too(tmp_path: Path) -> No
     assert (told["width"].number_value, told["nested/depth"].number_value) == (6, 1)
 
 
+class Once(CSVLogger):
+    """A logger that refuses another value of what it has already, as MLflow's does."""
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        had = self.experiment.hparams
+        if changed := [name for name, value in params.items() if had.get(name, value) != value]:
+            raise ValueError(f"changing {changed} is not allowed")
+        super().log_hyperparams(params)
+
+
+def test_a_tracker_that_refuses_hyper_parameters_ends_no_training(tmp_path: Path) -> None:
+    logger, module = Once(tmp_path), made()
+    average = AveragerCallback({"ema": "exponential(0.6)"})
+    options: Any = {"logger": logger, "enable_checkpointing": False, "log_every_n_steps": 1}
+    trainer_of(average, epochs=1, **options).fit(module)
+    with pytest.warns(UserWarning, match=r"Once refused .*'ema/mean_age'.* is not allowed"):
+        trainer_of(average, epochs=2, **options).fit(module)
+    assert average.averager is not None and average.averager.count == 3 * EVERY
+    assert logger.experiment.hparams["ema/mean_age"] == theory.explain(ONE, EVERY).mean_age
+
+
 def test_a_trial_run_and_no_validation() -> None:
     for options in ({"fast_dev_run": True, "logger": True}, {"limit_val_batches": 0}):
         average = AveragerCallback(RULES)
@@ -471,6 +492,22 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ),
         ValueError,
         r"(?s)last.ckpt: load_state_dict: .*other rules.*pass change_rule=True",
+    ),
+    "another cadence": (
+        lambda folder: (
+            fitted(folder, AveragerCallback(ONE, every=2)),
+            resume(folder, AveragerCallback(ONE)),
+        ),
+        ValueError,
+        "last.ckpt: .*saved with every=2, this averager has every=1: .*take change_rule=True",
+    ),
+    "other weights": (
+        lambda folder: (
+            fitted(folder, AveragerCallback(ONE)),
+            resume(folder, AveragerCallback(ONE, select="body.0.*")),
+        ),
+        ValueError,
+        r"(?s)last.ckpt: .*the tensors differ(?!.*change_rule)",
     ),
     "a rule that needs other slots": (
         lambda folder: (

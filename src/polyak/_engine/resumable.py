@@ -39,6 +39,7 @@ class Resumable(Averages):
             average.refuse_damaged("state_dict")
         averages = {name: average.state(self._live) for name, average in self._averages.items()}
         state = {"format": STATE_FORMAT, **self._updating.state(), "averages": averages}
+        state["every"] = self.every
         state |= {"run": self.run} if self.run else {}
         state |= {"pull": repr(self._options.pull)} if self._options.pull else {}
         return state | ({"mixed": True} if self.mixed else {})
@@ -151,12 +152,12 @@ class Resumable(Averages):
     def _checked(self, state: Mapping[str, Any]) -> State:
         self._same_model("load_state_dict")
         new = checked(state, self._live, self._averages)
-        pull = repr(self._options.pull)
-        if (saved := state.get("pull", pull)) != pull:
-            raise ValueError(
-                f"load_state_dict: saved with pull={saved}, this averager has pull={pull}: make "
-                "it with the same; polyak.load and the callbacks take change_rule=True to change it"
-            )
+        for option, own in (("every", self.every), ("pull", repr(self._options.pull))):
+            if (saved := state.get(option, own)) != own:
+                raise ValueError(
+                    f"load_state_dict: saved with {option}={saved}, this averager has {option}={own}: make "
+                    "it with the same; polyak.load and the callbacks take change_rule=True to change it"
+                )
         for name, average in self._averages.items():
             if average.shared() and not new.averages[name].tick.n:
                 raise ValueError(

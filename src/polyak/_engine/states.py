@@ -77,7 +77,8 @@ def _require_same_rules(held: Mapping[str, Any], averages: Mapping[str, Average]
     got = {name: _mapping(data, f"average {name!r}", fields)["rule"] for name, data in held.items()}
     if lines := difference(as_specs({n: each.rule for n, each in averages.items()}), got):
         title = "load_state_dict: the state has other rules than this averager; make it with the state's"
-        raise ValueError(report(f"{title}, and call change_rule() afterwards to change one", lines))
+        cure = "call change_rule() afterwards to change one (the callbacks: pass change_rule=True)"
+        raise ValueError(report(f"{title}, and {cure}", lines))
 
 
 def _average(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from polyak.averager import Averager
@@ -22,6 +24,24 @@ def measures(averager: Averager, steps: float) -> dict[str, Any]:
         told |= {f"{name}/rule": str(rule), f"{name}/half_life": seen.half_life}
         told |= {f"{name}/mean_age": seen.mean_age}
     return told
+
+
+def tell(loggers: Iterable[Any], averager: Averager, steps: float) -> None:
+    """Give Lightning's loggers the measures as hyper-parameters, beside those that they have.
+
+    A tracker that refuses them ends no training: MLflow refuses a value that a run has already.
+    """
+    told = measures(averager, steps)
+    for logger in loggers:
+        known = getattr(logger, "hparams", None)  # TensorBoard shows the last ones alone
+        try:
+            logger.log_hyperparams({**(known if isinstance(known, Mapping) else {}), **told})
+        except NotImplementedError:  # Fabric's CSVLogger has no hyper-parameters
+            pass
+        except Exception as error:
+            kind = type(logger).__name__
+            text = f"{kind} refused the half-lives of averages as hyper-parameters: {error}"
+            warnings.warn(text, stacklevel=2)
 
 
 def numbers(averager: Averager, steps: float) -> dict[str, float]:

@@ -59,7 +59,7 @@ def take(
     """
     own = averager.rules if change_rule else {}
     if change_rule:
-        state = {name: value for name, value in state.items() if name != "pull"}
+        state = {name: value for name, value in state.items() if name not in ("every", "pull")}
     try:
         for name in own:  # the state loads by its own rules
             averager.change_rule(state["averages"][name]["rule"], name)
@@ -67,8 +67,7 @@ def take(
         for name, rule in own.items():
             averager.change_rule(rule, name)
     except ValueError as error:
-        cure = "" if own else "\n  to continue with another rule or pull, pass change_rule=True"
-        raise ValueError(f"{checkpoint}: {error}{cure}") from error
+        raise ValueError(f"{checkpoint}: {error}") from error
 
 
 def _path(folder: Path, averager: Averager, suffix: str) -> Path:

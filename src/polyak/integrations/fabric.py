@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from polyak.averager import Averager
 from polyak.integrations._arguments import is_named
 from polyak.integrations._extra import extra
-from polyak.integrations._measures import measures
+from polyak.integrations._measures import tell
 from polyak.rules import Rule
 
 with extra("fabric", "lightning"):
@@ -63,7 +62,5 @@ def average(
     # Fabric's wrapper has the model under two names.
     averager = Averager(model.module, rule, **options)
     averager.attach(optimizers, getattr(fabric.strategy.precision, "scaler", None))
-    for logger in fabric.loggers:
-        with suppress(NotImplementedError):  # Fabric's CSVLogger has no hyper-parameters
-            logger.log_hyperparams(measures(averager, steps))
+    tell(fabric.loggers, averager, steps)
     return averager

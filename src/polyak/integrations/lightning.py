@@ -22,7 +22,7 @@ from polyak.integrations import _lightning_files as files
 from polyak.integrations._arguments import checked, is_named
 from polyak.integrations._extra import extra
 from polyak.integrations._lightning_optimizers import attach_all
-from polyak.integrations._measures import measures
+from polyak.integrations._measures import tell
 from polyak.integrations._states import take
 from polyak.rules import Rule
 
@@ -131,10 +131,8 @@ class AveragerCallback(Callback):
                 f"{trainer.ckpt_path} has no averages and is of step {trainer.global_step}, but they "
                 f"start at step {self.start}; pass start={trainer.global_step} to begin them here"
             )
-        told = measures(self._bound(trainer), trainer.estimated_stepping_batches - self.start)
-        for logger in trainer.loggers:
-            known = getattr(logger, "hparams", None)  # TensorBoard shows the last ones alone
-            logger.log_hyperparams({**(known if isinstance(known, Mapping) else {}), **told})
+        steps = trainer.estimated_stepping_batches - self.start
+        tell(trainer.loggers, self._bound(trainer), steps)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._attachment is None and trainer.global_step >= self.start:
