@@ -68,7 +68,7 @@ class Averager(IntoModules, Resumable):
         shard: a `torch.distributed` process group, or a device mesh of one dimension, whose ranks
             all hold the whole weights (DistributedDataParallel). Each rank then holds and updates
             1/N of every average, by rows, and `applied` gathers it. Every rank must make the
-            averager, and enter `applied`, at the same place of the program.
+            averager, and enter `applied`, at the same point of the program.
         nonfinite: what an update does if weights are NaN or inf: "allow" averages them, "skip"
             leaves the average unchanged and counts (`skipped`), "error" raises. "skip" and "error"
             read the weights once more; the host waits only for the previous update.

@@ -235,7 +235,7 @@ class EMA(nn.Module):
         theirs = {item.name: item for item in self._carrier.tracked if item.name in ours}
         given = {name: item.shape() for name, item in ours.items()}
         if wrong := difference({name: item.shape() for name, item in theirs.items()}, given):
-            title = "EMA: the model's tensors are others, or of other shapes, than ema_model's"
+            title = "EMA: the names or shapes of the model's tensors differ from those of ema_model"
             raise RuntimeError(report(title, wrong))
         return [(theirs[name].local(), item.local()) for name, item in ours.items()]
 

@@ -57,7 +57,7 @@ def require_moved(averaged: Sequence[Tracked], optimizers: Sequence[Any], comple
             f"attach: {names} has none of the {len(parameters)} averaged parameters "
             f"({parameters[0].name}, ...), so its steps never move them: the weights were replaced "
             "after the optimizer was made, or it trains another model or a copy. Make the optimizer from "
-            "the averaged model's parameters; if it trains copies that someone else writes back, call "
+            "the averaged model's parameters; if it trains copies that other code writes back, call "
             "update() after that instead"
         )
     left = [

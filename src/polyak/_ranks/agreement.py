@@ -1,6 +1,6 @@
 """Agreement: the ranks of a group exchange values and errors.
 
-Everything here is collective: every rank of the group calls it, at the same place of the program.
+Everything here is collective: every rank of the group calls it, at the same point of the program.
 Every wait ends by the group's own time-out (`init_process_group(timeout=...)`). A process without a
 process group is a group of one.
 """
@@ -90,7 +90,7 @@ def raise_failures(call: str, problems: Mapping[int, str]) -> None:
 def _lost(call: str, lost: RuntimeError) -> RuntimeError:
     return RuntimeError(
         f"{call}: Another rank never reached this call, or has exited ({lost}). Every rank of the "
-        "group must make this call, at the same place of the program"
+        "group must make this call, at the same point of the program"
     )
 
 

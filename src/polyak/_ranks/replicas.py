@@ -40,7 +40,7 @@ def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: Devi
         mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
         forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
         order = {"the order of tensors": digest(list(tensors)), "made with": told}
-    agree(call, order | forms, group, "make the averager alike on all of them")
+    agree(call, order | forms, group, "make the averager in the same way on all of them")
     if not mine:
         return
     # One reduction gives both ends: the maximum of ~x is ~(minimum of x). They are equal if all are.
