@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 20
 _UNDIVIDED = 1 << 15  # elements; torch divides operations on more among its threads
 Where = tuple[slice, ...]
 """A part of a tensor: one slice for each dimension; `()` means all of it."""
@@ -123,6 +124,12 @@ class LazyTensors(Mapping[str, Tensor]):
     def elements(self, name: str) -> Elements:
         """The elements of a tensor for reading piece by piece."""
         return _ByParts(self, name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The elements of a tensor, row by row; a piece stays valid until the next is asked for."""
+        elements = self.elements(name)
+        yield from elements.pieces(_PIECE)
+        elements.done()
 
     def origins(self, name: str) -> tuple[Hashable, ...]:
         """What a tensor is made of: equal for two names of one stored tensor (tied weights), here or elsewhere."""

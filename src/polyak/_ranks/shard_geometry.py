@@ -49,6 +49,15 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
+def part_of(shape: tuple[int, ...], where: tuple[slice, ...]) -> Box:
+    """The box that is a part of a tensor: one slice for each dimension, or `()` for all of it."""
+    if not where:
+        return whole(shape)
+    ranges = [part.indices(size) for part, size in zip(where, shape, strict=True)]
+    starts = tuple(start for start, _, _ in ranges)
+    return Box(starts, tuple(max(stop - start, 0) for start, stop, _ in ranges))
+
+
 def box(tensor: DTensor) -> Box:
     """The box of the whole tensor that lies on this rank.
 

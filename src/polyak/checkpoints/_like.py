@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,8 @@ from torch import Tensor
 from polyak import _system as system
 from polyak._checks import difference, report
 from polyak._files import naming, writing, writing_folder
-from polyak._lazy import LazyTensors, Place, TensorSpec, Where, as_lazy, parts
+from polyak._lazy import LazyTensors, Place, TensorSpec, as_lazy, parts
+from polyak._ranks.shard_geometry import Box, part_of
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp.metadata import METADATA
 from polyak.checkpoints._open.files import OpenFile, Part
@@ -230,38 +231,29 @@ def _write(
     Each piece is a few boxes of indices (`parts`). What such a box has of a storage is without a gap in
     it, along whichever dimension the tensor is cut.
     """
-    spec = weights.specs[name]
-    if not all(place.is_plain(_part_spec(place, spec)) for place in places):
+    shape, dtype = weights.specs[name]
+    held = {place: part_of(shape, place.where) for place in places}
+    if not all(place.is_plain(TensorSpec(box.shape, dtype)) for place, box in held.items()):
         _write_parts(files, places, weights[name])
         return
     done = 0  # elements
-    for piece in _pieces(weights, name):
-        flat = piece.reshape(-1)
-        for where in parts(spec.shape, done, done + len(flat)):
-            box = torch.Size(index.stop - index.start for index in where)
-            part, flat = flat[: box.numel()].view(box), flat[box.numel() :]
-            done += box.numel()
-            for place in places:
-                _write_box(files[place.path], place, spec, where, part)
+    for flat in weights.pieces(name):
+        for where in parts(shape, done, done + len(flat)):
+            box = part_of(shape, where)
+            part, flat = flat[: box.numel].view(box.shape), flat[box.numel :]
+            done += box.numel
+            for place, outer in held.items():
+                _write_box(files[place.path], place, outer, box, part)
 
 
-def _part_spec(place: Place, spec: TensorSpec) -> TensorSpec:
-    """The spec of what lies in a place."""
-    shape = tuple(end - start for start, end in place.ranges) if place.ranges else spec.shape
-    return TensorSpec(shape, spec.dtype)
-
-
-def _write_box(file: BinaryIO, place: Place, spec: TensorSpec, where: Where, part: Tensor) -> None:
-    """Write what of a box of a tensor lies in a place."""
-    ranges = place.ranges or tuple((0, size) for size in spec.shape)
-    common = [(max(i.start, a), min(i.stop, b)) for i, (a, b) in zip(where, ranges, strict=True)]
-    if any(start >= end for start, end in common):
-        return
-    within = tuple(slice(a - i.start, b - i.start) for i, (a, b) in zip(where, common, strict=True))
-    steps = zip(common, ranges, place.stride, strict=True)
-    first = place.offset + sum((start - begin) * step for (start, _), (begin, _), step in steps)
-    start = place.start + first * spec.dtype.itemsize
-    system.write_at(file.fileno(), content(part[within]), start)
+def _write_box(file: BinaryIO, place: Place, outer: Box, box: Box, part: Tensor) -> None:
+    """Write what of a box of a tensor lies in a place, which holds the box `outer`."""
+    common = box.overlap(outer)
+    if 0 not in common.shape:
+        steps = zip(common.offsets, outer.offsets, place.stride, strict=True)
+        first = place.offset + sum((start - begin) * step for start, begin, step in steps)
+        start = place.start + first * part.element_size()
+        system.write_at(file.fileno(), content(part[common.within(box)]), start)
 
 
 def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tensor: Tensor) -> None:
@@ -274,13 +266,8 @@ def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tens
         system.write_at(file.fileno(), memoryview(held), place.start)
 
 
-def _pieces(weights: LazyTensors, name: str) -> Iterator[Tensor]:
-    pieces = getattr(weights, "pieces", None)  # a combination's
-    return iter([weights[name]]) if pieces is None else pieces(name)
-
-
 def _require_same(weights: LazyTensors, one: str, other: str, out: Path) -> None:
     """Raises `ValueError` if two tensors differ that are one tensor in a file."""
-    pairs = zip(_pieces(weights, one), _pieces(weights, other), strict=True)
-    if not all(torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in pairs):
+    pairs = zip(weights.pieces(one), weights.pieces(other), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
         raise ValueError(f"{out}: {one} and {other} are one tensor there, and the new ones differ")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, Renamed, TensorSpec, Where
-from polyak._ranks.shard_geometry import Box, whole
+from polyak._ranks.shard_geometry import Box, part_of, whole
 from polyak.checkpoints._dcp.metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._looks import looks
 from polyak.checkpoints._open.files import (
@@ -191,7 +191,7 @@ def chunks_part(
     spec: TensorSpec, chunks: Iterable[Box], read: Callable[[Box], Tensor], where: Where
 ) -> Tensor:
     """A part of a tensor in chunks; `read(chunk)` gives one. It is a view if it lies in one chunk."""
-    wanted = _box(spec.shape, where)
+    wanted = part_of(spec.shape, where)
     overlaps = ((chunk, chunk.overlap(wanted)) for chunk in chunks)
     met = [(chunk, common) for chunk, common in overlaps if 0 not in common.shape]
     if len(met) == 1:
@@ -200,15 +200,6 @@ def chunks_part(
     for chunk, common in met:
         out[common.within(wanted)].copy_(read(chunk)[common.within(chunk)])
     return out
-
-
-def _box(shape: tuple[int, ...], where: Where) -> Box:
-    """The box that is a part of a tensor."""
-    if not where:
-        return whole(shape)
-    ranges = [part.indices(size) for part, size in zip(where, shape, strict=True)]
-    starts = tuple(start for start, _, _ in ranges)
-    return Box(starts, tuple(max(stop - start, 0) for start, stop, _ in ranges))
 
 
 def _require_apart(file: str, places: list[tuple[int, int]], size: int) -> None:
