@@ -126,7 +126,8 @@ def nemo(found: Found) -> Checkpoint | None:
         return None
     averaged = [tensor for one in held for tensor in tensors("ema", one["ema"]).values()]
     live, path = weights(found.top["state_dict"]), found.path
-    clock, rules = _nemo_clock(held[0]), _nemo_rules(held)
+    clock = Clock(count("current_step", held[0].get("current_step")), "calls")
+    rules = _nemo_rules(held)
     if _are_within(averaged, live):
         return Checkpoint(path, "nemo", None, {AVERAGE: live}, rules, clock)
     by_position = StoredTensors({str(place): tensor for place, tensor in enumerate(averaged)})
@@ -135,10 +136,6 @@ def nemo(found: Found) -> Checkpoint | None:
     except NamesNeededError as error:
         return Checkpoint(path, "nemo", live, {}, {}, clock, refused={AVERAGE: str(error)})
     return Checkpoint(path, "nemo", live, averages, rules, clock)
-
-
-def _nemo_clock(held: Mapping[str, Any]) -> Clock:
-    return Clock(count("current_step", held.get("current_step")), "calls")
 
 
 def _nemo_rules(held: Sequence[Mapping[str, Any]]) -> dict[str, Rule]:

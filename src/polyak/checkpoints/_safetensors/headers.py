@@ -58,13 +58,11 @@ def read_header(file: OpenFile) -> Header:
 def _checked(path: str, unread: dict[str, str]) -> Header:
     # As "np" only the header is read; as "pt" memory for the whole file would be reserved.
     with safe_open(path, framework="np") as opened:
-        specs = {name: _spec_of(opened, name) for name in opened.offset_keys()}
+        views = {name: opened.get_slice(name) for name in opened.offset_keys()}
+        specs = {
+            n: TensorSpec(tuple(v.get_shape()), CODES[v.get_dtype()]) for n, v in views.items()
+        }
         return Header(opened.metadata() or {}, specs, unread)
-
-
-def _spec_of(opened: safe_open, name: str) -> TensorSpec:
-    view = opened.get_slice(name)
-    return TensorSpec(tuple(view.get_shape()), CODES[view.get_dtype()])
 
 
 def _with_bytes(file: OpenFile) -> Header | None:
