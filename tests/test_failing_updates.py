@@ -207,6 +207,38 @@ def test_a_shape_that_updates_have_overlooked_marks_the_average(
         averager.average()
 
 
+@pytest.mark.parametrize("mend", ["load_state_dict", "copy_params_from_model_to_ema"])
+@pytest.mark.parametrize("way", ["one row", "a number", "one column"])
+def test_a_shape_that_the_articles_class_has_overlooked_stops_it(
+    way: str, mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its average is read without a call, so the next call says it."""
+    monkeypatch.setattr(watch, "LEAST_LOOKS", 1)
+    model = network()
+    ema = EMA(model, beta=0.9, update_after_step=0, update_every=1)
+    for step in range(4):
+        wander(model, step)
+        ema.update()
+    good = copy.deepcopy(ema.state_dict())
+    kept = model[2].weight.data
+    RESIZED[way][0](model)
+    refused = r"2.weight got another shape .* earlier updates may\s+have averaged"
+    with pytest.raises(RuntimeError, match=refused):
+        for _ in range(20):
+            ema.update()
+    model[2].weight.data = kept
+    for call in (ema.update, ema.update_moving_average):
+        with pytest.raises(RuntimeError, match=rf"EMA: load a saved state, .* first. {refused}"):
+            call()
+    if mend == "load_state_dict":
+        ema.load_state_dict(good)
+        assert same(ema.state_dict(), good)
+    else:
+        ema.copy_params_from_model_to_ema()
+        assert torch.equal(ema.ema_model.get_parameter("2.weight"), model[2].weight)
+    ema.update()
+
+
 def test_large_models_are_looked_at_whole() -> None:
     model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(20)))
     averager = Averager(model, Uniform())

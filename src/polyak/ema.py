@@ -15,20 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak._checks import difference, report, require, require_count
+from polyak._checks import difference, report, require_count
 from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Move
 from polyak._engine.policies import Choose
-from polyak._engine.second import ChooseByName, WideSlots, second
+from polyak._engine.second import MOST_CALLS, ChooseByName, WideSlots, require_counter, second
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Policy, averageable, track
 from polyak._engine.updating import Motion, undisturbed
 from polyak._modes import no_grad
 from polyak._tensors import Groups
 from polyak.rules import AVERAGE, ArticleEMA, Tick
-
-_MOST_CALLS = 2**53  # above it, a float cannot hold every integer
 
 Copies = list[tuple[Tensor, Tensor]]
 """Tensors of `ema_model`, and the tensors of the model that they are updated from."""
@@ -166,6 +164,7 @@ class EMA(nn.Module):
 
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
+        self._live.suspect = ""
         self._blend(1.0, ("copy", "skip"))
 
     def restore_ema_model_device(self) -> None:
@@ -242,6 +241,9 @@ class EMA(nn.Module):
     def _follow(self) -> Groups:
         """Groups the live weights; looks the average's tensors up again if they were replaced."""
         groups = self._live.groups()
+        if self._live.suspect:
+            mend = "load a saved state, or call copy_params_from_model_to_ema()"
+            raise RuntimeError(f"EMA: {mend} first. {self._live.suspect}")
         self._carrier.groups()
         if self._carrier.generation != self._bound:
             self._adopt()
@@ -266,6 +268,7 @@ class EMA(nn.Module):
         turns = -(-self._calls // self.update_every)
         last = (turns - 1) * self.update_every + 1 if turns else 0
         self._average.tick = Tick(turns, float(last), float(self.update_every))
+        self._live.suspect = ""
         self._adopt()
         for key, slot in self._wide.keys(self.ema_model):
             if key in self._loaded and self._loaded[key].shape == slot.shape:
@@ -284,17 +287,9 @@ def _read_state(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) 
 
     A counter that this class cannot have is refused before anything is loaded.
     """
-    for name, buffer, most in (("initted", module.initted, 1), ("step", module.step, _MOST_CALLS)):
+    for name, buffer, most in (("initted", module.initted, 1), ("step", module.step, MOST_CALLS)):
         if prefix + name in state:
-            _require_counter(prefix + name, state[prefix + name], most)
+            require_counter(prefix + name, state[prefix + name], most)
             state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
     keys = {key: f"{prefix}ema_model.{key}" for key, _ in module._wide.keys(module.ema_model)}
     module._loaded = {key: state[long] for key, long in keys.items() if long in state}
-
-
-def _require_counter(key: str, value: object, most: int) -> None:
-    """Raises `ValueError` unless a counter of a state is one integer from 0 to `most`."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
-    holds = isinstance(number, int | float) and 0 <= number <= most and number % 1 == 0
-    shown = value if number is None else number
-    require(holds, f"EMA: {key}", shown, f"a tensor of one integer, 0 to {most}")

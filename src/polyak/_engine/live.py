@@ -167,10 +167,10 @@ class ModelTensors:
         try:
             found = self._look()
         except ValueError as error:
-            self._suspect()
-            raise RuntimeError(report(f"{call}: the model has changed", [str(error)])) from error
+            lines = [str(error), *self._suspect()]
+            raise RuntimeError(report(f"{call}: the model has changed", lines)) from error
         if lines := self._changes(found.tracked):
-            self._suspect()
+            lines += self._suspect()
             if _forms(found.tracked) != self._forms:
                 lines.append(CHANGE_FIRST)
             title = f"{call}: not the tensors that the averager was made with"
@@ -182,13 +182,12 @@ class ModelTensors:
         """Whether a frozen parameter trains by now, which no average follows."""
         return any(item.trains for item in self.frozen)
 
-    def _suspect(self) -> None:
-        """Marks averages that may hold tensors of another shape, which updates have overlooked."""
+    def _suspect(self) -> list[str]:
+        """Marks averages that may hold tensors of another shape, which updates have overlooked; says so."""
         if names := self._watch.overlooked():
-            self.suspect = (
-                f"{names} got another shape or dtype in place (.data, resize_, set_), and earlier updates may "
-                "have averaged that"
-            )
+            how = "got another shape or dtype in place (.data, resize_, set_)"
+            self.suspect = f"{names} {how}, and earlier updates may have averaged that"
+        return [self.suspect] if self.suspect else []
 
     def reshard(self) -> None:
         """Puts a sharded model's shards back in place of the gathered weights of a forward pass."""

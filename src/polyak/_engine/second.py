@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak._checks import require
 from polyak._dtypes import slot_dtype
 from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
 from polyak._modes import no_grad, ordinary
+
+MOST_CALLS = 2**53  # above it, a float cannot hold every integer
 
 
 @dataclass(frozen=True)
@@ -172,3 +175,11 @@ def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     if before is not None and torch.equal(before.to(narrow.device, narrow.dtype), narrow):
         return before.to(narrow.device, dtype)
     return narrow.to(dtype)
+
+
+def require_counter(key: str, value: object, most: int) -> None:
+    """Raises `ValueError` unless a counter of a state is one integer from 0 to `most`."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
+    holds = isinstance(number, int | float) and 0 <= number <= most and number % 1 == 0
+    shown = value if number is None else number
+    require(holds, f"EMA: {key}", shown, f"a tensor of one integer, 0 to {most}")
