@@ -1,7 +1,7 @@
-"""torch's modes stay as they were, wherever a signal handler raises in a call of polyak.
+"""torch's modes: no call changes one, wherever a signal handler raises in it, and none changes an average.
 
-A new call joins `CALLS` by one line. A signal comes once at each place of the code at which Python lets a
-handler run.
+A new call joins `CALLS` by one line, a new mode `MODES`. A signal comes once at each place of the code at
+which Python lets a handler run.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import polyak
+from models import assert_same, snapshot, wander
 from polyak import EMA, Averager, Bema, Exponential, Uniform, norms
 
 
@@ -141,3 +144,71 @@ def test_a_signal_leaves_torchs_modes_as_they_were(name: str) -> None:
             torch.set_grad_enabled(True)
             assert left == (True, False), moment
     assert stopped > len(looks.places) / 2
+
+
+@contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "inference": torch.inference_mode,
+    "without gradients": torch.no_grad,
+    "another default device": lambda: torch.device("meta"),
+    "another default dtype": default_dtype,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic": deterministic,
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two slots": {"rule": Bema()},
+    "stochastic": {"dtype": torch.bfloat16, "rounding": "stochastic"},
+    "compensated": {"rounding": "compensated"},
+    "guarded": {"nonfinite": "skip"},
+}
+
+
+def under(
+    mode: Callable[[], AbstractContextManager[Any]], **options: Any
+) -> list[dict[str, Tensor]]:
+    """An average, the model inside and after a block, a resumed average and a copied module."""
+    model, rule = network(), options.pop("rule", Exponential(0.5))
+    averager = Averager(model, rule, **options)
+    for step in range(5):
+        wander(model, step)
+        with mode():
+            averager.update()
+    with mode(), averager.applied():
+        seen = [snapshot(model)]
+    seen += [snapshot(model), averager.average()]
+    with mode():
+        other = Averager(model, rule, **options)
+        other.load_state_dict(averager.state_dict())
+        other.update()
+        module = averager.module(copy=True)
+    assert not any(tensor.is_inference() for tensor in module.parameters())
+    return [*seen, other.average(), snapshot(module)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_an_average_is_the_same_under_every_mode(mode: str, options: str) -> None:
+    plain, seen = under(nullcontext, **OPTIONS[options]), under(MODES[mode], **OPTIONS[options])
+    for wanted, held in zip(plain, seen, strict=True):
+        assert_same(held, wanted)

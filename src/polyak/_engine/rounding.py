@@ -82,7 +82,7 @@ def stochastic_round(
     error = wide - near.float()
     other = _neighbour(near, error)
     gap = (other.float() - near.float()).abs()
-    drawn = torch.rand(wide.shape, generator=generator, device=wide.device)
+    drawn = torch.rand(wide.shape, generator=generator, device=wide.device, dtype=torch.float32)
     return torch.where(drawn * gap < error.abs(), other, near)
 
 

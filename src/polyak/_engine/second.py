@@ -92,7 +92,7 @@ class _ChooseAlike:
         return [(self.policies.get(item.name, "average"), alike) for item in found]
 
 
-@no_grad
+@ordinary
 def _copied(live: ModelTensors, model: nn.Module) -> nn.Module:
     """A copy of the model, in which tied tensors are tied.
 

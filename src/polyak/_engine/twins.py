@@ -19,7 +19,7 @@ from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked, inner
 from polyak._engine.updating import Updating
-from polyak._modes import no_grad, ordinary
+from polyak._modes import ordinary
 from polyak._ranks.sharding import is_distributed
 from polyak._tensors import versions
 
@@ -214,7 +214,7 @@ def _unshareable(call: str, problem: str) -> ValueError:
     )
 
 
-@no_grad
+@ordinary
 def plain_copy(call: str, model: nn.Module, copies: dict[int, Any]) -> nn.Module:
     """A copy of a model without the wrappers, in which tensors of these ids are those given.
 
