@@ -27,7 +27,7 @@ def test_the_recipe_runs_as_the_page_says(tmp_path: Path) -> None:
     quick, full = COMMANDS
     for command, seeds in ((quick, 2), (full.replace("my_study", "small"), 1)):
         # The full form is cut to some steps: the page's words are about the same files.
-        small = RECIPE.replace("steps=800", "steps=40")
+        small = RECIPE.replace("steps=800", "steps=160")
         (tmp_path / "small.py").write_text(small)
         words = [*shlex.split(command)[1:], "--seeds", str(seeds), "--jobs", "1"]
         done = subprocess.run(
