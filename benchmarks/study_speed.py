@@ -1,85 +1,106 @@
-"""What an epoch of a seed of the article's experiment takes: the plain script against the study.
+"""What the article's 64 seeds take: plain scripts one after another against one command of the study.
 
 Run `python benchmarks/study_speed.py`; it writes `benchmarks/results/study_speed.md`.
-The three are timed in turns, each for 20 epochs on one thread, and the median of the rounds counts. Processor
-time is given beside the clock's: it stays right on a machine that others use as well.
+Half of the plain scripts run before the study and half after it, since other programs may use the machine too.
+Processor time counts all processes of a command, so it stays right on such a machine.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import re
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import torch
 
-import plain_article
-from polyak.study import Plateau, recipes
-from polyak.study._loop import Run, train
-from polyak.study._stacked import train_stacked
-
-EPOCHS, ROUNDS = 20, 3
-ARTICLE = recipes()["article"]
-PLATEAU = replace(cast(Plateau, ARTICLE.schedules["plateau"]), after=0)  # no epochs after the last
-SHORT = replace(ARTICLE, steps=50 * EPOCHS, evaluations=EPOCHS, schedules={"plateau": PLATEAU})
-RUNS = [Run(seed, "plateau", 1e-3) for seed in range(ARTICLE.stacked)]
-RESULT = Path(__file__).parent / "results" / "study_speed.md"
-
-WAYS: dict[str, tuple[Callable[[], object], int]] = {
-    "plain script": (lambda: plain_article.train(0, max_epochs=EPOCHS), 1),
-    "study, one seed after another": (lambda: train(SHORT, RUNS[0]), 1),
-    f"study, {len(RUNS)} seeds stacked": (lambda: train_stacked(SHORT, RUNS), len(RUNS)),
-}
-"""way -> a function that trains with it, and the seeds that it trains"""
+SCRIPTS, JOBS = 4, 2
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "study_speed.md"
 
 
-def spent(action: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of processor time."""
-    clock, processor = time.perf_counter(), time.process_time()
-    action()
-    return time.perf_counter() - clock, time.process_time() - processor
+class Spent(NamedTuple):
+    """Seconds by the clock and of processor time, and the epochs that were trained."""
+
+    clock: float
+    processor: float
+    epochs: int
+
+    def __add__(self, other: object) -> Spent:
+        assert isinstance(other, Spent)
+        processor = self.processor + other.processor
+        return Spent(self.clock + other.clock, processor, self.epochs + other.epochs)
+
+    def for_epochs(self, epochs: int) -> Spent:
+        """The same for another number of epochs, in proportion."""
+        share = epochs / self.epochs
+        return Spent(self.clock * share, self.processor * share, epochs)
 
 
-def measured() -> dict[str, tuple[float, float]]:
-    """way -> milliseconds an epoch of a seed, by the clock and of processor time."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
-    for _ in range(ROUNDS):
-        for name, (action, seeds) in WAYS.items():
-            clock, processor = (1e3 * s / EPOCHS / seeds for s in spent(action))
-            times[name].append((clock, processor))
-    middle = statistics.median
-    return {n: (middle(c for c, _ in t), middle(p for _, p in t)) for n, t in times.items()}
+def spent(*command: str) -> tuple[Spent, str]:
+    """What a command takes on one thread a process, and what it prints."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=alone
+    )
+    clock, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Spent(clock, processor, 0), done.stdout
 
 
-def text(found: dict[str, tuple[float, float]]) -> str:
-    """The result as Markdown."""
-    _, plain = found["plain script"]
-    rows = [
-        f"| {name} | {clock:.1f} | {processor:.1f} | {plain / processor:.1f} |"
-        for name, (clock, processor) in found.items()
+def plain(seed: int) -> Spent:
+    """One plain script."""
+    took, said = spent(str(HERE / "plain_article.py"), str(seed))
+    return took._replace(epochs=int(re.findall(r"stopped at epoch (\d+)", said)[0]))
+
+
+def study(folder: Path) -> tuple[Spent, list[dict[str, float]]]:
+    """The command of the study, and the seconds of a step in each of its runs."""
+    took, _ = spent(
+        *("-m", "polyak", "study", "run", "article", "--jobs", str(JOBS), "--out", str(folder))
+    )
+    runs = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return took._replace(epochs=sum(len(run["steps"]) for run in runs)), [
+        r["seconds"] for r in runs
     ]
+
+
+def text(scripts: Spent, whole: Spent, seconds: list[dict[str, float]]) -> str:
+    """The result as Markdown."""
+    all_scripts = scripts.for_epochs(whole.epochs)
+    times = all_scripts.processor / whole.processor
+    share = statistics.median(run["average"] / run["train"] for run in seconds)
     return "\n".join([
         "# Speed of the study", "",
         "`python benchmarks/study_speed.py`", "",
-        "| what | ms an epoch of a seed | processor ms | times faster than plain, by processor time |",
-        "|---|---|---|---|", *rows, "",
-        f"One thread, {EPOCHS} epochs, median of {ROUNDS} rounds in turns. The study tracks {len(ARTICLE.arms)} arms and "
-        "judges all of them each epoch; the plain script has one average. Stacks run in a process of their own each, "
-        "so two processors halve the time of 64 seeds.",
+        f"| {len(seconds)} seeds of the article, {whole.epochs} epochs | processor s | s by the clock |",
+        "|---|---|---|",
+        f"| plain scripts, one after another: {2 * SCRIPTS} were run, scaled to these epochs | {all_scripts.processor:.0f} | {all_scripts.clock:.0f} |",
+        f"| `polyak study run article`, {JOBS} processes | {whole.processor:.0f} | {whole.clock:.0f} |", "",
+        f"The study takes {times:.1f} times less processor time, and so {JOBS * times:.1f} times less time on {JOBS} processors of which each "
+        f"script uses one; by this clock it was {all_scripts.clock / whole.clock:.1f} times. The update of its averages takes {100 * share:.0f} % of "
+        "the time of a training step. A plain script has one average. The study has 16, judges all of them each epoch, trains on for 25 "
+        "epochs after each stop, and writes the report. All processes have one thread; starting Python is part of both.",
         "", f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}.", "",
     ])  # fmt: skip
 
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    torch.set_num_threads(1)
-    train(replace(SHORT, steps=50, evaluations=1), RUNS[0])  # imports of torch's first optimizer
-    said = text(measured())
+    scripts = sum((plain(seed) for seed in range(SCRIPTS)), Spent(0, 0, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        whole, seconds = study(Path(folder))
+    scripts += sum((plain(seed) for seed in range(SCRIPTS, 2 * SCRIPTS)), Spent(0, 0, 0))
+    said = text(scripts, whole, seconds)
     RESULT.write_text(said, encoding="utf-8")
     sys.stdout.write(said)
 

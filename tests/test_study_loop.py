@@ -16,7 +16,7 @@ from polyak import Averager
 from polyak.rules import Rule
 from polyak.study import cosine
 from polyak.study._loop import Run, train
-from polyak.study._tracking import profile_of
+from polyak.study._weighting import profile_of
 from rule_examples import RULE_EXAMPLES
 from study_models import cnn, images, mlp, study
 

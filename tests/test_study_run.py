@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polyak.rules import Uniform, Window
+from polyak.rules import Exponential, Uniform, Window
 from polyak.specs import parse
 from polyak.study import (
     Arm,
@@ -255,6 +255,7 @@ SHORT: list[tuple[dict[str, Any], str]] = [
     ({"arms": {"sma": Window(41)}}, "arm 'sma' wants 41 snapshots and gets 40 in a run"),
     ({"arms": {"lawa": Arm(Window(5), every=5, start=0.5)}}, "arm 'lawa' wants 5 snapshots and gets 4"),
     ({"arms": {"few": Ensemble(9, every=5)}}, "arm 'few' wants 9 snapshots and gets 8"),
+    ({"arms": {"fast": Arm(parse("exponential(0.7)"), swept=True)}}, "arm 'fast' is swept, and 38 % of"),
     ({"schedules": {"p": Plateau(patience=3)}}, "schedule 'p' never lowers the learning rate: patience=3"),
     ({"schedules": {"p": Plateau(patience=0, stop=4)}}, "schedule 'p' never stops a run: stop=4"),
 ]  # fmt: skip
@@ -272,6 +273,7 @@ def test_what_a_run_is_too_short_for_is_told(fields: dict[str, Any], message: st
         {"ema": "exponential(half_life=38)", "bema": "bema(0.9)"},
         {"sma": Window(40), "lawa": Arm(Window(5), every=8), "last": Arm(Uniform(), start=0.95)},
         {"statistics": Arm(Window(1), recalibrate=True), "stale": Arm(Window(1), every=7)},
+        {"slow": Arm(Exponential(half_life=20), swept=True), "mean": Arm(Window(20), swept=True)},
         {"all": Ensemble(8, every=5), "debiased": "exponential(0.999, debias=True)"},
     ],
 )

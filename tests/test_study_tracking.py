@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 from torch import nn
 
 from polyak import Averager
-from polyak.rules import Rule, Tail, Window
+from polyak.rules import Exponential, Rule, Tail, Uniform, Window
 from polyak.study import Arm, Ensemble, Plateau, Study
 from polyak.study._ensembles import MeanPrediction, of_ensemble, remember
+from polyak.study._feasible import require_feasible
 from polyak.study._stacked import stack
-from polyak.study._tracking import Tracking, due, tensors_of
+from polyak.study._tracking import Tracking, tensors_of
+from polyak.study._weighting import due, misplaced
+from polyak.theory import coefficients
 from rule_examples import RULE_EXAMPLES
 from study_models import cnn, study
 
@@ -20,9 +25,9 @@ RULES = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
 RUNS = torch.tensor([2, 0])
 
 
-def watched(every: int, **arms: Rule | Ensemble) -> Study:
+def watched(every: int, **arms: Rule | Arm | Ensemble) -> Study:
     """A study of 60 steps, whose evaluations are not on a grid of the updates."""
-    spaced = {n: a if isinstance(a, Ensemble) else Arm(a, every=every) for n, a in arms.items()}
+    spaced = {n: Arm(a, every=every) if isinstance(a, Rule) else a for n, a in arms.items()}
     schedules = {"plateau": Plateau(stop=2, after=AFTER)}
     return study(model=cnn, arms=spaced, steps=STEPS, evaluations=EVALUATIONS, schedules=schedules)
 
@@ -66,7 +71,8 @@ def test_an_arm_is_the_average_of_the_engine(rule: Rule, every: int) -> None:
 def test_the_arms_of_a_stack_are_those_of_its_runs(every: int) -> None:
     """Also after some of the runs have been left out, and others exchanged."""
     arms = {str(number): rule for number, rule in enumerate(RULES)}
-    tried = watched(every, **arms, ensemble=Ensemble(3, every=every))
+    swept = Arm(Exponential(0.9), every=every, start=0.3, swept=True)
+    tried = watched(every, **arms, swept=swept, ensemble=Ensemble(3, every=every))
     models = [cnn() for _ in range(3)]
     alone = [Tracking(tried, model) for model in models]
     weights = stack(models)
@@ -95,6 +101,66 @@ def test_the_arms_of_a_stack_are_those_of_its_runs(every: int) -> None:
             models, alone = ([each[i] for i in RUNS.tolist()] for each in (models, alone))
             weights = stack(models)
             tracking.keep(weights, RUNS)
+
+
+@pytest.mark.parametrize(("rule", "every"), list(zip(RULES, cycle([1, 4]), strict=False)), ids=str)
+def test_a_swept_arm_gives_the_updates_between_evaluations_equal_weights(
+    rule: Rule, every: int
+) -> None:
+    """What the tracked average differs by is at most the misplaced weight times the spread of the weights."""
+    model = nn.Linear(3, 1, bias=False)
+    tried = watched(every, swept=Arm(rule, every=every, swept=True))
+    if "bema" in str(rule):
+        with pytest.raises(
+            ValueError, match="'swept' is swept, and its rule has a term in the live"
+        ):
+            require_feasible(tried)
+        return
+    tracking, averager = Tracking(tried, model), Averager(model, rule)
+    ends = [due(tried, n) for n in range(1, EVALUATIONS + AFTER + 1)]
+    seen: list[torch.Tensor] = []
+    for step in range(1, ends[-1] + 1):
+        moved(model, step)
+        tracking.update()
+        if step % every == 0:
+            averager.update(every)
+            seen.append(model.weight.detach().double().clone())
+        if step not in ends or not seen:
+            continue
+        exact = torch.tensor(coefficients(rule, [every] * len(seen)))
+        bounds = sorted({1, *(end // every for end in ends if end <= step)})
+        shares = torch.cat(
+            [part.mean().expand(len(part)) for part in exact.tensor_split(bounds) if len(part)]
+        )
+        (network,) = tracking.networks("swept")
+        found, all_seen = network.weights["weight"], torch.stack(seen)
+        torch.testing.assert_close(
+            found.double(), (shares @ all_seen[:, 0])[None], rtol=1e-5, atol=1e-5
+        )
+        away = (exact - shares).abs().sum() / 2 * (all_seen.amax() - all_seen.amin())
+        assert (found - averager.average()["weight"]).abs().max() <= away + 1e-4
+        if step == STEPS and not step % every:
+            share = (exact - shares).abs().sum() / 2
+            assert misplaced(tried, Arm(rule, every=every)) == pytest.approx(float(share), abs=1e-9)
+
+
+def test_a_swept_mean_over_whole_stretches_is_the_tracked_one() -> None:
+    rules = {"all": Uniform(), "half": Window(30), "tail": Tail(Uniform(), 40)}
+    arms = {n: Arm(rule, swept=True) for n, rule in rules.items()}
+    tried = study(arms=arms, model=cnn, steps=60, evaluations=6)
+    model = cnn()
+    tracking, averager = Tracking(tried, model), Averager(model, rules)
+    for step in range(1, 61):
+        moved(model, step)
+        tracking.update()
+        averager.update()
+    assert len(tracking._kept) == 1
+    for name, arm in arms.items():
+        (network,) = tracking.networks(name)
+        wanted = {n: t for n, t in averager.average(name).items() if t.is_floating_point()}
+        found = {n: network.weights[n] for n in wanted}
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        assert misplaced(tried, arm) < 1e-12
 
 
 def test_arms_with_one_rule_share_an_average_and_windows_a_sum() -> None:

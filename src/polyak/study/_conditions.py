@@ -77,7 +77,8 @@ def described_arm(arm: Arm | Ensemble) -> str:
     if isinstance(arm, Ensemble):
         return f"ensemble of {arm.size}, every {arm.every}"
     start = f", from {arm.start:g} of the run" if arm.start else ""
-    return f"{arm.rule}, every {arm.every}{start}{', recalibrated' if arm.recalibrate else ''}"
+    how = ", recalibrated" * arm.recalibrate + ", swept" * arm.swept
+    return f"{arm.rule}, every {arm.every}{start}{how}"
 
 
 def fields(study: Study, steps: Any) -> dict[str, Any]:

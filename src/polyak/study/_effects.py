@@ -20,7 +20,7 @@ from polyak.study._schedules import Plateau
 from polyak.study._statistics import Interval, Statistic, bootstrap, known
 from polyak.study._study import Arm, Ensemble
 from polyak.study._text import listed, percent, significant
-from polyak.study._tracking import profile_of, rule_of
+from polyak.study._weighting import profile_of, rule_of
 
 SAME = 1e-9
 

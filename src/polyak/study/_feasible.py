@@ -7,13 +7,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from polyak.rules import Window
+from polyak._engine.changes import ticked
+from polyak.rules import LIVE, Window
 from polyak.study._schedules import Plateau
 from polyak.study._study import Arm, Ensemble, Study
 from polyak.study._text import percent
-from polyak.study._tracking import profile_of, rule_of
+from polyak.study._weighting import misplaced, profile_of, rule_of
 
 SAME = 1e-9
+LARGE = 0.1
 
 
 def require_feasible(study: Study) -> None:
@@ -35,6 +37,7 @@ def _of_arm(study: Study, name: str, arm: Arm | Ensemble) -> Iterator[str]:
         raise ValueError(f"{got}; wanted a smaller every, or more steps")
     if isinstance(arm, Arm):
         yield from _of_average(study, name, arm, updates * arm.every)
+        yield from _of_swept(study, name, arm) if arm.swept else ()
         updates -= round(arm.start * study.steps) // arm.every
     sized = arm.rule if isinstance(arm, Arm) else arm
     if isinstance(sized, Window | Ensemble) and sized.size > updates:
@@ -54,6 +57,16 @@ def _of_average(study: Study, name: str, arm: Arm, last: int) -> Iterator[str]:
     if most + 1 < last and profile[most] > 0.5:
         share = f"{percent(profile[most], 0)} of it is still the weights of step {most + 1}"
         yield f"{name} is too slow for a run of {study.steps} steps, at whose end {share}; give a shorter half-life, or more steps"
+
+
+def _of_swept(study: Study, name: str, arm: Arm) -> Iterator[str]:
+    rule = rule_of(arm, study.steps)
+    if LIVE in rule.readout(ticked(rule, [float(arm.every)] * (study.steps // arm.every))):
+        raise ValueError(
+            f"{name} is swept, and its rule has a term in the live weights; wanted swept=False"
+        )
+    if (share := misplaced(study, arm)) > LARGE:
+        yield f"{name} is swept, and {percent(share, 0)} of its weight lies on other steps than its rule's; give more evaluations, or swept=False"
 
 
 def _of_schedule(study: Study, name: str, schedule: object) -> Iterator[str]:

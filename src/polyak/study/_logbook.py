@@ -14,7 +14,8 @@ from polyak.rules import LIVE, Rule
 from polyak.study._judge import Judging, Values, finite
 from polyak.study._result import Record
 from polyak.study._study import Ensemble, Study
-from polyak.study._tracking import copies, profile_of, rule_of
+from polyak.study._tracking import copies
+from polyak.study._weighting import profile_of, rule_of
 
 
 class Logbook:

@@ -21,7 +21,8 @@ from polyak.study._judge import Judge
 from polyak.study._logbook import Logbook
 from polyak.study._result import Record
 from polyak.study._study import Data, Part, Study
-from polyak.study._tracking import Tracking, due, size_of, tensors_of
+from polyak.study._tracking import Tracking, size_of, tensors_of
+from polyak.study._weighting import due
 
 SOURCES = ("init", "order", "dropout", "split")
 

@@ -9,7 +9,7 @@ from polyak.study._claims import Claim, Published
 from polyak.study._errors import placed
 from polyak.study._result import Result, Seed, require_place
 from polyak.study._study import Study
-from polyak.study._tracking import due
+from polyak.study._weighting import due
 
 
 class UnknownNameError(ValueError):

@@ -33,8 +33,9 @@ from polyak.study._page import (
 from polyak.study._result import Result
 from polyak.study._schedules import Plateau, described
 from polyak.study._statistics import FEWEST_SEEDS
-from polyak.study._study import Study
+from polyak.study._study import Arm, Study
 from polyak.study._text import Table, between, percent
+from polyak.study._weighting import misplaced
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
         *identical(result),
         *_edges(result),
         *_leading(study),
+        *_swept(study),
         *_one_part(result),
     ]
     missing = sum(
@@ -200,6 +202,15 @@ def _leading(study: Study) -> list[str]:
         f"Under {name}, {given.arm} sets the learning rate and the stop of every run, so all arms are compared at a moment that its validation values chose."
         for name, given in study.schedules.items()
         if isinstance(given, Plateau)
+    ]
+
+
+def _swept(study: Study) -> list[str]:
+    """Sentences about averages that are read from the means of the weights between evaluations."""
+    return [
+        f"{name} is swept, not tracked: {percent(misplaced(study, arm))} of its weight lies on other steps than its rule's."
+        for name, arm in study.arms.items()
+        if isinstance(arm, Arm) and arm.swept
     ]
 
 

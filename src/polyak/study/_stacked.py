@@ -25,7 +25,8 @@ from polyak.study._result import Record
 from polyak.study._stacked_data import Batches
 from polyak.study._stacked_judge import Call, OneOfStack, StackedJudge
 from polyak.study._study import Study
-from polyak.study._tracking import Tracking, due, size_of, tensors_of
+from polyak.study._tracking import Tracking, size_of, tensors_of
+from polyak.study._weighting import due
 
 LEAST_GOING = 0.75
 

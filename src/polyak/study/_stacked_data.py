@@ -18,6 +18,11 @@ class Rows(NamedTuple):
     tensors: Part
     dims: tuple[int | None, ...]
 
+    @property
+    def length(self) -> int:
+        """The rows of a run."""
+        return self.tensors[0].shape[0 if self.dims[0] is None else 1]
+
     def keep(self, rows: Tensor) -> Rows:
         """The part of some of the runs."""
         pairs = zip(self.tensors, self.dims, strict=True)

@@ -21,6 +21,7 @@ from polyak.study._study import Data, Ensemble, Part, Study
 from polyak.study._tracking import Tracking
 
 PARTS = ("validation", "test")
+ROWS = 8192
 
 
 class Call(nn.Module):
@@ -37,13 +38,18 @@ class Call(nn.Module):
 
     def stacked(self, weights: Weights, part: Rows) -> Any:
         """The values for stacked weights, with one more dimension."""
-        batched = vmap(self.exchanged, in_dims=(0, part.dims), randomness="different")
-        return batched(weights, part.tensors)
+        return of_each(self.exchanged, part)(weights, part.tensors)
 
     def exchanged(self, weights: Weights, part: Part) -> Any:
         """The value of the function for other tensors of the model."""
         named = {f"model.{name}": tensor for name, tensor in weights.items()}
         return functional_call(self, named, part)
+
+
+def of_each(function: Callable[..., Any], part: Rows, before: tuple[int, ...] = (0,)) -> Any:
+    """The function for every run at once, or for as many as have `ROWS` rows; a processor's cache holds no more."""
+    dims, few = (*before, part.dims), max(ROWS // part.length, 1)
+    return vmap(function, in_dims=dims, randomness="different", chunk_size=few)
 
 
 class StackedJudge:
@@ -92,7 +98,7 @@ class StackedJudge:
             return {name: [None] * self._runs for name in self._study.metrics}
         if isinstance(spec, Ensemble):
             one = partial(self._ensemble, spec)
-            batched = vmap(one, in_dims=(0, 0, rows.dims), randomness="different")
+            batched = of_each(one, rows, (0, 0))
             values, outputs = batched(*of_ensemble(networks, part), rows.tensors)
             remember(networks, part, outputs)
         else:

@@ -74,6 +74,10 @@ class Arm:
             live weights.
         recalibrate: whether BatchNorm's statistics are estimated anew, from training batches, each
             time before the arm is judged.
+        swept: whether it is not tracked, but read from the means of the weights between evaluations.
+            All swept arms together cost one addition a step, and a copy of the weights for each
+            evaluation. A mean over whole stretches between evaluations is exact; the report says
+            which share of another average's weight is misplaced.
 
     Raises `ValueError` for a bad rule, every < 1, and a start outside [0, 1).
     """
@@ -82,6 +86,7 @@ class Arm:
     every: int = 1
     start: float = 0.0
     recalibrate: bool = False
+    swept: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(

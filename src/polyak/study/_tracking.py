@@ -2,7 +2,7 @@
 
 The averaged tensors are copied into a few long ones, which all arms read. A rule is an average of an
 `Averager`, and arms with the same rule share it. A window is the difference of two running sums: it costs
-one addition a step, whatever its size. Ensembles keep snapshots.
+one addition a step, whatever its size. Swept arms are read from such sums too. Ensembles keep snapshots.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyak._engine.changes import ticked
 from polyak.averager import Averager
-from polyak.rules import LIVE, Rule, Tail, Uniform, Window
+from polyak.rules import LIVE, Uniform, Window
 from polyak.study._flat import Flat, Weights, joined, some_runs
-from polyak.study._schedules import Plateau
 from polyak.study._study import Arm, Ensemble, Study
-from polyak.theory import Profile, coefficients
+from polyak.study._weighting import evaluated, rule_of, shared
 
 
 class Tracking:
@@ -165,6 +163,10 @@ class Sums(Kept):
         self._count += 1
         for name, total in self._sum.items():
             total.add_(self._live[name])
+        self._mark()
+
+    def _mark(self) -> None:
+        """Copy the sums where a window begins that is still to be read."""
         if any(self._count + size in self._ends for size in self._keys):
             self._starts[self._count] = self._copy()
             oldest = self._count - max(self._keys)
@@ -180,6 +182,31 @@ class Sums(Kept):
     def _keep(self, rows: Tensor) -> None:
         self._sum = some_runs(self._sum, rows)
         self._starts = {start: some_runs(sums, rows) for start, sums in self._starts.items()}
+
+
+class Stretches(Sums):
+    """Averages that are read from the sums at all evaluations; a key is a rule.
+
+    The updates from one evaluation to the next share the weight that the rule gives to all of them. The
+    first update, which copies, has its own.
+    """
+
+    def _mark(self) -> None:
+        if self._count == 1 or self._count in self._ends:
+            self._starts[self._count] = self._copy()
+
+    def read(self, key: Any) -> list[Network]:
+        if not self._count:
+            return []
+        sums = self._starts | {self._count: self._sum}
+        mean = {}
+        for name, total in self._sum.items():
+            shares = shared(key, self.every, tuple(sums), name.endswith("running_var"))
+            pairs = zip(shares, pairwise(each[name] for each in sums.values()), strict=True)
+            mean[name] = torch.zeros_like(total)
+            for share, (before, after) in pairs:
+                mean[name] += share * (after - before)
+        return [Network(mean)]
 
 
 class Snapshots(Kept):
@@ -206,21 +233,11 @@ def kept_as(arm: Arm | Ensemble, steps: int) -> tuple[type[Kept], Any]:
     """How an arm is kept in a run of this many steps, and its key."""
     if isinstance(arm, Ensemble):
         return Snapshots, arm.size
+    if arm.swept:
+        return Stretches, rule_of(arm, steps)
     if isinstance(arm.rule, Window) and not arm.start:
         return Sums, arm.rule.size
     return Averages, rule_of(arm, steps)
-
-
-def due(study: Study, evaluation: int) -> int:
-    """The step after which evaluation number 1, 2, ... is due. They are evenly spaced, also after a stop."""
-    return round(study.steps * evaluation / study.evaluations)
-
-
-def evaluated(study: Study, every: int) -> set[int]:
-    """The numbers of updates, one every `every` steps, that there are at the evaluations."""
-    plateaus = (s for s in study.schedules.values() if isinstance(s, Plateau))
-    last = study.evaluations + max((plateau.after for plateau in plateaus), default=0)
-    return {due(study, evaluation) // every for evaluation in range(1, last + 1)}
 
 
 def tensors_of(model: nn.Module) -> Weights:
@@ -231,24 +248,6 @@ def tensors_of(model: nn.Module) -> Weights:
 def size_of(weights: Weights) -> int:
     """The bytes of a network."""
     return sum(tensor.nbytes for tensor in weights.values())
-
-
-def rule_of(arm: Arm, steps: int) -> Rule:
-    """The rule of an arm in a run of this many steps."""
-    return Tail(arm.rule, start=round(arm.start * steps)) if arm.start else arm.rule
-
-
-def profile_of(rule: Rule, steps: int, every: int) -> Profile | None:
-    """The profile of an arm, updated at steps `every`, 2 `every`, ...; None before its first update."""
-    if steps < every:
-        return None
-    times = [float(every)] * (steps // every)
-    profile = np.zeros(steps)
-    profile[every - 1 :: every] = coefficients(rule, times)
-    if stale := steps % every:  # a term in the live weights is that of the step itself
-        live = rule.readout(ticked(rule, times)).get(LIVE, 0.0)
-        profile[[-1, -1 - stale]] += live, -live
-    return profile
 
 
 def copies(arm: Arm | Ensemble) -> int:
