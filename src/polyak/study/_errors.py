@@ -27,6 +27,7 @@ def placed(error: BaseException) -> str:
 
 
 def _is_inside(file: str) -> bool:
-    """Whether a file belongs to what runs recipes: this package without its recipes, or torch."""
-    path = Path(file)
-    return path.parent == Path(__file__).parent or Path(torch.__file__).parent in path.parents
+    """Whether a file belongs to what runs recipes: polyak without the recipes that ship, or torch."""
+    path, study = Path(file), Path(__file__).parent
+    ours = study.parent in path.parents and study / "recipes" not in path.parents
+    return ours or Path(torch.__file__).parent in path.parents
