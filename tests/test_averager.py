@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -861,6 +862,23 @@ CALLS: dict[str, Callable[[Averager, Path], object]] = {
     "state_dict": lambda a, path: polyak.save(path / "a.safetensors", a),
     "tracked": lambda a, _: a.tracked,
 }
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoint_loads_an_averager_that_has_begun(tmp_path: Path) -> None:
+    """As torchtitan's checkpoints hold it: by its `state_dict` and `load_state_dict`."""
+    weights = {"w": torch.zeros(3)}
+    saved, fresh = (Averager(weights, "exponential(0.5)", every=2) for _ in range(2))
+    for _ in range(4):
+        weights["w"] += 1
+        saved.update()
+    dcp.save({"averager": saved}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match=r"fills slots that exist, so begin\(\) first"):
+        dcp.load({"averager": fresh}, checkpoint_id=tmp_path, no_dist=True)
+    fresh.begin()
+    dcp.load({"averager": fresh}, checkpoint_id=tmp_path, no_dist=True)
+    assert (fresh.count, fresh.clock) == (saved.count, saved.clock)
+    assert torch.equal(fresh.average()["w"], saved.average()["w"])
 
 
 def test_a_state_of_another_cadence_is_refused() -> None:
