@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.nn.utils import prune
 
 import polyak
@@ -872,11 +873,11 @@ def test_distributed_checkpoint_loads_an_averager_that_has_begun(tmp_path: Path)
     for _ in range(4):
         weights["w"] += 1
         saved.update()
-    dcp.save({"averager": saved}, checkpoint_id=tmp_path, no_dist=True)
+    dcp_save({"averager": saved}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(ValueError, match=r"fills slots that exist, so begin\(\) first"):
-        dcp.load({"averager": fresh}, checkpoint_id=tmp_path, no_dist=True)
+        dcp_load({"averager": fresh}, checkpoint_id=tmp_path, no_dist=True)
     fresh.begin()
-    dcp.load({"averager": fresh}, checkpoint_id=tmp_path, no_dist=True)
+    dcp_load({"averager": fresh}, checkpoint_id=tmp_path, no_dist=True)
     assert (fresh.count, fresh.clock) == (saved.count, saved.clock)
     assert torch.equal(fresh.average()["w"], saved.average()["w"])
 
