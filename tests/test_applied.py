@@ -420,7 +420,11 @@ async def both() -> AsyncIterator[int]:
     yield 1
 
 
-@pytest.mark.parametrize("function", [generator, coroutine, both, partial(generator)], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [generator, coroutine, both, partial(generator)],
+    ids=["generator", "coroutine", "both", "partial"],
+)
 def test_a_function_whose_body_runs_after_its_call_is_not_decorated(function: Any) -> None:
     averager = Averager(nn.Linear(3, 2), Exponential(0.5))
     averager.update()
