@@ -252,6 +252,39 @@ def test_the_model_is_a_module_and_not_its_own_average() -> None:
         EMA(model).update_moving_average(network(), model)
 
 
+PLACED: dict[str, tuple[str, Any]] = {
+    "a copy of the live model": ("online_model", copy.deepcopy),
+    "a wrapper of the live model": ("online_model", nn.DataParallel),
+    "a copy of the module with the average": ("ema_model", copy.deepcopy),
+    "a wrapper of the module with the average": ("ema_model", nn.DataParallel),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("place", PLACED)
+def test_a_module_in_the_place_of_another_is_followed(place: str, dtype: torch.dtype) -> None:
+    name, put = PLACED[place]
+    options: dict[str, Any] = {"beta": 0.9, "update_after_step": 1, "update_every": 1}
+    ema, undisturbed = EMA(network(dtype), **options), EMA(network(dtype), **options)
+    for each in (ema, undisturbed):
+        run(each, range(4))
+    setattr(ema, name, put(getattr(ema, name)))
+    for each in (ema, undisturbed):
+        run(each, range(4, 8))
+    wanted = undisturbed.state_dict()
+    assert_same({k.replace("module.", ""): t for k, t in ema.state_dict().items()}, wanted)
+    kept = getattr(ema, name)
+    setattr(ema, name, nn.Linear(4, 3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="ema_model and the model have different tensors"):
+            ema.update()
+    setattr(ema, name, kept)
+    ema.update()
+    ema.ema_model = ema.model
+    with pytest.raises(ValueError, match=r"shares 0.weight with the model"):
+        ema.update()
+
+
 def test_the_online_model_may_stay_outside() -> None:
     model = network()
     ema = EMA(model, include_online_model=False)

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import difference, report, require_count
-from polyak._engine import lending
+from polyak._engine import lending, second
 from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Move
 from polyak._engine.policies import Choose
-from polyak._engine.second import MOST_CALLS, ChooseByName, WideSlots, require_counter, second
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Policy, averageable, track
 from polyak._engine.updating import Motion, undisturbed
@@ -94,14 +93,14 @@ class EMA(nn.Module):
         self.update_every = require_count("EMA update_every", update_every, "calls per update")
         self.include_online_model = include_online_model
         self.online_model = model if include_online_model else [model]
-        choice = ChooseByName(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
+        choice = second.ByName(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
         self._live = ModelTensors(model, choice)
-        self.ema_model, self._carrier = second(self._live, model, ema_model)
+        self.ema_model, self._carrier = second.made(self._live, model, ema_model)
         self.register_buffer("initted", torch.tensor([0.0]))
         self.register_buffer("step", torch.tensor([0]))
         self._calls, self._initted = 0, False
         self._loaded: dict[str, Tensor] = {}
-        self._wide = WideSlots(self._live, self._carrier)
+        self._wide = second.WideSlots(self._live, self._carrier)
         self._average = Average(self.rule)
         self._bind()
         self.register_state_dict_post_hook(_save_slots)
@@ -239,7 +238,12 @@ class EMA(nn.Module):
         return [(theirs[name].local(), item.local()) for name, item in ours.items()]
 
     def _follow(self) -> Groups:
-        """Groups the live weights; looks the average's tensors up again if they were replaced."""
+        """Groups the live weights; looks up again what was replaced, the two models too."""
+        placed = self._modules  # nn.Module's attributes take 1 us each
+        online = placed.get("online_model") if self.include_online_model else self.model
+        if self._live.model is not online or self._carrier.model is not placed["ema_model"]:
+            self._live, self._carrier = self._wide.turn(self.model, self.ema_model)
+            self._adopt()
         groups = self._live.groups()
         if self._live.suspect:
             mend = "load a saved state, or call copy_params_from_model_to_ema()"
@@ -253,6 +257,7 @@ class EMA(nn.Module):
         """Looks all tensors up anew, and makes those of `ema_model` the slots."""
         self._live.check("EMA")
         self._carrier.check("EMA ema_model")
+        second.require_second(self._live, self._carrier)
         self._bind()
 
     def _bind(self) -> None:
@@ -287,9 +292,9 @@ def _read_state(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) 
 
     A counter that this class cannot have is refused before anything is loaded.
     """
-    for name, buffer, most in (("initted", module.initted, 1), ("step", module.step, MOST_CALLS)):
+    for name, buffer in (("initted", module.initted), ("step", module.step)):
         if prefix + name in state:
-            require_counter(prefix + name, state[prefix + name], most)
+            second.require_counter(prefix, name, state[prefix + name])
             state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
     keys = {key: f"{prefix}ema_model.{key}" for key, _ in module._wide.keys(module.ema_model)}
     module._loaded = {key: state[long] for key, long in keys.items() if long in state}

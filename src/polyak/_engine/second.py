@@ -18,11 +18,11 @@ from polyak._engine.memory import identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
 from polyak._modes import no_grad, ordinary
 
-MOST_CALLS = 2**53  # above it, a float cannot hold every integer
+_MOST = {"initted": 1, "step": 2**53}  # above 2**53, a float cannot hold every integer
 
 
 @dataclass(frozen=True)
-class ChooseByName:
+class ByName:
     """The article's choice: all floating-point tensors are averaged, buffers too.
 
     `copied` are names, `ignored` names and `prefixes` beginnings of names. Raises `ValueError` for
@@ -62,7 +62,7 @@ class ChooseByName:
         return ("average" if averageable(item.local()) else "copy"), item.kind
 
 
-def second(
+def made(
     live: ModelTensors, model: nn.Module, given: nn.Module | Callable[[], nn.Module] | None
 ) -> tuple[nn.Module, ModelTensors]:
     """The module that has the average, in eval mode and without gradients, and its tensors.
@@ -76,13 +76,13 @@ def second(
     else:
         module = given if isinstance(given, nn.Module) else given()
     policies = {name: item.policy for item in live.tracked for name in item.names}
-    carrier = ModelTensors(module, _ChooseAlike(policies), like=live)
-    _require_second(live, carrier)
+    carrier = ModelTensors(module, _Alike(policies), like=live)
+    require_second(live, carrier)
     return module.requires_grad_(False).eval(), carrier
 
 
 @dataclass(frozen=True)
-class _ChooseAlike:
+class _Alike:
     """The policies of the live model, name by name, for the module that has the average."""
 
     policies: Mapping[str, Policy]
@@ -120,7 +120,7 @@ def _alias(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _require_second(live: ModelTensors, carrier: ModelTensors) -> None:
+def require_second(live: ModelTensors, carrier: ModelTensors) -> None:
     """Raises `ValueError` if the two models share memory."""
     taken = {identity(item.found()) for item in live.tracked}
     shared = [item.name for item in carrier.tracked if identity(item.found()) in taken]
@@ -152,6 +152,14 @@ class WideSlots:
         self._wide = wide
         return slots
 
+    def turn(self, model: nn.Module, module: nn.Module) -> tuple[ModelTensors, ModelTensors]:
+        """Goes on, by name, with the tensors of modules that took the place of the two.
+
+        Raises `ValueError` unless they are like those before.
+        """
+        self._live, self._carrier = _turned(self._live, model), _turned(self._carrier, module)
+        return self._live, self._carrier
+
     def round_(self) -> None:
         """Write the float32 slots, rounded, into the module's narrow weights."""
         for item, slot in self._pairs():
@@ -169,6 +177,12 @@ class WideSlots:
         return [(t, wide[t.name]) for t in self._carrier.averaged if t.name in wide] if wide else []
 
 
+def _turned(tensors: ModelTensors, model: nn.Module) -> ModelTensors:
+    choice, mesh = tensors._options
+    same = tensors.model is model
+    return tensors if same else ModelTensors(model, choice, mesh=mesh, like=tensors)
+
+
 @ordinary
 def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     """A wide slot for a narrow tensor: the last one, unless the narrow tensor was changed since."""
@@ -177,9 +191,9 @@ def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     return narrow.to(dtype)
 
 
-def require_counter(key: str, value: object, most: int) -> None:
-    """Raises `ValueError` unless a counter of a state is one integer from 0 to `most`."""
+def require_counter(prefix: str, name: str, value: object) -> None:
+    """Raises `ValueError` unless a counter of a state is one integer that it can have."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
-    holds = isinstance(number, int | float) and 0 <= number <= most and number % 1 == 0
+    holds = isinstance(number, int | float) and 0 <= number <= _MOST[name] and number % 1 == 0
     shown = value if number is None else number
-    require(holds, f"EMA: {key}", shown, f"a tensor of one integer, 0 to {most}")
+    require(holds, f"EMA: {prefix}{name}", shown, f"a tensor of one integer, 0 to {_MOST[name]}")
