@@ -183,6 +183,8 @@ def test_two_averagers_need_different_names(tmp_path: Path) -> None:
         TypeError, match=r"accelerator is of type polyak.Averager, wanted accelerate.Accelerator"
     ):
         register(run.averager, run.averager)
+    with pytest.raises(ValueError, match=r"name is 'a:b', and files get that name"):
+        register(run.accelerator, Averager(run.model, {"a:b": "uniform()"}))
     more = Averager(run.model, {"third": "uniform()"})
     more.update()
     register(run.accelerator, more)

@@ -686,6 +686,10 @@ def a_name_that_is_no_folder(_: Path) -> None:
     AveragerCallback({"a/b": "uniform()"})
 
 
+def a_name_that_is_too_long(_: Path) -> None:
+    AveragerCallback({"x" * 61: "uniform()"})
+
+
 def an_option_that_averagers_lack(_: Path) -> None:
     AveragerCallback(EMA, decay=0.9)
 
@@ -720,6 +724,7 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (a_start_that_is_no_step, ValueError, r"start is -1, wanted"),
     (a_rule_that_does_not_parse, ValueError, r"decay"),
     (a_name_that_is_no_folder, ValueError, r"'a/b', wanted one without a slash"),
+    (a_name_that_is_too_long, ValueError, r"wanted one of at most 60 characters"),
     (an_option_that_averagers_lack, TypeError, r"decay"),
     (a_cadence_that_is_none, ValueError, r"every is 0, wanted an integer >= 1"),
 ]

@@ -12,8 +12,8 @@ from polyak._engine.memory import is_freed, overlap, overlaps_itself
 from polyak._ranks.sharding import local
 
 CHANGE_FIRST = (
-    "add layers, prune, parametrize (weight_norm, spectral_norm) or shard the model before you make the "
-    "averager, or make a new one afterwards; to prune while it trains, call prune.identity before"
+    "add or resize layers, prune, parametrize (weight_norm, spectral_norm) or shard the model before you "
+    "make the averager, or make a new one afterwards; to prune while it trains, call prune.identity before"
 )
 
 

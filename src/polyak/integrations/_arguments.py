@@ -13,6 +13,8 @@ from polyak.averager import Averager
 from polyak.rules import Rule
 from polyak.specs import named_rules
 
+LONGEST = 60
+"""Characters in the part of a file's name that averages give it."""
 _UNFIT = re.compile(r'[\\:*?"<>|\x00-\x1f]|[. ]$')
 
 
@@ -24,7 +26,7 @@ def checked(
     require_count("every", options.get("every", 1), "optimizer steps per update")
     steps = require_count("start", start, "optimizer steps before the first update", least=0)
     rules = named_rules(rule)
-    _require_file_names(list(rules))
+    require_file_names(list(rules))
     require_pull(options.get("pull"), rules)
     return rules, steps
 
@@ -46,12 +48,13 @@ def is_named(found: object, *kinds: str) -> bool:
     return any(base.__name__ in kinds for base in type(found).__mro__)
 
 
-def _require_file_names(names: list[str]) -> None:
+def require_file_names(names: list[str]) -> None:
     """Raise `ValueError` unless files on every system can have these names, as checkpoints give them."""
     for name in names:
-        if _UNFIT.search(name):
+        if _UNFIT.search(name) or len(name) > LONGEST:
             raise ValueError(
-                f"an average's name is {name!r}, and files get that name: wanted one without "
+                f"an average's name is {name!r}, and files get that name: wanted one of at most "
+                f"{LONGEST} characters, without "
                 'control characters and \\ : * ? " < > |, with no dot or space at its end'
             )
     if len({name.casefold() for name in names}) < len(names):

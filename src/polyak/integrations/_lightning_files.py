@@ -11,6 +11,7 @@ from typing import Any
 from polyak import checkpoints
 from polyak._checks import require
 from polyak.averager import Averager
+from polyak.integrations._states import file_name
 
 
 def exported(checkpoint: Path | str, name: str) -> Path:
@@ -30,7 +31,7 @@ def chosen(names: Sequence[str], name: str | None) -> str:
 
 def parts(checkpoint: Path | str, names: Sequence[str]) -> Path:
     """The folder with the ranks' parts of sharded averages."""
-    return exported(checkpoint, "-".join(names)).with_suffix(".dcp")
+    return exported(checkpoint, file_name(names)).with_suffix(".dcp")
 
 
 def write(checkpoint: str, averager: Averager | None, *, first: bool) -> None:

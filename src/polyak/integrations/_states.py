@@ -7,12 +7,14 @@ sharded it is a folder, `<names>.dcp`, which all ranks write.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from polyak.averager import Averager
 from polyak.checkpoints import load, save
+from polyak.integrations._arguments import LONGEST
 
 NO_DEEPSPEED = "DeepSpeed keeps the weights where no averager sees them: use FSDP2"
 AVERAGES = "averages"
@@ -70,5 +72,11 @@ def take(
         raise ValueError(f"{checkpoint}: {error}") from error
 
 
+def file_name(names: Iterable[str]) -> str:
+    """The names of averages as the name of one file, which systems limit to 255 bytes."""
+    joined = "-".join(names)
+    return joined if len(joined) <= LONGEST else f"{joined[:40]}-{crc32(joined.encode()):08x}"
+
+
 def _path(folder: Path, averager: Averager, suffix: str) -> Path:
-    return folder / AVERAGES / f"{'-'.join(averager.rules)}{suffix}"
+    return folder / AVERAGES / f"{file_name(averager.rules)}{suffix}"

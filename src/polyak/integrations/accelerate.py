@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from polyak.averager import Averager
-from polyak.integrations._arguments import require_kind
+from polyak.integrations._arguments import require_file_names, require_kind
 from polyak.integrations._extra import extra
 from polyak.integrations._states import NO_DEEPSPEED, load_state, save_state
 
@@ -48,11 +48,12 @@ def register(
         change_rule: whether the averager may have another rule than the state, as for `polyak.load`.
 
     Raises `TypeError` for an argument of another type, `ValueError` for DeepSpeed, and for
-    an average whose name the accelerator already saves. `load_state` then raises
+    an average whose name no file can have or the accelerator already saves. `load_state` then raises
     `FileNotFoundError` for a folder without the state, and what `polyak.load` raises.
     """
     require_kind("register", "accelerator", accelerator, Accelerator)
     require_kind("register", "averager", averager, Averager)
+    require_file_names(list(averager.rules))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(NO_DEEPSPEED)
     names = _NAMES.setdefault(accelerator, [])
