@@ -20,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +36,17 @@ from polyak.offline import average
 RESULT = Path(__file__).parent / "results" / "files.md"
 MODEL = "model.safetensors"
 LOOP, SUM, WRITE, MERGEKIT = "loop", "sum", "write", "mergekit"
+ADD, READ = "add", "read"
 WIDE = "sum in float64"
 SYNCED = ", on the disk"
+TORCH = ", torch.save"  # files of torch.save, those of speech toolkits
 TITLES = {
+    READ: "the files read into one buffer of each thread",
     SUM: "polyak: read and average, float32",
     WIDE: "polyak: read and average, float64",
+    SUM + TORCH: "polyak: read and average, float32, files of torch.save",
+    ADD: "load and add, divide",
+    ADD + TORCH: "torch.load and add, divide",
     WRITE: "polyak: read, average, write",
     WRITE + SYNCED: "polyak: the same, forced to the disk (as it always is)",
     LOOP: "load and add, divide, save",
@@ -85,15 +93,34 @@ def polyak_write(files: list[str], out: Path) -> None:
     average(files).write(out / MODEL)
 
 
-def loop(files: list[str], out: Path) -> None:
+def read(files: list[str], out: Path) -> None:  # noqa: ARG001
+    """Reads and computes nothing: no average of these files can be faster."""
+
+    def read_one(file: str) -> None:
+        with Path(file).open("rb", buffering=0) as opened:
+            while opened.readinto(buffers.__dict__.setdefault("own", bytearray(1 << 20))):
+                pass
+
+    buffers = threading.local()
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(read_one, files))
+
+
+def add(files: list[str], out: Path) -> dict[str, Tensor]:
     """What is written by hand: two models in memory."""
-    total = load_file(files[0])
+    load = torch.load if out.name.endswith(TORCH) else load_file
+    total: dict[str, Tensor] = load(files[0])
     for file in files[1:]:
-        for name, tensor in load_file(file).items():
+        for name, tensor in load(file).items():
             total[name] += tensor
     for tensor in total.values():
         tensor /= len(files)
-    save_file(total, out / MODEL)
+    return total
+
+
+def loop(files: list[str], out: Path) -> None:
+    """The same, into a file."""
+    save_file(add(files, out), out / MODEL)
     with (out / MODEL).open("rb") as saved:
         os.fsync(saved.fileno())
 
@@ -106,8 +133,8 @@ def mergekit(files: list[str], out: Path) -> None:
     main([str(out / "merge.yaml"), str(out)], standalone_mode=False)
 
 
-CONTENDERS: dict[str, Callable[[list[str], Path], None]] = {
-    SUM: polyak_sum, WIDE: polyak_sum, WRITE: polyak_write, WRITE + SYNCED: polyak_write,
+CONTENDERS: dict[str, Callable[[list[str], Path], object]] = {
+    READ: read, ADD: add, ADD + TORCH: add, SUM + TORCH: polyak_sum, SUM: polyak_sum, WIDE: polyak_sum, WRITE: polyak_write, WRITE + SYNCED: polyak_write,
     LOOP: loop, LOOP + SYNCED: loop, MERGEKIT: mergekit,
 }  # fmt: skip
 MODULES = {MERGEKIT: "mergekit.scripts.merge_raw_pytorch"}
@@ -129,6 +156,7 @@ def child(name: str, out: Path, files: list[str]) -> None:
 
 def run(name: str, out: Path, files: list[Path]) -> Run:
     """Runs a contender in a process of its own, after what it made before is gone."""
+    files = [file.with_suffix(".pt") for file in files] if name.endswith(TORCH) else files
     place = out / name
     place.mkdir(exist_ok=True)
     (place / MODEL).unlink(missing_ok=True)
@@ -178,6 +206,13 @@ def faster(found: dict[str, list[Run]], name: str, than: str) -> float:
     return statistics.median(theirs.work / ours.work for ours, theirs in pairs)
 
 
+AGAINST = {
+    ADD: (READ, ADD, SUM, WIDE), ADD + TORCH: (ADD + TORCH, SUM + TORCH),
+    LOOP + SYNCED: (LOOP + SYNCED, WRITE + SYNCED),
+}  # fmt: skip
+"""The loop that does as much -> what is compared with it; with the loop that saves, what is not here."""
+
+
 def against_cat(runs: list[Run]) -> float:
     """What the work takes over what reading took right before: the median over rounds."""
     return statistics.median(run.work / run.cat for run in runs)
@@ -192,7 +227,7 @@ def table(found: dict[str, list[Run]], gigabytes: float) -> str:
             statistics.median(getattr(each, field) for each in runs)
             for field in ("work", "whole", "peak")
         )
-        loop = LOOP + SYNCED if name.endswith(SYNCED) else LOOP
+        loop = next((against for against, of in AGAINST.items() if name in of), LOOP)
         cells = (
             f"{work:.2f}", f"{gigabytes / work:.1f}", f"{against_cat(runs):.2f}",
             f"{faster(found, name, loop):.1f}", f"{whole:.2f}", f"{peak:.0f}",
@@ -203,18 +238,23 @@ def table(found: dict[str, list[Run]], gigabytes: float) -> str:
 
 
 def targets(found: dict[str, list[Run]], peak: float, files: int, megabytes: int) -> str:
-    """What was wanted, and whether it came out; times within 3 % count as equal."""
+    """What was wanted, and whether it came out."""
+    bound = f"the same, of files that are only read: {faster(found, READ, ADD):.1f}"
+    cat, plain, of_torch = (
+        against_cat(found[SUM]),
+        faster(found, SUM, ADD),
+        faster(found, SUM + TORCH, ADD + TORCH),
+    )
     rows = [
         (f"peak resident MB, {files} files of {megabytes} MB", "<= 600", peak, peak <= 600, ".0f"),
-        ("read and average, x cat", "<= 1.03", r := against_cat(found[SUM]), r <= 1.03, ".2f"),
+        ("read and average, x cat", "<= 1.3", cat, cat <= 1.3, ".2f"),
+        (f"times faster than load and add ({bound})", ">= 5", plain, plain >= 5, ".1f"),
+        ("the same, files of torch.save", ">= 5", of_torch, of_torch >= 5, ".1f"),
     ]
-    for name, title in ((WRITE, "neither forced"), (WRITE + SYNCED, "both forced to the disk")):
-        times = faster(found, name, name.replace(WRITE, LOOP))
-        rows.append((f"times faster than the loop, {title}", ">= 6", times, times >= 6, ".1f"))
     if MERGEKIT in found:
         times = faster(found, WRITE + SYNCED, MERGEKIT)
         title = "times faster than mergekit, polyak alone forced to the disk"
-        rows.append((title, "> 1", times, times > 1, ".1f"))
+        rows.append((title, ">= 4", times, times >= 4, ".1f"))
     lines = [
         f"| {what} | {wanted} | {got:{form}} | {'yes' if met else 'no'} |"
         for what, wanted, got, met, form in rows
@@ -227,7 +267,8 @@ def report(arguments: argparse.Namespace, folder: Path) -> str:
     count, few, megabytes = arguments.files, arguments.timed, arguments.megabytes
     files = [folder / f"{i}.safetensors" for i in range(count)]
     for i, file in enumerate(files):
-        save_file(weights(megabytes, i), file)
+        save_file(made := weights(megabytes, i), file)
+        torch.save(made, file.with_suffix(".pt"))
     peak = run(WRITE + SYNCED, folder, files).peak
     found = measure(files[:few], folder, arguments.rounds)
     gigabytes = sum(file.stat().st_size for file in files[:few]) / 1e9
