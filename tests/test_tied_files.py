@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 import polyak
@@ -83,6 +83,34 @@ def test_an_average_is_written_once(form: str, shard_bytes: int | None, tmp_path
         model = Tied()
         load_model(model, out)
         assert model.head.weight.eq(2).all() and model.norm.bias.eq(2).all()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_beside_a_file_that_has_it_once(form: str, turned: bool, tmp_path: Path) -> None:
+    """Files of save_pretrained, save_model and ours have one name, those of torch.save both."""
+    first, second = two(form, tmp_path)
+    once = tmp_path / "once.safetensors"
+    offline.average([second]).write(once)
+    files = [first, once][:: -1 if turned else 1]
+    made = offline.average(files)
+    assert sorted(made) == ["embedding.weight", "norm.bias", "norm.weight"]
+    assert made["embedding.weight"].eq(2).all()
+    weights = [
+        checkpoints.read(file).weights("average" if form == "polyak's" and file != once else None)
+        for file in (second, once)
+    ]
+    assert offline.compare(*weights[:: -1 if turned else 1]).equal
+
+
+def test_a_head_of_its_own_is_not_left_out(tmp_path: Path) -> None:
+    save_file({"embedding.weight": torch.ones(4, 2)}, tmp_path / "1.safetensors")
+    save_file(
+        {"embedding.weight": torch.ones(4, 2), "head.weight": torch.ones(4, 2)},
+        tmp_path / "2.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"extra: head\.weight"):
+        offline.average([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
 
 
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {

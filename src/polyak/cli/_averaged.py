@@ -166,7 +166,7 @@ def _note_findings(made: Combination) -> None:
         share = 100 * sum(made.specs[name].nbytes for name in made.copied) / max(size, 1)
         note(
             f"{len(made.copied)} of {len(made)} tensors ({share:{'.0f' if share >= 10 else '.2g'}} % of the bytes) are the "
-            f"last file's: integers, booleans and --copy are not averaged ({listed(made.copied, 3)})"
+            f"last file's: integers, booleans and what --copy names are not averaged ({listed(made.copied, 3)})"
         )
     if changed := made.changed:
         shown = ", ".join(f"{name} {_dtypes(changed[name])}" for name in [*changed][:3])

@@ -15,6 +15,7 @@ from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._read import read
 from polyak.checkpoints._unfit import unfit
 from polyak.offline._combination import Combination
+from polyak.offline._comparison import of_one_model
 from polyak.offline._findings import Source
 from polyak.rules import Rule
 from polyak.theory._profiles import Profile, coefficients
@@ -93,7 +94,9 @@ def opened(
 
     Raises `ValueError` for weights that have no average, but for those that `copy` names.
     """
-    return [_source(f if isinstance(f, Checkpoint) else read(Path(f)), which, copy) for f in files]
+    held = [_source(f if isinstance(f, Checkpoint) else read(Path(f)), which, copy) for f in files]
+    alike = of_one_model(*(source.weights for source in held))
+    return [source._replace(weights=each) for source, each in zip(held, alike, strict=True)]
 
 
 def _source(found: Checkpoint, which: str | None, copy: Sequence[str]) -> Source:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyak._dtypes import dtype_name, has_mean
-from polyak._lazy import TensorSpec, as_lazy
+from polyak._lazy import LazyTensors, TensorSpec, as_lazy, renamed
 from polyak.checkpoints._checkpoint import Weights
 
 PIECE = 3 << 13
@@ -87,7 +87,7 @@ def compare(
     >>> found.relative, found.equal, [each.name for each in found.different]
     (0.1, False, ['w'])
     """
-    a, b = as_lazy(a), as_lazy(b)
+    a, b = of_one_model(as_lazy(a), as_lazy(b))
     of_a, of_b = a.specs, b.specs
     shared = [name for name in of_a if name in of_b]
     total, done = sum(of_a[name].nbytes for name in shared), 0
@@ -104,6 +104,20 @@ def compare(
     only_a = tuple(name for name in of_a if name not in of_b)
     only_b = tuple(name for name in of_b if name not in of_a)
     return Comparison(only_a, only_b, tuple(sorted(found, key=_order)), sums.relative)
+
+
+def of_one_model(*sources: LazyTensors) -> list[LazyTensors]:
+    """The sources without the names of tied tensors that another source leaves out, as some files do."""
+    shared = set.intersection(*(set(source.specs) for source in sources))
+    return [_without_ties(source, shared) for source in sources]
+
+
+def _without_ties(source: LazyTensors, kept: set[str]) -> LazyTensors:
+    """The source without the names of tensors that it also has under a name that is kept."""
+    more = set(source.specs) - kept
+    held = {source.origins(name) for name in kept} if more else set()
+    tied = {name for name in more if source.origins(name) in held}
+    return renamed(source, {n: n for n in source if n not in tied}) if tied else source
 
 
 @dataclass(frozen=True)
