@@ -32,10 +32,7 @@ class IndexedTensors(Forwarding):
 
     def __init__(self, index: OpenFile) -> None:
         self.path = index.path
-        content = _index(index)
-        metadata = content.get("metadata")
-        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
-        self._files: dict[str, str] = content["weight_map"]
+        self._files = _index(index)
         with labelled(self.path, "a damaged index"):
             self._opened = open_files(self.path.parent, sorted(set(self._files.values())))
         self.files = {*self._files.values()}
@@ -110,8 +107,8 @@ def _tensors(file: OpenFile) -> LazyTensors:
     return StoredTensors(held)
 
 
-def _index(file: OpenFile) -> dict[str, Any]:
-    """The index as data, its file names as strings."""
+def _index(file: OpenFile) -> dict[str, str]:
+    """The name of each tensor -> the file that has it."""
     if file.size > _INDEX_BYTES:
         raise ValueError(f"{file.path}: an index of more than {_INDEX_BYTES} bytes")
     try:
@@ -119,11 +116,10 @@ def _index(file: OpenFile) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         said = f"it looks like {looks(file)}" if looks(file) else str(error)[:200]
         raise ValueError(f"{file.path}: the index cannot be read ({said})") from None
-    content = content if isinstance(content, dict) else {}
-    files = content.get("weight_map")
+    files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f'{file.path}: not an index: wanted {{"weight_map": {{name: file}}}}')
-    return content
+    return files
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
