@@ -109,8 +109,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: corrected[name] for name in p_values}
 
 
-def seeds_needed(deviation: float, effect: float = math.log1p(EFFECT), power: float = POWER) -> int:
-    """The fewest seeds with which a paired t-test at 5 % finds an effect with a probability of `power`.
+def seeds_needed(deviation: float, effect: float = math.log1p(EFFECT)) -> int:
+    """The fewest seeds with which a paired t-test at 5 % finds an effect with a probability of 80 %.
 
     `deviation` is the standard deviation of the paired differences, in the unit of `effect`: of log
     ratios, for the default effect of 5 %. At most 100 000 are counted.
@@ -118,12 +118,12 @@ def seeds_needed(deviation: float, effect: float = math.log1p(EFFECT), power: fl
     if deviation <= 0:
         return 2
     low, high = 2, 4
-    while high < MOST_SEEDS and _power(high, effect / deviation) < power:
+    while high < MOST_SEEDS and _power(high, effect / deviation) < POWER:
         low, high = high, 2 * high
     while low < high:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if _power(middle, effect / deviation) >= power else (middle + 1, high)
+            (low, middle) if _power(middle, effect / deviation) >= POWER else (middle + 1, high)
         )
     return min(low, MOST_SEEDS)
 
@@ -165,10 +165,10 @@ def performance_profile(
     }
 
 
-def profile_score(ratios: Sequence[float], most: float = MOST_RATIO) -> float:
-    """The area under a performance profile from 1 to `most`, as a share: 1 if it is best everywhere.
+def profile_score(ratios: Sequence[float]) -> float:
+    """The area under a performance profile from 1 to 4, as a share: 1 if it is best everywhere.
 
-    `ratios` are the arm's times divided by the best arm's. Source: AlgoPerf, with most = 4.
+    `ratios` are the arm's times divided by the best arm's. Source: AlgoPerf.
     """
-    within = np.clip(most - np.asarray(ratios, dtype=float), 0.0, most - 1)
-    return float(within.mean() / (most - 1))
+    within = np.clip(MOST_RATIO - np.asarray(ratios, dtype=float), 0.0, MOST_RATIO - 1)
+    return float(within.mean() / (MOST_RATIO - 1))

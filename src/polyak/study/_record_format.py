@@ -70,11 +70,9 @@ def require_record(record: object, form: RecordFormat) -> None:
         raise ValueError(problem)
 
 
-def differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
-) -> list[str]:
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Lines that say in which conditions two mappings differ: at most eight, then a count."""
-    lines = list(all_differences(stored, wanted, within))
+    lines = list(all_differences(stored, wanted))
     more = len(lines) - _MOST_LINES
     return [*lines[:_MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
 

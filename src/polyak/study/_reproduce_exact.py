@@ -172,15 +172,15 @@ def _gamma(std: float) -> float:
     return Power(relative_std=std).gamma
 
 
-def _squared_error(snapshots: int, stds: tuple[float, ...], wanted: float = 0.15) -> float:
-    steps = 8192
+def _squared_error(snapshots: int, stds: tuple[float, ...]) -> float:
+    steps, wanted = 8192, Power(relative_std=0.15)
     every = steps // snapshots
     columns = [
         Column(Power(relative_std=std), "average", step)
         for std in stds
         for step in range(every, steps + 1, every)
     ]
-    return fit(columns, Power(relative_std=wanted), [1.0] * steps).relative_error ** 2
+    return fit(columns, wanted, [1.0] * steps).relative_error ** 2
 
 
 def _inner_product() -> float:
