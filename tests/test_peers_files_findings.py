@@ -117,7 +117,7 @@ def test_copies_of_the_last_file_are_counted(tmp_path: Path) -> None:
         tmp_path / "m.safetensors",
     )
     said = run("average", *files, "--out", out).stderr
-    assert "3 of 4 tensors (57 % of the bytes) are the last file's: integers and booleans" in said
+    assert "3 of 4 tensors (57 % of the bytes) are the last file's: integers, booleans" in said
     assert load_file(out)["n"] == 1
 
 
