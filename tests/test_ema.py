@@ -252,6 +252,29 @@ def test_the_model_is_a_module_and_not_its_own_average() -> None:
         EMA(model).update_moving_average(network(), model)
 
 
+WRITES: dict[str, Any] = {
+    "update": EMA.update,
+    "update_moving_average": EMA.update_moving_average,
+    "copy_params_from_model_to_ema": EMA.copy_params_from_model_to_ema,
+    "load_state_dict": lambda ema: ema.load_state_dict(EMA(ema.model).state_dict()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("write", WRITES)
+def test_autograd_refuses_a_graph_of_weights_that_were_written_to(
+    write: str, dtype: torch.dtype
+) -> None:
+    ema = EMA(network(dtype), beta=0.5, update_after_step=1, update_every=1)
+    inputs = torch.ones(2, 4, dtype=dtype, requires_grad=True)
+    run(ema, range(3))
+    loss = ema(inputs).square().sum()
+    wander(ema.model, 3)
+    WRITES[write](ema)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 PLACED: dict[str, tuple[str, Any]] = {
     "a copy of the live model": ("online_model", copy.deepcopy),
     "a wrapper of the live model": ("online_model", nn.DataParallel),

@@ -163,7 +163,7 @@ class WideSlots:
     def round_(self) -> None:
         """Write the float32 slots, rounded, into the module's narrow weights."""
         for item, slot in self._pairs():
-            item.local().data.copy_(slot)
+            item.local().copy_(slot)
 
     def keys(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The keys of the module's state dict that have a float32 slot, with that slot."""
