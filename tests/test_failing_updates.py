@@ -387,7 +387,6 @@ class Interruption:
         sys.setprofile(None)
         signal.signal(signal.SIGUSR1, self._before)
         sys.unraisablehook = self._hook  # Python drops what is raised while it deletes an object
-        torch.set_grad_enabled(True)
 
     def _look(self, frame: FrameType, event: str, _: object) -> None:
         if event in ("call", "c_return") and frame.f_code.co_filename.startswith(ROOT):
@@ -451,6 +450,42 @@ def test_a_module_that_has_the_slots_follows_an_update_that_a_signal_stops() -> 
         wander(model, moment)
         came = interrupted(averager.update, moment)
         assert_same(snapshot(module), averager.average())
+    assert moment > 20
+
+
+MOVES: dict[str, Callable[[Averager], object]] = {
+    "pull": lambda a: a.pull(0.5),
+    "pull to the average": lambda a: a.pull(1.0),
+    "copy_to": lambda a: a.copy_to(a._live.model),
+    "an update and its pull": Averager.update,
+}
+"""Calls that write to the live weights."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("move", MOVES)
+def test_a_call_that_moves_live_weights_is_made_or_not_whatever_signal_comes(move: str) -> None:
+    def begun() -> tuple[nn.Module, Averager]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).bfloat16())
+        averager = Averager(model, Exponential(0.5), pull=polyak.Pull(0.5, every=2))
+        averager.update()
+        wander(model, 1)
+        return model, averager
+
+    def now(model: nn.Module, averager: Averager) -> dict[str, Any]:
+        return {**state(averager), "model": snapshot(model)}
+
+    model, averager = begun()
+    before = now(model, averager)
+    MOVES[move](averager)
+    after, moment, came = now(model, averager), 0, True
+    while came:
+        moment += 1
+        model, averager = begun()
+        came = interrupted(lambda held=averager: MOVES[move](held), moment)  # type: ignore[misc]
+        seen = now(model, averager)
+        assert same(seen, after) or (came and same(seen, before)), moment
     assert moment > 20
 
 

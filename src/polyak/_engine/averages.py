@@ -26,7 +26,7 @@ from polyak._engine.slots import Average
 from polyak._engine.swap import Lender
 from polyak._engine.tracking import Source, Tracked
 from polyak._engine.twins import Twins
-from polyak._engine.updating import Updating
+from polyak._engine.updating import Updating, undisturbed
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import Agreement, digest, together_or_alone
 from polyak._ranks.replicas import require_same
@@ -238,17 +238,25 @@ class Averages:
     ) -> None:
         average = self._get(pull.name)
         self._updating.settle()
-        before = average.tick.n
-        call(elapsed, found_inf)
-        self._updating.settle()
-        if average.tick.n > before and average.tick.n % pull.every == 0:
-            self._pull(pull.fraction, pull.name)
+        due = average.tick.n + 1
+
+        def both() -> None:
+            call(elapsed, found_inf)
+            self._updating.settle()
+            if average.tick.n == due:
+                self._pull(pull.fraction, pull.name)
+
+        # An update whose pull a signal has stopped would never be pulled.
+        if due % pull.every == 0:
+            undisturbed(both)
+        else:
+            call(elapsed, found_inf)
 
     def _pull(self, fraction: float, name: str | None) -> None:
         self._refuse_rows("pull")
         self._ready("pull", self._get(name))
         self._live.reshard()
-        pull_(self._live, self.weights(name), fraction)
+        undisturbed(lambda: pull_(self._live, self.weights(name), fraction))
 
 
 def as_device(device: torch.device | str | None) -> torch.device | None:

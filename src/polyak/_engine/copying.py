@@ -13,6 +13,7 @@ from polyak._engine import lending
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity
 from polyak._engine.tracking import Choice, Source, Tracked, track
+from polyak._engine.updating import undisturbed
 from polyak._modes import no_grad
 from polyak._ranks.replicas import gather_
 from polyak._ranks.sharding import Layout, Shape, reshard, shape
@@ -54,11 +55,15 @@ def write_(
     if mesh is not None:
         gather_([(theirs[name], average[name]) for name in divided], mesh)
     gathered = {id(theirs[name]) for name in divided}
-    with lending.TURN:
+
+    def copy() -> None:
         for item in found:
             to, content = theirs[item.name], average[item.name]
             if id(to) not in gathered and identity(to) != identity(content):
                 to.copy_(content)
+
+    with lending.TURN:
+        undisturbed(copy)
 
 
 def _by_name(found: Sequence[Tracked]) -> dict[str, Tensor]:
