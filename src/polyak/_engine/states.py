@@ -93,14 +93,9 @@ def _average(
     known, needed = average.known_slots(), average.needed_slots(tick)
     if not needed <= set(slots) <= known:
         wanted = sorted(needed) if needed else f"none, or of {sorted(known)}"
-        cure = (
-            ""
-            if slots
-            else ": torch.distributed.checkpoint fills slots that exist, so begin() first"
-        )
-        raise ValueError(
-            f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}{cure}"
-        )
+        text = f"load_state_dict: {where} has slots {sorted(slots)}, wanted {wanted}"
+        cure = "; torch.distributed.checkpoint fills slots that exist, so begin() first"
+        raise ValueError(text if slots else text + cure)
     dtypes = {name: spec.dtype for name, spec in average.specs(live).items()}
     for slot, held in slots.items():
         forms = {

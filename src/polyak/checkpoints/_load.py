@@ -167,18 +167,13 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
     theirs = {name: each.rule for name, each in held.items()}
     require_rules(stored.path, mine, theirs, change_rule)
     state = own.state(stored)
-    if change_rule:
-        state.pop("pull", None)
+    for option in ("every", "pull") if change_rule else ():
+        state.pop(option, None)
     for name, rule in mine.items():
         if theirs[name] != rule:
             tick = tick_data(tick_under(rule, held[name].tick))
             state["averages"][name] |= {"rule": str(rule), "tick": tick}
             state["mixed"] = True
-    if (every := stored.value("every")) != averager.every and not change_rule:
-        raise stored.error(
-            f"saved with every={every!r}, this averager has every={averager.every}: make them equal, or "
-            "pass change_rule=True to continue with this averager's"
-        )
     return state
 
 

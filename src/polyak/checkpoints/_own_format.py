@@ -257,7 +257,7 @@ def state(stored: Stored) -> dict[str, Any]:
     for name, held in stored.averages().items():
         slots = {slot: stored.under(f"averages/{name}/{slot}/") for slot in held.slots}
         averages[name] = {"rule": str(held.rule), "tick": tick_data(held.tick), "slots": slots}
-    numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped")}
+    numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped", "every")}
     numbers |= {name: stored.value(name) for name in ("run", "mixed", "pull") if stored.has(name)}
     copies = stored.under("copies/")
     return {"format": STATE_FORMAT, **numbers, "copies": copies, "averages": averages}

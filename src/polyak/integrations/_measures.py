@@ -39,8 +39,7 @@ def tell(loggers: Iterable[Any], averager: Averager, steps: float) -> None:
         except NotImplementedError:  # Fabric's CSVLogger has no hyper-parameters
             pass
         except Exception as error:
-            kind = type(logger).__name__
-            text = f"{kind} refused the half-lives of averages as hyper-parameters: {error}"
+            text = f"{type(logger).__name__} refused the averages' hyper-parameters: {error}"
             warnings.warn(text, stacklevel=2)
 
 
