@@ -421,7 +421,7 @@ class TestMetrics:
         self, iterations: int, every: int, by_epoch: bool, tmp_path: Path
     ) -> None:
         """Where no row of training tells it, the steps of the checkpoints do; epoch 8 is no step 8."""
-        mmengine(tmp_path, iterations=iterations, every=every, by_epoch=by_epoch, epochs=20)
+        mmengine(tmp_path, iterations=iterations, every=every, by_epoch=by_epoch, epochs=10)
         choice = offline.choose(tmp_path, best=3, by="coco/bbox_mAP")
         assert [torch.load(file.path)["meta"]["epoch"] for file in choice.files] == [2, 3, 4]
         assert [path.name for path in choice.aside] == ["best_coco_bbox_mAP_epoch_3.pth"]

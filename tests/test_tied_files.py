@@ -13,6 +13,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 import polyak
+from cli_runs import run
 from polyak import checkpoints, offline
 
 
@@ -111,6 +112,22 @@ def test_a_head_of_its_own_is_not_left_out(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"extra: head\.weight"):
         offline.average([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+
+
+COMMANDS = {
+    "average": ("{0}", "{1}", "--out", "{out}"),
+    "export": ("{0}", "{out}", "--average", "live"),
+    "synthesize": ("--checkpoint", "1={0}", "--checkpoint", "2={1}", "--rule", "uniform()", "--max-error", "1",
+                   "--out", "{out}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_say_which_name_is_not_written(name: str, tmp_path: Path) -> None:
+    files, out = two("of torch.save", tmp_path), tmp_path / "out.safetensors"
+    done = run(name, *(each.format(*files, out=out) for each in COMMANDS[name]))
+    assert done.exit_code == 0 and "head.weight" not in load_file(out), done.output
+    assert "note: tied tensors are written once, without head.weight: load the file" in done.stderr
 
 
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -14,6 +14,7 @@ from polyak.cli._output import (
     note,
     note_left,
     note_norms,
+    note_tied,
     print_json,
     print_table,
     progress_shown,
@@ -90,7 +91,7 @@ class Averaged(NamedTuple):
                     progress=progress,
                     group=group,
                 )
-                _note_tied(self.made)
+                note_tied(self.made)
 
     def verified(self, out: Path, form: Form | None) -> int:
         """Read the result back, and compare it with direct sums; the number of tensors."""
@@ -181,15 +182,6 @@ def _note_findings(made: Combination) -> None:
         names = listed([*dict.fromkeys(others)], 3)
         note(
             f"the same weights as {file} come again, in {names}: they count {len(others) + 1} times"
-        )
-
-
-def _note_tied(made: Combination) -> None:
-    """Which tensors are not in the file under all their names."""
-    if tied := [name for name in made if name not in made.written]:
-        note(
-            f"tied tensors are written once, without {listed(tied, 3)}: load the file with "
-            "safetensors' load_model, or from_pretrained"
         )
 
 

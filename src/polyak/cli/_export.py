@@ -11,7 +11,7 @@ import typer
 from polyak._shown import size_text
 from polyak.cli._grouped import grouped
 from polyak.cli._options import Dtype, Force, Json, Part, ShardSize, Source, bytes_of, dtype_of
-from polyak.cli._output import note_left, note_norms, print_json, progress_shown, say
+from polyak.cli._output import note_left, note_norms, note_tied, print_json, progress_shown, say
 from polyak.rules import LIVE
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def export(
         )
     written = average or next(iter(checkpoint.averages))
     _print(out, checkpoint, json=json, average=written)
+    note_tied(checkpoint.weights(written))
     note_left(checkpoint.left)
     _note_norms(checkpoint, [written])
 

@@ -15,6 +15,7 @@ from polyak._checks import listed
 from polyak._shown import Table, terminal_width
 
 if TYPE_CHECKING:
+    from polyak._lazy import LazyTensors
     from polyak.rules import Rule
 
 Progress = Callable[[int, int], object]
@@ -88,6 +89,18 @@ def note_left(left: Mapping[str, int]) -> None:
     """Names what of a file was neither read as live weights nor as an average."""
     if left:
         note(f"not used: {left_text(left)}")
+
+
+def note_tied(weights: LazyTensors) -> None:
+    """Names the tensors that are not in a file under all their names."""
+    from polyak._lazy import distinct
+
+    written = distinct(weights)
+    if tied := [name for name in weights if name not in written]:
+        note(
+            f"tied tensors are written once, without {listed(tied, 3)}: load the file with "
+            "safetensors' load_model, or from_pretrained"
+        )
 
 
 def left_text(left: Mapping[str, int]) -> str:

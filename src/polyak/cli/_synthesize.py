@@ -12,7 +12,7 @@ from polyak.cli._averaged import note_faults
 from polyak.cli._choosing import Wanted, stored
 from polyak.cli._grouped import grouped
 from polyak.cli._options import AllowNonfinite, Fitted, Json, Part, Snapshots, Writing, bytes_of
-from polyak.cli._output import print_json, print_table, progress_shown, say
+from polyak.cli._output import note_tied, print_json, print_table, progress_shown, say
 from polyak.cli._torchrun import shared
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def synthesize(
                     group=group,
                 )
             note_faults(weights)
+            note_tied(weights)
         written = {"out": out and str(out), "seconds": time.monotonic() - began}
         if json:
             print_json({**made.as_dict(), **written})
