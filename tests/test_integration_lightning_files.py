@@ -44,6 +44,7 @@ from integration_contract import (
 )
 from lightning_modules import QUIET, WARNINGS, Module, made, trainer_of
 from polyak import Averager, theory
+from polyak.integrations._lightning_files import bests
 from polyak.integrations.lightning import AveragerCallback
 
 pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in WARNINGS)]
@@ -123,6 +124,13 @@ def test_monitors_see_the_metrics_of_averages() -> None:
     trainer = trainer_of(AveragerCallback(RULES), stop, enable_checkpointing=False)
     trainer.fit(made())
     assert trainer.global_step == 3 * EVERY
+
+
+def test_the_line_about_the_best_names_one_average() -> None:
+    best = ModelCheckpoint(monitor="val_loss_ema_slow")
+    best.best_model_path = "best.ckpt"
+    (line,) = bests([best], ["slow", "ema_slow"], "_")
+    assert "best.ema_slow.safetensors is the average that was best" in line
 
 
 def test_a_test_of_the_best_checkpoint_evaluates_its_averages(tmp_path: Path) -> None:
@@ -436,6 +444,12 @@ class Clashing(Module):
         self.log("val_loss/average", 0.0)
 
 
+class Meeting(Module):
+    def validation_step(self, batch: Any, number: int) -> None:
+        super().validation_step(batch, number)
+        self.log("val_loss_ema", 0.0)
+
+
 ONE = "exponential(0.6)"
 BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "an unknown option": (lambda _: AveragerCallback(ONE, evry=2), TypeError, "evry"),
@@ -467,6 +481,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(made(Clashing)),
         ValueError,
         "'val_loss/average', wanted a name that no average has",
+    ),
+    "one metric of two averages": (
+        lambda _: trainer_of(
+            AveragerCallback({"slow": ONE, "ema_slow": ONE}, separator="_"),
+            enable_checkpointing=False,
+        ).fit(made(Meeting)),
+        ValueError,
+        "'val_loss_ema_slow' is a metric of two averages, 'slow' and 'ema_slow': give one",
     ),
     "pruned midway": (
         lambda folder: fitted(folder, AveragerCallback(ONE), ModelPruning("l1_unstructured")),

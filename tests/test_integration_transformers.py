@@ -266,6 +266,21 @@ def test_best_by_an_average_loads_that_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("names", [("ema", "ema_slow"), ("ema_slow", "ema")])
+def test_the_longer_of_two_names_decides(names: tuple[str, str], tmp_path: Path) -> None:
+    """Of two callbacks, whichever is attached first."""
+    one = tiny.trainer(
+        tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_ema_slow_loss"
+    )
+    rules = {"ema": "exponential(0.75)", "ema_slow": "uniform()"}
+    for name in names:
+        averaged(one, {name: rules[name]})
+    one.train()
+    best = Path(str(one.state.best_model_checkpoint))
+    assert_same(saved(best / "averages" / "ema_slow"), weights(one.model))
+
+
+@pytest.mark.slow
 def test_best_by_the_live_weights_takes_averages_along(tmp_path: Path) -> None:
     one = tiny.trainer(
         tmp_path, learning_rate=0.1, load_best_model_at_end=True, metric_for_best_model="eval_loss"
@@ -633,6 +648,13 @@ def a_metric_named_like_an_average(folder: Path) -> None:
     one.train()
 
 
+def metrics_of_two_averages_that_meet(folder: Path) -> None:
+    one = tiny.trainer(folder, max_steps=2, compute_metrics=lambda _: {"slow_loss": 0.0})
+    averaged(one, {"ema": "uniform()", "ema_slow": "uniform()"})
+    one.train()
+    one.evaluate()
+
+
 def another_model(folder: Path) -> None:
     averaged(one := tiny.trainer(folder, max_steps=2))
     one.train()
@@ -709,6 +731,11 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         a_metric_named_like_an_average,
         ValueError,
         r"'eval_ema_loss' already.*give the average another",
+    ),
+    (
+        metrics_of_two_averages_that_meet,
+        ValueError,
+        r"'ema_slow_loss' is a metric of the average 'ema'.*metric of 'ema_slow': give",
     ),
     (another_model, RuntimeError, r"not the model that was trained.*remove_callback"),
     (another_model_saved, RuntimeError, r"not the model that was trained.*remove_callback"),

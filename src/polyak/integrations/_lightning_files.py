@@ -64,9 +64,9 @@ def bests(callbacks: Sequence[Any], names: Sequence[str], separator: str) -> Ite
         monitor = str(getattr(callback, "monitor", ""))
         checkpoint = getattr(callback, "best_model_path", "")
         metric = monitor.partition("/dataloader_idx_")[0].removesuffix("_epoch")
-        for name in names:
-            if checkpoint and metric.endswith(separator + name):
-                yield (
-                    f"best {monitor}: {exported(checkpoint, name)} is the average that was best; "
-                    f"{checkpoint} has the live weights of that step, and the averages' state"
-                )
+        ours = [name for name in names if metric.endswith(separator + name)]
+        for name in sorted(ours, key=len)[-1:] if checkpoint else ():
+            yield (
+                f"best {monitor}: {exported(checkpoint, name)} is the average that was best; "
+                f"{checkpoint} has the live weights of that step, and the averages' state"
+            )

@@ -58,6 +58,11 @@ def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> 
             )
 
 
+def owner(metric: str, names: Iterable[str]) -> str | None:
+    """The average that a metric without "eval_" is of: the one of the longest name that it begins with."""
+    return max((n for n in names if metric.startswith(f"{n}_")), key=len, default=None)
+
+
 def require_trained(model: torch.nn.Module, trainer: Any) -> None:
     """Raise `RuntimeError` unless the Trainer's model, if there is one, is the averaged one as it was."""
     if trainer is not None and trainer.model is not model:
@@ -92,6 +97,7 @@ class _Evaluate:
 
     def _evaluate_all(self, *args: Any, **kwargs: Any) -> Metrics:
         due = [(each, name) for each in self._callbacks() for name in each.ready()]
+        names = [name for _, name in due]
         live: Metrics = self._evaluate(*args, **kwargs)
         metrics = dict(live)
         for callback, name in due:
@@ -104,7 +110,9 @@ class _Evaluate:
                 stack.enter_context(_same_randomness(self._trainer.args.device))
                 stack.enter_context(_telling(self._trainer, rename))
                 found = rename(call())
-            metrics |= {key: value for key, value in found.items() if key.startswith(own)}
+            for key in [key for key in found if key.startswith(own)]:
+                _require_owner(key.removeprefix(f"{prefix}_"), name, names)
+                metrics[key] = found[key]
         return metrics
 
     def _prefixed(self, name: str, args: Any, kwargs: Any) -> tuple[str, Callable[[], Metrics]]:
@@ -154,6 +162,15 @@ def _require_free(own: str, live: Iterable[str]) -> None:
         raise ValueError(
             f"the live weights have the metric {taken[0]!r} already, so metrics of the average would "
             f"begin with {own!r} too: give the average another name, or the evaluation set or metric"
+        )
+
+
+def _require_owner(metric: str, name: str, names: Iterable[str]) -> None:
+    """Raise `ValueError` if a metric of one average could be taken for another's."""
+    if (other := owner(metric, names)) != name:
+        raise ValueError(
+            f"{metric!r} is a metric of the average {name!r}, but its name is that of a metric of {other!r}: "
+            "give one of the averages another name, or the evaluation set or metric"
         )
 
 

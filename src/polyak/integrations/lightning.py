@@ -175,15 +175,20 @@ class AveragerCallback(Callback):
             )
         return averager if averager is not None and averager.clock.n else None
 
-    def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: set[str]) -> Iterator[Any]:
-        """Evaluate every average; yield what the loop returns. `seen` collects the metrics' names."""
+    def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: dict[str, str]) -> Iterator[Any]:
+        """Evaluate every average; yield what the loop returns. `seen` gets metric -> average."""
         if (averager := self._ready(trainer)) is None:
             return
         for name in self.names:
 
-            def rename(metric: str, suffix: str = self.separator + name) -> str:
-                seen.add(metric + suffix)
-                return metric + suffix
+            def rename(metric: str, name: str = name) -> str:
+                full = f"{metric}{self.separator}{name}"
+                if (other := seen.setdefault(full, name)) != name:
+                    raise ValueError(
+                        f"{full!r} is a metric of two averages, {other!r} and {name!r}: give one of them "
+                        "another name, or give another separator"
+                    )
+                return full
 
             own = self._metrics.setdefault(name, [])
             alone = unnoticed(trainer, loop, [*_callbacks(trainer)], own)
@@ -198,7 +203,7 @@ def _callbacks(trainer: Any) -> list[AveragerCallback]:
 
 def _evaluate(trainer: Trainer, loop: Any, run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Run an evaluation loop for every average, and last for the live weights."""
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     ours = [] if trainer.sanity_checking else _callbacks(trainer)
     passes = [out for each in ours for out in each._passes(trainer, loop, run, seen)]
 

@@ -20,7 +20,7 @@ from polyak.integrations._card import write_card
 from polyak.integrations._extra import extra
 from polyak.integrations._measures import numbers
 from polyak.integrations._states import AVERAGES, load_state, save_state
-from polyak.integrations._trainer import hook, require_possible, require_trained
+from polyak.integrations._trainer import hook, owner, require_possible, require_trained
 from polyak.rules import Rule
 
 with extra("transformers", "transformers", "accelerate"):
@@ -164,4 +164,6 @@ class AveragerCallback(TrainerCallback):
     def _best(self) -> str | None:
         """The average whose metric decides which checkpoint is the best, if there is one."""
         metric = (self._args.metric_for_best_model or "").removeprefix("eval_")
-        return max((n for n in self.rules if metric.startswith(f"{n}_")), key=len, default=None)
+        names = vars(self._state).get("averages", self.rules)  # of all callbacks of this training
+        found = owner(metric, names)
+        return found if found in self.rules else None
