@@ -117,7 +117,7 @@ class Region(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         place = offset + (0, self._place, self.length)[whence]
         if place < 0:
-            raise ValueError("a negative offset")
+            raise zipfile.BadZipFile("a negative offset")
         self._place = min(place, self.length)
         return self._place
 
