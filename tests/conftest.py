@@ -59,6 +59,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _modes_stay() -> Iterator[None]:
+    """A test that leaves torch's grad mode off is named, and not those that come after it."""
+    import torch
+
+    yield
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert modes == (True, False)
+
+
 @pytest.fixture
 def lone_rank(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""

@@ -60,10 +60,12 @@ def tracing(trace: RaisesAt) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-        # A trace function can raise between the last line of a `with` and the release of its lock.
-        # No signal and no exception from another thread arrives there, so the lock is given back.
+        # A trace function can raise between the last line of a `with` and the release of its lock, and
+        # before the only line of a `finally` that sets torch's grad mode. No signal and no exception
+        # from another thread arrives there, so both are set back here.
         while lending.TURN._is_owned():  # type: ignore[attr-defined]
             lending.TURN.release()
+        torch.set_grad_enabled(True)
 
 
 class Situation:

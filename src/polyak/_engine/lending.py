@@ -152,9 +152,11 @@ def lends(model: object) -> bool:
 def refuse_lent(call: str, items: Sequence[Tracked]) -> None:
     """Raises `RuntimeError` if any of these tensors of a model holds an average."""
     for loan in OPEN:
-        if places := meeting([item.local() for item in items], loan.carriers()[0]):
+        # A block may have removed some of them from the model.
+        found = [(item.name, part) for item in items if (part := item.own()) is not None]
+        if places := meeting([part for _, part in found], loan.carriers()[0]):
             raise RuntimeError(
-                f"{call}: {items[places[0]].name} has an average, in a block "
+                f"{call}: {found[places[0]][0]} has an average, in a block "
                 f"applied({loan.label!r}) of {loan.owner.name}; leave that block first"
             )
 
