@@ -488,7 +488,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
             enable_checkpointing=False,
         ).fit(made(Meeting)),
         ValueError,
-        "'val_loss_ema_slow' is a metric of two averages, 'slow' and 'ema_slow': give one",
+        "average '(ema_)?slow' is 'val_loss_ema_slow', wanted a name that no metric of .*rename",
     ),
     "pruned midway": (
         lambda folder: fitted(folder, AveragerCallback(ONE), ModelPruning("l1_unstructured")),

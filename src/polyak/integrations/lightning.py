@@ -183,11 +183,9 @@ class AveragerCallback(Callback):
 
             def rename(metric: str, name: str = name) -> str:
                 full = f"{metric}{self.separator}{name}"
-                if (other := seen.setdefault(full, name)) != name:
-                    raise ValueError(
-                        f"{full!r} is a metric of two averages, {other!r} and {name!r}: give one of them "
-                        "another name, or give another separator"
-                    )
+                other = seen.setdefault(full, name)
+                wanted = f"a name that no metric of {other!r} has: rename one of them"
+                require(other == name, f"a metric of the average {name!r}", full, wanted)
                 return full
 
             own = self._metrics.setdefault(name, [])
