@@ -13,12 +13,23 @@ import pytest
 from scipy import stats
 
 from polyak.rules import Exponential
-from polyak.study import Claim, Metric, Plateau, Published, Region, Result, Seed, constant, cosine
+from polyak.study import (
+    Claim,
+    Metric,
+    Plateau,
+    Published,
+    Region,
+    Result,
+    Seed,
+    constant,
+    cosine,
+    gain,
+)
 from polyak.study import _figures as charts
 from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
-from polyak.study._report import _caveats, write
+from polyak.study._report import _best, _caveats, write
 from polyak.study._speed import times_to_target
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
@@ -62,6 +73,40 @@ def test_a_region_is_told_as_it_was_given(form: str) -> None:
     for wanted, region in regions.items():
         (judged,) = judge(result(1, claims=(Claim("s", constantly_zero, region, form=form),)))
         assert judged.parts[0].wanted == wanted
+
+
+def ahead(factor: float) -> Truth:
+    """All averages are the live weights' loss times a factor."""
+    return lambda arm, seed, *_: (1 + seed / 100) * (1 if arm == "live" else factor)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "factor", "said"),
+    [
+        (9, 0.9, "short gains: 10.0 %"),
+        (9, 1.1, "short does not gain: −10.0 %"),
+        (9, 1.0, "short does not gain: 0.0 %"),
+        (7, 0.9, "Whether short gains is undecided: 10.0 %"),
+        (1, 0.9, "Whether short gains is undecided: 10.0 %"),
+    ],
+)
+def test_the_first_sentence_says_gain_only_if_the_seeds_decide(
+    seeds: int, factor: float, said: str
+) -> None:
+    found = result(seeds, ahead(factor), arms={"short": "exponential(0.5)"})
+    sentence = _best(Effects(found), "constant")
+    assert sentence.startswith(said) and sentence.endswith("It is the only average.")
+
+
+def test_arms_that_are_equal_in_all_seeds_are_no_share_of_seeds() -> None:
+    """A gain of 0 in each seed is 0, not 0 of so many seeds."""
+    claims = (
+        Claim("equal", gain("short"), Region.between(-0.01, 0.01)),
+        Claim("never", constantly_zero, Region.between(-0.01, 0.01)),
+    )
+    equal, never = (each.parts[0] for each in judge(result(9, ahead(1.0), claims=claims)))
+    assert equal.verdict == "holds" and equal.figure == "0.0 % [0.0 %, 0.0 %]"
+    assert never.interval.high == pytest.approx(1 - 0.025 ** (1 / 9))
 
 
 def number(seed: Seed) -> float:

@@ -120,7 +120,7 @@ def _forest(number: int, schedule: str, pairings: list[Pairing]) -> Figure:
     gain = f"gain of study {number}"
     above = sum(p.gain.low > 0 for p in pairings)
     return Figure(
-        name, charts.forest(gains, gain + (", %" if scale == 100 else ""), f"arm: {schedule}"),
+        name, charts.forest(gains, gain + (", %" if scale == 100 else ""), f"gain of each arm: {schedule}"),
         f"Gain with its 95 % interval; right of 0 study {number} is better. A hollow point: the interval holds 0.",
         f"Wholly right of 0: {above} of {len(pairings)}.{charts.cut_off(gains, lambda v: significant(v, 3))}",
         Table(name, f"G{gain[1:]}: {schedule}", ("arm", "gain [95 % interval]"), rows),

@@ -12,7 +12,7 @@ from typing import Any
 
 from polyak.study._claims import Claim
 from polyak.study._errors import placed
-from polyak.study._result import Result, Seed
+from polyak.study._result import Comparison, Result, Seed
 from polyak.study._statistics import (
     FEWEST_SEEDS,
     ClaimVerdict,
@@ -52,7 +52,7 @@ class Judged:
         said = f"{self.claim.what}, " if self.claim.what else ""
         geometric = "geometric " if self.claim.form in ("factor", "percent") else ""
         few = ", too few for a verdict" if self.too_few else ""
-        over = f"over {self.interval.seeds} seeds{missing}{few}"
+        over = f"over {self.interval.seeds} seed{'s' * (self.interval.seeds != 1)}{missing}{few}"
         return f"{said}{geometric}{self.claim.statistic} {over}"
 
     @property
@@ -105,19 +105,23 @@ def over_seeds(what: str, quantity: Callable[[Seed], float], seeds: Sequence[See
     return known(values)
 
 
-def interval(values: Sequence[float], statistic: Statistic = "mean") -> Interval:
+def interval(
+    values: Sequence[float], statistic: Statistic = "mean", quantity: object = None
+) -> Interval:
     """The mean or median with its bootstrap interval; of zeros and ones the share with its exact interval.
 
-    Of values that are not all finite it is the median.
+    Of values that are not all finite it is the median. A comparison of arms that are equal is 0, and no share.
     """
-    if set(values) <= {0.0, 1.0}:
+    if set(values) <= {0.0, 1.0} and not isinstance(quantity, Comparison):
         return share([value == 1.0 for value in values])
     return bootstrap(values, statistic if all(map(math.isfinite, values)) else "median")
 
 
 def _judged(claim: Claim, seeds: Sequence[Seed]) -> Judged:
     values = over_seeds(f"the claim {claim.sentence!r}", claim.quantity, seeds)
-    return Judged(claim, interval(values, claim.statistic), len(seeds) - len(values))
+    return Judged(
+        claim, interval(values, claim.statistic, claim.quantity), len(seeds) - len(values)
+    )
 
 
 def as_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:

@@ -30,9 +30,10 @@ from polyak.study._page import (
     Section,
     Text,
 )
+from polyak.study._region import Region
 from polyak.study._result import Result
 from polyak.study._schedules import Plateau, described
-from polyak.study._statistics import FEWEST_SEEDS
+from polyak.study._statistics import FEWEST_SEEDS, verdict
 from polyak.study._study import Arm, Study
 from polyak.study._text import Table, between, percent
 from polyak.study._weighting import misplaced
@@ -131,11 +132,17 @@ def _best(effects: Effects, schedule: str) -> str:
         return f"Under the schedule {schedule} no arm has a value."
     effect = next(e for e in effects.of(schedule) if e.arm == best)
     wins = between(effect.improvement, lambda v: percent(v, 0))
+    said = {"holds": f"{best} gains", "does not hold": f"{best} does not gain", "undecided": f"Whether {best} gains is undecided"}  # fmt: skip
     return (
-        f"{best} gains {between(effect.gain, effects.form)} over the live weights under the schedule {schedule}: "
-        f"{effects.metric} {between(effects.mean(best, schedule))} against {between(effects.mean(LIVE, schedule))} on the test "
-        f"part, better in {wins} of the seeds. Validation chose it among {len(effects.arms)} averages."
+        f"{said[verdict(effect.gain, Region.above(0))]}: {between(effect.gain, effects.form)} over the live weights under the "
+        f"schedule {schedule}, {effects.metric} {between(effects.mean(best, schedule))} against {between(effects.mean(LIVE, schedule))} "
+        f"on the test part, better in {wins} of the seeds. {_chosen(effects)}"
     )
+
+
+def _chosen(effects: Effects) -> str:
+    arms = len(effects.arms)
+    return f"Validation chose it among {arms} averages." if arms > 1 else "It is the only average."
 
 
 def _others(effects: Effects, schedules: list[str]) -> str:

@@ -62,7 +62,7 @@ def _forest(effects: Effects, schedule: str) -> Figure:
         "the arm is better. A hollow point: the interval holds 0."
     )
     words = f"Better: {len(better)} of {len(gains)}; worse: {len(worse)}.{charts.cut_off(gains, _short)}"
-    chart = charts.forest(gains, _axis(effects), f"arm: {schedule}")
+    chart = charts.forest(gains, _axis(effects), f"gain of each arm: {schedule}")
     return Figure(name, chart, caption, words, table)
 
 

@@ -185,7 +185,7 @@ def _published(result: Result, figure: Published) -> tuple[str, ...]:
     return (
         figure.what,
         form(figure.figure),
-        between(interval(values), form),
+        between(interval(values, quantity=figure.quantity), form),
         str(len(values)),
         between(below, lambda v: percent(v, 0)),
     )

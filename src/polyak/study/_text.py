@@ -85,8 +85,8 @@ FORMS: dict[str, Callable[[float], str]] = {
 
 
 def between(interval: Interval, form: Callable[[float], str] = significant) -> str:
-    """`estimate [low, high]`, or "no seed" for a quantity without values."""
+    """`estimate [low, high]`, "no seed" for a quantity without values, and "—" for one that more seeds would have."""
     if math.isnan(interval.estimate):
-        return "no seed"
+        return "—" if interval.seeds else "no seed"
     low, high = form(interval.low), form(interval.high)
     return f"{form(interval.estimate)} [{low}, {high}]"
