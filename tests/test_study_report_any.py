@@ -321,7 +321,7 @@ def test_the_page_has_every_section(page: Path) -> None:
     for wanted in ("polyak study run made", "made up", "torch 2.", "init, order vary", "a table"):
         assert wanted in text
     assert (
-        "over the live weights under the schedule constant: loss" in text
+        "over the live weights under the schedule constant, loss" in text
         and "Of 5 claims, 2 hold, 2 are undecided, 1 does not hold." in text
     )
 

@@ -155,7 +155,7 @@ def styled(chart: Chart, title: str, height: int = HEIGHT) -> Chart:
         )
         .configure_legend(
             labelFontSize=13, labelColor=INK, orient="top", symbolType="stroke", symbolSize=400,
-            symbolStrokeWidth=2, symbolOpacity=1, columns=2, labelLimit=150, title=None,
+            symbolStrokeWidth=2, symbolOpacity=1, columns=2, labelLimit=170, title=None,
         )
         .configure_title(fontSize=14, fontWeight="normal", anchor="start", color=INK, limit=WIDTH)
         .configure_view(stroke=LINE)
