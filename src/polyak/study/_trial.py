@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from polyak._checks import require
 from polyak._modes import no_grad
@@ -18,6 +19,10 @@ from polyak.study._study import Data, Part, Study
 T = TypeVar("T")
 
 STEPS = 4
+WANTED: dict[type, str] = {
+    Data: "polyak.study.Data",
+    Optimizer: "one torch Optimizer; parts that train apart are its parameter groups",
+}
 
 
 def tried(study: Study) -> list[str]:
@@ -134,6 +139,6 @@ def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] |
             raise
         raise ValueError(f"the study's {name} raised {placed(error)}") from error
     if gives and not isinstance(value, gives):
-        wanted = f"polyak.study.{gives.__name__}" if gives is Data else gives.__name__
+        wanted = WANTED.get(gives, gives.__name__)
         raise ValueError(f"the study's {name} returned {type(value).__name__}, wanted {wanted}")
     return value
