@@ -146,7 +146,9 @@ def test_names_that_the_encoding_of_a_pipe_lacks_are_printed(
 
 @pytest.mark.parametrize("name", UNFIT_NAMES)
 def test_names_that_no_file_can_have_are_refused_by_trainers(name: str) -> None:
-    with pytest.raises(ValueError, match=r"files get that name: wanted one without"):
+    with pytest.raises(
+        ValueError, match=r"files get that name: wanted one of at most 60 characters, without"
+    ):
         checked({name: "uniform()"}, 0, {})
 
 

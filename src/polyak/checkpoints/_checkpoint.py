@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polyak import _tensors as tensors
+from polyak._dtypes import has_mean
 from polyak._engine.changes import ticked
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
@@ -139,6 +140,22 @@ class Checkpoint:
             has = ", ".join(self.averages) or "none"
             raise ValueError(f"{self.path} has no live weights; its averages: {has}")
         return self.average(name)
+
+    def from_live(self, name: str) -> list[str]:
+        """The tensors that an average has from the live weights, since the file holds no average of them.
+
+        Integers, booleans and running statistics are not listed. Raises what `average` raises.
+        """
+        weights, live = self.average(name), self.live
+        return [
+            tensor
+            for tensor, spec in weights.specs.items()
+            if live is not None
+            and has_mean(spec.dtype)
+            and not is_statistic(tensor)
+            and tensor in live
+            and live.origins(tensor) == weights.origins(tensor)
+        ]
 
     def verify(self) -> Verified:
         """Read the whole file or folder, and compare every part with the checksum that it has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,16 @@ import typer
 from polyak._shown import size_text
 from polyak.cli._grouped import grouped
 from polyak.cli._options import Dtype, Force, Json, Part, ShardSize, Source, bytes_of, dtype_of
-from polyak.cli._output import note_left, note_norms, note_tied, print_json, progress_shown, say
+from polyak.cli._output import (
+    from_live_text,
+    note,
+    note_left,
+    note_norms,
+    note_tied,
+    print_json,
+    progress_shown,
+    say,
+)
 from polyak.rules import LIVE
 
 if TYPE_CHECKING:
@@ -63,7 +73,7 @@ def export(
     _print(out, checkpoint, json=json, average=written)
     note_tied(checkpoint.weights(written))
     note_left(checkpoint.left)
-    _note_norms(checkpoint, [written])
+    _note_averages(checkpoint, [written])
 
 
 @grouped
@@ -108,7 +118,7 @@ def convert(
     )
     _print(out, checkpoint, json=json, averages=list(checkpoint.averages))
     note_left(checkpoint.left)
-    _note_norms(checkpoint, checkpoint.averages)
+    _note_averages(checkpoint, checkpoint.averages)
 
 
 def _rules(texts: list[str]) -> str | dict[str, str] | None:
@@ -134,10 +144,14 @@ def _print(out: Path, checkpoint: Checkpoint, *, json: bool, **about: Any) -> No
         say(f"{out}: {size_text(size)}, from a file of the format {checkpoint.format}")
 
 
-def _note_norms(checkpoint: Checkpoint, averages: Any) -> None:
+def _note_averages(checkpoint: Checkpoint, averages: Iterable[str]) -> None:
+    """Which tensors of averages are live weights, and which norms should be estimated again."""
     from polyak import norms
 
-    names = {
-        name for average in averages if average != LIVE for name in checkpoint.average(average)
-    }
+    names: set[str] = set()
+    for average in averages:
+        if average != LIVE:
+            names |= set(weights := checkpoint.average(average))
+            if tensors := checkpoint.from_live(average):
+                note(from_live_text(average, tensors, len(weights)))
     note_norms(norms.statistics(names))

@@ -11,7 +11,7 @@ from polyak._checks import listed
 from polyak._shown import size_text
 from polyak.cli._grouped import grouped
 from polyak.cli._options import Json, Part
-from polyak.cli._output import left_text, note_norms, print_json, print_table, say
+from polyak.cli._output import from_live_text, left_text, note_norms, print_json, print_table, say
 
 if TYPE_CHECKING:
     from polyak.checkpoints._open.files import Verified
@@ -57,6 +57,9 @@ def inspect(
     print_table(*averages)
     if not description.averages:
         say("no average")
+    for name, average in description.averages.items():
+        if average.from_live:
+            say(from_live_text(name, average.from_live, average.weights.tensors))
     shown = largest.rows if tensors else largest.rows[:_LARGEST]
     more = "" if len(shown) == len(largest.rows) else "; --tensors lists all"
     say(f"\nlargest tensors, {len(shown)} of {len(largest.rows)}{more}")

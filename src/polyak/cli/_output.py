@@ -91,6 +91,12 @@ def note_left(left: Mapping[str, int]) -> None:
         note(f"not used: {left_text(left)}")
 
 
+def from_live_text(name: str, tensors: Sequence[str], count: int) -> str:
+    """Which of the `count` tensors of an average are live weights."""
+    share = f"{len(tensors)} of {count} tensors"
+    return f"{name}: {share} are the live weights, which the file has no average of: {listed(tensors, 3)}"
+
+
 def note_tied(weights: LazyTensors) -> None:
     """Names the tensors that are not in a file under all their names."""
     from polyak._lazy import distinct

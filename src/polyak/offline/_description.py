@@ -55,13 +55,15 @@ class DescribedAverage:
     """An average: its tensors, and its rule if the file says so.
 
     `half_life` and `mean_age` are measures of the rule's profile at the file's clock, in the rule's
-    unit of time; None without a rule or a clock, and after more than two million updates.
+    unit of time; None without a rule or a clock, and after more than two million updates. `from_live`
+    names the tensors that are the live weights, since the file holds no average of them.
     """
 
     weights: Weighed
     rule: str | None
     half_life: float | None
     mean_age: float | None
+    from_live: tuple[str, ...]
 
     def cells(self) -> tuple[str, ...]:
         """The average as text, for a table."""
@@ -203,7 +205,9 @@ def _described(
     recorded: Recorded | None = None,
 ) -> Description:
     averages = {
-        name: _average(distinct(weights), found.rules.get(name), times.get(name))
+        name: _average(
+            distinct(weights), found.rules.get(name), times.get(name), found.from_live(name)
+        )
         for name, weights in found.averages.items()
     }
     first = found.live if found.live is not None else next(iter(found.averages.values()), None)
@@ -238,13 +242,17 @@ def _is_parameter(name: str, spec: TensorSpec) -> bool:
 
 
 def _average(
-    tensors: Mapping[str, TensorSpec], rule: Rule | None, times: list[float] | None
+    tensors: Mapping[str, TensorSpec],
+    rule: Rule | None,
+    times: list[float] | None,
+    from_live: list[str],
 ) -> DescribedAverage:
     weighed = _weighed(tensors)
-    if rule is None or not times:
-        return DescribedAverage(weighed, None if rule is None else str(rule), None, None)
-    profile, unit = coefficients(rule, times), sum(times) / len(times)
-    return DescribedAverage(weighed, str(rule), half_life(profile) * unit, mean_age(profile) * unit)
+    ages: tuple[float | None, float | None] = None, None
+    if rule is not None and times:
+        profile, unit = coefficients(rule, times), sum(times) / len(times)
+        ages = half_life(profile) * unit, mean_age(profile) * unit
+    return DescribedAverage(weighed, None if rule is None else str(rule), *ages, tuple(from_live))
 
 
 def _tensor(name: str, spec: TensorSpec) -> DescribedTensor:
