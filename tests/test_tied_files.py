@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -145,6 +145,38 @@ def test_what_is_another_tensor_in_one_file_is_written_too(other: str, tmp_path:
     torch.save(state, files[1])
     offline.average(files).write(tmp_path / "out.safetensors")
     assert "head.weight" in load_file(tmp_path / "out.safetensors")
+
+
+class MadeWhenAsked(Mapping[str, Tensor]):
+    """Weights that are made at each call, as by a mapping that reads a file: no address stays."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+WEIGHT = torch.ones(5000)
+MORE: dict[str, Mapping[str, Tensor]] = {
+    "made when asked": MadeWhenAsked({"w": WEIGHT, "v": WEIGHT + 1}),
+    "the same memory, another dtype": {"w": WEIGHT, "v": WEIGHT.view(torch.int32)},
+    "no elements": {"w": torch.ones(0), "v": torch.ones(0)},
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_a_tensor_of_its_own_in_memory_is_not_left_out(more: str) -> None:
+    found = offline.compare(MORE[more], {"w": MORE[more]["w"]})
+    assert found.only_a == ("v",) and not found.equal
+    tied = offline.compare({"w": WEIGHT, "v": WEIGHT.view(-1)}, {"w": WEIGHT})
+    assert tied.equal
 
 
 @pytest.mark.slow

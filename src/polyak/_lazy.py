@@ -166,9 +166,12 @@ class Held(LazyTensors):
         return self._tensors[name][where] if where else self._tensors[name]
 
     def origins(self, name: str) -> tuple[Hashable, ...]:
-        tensor = self._tensors[name]
-        place = tensor.data_ptr(), tensor.shape, tensor.stride()
-        return place if tensor.numel() else super().origins(name)
+        tensor, again = self._tensors[name], self._tensors[name]
+        start = tensor.data_ptr()
+        # A mapping may make its tensors when asked: another tensor can have their address afterwards.
+        if not start or again.data_ptr() != start:
+            return super().origins(name)
+        return ((start, tensor.dtype, tensor.shape, tensor.stride()),)
 
 
 class Forwarding(LazyTensors):
