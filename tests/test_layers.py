@@ -147,6 +147,17 @@ def test_torchs_private_names_have_one_home() -> None:
         assert not PRIVATE & (used | words), f"{path} uses {PRIVATE & (used | words)}"
 
 
+def test_torchs_c_names_have_two_homes() -> None:
+    for path in set(SOURCES) - {SOURCE / "_modes.py", SOURCE / "_tensors.py"}:
+        used = {
+            ast.unparse(n)
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Attribute)
+        }
+        private = {name for name in used | set(imports(path)) if re.match(r"torch\._C\b", name)}
+        assert not private, f"{path} uses {private}"
+
+
 def loaded(code: str) -> set[str]:
     """The top-level modules that a fresh process has loaded after running a line of code."""
     code = f"{code}\nimport sys; print(*sys.modules)"

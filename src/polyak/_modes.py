@@ -1,7 +1,8 @@
 """Modes: torch's grad mode and inference mode, for one call, whatever breaks that call off.
 
 torch's own context managers end in Python code. If a signal handler raises there, the mode stays, and the
-next backward pass fails. These end in one call of C++, during which Python runs no handler.
+next backward pass fails. These end in one call of C++, during which Python runs no handler. They call the
+names of `torch._C` that torch's own managers call, from 2.6 to 2.14 (docs/versions.md).
 """
 
 from __future__ import annotations

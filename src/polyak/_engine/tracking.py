@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from polyak._dtypes import refuse_wrapper
+from polyak._dtypes import has_mean, refuse_wrapper
 from polyak._engine.memory import identity
 from polyak._engine.refusals import refuse_sign_view, refuse_strange, require_apart
 from polyak._ranks.sharding import (
@@ -282,4 +282,4 @@ def is_statistic(name: str) -> bool:
 
 def averageable(tensor: Tensor) -> bool:
     """Whether a tensor's values have a mean: floating-point or complex ones."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    return has_mean(tensor.dtype)

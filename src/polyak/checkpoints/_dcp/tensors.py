@@ -38,8 +38,9 @@ class DistributedTensors(LazyTensors):
     """The tensors of a folder of torch.distributed.checkpoint: flat name -> tensor, whole.
 
     A tensor is put together when it is asked for; one that a single rank wrote is a view of its
-    file. `objects` are the names of the entries that are not tensors, such as a count of steps. `chunks` are where a tensor's parts begin and their shapes. `paths` gives, for each flat name
-    (of objects too), the keys that it was made from, outermost first. `archive` has the folder's files if
+    file. `objects` are the names of the entries that are not tensors, such as a count of steps.
+    `chunks` are where a tensor's parts begin and their shapes. `paths` gives, for each flat name (of
+    objects too), the keys that it was made from, outermost first. `archive` has the folder's files if
     they lie in a tar archive, whose path `folder` is then.
 
     Raises `ValueError` that names the folder if the metadata do not fit the files, and later names the
