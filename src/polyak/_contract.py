@@ -69,7 +69,7 @@ def _require_names(rule: Rule, tick: Tick) -> None:
     listed = isinstance(slots, tuple | list) and all(isinstance(slot, str) for slot in slots)
     taken = listed and [s for s in slots if s == LIVE or "/" in s or s.endswith(".compensation")]
     if not listed or taken or len(set(slots)) < len(slots):
-        wanted = f"a tuple of different names, none {LIVE!r}, with '/' or ending in '.compensation'"
+        wanted = f"a tuple of different names, each without '/', not {LIVE!r} and not ending in '.compensation'"
         raise _error(rule, tick, f"has the slots {slots!r}, wanted {wanted}")
 
 

@@ -211,11 +211,12 @@ def _matched(
             "torch.save or safetensors, or a folder of Hugging Face's or torch.distributed.checkpoint"
         )
     of_place = {places[name]: name for name in held if name in weights and places.get(name)}
-    known = {weights.origins(name) for name in weights if name in held}
     wanted = {name: str(spec) for name, spec in held.specs.items()}
     got = {name: str(spec) for name, spec in weights.specs.items()}
     tied = {name for name in wanted if name not in got and places.get(name) in of_place}
-    doubled = {name for name in got if name not in wanted and weights.origins(name) in known}
+    more = got.keys() - wanted.keys()
+    known = {weights.origins(name) for name in got if name in wanted} if more else set()
+    doubled = {name for name in more if weights.origins(name) in known}
     wanted = {name: spec for name, spec in wanted.items() if name not in tied}
     got = {name: spec for name, spec in got.items() if name not in doubled}
     if lines := difference(wanted, got):
