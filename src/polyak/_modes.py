@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-inference = torch._C._InferenceMode
-"""`with inference(True):`, as `torch.inference_mode`."""
+
+def inference(mode: bool) -> Any:
+    """`with inference(True):`, as `torch.inference_mode`. torch.compile knows only torch's own."""
+    return torch.inference_mode(mode) if is_compiling() else torch._C._InferenceMode(mode)
 
 
 def no_grad(function: Callable[_P, _T]) -> Callable[_P, _T]:
