@@ -426,6 +426,8 @@ class TestDiff:
         for part in (("--key", "x"), ("--prefix", "x.")):
             result = run("diff", *files, *part)
             assert result.exit_code == 2 and "note" not in result.stderr
+        missing = run("diff", *files, "--key", "x").stderr
+        assert f"polyak: {files[0]}: key='x': there is no 'x'" in missing
 
     def test_equal_files_of_different_formats(self) -> None:
         save_file(torch.load("step-1.pt"), "same.safetensors")

@@ -227,10 +227,16 @@ def test_a_shape_that_the_articles_class_has_overlooked_stops_it(
     with pytest.raises(RuntimeError, match=refused):
         for _ in range(20):
             ema.update()
+    with pytest.raises(RuntimeError, match=r"2\.weight"):
+        ema.copy_params_from_model_to_ema()
     weight.data = kept
-    for call in (ema.update, ema.update_moving_average):
-        with pytest.raises(RuntimeError, match=rf"EMA: load a saved state, .* first. {refused}"):
-            call()
+    for online in (model, copy.deepcopy(model), model):
+        ema.online_model = online
+        for call in (ema.update, ema.update_moving_average):
+            with pytest.raises(
+                RuntimeError, match=rf"EMA: load a saved state, .* first. {refused}"
+            ):
+                call()
     if mend == "load_state_dict":
         ema.load_state_dict(good)
         assert same(ema.state_dict(), good)

@@ -163,6 +163,7 @@ class EMA(nn.Module):
 
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
+        self._live.check("EMA")
         self._live.suspect = ""
         self._blend(1.0, ("copy", "skip"))
 
@@ -268,8 +269,7 @@ class EMA(nn.Module):
     def _resume(self, _: object) -> None:
         """Sets the clock by the counters that were loaded, and takes float32 slots from the file."""
         self._calls, self._initted = int(self.step), bool(self.initted)
-        self.rule = replace(self.rule, first_copy=not self._initted)
-        self._average.rule = self.rule
+        self.rule = self._average.rule = replace(self.rule, first_copy=not self._initted)
         turns = -(-self._calls // self.update_every)
         last = (turns - 1) * self.update_every + 1 if turns else 0
         self._average.tick = Tick(turns, float(last), float(self.update_every))

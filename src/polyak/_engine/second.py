@@ -178,9 +178,12 @@ class WideSlots:
 
 
 def _turned(tensors: ModelTensors, model: nn.Module) -> ModelTensors:
+    if tensors.model is model:
+        return tensors
     choice, mesh = tensors._options
-    same = tensors.model is model
-    return tensors if same else ModelTensors(model, choice, mesh=mesh, like=tensors)
+    turned = ModelTensors(model, choice, mesh=mesh, like=tensors)
+    turned.suspect = tensors.suspect
+    return turned
 
 
 @ordinary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,11 +74,10 @@ def _parts(paths: tuple[Path, Path], part: Part) -> list[Checkpoint]:
         try:
             found.append(part.reader(positions=True)(path))
         except ValueError as error:
-            if part == whole:
-                raise
             errors.append(error)
-            found.append(whole.reader(positions=True)(path))
-    if len(errors) == len(paths):
+            with suppress(ValueError):  # the first error says more
+                found.append(whole.reader(positions=True)(path))
+    if len(errors) == len(paths) or len(found) < len(paths):
         raise errors[0]
     for problem in errors:
         note(f"{problem}: all of it is compared")
