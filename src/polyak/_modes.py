@@ -18,9 +18,12 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+InferenceMode = torch._C._InferenceMode
+
+
 def inference(mode: bool) -> Any:
     """`with inference(True):`, as `torch.inference_mode`. torch.compile knows only torch's own."""
-    return torch.inference_mode(mode) if is_compiling() else torch._C._InferenceMode(mode)
+    return torch.inference_mode(mode) if is_compiling() else InferenceMode(mode)
 
 
 def no_grad(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from polyak._dtypes import Kind, kind
-from polyak._modes import inference, no_grad
+from polyak._modes import InferenceMode, no_grad
 from polyak._parts import DEVICE_CHUNK_BYTES, Stages, chunk_length, parts
 
 Groups = list[list[Tensor]]
@@ -116,7 +117,9 @@ def lerp_all_(
     under the number of the group. A pass that was broken off is repeated with its `journal`.
     """
     # Not `no_grad`, under which torch still walks through the lists for autograd: a fifth of the time of
-    # many small tensors. Tensors stay ordinary ones, and their versions count.
+    # many small tensors. Tensors stay ordinary ones, and their versions count. As `_modes.inference`,
+    # without the call: every update runs this.
+    inference = torch.inference_mode if is_compiling() else InferenceMode
     with inference(True):
         lerps = []
         for slots, fraction in zip(averages, fractions, strict=True):
