@@ -147,6 +147,22 @@ def test_its_chart_has_both_learning_rates_and_a_line_for_each_noise(
     assert "batch 100" in json.dumps(chart)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_its_chart_shows_the_gains_in_full_and_no_loss_larger_than_the_largest_gain(
+    advices: dict[str, Advice], schedule: str
+) -> None:
+    """A line that leaves the chart is cut off, and does not follow its edge as if it were a value."""
+    for panel in advice_chart(advices[schedule]).to_dict()["hconcat"]:
+        drawn = panel["layer"][0]
+        most = max(
+            max(g.same, g.own) for g in advices[schedule].gains if "exponential" in str(g.rule)
+        )
+        low, high = (drawn["encoding"]["y"]["scale"][end] for end in ("domainMin", "domainMax"))
+        assert -most <= low <= 0 < most < high < 1.2 * most
+        assert drawn["mark"]["clip"] and "clamp" not in drawn["encoding"]["y"]["scale"]
+        assert drawn["encoding"]["strokeDash"].get("legend", {}) is not None
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [

@@ -82,8 +82,8 @@ def lines(curves: Mapping[str, Curve], title: str, x: alt.X, y: alt.Y) -> alt.Ch
     if len(curves) > 1:
         scale = alt.Scale(domain=list(curves), range=COLOURS[: len(curves)])
         chart = chart.encode(
-            color=alt.Color("rule:N", scale=scale, legend=alt.Legend(title=None)),
-            strokeDash=alt.StrokeDash("rule:N", sort=list(curves), legend=None),
+            color=alt.Color("rule:N", scale=scale, title=None),
+            strokeDash=alt.StrokeDash("rule:N", scale=alt.Scale(domain=list(curves)), title=None),
         )
     sized: alt.Chart = chart.properties(title=title, width=_WIDTH, height=_HEIGHT)
     return sized

@@ -27,9 +27,10 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
     x = alt.X(
         "x:Q", scale=draw.log_scale(ends), axis=draw.few_decades(ends, "half-life (% of the run)")
     )
-    # A gain below -50 % would press the others together.
-    low = max(min(min(gain.same, gain.own) for gain in emas), -0.5)
-    scale = alt.Scale(nice=False, zero=False, domainMin=low - 0.05, domainMax=1.0, clamp=True)
+    # The losses of averages that are far too long would press the gains together.
+    found = [value for gain in emas for value in (gain.same, gain.own)]
+    most = max(*found, 0.01)
+    scale = alt.Scale(nice=False, domainMin=max(min(*found, 0.0), -most), domainMax=1.1 * most)
     y = alt.Y("y:Q", scale=scale, axis=alt.Axis(title="gain (share of the loss)", format="%"))
     panels = []
     for at, title in (("same", "At the same learning rate"), ("own", "At its own learning rate")):
@@ -40,11 +41,12 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
             ]
             curves[f"batch {batch:g}"] = Curve(*map(list, zip(*points, strict=True)))
         zero = draw.points([{"y": 0}]).mark_rule(strokeDash=[6, 4], color=draw.GREY).encode(y="y:Q")
-        panels.append(alt.LayerChart(layer=[draw.lines(curves, title, x, y), zero]))
+        lines = draw.lines(curves, title, x, y).mark_line(color=draw.BLUE, clip=True)
+        panels.append(alt.LayerChart(layer=[lines, zero]))
     told = f"EMA over {advice.steps} steps, {advice.schedule}: the noisy quadratic model"
     title_ = alt.TitleParams(told, anchor="middle", fontSize=16)
     chart = alt.hconcat(*panels, spacing=30, title=title_)
-    drawn: alt.HConcatChart = chart.configure_view(stroke=None)
+    drawn: alt.HConcatChart = chart.configure_view(stroke=None).configure_legend(symbolSize=400)
     return drawn
 
 

@@ -64,7 +64,9 @@ def rule_chart(
         alt.concat(*panels, columns=2, spacing=30, title=title)
         .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
         .configure_view(stroke=None)
-        .configure_legend(labelFontSize=12, labelLimit=400, orient="top", direction="vertical")
+        .configure_legend(
+            labelFontSize=12, labelLimit=400, orient="top", direction="vertical", symbolSize=400
+        )
     )
     return chart
 
