@@ -26,6 +26,10 @@ from polyak.study import (
     gain,
 )
 from polyak.study import _figures as charts
+from polyak.study import _speed as speed
+from polyak.study import _study_curves as drawn
+from polyak.study import _study_figures as figures
+from polyak.study import _study_tables as tables
 from polyak.study._after_stop import after_stop
 from polyak.study._effects import Effects, half_lives, identical, nominal_age
 from polyak.study._judging import as_json, judge
@@ -33,6 +37,7 @@ from polyak.study._report import _best, _caveats, write
 from polyak.study._speed import times_to_target
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
+from polyak.study._text import percent
 from study_results import CLAIMS, Truth, loss, result, truth
 
 
@@ -107,6 +112,38 @@ def test_arms_that_are_equal_in_all_seeds_are_no_share_of_seeds() -> None:
     equal, never = (each.parts[0] for each in judge(result(9, ahead(1.0), claims=claims)))
     assert equal.verdict == "holds" and equal.figure == "0.0 % [0.0 %, 0.0 %]"
     assert never.interval.high == pytest.approx(1 - 0.025 ** (1 / 9))
+
+
+def test_the_table_of_arms_has_learning_rates_where_they_can_differ() -> None:
+    for rates in ((0.1, 0.3), (0.1,)):
+        effects = Effects(result(learning_rates=rates))
+        table = tables.arms(effects, "constant")
+        assert ("learning rate" in table.header) == (len(rates) > 1)
+        assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_a_forest_tells_its_gains_with_their_unit_and_counts_intervals() -> None:
+    effects = Effects(result())
+    (figure, _) = figures.forests(effects)
+    gains = [effect.gain for effect in effects.of("constant")]
+    right, left = sum(g.low > 0 for g in gains), sum(g.high < 0 for g in gains)
+    assert right and left
+    assert (
+        f"Of {len(gains)} intervals, {right} lie right of 0 and {left} left of it." in figure.words
+    )
+    first = figure.table.rows[0][1]
+    assert first == percent(gains[0].estimate) + first[first.index(" [") :] and first.endswith(
+        " %]"
+    )
+
+
+def test_curves_tell_which_averages_are_the_live_weights_at_first() -> None:
+    sentence = "Before its start an average is the live weights: late_mean."
+    effects = Effects(result())
+    assert any(sentence in figure.caption for figure in drawn.curves(effects))
+    assert sentence in speed.figures(effects)[0].caption
+    early = Effects(result(arms={"short": "exponential(0.5)"}))
+    assert not any("Before its start" in figure.caption for figure in drawn.curves(early))
 
 
 def number(seed: Seed) -> float:

@@ -6,7 +6,7 @@ An arm is chosen by validation values and reported by test values, each at its o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -18,7 +18,7 @@ from polyak.study import _comparisons as comparisons
 from polyak.study._result import Result, When
 from polyak.study._schedules import Plateau
 from polyak.study._statistics import Interval, Statistic, bootstrap, known
-from polyak.study._study import Arm, Ensemble
+from polyak.study._study import Arm, Ensemble, Study
 from polyak.study._text import listed, percent, significant
 from polyak.study._weighting import profile_of, rule_of
 
@@ -154,6 +154,12 @@ def nominal_age(rule: Rule, every: int) -> float:
     """The mean age in steps at which an average settles in a run without an end; infinite if it grows."""
     about = theory.explain(rule, every=every)
     return math.inf if about.growing else about.mean_age
+
+
+def late(study: Study, arms: Iterable[str]) -> str:
+    """A sentence that names the arms that start within a run; nothing where all start with it."""
+    named = [n for n in arms if isinstance(arm := study.arms.get(n), Arm) and arm.start]
+    return f" Before its start an average is the live weights: {listed(named)}." if named else ""
 
 
 def identical(result: Result) -> list[str]:

@@ -35,7 +35,7 @@ from polyak.study._result import Result
 from polyak.study._schedules import Plateau, described
 from polyak.study._statistics import FEWEST_SEEDS, verdict
 from polyak.study._study import Arm, Study
-from polyak.study._text import Table, between, percent
+from polyak.study._text import Table, between, listed, percent
 from polyak.study._weighting import misplaced
 
 
@@ -244,7 +244,7 @@ def _edges(result: Result) -> list[str]:
             at = [arm for arm in result.study.arm_names if result.tuned(arm, schedule) == end]
             if at:
                 said.append(
-                    f"Under {schedule}, the best learning rate of {', '.join(at)} is the {word} one tried, {end:g}; a better one may lie beyond it."
+                    f"Under {schedule}, the best learning rate of {listed(at)} is the {word} one tried, {end:g}; a better one may lie beyond it."
                 )
     return said
 
@@ -262,7 +262,7 @@ def _conditions(result: Result) -> dict[str, Any]:
         "what varies": _vary(result),
         "steps": f"{study.steps} of {study.batch_size} rows, {study.evaluations} evaluations",
         "learning rates": ", ".join(f"{rate:g}" for rate in study.learning_rates),
-        "schedules": "; ".join(f"{name}: {described(s)}" for name, s in study.schedules.items()),
+        "schedules": f"{'; '.join(f'{name}: {described(s)}' for name, s in study.schedules.items())} (numbers: factors of the learning rate, an eighth of a run apart)",
         "metrics": "; ".join(f"{n} ({'lower' if m.lower_is_better else 'higher'} is better)" for n, m in study.metrics.items()),
         "conditions": ", ".join(sorted({str(r["fingerprint"]) for r in result.records})),
     }  # fmt: skip

@@ -11,7 +11,7 @@ from polyak.rules import LIVE
 from polyak.study import _figures as charts
 from polyak.study._comparisons import Array, performance_profile, profile_score, time_to_target
 from polyak.study._curves import lines
-from polyak.study._effects import Effects
+from polyak.study._effects import Effects, late
 from polyak.study._page import Figure
 from polyak.study._statistics import known, stratified
 from polyak.study._text import Table, between, number
@@ -41,7 +41,7 @@ def figures(effects: Effects) -> tuple[Figure, ...]:
     """The performance profile of the arms of a study."""
     caption = (
         "Share of the runs (a seed under a schedule) in which an arm reaches the target within a multiple of the fastest "
-        f"arm's steps. {TARGET}"
+        f"arm's steps. {TARGET}{late(effects.study, effects.arms)}"
     )
     return _profile([_times(effects, effects.study.arm_names)], caption)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from polyak.rules import LIVE
 from polyak.study import _figures as charts
 from polyak.study._curves import lines, spread
-from polyak.study._effects import Effects
+from polyak.study._effects import Effects, late
 from polyak.study._page import Figure
 from polyak.study._result import Record
 from polyak.study._statistics import known
@@ -76,10 +76,10 @@ def _curves(
         return None
     caption = (
         "Line: median over the seeds that are still running, as far as half of them are; band: their middle 80 %; each arm "
-        "at its own learning rate."
+        f"at its own learning rate.{late(effects.study, arms)}"
     )
-    late = [row for row in rows if 10 * row["x"] >= rows[-1]["x"]]
-    low, high = min(row["low"] for row in late), max(row["high"] for row in late)
+    last = [row for row in rows if 10 * row["x"] >= rows[-1]["x"]]
+    low, high = min(row["low"] for row in last), max(row["high"] for row in last)
     log = effects.lower and low > 0 and max(row["high"] for row in rows) > 5 * low
     title = (
         f"{metric.title or effects.metric}, validation: {schedule}{'' if train else ', the best'}"

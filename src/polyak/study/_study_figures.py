@@ -11,7 +11,7 @@ from polyak.study._page import Figure
 from polyak.study._result import Result
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
-from polyak.study._text import Table, between, file_name, significant
+from polyak.study._text import Table, between, file_name
 
 
 def forests(effects: Effects) -> tuple[Figure, ...]:
@@ -33,36 +33,35 @@ def by_schedule(effects: Effects) -> tuple[Figure, ...]:
     chosen = {s: arm for s in effects.study.schedules if (arm := effects.best(s))}
     if len(chosen) < 2:
         return ()
-    gains = {f"{s}: {arm}": _scaled(effects, effects.gain(arm, s)) for s, arm in chosen.items()}
+    gains = {f"{s}: {arm}": effects.gain(arm, s) for s, arm in chosen.items()}
     table = _intervals(
-        "by_schedule", "Gain of the best arm under each schedule", "schedule: arm", gains
+        effects, "by_schedule", "Gain of the best arm under each schedule", "schedule: arm", gains
     )
-    chart = charts.forest(gains, _axis(effects), "schedule: best arm")
+    chart = charts.forest(_scaled(effects, gains), _axis(effects), "schedule: best arm")
     largest = max(gains, key=lambda name: gains[name].estimate)
     words = (
-        f"The gain is largest under {largest}: {between(gains[largest], _short)}{_unit(effects)}."
-        f"{charts.cut_off(gains, _short)}"
+        f"The gain is largest under {largest}: {between(gains[largest], effects.form)}."
+        f"{charts.cut_off(gains, effects.form)}"
     )
     caption = "Gain of the arm that validation chose under each schedule, with its 95 % interval. Right of 0 it is better."
     return (Figure("by_schedule", chart, caption, words, table),)
 
 
 def _forest(effects: Effects, schedule: str) -> Figure:
-    gains = {
-        effect.arm: _scaled(effects, effect.gain)
-        for effect in effects.of(schedule)
-        if effect.gain.seeds
-    }
-    better = [name for name, gain in gains.items() if gain.low > 0]
-    worse = [name for name, gain in gains.items() if gain.high < 0]
+    gains = {effect.arm: effect.gain for effect in effects.of(schedule) if effect.gain.seeds}
+    right = sum(gain.low > 0 for gain in gains.values())
+    left = sum(gain.high < 0 for gain in gains.values())
     name = f"gains_{file_name(schedule)}"
-    table = _intervals(name, f"Gain over the live weights: {schedule}", "arm", gains)
+    table = _intervals(effects, name, f"Gain over the live weights: {schedule}", "arm", gains)
     caption = (
         "Mean paired gain over the live weights at the last step, on the test part, with its 95 % interval. Right of 0 "
         "the arm is better. A hollow point: the interval holds 0."
     )
-    words = f"Better: {len(better)} of {len(gains)}; worse: {len(worse)}.{charts.cut_off(gains, _short)}"
-    chart = charts.forest(gains, _axis(effects), f"gain of each arm: {schedule}")
+    words = (
+        f"Of {len(gains)} intervals, {right} lie right of 0 and {left} left of it."
+        f"{charts.cut_off(gains, effects.form)}"
+    )
+    chart = charts.forest(_scaled(effects, gains), _axis(effects), f"gain of each arm: {schedule}")
     return Figure(name, chart, caption, words, table)
 
 
@@ -101,23 +100,18 @@ def _family(result: Result) -> dict[str, float]:
     return max(families.values(), key=len, default={})
 
 
-def _intervals(name: str, title: str, first: str, values: Mapping[str, Interval]) -> Table:
-    rows = tuple((label, between(value, _short)) for label, value in values.items())
+def _intervals(
+    effects: Effects, name: str, title: str, first: str, gains: Mapping[str, Interval]
+) -> Table:
+    rows = tuple((label, between(gain, effects.form)) for label, gain in gains.items())
     return Table(name, title, (first, "mean [95 % interval]"), rows)
 
 
-def _short(value: float) -> str:
-    return significant(value, 3)
-
-
-def _scaled(effects: Effects, gain: Interval) -> Interval:
-    """A gain in % where it is a share."""
-    return gain.map(lambda value: 100 * value) if effects.is_share else gain
+def _scaled(effects: Effects, gains: Mapping[str, Interval]) -> dict[str, Interval]:
+    """Gains in % where they are shares."""
+    unit = 100 if effects.is_share else 1
+    return {name: gain.map(lambda value: unit * value) for name, gain in gains.items()}
 
 
 def _axis(effects: Effects) -> str:
     return f"gain in {effects.metric}{', %' if effects.is_share else ''}"
-
-
-def _unit(effects: Effects) -> str:
-    return " %" if effects.is_share else ""

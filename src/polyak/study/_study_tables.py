@@ -23,7 +23,8 @@ def arms(effects: Effects, schedule: str) -> Table:
     """Every arm under a schedule against the live weights, at the last step and at the selected one."""
     header = (
         "arm", "gain over live", f"{effects.metric}, test", "gain, each at its best step", "probability of improvement",
-        "effect size", "p (Holm)", "seeds for a 5 % effect", "learning rate", "step of live's last value", "interquartile mean",
+        "effect size", "p (Holm)", "seeds for a 5 % effect", *("learning rate",) * _several(effects),
+        "step of live's last value", "interquartile mean",
     )  # fmt: skip
     live = (LIVE, "—", between(effects.mean(LIVE, schedule)), *5 * ("—",), *_ends(effects, LIVE, schedule))  # fmt: skip
     rows = [
@@ -60,12 +61,17 @@ def arms_note(effects: Effects) -> str:
     )
 
 
-def _ends(effects: Effects, arm: str, schedule: str) -> tuple[str, str, str]:
-    """The learning rate, the time to the target and the interquartile mean of an arm."""
+def _several(effects: Effects) -> bool:
+    """Whether arms can differ in their learning rate."""
+    return len(effects.study.learning_rates) > 1
+
+
+def _ends(effects: Effects, arm: str, schedule: str) -> tuple[str, ...]:
+    """The learning rate if there are several, the time to the target and the interquartile mean of an arm."""
     time = bootstrap(times_to_target(effects, arm, schedule), "median")
-    rate = f"{effects.result.tuned(arm, schedule):g}"
+    rate = (f"{effects.result.tuned(arm, schedule):g}",) * _several(effects)
     iqm = effects.mean(arm, schedule, "last", "iqm")
-    return rate, between(time, lambda v: significant(v, 6)), between(iqm)
+    return *rate, between(time, lambda v: significant(v, 6)), between(iqm)
 
 
 def metrics(effects: Effects, schedule: str) -> Table:
@@ -104,7 +110,7 @@ def costs(effects: Effects) -> Table:
             "—" if arm not in lives else f"{100 * lives[arm]:.3g} %",
             _nominal(study.arms.get(arm)),
             _effective(result, arm),
-            number(record["bytes"].get(arm, 0) / 1024, 1),
+            significant(record["bytes"].get(arm, 0) / 1024, 3),
             str(record["forward_passes"].get(arm, 1)),
             number(area[arm], 2),
         )
