@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import vl_convert
 from scipy import stats
 
 from polyak.rules import Exponential
@@ -135,6 +137,13 @@ def test_a_forest_tells_its_gains_with_their_unit_and_counts_intervals() -> None
     assert first == percent(gains[0].estimate) + first[first.index(" [") :] and first.endswith(
         " %]"
     )
+
+
+def test_a_long_title_goes_on_in_the_next_line() -> None:
+    title = "cross entropy (nats a character), validation: inverse_sqrt, the best"
+    chart = charts.pairs([{"x": 1.0, "y": 2.0}], "live", title)
+    shown = html.unescape(vl_convert.vegalite_to_svg(chart.to_dict()))
+    assert "…" not in shown and all(word in shown for word in title.split())
 
 
 def test_curves_tell_which_averages_are_the_live_weights_at_first() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4], [12, 4])
 INK, SOFT, LINE = "#1d2126", "#4a525c", "#d5dae0"
 FONT = "Helvetica, Arial, DejaVu Sans, sans-serif"
 WIDTH, HEIGHT = 380, 290
+TITLE = 48  # characters of a line of a title, which fit the width
 MOST_SERIES = len(SERIES)
 NUMBERS = "abs(datum.value) >= 0.001 || datum.value == 0 ? format(datum.value, '~g') : format(datum.value, '~e')"
 
@@ -145,7 +147,7 @@ def styled(chart: Chart, title: str, height: int = HEIGHT) -> Chart:
     """The chart in the common style and size; the title says what the vertical axis is."""
     return (
         chart.properties(
-            width=WIDTH, height=height, title=title,
+            width=WIDTH, height=height, title=textwrap.wrap(title, TITLE) or "",
             autosize=alt.AutoSizeParams(type="fit", contains="padding"),
         )
         .configure(font=FONT, background="white", aria=False, padding=4)
