@@ -139,6 +139,12 @@ def test_a_forest_tells_its_gains_with_their_unit_and_counts_intervals() -> None
     )
 
 
+def test_a_forest_tells_small_gains_as_exactly_as_it_draws_them() -> None:
+    found = result(9, ahead(0.9998), arms={"short": "exponential(0.5)"})
+    figure = figures.forests(Effects(found))[0]
+    assert figure.table.rows[0][1] == "0.02 % [0.02 %, 0.02 %]"
+
+
 def test_a_long_title_goes_on_in_the_next_line() -> None:
     title = "cross entropy (nats a character), validation: inverse_sqrt, the best"
     chart = charts.pairs([{"x": 1.0, "y": 2.0}], "live", title)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from polyak.rules import LIVE
 from polyak.study import _figures as charts
@@ -11,7 +11,7 @@ from polyak.study._page import Figure
 from polyak.study._result import Result
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
-from polyak.study._text import Table, between, file_name
+from polyak.study._text import Table, between, file_name, significant
 
 
 def forests(effects: Effects) -> tuple[Figure, ...]:
@@ -40,8 +40,8 @@ def by_schedule(effects: Effects) -> tuple[Figure, ...]:
     chart = charts.forest(_scaled(effects, gains), _axis(effects), "schedule: best arm")
     largest = max(gains, key=lambda name: gains[name].estimate)
     words = (
-        f"The gain is largest under {largest}: {between(gains[largest], effects.form)}."
-        f"{charts.cut_off(gains, effects.form)}"
+        f"The gain is largest under {largest}: {between(gains[largest], _form(effects))}."
+        f"{charts.cut_off(gains, _form(effects))}"
     )
     caption = "Gain of the arm that validation chose under each schedule, with its 95 % interval. Right of 0 it is better."
     return (Figure("by_schedule", chart, caption, words, table),)
@@ -59,7 +59,7 @@ def _forest(effects: Effects, schedule: str) -> Figure:
     )
     words = (
         f"Of {len(gains)} intervals, {right} lie right of 0 and {left} left of it."
-        f"{charts.cut_off(gains, effects.form)}"
+        f"{charts.cut_off(gains, _form(effects))}"
     )
     chart = charts.forest(_scaled(effects, gains), _axis(effects), f"gain of each arm: {schedule}")
     return Figure(name, chart, caption, words, table)
@@ -103,8 +103,13 @@ def _family(result: Result) -> dict[str, float]:
 def _intervals(
     effects: Effects, name: str, title: str, first: str, gains: Mapping[str, Interval]
 ) -> Table:
-    rows = tuple((label, between(gain, effects.form)) for label, gain in gains.items())
+    rows = tuple((label, between(gain, _form(effects))) for label, gain in gains.items())
     return Table(name, title, (first, "mean [95 % interval]"), rows)
+
+
+def _form(effects: Effects) -> Callable[[float], str]:
+    """How a gain is told: as exactly as a chart shows it, also where all gains are small."""
+    return lambda v: f"{significant(100 * v, 3)} %" if effects.is_share else significant(v, 3)
 
 
 def _scaled(effects: Effects, gains: Mapping[str, Interval]) -> dict[str, Interval]:
