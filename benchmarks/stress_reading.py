@@ -241,6 +241,10 @@ def copy_the_averager(world: World, random: Random) -> None:
     facts, found = world.facts(subject), entries(world.model)
     if first_names(found) != first_names(found, by_storage=False):
         facts.add("aliased")  # torch's deepcopy makes two memories of one that two parameters share
+    if any(block.subject is not subject for block in world.blocks):
+        facts.add(
+            "other block"
+        )  # the model is copied too, with tensors that the averager leaves out
     copied = world.ask("copy the averager", facts, partial(copy.deepcopy, subject.averager))
     if isinstance(copied, Refused):
         return
