@@ -16,7 +16,7 @@ import torch
 
 from polyak import Averager
 from polyak.decays import Schedule
-from polyak.rules import AVERAGE, LIVE, Exponential, Rule, Tail, Tick
+from polyak.rules import AVERAGE, LIVE, Exponential, Rule, Tail, Tick, Window
 from polyak.theory import coefficients, explain, match, profile
 
 
@@ -300,3 +300,14 @@ def test_coefficients_may_come_in_any_order(readout: dict[str, float]) -> None:
     wanted = sum(c * held[slot] for slot, c in readout.items())
     assert averager.average()["w"].item() == pytest.approx(wanted)
     assert profile(rule, 3) @ live == pytest.approx(wanted)
+
+
+def test_the_names_of_a_window_are_not_made_at_every_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may be a million, and a profile runs as many updates."""
+    monkeypatch.setattr(Window, "slots", property(lambda _: pytest.fail("slots were asked for")))
+    assert profile(Window(4), 9).tolist() == [0] * 5 + [0.25] * 4
+    averager = Averager({"w": torch.ones(2)}, Window(3))
+    for _ in range(5):
+        averager.update()

@@ -30,7 +30,7 @@ def checked_fraction(rule: Rule, tick: Tick, slot: str, fraction: Any) -> float:
 
 def require_copy(rule: Rule, tick: Tick, slot: str, fraction: float) -> None:
     """Raise `ValueError` unless a slot is one of the rule, and its first move a copy."""
-    if slot not in rule.slots:
+    if not _is_ours(rule) and slot not in rule.slots:  # a window's names may be a million
         raise _error(rule, tick, f"moves slot {slot!r}, wanted one of {', '.join(rule.slots)}")
     if fraction != 1:
         problem = f"first moves slot {slot!r} by {fraction!r}, wanted 1"
