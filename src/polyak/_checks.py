@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -50,6 +51,11 @@ def prefixed(label: object) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
+
+
+def named(pattern: str, names: Collection[str]) -> list[str]:
+    """The names that a name or a glob pattern means; a name in full means itself alone."""
+    return [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
 
 
 def is_number(value: object) -> bool:

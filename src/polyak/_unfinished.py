@@ -103,7 +103,7 @@ def _may_be_abandoned(path: Path, host: str) -> bool:
 
 
 def _remove_unlocked(path: Path) -> None:
-    """Remove a file or folder, unless it is locked or there are no locks (then `OSError`)."""
+    """Remove a file or folder, unless it is locked; raises `OSError` where the system has no locks."""
     if system.WINDOWS:  # the system refuses to remove what is open
         remove(path)
         return

@@ -10,6 +10,7 @@ from torch import Tensor
 from polyak._engine.exchange import Exchange
 from polyak._engine.memory import forms, has_memory
 from polyak._engine.tracking import Entry, Tracked
+from polyak._engine.watch import FORM
 from polyak._modes import inference
 from polyak._parts import CHUNK_BYTES
 from polyak._ranks.sharding import local
@@ -82,7 +83,7 @@ class Pairs:
         return {
             i
             for i, (t, pointer, aside) in enumerate(there)
-            if t.data_ptr() != pointer or _form(t) != _form(aside) or not has_memory(t)
+            if t.data_ptr() != pointer or FORM(t) != FORM(aside) or not has_memory(t)
         }
 
     def exchange(self) -> Exchange:
@@ -115,7 +116,3 @@ class Pairs:
         found = live | {first + k for k, i in enumerate(self.extra) if i in live}
         first += len(self.extra)
         return found | ({first + i for i in asides} if self.slots else set())
-
-
-def _form(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
-    return tensor.dtype, tensor.device, tensor.shape

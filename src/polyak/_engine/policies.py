@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Literal, cast, get_args
 
 from torch import nn
 
-from polyak._checks import require
+from polyak._checks import named, require
 from polyak._dtypes import dtype_name, is_wrapper
 from polyak._engine.tracking import Policy, Tracked, averageable, is_statistic
 
@@ -106,9 +105,7 @@ def _matches(pattern: object, names: Mapping[str, Tracked], option: str) -> list
     """The tensors that a name or pattern means; a name in full means that tensor alone."""
     if not isinstance(pattern, str):
         raise TypeError(f"{option} has the pattern {pattern!r}, wanted a string: a name or a glob")
-    if pattern in names:
-        return [names[pattern]]
-    matching = [item for name, item in names.items() if fnmatchcase(name, pattern)]
+    matching = [names[name] for name in named(pattern, names)]
     if not matching:
         first = ", ".join(list(names)[:5])
         raise ValueError(

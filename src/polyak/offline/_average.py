@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy.typing as npt
 import torch
 
-from polyak._checks import require
+from polyak._checks import named, require
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._read import read
 from polyak.checkpoints._unfit import unfit
@@ -101,23 +100,22 @@ def opened(
 
 def _source(found: Checkpoint, which: str | None, copy: Sequence[str]) -> Source:
     held = found.weights(which)
-    averaged = {name: spec for name, spec in held.specs.items() if not _named(name, copy)}
+    copied = {name for pattern in copy for name in named(pattern, held.specs)}
+    averaged = {name: spec for name, spec in held.specs.items() if name not in copied}
     if problem := unfit(averaged, found.shapes):
         raise ValueError(f"{found.path}: {problem}")
     return Source(str(found.path), held, found.left)
 
 
-def _named(name: str, patterns: Sequence[str]) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def matching(patterns: Sequence[str], sources: Sequence[Source]) -> list[str]:
+def matching(patterns: Sequence[str], sources: Sequence[Source]) -> set[str]:
     """The names of the tensors that patterns mean; raises `ValueError` for a pattern without one."""
-    names = list(sources[-1].weights)
+    names, meant = sources[-1].weights.specs, set[str]()
     for pattern in patterns:
-        wanted = f"a tensor's name or a pattern of names, such as {', '.join(names[:5])}"
-        require(any(_named(name, [pattern]) for name in names), "copy", pattern, wanted)
-    return [name for name in names if _named(name, patterns)]
+        found = named(pattern, names)
+        wanted = f"a tensor's name or a pattern of names, such as {', '.join(list(names)[:5])}"
+        require(bool(found), "copy", pattern, wanted)
+        meant.update(found)
+    return meant
 
 
 def shares_of(

@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint, read in one process without a process group.
 
-A folder holds what each rank wrote, as files of torch.save one behind the other, and a pickle
-`.metadata` that says which chunk of which tensor lies where (`_dcp.metadata`). The metadata are
-believed only where they fit the files.
+A folder holds what each rank wrote, as files of torch.save one behind the other. A pickle,
+`.metadata`, gives the place of each chunk of each tensor (`_dcp.metadata`). Metadata that do not
+fit the files are refused.
 """
 
 from __future__ import annotations
