@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -120,18 +121,19 @@ def test_a_synthesised_average_is_as_near_as_the_error_says(
 
 
 @given(data=st.data(), elapsed=times, target=rules)
-def test_by_increments_the_error_is_that_of_tail_sums_and_nothing_is_nearer(
+def test_by_increments_the_error_is_that_of_sums_and_nothing_is_nearer(
     data: st.DataObject, elapsed: list[float], target: Rule
 ) -> None:
     columns = data.draw(columns_of(elapsed))
     found = fit(columns, target, elapsed, norm="increments")
     a, b = stored(columns, elapsed, np.eye(len(elapsed))).T, coefficients(target, elapsed)
-    tails = np.cumsum(np.column_stack([a, b])[::-1], axis=0)[::-1]
+    # 1 - W_i is the sum before i: exact where W is next to 1.
+    sums = np.cumsum(np.column_stack([a, b])[:-1], axis=0)
 
     def missed(c: Array) -> float:
-        return float(np.linalg.norm(tails @ np.append(c, -1.0)))
+        return float(np.linalg.norm(sums @ np.append(c, -1.0)))
 
-    whole = float(np.linalg.norm(1 - tails[:, -1])) or 1.0
+    whole = float(np.linalg.norm(sums[:, -1])) or 1.0
     mine = missed(found.coefficients)
     near = 1e-6 * found.amplification  # cancellation grows with it
     assert found.relative_error == pytest.approx(mine / whole, rel=1e-6, abs=near)
@@ -141,6 +143,17 @@ def test_by_increments_the_error_is_that_of_tail_sums_and_nothing_is_nearer(
         other = found.coefficients * (1 - step)
         other[one] += step
         assert mine <= missed(other) + 1e-6 * found.amplification
+
+
+def test_by_increments_a_target_next_to_the_live_weights_keeps_its_distance() -> None:
+    """Its first update has a weight of 1e-10: 1 - W from the tail sums would be off by 2e-6."""
+    elapsed, last = [0.06640625, 21.0], [Column(None, LIVE, 2)]
+    found = fit(last, Power(gamma=3.0), elapsed, norm="increments")
+    assert found.relative_error == pytest.approx(1, rel=1e-14)
+    both = [Column(None, LIVE, 1), *last]
+    share = Fraction(elapsed[0]) ** 4 / Fraction(sum(elapsed)) ** 4
+    exact = fit(both, Power(gamma=3.0), elapsed, norm="increments")
+    assert exact.coefficients[0] == pytest.approx(float(share), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -128,15 +128,14 @@ def fit(
     triangle = _reduced(_rows(columns, moves, target, summed=summed))
     found = (_solved_convex if convex else _solved)(triangle[:, :-1], triangle[:, -1])
     missed = float(np.linalg.norm(triangle @ np.append(found, -1.0)))
-    whole = float(np.linalg.norm(1 - _tails(target) if summed else target))
+    whole = float(np.linalg.norm(_earlier(target) if summed else target))
     # The live weights themselves have distance 0: their error is in steps.
     return Fit(found, missed / (whole or 1.0), float(np.abs(found).sum()))
 
 
-def _tails(profile: Profile) -> Profile:
-    """The sum of each entry and all later ones."""
-    sums: Profile = np.cumsum(profile[::-1])[::-1]
-    return sums
+def _earlier(profile: Profile) -> Profile:
+    """1 - W: at each update the sum of all earlier entries. 1 minus a sum next to 1 would lose it."""
+    return np.concatenate([np.zeros_like(profile[:1]), np.cumsum(profile[:-1], axis=0)])
 
 
 def _require_columns(columns: Sequence[Column], updates: int) -> None:
@@ -177,28 +176,26 @@ def _rows(
 
     No tensor is stored within a stretch. So all columns of a slot are multiples of one vector there:
     what the slot's moves leave at the end of the stretch. The multiple is the share that later moves
-    keep. Therefore only slots and target need a QR decomposition. With `summed` the columns are tail
-    sums: those of the vector, plus a constant for the later updates.
+    keep. Therefore only slots and target need a QR decomposition. With `summed` the columns are
+    1 - W: the earlier entries of the vector, plus the constant sum of all updates before the stretch.
     """
     stored = np.array([column.updates for column in columns])
     order = {slot: index for index, slot in enumerate(moves)}
     of_slot = np.array([order[column[:2]] for column in columns])
-    kept, after = np.zeros(len(columns)), np.zeros(len(columns) + 1)
+    kept, before = np.zeros(len(columns)), _earlier(target)
     for start, end in _stretches(stored, len(target)):
         kept[stored == end] = 1.0
         left, old = zip(*(_left(each, start, end) for each in moves.values()), strict=True)
         vectors = np.column_stack([*left, target[start:end]])
-        sums = vectors.sum(axis=0)
         if summed:
-            vectors = np.column_stack(
-                [np.ones(end - start), np.cumsum(vectors[::-1], axis=0)[::-1]]
-            )
+            vectors = np.column_stack([np.ones(end - start), _earlier(vectors)])
         core = _triangle(vectors)
         rows = np.column_stack([core[:, summed:-1][:, of_slot] * kept, core[:, -1]])
-        yield rows + np.outer(core[:, 0], after) if summed else rows
-        after += np.append(sums[of_slot] * kept, sums[-1])
         kept *= np.array(old)[of_slot]
         kept[kept < NOTHING] = 0.0
+        # A profile sums to 1: the earlier updates hold what this stretch leaves of it.
+        constant = np.append(np.where(stored > start, kept, 1.0), before[start])
+        yield rows + np.outer(core[:, 0], constant) if summed else rows
 
 
 def _stretches(stored: npt.NDArray[np.int64], updates: int) -> list[tuple[int, int]]:
