@@ -28,7 +28,7 @@ import polyak
 from polyak import _hold as hold
 from polyak import checkpoints
 from polyak._engine import swap as applying
-from polyak._engine.swap import Lender
+from polyak._engine.applying import Swapper
 from polyak._ranks import replicas
 from polyak._ranks.agreement import chosen
 from polyak._ranks.replicas import gather_
@@ -216,13 +216,13 @@ def what_fails_on_one_rank_before_the_gather_fails_on_all() -> None:
     run.train(2, averager)
     before = run.weights()
     if dist.get_rank() == 1:
-        Lender._plan = _fail
+        Swapper._plan = _fail
     try:
         wanted = MemoryError if dist.get_rank() == 1 else RuntimeError
         with raises(wanted, "no room"), averager.applied():
             raise AssertionError
     finally:
-        Lender._plan = _plan
+        Swapper._plan = _plan
     require_same(run.weights(), before)
     with averager.applied():
         pass
@@ -301,14 +301,14 @@ def what_one_rank_asks_wrongly_holds_up_no_other() -> None:
         averager.update()
     interrupted = False
     if dist.get_rank() == 1:
-        Lender._plan = _interrupted
+        Swapper._plan = _interrupted
     try:
         with averager.applied():
             carried = run.weights()
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        Lender._plan = _plan
+        Swapper._plan = _plan
     assert interrupted == (dist.get_rank() == 1)
     assert interrupted or not torch.equal(carried["last.weight"], before["last.weight"])
     require_same(run.weights(), before)
@@ -321,7 +321,7 @@ def what_one_rank_asks_wrongly_holds_up_no_other() -> None:
     require_same(run.weights(), before)
 
 
-_plan = Lender._plan
+_plan = Swapper._plan
 
 
 def _interrupted(*arguments: Any) -> Any:

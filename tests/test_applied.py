@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from models import Everything, assert_same, everything, pointers, snapshot, wander
 from patience import HANG
 from polyak import Averager, Exponential, Uniform, Window
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.exchange import Exchange
 from polyak.rules import Rule
 from rule_examples import RULE_EXAMPLES
@@ -434,7 +434,7 @@ def test_a_function_whose_body_runs_after_its_call_is_not_decorated(function: An
 
 HELD: dict[str, Callable[[Averager], object]] = {
     "nothing": lambda _: None,
-    "the handle": lambda averager: averager._lender.kept[-1].block,
+    "the handle": lambda averager: averager._swapper.kept[-1].block,
     "the averager": lambda averager: averager,
 }
 
@@ -457,4 +457,4 @@ def test_a_block_between_hooks_lasts_as_long_as_someone_can_leave_it(held: str, 
     if kept is not None:
         cast(Any, kept).leave()
     assert_same(snapshot(model), live)
-    assert lending.OPEN == []
+    assert open_swaps.OPEN == []

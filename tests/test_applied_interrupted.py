@@ -20,7 +20,7 @@ from torch import Tensor
 import polyak
 from models import assert_same, everything, snapshot, wander
 from polyak import Averager, Exponential, Window
-from polyak._engine import lending
+from polyak._engine import open_swaps
 
 HOME = str(Path(polyak.__file__).parent)
 
@@ -63,8 +63,8 @@ def tracing(trace: RaisesAt) -> Iterator[None]:
         # A trace function can raise between the last line of a `with` and the release of its lock, and
         # before the only line of a `finally` that sets torch's grad mode. No signal and no exception
         # from another thread arrives there, so both are set back here.
-        while lending.TURN._is_owned():  # type: ignore[attr-defined]
-            lending.TURN.release()
+        while open_swaps.TURN._is_owned():  # type: ignore[attr-defined]
+            open_swaps.TURN.release()
         torch.set_grad_enabled(True)
 
 
@@ -100,7 +100,7 @@ class Situation:
         weight, bias = self.live["body.weight"], self.live["body.bias"]
         expected = 2 * (self.inputs @ weight.T + bias) @ weight
         torch.testing.assert_close(gradient, expected.detach())
-        assert lending.OPEN == []
+        assert open_swaps.OPEN == []
         self.averagers[0].check_state(self.averagers[0].state_dict())
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models import Everything, assert_same, everything, snapshot, wander
 from polyak import Averager, Exponential, Uniform, Window
-from polyak._engine import lending
+from polyak._engine import open_swaps
 
 Tensors = Mapping[str, Tensor]
 
@@ -167,7 +167,7 @@ def test_blocks_end_in_any_order(program: list[str | int]) -> None:
     scene.check()
     for kind, averager in scene.averagers.items():
         assert_same(averager.average(), scene.averages[kind])
-    assert lending.OPEN == []
+    assert open_swaps.OPEN == []
     scene.train(5)
 
 
@@ -224,7 +224,7 @@ def test_what_took_the_place_of_a_lent_weight_is_lent_too(
 
 @pytest.mark.parametrize("way", REPLACED)
 def test_a_step_is_refused_in_blocks_that_had_to_end_early(way: str) -> None:
-    """A loan that moves beneath another, after its weights were replaced, gives them back at once."""
+    """A swap that moves beneath another, after its weights were replaced, gives them back at once."""
     model = nn.Linear(3, 2)
     whole, part = Averager(model, Uniform()), Averager(model, Uniform(), select="weight")
     for averager in (whole, part, part):
@@ -249,7 +249,7 @@ def test_a_step_is_refused_in_blocks_that_had_to_end_early(way: str) -> None:
 
 
 def test_a_write_in_one_block_is_told_once() -> None:
-    """A loan that is taken back for another's sake, and lent again, says nothing of it to the other."""
+    """A swap that is taken back for another's sake, and swapped again, says nothing of it to the other."""
     flat = torch.arange(8.0)
     weights = {"v": flat[:4], "w": flat[4:]}
     whole, part = Averager(weights, Uniform()), Averager(weights, Uniform(), select="w")

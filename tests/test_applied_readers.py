@@ -1,7 +1,7 @@
 """Calls inside a block of another averager: what they read of the live weights is no average.
 
 Each call gives what it gives outside of the block, or is refused. A call joins `CALLS` by one line, and
-a block that lends other kinds of tensors joins `BLOCKS`.
+a block that swaps other kinds of tensors joins `BLOCKS`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models import assert_same, snapshot, wander
 from polyak import Averager, Exponential, Uniform, Window
-from polyak._engine import lending
+from polyak._engine import open_swaps
 
 
 def network() -> Any:
@@ -146,18 +146,18 @@ class Scene:
         self.open = list(range(len(nest)))
         self.told = 0
 
-    def lent(self) -> list[Tensor]:
+    def swapped(self) -> list[Tensor]:
         return [t for i in self.open for t in self.kinds[i].reach(self.parts[i])]
 
     def step(self) -> None:
-        lent = self.lent()
-        for parameter in lent:
+        swapped = self.swapped()
+        for parameter in swapped:
             parameter.grad = torch.ones_like(parameter)
-        torch.optim.SGD(list({id(t): t for t in lent}.values()), lr=0.1).step()
+        torch.optim.SGD(list({id(t): t for t in swapped}.values()), lr=0.1).step()
 
     @torch.no_grad()
     def write(self, *, seen: bool) -> None:
-        for tensor in self.lent():
+        for tensor in self.swapped():
             (tensor if seen else tensor.data).mul_(1.5)
 
     def leave(self, i: int) -> None:
@@ -170,7 +170,7 @@ class Scene:
 
     def check(self, *, seen: bool, agreed: bool) -> None:
         assert self.told
-        assert lending.OPEN == []
+        assert open_swaps.OPEN == []
         if not agreed:
             return
         live = self.live
@@ -182,7 +182,7 @@ class Scene:
 
 
 def run(way: str, nest: Sequence[str], order: Sequence[int], moment: int, *, seen: bool) -> None:
-    """Leaves blocks in an order, and writes to the lent weights before one of them is left."""
+    """Leaves blocks in an order, and writes to the swapped weights before one of them is left."""
     scene = Scene(nest)
     REPLACED[way](scene.model)
     for count, i in enumerate(order):

@@ -23,9 +23,9 @@ from torch import nn
 from models import assert_same, snapshot, wander
 from patience import HANG
 from polyak import Averager, Exponential
-from polyak._engine import lending, signals
+from polyak._engine import open_swaps, signals
+from polyak._engine.applying import Applied
 from polyak._engine.exchange import Exchange
-from polyak._engine.swap import Applied
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
 
@@ -317,7 +317,7 @@ def test_a_signal_that_comes_after_the_handlers_keeps_no_block(
     inner.update()
     live, heard = snapshot(model), []
     signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
-    hear = lending.hear_signals
+    hear = open_swaps.hear_signals
 
     def comes_late() -> None:
         hear()
@@ -328,7 +328,7 @@ def test_a_signal_that_comes_after_the_handlers_keeps_no_block(
         with outer.applied():
             second = inner.applied()
             second.__enter__()
-            monkeypatch.setattr(lending, "hear_signals", comes_late)
+            monkeypatch.setattr(open_swaps, "hear_signals", comes_late)
         raise ValueError
 
     with pytest.raises(ValueError):
@@ -344,7 +344,7 @@ def test_a_signal_that_still_waits_is_heard_with_the_next(monkeypatch: pytest.Mo
     heard: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, _: heard.append(number))
-    hear = lending.hear_signals
+    hear = open_swaps.hear_signals
 
     def comes_late() -> None:
         hear()
@@ -352,7 +352,7 @@ def test_a_signal_that_still_waits_is_heard_with_the_next(monkeypatch: pytest.Mo
 
     with outer.applied():
         with inner.applied():
-            monkeypatch.setattr(lending, "hear_signals", comes_late)
+            monkeypatch.setattr(open_swaps, "hear_signals", comes_late)
         monkeypatch.undo()
         assert heard == []
         signal.raise_signal(signal.SIGUSR2)

@@ -15,7 +15,7 @@ from torch import nn
 
 from models import assert_same, snapshot, wander
 from polyak import EMA, Averager, Exponential, Window
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.exchange import Exchange
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def test_models_of_their_own_are_averaged_and_applied_in_parallel() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
-    assert lending.OPEN == []
+    assert open_swaps.OPEN == []
 
 
 def test_threads_that_share_an_averager_never_mix_contents() -> None:
@@ -280,7 +280,7 @@ def test_a_generator_may_be_collected_amid_an_exchange(
     assert_same(snapshot(model), live)
     assert_same(first.average(), averages[0])
     assert_same(second.average(), averages[1])
-    assert lending.OPEN == []
+    assert open_swaps.OPEN == []
 
 
 def test_a_block_that_no_one_leaves_ends_with_its_object() -> None:

@@ -271,7 +271,7 @@ def test_a_call_inside_hides_nothing_that_the_block_has_replaced(
     with suppress(RuntimeError):
         ASKED[asked](averager, tmp_path / "saved")
     with pytest.raises(RuntimeError, match=WAYS[way].said):
-        while averager._lender.loan is not None:
+        while averager._swapper.swap is not None:
             block.__exit__(None, None, None)
     now = snapshot(model)
     assert_same({n: now[n] for n in live.keys() & now}, {n: live[n] for n in live.keys() & now})

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import require_positive
-from polyak._engine import changes, lending
+from polyak._engine import changes, open_swaps
+from polyak._engine.applying import Applied
 from polyak._engine.attachment import Attachment
 from polyak._engine.averages import Options
 from polyak._engine.guard import Nonfinite
@@ -30,7 +31,6 @@ from polyak._engine.pulling import Pull
 from polyak._engine.resumable import Resumable
 from polyak._engine.rounding import Rounding
 from polyak._engine.summary import Summary, summarise
-from polyak._engine.swap import Applied
 from polyak._engine.tracking import Source
 from polyak.rules import Rule
 
@@ -116,9 +116,9 @@ class Averager(IntoModules, Resumable):
         averager was made with. Raises `ValueError` unless elapsed > 0 and the time after it is
         finite, and `FloatingPointError` for weights that are not finite with `nonfinite="error"`.
         """
-        with lending.TURN:
-            if self._lender.loan is not None:
-                self._lender.refuse("update")
+        with open_swaps.TURN:
+            if self._swapper.swap is not None:
+                self._swapper.refuse("update")
             if elapsed is not None:
                 elapsed = float(require_positive("elapsed", elapsed))
                 self._updating.clock.require_time_for(elapsed)
@@ -154,7 +154,7 @@ class Averager(IntoModules, Resumable):
                 "attach: the averager is attached already, so a step would count twice; call "
                 "remove() on the earlier attachment first"
             )
-        with lending.TURN:
+        with open_swaps.TURN:
             self._live.check("attach")
         updating = self._updating
         self._attachment = Attachment(
@@ -169,7 +169,7 @@ class Averager(IntoModules, Resumable):
         updating.replaced = self._attachment.require_moved
         return self._attachment
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """Return the average: canonical name -> fresh tensor, in the slots' dtype and on their device.
 
@@ -206,9 +206,9 @@ class Averager(IntoModules, Resumable):
         With `shard`, entering is collective: the ranks agree on what they gather, and each keeps a
         copy of its live weights. Leaving needs no other rank.
         """
-        return Applied(self._lender, name)
+        return Applied(self._swapper, name)
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def summary(self) -> Summary:
         """Return every tensor's policy, the rules, the clock and the memory; it prints as a table.
 
@@ -233,14 +233,14 @@ class Averager(IntoModules, Resumable):
                 "an Averager with shard= has a process group and cannot be copied or pickled: save "
                 "state_dict(), make an Averager for the other model and call load_state_dict() there"
             )
-        lending.refuse_lent("copy", self._live.tracked)
+        open_swaps.refuse_swapped("copy", self._live.tracked)
         made_with = type(self), self._live.model, self.rules, self._choice, self._options
         own = {name: value for name, value in vars(self).items() if name not in self._parts}
         return _restored, (*made_with, self.state_dict()), own
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def _after_steps(self, found_inf: list[Tensor]) -> None:
-        self._lender.refuse("update")
+        self._swapper.refuse("update")
         self._call(1.0, found_inf)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import difference, report, require_count
-from polyak._engine import lending, second
+from polyak._engine import open_swaps, second
 from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Move
 from polyak._engine.policies import Choose
@@ -230,7 +230,7 @@ class EMA(nn.Module):
     def _copies(self, policy: Policy) -> Copies:
         """The tensors of a policy in `ema_model`, with the live ones: "skip" are the ignored names."""
         ours = {item.name: item for item in self._live.tracked if item.policy == policy}
-        lending.refuse_lent("EMA", list(ours.values()))
+        open_swaps.refuse_swapped("EMA", list(ours.values()))
         theirs = {item.name: item for item in self._carrier.tracked if item.name in ours}
         given = {name: item.shape() for name, item in ours.items()}
         if wrong := difference({name: item.shape() for name, item in theirs.items()}, given):

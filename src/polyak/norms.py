@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from polyak._checks import report
-from polyak._engine import lending, signals
+from polyak._engine import open_swaps, signals
 from polyak._engine.tracking import STATISTICS
 from polyak._modes import no_grad
 from polyak._norm_statistics import Norm, find_norms
@@ -217,7 +217,7 @@ def _surely(restore: Callable[[], object]) -> None:
         restore()
         raise
     finally:
-        lending.hear_signals()
+        open_swaps.hear_signals()
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from polyak._dtypes import require_slot_dtype
-from polyak._engine import lending
+from polyak._engine import open_swaps
+from polyak._engine.applying import Swapper
 from polyak._engine.attachment import Attachment
 from polyak._engine.guard import Nonfinite
 from polyak._engine.live import ModelTensors
@@ -23,7 +24,6 @@ from polyak._engine.pulling import Pull, pull_, require_pull
 from polyak._engine.readout import AverageWeights
 from polyak._engine.rounding import Rounding, require_rounding
 from polyak._engine.slots import Average
-from polyak._engine.swap import Lender
 from polyak._engine.tracking import Source, Tracked
 from polyak._engine.twins import Twins
 from polyak._engine.updating import Updating, undisturbed
@@ -89,7 +89,7 @@ class Averages:
         """The id of the run that a `Recorder` stores; it is part of the state."""
         self.mixed = False
         """Whether another rule made a part of the slots (`change_rule`)."""
-        self._lender = Lender(self._live, self._averages, self._updating, self._mesh)
+        self._swapper = Swapper(self._live, self._averages, self._updating, self._mesh)
         self._twins = Twins(self._live, self._averages, self._updating)
         self._call = self._with_pull(self._updating.call)
         self._attachment: Attachment | None = None
@@ -167,7 +167,7 @@ class Averages:
         """
         self._compare_replicas("check_replicas")
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def weights(self, name: str | None = None) -> AverageWeights:
         """Return the average as a mapping that computes each tensor when it is read.
 
@@ -212,7 +212,7 @@ class Averages:
             )
 
     def _same_model(self, call: str) -> None:
-        self._lender.refuse(call)
+        self._swapper.refuse(call)
         self._updating.settle()
         self._live.check(call)
 
@@ -222,7 +222,7 @@ class Averages:
         average.require_usable(call)
 
     def _get(self, name: str | None) -> Average:
-        return self._averages[self._lender.label(name)]
+        return self._averages[self._swapper.label(name)]
 
     def _with_pull(self, call: Callable[..., None]) -> Callable[..., None]:
         """What `update` and `attach` do: a call, and the pull that may follow it."""

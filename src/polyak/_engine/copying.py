@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import difference, report
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity
 from polyak._engine.tracking import Choice, Source, Tracked, track
@@ -29,7 +29,7 @@ def places(
     reshard(model)
     found = [item for item in track(model, choice).tracked if item.policy != "skip"]
     _require_fit(live.readable(), found, average)
-    lending.refuse_lent("copy_to", found)
+    open_swaps.refuse_swapped("copy_to", found)
     return found
 
 
@@ -62,7 +62,7 @@ def write_(
             if id(to) not in gathered and identity(to) != identity(content):
                 to.copy_(content)
 
-    with lending.TURN:
+    with open_swaps.TURN:
         undisturbed(copy)
 
 

@@ -1,20 +1,20 @@
-"""Holds: the part of a block of `applied()` in a loan, and how the block ends."""
+"""Holds: the part of a block of `applied()` in a swap, and how the block ends."""
 
 from __future__ import annotations
 
 from weakref import ref
 
-from polyak._engine import lending, signals
-from polyak._engine.loans import Loan
+from polyak._engine import open_swaps, signals
+from polyak._engine.swaps import Swap
 
 _open: set[Hold] = set()  # Python calls back only weak references that are kept
 
 
 class Hold:
-    """One block's part in a loan. The last block to end restores the live weights."""
+    """One block's part in a swap. The last block to end restores the live weights."""
 
     def __init__(self, block: object) -> None:
-        self.loan: Loan | None = None
+        self.swap: Swap | None = None
         # If no `__exit__` comes (an abandoned generator), the block ends with its object. `__del__`
         # would run after every block, and Python swallows a Ctrl-C that arrives in it; or in the
         # code of `weakref.finalize`, before the weights are back.
@@ -24,8 +24,8 @@ class Hold:
     def end(self) -> str:
         """Ends the block. Returns what it did to weights and average; empty if it did nothing."""
         report = ""
-        if self.loan is not None and lending.leave(self.loan, self):
-            report = self.loan.report()
+        if self.swap is not None and open_swaps.leave(self.swap, self):
+            report = self.swap.report()
         self._rescue = None
         _open.discard(self)
         return report
@@ -37,7 +37,7 @@ class Hold:
         try:
             _end(self)
         finally:
-            if not lending.OPEN:
+            if not open_swaps.OPEN:
                 signals.release()
             signals.send_again()
 
@@ -51,7 +51,7 @@ def leave(hold: Hold, error: BaseException | None) -> None:
         elif report:
             raise RuntimeError(report)
     finally:
-        lending.hear_signals()
+        open_swaps.hear_signals()
 
 
 def _end(hold: Hold) -> str:

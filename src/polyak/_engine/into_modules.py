@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from polyak._engine import copying, lending
+from polyak._engine import copying, open_swaps
 from polyak._engine.averages import Averages
 from polyak._engine.pulling import require_fraction
 from polyak._engine.tracking import Source
@@ -17,7 +17,7 @@ from polyak._ranks.sharding import local
 class IntoModules(Averages):
     """Averages that modules can have."""
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def module(self, name: str | None = None, *, copy: bool = False) -> nn.Module:
         """Return the average as a module to call beside the model: a teacher, a target network.
 
@@ -43,7 +43,7 @@ class IntoModules(Averages):
             copied = plain_copy("module", model, {id(self): None}).requires_grad_(False).eval()
             self.copy_to(copied, name)
             return copied
-        module = self._twins.module(model, self._lender.label(name), {id(self): None})
+        module = self._twins.module(model, self._swapper.label(name), {id(self): None})
         self._call = self._with_pull(self._twins.call)
         return module
 
@@ -63,11 +63,11 @@ class IntoModules(Averages):
             found = copying.places(model, self._choice, self._live, average)
             forms = copying.gathered_forms(self._live, found)
             agreement.told = (
-                f"{self._lender.label(name)!r}, {self._get(name).tick}, {digest(forms)}"
+                f"{self._swapper.label(name)!r}, {self._get(name).tick}, {digest(forms)}"
             )
         copying.write_(found, average, self._live, self._mesh)
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def pull(self, fraction: float, name: str | None = None) -> None:
         """Move the live weights towards the average: `live <- lerp(live, average, fraction)`.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak._checks import difference, listed, report
 from polyak._dtypes import Kind, kind
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.inventory import Inventory
 from polyak._engine.refusals import CHANGE_FIRST
 from polyak._engine.tracking import Choice, Entry, Found, Source, Tracked, by_name, track
@@ -95,8 +95,8 @@ class ModelTensors:
 
         Raises `RuntimeError` if they or copied tensors hold an average, in a block of any averager.
         """
-        if lending.OPEN:
-            lending.refuse_lent("update", self.stored())
+        if open_swaps.OPEN:
+            open_swaps.refuse_swapped("update", self.stored())
         if not self.unchanged():
             self.check("update")
         return self._groups
@@ -175,7 +175,7 @@ class ModelTensors:
                 lines.append(CHANGE_FIRST)
             title = f"{call}: not the tensors that the averager was made with"
             raise RuntimeError(report(title, lines))
-        if not lending.lends(self):  # the loan finds by what is known here what its block replaces
+        if not open_swaps.is_swapped(self):  # a swap needs the old tensors to see what was replaced
             self._adopt(found)
 
     def thawed(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from polyak import _tensors as tensors
 from polyak._checks import as_number, is_number, require, require_count
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._lazy import LazyTensors
 from polyak._modes import no_grad
@@ -70,7 +70,7 @@ def pull_(live: ModelTensors, average: LazyTensors, fraction: float) -> None:
 
     The wider of the two dtypes computes it: in bfloat16 a small pull would be rounded away twice.
     """
-    lending.refuse_lent("pull", live.averaged)
+    open_swaps.refuse_swapped("pull", live.averaged)
     for item in live.averaged:
         weights, towards = item.local(), average.read(item.name)
         wide = torch.promote_types(weights.dtype, towards.dtype)

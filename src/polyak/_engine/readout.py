@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._lazy import LazyTensors, TensorSpec, Where, spec_of
@@ -75,7 +75,7 @@ class AverageWeights(LazyTensors):
 
     def _model_s_own(self, name: str) -> Tensor:
         """A frozen tensor; raises `RuntimeError` where it holds an average, in another averager's block."""
-        lending.refuse_lent("the average", [self._frozen[name]])
+        open_swaps.refuse_swapped("the average", [self._frozen[name]])
         return self._frozen[name].local()
 
     def _held(self) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class AverageWeights(LazyTensors):
         return {name: read[first] for name, first in self._names.items()}
 
     def _require_current(self, name: str) -> None:
-        if self._average.lent:
+        if self._average.swapped:
             raise RuntimeError(
                 f"{name}: inside applied() this average is in the model, and its own tensors may hold "
                 "the live weights; leave the block first"

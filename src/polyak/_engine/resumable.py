@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._dtypes import require_slot_dtype, slot_dtype
-from polyak._engine import changes, lending
+from polyak._engine import changes, open_swaps
 from polyak._engine.averages import Averages, as_device
 from polyak._engine.rounding import require_rounding
 from polyak._engine.states import STATE_FORMAT, State, checked, set_together
@@ -21,7 +21,7 @@ from polyak.specs import savable_rule
 class Resumable(Averages):
     """Averages with a state: everything is checked before anything changes."""
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def state_dict(self) -> dict[str, Any]:
         """Return rules, clocks and slots as data: plain dictionaries, numbers, strings and tensors.
 
@@ -44,7 +44,7 @@ class Resumable(Averages):
         state |= {"pull": repr(self._options.pull)} if self._options.pull else {}
         return state | ({"mixed": True} if self.mixed else {})
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state that `state_dict` returned; its tensors are copied into the slots' memory.
 
@@ -65,12 +65,12 @@ class Resumable(Averages):
         set_together([*taken, *updating, (self, own)])
         self._keep_memory(*before)
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""
         self._checked(state)
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def begin(
         self,
         weights: Mapping[str, Tensor] | None = None,
@@ -88,10 +88,12 @@ class Resumable(Averages):
         Raises `ValueError` for names, shapes or dtypes that do not fit, and a count below 1;
         `RuntimeError` inside `applied()`.
         """
-        labels = list(self._averages) if name is None else [self._lender.label(name)]
+        labels = list(self._averages) if name is None else [self._swapper.label(name)]
         self._same_model("begin")
         given = set(weights or ())
-        lending.refuse_lent("begin", [i for i in self._live.stored() if given.isdisjoint(i.names)])
+        open_swaps.refuse_swapped(
+            "begin", [i for i in self._live.stored() if given.isdisjoint(i.names)]
+        )
         if weights is None:
             weights = {item.name: item.held() for item in self._live.stored()}
         copies = changes.given(weights, self._live, "copy")
@@ -113,7 +115,7 @@ class Resumable(Averages):
             state["copies"] = copies | state["copies"]
             self.load_state_dict(state)
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def change_rule(self, rule: Rule | str, name: str | None = None) -> None:
         """Continue with another rule, from the present slots and clock.
 
@@ -128,7 +130,7 @@ class Resumable(Averages):
         mixed: dict[str, object] = {"mixed": self.mixed or changed}
         set_together([(average, rule_and_clock), (self, mixed)])
 
-    @lending.in_turn
+    @open_swaps.in_turn
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:

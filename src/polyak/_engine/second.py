@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polyak._checks import require
 from polyak._dtypes import slot_dtype
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
@@ -71,7 +71,7 @@ def made(
     model, and `RuntimeError` for a model that cannot be copied.
     """
     if given is None:
-        lending.refuse_lent("EMA", live.stored())
+        open_swaps.refuse_swapped("EMA", live.stored())
         module = _copied(live, model)
     else:
         module = given if isinstance(given, nn.Module) else given()

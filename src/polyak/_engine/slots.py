@@ -17,7 +17,7 @@ from polyak._contract import (
     require_copy,
 )
 from polyak._dtypes import Kind, kind, slot_dtype
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Move
@@ -36,7 +36,7 @@ class Average:
     """One average: its rule, its clock, and for each slot its tensors in the order of the weights.
 
     A slot is allocated at its first move, which is a copy, so a window takes memory as it fills.
-    If `damaged` is not empty, the slots no longer hold an average, and it says why. While `lent`, they may
+    If `damaged` is not empty, the slots no longer hold an average, and it says why. While `swapped`, they may
     hold live weights: the model has the average, in a block.
     """
 
@@ -53,7 +53,7 @@ class Average:
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
         self.damaged = ""
-        self.lent = False
+        self.swapped = False
         self.twin: Callable[[], object] | None = None
         """Returns the module that has the slots, if it is still there."""
         self.moving = False
@@ -161,7 +161,7 @@ class Average:
         coefficients = {each: self.readout(convex=each) for each in set(convex)}
         weights = {}
         if any(LIVE in each for each in coefficients.values()):
-            lending.refuse_lent(f"{self.rule} reads the live weights", live.averaged)
+            open_swaps.refuse_swapped(f"{self.rule} reads the live weights", live.averaged)
             weights = {i: live.averaged[i].local() for i in chosen}
         # Only the wanted tensors are grouped here: a read of one must not walk through all of them.
         groups: dict[tuple[bool, *tuple[Kind, ...]], list[tuple[int, int]]] = {}

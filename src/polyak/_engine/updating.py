@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._checks import require_count
-from polyak._engine import lending, signals
+from polyak._engine import open_swaps, signals
 from polyak._engine.clock import START, TICK, Clock, Moment
 from polyak._engine.copies import Copies
 from polyak._engine.exchange import failure
@@ -95,7 +95,7 @@ def undisturbed(action: Callable[[], object]) -> None:
         signals.hold()
         action()
     finally:
-        lending.hear_signals()
+        open_swaps.hear_signals()
 
 
 class Updating:

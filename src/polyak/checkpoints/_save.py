@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from polyak._dtypes import dtype_name
-from polyak._engine import lending
+from polyak._engine import open_swaps
 from polyak._engine.slots import named
 from polyak._engine.states import as_tick
 from polyak._engine.tracking import Tracked
@@ -198,7 +198,7 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
         }
     if averager.clock.n and (live or any(map(_needs_live, averages.values()))):
         items = [item for item in tracked if item.policy == "average"]
-        lending.refuse_lent("save", items)
+        open_swaps.refuse_swapped("save", items)
         weights = named(items, [item.local().detach() for item in items])
         stored |= {f"live/{name}": tensor for name, tensor in weights.items()}
     described = {

@@ -31,7 +31,7 @@ with extra("ignite", "ignite"):
 
 __all__ = ["Weights", "evaluators", "log_measures"]
 
-Lend = Callable[[], AbstractContextManager[object]]
+Apply = Callable[[], AbstractContextManager[object]]
 """Makes a block in which the model has an average."""
 
 
@@ -51,28 +51,28 @@ def evaluators(averager: Averager, make: Callable[[], Engine]) -> dict[str, Engi
         raise ValueError("make returned the same engine twice, wanted a new one at each call")
     for name, engine in engines.items():
         require_kind("evaluators", "what make returned", engine, Engine)
-        block, lend = ExitStack(), partial(averager.applied, name)
+        block, apply = ExitStack(), partial(averager.applied, name)
         # Handlers that are added later, such as a checkpoint's, must see live weights.
         for event in (Events.TERMINATE, Events.INTERRUPT, Events.COMPLETED):
             engine.add_event_handler(event, block.close)
         # With a handler of our own for it, ignite would not raise the exception.
-        vars(engine)["_handle_exception"] = partial(_failed, lend, block, engine._handle_exception)
-        vars(engine)["run"] = partial(_run, lend, block, engine.run)
+        vars(engine)["_handle_exception"] = partial(_failed, apply, block, engine._handle_exception)
+        vars(engine)["run"] = partial(_run, apply, block, engine.run)
     return engines
 
 
-def _run(lend: Lend, block: ExitStack, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(apply: Apply, block: ExitStack, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with block:
-        block.enter_context(lend())
+        block.enter_context(apply())
         return run(*args, **kwargs)
 
 
 def _failed(
-    lend: Lend, block: ExitStack, handle: Callable[[BaseException], None], error: BaseException
+    apply: Apply, block: ExitStack, handle: Callable[[BaseException], None], error: BaseException
 ) -> None:
     block.close()
     handle(error)
-    block.enter_context(lend())  # after an exception that handlers have swallowed, epochs go on
+    block.enter_context(apply())  # after an exception that handlers have swallowed, epochs go on
 
 
 def log_measures(

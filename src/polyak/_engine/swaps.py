@@ -1,7 +1,7 @@
-"""Loans: an average that is in a model for a while, and the live weights that return afterwards.
+"""Swaps: an average that is in a model for a while, and the live weights that return afterwards.
 
-During a loan each tensor of the model holds the average, and a tensor beside it (a slot of the
-average, or a temporary one) holds the live content (`polyak._engine.lent`).
+During a swap each tensor of the model holds the average, and a tensor beside it (a slot of the
+average, or a temporary one) holds the live content (`polyak._engine.swapped`).
 
 An exception may interrupt any call here at any line; calling it again finishes it.
 """
@@ -15,8 +15,8 @@ from weakref import WeakMethod
 from torch import Tensor
 
 from polyak._engine.exchange import failure
-from polyak._engine.lent import VERSIONS, Lent
 from polyak._engine.pairs import Pairs
+from polyak._engine.swapped import VERSIONS, SwappedPairs
 from polyak._modes import no_grad
 
 _MOST = 8  # problems in a message
@@ -30,15 +30,15 @@ class Owner(NamedTuple):
     name: str
 
 
-class Lendable(Protocol):
-    """What a loan notes on its average: that its slots hold live weights, or what has changed them."""
+class Swappable(Protocol):
+    """What a swap notes on its average: that its slots hold live weights, or what has changed them."""
 
-    lent: bool
+    swapped: bool
     damaged: str
 
 
 class Watched(Protocol):
-    """What a loan needs from the model's tensors."""
+    """What a swap needs from the model's tensors."""
 
     def reshard(self) -> None: ...
 
@@ -49,16 +49,16 @@ class Watched(Protocol):
     def by_name(self) -> dict[str, Tensor]: ...
 
 
-class Loan:
+class Swap:
     """One average in a model, for one block or several. `ended` is called by `close`.
 
-    A loan does not keep the owner of `ended`: its blocks end once nobody could leave them any more.
+    A swap does not keep the owner of `ended`: its blocks end once nobody could leave them any more.
     """
 
     def __init__(
         self,
         label: str,
-        average: Lendable,
+        average: Swappable,
         pairs: Sequence[Pairs],
         model: Watched,
         owner: Owner,
@@ -68,16 +68,16 @@ class Loan:
         self.strayed = False
         """Whether the block has replaced or moved tensors."""
         self.out = False
-        """Whether the model has the average, as far as the loan comes before others."""
+        """Whether the model has the average, as far as the swap comes before others."""
         self.model = model
         self._average, self._pairs, self._ended = average, pairs, ended
-        self._lent = [Lent(each) for each in pairs]
+        self._swapped = [SwappedPairs(each) for each in pairs]
         self._problems: dict[str, None] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
         """All memory with other contents than it had: the model's at the start, and slots of the average."""
-        return [tensor for lent in self._lent for tensor in lent.tensors]
+        return [tensor for pairs in self._swapped for tensor in pairs.tensors]
 
     @property
     def names(self) -> list[str]:
@@ -100,24 +100,24 @@ class Loan:
 
     def same(self) -> bool:
         """Whether no tensor was replaced or moved, as far as that is looked at in every block."""
-        return self.model.unchanged() and all(lent.untouched() for lent in self._lent)
+        return self.model.unchanged() and all(pairs.untouched() for pairs in self._swapped)
 
     @no_grad
-    def lend(self) -> None:
+    def put_in(self) -> None:
         """Writes the average into the model: for the first time, or again after `take_back`."""
-        self._average.lent = True
+        self._average.swapped = True
         self.model.reshard()
-        for lent in self._lent:
-            lent.begin()
+        for pairs in self._swapped:
+            pairs.begin()
         try:
-            for lent in self._lent:
-                lent.put()
+            for pairs in self._swapped:
+                pairs.put()
         except RuntimeError:
             self.model.check(f"applied({self.label!r})")  # it names the tensor that has changed
             raise
         version = VERSIONS.fresh()
-        for lent in self._lent:
-            lent.mark(version)
+        for pairs in self._swapped:
+            pairs.mark(version)
         self.out = True
 
     @no_grad
@@ -130,44 +130,44 @@ class Loan:
         if self.out:
             self.strayed = not self.same()
             now = self.model.by_name() if self.strayed else None
-            for lent in self._lent:
-                lent.look(now)
+            for pairs in self._swapped:
+                pairs.look(now)
             self.out = False
-        for lent in self._lent:
-            lent.take()
-        for lent in self._lent:
-            lent.restore()
+        for pairs in self._swapped:
+            pairs.take()
+        for pairs in self._swapped:
+            pairs.restore()
 
     def part(self) -> None:
-        """What `follow` of other loans writes changes no content of this one from now on."""
-        for each in () if self.strayed else self._lent:
+        """What `follow` of other swaps writes changes no content of this one from now on."""
+        for each in () if self.strayed else self._swapped:
             each.part(set(), exchanged=self.out)
 
     @no_grad
-    def follow(self, lent: Sequence[Tensor]) -> None:
-        """Writes what the lent memory holds now into tensors that have left it, or come in their place.
+    def follow(self, swapped: Sequence[Tensor]) -> None:
+        """Writes what the swapped memory holds now into tensors that have left it, or come in their place.
 
-        `lent` is the memory of all loans, which stays as it is.
+        `swapped` is the memory of all swaps, which stays as it is.
         """
-        for each in self._lent:
-            each.follow(lent)
+        for each in self._swapped:
+            each.follow(swapped)
 
     def close(self) -> None:
         """After the last `take_back`: the average can be used again, unless its slots were changed."""
-        if any(lent.damaged for lent in self._lent):
+        if any(pairs.damaged for pairs in self._swapped):
             self._average.damaged = self.report()
-        self._average.lent = False
+        self._average.swapped = False
         if (ended := self._ended()) is not None:
             ended()
 
     def report(self) -> str:
         """What the block did to weights and average; empty if it did nothing."""
         problems = list(self._problems)
-        for lent in self._lent:
-            problems += lent.problems
+        for pairs in self._swapped:
+            problems += pairs.problems
         if not problems:
             return ""
-        damaged = any(lent.damaged for lent in self._lent)
+        damaged = any(pairs.damaged for pairs in self._swapped)
         fate = "the average is damaged" if damaged else "what was put there is dropped"
         return (
             f"applied: inside the block {'; '.join(problems[:_MOST])}. The live weights are back and "

@@ -1,7 +1,7 @@
-"""Lent tensors: those of a model that exchange contents with other tensors, and get them back.
+"""Swapped tensors: tensors of a model exchange contents with other tensors, and get them back.
 
-Autograd's version counters follow the contents: tensors that are lent have a version of their own, so
-autograd refuses a graph that was recorded under other contents. When the old contents are back, so is
+Autograd's version counters follow the contents: swapped tensors have a version of their own, so autograd
+refuses a graph that was recorded under other contents. When the old contents are back, so is
 the old version, or the one after it where something else may have changed: outside of blocks,
 versions stay far below those of blocks.
 
@@ -43,7 +43,7 @@ class _Versions:
 VERSIONS = _Versions()
 
 
-class Lent:
+class SwappedPairs:
     """Pairs whose contents are exchanged for a while.
 
     After `look`, `problems` says what the block did to them, and `damaged` that slots have changed.
@@ -54,7 +54,7 @@ class Lent:
         self.damaged = False
         self.slots = pairs.slots
         self._pairs = pairs
-        # A tensor may leave its memory in the block. Loans below and above have that memory too.
+        # A tensor may leave its memory in the block. Swaps below and above have that memory too.
         self._memory = [tensor.data for tensor in pairs.live]
         self._exchange = pairs.exchange()
         self._before: list[int] | None = None  # old versions, until the old contents are back
@@ -75,7 +75,7 @@ class Lent:
         if self._before is None:
             self._changed_live = self._changed_slots = set()
             before = versions(self._pairs.counted)
-            VERSIONS.used(before)  # of a loan below, in which tensors were written to
+            VERSIONS.used(before)  # of a swap below, in which tensors were written to
             self._before = before
 
     def put(self) -> None:
@@ -184,10 +184,10 @@ class Lent:
     def _tell(self, problem: str, error: str) -> None:
         self.problems[f"{problem} ({error})"] = None
 
-    def follow(self, lent: Sequence[Tensor]) -> None:
+    def follow(self, swapped: Sequence[Tensor]) -> None:
         """Writes the content also into tensors that have left its memory, or come in their place.
 
-        `lent` is the memory of all loans: a tensor that lies in it, or shares memory with another one
+        `swapped` is the memory of all swaps: a tensor that lies in it, or shares memory with another one
         of the model, gets memory of its own.
         """
         if self._now is None:
@@ -209,7 +209,7 @@ class Lent:
         new = [(i, t) for i, t in new if identity(t) != identity(self._places[i])]
         mine = {name for i, _ in new for name in items[i].names}
         others = [local(t) for name, t in self._now.items() if name not in mine]
-        shared = set(meeting([t for _, t in new], [*others, *lent]))
+        shared = set(meeting([t for _, t in new], [*others, *swapped]))
         for k, (i, tensor) in enumerate(new):
             self._write(i, tensor, self._places[i], anew=k in shared)
 

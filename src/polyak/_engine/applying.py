@@ -1,7 +1,7 @@
 """Applying: the model has an average for a while, in place, and then its live weights again.
 
-A `Lender` belongs to one averager and says which tensors exchange contents. A block is `Applied`, the
-context manager. The blocks of all averagers meet in `polyak._engine.lending`.
+A `Swapper` belongs to one averager and says which tensors exchange contents. A block is `Applied`, the
+context manager. The blocks of all averagers meet in `polyak._engine.open_swaps`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from polyak._dtypes import Kind, kind
-from polyak._engine import lending, signals
+from polyak._engine import open_swaps, signals
 from polyak._engine.holds import Hold, leave
 from polyak._engine.live import ModelTensors
-from polyak._engine.loans import Loan
 from polyak._engine.pairs import Pairs
 from polyak._engine.slots import Average
+from polyak._engine.swaps import Swap
 from polyak._engine.tracking import Tracked
 from polyak._engine.updating import Updating
 from polyak._engine.watch import Places
@@ -67,7 +67,7 @@ class _Kept(NamedTuple):
     hold: Hold
 
 
-class Lender:
+class Swapper:
     """Writes averages of one averager into its model, one at a time, and restores the live weights."""
 
     def __init__(
@@ -77,8 +77,8 @@ class Lender:
         updating: Updating,
         mesh: DeviceMesh | None,
     ) -> None:
-        self.loan: Loan | None = None
-        """The loan that is open, or is being prepared."""
+        self.swap: Swap | None = None
+        """The swap that is open, or is being prepared."""
         self._model, self._averages, self._updating, self._mesh = model, averages, updating, mesh
         self._known: dict[str, _Slots] = {}
         self.kept: list[_Kept] = []
@@ -86,10 +86,10 @@ class Lender:
 
     def refuse(self, call: str) -> None:
         """Raises `RuntimeError` inside a block: the model has an average there."""
-        if self.loan is not None:
+        if self.swap is not None:
             raise RuntimeError(
-                f"{call} inside applied({self.loan.label!r}): the model has the average's weights there; "
-                f"leave the `with` block first ({self.loan.owner.name} has entered it)"
+                f"{call} inside applied({self.swap.label!r}): the model has the average's weights there; "
+                f"leave the `with` block first ({self.swap.owner.name} has entered it)"
             )
 
     def label(self, name: str | None) -> str:
@@ -102,29 +102,29 @@ class Lender:
             raise KeyError(f"average {name!r} is unknown, wanted one of {list(self._averages)}")
         return label
 
-    def lend(self, hold: Hold, name: str | None) -> None:
+    def swap_in(self, hold: Hold, name: str | None) -> None:
         """Writes an average into the model, for a block; `give_back` undoes it, whatever this raises."""
-        if self.loan is not None:
-            self._join(self.loan, hold, name)
+        if self.swap is not None:
+            self._join(self.swap, hold, name)
             return
         group = None if self._mesh is None else self._mesh.get_group()
         with together_or_alone("applied", group) as agreement:
             gathered = self._plan(hold, name, agreement)
         if self._mesh is not None:
             gather_(gathered, self._mesh)
-        if hold.loan is not None:
-            lending.enter(hold.loan, hold)
+        if hold.swap is not None:
+            open_swaps.enter(hold.swap, hold)
 
-    def _join(self, loan: Loan, hold: Hold, name: str | None) -> None:
-        """An inner block of the same average: the loan lasts until the last of its blocks ends."""
+    def _join(self, swap: Swap, hold: Hold, name: str | None) -> None:
+        """An inner block of the same average: the swap lasts until the last of its blocks ends."""
         label = self.label(name)
-        if label != loan.label:
+        if label != swap.label:
             self.refuse(f"applied({label!r})")
-        lending.refuse_owner(f"applied({label!r})", loan, "a model")
-        hold.loan = loan
-        lending.enter(loan, hold)
+        open_swaps.refuse_owner(f"applied({label!r})", swap, "a model")
+        hold.swap = swap
+        open_swaps.enter(swap, hold)
 
-    @lending.in_turn
+    @open_swaps.in_turn
     @no_grad
     @ordinary
     def _plan(self, hold: Hold, name: str | None, agreement: Agreement) -> list[_Rows]:
@@ -137,22 +137,22 @@ class Lender:
         average.require_usable(call)
         known = self._slot_pairs(label, call)
         beside, gathered = self._beside(average, known, call)
-        loan = Loan(
+        swap = Swap(
             label,
             average,
             [*known.pairs, *beside],
             self._model,
-            lending.owner(),
+            open_swaps.owner(),
             WeakMethod(self._end),
         )
-        hold.loan = self.loan = loan
+        hold.swap = self.swap = swap
         if self._mesh is not None:
             specs = [(tuple(each.whole.shape), each.whole.dtype) for each in gathered]
             agreement.told = f"{label!r}, {average.tick}, {len(specs)} tensors ({digest(specs)})"
         return gathered
 
     def _end(self) -> None:
-        self.loan = None
+        self.swap = None
 
     def _slot_pairs(self, label: str, call: str) -> _Slots:
         """What exchanges contents with slots. Kept for the next block, while all tensors stay the same."""
@@ -224,8 +224,8 @@ class Applied(ContextDecorator):
     Signal handlers wait during these four methods, from the first to the last instruction.
     """
 
-    def __init__(self, lender: Lender, name: str | None) -> None:
-        self._lender, self._name = lender, name
+    def __init__(self, swapper: Swapper, name: str | None) -> None:
+        self._swapper, self._name = swapper, name
         self._holds: list[Hold] = []
 
     def __call__(self, func: _Function) -> _Function:
@@ -240,8 +240,8 @@ class Applied(ContextDecorator):
     @signals.critical
     def enter(self) -> None:
         """Begin a block that stays open until `leave`; raises what entering a `with` block raises."""
-        label = self._lender.label(self._name)
-        self._begin(lambda hold: self._lender.kept.append(_Kept(label, self, hold)))
+        label = self._swapper.label(self._name)
+        self._begin(lambda hold: self._swapper.kept.append(_Kept(label, self, hold)))
 
     @signals.critical
     def leave(self, error: BaseException | None = None) -> None:
@@ -251,7 +251,7 @@ class Applied(ContextDecorator):
         `RuntimeError` for what the block did to the weights; with an `error`, that report
         becomes a note on it.
         """
-        label, kept = self._lender.label(self._name), self._lender.kept
+        label, kept = self._swapper.label(self._name), self._swapper.kept
         if mine := [each for each in kept if each.label == label]:
             try:
                 signals.hold()
@@ -267,7 +267,7 @@ class Applied(ContextDecorator):
         hold = Hold(self)
         try:
             signals.hold()
-            self._lender.lend(hold, self._name)
+            self._swapper.swap_in(hold, self._name)
             signals.deliver()
             note(hold)
         except BaseException as error:
