@@ -172,9 +172,12 @@ def test_another_rule_is_refused_unless_told(tmp_path: Path) -> None:
 def test_two_averagers_need_different_names(tmp_path: Path) -> None:
     run = Run()
     with pytest.raises(
-        ValueError, match=r"saves an average 'fast' already.*what the earlier register returned"
+        ValueError,
+        match=r"two averagers .* what register returned.* files of the name 'fast': .*give the averages other names",
     ):
         register(run.accelerator, Averager(run.model, RULES))
+    with pytest.raises(ValueError, match="files of the name 'fast-slow'"):
+        register(run.accelerator, Averager(run.model, {"fast-slow": "uniform()"}))
     with pytest.raises(
         TypeError, match=r"averager is of type polyak\.EMA, wanted polyak\.Averager"
     ):
@@ -213,7 +216,7 @@ def test_an_averager_that_is_removed_is_no_longer_carried(tmp_path: Path) -> Non
     run.remove()  # again: the later register stays
     run.accelerator.save_state(str(tmp_path))
     assert (tmp_path / "averages").exists()
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="files of the name 'fast'"):
         register(run.accelerator, run.averager)
 
 

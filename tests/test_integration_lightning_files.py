@@ -39,12 +39,13 @@ from integration_contract import (
     Net,
     batches,
     evaluate,
+    held_out,
+    loss,
     net,
     plain,
 )
-from lightning_modules import QUIET, WARNINGS, Module, made, trainer_of
+from lightning_modules import QUIET, WARNINGS, Module, loader, made, trainer_of
 from polyak import Averager, theory
-from polyak.integrations._lightning_files import bests
 from polyak.integrations.lightning import AveragerCallback
 
 pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in WARNINGS)]
@@ -126,11 +127,58 @@ def test_monitors_see_the_metrics_of_averages() -> None:
     assert trainer.global_step == 3 * EVERY
 
 
-def test_the_line_about_the_best_names_one_average() -> None:
-    best = ModelCheckpoint(monitor="val_loss_ema_slow")
-    best.best_model_path = "best.ckpt"
-    (line,) = bests([best], ["slow", "ema_slow"], "_")
-    assert "best.ema_slow.safetensors is the average that was best" in line
+class Loaders(Module):
+    """It logs in every way by which Lightning changes a metric's name, and one that looks like an average's."""
+
+    def training_step(self, batch: Any, number: int) -> Any:
+        found = super().training_step(batch, number)
+        self.log("train_ema_slow", found.detach(), on_epoch=True, on_step=False)
+        return found
+
+    def validation_step(self, batch: Any, _: int, dataloader_idx: int = 0) -> None:
+        value = loss(self, batch)
+        self.log("loss", value)
+        self.log("both", value, on_step=True, on_epoch=True)
+        if dataloader_idx == 0:
+            self.log("top_epoch", value, add_dataloader_idx=False)
+
+    def val_dataloader(self) -> Any:
+        return [loader(held_out()), loader(held_out())]
+
+
+WHOSE = {
+    "loss_ema_slow/dataloader_idx_0": "ema_slow",
+    "loss_slow/dataloader_idx_1": "slow",
+    "both_ema_slow_epoch/dataloader_idx_0": "ema_slow",
+    "both_slow/dataloader_idx_1": "slow",
+    "top_epoch_slow": "slow",
+    "train_ema_slow": None,
+    "both_epoch/dataloader_idx_0": None,
+}
+"""A metric that decides which checkpoint is the best, and the average that it is of."""
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one callback", "two callbacks"])
+def test_one_line_for_each_metric_of_an_average_says_what_was_best(
+    apart: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["slow", "ema_slow"]
+    groups = [[name] for name in names] if apart else [names]
+    ours = [AveragerCallback(dict.fromkeys(each, ONE), separator="_") for each in groups]
+    bests = [
+        ModelCheckpoint(tmp_path / str(i), monitor=metric, filename="best")
+        for i, metric in enumerate(WHOSE)
+    ]
+    caplog.set_level("INFO")
+    trainer_of(*ours, *bests, epochs=1).fit(made(Loaders))
+    lines = [line for line in caplog.messages if line.startswith("best ")]
+    told = {
+        f"best {metric}: {tmp_path / str(i) / f'best.{name}.safetensors'} is the average that was best; "
+        f"{tmp_path / str(i) / 'best.ckpt'} has the live weights of that step, and the averages' state"
+        for i, (metric, name) in enumerate(WHOSE.items())
+        if name is not None
+    }
+    assert sorted(lines) == sorted(told)
 
 
 def test_a_test_of_the_best_checkpoint_evaluates_its_averages(tmp_path: Path) -> None:
@@ -475,7 +523,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "one name in two callbacks": (
         lambda _: trainer_of(AveragerCallback(RULES), AveragerCallback({"fast": ONE})).fit(made()),
         ValueError,
-        "two callbacks average 'fast'; give each average its own name",
+        "two callbacks have files of the name 'fast': .* averages fast, .*give .* other names",
+    ),
+    "one file of two callbacks": (
+        lambda _: trainer_of(AveragerCallback(RULES), AveragerCallback({"fast-slow": ONE})).fit(
+            made()
+        ),
+        ValueError,
+        "two callbacks have files of the name 'fast-slow': .* averages fast-slow, .* fast, slow; give",
     ),
     "a metric of that name": (
         lambda _: trainer_of(AveragerCallback(ONE), enable_checkpointing=False).fit(made(Clashing)),

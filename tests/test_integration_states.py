@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from polyak import Averager, Uniform
 from polyak.integrations._lightning_files import parts
-from polyak.integrations._states import load_state, save_state
+from polyak.integrations._states import load_state, require_apart, save_state
 from since import since
 
 
@@ -42,6 +42,42 @@ def test_the_state_of_the_last_save_is_loaded_whoever_saved_before(
         weight: Any = again.average()["weight"]
         local = weight.to_local() if hasattr(weight, "to_local") else weight
         assert torch.equal(local, torch.full((2, 2), 2.0))
+
+
+APART = [
+    (["a"], ["b", "c"], True),
+    (["a", "b"], ["a-c"], True),
+    (["a", "b"], ["c", "b"], False),
+    (["a", "b"], ["a-b"], False),
+    (["ema"], ["EMA"], False),
+    (["a"], ["a.safetensors"], False),
+    (["a-b.dcp"], ["a", "b"], False),
+]
+"""The averages of two averagers, and whether their files in one folder have different names."""
+
+
+@pytest.mark.parametrize(("names", "others", "apart"), APART)
+def test_averagers_that_would_write_one_file_are_refused(
+    names: list[str], others: list[str], apart: bool, tmp_path: Path
+) -> None:
+    """`apart` is what the real files of both say."""
+    files = [_files(each, tmp_path / str(i)) for i, each in enumerate([names, others])]
+    assert files[0].isdisjoint(files[1]) == apart
+    for one, two in ([names, others], [others, names]):
+        if apart:
+            require_apart(one, [two], "two")
+        else:
+            with pytest.raises(ValueError, match=r"two have files of the name .*other names"):
+                require_apart(one, [two], "two")
+
+
+def _files(names: list[str], folder: Path) -> set[str]:
+    """What a trainer's checkpoint has of an averager: its state, and a folder for each average."""
+    averager = Averager({"w": torch.ones(2)}, dict.fromkeys(names, Uniform()))
+    averager.update()
+    save_state(folder, averager, writes=True)
+    saved = {path.name for path in (folder / "averages").iterdir()}
+    return {name.casefold() for name in {*saved, *names, "-".join(names) + ".dcp"}}
 
 
 @pytest.mark.parametrize("length", [5, 60])

@@ -634,6 +634,12 @@ def two_of_one_name(folder: Path) -> None:
     one.train()
 
 
+def two_with_one_file(folder: Path) -> None:
+    one = tiny.trainer(folder, callbacks=[AveragerCallback({"a-b": "uniform()"})])
+    averaged(one, {"a": "uniform()", "b": "uniform()"})
+    one.train()
+
+
 def a_set_named_like_an_average(folder: Path) -> None:
     sets = {"ema": Sentences(4), "b": Sentences(4)}
     averaged(one := tiny.trainer(folder, eval_dataset=sets, callbacks=[steps := Steps()]))
@@ -724,7 +730,12 @@ BAD: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (
         two_of_one_name,
         ValueError,
-        r"two callbacks average 'ema'.*one AveragerCallback as a mapping",
+        r"two callbacks of this training have files of the name 'ema': .*as in a mapping",
+    ),
+    (
+        two_with_one_file,
+        ValueError,
+        r"files of the name 'a-b': one has the averages a-b, the other a, b; give",
     ),
     (a_set_named_like_an_average, ValueError, r"'eval_ema_loss' already.*give the average another"),
     (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,17 @@ def remove(checkpoint: Path | str, names: Sequence[str]) -> None:
     shutil.rmtree(parts(checkpoint, names), ignore_errors=True)
 
 
-def bests(callbacks: Sequence[Any], names: Sequence[str], separator: str) -> Iterator[str]:
-    """Lines that say which weights are best, for each checkpoint that is best by an average's metric."""
+def bests(callbacks: Sequence[Any], owners: Mapping[str, str]) -> Iterator[str]:
+    """Lines that say which weights are best, for each checkpoint that is best by an average's metric.
+
+    `owners` maps each metric that was logged of an average to the average.
+    """
     for callback in callbacks:
         monitor = str(getattr(callback, "monitor", ""))
         checkpoint = getattr(callback, "best_model_path", "")
-        metric = monitor.partition("/dataloader_idx_")[0].removesuffix("_epoch")
-        ours = [name for name in names if metric.endswith(separator + name)]
-        for name in sorted(ours, key=len)[-1:] if checkpoint else ():
+        metric = monitor.partition("/dataloader_idx_")[0]  # Lightning adds these two ends
+        name = owners.get(metric, owners.get(metric.removesuffix("_epoch"), ""))
+        if name and checkpoint:
             yield (
                 f"best {monitor}: {exported(checkpoint, name)} is the average that was best; "
                 f"{checkpoint} has the live weights of that step, and the averages' state"

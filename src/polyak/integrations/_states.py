@@ -7,7 +7,7 @@ sharded it is a folder, `<names>.dcp`, which all ranks write.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -70,6 +70,22 @@ def take(
             averager.change_rule(rule, name)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
+
+
+def require_apart(names: Sequence[str], others: Iterable[Sequence[str]], who: str) -> None:
+    """Raise `ValueError` if files of these averages have the names of those of another averager."""
+    for other in others:
+        if both := sorted(_file_names(names) & _file_names(other)):
+            raise ValueError(
+                f"{who} have files of the name {both[0]!r}: one has the averages {', '.join(other)}, the "
+                f"other {', '.join(names)}; give the averages other names, as in a mapping name -> rule"
+            )
+
+
+def _file_names(names: Sequence[str]) -> set[str]:
+    """The names of an averager's files and folders, as a system compares them that ignores case."""
+    joined = file_name(names)
+    return {name.casefold() for name in (*names, joined, *(joined + end for end in _SUFFIXES))}
 
 
 def file_name(names: Iterable[str]) -> str:

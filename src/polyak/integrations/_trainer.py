@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from polyak.integrations._states import NO_DEEPSPEED
+from polyak.integrations._states import NO_DEEPSPEED, require_apart
 
 Callbacks = Callable[[], list[Any]]
 Metrics = dict[str, float]
@@ -49,13 +49,10 @@ def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> 
     if isinstance(sets, dict):
         for name in callback.rules:
             _require_free(f"eval_{name}", [f"eval_{each}_loss" for each in sets])
-    taken = vars(state).setdefault("averages", {})  # each training has its own TrainerState
-    for name in callback.rules:
-        if taken.setdefault(name, callback) is not callback:
-            raise ValueError(
-                f"two callbacks average {name!r} in this training: give all rules to one "
-                "AveragerCallback as a mapping name -> rule, each with its own name"
-            )
+    begun = vars(state).setdefault("averages", {})  # each training has its own TrainerState
+    others = [list(each.rules) for each in begun if each is not callback]
+    require_apart(list(callback.rules), others, "two callbacks of this training")
+    begun[callback] = None
 
 
 def owner(metric: str, names: Iterable[str]) -> str | None:

@@ -16,15 +16,15 @@ from weakref import WeakKeyDictionary
 from polyak.averager import Averager
 from polyak.integrations._arguments import require_file_names, require_kind
 from polyak.integrations._extra import extra
-from polyak.integrations._states import NO_DEEPSPEED, load_state, save_state
+from polyak.integrations._states import NO_DEEPSPEED, load_state, require_apart, save_state
 
 with extra("accelerate", "accelerate"):
     from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
 
 __all__ = ["register"]
 
-_NAMES: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
-"""accelerator -> the names of the averages that it saves."""
+_NAMES: WeakKeyDictionary[Any, list[list[str]]] = WeakKeyDictionary()
+"""accelerator -> the names of the averages of each averager that it saves."""
 
 
 def register(
@@ -53,16 +53,12 @@ def register(
     """
     require_kind("register", "accelerator", accelerator, Accelerator)
     require_kind("register", "averager", averager, Averager)
-    require_file_names(list(averager.rules))
+    names = list(averager.rules)
+    require_file_names(names)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(NO_DEEPSPEED)
-    names = _NAMES.setdefault(accelerator, [])
-    if taken := [name for name in averager.rules if name in names]:
-        raise ValueError(
-            f"the accelerator saves an average {taken[0]!r} already: make the Averager with a mapping "
-            "name -> rule that has other names; or, to begin anew, first call what the earlier register "
-            "returned"
-        )
+    others = _NAMES.setdefault(accelerator, [])
+    require_apart(names, others, "two averagers (call what register returned to remove one)")
 
     def saving(_models: Any, _weights: Any, folder: str) -> None:
         everywhere = accelerator.project_configuration.save_on_each_node
@@ -77,11 +73,11 @@ def register(
         accelerator.register_save_state_pre_hook(saving),
         accelerator.register_load_state_pre_hook(loading),
     ]
-    names += averager.rules
+    others.append(names)
 
     def remove() -> None:
-        for name in averager.rules if handles else ():  # a second call does nothing
-            names.remove(name)
+        if handles:  # a second call does nothing
+            others.remove(names)
         while handles:
             handles.pop().remove()
 

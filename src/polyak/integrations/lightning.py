@@ -23,7 +23,7 @@ from polyak.integrations._arguments import checked, is_named
 from polyak.integrations._extra import extra
 from polyak.integrations._lightning_optimizers import attach_all
 from polyak.integrations._measures import tell
-from polyak.integrations._states import take
+from polyak.integrations._states import require_apart, take
 from polyak.rules import Rule
 
 with extra("lightning", "lightning"):
@@ -76,6 +76,7 @@ class AveragerCallback(Callback):
         self._state: dict[str, Any] = {}  # of a checkpoint, until there is a model to load it for
         self._attachment: Any = None
         self._metrics: dict[str, Contents] = {}
+        self._owners: dict[str, str] = {}  # metric, as the module logged it, -> average
 
     def exported(self, checkpoint: Path | str, name: str | None = None) -> Path:
         """Return the file beside a checkpoint in which an average is exported.
@@ -94,9 +95,8 @@ class AveragerCallback(Callback):
         return {**vars(self), **unbound, "_metrics": {}, "_state": deepcopy(self.state_dict())}
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        others = [name for each in _callbacks(trainer) if each is not self for name in each.names]
-        if taken := [name for name in self.names if name in others]:
-            raise ValueError(f"two callbacks average {taken[0]!r}; give each average its own name")
+        others = [each.names for each in _callbacks(trainer) if each is not self]
+        require_apart(self.names, others, "two callbacks")
         if is_named(trainer.strategy, "DeepSpeedStrategy", "FSDPStrategy"):
             raise ValueError("DeepSpeed and FSDP 1 hide weights; use ModelParallelStrategy (FSDP2)")
         # Whether this run's checkpoint has a state of it is not known yet.
@@ -139,7 +139,7 @@ class AveragerCallback(Callback):
             self._attachment = attach_all(self._bound(trainer), trainer)
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
-        for line in files.bests(trainer.checkpoint_callbacks, self.names, self.separator):
+        for line in files.bests(trainer.checkpoint_callbacks, self._owners):
             rank_zero_info(line)
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -186,6 +186,7 @@ class AveragerCallback(Callback):
                 other = seen.setdefault(full, name)
                 wanted = f"a name that no metric of {other!r} has: rename one of them"
                 require(other == name, f"a metric of the average {name!r}", full, wanted)
+                self._owners[full] = name
                 return full
 
             own = self._metrics.setdefault(name, [])

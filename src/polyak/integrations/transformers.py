@@ -164,6 +164,6 @@ class AveragerCallback(TrainerCallback):
     def _best(self) -> str | None:
         """The average whose metric decides which checkpoint is the best, if there is one."""
         metric = (self._args.metric_for_best_model or "").removeprefix("eval_")
-        names = vars(self._state).get("averages", self.rules)  # of all callbacks of this training
-        found = owner(metric, names)
+        begun = vars(self._state).get("averages", [self])  # all callbacks of this training
+        found = owner(metric, [name for each in begun for name in each.rules])
         return found if found in self.rules else None
