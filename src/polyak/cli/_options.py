@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ChartFolder = Annotated[
-    Path | None, typer.Option(help="Folder for the chart.", show_default="no chart")
-]
+ChartFolder = Annotated[Path | None, typer.Option(help="Folder for a chart.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 ShardSize = Annotated[
     str | None,

@@ -20,14 +20,9 @@ from polyak.cli._options import Fitted, Part, Writing
 _HEAD = """\
 # The command line
 
-Install it with the extra `cli` (`pip install ".[cli]"`); charts and studies need `study`. Each command has `--help`,
-which lists all its options; all but `study` have `--json`, which prints JSON.
-`python -m polyak.cli._reference` writes this page.
+Install it with `pip install ".[cli]"`, or with `".[study]"` for charts and studies too. Each command has `--help`; all
+but `study` have `--json`. `python -m polyak.cli._reference` writes this page.
 """
-_SHARED = """\
-## Shared options
-
-Each command above names those that it has."""
 _GROUPS: dict[str, Any] = {
     "to read a checkpoint": Part,
     "to choose checkpoints of a run": Wanted,
@@ -39,8 +34,13 @@ _GROUPS: dict[str, Any] = {
 def reference() -> str:
     """The page."""
     command = get_command(app)
-    blocks = [f"```text\n{text}\n```\n" for text in _groups(command)]
-    return "\n".join([_HEAD, *_sections(command, "polyak", None), _SHARED, "", *blocks])
+    shared = "\n\n".join(_groups(command))
+    page = [
+        _HEAD,
+        *_sections(command, "polyak", None),
+        f"## Shared options\n\n```text\n{shared}\n```\n",
+    ]
+    return "\n".join(page)
 
 
 def _sections(command: Any, name: str, parent: Any) -> Iterator[str]:

@@ -156,7 +156,7 @@ def compare(
 
 def reproduce(
     studies: Annotated[
-        bool, typer.Option("--studies", help="Train small models too, which takes minutes.")
+        bool, typer.Option("--studies", help="Train small models too (minutes).")
     ] = False,
     jobs: Jobs = -1,
     out: Annotated[Path, typer.Option(help="Folder for the table and the runs.")] = Path(

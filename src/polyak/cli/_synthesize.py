@@ -35,8 +35,6 @@ def synthesize(
 ) -> None:
     """Make any average of a finished run.
 
-    It is made from snapshots of polyak.Recorder, or from checkpoints.
-
     \b
     Examples:
       polyak synthesize snapshots --rule "power(relative_std=0.15)" --dry-run
