@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import polyak
 from polyak import _hold as hold
 from polyak import checkpoints
-from polyak._engine import swap as applying
+from polyak._engine import applying
 from polyak._engine.applying import Swapper
 from polyak._ranks import replicas
 from polyak._ranks.agreement import chosen
