@@ -199,11 +199,11 @@ class Charted(Tabled):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """What a notebook shows: the chart where altair is installed, else the tables; and the text."""
-        told = {"text/plain": str(self), "text/html": self._repr_html_()}
+        formats = {"text/plain": str(self), "text/html": self._repr_html_()}
         try:
             chart = self.chart()
         except (ModuleNotFoundError, LookupError):
-            return told
+            return formats
         bundle = chart._repr_mimebundle_(include, exclude)
         drawn = bundle[0] if isinstance(bundle, tuple) else bundle
-        return {**told, **drawn}
+        return {**formats, **drawn}

@@ -98,8 +98,8 @@ def remove_abandoned(folder: Path) -> None:
 
 def _may_be_abandoned(path: Path, host: str) -> bool:
     """Whether a lock can tell if a process still writes this, or else it is older than a day."""
-    told = host == _HERE and not (system.WINDOWS and path.is_dir())
-    return told or time.time() - path.lstat().st_mtime > _DAY
+    lock_tells = host == _HERE and not (system.WINDOWS and path.is_dir())
+    return lock_tells or time.time() - path.lstat().st_mtime > _DAY
 
 
 def _remove_unlocked(path: Path) -> None:

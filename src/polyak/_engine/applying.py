@@ -148,7 +148,7 @@ class Swapper:
         hold.swap = self.swap = swap
         if self._mesh is not None:
             specs = [(tuple(each.whole.shape), each.whole.dtype) for each in gathered]
-            agreement.told = f"{label!r}, {average.tick}, {len(specs)} tensors ({digest(specs)})"
+            agreement.details = f"{label!r}, {average.tick}, {len(specs)} tensors ({digest(specs)})"
         return gathered
 
     def _end(self) -> None:

@@ -190,9 +190,9 @@ class Averages:
             alike = {i.name: i.found() for i in self._live.averaged if i.kind != "buffer"}
             stored = [(item.name, item.policy) for item in self._live.stored()]
         slots = f"dtype={self._options.dtype}, {self._options.rounding} rounding"
-        told = f"{as_specs(self.rules)}, every={self.every}, {slots}, "
-        told += f"{len(stored)} tensors ({digest(stored)})"
-        require_same(call, alike, told, self._mesh)
+        made_with = f"{as_specs(self.rules)}, every={self.every}, {slots}, "
+        made_with += f"{len(stored)} tensors ({digest(stored)})"
+        require_same(call, alike, made_with, self._mesh)
 
     def _refuse_sharded(self, place: torch.device | None, nonfinite: str) -> None:
         """Raise `ValueError` for options that sharded weights cannot have."""

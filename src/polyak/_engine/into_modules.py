@@ -62,7 +62,7 @@ class IntoModules(Averages):
             average = {name: local(tensor) for name, tensor in whole.items()}
             found = copying.places(model, self._choice, self._live, average)
             forms = copying.gathered_forms(self._live, found)
-            agreement.told = (
+            agreement.details = (
                 f"{self._swapper.label(name)!r}, {self._get(name).tick}, {digest(forms)}"
             )
         copying.write_(found, average, self._live, self._mesh)

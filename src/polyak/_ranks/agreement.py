@@ -29,7 +29,7 @@ _MOST_RANKS = 4  # that an error quotes
 class Agreement:
     """What a rank continues with after a block; it must be equal on all ranks."""
 
-    told: str = ""
+    details: str = ""
 
 
 class _Said(NamedTuple):
@@ -37,10 +37,10 @@ class _Said(NamedTuple):
 
     call: str
     problem: str | None
-    told: str
+    details: str
 
     def __str__(self) -> str:
-        return f"{self.call} {self.told}".strip()
+        return f"{self.call} {self.details}".strip()
 
 
 @contextmanager
@@ -60,14 +60,14 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     problem = None if error is None else f"{type(error).__name__}: {error}"
     # A rank that failed takes part in this exchange like the others, so that none waits for it.
     try:
-        said = gathered(_Said(call, problem, agreement.told), group)
+        said = gathered(_Said(call, problem, agreement.details), group)
     except RuntimeError as lost:
         raise (error or _lost(call, lost)) from lost
     if error is not None:
         raise error
     # A rank in another call of ours may have sent something else.
     problems = {rank: getattr(each, "problem", None) for rank, each in enumerate(said)}
-    raise_failures(call, {rank: told for rank, told in problems.items() if told is not None})
+    raise_failures(call, {rank: text for rank, text in problems.items() if text is not None})
     if differ := differing(list(map(str, said))):
         raise RuntimeError(
             f"{call}: Aborted on all ranks: the ranks called it with different arguments or state: "
@@ -83,7 +83,7 @@ def together_or_alone(call: str, group: ProcessGroup | None) -> AbstractContextM
 def raise_failures(call: str, problems: Mapping[int, str]) -> None:
     """Raise `RuntimeError` that quotes what went wrong on which rank, if anything did."""
     if problems:
-        quoted = [f"rank {rank}: {told}" for rank, told in list(problems.items())[:_MOST_RANKS]]
+        quoted = [f"rank {rank}: {text}" for rank, text in list(problems.items())[:_MOST_RANKS]]
         raise RuntimeError(f"{call}: Aborted on all ranks, because of {'; '.join(quoted)}")
 
 
@@ -94,36 +94,36 @@ def _lost(call: str, lost: RuntimeError) -> RuntimeError:
     )
 
 
-def differing(told: Sequence[str]) -> str:
+def differing(texts: Sequence[str]) -> str:
     """Quote the texts of the ranks, each with the first rank that sent it; nothing if all are equal.
 
     >>> differing(["a", "b", "a"])
     'rank 0: a; rank 1: b'
     """
-    first = {each: rank for rank, each in reversed(list(enumerate(told)))}
+    first = {each: rank for rank, each in reversed(list(enumerate(texts)))}
     several = sorted((rank, each) for each, rank in first.items())
     quoted = (f"rank {rank}: {each}" for rank, each in several[:_MOST_RANKS])
     return "; ".join(quoted) if len(first) > 1 else ""
 
 
 def agree(
-    call: str, told: Mapping[str, object], group: ProcessGroup | None = None, remedy: str = ""
+    call: str, values: Mapping[str, object], group: ProcessGroup | None = None, remedy: str = ""
 ) -> None:
     """Raise `ValueError` on all ranks of a group if a rank has other values than the first rank.
 
-    `told` is name -> what must be equal; the error lists every name and rank that differs.
+    `values` is name -> what must be equal; the error lists every name and rank that differs.
     """
-    wanted = chosen(call, lambda: dict(told), group)
-    described = gathered(difference(wanted, told), group)
+    wanted = chosen(call, lambda: dict(values), group)
+    described = gathered(difference(wanted, values), group)
     lines = [f"rank {rank}: {line}" for rank, each in enumerate(described) for line in each]
     if lines:
         title = f"{call}: ranks do not agree with rank 0" + (f"; {remedy}" if remedy else "")
         raise ValueError(report(title, lines[:_MOST_LINES]))
 
 
-def digest(*told: object) -> str:
+def digest(*values: object) -> str:
     """A short text that is equal for objects that print equally."""
-    return sha256(repr(told).encode()).hexdigest()[:12]
+    return sha256(repr(values).encode()).hexdigest()[:12]
 
 
 def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = None) -> _T:

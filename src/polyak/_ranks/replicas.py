@@ -29,17 +29,19 @@ _SAMPLE = 1 << 12
 _ODD, _OTHER = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  # of splitmix64
 
 
-def require_same(call: str, tensors: Mapping[str, Tensor], told: str, mesh: DeviceMesh) -> None:
+def require_same(
+    call: str, tensors: Mapping[str, Tensor], made_with: str, mesh: DeviceMesh
+) -> None:
     """Raise `RuntimeError` on all ranks of a mesh if their tensors differ, naming the tensors. Collective.
 
     64 bits of each tensor are compared. Raises `ValueError` if ranks differ in the tensors' names,
-    shapes, dtypes or order, or in `told`.
+    shapes, dtypes or order, or in `made_with`.
     """
     group = mesh.get_group()
     with together(call, group):
         mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
         forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-        order = {"the order of tensors": digest(list(tensors)), "made with": told}
+        order = {"the order of tensors": digest(list(tensors)), "made with": made_with}
     agree(call, order | forms, group, "make the averager in the same way on all of them")
     if not mine:
         return

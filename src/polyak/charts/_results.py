@@ -43,8 +43,8 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
         zero = draw.points([{"y": 0}]).mark_rule(strokeDash=[6, 4], color=draw.GREY).encode(y="y:Q")
         lines = draw.lines(curves, title, x, y).mark_line(color=draw.BLUE, clip=True)
         panels.append(alt.LayerChart(layer=[lines, zero]))
-    told = f"EMA over {advice.steps} steps, {advice.schedule}: the noisy quadratic model"
-    title_ = alt.TitleParams(told, anchor="middle", fontSize=16)
+    heading = f"EMA over {advice.steps} steps, {advice.schedule}: the noisy quadratic model"
+    title_ = alt.TitleParams(heading, anchor="middle", fontSize=16)
     chart = alt.hconcat(*panels, spacing=30, title=title_)
     drawn: alt.HConcatChart = chart.configure_view(stroke=None).configure_legend(symbolSize=400)
     return drawn

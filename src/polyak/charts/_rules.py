@@ -58,8 +58,8 @@ def rule_chart(
         _frequency_panel({k: d.gain for k, d in drawn.items()}),
         _panel({k: d.rate for k, d in drawn.items()}, "Equivalent learning-rate schedule", "step", alt.Axis(title=rate)),
     )  # fmt: skip
-    told = abouts[0].title() if len(abouts) == 1 else f"What {len(abouts)} rules average"
-    title = alt.TitleParams(told, anchor="middle", fontSize=16)
+    heading = abouts[0].title() if len(abouts) == 1 else f"What {len(abouts)} rules average"
+    title = alt.TitleParams(heading, anchor="middle", fontSize=16)
     chart: alt.ConcatChart = (
         alt.concat(*panels, columns=2, spacing=30, title=title)
         .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")

@@ -95,7 +95,7 @@ def export(
                 path,
                 spreads,
                 parts.read,
-                told=f"average {name!r} at {source.clock}",
+                agreed=f"average {name!r} at {source.clock}",
                 group=group,
                 shard_bytes=shard_bytes,
                 overwrite=overwrite,

@@ -143,8 +143,8 @@ def _is_beside(path: Path) -> bool:
 def _modules(like: Path) -> set[str]:
     """The folders of a model of sentence-transformers, whose modules it lists."""
     try:
-        told = json.loads((like / "modules.json").read_text(encoding="utf-8"))
-        return {str(module["path"]) for module in told if module["path"]}
+        modules = json.loads((like / "modules.json").read_text(encoding="utf-8"))
+        return {str(module["path"]) for module in modules if module["path"]}
     except (OSError, ValueError, TypeError, KeyError):
         return set()
 

@@ -70,13 +70,13 @@ def require_stored_rightly(call: str, name: str, tensor: DTensor) -> None:
     It does so for some tensors that are cut twice into uneven pieces.
     """
     wanted = box_of(name, tensor)
-    told = stored_chunks(tensor)
+    stored = stored_chunks(tensor)
     # A rank without elements may tell no chunk, or an empty one anywhere.
-    if told != [wanted] and (wanted.numel or any(0 not in shape for _, shape in told)):
+    if stored != [wanted] and (wanted.numel or any(0 not in shape for _, shape in stored)):
         raise ValueError(
             f"{call}: {name} of shape {tuple(tensor.shape)} is cut as {tensor.placements} into "
             f"uneven shards, which torch.distributed.checkpoint stores at wrong places (offsets and "
-            f"shapes {told}, wanted {wanted}): choose sizes that the number of ranks divides"
+            f"shapes {stored}, wanted {wanted}): choose sizes that the number of ranks divides"
         )
 
 

@@ -41,8 +41,8 @@ def foreign_state(
     if count is not None and found.live is not None and not found.averages:
         found = replace(found, live=None, averages={AVERAGE: found.live})
     rules = averager.rules
-    told = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
-    require_rules(found.path, rules, told, change_rule)
+    assumed_rules = {name: found.rules.get(name, rules.get(name)) for name in found.averages}
+    require_rules(found.path, rules, assumed_rules, change_rule)
     _say_assumed(found, rules)
     clock = _clock(found, count)
     tracked = averager.tracked
@@ -72,10 +72,10 @@ def _say_assumed(found: Checkpoint, rules: Mapping[str, Rule]) -> None:
     """Warn if the file names no rule: the averager's rules are assumed."""
     assumed = {name: rule for name, rule in rules.items() if name not in found.rules}
     if assumed:
-        told = ", ".join(f"{name}: {rule}" for name, rule in as_specs(assumed).items())
+        listed = ", ".join(f"{name}: {rule}" for name, rule in as_specs(assumed).items())
         warn(
             f"{found.path}: this {found.format} file does not name its rule, so this averager's is assumed "
-            f"({told}). If another rule made the file, make the averager with that rule: "
+            f"({listed}). If another rule made the file, make the averager with that rule: "
             "polyak.theory.from_library(call) gives it for the library's call",
             stacklevel=5,
         )

@@ -124,11 +124,11 @@ def encoded(
     require_one_model(call, tracked, group)
     with together(call, group):
         packed = {key: pack(averager) for key, averager in averagers.items()}
-    told = {"averagers": str(sorted(packed))}
+    texts = {"averagers": str(sorted(packed))}
     for key, (described, _) in packed.items():
-        told |= {f"{key}{name}".strip(): each for name, each in _told(described).items()}
+        texts |= {f"{key}{name}".strip(): each for name, each in _texts(described).items()}
     wanted = "save an average from all ranks that share it (`group=`), at the same update"
-    agree(call, told, group, wanted)
+    agree(call, texts, group, wanted)
     # A folder that was put together from two saves has marks that differ.
     save = chosen(call, lambda: secrets.token_hex(8), group)
     mine = {f"{KEY}/{rank_of(group)}": _bytes(save)}
@@ -221,7 +221,7 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
     }, stored
 
 
-def _told(described: Mapping[str, Any]) -> dict[str, str]:
+def _texts(described: Mapping[str, Any]) -> dict[str, str]:
     """A description as texts by name, for ranks to compare; equal texts mean equal descriptions."""
     entries = {f" {name}": each for name, each in described.items()}
     averages, model = entries.pop(" averages"), entries.pop(" model")

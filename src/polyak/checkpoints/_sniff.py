@@ -181,9 +181,9 @@ def _contents(path: Path, names: list[str]) -> str:
             f"{folders[-1]} (polyak.checkpoints.latest gives the last complete one)"
         )
     others = [path / name for name in names if Path(name).suffix not in _TEXTS]
-    told = [(file.name, what) for file in others if (what := looks(OpenFile(file)))]
-    told.sort(key=lambda each: each[1].startswith("text"))  # a text says least
-    said = ": {} is {}".format(*told[0]) if told else ""
+    kinds = [(file.name, what) for file in others if (what := looks(OpenFile(file)))]
+    kinds.sort(key=lambda each: each[1].startswith("text"))  # a text says least
+    said = ": {} is {}".format(*kinds[0]) if kinds else ""
     return (
         f"holds no weights ({shown}){said}; wanted a folder of torch.distributed.checkpoint, or one with "
         "a file or an index of weights"

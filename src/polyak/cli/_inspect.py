@@ -81,5 +81,5 @@ def _verified(checked: Verified) -> str:
     """What a comparison with checksums found, and what it could not find."""
     compared = f"{size_text(checked.compared)} fit their checksums"
     none = f"{size_text(checked.unchecked)} have no checksum, so damage there is not seen"
-    told = [compared] if checked.compared else ["headers and sizes fit"]
-    return "; ".join([*told, none] if checked.unchecked else told)
+    parts = [compared] if checked.compared else ["headers and sizes fit"]
+    return "; ".join([*parts, none] if checked.unchecked else parts)

@@ -18,12 +18,12 @@ def measures(averager: Averager, steps: float) -> dict[str, Any]:
     If the number of steps is unknown or too large, they are those of a long run.
     """
     known = int(steps) if 1 <= steps <= _MOST else None
-    told: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, rule in averager.rules.items():
         seen = explain(rule, known, every=averager.every)
-        told |= {f"{name}/rule": str(rule), f"{name}/half_life": seen.half_life}
-        told |= {f"{name}/mean_age": seen.mean_age}
-    return told
+        values |= {f"{name}/rule": str(rule), f"{name}/half_life": seen.half_life}
+        values |= {f"{name}/mean_age": seen.mean_age}
+    return values
 
 
 def tell(loggers: Iterable[Any], averager: Averager, steps: float) -> None:
@@ -31,11 +31,11 @@ def tell(loggers: Iterable[Any], averager: Averager, steps: float) -> None:
 
     A tracker that refuses them ends no training: MLflow refuses a value that a run has already.
     """
-    told = measures(averager, steps)
+    values = measures(averager, steps)
     for logger in loggers:
         known = getattr(logger, "hparams", None)  # TensorBoard shows the last ones alone
         try:
-            logger.log_hyperparams({**(known if isinstance(known, Mapping) else {}), **told})
+            logger.log_hyperparams({**(known if isinstance(known, Mapping) else {}), **values})
         except NotImplementedError:  # Fabric's CSVLogger has no hyper-parameters
             pass
         except Exception as error:
@@ -45,5 +45,5 @@ def tell(loggers: Iterable[Any], averager: Averager, steps: float) -> None:
 
 def numbers(averager: Averager, steps: float) -> dict[str, float]:
     """Return the measures without the rules, for a logger that takes no text."""
-    told = measures(averager, steps)
-    return {name: value for name, value in told.items() if not isinstance(value, str)}
+    values = measures(averager, steps)
+    return {name: value for name, value in values.items() if not isinstance(value, str)}

@@ -120,8 +120,8 @@ class _Evaluate:
         prefix = args[2] if len(args) > 2 else kwargs.get("metric_key_prefix", prefix)
         if own is None and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
             return prefix, partial(self._evaluate, *args, **kwargs)
-        told = {**kwargs, "metric_key_prefix": f"{prefix}_{name}"}
-        return prefix, partial(self._evaluate, *args[:2], **told)
+        options = {**kwargs, "metric_key_prefix": f"{prefix}_{name}"}
+        return prefix, partial(self._evaluate, *args[:2], **options)
 
 
 def _renamed(prefix: str, own: str, metrics: Metrics) -> Metrics:
@@ -140,12 +140,12 @@ def _telling(trainer: Any, rename: Callable[[Metrics], Metrics]) -> Iterator[Non
     handler, state = trainer.callback_handler, trainer.state
     call, before = handler.call_event, len(state.log_history)
 
-    def told(event: str, *args: Any, **kwargs: Any) -> Any:
+    def renamed(event: str, *args: Any, **kwargs: Any) -> Any:
         for key in {"logs", "metrics"} & kwargs.keys():
             kwargs[key] = rename(kwargs[key])
         return call(event, *args, **kwargs)
 
-    handler.call_event = told
+    handler.call_event = renamed
     try:
         yield
     finally:
@@ -197,9 +197,9 @@ def _training(trainer: Any, callbacks: Callbacks) -> Callable[..., Any]:
 
     @wraps(train)
     def training(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        told = isinstance(resume_from_checkpoint, (str, PathLike))
+        is_path = isinstance(resume_from_checkpoint, (str, PathLike))
         for callback in callbacks():
-            callback.resume_from = Path(resume_from_checkpoint) if told else None
+            callback.resume_from = Path(resume_from_checkpoint) if is_path else None
         return train(resume_from_checkpoint, *args, **kwargs)
 
     return training

@@ -105,7 +105,7 @@ class Combination(LazyTensors):
             held = spec.dtype if n in self.copied else widest(dtypes[n])
             self._specs[n] = TensorSpec(spec.shape, _as(given.get(n), held))
         self._sums = {n: _sum_dtype([accumulate, *dtypes[n], self._specs[n].dtype]) for n in last}
-        self._terms_told = {
+        self._described_terms = {
             f"file {i + 1}": f"{float(self.coefficients[i])!r} of {source.label}, "
             f"{float(self.statistics[i])!r} of its running statistics"
             for i, source in enumerate(sources)
@@ -229,7 +229,7 @@ class Combination(LazyTensors):
                 _CALL,
                 out,
                 self.written,
-                {**self._terms_told, **described},
+                {**self._described_terms, **described},
                 "give all ranks the same files and options",
                 group=group,
                 shard_bytes=shard_bytes,

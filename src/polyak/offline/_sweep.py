@@ -121,8 +121,8 @@ class Sweep(Charted):
         points = [asdict(point) for point in self.points]
         best = None if self.best is None else asdict(self.best)
         baselines = [asdict(baseline) for baseline in self.baselines]
-        told = {"better": self.better, "best": best, "baselines": baselines, "points": points}
-        return {**told, "left": dict(self.left)}
+        fields = {"better": self.better, "best": best, "baselines": baselines, "points": points}
+        return {**fields, "left": dict(self.left)}
 
 
 def sweep(

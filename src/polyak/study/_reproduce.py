@@ -52,8 +52,8 @@ class Line:
         measure: Callable[[], Measured],
     ) -> Line:
         """A line whose quantity is a published figure, up to a share `tolerance` of it."""
-        told = f"{expected:g} ± {100 * tolerance:g} %"
-        return cls(topic, sentence, source, told, around(expected, tolerance), measure)
+        wanted = f"{expected:g} ± {100 * tolerance:g} %"
+        return cls(topic, sentence, source, wanted, around(expected, tolerance), measure)
 
     @classmethod
     def claim(
@@ -75,10 +75,10 @@ class Outcome(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; numbers that are not finite are null."""
         names = ("topic", "sentence", "source", "expected")
-        told = {name: getattr(self.line, name) for name in names}
+        described = {name: getattr(self.line, name) for name in names}
         got = {name: v for name, v in self.got.as_dict().items() if name != "seeds"}
         numbers = {"got": got, "verdict": self.verdict, "seconds": round(self.seconds, 3)}
-        return told | numbers | ({"error": self.error} if self.error else {})
+        return described | numbers | ({"error": self.error} if self.error else {})
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,8 @@ class Advice(Charted):
         gains = [{**gain._asdict(), "rule": str(gain.rule)} for gain in self.gains]
         rules = {"rule": str(self.rule), "retuned": str(self.retuned), "gains": gains}
         papers = {"published": [each._asdict() for each in self.published], "limits": [*LIMITS]}
-        told = {"verdict": self.verdict, "equivalents": equivalents(self.rule)}
-        return {**vars(self), "half_life": self.half_life, **rules, **papers, **told}
+        advice = {"verdict": self.verdict, "equivalents": equivalents(self.rule)}
+        return {**vars(self), "half_life": self.half_life, **rules, **papers, **advice}
 
     def __str__(self) -> str:
         noises = ", ".join(f"{batch:g}" for batch in self.batches)
@@ -127,14 +127,14 @@ class Advice(Charted):
         lines = Table(heads, self.rows(), left=len(heads)).lines()
         papers = [f"{each.average}: {each.gain} [{each.source}]" for each in self.published]
         listed = [("Published", papers), ("What the model cannot say", LIMITS)]
-        told = [f"\n{title}:\n  " + "\n  ".join(items) for title, items in listed]
-        return "\n".join([head, f"advice: {self.verdict}", *self._optimizer(), "", *lines, *told])
+        notes = [f"\n{title}:\n  " + "\n  ".join(items) for title, items in listed]
+        return "\n".join([head, f"advice: {self.verdict}", *self._optimizer(), "", *lines, *notes])
 
     def _optimizer(self) -> list[str]:
         if (life := self.optimizer_half_life) is None:
             return []
-        told = "AdamW's weights already are an average of its updates: half-life"
-        return [f"{told} {life:.6g} steps, {self._share(life)}"]
+        about = "AdamW's weights already are an average of its updates: half-life"
+        return [f"{about} {life:.6g} steps, {self._share(life)}"]
 
     def _share(self, half_life: float) -> str:
         return f"{100 * half_life / self.steps:.3g} % of the run"

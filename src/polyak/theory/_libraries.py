@@ -85,7 +85,7 @@ def _ramp(rule: Rule) -> _Ramp | None:
     match rule:
         case Uniform():
             return _Ramp(1.0, 1.0, 0.0, 1.0, 0)
-        case Exponential(decay=decay, debias=False) if _is_told_by_its_decay(rule):
+        case Exponential(decay=decay, debias=False) if _has_one_decay(rule):
             return _ramp_of(decay)
         case ArticleEMA(first_copy=False):
             bounds = (rule.min_value, rule.beta)
@@ -96,7 +96,7 @@ def _ramp(rule: Rule) -> _Ramp | None:
     return None
 
 
-def _is_told_by_its_decay(rule: Exponential) -> bool:
+def _has_one_decay(rule: Exponential) -> bool:
     """Whether the decay, which the libraries take, has enough digits for the rule's half-life."""
     if isinstance(rule.decay, Schedule) or rule.decay == 0:
         return True

@@ -47,16 +47,16 @@ class Migration:
         'polyak.Averager(model, "exponential(0.99)")'
         """
         rule = self.rule
-        told = f'"{rule}"' if isinstance(rule, Rule) else _told(rule)
+        spec = f'"{rule}"' if isinstance(rule, Rule) else _as_code(rule)
         every = f", every={self.every}" if self.every > 1 else ""
         buffers = f', buffers="{self.buffers}"' if self.buffers != "auto" else ""
-        return f"polyak.Averager(model, {told}{every}{buffers})"
+        return f"polyak.Averager(model, {spec}{every}{buffers})"
 
     def as_dict(self) -> dict[str, object]:
         """The fields and the code, as JSON has them; rules as text."""
         rule = self.rule
-        told = str(rule) if isinstance(rule, Rule) else {n: str(each) for n, each in rule.items()}
-        return {**vars(self), "rule": told, "changes": list(self.changes), "code": self.code}
+        specs = str(rule) if isinstance(rule, Rule) else {n: str(each) for n, each in rule.items()}
+        return {**vars(self), "rule": specs, "changes": list(self.changes), "code": self.code}
 
     def __str__(self) -> str:
         return "\n".join([self.code, *(f"# {change}" for change in self.changes)])
@@ -100,5 +100,5 @@ def _library_of(name: str) -> str:
     return same[0]
 
 
-def _told(rules: Mapping[str, Rule]) -> str:
+def _as_code(rules: Mapping[str, Rule]) -> str:
     return "{" + ", ".join(f'"{name}": "{rule}"' for name, rule in rules.items()) + "}"

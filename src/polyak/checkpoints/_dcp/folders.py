@@ -77,8 +77,8 @@ def load_folder(
 
 def _ranks(function: Callable[..., object], group: ProcessGroup | None) -> dict[str, Any]:
     """Which ranks take part. Older versions of torch have no `no_dist`, and find out for themselves."""
-    told = {"no_dist": alone(group)} if "no_dist" in signature(function).parameters else {}
-    return {"process_group": group, **told}
+    options = {"no_dist": alone(group)} if "no_dist" in signature(function).parameters else {}
+    return {"process_group": group, **options}
 
 
 @contextmanager

@@ -61,13 +61,13 @@ class DistributedTensors(LazyTensors):
             )
             if file.read(start, 1) != _PICKLE:
                 raise ValueError(f"{METADATA} looks like {looks(file) or 'no pickle'}")
-            told = described(file.read(start, length))
-            self._specs, self._places, self.paths = told.specs, told.places, told.paths
-            self.chunks = told.chunks
-            names = dict.fromkeys(place.file for place in told.places.values())
+            parsed = described(file.read(start, length))
+            self._specs, self._places, self.paths = parsed.specs, parsed.places, parsed.paths
+            self.chunks = parsed.chunks
+            names = dict.fromkeys(place.file for place in parsed.places.values())
             self._files = _opened(self.path, names, archive)
-            self._require_places(told.objects)
-        self.objects = told.objects
+            self._require_places(parsed.objects)
+        self.objects = parsed.objects
         self._opened: dict[ChunkKey, StoredTensor] = {}
 
     @property

@@ -170,9 +170,9 @@ def _checkpoint(
     )
 
 
-def _shapes(told: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(described: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights, which DeepSpeed writes beside them: those of each group by name."""
-    groups = told if isinstance(told, (list, tuple)) else [told]
+    groups = described if isinstance(described, (list, tuple)) else [described]
     shapes = [item for group in groups if isinstance(group, dict) for item in group.items()]
     held = {str(name): tuple(shape) for name, shape in shapes if isinstance(shape, torch.Size)}
     return {plain: held[name] for plain, name in canonical_names(held).items()}

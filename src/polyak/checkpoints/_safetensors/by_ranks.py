@@ -67,7 +67,7 @@ def write_together(
     spreads: Mapping[str, Spread],
     read: Read,
     *,
-    told: str,
+    agreed: str,
     group: ProcessGroup | None = None,
     shard_bytes: int | None = None,
     overwrite: bool = False,
@@ -76,7 +76,7 @@ def write_together(
     """Write tensors that are spread over ranks, as `write` of `_safetensors.weights` does those of one process.
 
     Collective: all ranks of the group call it with the same arguments. Only the first calls `progress`.
-    `told` is a text that must be equal on all ranks, as the tensors' specs and layouts must be.
+    `agreed` is a text that must be equal on all ranks, as the tensors' specs and layouts must be.
 
     Raises on all ranks: what that `write` raises, and `ValueError` if ranks disagree; then everything is
     as it was before.
@@ -90,7 +90,7 @@ def write_together(
         _CALL,
         Path(out),
         specs,
-        {"what is exported": told} | _described(spreads),
+        {"what is exported": agreed} | _described(spreads),
         "export the same average from all ranks that share it (`group=`)",
         group=group,
         shard_bytes=shard_bytes,
@@ -135,7 +135,7 @@ class _Ranks:
     spreads: Mapping[str, Spread]
     shares: Mapping[str, Box]
     read: Read
-    told: Callable[[int], object]
+    progress: Callable[[int], object]
     seen: bool
     group: ProcessGroup | None
 
@@ -153,7 +153,7 @@ class _Ranks:
                     file.sync()  # each rank its own: the first rank cannot force another host's pages
             with together(_CALL, self.group):
                 # What the other ranks have written, which this one has not counted.
-                self.told(sum(self.spreads[name].form.nbytes for name in direct) - written)
+                self.progress(sum(self.spreads[name].form.nbytes for name in direct) - written)
             for name in layout.starts:
                 if name not in direct:
                     with together(_CALL, self.group):
@@ -204,7 +204,7 @@ class _Ranks:
             run = held[skip : skip + count * size]
             skip += run.nbytes
             file.write(run, layout.starts[name] + start * size)
-        self.told(held.nbytes)
+        self.progress(held.nbytes)
         return held.nbytes
 
 

@@ -213,12 +213,12 @@ def _header(
     sums: Mapping[str, int] | None = None,
 ) -> bytes:
     """The header of a file; with `sums` it has these checksums, and a digest of itself."""
-    told = dict(metadata)
+    whole = dict(metadata)
     if sums is not None:
         # An empty tensor begins where the next one does, so a reader may find them in either order.
         filled = (sums[name] for name, spec in specs.items() if spec.nbytes)
-        told |= {_CHECKSUMS: "".join(f"{crc:08x}" for crc in filled), _DIGEST: _NO_DIGEST}
-    entries: dict[str, object] = {"__metadata__": told}
+        whole |= {_CHECKSUMS: "".join(f"{crc:08x}" for crc in filled), _DIGEST: _NO_DIGEST}
+    entries: dict[str, object] = {"__metadata__": whole}
     place = 0
     for name, spec in specs.items():
         if spec.dtype not in _CODE_OF:

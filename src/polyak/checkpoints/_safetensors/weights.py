@@ -96,7 +96,7 @@ def begun_files(
     call: str,
     out: Path,
     specs: Mapping[str, TensorSpec],
-    told: Mapping[str, object],
+    agreed: Mapping[str, object],
     remedy: str,
     *,
     group: ProcessGroup | None,
@@ -105,7 +105,7 @@ def begun_files(
 ) -> Iterator[list[Begun]]:
     """Begin files for all ranks of a group to fill; they appear when the block ends on all of them.
 
-    Collective. An error of the block must be raised on all ranks. `told` is name -> what must be equal on
+    Collective. An error of the block must be raised on all ranks. `agreed` is name -> what must be equal on
     all ranks, the path and `shard_bytes` besides.
 
     Raises on all ranks: what `write` raises, and `ValueError` if ranks disagree.
@@ -113,7 +113,7 @@ def begun_files(
     with together(call, group):
         layouts = [layout(held, METADATA) for held in arranged(out, specs, shard_bytes).values()]
     # Before anything is written: ranks with other tensors would wait for messages that never come.
-    options = {"path": str(out), "shard_bytes": shard_bytes, **told}
+    options = {"path": str(out), "shard_bytes": shard_bytes, **agreed}
     agree(call, options, group, remedy)
     with ExitStack() as stack:
         paths = chosen(

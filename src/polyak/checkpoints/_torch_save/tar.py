@@ -19,7 +19,7 @@ from polyak.checkpoints._torch_save.files import is_torch
 _BLOCK = 512
 _SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 _MOST = 10_000
-_MOST_TOLD = 1 << 20
+_MOST_EXTENDED = 1 << 20
 _RANK = re.compile(r"(tp|pp|mp|tensor|pipeline|model_parallel)_?rank")
 
 
@@ -74,25 +74,25 @@ def weights_within(file: OpenFile, members: Mapping[str, Part]) -> Part:
 
 def _members(file: OpenFile) -> Iterator[tuple[str, Part]]:
     place = 0
-    told: dict[str, str] = {}
+    extended: dict[str, str] = {}
     for _ in range(_MOST):
         block = file.read(place, _BLOCK) if place < file.size else b""
         if len(block) < _BLOCK or not any(block):
             return
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-            size = int(told.get("size", header.size))
+            size = int(extended.get("size", header.size))
         except (tarfile.HeaderError, ValueError) as error:
             raise ValueError(f"{file.path}: a damaged tar archive ({error})") from None
-        start, name = place + _BLOCK, told.get("path", header.name)
+        start, name = place + _BLOCK, extended.get("path", header.name)
         if not 0 <= size <= file.size - start:
             raise ValueError(
                 f"{file.path}: {name[:100]!r} of {size} bytes is cut short: the archive is damaged"
             )
         if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            told |= _of_next(header.type, file.read(start, min(size, _MOST_TOLD)))
+            extended |= _of_next(header.type, file.read(start, min(size, _MOST_EXTENDED)))
         else:
-            told = {}
+            extended = {}
         if header.isreg():
             yield name, Part(file, start, size)
         place = start + -(-size // _BLOCK) * _BLOCK
