@@ -1,4 +1,4 @@
-"""Checks of values: each error says what was given and what is wanted. And differences of mappings."""
+"""Checks of values, whose errors say what was given and what was wanted; and differences of mappings."""
 
 from __future__ import annotations
 

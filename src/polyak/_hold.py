@@ -1,4 +1,4 @@
-"""Holds: a folder that one object of one process uses alone, until it lets go or its process ends."""
+"""A folder that one object of one process uses alone, until it frees the folder or its process ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modes: torch's grad mode and inference mode, for one call, whatever breaks that call off.
+"""Set torch's grad mode and inference mode for one call, whatever interrupts that call.
 
 torch's own context managers end in Python code. If a signal handler raises there, the mode stays, and the
 next backward pass fails. These end in one call of C++, during which Python runs no handler. They call the

@@ -1,4 +1,4 @@
-"""Parts of lists of tensors: small enough for a cache, and converted to the kind of their slots.
+"""Lists of tensors in parts that fit a cache, converted to the dtype and device of their slots.
 
 All operations of averaging are elementwise, so where tensors are cut never changes a result.
 """

@@ -1,4 +1,4 @@
-"""Spec: the common base of rules and schedules, which print as they were typed."""
+"""The common base of rules and schedules, which print as they were typed."""
 
 from __future__ import annotations
 

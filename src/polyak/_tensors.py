@@ -1,4 +1,4 @@
-"""Tensors: the few in-place operations that averaging needs, on lists of plain tensors.
+"""The few in-place operations that averaging needs, on lists of plain tensors.
 
 This module knows no rule, no slot name and no model. Names that end in `_` write in place. All
 operations are elementwise, so the layout, shape and device of a tensor never change the result.

@@ -1,13 +1,13 @@
-"""Norms: running statistics of BatchNorm for averaged weights, estimated from data.
+"""Running statistics of BatchNorm for averaged weights, estimated from data.
 
 In eval mode BatchNorm normalises by running statistics of the activations. Averaged weights have
 activations of their own. Neither the mean of past statistics nor the latest statistics belong to them,
 and the wider the window of the average, the worse they fit. One pass over training data corrects that.
 
-    averager.copy_to(model)                         for good
+    averager.copy_to(model)                         permanently
     polyak.recalibrate(model, batches)
 
-    with averager.applied():                        for a while: statistics are buffers, and the
+    with averager.applied():                        in the block: statistics are buffers, and the
         polyak.recalibrate(model, batches)          live ones come back with the live weights
         evaluate(model)
 """

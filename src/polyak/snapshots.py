@@ -1,4 +1,4 @@
-"""Snapshots of averages while a model trains, from which any other average can be made afterwards.
+"""Store averages while a model trains, from which any other average can be made afterwards.
 
 A snapshot is a file of ours, or a folder if the average is sharded (`polyak.checkpoints._save`). It has
 the slots of every average and what synthesis needs besides: the run that it belongs to, and the time
@@ -68,7 +68,7 @@ class Recorder:
         every: time between snapshots, in the unit of the rule: steps, samples, tokens.
         live: store the live weights too, so that `sweep` shows each average beside them. They are as
             large as one slot.
-        dtype: of the stored tensors: float32, bfloat16 or float16; by default that of the slots. The
+        dtype: the dtype of the stored tensors: float32, bfloat16 or float16; by default the slots' own. The
             amplification of a synthesis multiplies the error of rounding to it.
         resume: continue in the folder of this averager's run, after you loaded its state. The state
             contains the id of the run. Snapshots of updates that will be made again are renamed

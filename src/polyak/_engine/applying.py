@@ -1,4 +1,4 @@
-"""Applying: the model has an average for a while, in place, and then its live weights again.
+"""`applied()`: a model has an average for a while, in place, and then its live weights again.
 
 A `Swapper` belongs to one averager and says which tensors exchange contents. A block is `Applied`, the
 context manager. The blocks of all averagers meet in `polyak._engine.open_swaps`.
@@ -103,7 +103,7 @@ class Swapper:
         return label
 
     def swap_in(self, hold: Hold, name: str | None) -> None:
-        """Writes an average into the model, for a block; `give_back` undoes it, whatever this raises."""
+        """Writes an average into the model, for a block; `leave` undoes it, whatever this raises."""
         if self.swap is not None:
             self._join(self.swap, hold, name)
             return

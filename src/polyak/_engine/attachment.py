@@ -1,4 +1,4 @@
-"""Attachments: an averager that updates after each real step of an optimizer.
+"""An averager that updates after each real step of an optimizer.
 
 One real step can be many calls. A subclass calls `super().step()`, and torch runs the hooks of both.
 SAM, Lookahead, accelerate and Lightning keep an optimizer inside and step it. The update follows where

@@ -1,4 +1,4 @@
-"""Averages of a model: the parts of an `Averager`, and its properties.
+"""The parts of an `Averager`, and its properties.
 
 `Averager` is this base, `resumable`, `into_modules`, and training in `polyak.averager`.
 """

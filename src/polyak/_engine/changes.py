@@ -1,4 +1,4 @@
-"""Changes: an average continues from other weights, under another rule, in another dtype or place.
+"""Continue an average from other weights, under another rule, in another dtype or on another device.
 
 Each function returns what is to be set on which object, so that the averager can set it in one step.
 """
@@ -46,7 +46,7 @@ def begun(
     weights: Mapping[str, Tensor], count: int, live: ModelTensors, average: Average, every: int
 ) -> dict[str, Any]:
     """The state of an average that is these weights after `count` updates; raises `ValueError`."""
-    require_count("begin: count", count, "the number of updates that the weights stand for")
+    require_count("begin: count", count, "the number of updates that made the weights")
     rule = average.rule
     tick = ticked(rule, chain([1.0], repeat(float(every), count - 1)))
     moved = [slot for slot in rule.fractions(tick) if count == 1 or len(rule.slots) == 1]

@@ -1,4 +1,4 @@
-"""Copies of what is not averaged: an update copies integers and most buffers as they are."""
+"""Tensors that an update copies and does not average: integers and most buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copying: an average is written into a model for good, by name."""
+"""Write an average into a model permanently, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exchanges of contents: two lists of tensors swap their contents, and no exception loses any."""
+"""Two lists of tensors exchange their contents, and no exception loses any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards: updates that must not count; a device knows of them before the host does.
+"""Updates that must not count, which a device knows before the host does.
 
 That a scaler skipped a step, or that weights are not finite, is known on the device first. The update
 is masked there at once. The host learns the result at the next call and rolls the counters back: it

@@ -1,4 +1,4 @@
-"""Holds: the part of a block of `applied()` in a swap, and how the block ends."""
+"""The part of a block of `applied()` in a swap, and how the block ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Infinities: a constant one, as in an attention mask, stays as it is.
+"""Constant infinities, as in an attention mask, which updates leave as they are.
 
 `lerp(inf, inf)` is NaN, because it computes `inf - inf`. To look for infinities at every update would
 read all slots once more. A slot gets the infinities of constant weights with its copy, so one look

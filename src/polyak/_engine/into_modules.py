@@ -1,4 +1,4 @@
-"""Averages in modules: in one of their own, copied into another, or pulled into the model."""
+"""An average in a module of its own, copied into another module, or pulled into the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inventory: a module as a walk found it, to tell whether another walk would find the same.
+"""A module as a search has found it, to see whether another search would find the same.
 
 A walk looks at every tensor by name, layout and memory, and makes some ten objects for each. Most
 calls find nothing new, so they compare with the inventory first, which makes none that stay.

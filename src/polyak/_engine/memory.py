@@ -1,4 +1,4 @@
-"""Memory: which names of a model mean one tensor, and which tensors overlap without being one.
+"""Which names of a model mean one tensor, and which different tensors overlap in memory.
 
 Two tensor objects can lie on the same memory: `nn.Parameter(other.weight)`, `detach()`, a parameter
 and a buffer, slices of a flat buffer. Where they cover the same elements in the same order they are

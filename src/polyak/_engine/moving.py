@@ -1,4 +1,4 @@
-"""Moves: how far one slot goes towards the live weights, and how that is rounded, or masked."""
+"""How far one slot moves towards the live weights, and how the move is rounded or masked."""
 
 from __future__ import annotations
 

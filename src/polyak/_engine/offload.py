@@ -1,4 +1,4 @@
-"""Offload: slots in the host's memory while the weights are on a CUDA device.
+"""Slots in the host's memory while the weights are on a CUDA device.
 
 The weights are copied on a separate stream into pinned memory, and a thread moves the slots when they
 have arrived. The order that keeps this right:

@@ -1,4 +1,4 @@
-"""Optimizers and their wrappers: which are inside, which weights they move, whether they average."""
+"""Which optimizers a wrapper contains, which weights they change, and whether they average."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs: a tensor of the model, and the one beside it that takes its content for a while."""
+"""Pairs of tensors: one of the model, and one that keeps its content for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies: which tensors an averager averages, which it copies, and which it leaves to the model."""
+"""Which tensors an averager averages, which it copies, and which it leaves to the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulling: the live weights move towards an average of them."""
+"""Move the live weights towards an average of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pull:
     Args:
         fraction: how far; 1 continues from the average.
         every: updates from pull to pull. The averager's own `every` says how many steps an update takes.
-        name: of the average, if there are several.
+        name: the average, if there are several.
 
     | method | with `Averager(model, rule, every=k, pull=...)` |
     |---|---|

@@ -1,4 +1,4 @@
-"""Refusals: tensors whose average would be wrong, each with what to do about it."""
+"""Tensors that cannot be averaged rightly, each with what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State: averages are saved, loaded, begun, and continued under another rule or on another device."""
+"""Save and load averages, begin them, and continue them under another rule or on another device."""
 
 from __future__ import annotations
 

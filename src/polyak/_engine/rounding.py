@@ -1,4 +1,4 @@
-"""Rounding: two ways to let a slot move where rounding to nearest would stop it.
+"""Two ways to let a slot change where rounding to nearest would leave it as it is.
 
 A lerp has no effect once `fraction * |live - slot|` is below half a unit in the slot's last place:
 bfloat16 never moves at decay .999, and float32 stops at a relative error of 3e-4 to 6e-4 at .9999.

@@ -1,4 +1,4 @@
-"""Signals: Python's handlers wait while weights are exchanged, since a handler may raise anywhere.
+"""Python's signal handlers wait while weights are exchanged, since a handler may raise anywhere.
 
 A handler is replaced by one that looks at the interrupted frames: below a `critical` function it
 only notes the signal, and `deliver` calls the handler later. So there is no moment between two lines

@@ -1,4 +1,4 @@
-"""The engine: the slots of one average, moved and read by any rule."""
+"""The slots of one average, which any rule moves and reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States: saved averages are checked whole before anything takes them over."""
+"""Check a saved state completely before any average is changed."""
 
 from __future__ import annotations
 

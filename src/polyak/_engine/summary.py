@@ -1,4 +1,4 @@
-"""Summaries: what an averager decided for every tensor, as data that prints as a table."""
+"""What an averager decided for every tensor, as data that prints as a table."""
 
 from __future__ import annotations
 

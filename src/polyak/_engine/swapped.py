@@ -1,4 +1,4 @@
-"""Swapped tensors: tensors of a model exchange contents with other tensors, and get them back.
+"""Tensors of a model that have exchanged contents with other tensors, and get them back.
 
 Autograd's version counters follow the contents: swapped tensors have a version of their own, so autograd
 refuses a graph that was recorded under other contents. When the old contents are back, so is

@@ -1,4 +1,4 @@
-"""Swaps: an average that is in a model for a while, and the live weights that return afterwards.
+"""A swap: an average is in a model for a while, and afterwards the live weights return.
 
 During a swap each tensor of the model holds the average, and a tensor beside it (a slot of the
 average, or a temporary one) holds the live content (`polyak._engine.swapped`).

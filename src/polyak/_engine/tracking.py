@@ -1,4 +1,4 @@
-"""Tracking: the tensors of a model by canonical name, and where each is found at every use.
+"""The tensors of a model by canonical name, and how each is found at every use.
 
 `track` walks a model once. Canonical names are those of the plain model, whatever wraps it
 (DistributedDataParallel, torch.compile, activation checkpointing). A tensor is looked up in its

@@ -1,4 +1,4 @@
-"""Twins: modules of a model's structure whose parameters and buffers are the slots of an average.
+"""Modules of a model's structure whose parameters and buffers are the slots of an average.
 
 A twin is a plain module. It has views of the slots' memory, so it follows every update, and writes to
 it are seen in the versions of the slots. What is not averaged it shares with the model.
@@ -117,7 +117,7 @@ class _Shared:
                     memo[id(tensor)] = _view(contents[item.name], tensor)
                     names[id(memo[id(tensor)])] = item.name
                 elif item.persistent:
-                    memo[id(tensor)] = tensor  # of a class that no plain tensor can stand for
+                    memo[id(tensor)] = tensor  # of a class that no plain tensor can replace
         module = plain_copy("module", model, memo).eval()
         for each in module.modules():
             if isinstance(each, _BatchNorm) and each.running_mean is not None:

@@ -1,4 +1,4 @@
-"""Updating: slots move towards the live weights when it is time, all of them or none.
+"""Move slots towards the live weights when it is time, all of them or none.
 
 A signal handler may raise between any two lines of an update. `Motion` then continues where it
 stopped: an average would be lost if some of its tensors had moved and others had not.

@@ -1,4 +1,4 @@
-"""Watching: what shows that the averaged tensors are still those that were found.
+"""Signs that the averaged tensors are still those that were found.
 
 `ModelTensors.unchanged` checks it at every update.
 """

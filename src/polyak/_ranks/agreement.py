@@ -1,4 +1,4 @@
-"""Agreement: the ranks of a group exchange values and errors.
+"""The ranks of a group exchange values and errors.
 
 Everything here is collective: every rank of the group calls it, at the same point of the program.
 Every wait ends by the group's own time-out (`init_process_group(timeout=...)`). A process without a

@@ -1,4 +1,4 @@
-"""Replicas: weights that every rank of a mesh has whole (DistributedDataParallel), averaged by rows.
+"""Weights that every rank of a mesh has whole (DistributedDataParallel), averaged by rows.
 
 Fingerprints compare what the ranks have. An average that lies on the ranks in rows is gathered into
 whole tensors, in buckets. Both are collective.

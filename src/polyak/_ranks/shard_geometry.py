@@ -1,4 +1,4 @@
-"""Shard geometry: which box of a whole tensor lies on which rank, and how boxes are cut and laid out.
+"""Which box of a whole tensor lies on which rank, and how boxes are cut and laid out.
 
 A box is a range of indices in each dimension. Nothing here communicates: a DTensor knows its layout, and
 from that every rank knows where every other rank's part lies.

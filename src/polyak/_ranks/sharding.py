@@ -1,4 +1,4 @@
-"""Sharding: the part of a tensor that lies on this rank, under FSDP2, tensor parallelism, or by rows.
+"""The part of a tensor that lies on this rank, under FSDP2, tensor parallelism, or by rows.
 
 An average is elementwise, so each rank averages its own shards, exactly, without communication.
 Shards become DTensors only where they leave an averager. Without torch.distributed nothing is imported

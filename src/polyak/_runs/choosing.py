@@ -1,4 +1,4 @@
-"""Choosing: which checkpoints of a run to use, in the order of their steps."""
+"""Choose which checkpoints of a run to use, in the order of their steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLACK = 1e-9
 
 @dataclass(frozen=True)
 class RunFile(os.PathLike[str]):
-    """A checkpoint of a run, which stands for its path.
+    """A checkpoint of a run; every call that takes a path takes it.
 
     Attributes:
         path: the file or folder that `polyak.checkpoints.read` reads.

@@ -1,4 +1,4 @@
-"""Clocks: the step of each checkpoint of a run, by which they are ordered."""
+"""The step of each checkpoint of a run, by which they are ordered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding: the checkpoints that lie in a run's folder, or up to three levels down in it."""
+"""Find the checkpoints in a run's folder, up to three levels down."""
 
 from __future__ import annotations
 

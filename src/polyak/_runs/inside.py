@@ -1,4 +1,4 @@
-"""Inside: the numbers that a checkpoint's own file holds beside its weights."""
+"""Numbers that a checkpoint's own file holds beside its weights."""
 
 from __future__ import annotations
 

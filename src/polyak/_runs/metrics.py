@@ -1,4 +1,4 @@
-"""Metrics: how good each checkpoint of a run is, by what its trainer wrote."""
+"""How good each checkpoint of a run is, by the metrics that its trainer wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables: numbers that trainers write beside checkpoints, as CSV, JSON lines, JSON or YAML.
+"""Numbers that trainers write beside checkpoints, as CSV, JSON lines, JSON or YAML.
 
 Numbers are found by dotted names: `{"valid": {"loss": 0.3}}` has "valid.loss". A list of records, such as
 transformers' `log_history`, is a table, and each row of it has a step or an epoch.

@@ -35,7 +35,7 @@ def rule_chart(
 
     The profile by age, the step response by the age of the jump, the frequency response with its
     -3 dB point, the equivalent learning-rate schedule by step. Several rules are lines of several
-    colours. An `Explanation` may stand for a rule, with its steps and cadence. Errors: those of
+    colours. An `Explanation` in place of a rule brings its steps and cadence. Errors: those of
     `theory.explain`; `ValueError` for no rule, and for more than six.
     """
     rules = [rule] if isinstance(rule, Rule | str | Explanation) else list(rule)

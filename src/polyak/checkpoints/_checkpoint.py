@@ -1,4 +1,4 @@
-"""Checkpoint: what was found in a file of any library: live weights, averages, rules, a clock.
+"""What was found in a file of any library: live weights, averages, rules, a clock.
 
 An average that a file holds as slots is read out tensor by tensor: `sum of coefficient * slot`.
 """
@@ -78,19 +78,20 @@ class Checkpoint:
         averages: the average's name -> its weights by name; a single one is called "average".
         rules: the average's name -> its rule, if the file says.
         clock: how far the averages had come, or None if the file does not say.
-        dtypes: of the live weights by name, each tied weight once, if the file stores them apart from
-            its tensors.
+        dtypes: the dtypes of the live weights by name, each tied weight once, if the file stores them
+            apart from its tensors.
         ticks: the average's name -> the clock of its rule, in polyak's own files.
-        aside: name -> how many objects of that class lie beside the weights and were not read, since
-            only their own code could make them.
-        shapes: of tensors by name, if the file stores them beside its tensors.
-        left: what -> how many of its tensors are neither live weights nor in an average: an optimizer's
-            state, another model; of a folder the other files that may hold weights, with 0.
+        aside: class -> how many objects of it lie beside the weights and were not read, since only
+            their own code could make them.
+        shapes: the shapes of tensors by name, if the file stores them beside its tensors.
+        left: part of the file -> how many of its tensors are neither live weights nor in an average,
+            such as an optimizer's state or another model; for a folder also the other files that may
+            hold weights, with 0.
         refused: the average's name -> why it is not in `averages`.
         check: what `verify` calls.
 
-    Names are those of the plain model: wrappers' prefixes are left out. Tensors are views of the
-    file where it allows; a file that is replaced meanwhile is still read as it was.
+    Names are those of the plain model, without wrappers' prefixes. Tensors are views of the file where
+    its layout allows it. If the file is replaced meanwhile, the old content is still read.
     """
 
     path: Path
@@ -129,8 +130,8 @@ class Checkpoint:
     def weights(self, name: str | None = None) -> Weights:
         """The live weights for "live", else the average `name`.
 
-        By default the live weights, or the only average of a file without live weights. An average
-        that is itself called "live" is only found in a file without live weights.
+        By default it returns the live weights, or the only average of a file without live weights. An
+        average that is itself called "live" is found only in a file without live weights.
 
         Raises `ValueError` for an unknown name, and if there are several averages to choose from.
         """

@@ -1,4 +1,4 @@
-"""Export and convert: an average as plain safetensors, and another library's file as one of ours."""
+"""Write an average as plain safetensors, and another library's file as a file of polyak."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def export(
     """Write an average as plain safetensors, with the model's own names and dtypes, tied weights once.
 
     `safetensors.torch.load_model` loads the file. `from_pretrained` of transformers and diffusers loads
-    a folder with the model's config and the file, under the name that they look for:
+    a folder with the model's config and the file, under one of these names:
     `model.safetensors`, `diffusion_pytorch_model.safetensors`. What is not averaged is written as the
     model has it now; buffers that their module does not save are left out. One tensor is in memory at
     a time.
@@ -55,8 +55,8 @@ def export(
     Args:
         source: an averager, or what `checkpoints.read` found in a file. The dtypes of a file's average
             are those of its live weights, if the file says so.
-        name: of the average, if there are several; "live" for the live weights of a checkpoint.
-        dtype: of floating-point tensors, instead of the model's.
+        name: the average, if there are several; "live" for the live weights of a checkpoint.
+        dtype: the dtype of floating-point tensors, in place of the model's.
         shard_bytes: `path` becomes a folder of files with at most this many bytes, and an index.
         group: the ranks that export a sharded average; by default all ranks.
         overwrite: whether to replace what exists at the path.
@@ -181,12 +181,12 @@ def convert(
     other buffers too, except running statistics: name these buffers in `copied`.
 
     Args:
-        path: of the file, or what `read` read.
-        rule: of each average by name, or of the only one, if the file does not say it.
-        names: of tensors without names, in their order.
+        path: the file, or what `read` returned.
+        rule: the rule of each average by name, or of the only average, if the file does not say it.
+        names: the names of tensors that the file stores without names, in their order.
         count: the number of updates so far, if the file does not say it.
         every: calls of the library's update function per update, for a file that counts calls.
-        copied: patterns of the names of buffers to copy.
+        copied: patterns for the names of buffers to copy.
         overwrite: whether to replace what exists at `out`.
 
     The averages are held in memory. Raises `ValueError` for a file without averages, for one of ours, and

@@ -1,4 +1,4 @@
-"""Names: a checkpoint's step or epoch and metrics, and which file of a folder holds its weights.
+"""The step, epoch and metrics in a checkpoint's name, and which file of a folder holds its weights.
 
 It is decided here once, for reading a folder and for finding checkpoints in a run.
 """

@@ -1,4 +1,4 @@
-"""Folders of a run: what belongs together is saved together, and the newest is found again."""
+"""Save the files of a step together in one folder, and find the newest folder again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Like another: weights in the form of a checkpoint; only the bytes of its weights are replaced.
+"""Write weights in the form of another checkpoint: only the bytes of its weights are replaced.
 
 A copy of the file or folder is made, and each tensor is written where the old one lies in it. So nothing
 in a pickle has to be understood or made again: nesting, counters, settings, states of optimizers and the

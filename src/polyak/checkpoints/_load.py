@@ -1,4 +1,4 @@
-"""Load: an averager continues from a file of ours, or of another library."""
+"""Make an averager continue from a file of polyak, or of another library."""
 
 from __future__ import annotations
 

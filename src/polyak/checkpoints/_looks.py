@@ -1,4 +1,4 @@
-"""What a file is that holds no weights for us: named by its first bytes, with what to do."""
+"""Name a file without weights by its first bytes, and say what to do with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of tensors: without the prefixes of wrappers, and for tensors that a file has without names."""
+"""Names of tensors without the prefixes of wrappers, and for files that store tensors without names."""
 
 from __future__ import annotations
 

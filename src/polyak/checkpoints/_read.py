@@ -1,4 +1,4 @@
-"""Reading: a checkpoint of any library, a file or a folder, as one `Checkpoint`."""
+"""Read a checkpoint of any library, a file or a folder, as one `Checkpoint`."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def read(
     layout, or by a word of its key or prefix: ema, swa, avg, average, shadow. `left` says what of the
     file is neither live weights nor an average.
 
-    Only headers are read. A tensor is read, and compared with the checksum that its file has for it,
-    when it is asked for; `Checkpoint.verify` does that for all.
+    It reads only headers. A tensor is read when you ask for it, and is then compared with its checksum
+    in the file; `Checkpoint.verify` does this for all tensors.
 
     Args:
-        path: of a file or a folder.
-        names: of tensors that a file has in order only (torch_ema, diffusers, NeMo), such as
-            `[n for n, p in model.named_parameters() if p.requires_grad]`; with "positions" they are
-            called "0", "1", ... Files with names go by their own.
+        path: a file or a folder.
+        names: the names of tensors that a file stores in order and without names (torch_ema,
+            diffusers, NeMo), such as `[n for n, p in model.named_parameters() if p.requires_grad]`;
+            with "positions" they are called "0", "1", ... Ignored if the file has names.
         key: the part of the file to read: its keys, joined by dots, such as "g_ema".
-        prefix: take the tensors whose names begin so, such as "teacher.", and strip it.
-        role: what the weights are, "live" or "average", where the file does not say.
+        prefix: read only tensors whose names begin with it, such as "teacher.", and remove it.
+        role: what the weights are, "live" or "average", if the file does not say.
 
     >>> import tempfile, torch
     >>> place = Path(tempfile.mkdtemp()) / "average.pt"
@@ -72,9 +72,9 @@ def read(
     >>> list(read(place, key="g", role="average").averages["average"])
     ['weight', 'bias']
 
-    Raises `ValueError` that names the file: for a file without state dicts, or with several of which
-    none is known to be the live weights, with a list of them; for one that needs names; for a damaged file;
-    for weights that only code in the file could make. `FileNotFoundError` if there is nothing.
+    Raises `ValueError` that names the file: for a file without state dicts; for one with several state
+    dicts, with a list, if none is known to be the live weights; for one that needs names; for a damaged
+    file; for weights that only code in the file could make. `FileNotFoundError` if nothing is there.
     """
     return read_source(sniff(path), names, key=key, prefix=prefix, role=role)
 

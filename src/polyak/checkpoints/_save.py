@@ -1,4 +1,4 @@
-"""Save: the state of an averager in a file of our own, with names, rules, clocks and checksums.
+"""Save an averager's state in a file of polyak, with names, rules, clocks and checksums.
 
 The format is safetensors; nothing is pickled. The header's metadata has, beside the checksums
 (`_safetensors.files`), one entry `polyak`: the description, which is the state's numbers, rules and names as

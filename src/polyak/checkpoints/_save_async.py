@@ -1,4 +1,4 @@
-"""Saves in the background: the state of a training is copied, and written while the training goes on."""
+"""Save a training in the background: its state is copied, and written while the training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves of a whole training: a model, its optimizer and its averages, by all ranks, in one folder.
+"""Save a whole training in one folder, from all ranks: model, optimizer and averages.
 
 The folder is one of torch.distributed.checkpoint. An averager in it is stored as `polyak.save` stores
 it, so that `load` and `read` take it too, in one process and without a process group.

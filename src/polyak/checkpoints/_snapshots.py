@@ -1,4 +1,4 @@
-"""Snapshots of a run, read: which there are in a folder, from their headers."""
+"""The snapshots of a run in a folder, from their headers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Snapshot:
         rules: the rule of each average.
         slots: the names of the slots of each average.
         model: name -> shape, dtype, policy and other names of the model's tensors.
-        dtypes: of the stored slots.
+        dtypes: the dtypes of the stored slots.
         live: the keys of the live weights and of what is copied, by name, other names of tied weights
             too; none if it has no live weights.
     """

@@ -1,4 +1,4 @@
-"""What is at a path: decided here once, for reading, loading, describing, averaging and exporting."""
+"""Find out what is at a path, for every call that reads."""
 
 from __future__ import annotations
 

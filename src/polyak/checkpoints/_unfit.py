@@ -108,14 +108,14 @@ def _of_kind(tensors: tuple[tuple[str, TensorSpec], ...]) -> str:
     if name := next(_packed(specs), ""):
         return (
             f"{name} ({specs[name]}) holds quantised numbers, whose mean is not the mean of the weights "
-            "that they stand for. Dequantise the model, and average that; or if it is not quantised, take it from the "
+            "that they encode. Dequantise the model, and average that; or if it is not quantised, take it from the "
             f"last file: copy=[{name!r}] (average ... --copy {name!r})"
         )
     return _of_adapter(specs)
 
 
 def placeholder(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The name of a tensor that holds nothing of the weight that it stands for, or ""."""
+    """The name of a tensor that is a placeholder for a weight, without its content; or ""."""
     for name, shape in shapes.items():
         if name in specs and specs[name].shape != shape and specs[name].numel <= 1:
             return name

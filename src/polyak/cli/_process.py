@@ -1,4 +1,4 @@
-"""The process: what a command changes in it for a while, and puts back."""
+"""What a command changes in its process for a while, and restores."""
 
 from __future__ import annotations
 

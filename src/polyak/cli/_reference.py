@@ -1,4 +1,4 @@
-"""The reference: the `--help` of every command, as one page of Markdown.
+"""The `--help` of every command, as one page of Markdown.
 
 python -m polyak.cli._reference > docs/cli.md
 """

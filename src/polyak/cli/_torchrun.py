@@ -1,4 +1,4 @@
-"""`--torchrun`: the processes that torchrun has started for a command divide its work."""
+"""`--torchrun`: the processes that torchrun has started share the work of a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's own function, `module:function`: found, called, and its errors shown as the user's."""
+"""Find and call the user's own function, `module:function`, and show its errors as the user's."""
 
 from __future__ import annotations
 

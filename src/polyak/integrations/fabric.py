@@ -45,7 +45,7 @@ def average(
     Args:
         model: what `fabric.setup` or `fabric.setup_module` returned.
         optimizers: one or several, as `averager.attach` takes them.
-        steps: of the whole training, for the hyper-parameters; 0 if it is unknown.
+        steps: the steps of the whole training, for the hyper-parameters; 0 if unknown.
         options: the other arguments of `Averager`.
 
     `fabric.save` takes the averager as any object with a state, but keeps only the first rank's part of

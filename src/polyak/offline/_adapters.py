@@ -1,4 +1,4 @@
-"""Adapters: the average of LoRA adapters as one adapter, exact, whose rank is the sum of theirs.
+"""The exact average of LoRA adapters as one adapter, whose rank is the sum of theirs.
 
 An adapter adds `s B A` to a weight, with `s = alpha / r`. The mean of products is one product:
 `sum_i c_i s_i B_i A_i = s [f_1 B_1, ..., f_k B_k] [A_1; ...; A_k]` with `f_i = c_i s_i / s`.
@@ -46,7 +46,7 @@ class Concatenation(LazyTensors):
         paths: the folders of the adapters.
         coefficients: one for each.
         config: the settings of the new adapter.
-        ranks: of each module.
+        ranks: the rank of each module.
         factors: how many of the tensors are factors.
     """
 

@@ -1,4 +1,4 @@
-"""Average: one set of weights from several checkpoint files, by a rule or by coefficients."""
+"""One set of weights from several checkpoint files, by a rule or by coefficients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def average(
         which: the weights to take from each file: the name of an average, or "live"; by default the
             live weights, or the only average of a file without live weights.
         copy: names of tensors, or patterns, to take from the last file, as integers and booleans are.
-        dtype: of the result, or of each tensor by name; by default the widest of the files.
+        dtype: the dtype of the result, or of each tensor by name; by default the widest in the files.
         accumulate: the dtype of the sums: float32, or float64 at half the speed.
         allow_nonfinite: whether values that are infinite or NaN in some file may come into the result; an
             infinity that all files share always does.

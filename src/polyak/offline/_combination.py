@@ -1,4 +1,4 @@
-"""Combination: a linear combination of stored weights, computed piece by piece when it is asked for.
+"""A linear combination of stored weights, computed piece by piece when it is asked for.
 
 Of each tensor only one piece is in memory, and of each file only what fits into the processor's
 cache. So models may be larger than the memory, and files may be many.

@@ -1,4 +1,4 @@
-"""Comparison: how the tensors of two checkpoints differ, with one piece of each in memory."""
+"""How the tensors of two checkpoints differ, with one piece of each in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Description: what a checkpoint or a folder of snapshots holds, without reading its tensors."""
+"""What a checkpoint or a folder of snapshots holds, without reading its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Findings: what makes an average of files wrong, by tensor and file."""
+"""What makes an average of files wrong, by tensor and file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: their settings; of LoRA the tensors and the scale of each product."""
+"""Adapters as PEFT saves them: their settings; for LoRA the tensors and the scale of each product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quality: what a function of the user says of weights, and how sure a difference is."""
+"""The quality of weights by a function of the user, and how sure a difference is."""
 
 from __future__ import annotations
 

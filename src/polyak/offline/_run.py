@@ -1,4 +1,4 @@
-"""Run: everything that was stored of a training run, from its snapshots and checkpoints."""
+"""Everything that was stored of a training run, from its snapshots and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Soup: choose files by a quality that a function of the user gives."""
+"""Choose files by a quality that a function of the user returns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Soup:
 
     Attributes:
         files: as they were given.
-        qualities: of each file alone.
+        qualities: the quality of each file alone.
         order: the indices of the files in the order of the trials, the best file first.
         trials: the quality of each trial in that order: the soup so far, with that file in it.
         ingredients: the indices of the files that were kept, in that order.
-        quality: of the soup.
+        quality: the quality of the soup.
     """
 
     files: tuple[Path, ...]
@@ -68,7 +68,7 @@ def greedy_soup(
     ((0, 2), 0.0625, array([0.5, 0. , 0.5]))
 
     Args:
-        files: of one model, as `average` takes them.
+        files: files of one model, as `average` takes them.
         evaluate: gives the quality of weights, name -> tensor, as `load_state_dict` takes them, or
             one for each example, whose mean counts: on held-out data, and with BatchNorm's
             statistics estimated again (`polyak.recalibrate`). It is called 2 * files - 1 times.

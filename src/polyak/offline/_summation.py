@@ -1,4 +1,4 @@
-"""Summation: the sum of coefficients times tensors in files, in pieces that fit into the processor's cache.
+"""Sum coefficients times tensors in files, in pieces that fit into the processor's cache.
 
 Each piece is read from its file into a buffer. This is faster than copying from mapped memory, and no
 page of the file stays in memory. Several threads sum one piece each, with operations that are too small

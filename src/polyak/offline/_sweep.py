@@ -1,4 +1,4 @@
-"""Sweep: many averages of a finished run, each judged, beside the live weights."""
+"""Many averages of a finished run, each judged, beside the live weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthesis: any average of a finished run, from its snapshots."""
+"""Any average of a finished run, from its snapshots."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Synthesis(Charted):
         relative_error: the error for weights that do a random walk, as a share of the average's
             distance from the live weights (`theory.fit` with the norm "increments").
         amplification: the sum of |coefficients|, by which the rounding of the stored dtype grows.
-        precision: of the coarsest stored dtype: the distance from 1 to the next number.
+        precision: the distance from 1 to the next number in the coarsest stored dtype.
         half_life, mean_age: of the average's profile at that time, in the run's unit of time.
         terms: the terms of the sum.
         statistics: the terms for running statistics: the nearest combination without a coefficient
@@ -198,12 +198,12 @@ def synthesize(
     result.
 
     Args:
-        folder: of snapshots that `Recorder` wrote, or of a run with plain checkpoints; or those that
+        folder: a folder of snapshots that `Recorder` wrote, or of a run with plain checkpoints; or those that
             `choose` found in it; or None.
         rule: a rule or its spec; it is updated at the same steps as the recorded averages.
         at: the time, in the run's unit; by default that of the last snapshot or checkpoint.
         checkpoints: step -> file with the live weights at that step, in any format that
-            `checkpoints.read` reads. Each stands for the steps around it, so a long average over
+            `checkpoints.read` reads. Each counts for the steps around it, so a long average over
             many checkpoints is exact and a short one is refused.
         read: what reads a checkpoint, such as `functools.partial(checkpoints.read, key="g_ema")`.
         max_error: the largest relative error that is allowed.

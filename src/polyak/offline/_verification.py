@@ -1,4 +1,4 @@
-"""Verification: what was written, compared with sums that are computed in another way."""
+"""Compare what was written with sums that are computed in another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After the stop: the figure of runs that went on after an early stop, to see what it avoided."""
+"""The figure of runs that continued after an early stop, to see what the stop avoided."""
 
 from __future__ import annotations
 

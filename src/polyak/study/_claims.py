@@ -1,4 +1,4 @@
-"""Claims: what a study says about its seeds, and the figures of others that it compares."""
+"""What a study claims about its seeds, and published figures that it compares with."""
 
 from __future__ import annotations
 

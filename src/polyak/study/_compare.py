@@ -1,4 +1,4 @@
-"""Compare: studies against the first one, arm by arm, within the seeds that both have.
+"""Compare studies with the first one, arm by arm, over the seeds that both have.
 
 It reads what the records say about their study, so it needs no recipe, and the studies may differ in any
 condition, such as the model, the data or the length of the runs: what differs is listed.

@@ -1,4 +1,4 @@
-"""Compare page: several studies side by side, each against the first, and all arms over all of them."""
+"""The page of several studies: each beside the first, and all arms over all of them."""
 
 from __future__ import annotations
 

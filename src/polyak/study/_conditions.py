@@ -1,4 +1,4 @@
-"""Conditions: everything that a record of a study depends on besides its seed and learning rate."""
+"""Everything that a record of a study depends on besides its seed and learning rate."""
 
 from __future__ import annotations
 

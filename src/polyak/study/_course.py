@@ -1,4 +1,4 @@
-"""Course: the learning rate of a run, its evaluations, its stop, and what comes after the stop."""
+"""The learning rate of a run, its evaluations, its stop, and what comes after the stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves: a figure of lines with its words and the table of its data."""
+"""A figure of lines with its caption and the table of its data."""
 
 from __future__ import annotations
 

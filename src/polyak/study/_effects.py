@@ -1,4 +1,4 @@
-"""Effects: how much better than the live weights each arm is, by schedule, from the records of a study.
+"""How much better than the live weights each arm is, by schedule, from the records of a study.
 
 An arm is chosen by validation values and reported by test values, each at its own best learning rate.
 """

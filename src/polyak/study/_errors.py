@@ -1,4 +1,4 @@
-"""Errors: what a function of a recipe raises, in one line."""
+"""Describe in one line what a function of a recipe raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feasible: which averages and schedules need more steps than a run has, told before anything is trained."""
+"""Find averages and schedules that need more steps than a run has, before the training begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields: what a recipe may give for a field of `Study`; each error names the field."""
+"""Check the fields of a `Study`; each error names the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures: the kinds of charts that reports consist of, in one style, each narrow enough for a phone.
+"""The kinds of charts in reports, in one style, each narrow enough for a phone.
 
 A series has a colour and a line style, so that it is known without colour. The colours are named in
 `report.html.j2` again, which replaces them where the page is dark or has the colours of the system.

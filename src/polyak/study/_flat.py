@@ -1,4 +1,4 @@
-"""Flat: the tensors of a network as few long ones, so that one operation serves all of them."""
+"""The tensors of a network joined into a few long ones, so that one operation serves all of them."""
 
 from __future__ import annotations
 

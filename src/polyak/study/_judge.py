@@ -1,4 +1,4 @@
-"""Judge: evaluates arms on a copy of the model, so that nothing it does reaches the training."""
+"""Evaluate arms on a copy of the model, so that evaluation does not change the training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging: each claim of a study becomes an interval over seeds, and the one rule gives its verdict.
+"""Turn each claim of a study into an interval over seeds, and decide its verdict.
 
 Claims with one sentence are the parts of a judgement, which holds if all of them hold.
 """

@@ -1,4 +1,4 @@
-"""Logbook: what one run measures, on its way to a record."""
+"""Collect what one run measures, and make its record."""
 
 from __future__ import annotations
 

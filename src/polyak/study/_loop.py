@@ -1,4 +1,4 @@
-"""Loop: one run of a study, as an ordinary training script has it.
+"""One run of a study, as an ordinary training script has it.
 
 A run is one (seed, schedule, learning rate). Four sources of variance have a seed each, so that one can
 vary while the others stay: `source_seed` says which. Averages and evaluations draw no random numbers.

@@ -1,4 +1,4 @@
-"""Methods: the section of a page that says how it was made, and the rule of its verdicts."""
+"""The section of a page that says how it was made, and the rule of its verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page: a report as data, and its one way to the disk: one HTML file that opens offline.
+"""A report as data, and how it is written: one HTML file that opens offline.
 
 A page is a title, a summary and sections of blocks. Its charts are drawn when it is written and are part of
 the HTML as SVG, so the page loads nothing, runs no chart library, and prints as it looks. Every chart has its

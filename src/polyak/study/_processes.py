@@ -1,4 +1,4 @@
-"""Processes: where joblib computes the runs of a study, in processes of this machine or on a Ray cluster."""
+"""Let joblib compute the runs of a study, in processes of this machine or on a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: the studies that ship, and those in a user's file."""
+"""The studies that ship, and those in a user's file."""
 
 from __future__ import annotations
 

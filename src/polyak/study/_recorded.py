@@ -1,4 +1,4 @@
-"""Recorded: what a folder of records says about its study, where there is no recipe."""
+"""What the records in a folder say about their study, if there is no recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Region: the values of a quantity for which a claim is true."""
+"""The values of a quantity for which a claim is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rehearsal: ask every claim for its quantity before anything is trained, to find names that do not exist."""
+"""Ask every claim for its quantity before the training begins, to find names that do not exist."""
 
 from __future__ import annotations
 

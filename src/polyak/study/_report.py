@@ -1,4 +1,4 @@
-"""Report: from the result of any study to a folder with one page that opens offline."""
+"""Write the report of any study: a folder with one page that opens offline."""
 
 from __future__ import annotations
 

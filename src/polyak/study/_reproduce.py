@@ -1,4 +1,4 @@
-"""Reproduce: figures and claims of papers, computed anew, each with its source and its tolerance.
+"""Compute figures and claims of papers again, each with its source and its tolerance.
 
 A line is data: a sentence, the region in which it is true, and a function that measures it. Exact lines
 need milliseconds; those of the averager itself simulate thousands of runs at once; those of studies

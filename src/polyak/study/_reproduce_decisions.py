@@ -1,4 +1,4 @@
-"""Lines on decisions: whether an average gains under a schedule, and how sure a verdict over few seeds is."""
+"""Lines about decisions: whether an average gains under a schedule, and how sure a verdict over few seeds is."""
 
 from __future__ import annotations
 

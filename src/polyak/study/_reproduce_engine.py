@@ -1,4 +1,4 @@
-"""Lines that the averager itself measures: thousands of runs at once, each an element of the weights."""
+"""Lines that run the averager itself: thousands of runs at once, each an element of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines that follow exactly: the noisy quadratic, scaling rules, feedback, post-hoc averages, merges."""
+"""Exact lines: the noisy quadratic, scaling rules, feedback, post-hoc averages, merges."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _scaling() -> Iterator[Line]:
 
 
 def _scaled(kappa: int) -> Profile:
-    """The profile of an EMA whose each update stands for kappa steps of the small batch."""
+    """The profile of an EMA in which each update counts for kappa steps of the small batch."""
     return coefficients(Exponential(0.999), [float(kappa)] * (40_000 // kappa))
 
 

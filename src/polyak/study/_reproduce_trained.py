@@ -1,4 +1,4 @@
-"""Lines that studies measure: the claims of recipes, each run in its small form over a few seeds."""
+"""Lines that train: the claims of recipes, each run in its small form over a few seeds."""
 
 from __future__ import annotations
 

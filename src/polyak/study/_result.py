@@ -1,4 +1,4 @@
-"""Result: the records of a study, and the values that claims and reports read from them."""
+"""The records of a study, and the values that claims and reports read from them."""
 
 from __future__ import annotations
 

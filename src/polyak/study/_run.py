@@ -1,4 +1,4 @@
-"""Run: carry out a study in several processes, record each run when it finishes, and resume.
+"""Run a study in several processes, record each run when it finishes, and resume.
 
 A run that raises an error is written to failures.jsonl, and the rest goes on. A run whose process is
 killed is tried once more, in a process of its own.

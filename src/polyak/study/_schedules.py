@@ -1,4 +1,4 @@
-"""Schedules: the factor of the learning rate over a run.
+"""The factor of the learning rate over a run.
 
 A schedule is a function of the share of the run that is done: 0 at the first step, (steps - 1) / steps at
 the last. `Plateau` follows the validation of an arm instead.

@@ -1,4 +1,4 @@
-"""Speed: when each arm is as good as the live weights at the end, in one study and over several."""
+"""When each arm is as good as the live weights at the end, in one study and over several."""
 
 from __future__ import annotations
 

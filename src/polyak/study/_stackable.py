@@ -1,4 +1,4 @@
-"""Stackable: whether the runs of a study can be trained at once, found by trying it."""
+"""Find out by trying whether the runs of a study can be trained at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stacked: many runs of a small model trained at once, as one batched computation.
+"""Train many runs of a small model at once, as one batched computation.
 
 Every parameter has one more dimension, the run. `torch.func.vmap` computes all losses in one pass, one
 optimizer steps all runs, and the arms average the stacked weights. Each run has its own data, order of

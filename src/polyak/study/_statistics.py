@@ -1,4 +1,4 @@
-"""Statistics: 95 % intervals over seeds, and the one rule that turns an interval into a verdict.
+"""95 % intervals over seeds, and the one rule that turns an interval into a verdict.
 
 The seeds are the independent repetitions, so the bootstrap resamples seeds. Two networks of one seed are
 compared within that seed first. Means and medians have percentile bootstrap intervals. Shares of seeds

@@ -1,4 +1,4 @@
-"""Study: an experiment as data, from the model to the claims.
+"""An experiment as data, from the model to the claims.
 
 A recipe is a Python file of about a screen with one module-level `study = Study(...)`.
 docs/own-study.md writes one from the beginning.

@@ -1,4 +1,4 @@
-"""Terminal: the progress of a study."""
+"""The progress of a study on the terminal."""
 
 from __future__ import annotations
 

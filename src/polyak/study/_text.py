@@ -1,4 +1,4 @@
-"""Text: tables of text cells, and numbers with their intervals as text."""
+"""Tables of text cells, and numbers with their intervals as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracking: all arms of one run, or of a stack of runs, updated after every step and read at evaluations.
+"""All arms of one run, or of a stack of runs: updated after every step, read at evaluations.
 
 The averaged tensors are copied into a few long ones, which all arms read. A rule is an average of an
 `Averager`, and arms with the same rule share it. A window is the difference of two running sums: it costs

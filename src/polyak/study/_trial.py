@@ -1,4 +1,4 @@
-"""Trial: the first steps of a study, in which a mistake of a recipe shows before anything is trained."""
+"""Train the first steps of a study, to find the mistakes of a recipe before the training begins."""
 
 from __future__ import annotations
 

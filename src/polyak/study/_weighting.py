@@ -1,4 +1,4 @@
-"""Weighting: when arms are evaluated, and the weight that an arm gives to each step of a run."""
+"""When arms are evaluated, and the weight that an arm gives to each step of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advice: which average, and how much of it, under a schedule: the noisy quadratic's answer.
+"""Advise which average suits a schedule, by the noisy quadratic.
 
 The model has the curvatures 1 to 1/300, as many of each as 1/i has, gradients with the noise covariance
 curvature / batch, and first weights at distance 1. Its losses are exact, for every average, learning
@@ -226,7 +226,7 @@ def _gain(losses: Profile, average: int) -> tuple[float, float, float]:
 
 
 def _multiplicities(h: Profile) -> Profile:
-    """How many of the curvatures 1, 1/2, 1/3, ... each of these stands for: the integral of dh / h^2."""
+    """How many of the curvatures 1, 1/2, 1/3, ... each of these counts for: the integral of dh / h^2."""
     between = np.sqrt(h[1:] * h[:-1])
     ends = np.concatenate(([2.0], between, [1 / (1 / h[-1] + 0.5)]))
     counts: Profile = 1 / ends[1:] - 1 / ends[:-1]

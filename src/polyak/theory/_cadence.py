@@ -1,4 +1,4 @@
-"""Cadence: how seldom an average may be updated before that changes what it averages."""
+"""How seldom an average may be updated before that changes what it averages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
     mean age. It is about every / (2 mean age), read out just after an update. `Exponential` and
     `Power` rescale by the elapsed time, so the half-life stays; `Window`, `Bema` and `ArticleEMA`
     count updates. (A rule that extrapolates, `Bema`, has coefficients below 0. There
-    `sum |c| age`, which never cancels, stands for the mean age.)
+    `sum |c| age`, which never cancels, is used for the mean age.)
 
     >>> cadence("exponential(0.999)"), cadence("exponential(0.9999)")
     (21, 201)

@@ -1,4 +1,4 @@
-"""Calls as text: the name and the arguments of a Python call, read without running anything."""
+"""Read the name and the arguments of a Python call from text, without running anything."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Curves: the points of a chart of a profile, few enough for a page.
+"""The points of a chart of a profile, few enough for a page.
 
-Each function takes a profile `c`, and the number `unit` of steps that each coefficient stands for.
+Each function takes a profile `c`, and the number `unit` of steps that each coefficient covers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Explaining: every measure of a rule at once."""
+"""Every measure of a rule at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Explanation(Charted):
     """What a rule averages after `steps` steps, updated every `every`: the measures of its profile.
 
     `cutoff` is None where the gain never falls to -3 dB, `relative_std` where there is no spread.
-    `unit` is the number of steps that one coefficient of the profile stands for, more than 1 for a
+    `unit` is the number of steps that one coefficient of the profile covers, more than 1 for a
     long average. `growing` says that no number of steps was found after which they stay the same,
     `of_run` that `steps` is the length of a run.
 

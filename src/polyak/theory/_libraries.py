@@ -1,4 +1,4 @@
-"""Equivalents: the constructor call that gives the same average in other libraries.
+"""The constructor call that gives the same average in other libraries.
 
 The same decay means different averages in different libraries: they differ in the warm-up, in what
 the first update does and in what they start from. Each function below states one library's update
@@ -136,7 +136,7 @@ def _ema_pytorch(rule: Rule) -> str | None:
     """Call 1 copies, as does call t while t - 1 <= update_after_step; then the ramp's decay.
 
     ema-pytorch computes it in torch's default dtype: float32 rounds it at the 8th digit. `beta=1`
-    freezes the average there, so the largest decay below 1 stands for it.
+    freezes the average there, so the largest decay below 1 takes its place.
     """
     ramp = _ramp(rule)
     if ramp is None:

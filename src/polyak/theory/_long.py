@@ -1,4 +1,4 @@
-"""Long averages: a profile in stretches of many steps, where one number a step would be too many.
+"""Profiles of long averages in stretches of many steps, where one number a step would be too many.
 
 A rule that rescales by the elapsed time has the same profile at every cadence, summed over
 stretches. So it is run on a coarse clock, and the steps of a stretch are taken to share its

@@ -1,4 +1,4 @@
-"""Matching: the member of one family of rules that equals another average in one measure."""
+"""The rule of one family that equals another average in one measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures: a profile in one number or one curve.
+"""A profile in one number or one curve.
 
 Each function takes a profile `c`: the coefficient of each step's live weights in the average,
 oldest step first, summing to 1, as `profile` returns it. The age of the newest step is 0.

@@ -1,4 +1,4 @@
-"""Merging: the coefficients of checkpoints whose merge is the end of a learning-rate decay.
+"""The coefficients of checkpoints whose merge equals the end of a learning-rate decay.
 
 A run at a constant learning rate leaves k + 1 checkpoints, theta_0 the oldest, with k intervals
 between them. A decay would have multiplied the learning rate of interval i, from checkpoint i - 1

@@ -1,4 +1,4 @@
-"""Migration: our rule for a call of another library, and what changes.
+"""The rule for a call of another library, and what changes.
 
 `polyak.theory.equivalents` goes the other way.
 """

@@ -1,4 +1,4 @@
-"""Classes of other libraries: their arguments, with their defaults, and the rule that these mean.
+"""Classes of other libraries: their arguments with defaults, and the rule that these mean.
 
 Versions: torch 2.13, ema-pytorch 0.8.3, torch-ema 0.3, diffusers 0.42.1, timm 1.0.31, lightning 2.6.6,
 ignite 0.5.5, composer 0.32.1, NeMo 3.0.0, mmengine 0.10.7, fairseq 0.12.2, TRL 1.16, edm2 4bf8162. The

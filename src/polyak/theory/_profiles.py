@@ -1,4 +1,4 @@
-"""Profiles: what an average averages, found by running its rule.
+"""What an average averages, found by running its rule.
 
 A rule gets one unit impulse per update. The result is the coefficient of every step's live
 weights in the average. There is no formula of any average here: each rule that `Averager` can train

@@ -1,4 +1,4 @@
-"""Published ranges: which averages papers found best, for which schedules, with what gain."""
+"""Which averages papers found best, for which schedules, with what gain."""
 
 from __future__ import annotations
 

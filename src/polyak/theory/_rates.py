@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the multiplier of the peak learning rate at every step of a run."""
+"""The multiplier of the peak learning rate at every step of a run."""
 
 from __future__ import annotations
 

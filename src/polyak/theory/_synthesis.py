@@ -1,4 +1,4 @@
-"""Synthesis: an average made from stored averages, by least squares on profiles.
+"""An average made from stored averages, by least squares on profiles.
 
 The profile of each stored tensor is a column, the wanted profile is the target. Both come from
 running the rules, so stored averages of any rules can give any other rule's average, and the error
@@ -97,7 +97,7 @@ def fit(
     synthesised average differs from the wanted one by at most
     `relative_error * |target| * |live - centre|`, where the last factor is the L2 norm of the
     distances of the live weights from any one centre. A plain checkpoint is one update and does not
-    stand for its neighbours. The norm "increments" assumes that the steps between updates are
+    count for its neighbours. The norm "increments" assumes that the steps between updates are
     unrelated: an average is `x_0 + sum_i W_i (x_i - x_{i-1})`, W_i the tail sums of its profile, and
     the coefficients minimise the difference in W. On a random walk, `relative_error` is then the
     error of the synthesised average, as a share of the target's distance from the last live weights,

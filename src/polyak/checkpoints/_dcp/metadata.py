@@ -79,7 +79,7 @@ class _Fields(metaclass=Sealed):
 
 
 def _fields(name: str) -> type[_Fields]:
-    """The class that stands for one of torch's."""
+    """The class that is made in place of one of torch's."""
     made: Any = Sealed(name, (_Fields,), {"__slots__": (), "name": name})
     return cast("type[_Fields]", made)
 

@@ -1,4 +1,4 @@
-"""What a file holds at its top, before its layout is known; and checks of its parts."""
+"""The top level of a file's content, before its layout is known; and checks of its parts."""
 
 from __future__ import annotations
 

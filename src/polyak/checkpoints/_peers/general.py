@@ -1,4 +1,4 @@
-"""Checkpoints that no one library lays out: averages are found by their keys and their own layouts."""
+"""Checkpoints of no particular library: averages are found by their keys and their own layouts."""
 
 from __future__ import annotations
 

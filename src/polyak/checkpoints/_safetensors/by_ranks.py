@@ -1,4 +1,4 @@
-"""Sharded export: safetensors files that all ranks write together, each its own parts of the tensors.
+"""Safetensors files that all ranks write together, each its own parts of the tensors.
 
 Every rank knows from the tensors' shapes and layouts where everything lies in the files. So if all
 ranks see the files that the first rank begins, each writes its parts at their places, and no rank waits

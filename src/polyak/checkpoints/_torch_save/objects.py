@@ -35,7 +35,7 @@ _DIMENSIONS = 64
 
 
 OF_DTYPE = "a tensor of the dtype "
-"""How the objects are called that stand for tensors of a dtype that is not known here."""
+"""The name of objects in place of tensors whose dtype is not known here."""
 
 
 class Objects:

@@ -3,7 +3,7 @@
 A pickle is a program for a small machine. Python's own machine (`pickle.Unpickler`, in C) runs it
 here, after two changes that make it harmless:
 
-1. A name means what the reader's table says. Any other name becomes an `Aside`, which stands for the
+1. A name means what the reader's table says. Any other name becomes an `Aside`, in place of the
    object that only its own code could make.
 2. The program is checked first (`_torch_save.programs`). Dictionaries and sets become ones that refuse deep
    keys: the hash of `(t, t)` with `t = (u, u)`, and so on 60 times, would never end.
@@ -26,7 +26,7 @@ _KEY_PARTS = 16
 _MOST_NAMES = 10_000
 _DEPTH = 100
 LEAST_VALUES = 1_000_000
-"""How many values a pickle may stand for when written out, beside 8 for each of its bytes."""
+"""How many values a pickle may have when written out, beside 8 for each of its bytes."""
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 
 
@@ -73,7 +73,7 @@ class Dictionary(dict[Any, Any]):
 
 
 class Aside(Dictionary, metaclass=Sealed):
-    """Stands for an object of an unknown class: its name, what it was made of, its items if it has any.
+    """An object of an unknown class: its name, what it was made of, its items if it has any.
 
     `tensor` says that it is a tensor.
     """
@@ -105,7 +105,7 @@ class Aside(Dictionary, metaclass=Sealed):
 
 
 def aside(name: str, *, tensor: bool = False) -> type[Aside]:
-    """The class that stands for the objects of a name."""
+    """The class of the objects of an unknown name."""
     names = {"__slots__": (), "name": name[:200], "tensor": tensor}
     made: Any = Sealed(name.rpartition(".")[2] or "_", (Aside,), names)
     return cast("type[Aside]", made)
