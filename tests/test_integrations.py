@@ -20,8 +20,16 @@ NAMES = sorted(path.stem for path in HOME.glob("[!_]*.py"))
 
 def test_every_integration_is_named_and_has_an_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(integrations.__all__) == set(NAMES)
-    assert set(NAMES) <= set(extras["optional-dependencies"])
+    wanted = "the name stands in __all__ of polyak.integrations, and is an extra in pyproject.toml"
+    assert set(integrations.__all__) == set(NAMES), wanted
+    assert set(NAMES) <= set(extras["optional-dependencies"]), wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_integration_keeps_the_contract(name: str) -> None:
+    test = ROOT / "tests" / f"test_integration_{name}.py"
+    wanted = f"{test.name} runs all of LAWS, as integration_contract.py says"
+    assert test.exists() and 'parametrize("law", LAWS' in test.read_text(), wanted
 
 
 @pytest.mark.parametrize("name", NAMES)

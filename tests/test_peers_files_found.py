@@ -359,6 +359,12 @@ def test_every_format_is_in_the_list() -> None:
     assert said <= set(FORMATS), "add the name to FORMATS in checkpoints/_peers/__init__.py"
 
 
+def test_every_format_is_read_in_a_test() -> None:
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    missing = [name for name in FORMATS if f'"{name}"' not in tests]
+    assert not missing, "add an entry to LAYOUTS, in this file, or a file of the real library"
+
+
 FLAT = [
     name
     for name, layout in LAYOUTS.items()
