@@ -32,7 +32,7 @@ def checked(
 
 
 def require_kind(call: str, what: str, got: object, kind: type) -> None:
-    """Raise `TypeError` unless an argument is of a kind: a model, say, where an `Averager` is wanted."""
+    """Raise `TypeError` unless an argument is of the wanted kind, such as an `Averager`."""
     if not isinstance(got, kind):
         found, wanted = (
             f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in (type(got), kind)

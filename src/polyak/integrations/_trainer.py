@@ -1,7 +1,7 @@
 """The methods of a transformers Trainer that must know of averages: `evaluate`, `save_model`, `train`.
 
-A callback alone gets no Trainer. It hears of each evaluation set by itself, of a save after the push to
-the hub, and of a save on SIGTERM never. So `hook` wraps these methods of one Trainer.
+A callback does not get the Trainer. It is called for each evaluation set separately, for a save only after
+the push to the hub, and not for a save on SIGTERM. So `hook` wraps these methods of one Trainer.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def owner(metric: str, names: Iterable[str]) -> str | None:
 
 
 def require_trained(model: torch.nn.Module, trainer: Any) -> None:
-    """Raise `RuntimeError` unless the Trainer's model, if there is one, is the averaged one as it was."""
+    """Raise `RuntimeError` if the Trainer has a model other than the one that was trained and averaged."""
     if trainer is not None and trainer.model is not model:
         raise RuntimeError(
             "trainer.model is not the model that was trained and averaged: call train(), or "

@@ -36,10 +36,9 @@ def register(
 ) -> Callable[[], None]:
     """Make `save_state` and `load_state` include an averager; return a function that ends this.
 
-    Each folder gets the exact state in `averages/<names>.safetensors`, or by all ranks in the folder
-    `averages/<names>.dcp` if the averager is sharded. A run without averages loads such a folder too,
-    as it does not if the averager is given to `accelerator.register_for_checkpointing`. That saves
-    only the shards of the first rank.
+    Each folder gets the exact state in `averages/<names>.safetensors`; if the averager is sharded, all
+    ranks write the folder `averages/<names>.dcp`. A run without averages loads such a folder too. With
+    `accelerator.register_for_checkpointing` it would not, and only the first rank's shards are saved.
 
     Args:
         averager: with FSDP2, made after `prepare`, which replaces the parameters.

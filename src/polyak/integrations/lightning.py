@@ -42,7 +42,7 @@ class AveragerCallback(Callback):
         rule: a rule or its spec, or a mapping name -> rule. Several callbacks need different names.
         every: optimizer steps per update, as for `Averager`.
         start: optimizer steps (`trainer.global_step`) before the first update.
-        separator: stands between a metric's name and the average's: `val_loss/ema`.
+        separator: the text between a metric's name and the average's: `val_loss/ema`.
         change_rule: whether a resumed run may have another rule, as `polyak.load` takes it.
         options: the other arguments of `Averager`, such as `select`, `dtype`, `device` and `pull`.
 

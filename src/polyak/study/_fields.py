@@ -17,7 +17,7 @@ def require_named(field: str, given: Any) -> None:
 
 
 def require_function(field: str, given: Any) -> None:
-    """Raise `ValueError` unless a field is a function; a module is none, although it can be called."""
+    """Raise `ValueError` unless a field is a function; a module is not one, although it can be called."""
     if not callable(given) or isinstance(given, nn.Module):
         raise ValueError(f"{field} is of type {type(given).__name__}, wanted a function")
 

@@ -93,7 +93,7 @@ def judge(result: Result) -> list[Judgement]:
 
 
 def over_seeds(what: str, quantity: Callable[[Seed], float], seeds: Sequence[Seed]) -> list[float]:
-    """The quantity of every seed that has one. Raise `ValueError` with `what` it is for one that is no number."""
+    """The quantity of every seed that has one. Raise `ValueError` that names `what` if it is not a number."""
     values = []
     for seed in seeds:
         try:
@@ -108,9 +108,9 @@ def over_seeds(what: str, quantity: Callable[[Seed], float], seeds: Sequence[See
 def interval(
     values: Sequence[float], statistic: Statistic = "mean", quantity: object = None
 ) -> Interval:
-    """The mean or median with its bootstrap interval; of zeros and ones the share with its exact interval.
+    """The mean or median with its bootstrap interval; for zeros and ones the share with its exact interval.
 
-    Of values that are not all finite it is the median. A comparison of arms that are equal is 0, and no share.
+    If a value is not finite, it is the median. A comparison of equal arms is 0, which is not a share.
     """
     if set(values) <= {0.0, 1.0} and not isinstance(quantity, Comparison):
         return share([value == 1.0 for value in values])

@@ -126,8 +126,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def opened(path: Path, form: RecordFormat) -> Iterator[Results]:
     """Opens (or makes) a results file for one study at a time.
 
-    If the block raises before a record was added to a new file, the file goes again, and so do the
-    folders that were made for it.
+    If the block raises before a record was added to a new file, the file and the folders that were made
+    for it are removed.
 
     Raises `ValueError` naming the file and the line for a line that is not a record of these
     conditions, and for a path that is a folder, a pipe or a device; `BlockingIOError` while another

@@ -21,7 +21,7 @@ TARGET = "The target is the live weights' median validation value at the last st
 
 
 def times_to_target(effects: Effects, arm: str, schedule: str) -> list[float]:
-    """By seed, the first evaluated step at which an arm is as good as the live weights at last, in median."""
+    """By seed, the first evaluated step at which an arm is as good as the live weights' median at the end."""
     seeds = effects.result.seeds
     last = [seed.value(LIVE, effects.metric, schedule, part="validation") for seed in seeds]
     numbers = known(last)

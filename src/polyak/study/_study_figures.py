@@ -108,7 +108,7 @@ def _intervals(
 
 
 def _form(effects: Effects) -> Callable[[float], str]:
-    """How a gain is told: as exactly as a chart shows it, also where all gains are small."""
+    """A gain as text: as exactly as a chart shows it, also if all gains are small."""
     return lambda v: f"{significant(100 * v, 3)} %" if effects.is_share else significant(v, 3)
 
 
