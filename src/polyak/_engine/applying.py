@@ -108,6 +108,7 @@ class Swapper:
             self._join(self.swap, hold, name)
             return
         group = None if self._mesh is None else self._mesh.get_group()
+        # All ranks agree before a weight changes: what fails on one rank then fails on all.
         with together_or_alone("applied", group) as agreement:
             gathered = self._plan(hold, name, agreement)
         if self._mesh is not None:
@@ -143,7 +144,7 @@ class Swapper:
             [*known.pairs, *beside],
             self._model,
             open_swaps.owner(),
-            WeakMethod(self._end),
+            WeakMethod(self._end),  # a block must not keep an averager that nobody else has
         )
         hold.swap = self.swap = swap
         if self._mesh is not None:
@@ -179,6 +180,7 @@ class Swapper:
         rest = []
         for i, item in enumerate(items):
             # A forward pass writes to buffers (BatchNorm in train mode), which would change a slot.
+            # With `shard=` a slot has some rows only, so the whole average is gathered beside it.
             if item.mesh is None and item.kind != "buffer" and kind(item.local()) == kind(slots[i]):
                 alike.setdefault(kind(slots[i]), []).append(i)
             else:
@@ -269,7 +271,7 @@ class Applied(ContextDecorator):
             signals.hold()
             self._swapper.swap_in(hold, self._name)
             signals.deliver()
-            note(hold)
+            note(hold)  # last: what raises before this is undone below
         except BaseException as error:
             leave(hold, error)
             raise

@@ -108,7 +108,7 @@ def missing_parts(tensor: DTensor, ranks: Collection[int]) -> list[int]:
     """For each part that none of these ranks has, the first rank that has it."""
     mesh, cuts = tensor.device_mesh, _cuts(tensor)
     if set(mesh.mesh.flatten().tolist()) <= set(ranks):
-        return []
+        return []  # before the loop below, which takes long on a large mesh
     holders: dict[Box, list[int]] = {}
     for coordinate in product(*map(range, mesh.mesh.shape)):
         holders.setdefault(_box(tensor, cuts, coordinate), []).append(int(mesh.mesh[coordinate]))
@@ -134,6 +134,7 @@ def windows(box: Box, most: int) -> Iterator[Box]:
         return
     (first, *offsets), (rows, *shape) = box
     row = Box(tuple(offsets), tuple(shape))
+    # As many whole rows as fit. A row that is too long itself is cut in the loop.
     step = max(most // row.numel, 1)
     for skip in range(0, rows, step):
         some = min(step, rows - skip)
@@ -192,12 +193,14 @@ def _cuts(tensor: DTensor) -> dict[int, list[int]]:
                 f"it is spread as {tensor.placements} on the ranks {_ranks(tensor)}, wanted parts "
                 "that are contiguous in every dimension: redistribute it"
             )
+        # The factor is the number of pieces before this cut, and so says its place in the order.
         later.insert(pieces.index(factor), axis)
     return cuts
 
 
 def _is_first(tensor: DTensor, coordinate: Sequence[int]) -> bool:
     pairs = zip(tensor.placements, coordinate, strict=True)
+    # Ranks that differ only along a replicated dimension hold the same part.
     return all(at == 0 for placement, at in pairs if placement.is_replicate())
 
 

@@ -25,18 +25,6 @@ from polyak.checkpoints._save_async import Saving, save_distributed_async
 from polyak.checkpoints._save_distributed import load_distributed, save_distributed
 
 __all__ = [
-    "Checkpoint",
-    "Clock",
-    "Saving",
-    "convert",
-    "export",
-    "latest",
-    "load",
-    "load_distributed",
-    "read",
-    "save",
-    "save_distributed",
-    "save_distributed_async",
-    "saving",
-    "write_like",
-]
+    "Checkpoint", "Clock", "Saving", "convert", "export", "latest", "load", "load_distributed",
+    "read", "save", "save_distributed", "save_distributed_async", "saving", "write_like",
+]  # fmt: skip

@@ -25,27 +25,8 @@ from polyak.offline._synthesis import Synthesis, Term, synthesize
 from polyak.offline._verification import Forecast, forecast, verify
 
 __all__ = [
-    "Baseline",
-    "Choice",
-    "Combination",
-    "Comparison",
-    "Concatenation",
-    "Description",
-    "Forecast",
-    "Point",
-    "RunFile",
-    "Soup",
-    "Sweep",
-    "Synthesis",
-    "Term",
-    "average",
-    "choose",
-    "compare",
-    "concatenate",
-    "describe",
-    "forecast",
-    "greedy_soup",
-    "sweep",
-    "synthesize",
+    "Baseline", "Choice", "Combination", "Comparison", "Concatenation", "Description",
+    "Forecast", "Point", "RunFile", "Soup", "Sweep", "Synthesis", "Term", "average", "choose",
+    "compare", "concatenate", "describe", "forecast", "greedy_soup", "sweep", "synthesize",
     "verify",
-]
+]  # fmt: skip

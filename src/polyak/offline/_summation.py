@@ -169,10 +169,11 @@ class _Workspace:
             self._length = length
         total, read = self._sum, self._read[self._sum.tensor.dtype]
         for elements, share in summands:
-            if share == 1:
+            if share == 1:  # it replaces what the buffer held before, which may be NaN
                 self._read_(elements, start, total)
             else:
                 self._read_(elements, start, read)
+                # A list of short views: torch divides one long operation among its own threads.
                 torch._foreach_lerp_(total.views, read.views, share)
         if total.tensor.dtype in _SUMMED and not _surely_finite(total.tensor):
             doubt()

@@ -35,33 +35,11 @@ from polyak.study._study import (
 )
 
 __all__ = [
-    "Arm",
-    "Claim",
-    "Data",
-    "Ensemble",
-    "Metric",
-    "Plateau",
-    "Published",
-    "Region",
-    "Result",
-    "Schedule",
-    "Seed",
-    "Study",
-    "compare",
-    "constant",
-    "cosine",
-    "difference",
-    "gain",
-    "inverse_sqrt",
-    "linear",
-    "log_ratio",
-    "mean_probability",
-    "read",
-    "recipes",
-    "report",
-    "run",
-    "wsd",
-]
+    "Arm", "Claim", "Data", "Ensemble", "Metric", "Plateau", "Published", "Region", "Result",
+    "Schedule", "Seed", "Study", "compare", "constant", "cosine", "difference", "gain",
+    "inverse_sqrt", "linear", "log_ratio", "mean_probability", "read", "recipes", "report",
+    "run", "wsd",
+]  # fmt: skip
 
 
 def report(result: Result, out: Path | str, command: str = "polyak.study.report") -> Path:

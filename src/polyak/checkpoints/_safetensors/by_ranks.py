@@ -166,6 +166,7 @@ class _Ranks:
             return True
         # The part at (0, ..., 0) is the largest and is known to all ranks, so that they decide alike.
         largest = box_at(held, [0] * held.device_mesh.ndim)
+        # Many short writes into a shared file take longer than sending the part to one rank.
         count = next((count for _, count in runs(form.shape, largest)), 0)
         long = count == largest.numel or count * form.dtype.itemsize >= RUN_BYTES
         return self.seen and long
@@ -225,6 +226,7 @@ class _Sent:
 
     def send(self) -> None:
         """Send this rank's share to the first rank, in the order in which that expects it."""
+        # In the order of the file, as the first rank asks for them: a message has no name.
         for window in windows(whole(self.form.shape), WINDOW) if self.share.numel else ():
             if (part := window.overlap(self.share)).numel:
                 piece = self._attempts.run(self.piece, part)
@@ -273,7 +275,7 @@ class _Attempts:
         if self._error is None:
             try:
                 return call(*given)
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C too: other ranks wait for messages of this one
                 self._error = error
         return None
 
