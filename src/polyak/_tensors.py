@@ -95,7 +95,7 @@ def _copy_all_(copies: Copies) -> None:
 def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
     """`slot <- slot + fraction (live - slot)` for each pair; dtypes and devices may differ.
 
-    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN. 0 is no fraction:
+    A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN. 0 is not a fraction:
     `polyak._engine.moving` leaves such moves out.
     lerp and not multiply and add: a constant input then stays the same, bit for bit.
     """

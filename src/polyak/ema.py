@@ -255,7 +255,7 @@ class EMA(nn.Module):
         return groups
 
     def _adopt(self) -> None:
-        """Looks all tensors up anew, and makes those of `ema_model` the slots."""
+        """Looks all tensors up again, and makes those of `ema_model` the slots."""
         self._live.check("EMA")
         self._carrier.check("EMA ema_model")
         second.require_second(self._live, self._carrier)

@@ -94,7 +94,7 @@ class Exchange:
         return [error for of_chunk in errors for error in of_chunk]
 
     def _chunks(self) -> list[list[list[Tensor]]]:
-        """The pairs in chunks. Found anew at every use: kept views would keep old memory alive."""
+        """The pairs in chunks. Computed at every use: kept views would keep old memory alive."""
         if not self._a:
             return []
         if self._staging is not None:

@@ -3,7 +3,7 @@
 `lerp(inf, inf)` is NaN, because it computes `inf - inf`. To look for infinities at every update would
 read all slots once more. A slot gets the infinities of constant weights with its copy, so one look
 after each copy is enough; only the tensors that it finds cost more at later updates. Weights that
-become infinite later are no constant: their average is infinite once, and NaN from then on.
+become infinite later are not constant: their average is infinite once, and NaN from then on.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ModelTensors:
     model's order changes later: lists in parallel to `averaged` and `copied` stay right. `indices` are those of
     `averaged` that one foreach call can take, group by group. `streams` name the groups; they are
     equal on ranks that have the same parts. `generation` counts how often tensors were found to be
-    replaced or moved, so that callers know when to group their own tensors anew.
+    replaced or moved, so that callers know when to group their own tensors again.
     """
 
     tracked: list[Tracked]
@@ -160,7 +160,7 @@ class ModelTensors:
         return cast("list[Tensor]", found)
 
     def check(self, call: str) -> None:
-        """Looks all tensors up anew; raises `RuntimeError` if names, ties, shapes or policies differ."""
+        """Looks all tensors up again; raises `RuntimeError` if names, ties, shapes or policies differ."""
         self.reshard()
         if self._inventory.holds() and not self.thawed():
             return
@@ -179,7 +179,7 @@ class ModelTensors:
             self._adopt(found)
 
     def thawed(self) -> bool:
-        """Whether a frozen parameter trains by now, which no average follows."""
+        """Whether a frozen parameter trains now, which no average follows."""
         return any(item.trains for item in self.frozen)
 
     def _suspect(self) -> list[str]:

@@ -96,7 +96,7 @@ class Average:
         self.tick = tick
 
     def tear(self, tick: Tick, error: BaseException) -> None:
-        """Marks the slots that moved at a tick: they are no average until they are copied."""
+        """Marks the slots that moved at a tick: they are not an average until they are copied."""
         reason = f"An update stopped halfway ({type(error).__name__}: {error})"
         moved = {slot for slot, fraction in self.rule.fractions(tick).items() if fraction != 0}
         self.torn |= dict.fromkeys(moved, reason)
@@ -194,7 +194,7 @@ class Average:
         return self.rule.readout(tick) != self.rule.convex_readout(tick)
 
     def require_usable(self, call: str) -> None:
-        """Raises `RuntimeError` if there is no average yet, or none any more."""
+        """Raises `RuntimeError` if there is no average yet, or if it can no longer be used."""
         self.refuse_damaged(call)
         if self.tick.n == 0:
             raise RuntimeError(

@@ -114,7 +114,7 @@ def _widened(given: object, dtype: torch.dtype) -> torch.dtype:
 
 
 def _copies(data: object, live: ModelTensors, *, begun: bool) -> dict[str, Tensor]:
-    """The copied tensors. The model may have another float dtype by now than when they were copied."""
+    """The copied tensors. The model may have another float dtype now than when they were copied."""
     copies = dict(_mapping(data, "copies"))
     if copies or begun:
         forms = {item.name: (item.shape(), item.local().dtype) for item in live.copied}

@@ -52,7 +52,7 @@ class Watched(Protocol):
 class Swap:
     """One average in a model, for one block or several. `ended` is called by `close`.
 
-    A swap does not keep the owner of `ended`: its blocks end once nobody could leave them any more.
+    A swap does not keep the owner of `ended`: its blocks end when nothing could leave them any more.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Swap:
         return tensors, names
 
     def same(self) -> bool:
-        """Whether no tensor was replaced or moved, as far as that is looked at in every block."""
+        """Whether no tensor was replaced or moved, as far as every block checks this."""
         return self.model.unchanged() and all(pairs.untouched() for pairs in self._swapped)
 
     @no_grad

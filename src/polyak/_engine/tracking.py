@@ -213,7 +213,7 @@ def inner(module: nn.Module) -> nn.Module | None:
 
 
 def by_name(source: Source) -> dict[str, Tensor]:
-    """Canonical name -> the tensor that a model or mapping has now, whatever it may be."""
+    """Canonical name -> the tensor that a model or mapping has now, of any kind."""
     if isinstance(source, nn.Module):
         walked = (_own_tensors(prefix, module) for prefix, module in walk(source, ""))
         return {entry.name: tensor for pairs in walked for entry, tensor in pairs}

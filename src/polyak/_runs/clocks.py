@@ -40,7 +40,7 @@ class Ordered(NamedTuple):
 
 
 def read(entries: Sequence[Entry]) -> list[Timed]:
-    """The clocks and numbers of checkpoints, from their files, records beside, and names."""
+    """The clocks and numbers of checkpoints, from their files, the records beside them, and their names."""
     timed, remembered = [], dict[str, Row]()
     for entry in entries:
         held = inside(entry.weights)

@@ -71,7 +71,7 @@ def direction(name: str, better: Better | None) -> Better:
 
 
 def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
-    """The tables of a run, the most particular last: those above its checkpoints, beside, and inside."""
+    """The tables of a run, the most particular last: those above its checkpoints, beside them, and in them."""
     folder = timed[0].entry.named.parent
     above = [each for each in folder.parents if each.is_relative_to(run)]
     if folder == run and folder.name in _WITHIN_RUN:

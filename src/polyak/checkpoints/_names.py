@@ -24,7 +24,7 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     """The name in the plain model -> key, for the keys of a state dict, in their order.
 
     Names of wrappers (torch.compile, FSDP, activation checkpointing) are left out wherever they
-    stand; `module.`, of DistributedDataParallel, in front where every key has it.
+    stand; `module.`, of DistributedDataParallel, at the beginning if every key has it.
 
     >>> canonical_names(["module._orig_mod.0.weight", "module._orig_mod.0.bias"])
     {'0.weight': 'module._orig_mod.0.weight', '0.bias': 'module._orig_mod.0.bias'}

@@ -133,7 +133,7 @@ def _packed(specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     """The tensors of integers or of 8-bit floats that are weights in another form.
 
     They have scales beside them, or they are integers that are called weights, or those of a module that has
-    floating-point numbers which are no weight or bias, and no weight of at least their size.
+    floating-point numbers other than weights and biases, and no weight of at least their size.
     """
     narrow = {n: spec for n, spec in specs.items() if spec.shape and _may_be_packed(spec.dtype)}
     scaled: set[str] = set()

@@ -133,7 +133,7 @@ def average(
 def _require_together(
     like: Path | None, shares: Shares, dtype: str | None, writing: Writing
 ) -> None:
-    """Raise `ValueError` for options that exclude each other, and for a size that is none."""
+    """Raise `ValueError` for options that exclude each other, and for a text that is not a size."""
     bytes_of(writing.shard_size)
     if like is not None and (writing.shard_size or dtype or writing.torchrun):
         raise ValueError(

@@ -40,8 +40,8 @@ def diff(
 ) -> None:
     """Compare the tensors of two checkpoints.
 
-    It compares names, dtypes, shapes, and numbers by |a - b| / |a|. --key and --prefix are for the
-    files that have such a part; the other is read whole.
+    It compares names, dtypes, shapes, and numbers by |a - b| / |a|. --key and --prefix apply to
+    the files that have such a part; a file without it is read whole.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The files of averages beside a Lightning checkpoint: `best.ckpt` has `best.ema.safetensors` beside it."""
+"""The files of averages beside a Lightning checkpoint, such as `best.ema.safetensors` beside `best.ckpt`."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class _Dtypes(NamedTuple):
 class Threads:
     """The threads that sum: as many as torch has, at most 8. They end with this object.
 
-    It keeps the workspaces for the next tensor: the system clears memory that is allocated anew.
+    It keeps the workspaces for the next tensor: the system clears memory that is newly allocated.
     """
 
     def __init__(self) -> None:

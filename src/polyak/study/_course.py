@@ -91,7 +91,7 @@ class Rate:
                 group["lr"] = initial * factor
 
     def judged(self, values: Mapping[str, Values]) -> None:
-        """Take the validation values of an evaluation; no number counts as the worst value."""
+        """Take the validation values of an evaluation; a value that is not a number counts as the worst."""
         if self.plateau is None:
             return
         value = values[self.plateau.arm][self._study.main]

@@ -36,7 +36,7 @@ class Flat:
         self.views = {name: views[name] for name in source}
 
     def take(self, source: Sequence[Tensor] | None = None) -> None:
-        """Copy the tensors anew; `source` are others of the same shapes."""
+        """Copy the tensors again; `source` are others of the same shapes."""
         lerp_(list(self.views.values()), list(source or self._source), 1.0)
 
     def split(self, tensors: Weights) -> Weights:

@@ -90,7 +90,7 @@ def all_differences(
 
 
 def _problems(name: str, value: Any, wanted: Any) -> Iterator[str]:
-    """How a value differs from what is wanted, in depth, each with its dotted name."""
+    """How a value and its parts differ from what is wanted, each part with its dotted name."""
     if isinstance(wanted, dict):
         yield from _problems_of_fields(name, value, wanted)
     elif isinstance(wanted, Listed):

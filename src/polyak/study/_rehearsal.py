@@ -53,7 +53,7 @@ def _check(
 
 
 def rehearse(study: Study) -> None:
-    """Raise `ValueError` if the quantity of a claim or a published figure reads what does not exist, or is no number.
+    """Raise `ValueError` if the quantity of a claim or a published figure reads what does not exist, or is not a number.
 
     Other errors are left to the report: a quantity may not be defined for values that are all 1.
     """

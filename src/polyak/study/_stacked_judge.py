@@ -73,7 +73,7 @@ class StackedJudge:
         self.forget()
 
     def forget(self) -> None:
-        """Compute everything anew: the weights have moved."""
+        """Compute everything again: the weights have changed."""
         self._values.clear()
         self._geometry.clear()
 

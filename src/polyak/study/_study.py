@@ -72,7 +72,7 @@ class Arm:
         every: optimizer steps per update, which ends them; a window counts updates.
         start: the share of the run after which averaging begins. Until then the arm is a copy of the
             live weights.
-        recalibrate: whether BatchNorm's statistics are estimated anew, from training batches, each
+        recalibrate: whether BatchNorm's statistics are estimated again, from training batches, each
             time before the arm is judged.
         swept: whether it is not tracked, but read from the means of the weights between evaluations.
             All swept arms together cost one addition a step, and a copy of the weights for each

@@ -103,7 +103,7 @@ def _loss(study: Study, model: nn.Module, batch: Part) -> Tensor:
 
 
 def _require_learning(model: nn.Module, loss: Tensor) -> None:
-    """Raise `ValueError` if a loss is no number before any step, or moves no parameter."""
+    """Raise `ValueError` if a loss is not a number before any step, or changes no parameter."""
     if finite(loss.detach()) is None:
         raise ValueError(
             f"the study's loss is {float(loss.detach())} on the first batch, before any step; "

@@ -104,7 +104,7 @@ class Handle:
     def use(self) -> Iterator[int]:
         """The number of the handle, which stays open within the block.
 
-        Raises `ValueError` if the file had to be opened again and another one is there by now.
+        Raises `ValueError` if the file had to be opened again and is now another one.
         """
         opened = self._opened
         with _pool.lock:

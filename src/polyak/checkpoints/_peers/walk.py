@@ -1,7 +1,7 @@
 """Find every state dict in the content of a file, and what each is for.
 
 Three things show it: the keys on the way to a state dict, the layouts of averages that describe
-themselves, and what lies beside. `AVERAGES`, `OPTIMIZERS` and `LIVE_KEYS` are the words that count.
+themselves, and what lies beside it. `AVERAGES`, `OPTIMIZERS` and `LIVE_KEYS` are the words that count.
 """
 
 from __future__ import annotations

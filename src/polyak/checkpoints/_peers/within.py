@@ -163,7 +163,7 @@ def _in_order(live: LazyTensors, held: LazyTensors, keys: Keys) -> Keys:
 
 
 def _matched(live: LazyTensors, held: LazyTensors, mark: str, keys: Keys) -> Keys:
-    """Which tensor of the model each key averages; empty if they are no copies of it.
+    """Which tensor of the model each key averages; empty if they are not copies of it.
 
     Raises `ValueError` if they may be copies of several parts of it.
     """

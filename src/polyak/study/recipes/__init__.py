@@ -1,1 +1,1 @@
-"""Recipes: one module a study. `polyak study list` finds each module whose name has no underscore in front."""
+"""Recipes: one module for each study. `polyak study list` finds each module whose name does not begin with an underscore."""

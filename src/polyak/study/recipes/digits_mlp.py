@@ -1,4 +1,4 @@
-"""Digits by an MLP that can learn all 1000 training images by heart."""
+"""Digits by an MLP that can fit all 1000 training images."""
 
 from __future__ import annotations
 
