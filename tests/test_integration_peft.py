@@ -9,7 +9,16 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from peft import PeftModel
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -47,13 +56,37 @@ def test_only_what_trains_is_averaged_held_and_saved(tmp_path: Path) -> None:
     assert {name.rpartition("/")[2] for name in load_file(state)} == held
 
 
-def test_the_average_is_an_adapter_that_loads(tmp_path: Path) -> None:
-    one, callback = trained(tmp_path)
+LAYERS: Any = {"target_modules": ["query", "value"]}
+TOKENS: Any = {"num_virtual_tokens": tiny.VIRTUAL}
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "LoRA": lambda: LoraConfig(r=2, **LAYERS),
+    "DoRA": lambda: LoraConfig(r=2, use_dora=True, **LAYERS),
+    "LoRA of an embedding's rows": lambda: LoraConfig(r=2, trainable_token_indices=[1], **LAYERS),
+    "LoRA and every bias": lambda: LoraConfig(r=2, bias="all", **LAYERS),
+    "LoRA over other base weights": lambda: LoraConfig(r=2, init_lora_weights="pissa", **LAYERS),
+    "IA3": lambda: IA3Config(feedforward_modules=[], **LAYERS),
+    "VeRA": lambda: VeraConfig(r=2, **LAYERS),
+    "prompt tuning": lambda: PromptTuningConfig(**TOKENS),
+    "prefix tuning": lambda: PrefixTuningConfig(**TOKENS),
+    "p-tuning": lambda: PromptEncoderConfig(encoder_hidden_size=8, **TOKENS),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=[pytest.mark.slow] * (each != "LoRA")) for each in ADAPTERS]
+)
+def test_the_average_is_an_adapter_that_loads(kind: str, tmp_path: Path) -> None:
+    steps = Steps()
+    one = tiny.trainer(tmp_path, tiny.adapted(ADAPTERS[kind]()), callbacks=[steps])
+    callback = AveragerCallback(EMA).attach(one)
+    one.train()
+    wanted = ema(steps.taken, DECAY)
+    moved = [n for n, tensor in wanted.items() if not torch.equal(tensor, steps.taken[-1][n])]
+    assert callback.averager is not None and len(moved) > 2
+    for name in moved:
+        torch.testing.assert_close(callback.averager.average("ema")[name], wanted[name])
     folder = tmp_path / f"checkpoint-{tiny.STEPS}" / "averages" / "ema"
     loaded = PeftModel.from_pretrained(tiny.bert(), str(folder))
-    assert callback.averager is not None
-    average, weights = callback.averager.average("ema"), loaded.state_dict()
-    assert_same(average, {name: weights[name] for name in average})
     judged = tiny.trainer(tmp_path / "judged", loaded).evaluate()
     assert judged["eval_loss"] == pytest.approx(one.evaluate()["eval_ema_loss"], rel=1e-6)
     card = (folder / "README.md").read_text()

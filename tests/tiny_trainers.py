@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -19,6 +19,8 @@ from transformers import (
 
 STEPS, EVERY = 6, 2
 VOCABULARY, LENGTH = 32, 6
+VIRTUAL = 2
+"""Tokens that an adapter of PEFT may add to a sentence."""
 
 
 class Sentences(Dataset[dict[str, Tensor]]):
@@ -43,7 +45,7 @@ def config() -> BertConfig:
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=LENGTH + VIRTUAL,
     )
 
 
@@ -53,12 +55,16 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config())
 
 
-def lora() -> PeftModel:
+def adapted(options: PeftConfig) -> PeftModel:
     """The small transformer with an adapter and a new classifier, which train alone."""
     model = bert()
     torch.manual_seed(1)
-    options = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
+    options.task_type = TaskType.SEQ_CLS
     return cast(PeftModel, get_peft_model(model, options))
+
+
+def lora() -> PeftModel:
+    return adapted(LoraConfig(r=2, target_modules=["query", "value"]))
 
 
 def trainer(
