@@ -20,15 +20,18 @@ from polyak import Averager
 class Average(keras.callbacks.Callback):
     def __init__(self, rule, judged):
         super().__init__()
-        self.rule, self.judged = rule, judged
+        self.rules, self.judged, self.averager = {"ema": rule}, judged, None
 
     def on_train_begin(self, *_):
-        # BatchNormalization's statistics are parameters that do not train.
-        statistics = {"*/moving_*": "average"}
-        self.averager = Averager(self.model, {"ema": self.rule}, buffers=statistics)
+        if self.averager is None:  # a second `fit` goes on
+            # BatchNormalization's statistics are parameters that do not train.
+            self.averager = Averager(self.model, self.rules, buffers={"*/moving_*": "average"})
+        self.steps = int(self.model.optimizer.iterations)
 
     def on_train_batch_end(self, *_, **__):
-        self.averager.update()
+        before, self.steps = self.steps, int(self.model.optimizer.iterations)
+        if self.steps > before:  # accumulated batches are one step
+            self.averager.update()
 
     def on_epoch_end(self, _, logs):
         with self.averager.applied():
@@ -41,8 +44,7 @@ def network():
     return keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
 
 
-images, labels = load_digits(return_X_y=True)
-images = images.astype("float32") / 16
+images, labels = (load_digits().data / 16).astype("float32"), load_digits().target
 held_out = images[1200:], labels[1200:]
 keras.utils.set_random_seed(0)
 model, average = network(), Average("exponential(half_life=40)", held_out)
@@ -51,8 +53,7 @@ model.compile(keras.optimizers.SGD(0.3), loss, metrics=["accuracy"])
 stop = keras.callbacks.EarlyStopping("val_ema_loss", mode="min", patience=3)
 options = {"batch_size": 32, "epochs": int(sys.argv[1]), "callbacks": [average, stop], "verbose": 0}
 found = model.fit(images[:1200], labels[:1200], validation_data=held_out, **options).history
-for name, key in {"live": "val", "ema": "val_ema"}.items():
-    last = {metric: found[f"{key}_{metric}"][-1] for metric in ("loss", "accuracy")}
-    print(f"{name}:", ", ".join(f"{metric} {value:.4f}" for metric, value in last.items()))
+for name, key in {"live": "val_", "ema": "val_ema_"}.items():
+    print(f"{name}: loss {found[key + 'loss'][-1]:.4f}, accuracy {found[key + 'accuracy'][-1]:.4f}")
 with average.averager.applied():
     model.save_weights(Path(sys.argv[2]) / "ema.weights.h5")

@@ -2,8 +2,8 @@
 
     python examples/skorch_digits.py 10                so many epochs
 
-skorch has no average of its own: this callback is all that a net needs. Its history gets `ema_loss`
-beside `valid_loss`, and what monitors the one can monitor the other.
+skorch has no average of its own. With this callback the history has `ema_loss` beside `valid_loss`.
+A net that was pickled and loaded takes the average by `averager_.copy_to(net.module_)`.
 """
 
 import sys
@@ -21,16 +21,21 @@ class Average(Callback):
     def __init__(self, rule):
         self.rule = rule
 
+    def initialize(self):
+        self.averager_ = None  # `fit` begins anew, and `partial_fit` goes on
+        return self
+
     def on_train_begin(self, net, **_):
-        self.averager_ = Averager(net.module_, {"ema": self.rule})
+        self.averager_ = self.averager_ or Averager(net.module_, {"ema": self.rule})
         self.attachment_ = self.averager_.attach(net.optimizer_)
 
     def on_epoch_end(self, net, dataset_valid, **_):
+        if dataset_valid is None:  # as with `train_split=None`
+            return
         with self.averager_.applied():
             found = [net.validation_step(batch) for batch in net.get_iterator(dataset_valid)]
-        sizes = torch.tensor([len(each["y_pred"]) for each in found])
-        losses = torch.stack([each["loss"] for each in found])
-        net.history.record("ema_loss", ((losses * sizes).sum() / sizes.sum()).item())
+        losses = [each["loss"].item() * len(each["y_pred"]) for each in found]
+        net.history.record("ema_loss", sum(losses) / len(dataset_valid))
 
     def on_train_end(self, *_, **__):
         self.attachment_.remove()
@@ -42,14 +47,13 @@ class Digits(nn.Sequential):
 
 
 torch.manual_seed(0)
-images, labels = load_digits(return_X_y=True)
+images, labels = (load_digits().data / 16).astype("float32"), load_digits().target
 average = Average("exponential(half_life=40)")
 net = NeuralNetClassifier(
     Digits, criterion=nn.CrossEntropyLoss, lr=0.3, batch_size=32, max_epochs=int(sys.argv[1]),
     callbacks=[average, EarlyStopping(monitor="ema_loss", patience=3)],
 )  # fmt: skip
-net.fit(images[:1200].astype("float32") / 16, labels[:1200])
-test = images[1200:].astype("float32") / 16, labels[1200:]
-print(f"live: test accuracy {net.score(*test):.4f}")
+net.fit(images[:1200], labels[:1200])
+print(f"live: test accuracy {net.score(images[1200:], labels[1200:]):.4f}")
 with average.averager_.applied():
-    print(f"ema: test accuracy {net.score(*test):.4f}")
+    print(f"ema: test accuracy {net.score(images[1200:], labels[1200:]):.4f}")

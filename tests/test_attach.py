@@ -427,6 +427,22 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_an_attachment_watches_nothing(way: str) -> None:
+    """So what holds one can be copied and pickled. The optimizer of the first stays attached."""
+    model = nn.Linear(3, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    averager = Averager(model, Uniform())
+    attached = averager.attach(optimizer)
+    twin = COPIES[way](attached)
+    assert not twin.active and attached.active
+    twin.remove()
+    optimizer.step()
+    assert averager.count == 1
+    attached.remove()
+    assert not COPIES[way](attached).active
+
+
 @pytest.mark.parametrize("wrap", [plain, lambda m: accelerated(plain(m)), lambda m: Duck(plain(m))])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_an_attached_optimizer_is_not_watched(way: str, wrap: Any) -> None:

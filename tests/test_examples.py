@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
+from sklearn.model_selection import GridSearchCV
+from skorch import NeuralNetRegressor  # type: ignore[import-untyped]
+from skorch.callbacks import Callback  # type: ignore[import-untyped]
+from skorch.dataset import ValidSplit  # type: ignore[import-untyped]
+from torch import nn
 
 from models import assert_same
 from patience import HANG
@@ -70,6 +80,54 @@ def test_skorch() -> None:
     assert all(float(accuracy) > 0.7 for _, accuracy in found)
 
 
+class Doubled(nn.Module):
+    """A network of one weight, whose average is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.weight
+
+
+class Steps(Callback):  # type: ignore[misc]
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.taken_: list[float] = []  # skorch clones a net by the names without an underscore
+
+    def on_batch_end(self, net: Any, training: bool = False, **_: Any) -> None:
+        if training:
+            self.taken_.append(net.module_.weight.item())
+
+
+@pytest.mark.slow
+def test_the_callback_of_skorch_in_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search, `partial_fit`, no validation, a copy of the net: `uniform()` is the mean of the steps' weights."""
+    monkeypatch.setattr(sys, "argv", ["", "1"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    average, steps = import_module("skorch_digits").Average("uniform()"), Steps()
+    net = NeuralNetRegressor(
+        Doubled, lr=0.1, batch_size=4, max_epochs=2, verbose=0, callbacks=[average, steps]
+    )
+    inputs = torch.linspace(-1, 1, 20).unsqueeze(1).numpy()
+    for count, call in ((8, net.fit), (16, net.partial_fit)):
+        call(inputs, 3 * inputs)
+        assert average.averager_.count == len(steps.taken_) == count
+        assert average.averager_.average()["weight"].item() == pytest.approx(fmean(steps.taken_))
+    for copied in (copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))):
+        twin = copied(net)
+        dict(twin.callbacks_)["Average"].averager_.copy_to(twin.module_)
+        assert twin.module_.weight.item() == pytest.approx(fmean(steps.taken_))
+    net.set_params(train_split=None)
+    assert "ema_loss" not in net.fit(inputs, 3 * inputs).history[-1]
+    net.set_params(train_split=ValidSplit(2))
+    search = GridSearchCV(net, {"lr": [0.01, 0.1]}, cv=2, scoring="neg_mean_squared_error")
+    best = search.fit(inputs, 3 * inputs).best_estimator_
+    assert dict(best.callbacks_)["Average"].averager_.count == 2 * 3
+
+
 @pytest.mark.slow
 def test_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file has the metrics of the average, and trainable weights are those of Keras's own average."""
@@ -79,7 +137,8 @@ def test_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(re.findall(r"^(\w+): (.*)$", done.stdout, re.MULTILINE))
-    assert list(found) == ["live", "ema", "file", "own"]
+    assert list(found) == ["live", "ema", "file", "steps", "own"]
+    assert int(found["steps"]) == 10
     assert found["file"] == found["ema"] != found["live"]
     assert float(found["ema"].rpartition(" ")[2]) > 0.8
     assert float(found["own"]) < 1e-6

@@ -63,6 +63,10 @@ class Attachment:
         self.active = True
         """Whether the optimizers are watched."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches no optimizer."""
+        return {"_watches": [], "_after": _nothing, "active": False}
+
     def require_moved(self) -> None:
         """Raise `ValueError` if the optimizers have no averaged parameter; warn if they lack some that train.
 
@@ -174,6 +178,10 @@ class _Watch:
     def _tell(self) -> None:
         flags, self._flags = self._flags, []
         self._taken(flags)
+
+
+def _nothing() -> None:
+    """What follows when a copy is removed."""
 
 
 def _makes_state() -> bool:
