@@ -109,7 +109,6 @@ def _record(made: Study, seed: int, schedule: str, rate: float, value: Truth) ->
         "test": {a: {"last": _at(made, test[a]), "selected": {"step": 40, **_at(made, test[a])}} for a in names},
         "distance": {a: [0.1, 0.2, 0.3, 0.2] for a in made.arms},
         "cosine": {a: [0.8, 0.9, 0.95, 0.99] for a in made.arms},
-        "mean_age": {a: None if a == "ensemble" else 1.5 for a in made.arms},
         "seconds": {"train": 1e-3, "average": 1e-4, "evaluate": 1e-3},
         "bytes": dict.fromkeys(names, 1024), "forward_passes": {a: 3 if a == "ensemble" else 1 for a in names},
         "after_stop": {},

@@ -447,6 +447,17 @@ def test_what_came_after_the_stop_is_shown_and_not_used() -> None:
     assert Effects(made).of("plateau") == Effects(stopped()).of("plateau")
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 5])
+def test_the_effective_age_is_the_median_over_the_runs(seeds: int) -> None:
+    """The EMA of decay .9 begins as a copy of the first weights: its age is the sum of .9^k, k = 1, ..., steps - 1."""
+    made = stopped(seeds)
+    table = tables.costs(Effects(made))
+    found = {row[0]: row[table.header.index("effective mean age, steps")] for row in table.rows}
+    ages = [sum(0.9**k for k in range(1, record["steps"][-1])) for record in made.records]
+    assert found["long"] == f"{np.median(ages):.4g}"
+    assert found["ensemble"] == found["live"] == "—"
+
+
 @pytest.mark.slow
 def test_a_report_of_runs_that_stop_early_is_written(tmp_path: Path) -> None:
     text = write(stopped(), tmp_path, "command").page.read_text(encoding="utf-8")

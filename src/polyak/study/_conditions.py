@@ -98,7 +98,6 @@ def fields(study: Study, steps: Any) -> dict[str, Any]:
         "curves": dict.fromkeys(study.arm_names, curve),
         "test": dict.fromkeys(study.arm_names, judged),
         **{name: dict.fromkeys(arms, Listed(VALUE, count)) for name in ("distance", "cosine")},
-        "mean_age": dict.fromkeys(arms, VALUE),
         "seconds": dict.fromkeys(("train", "average", "evaluate"), NUMBER),
         "bytes": dict.fromkeys((LIVE, *arms), BYTES),
         "forward_passes": dict.fromkeys((LIVE, *arms), COUNT),

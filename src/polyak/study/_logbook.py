@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from polyak import theory
-from polyak.rules import LIVE, Rule
+from polyak.rules import LIVE
 from polyak.study._judge import Judging, Values, finite
 from polyak.study._result import Record
 from polyak.study._study import Ensemble, Study
 from polyak.study._tracking import copies
-from polyak.study._weighting import profile_of, rule_of
 
 
 class Logbook:
@@ -98,29 +95,15 @@ class Logbook:
                 for arm in names
             },
             **self._geometry,
-            "mean_age": {arm: self._mean_age(arm) for arm in arms},
             "seconds": {name: self._seconds[name] / count for name, count in units.items()},
             "bytes": {LIVE: 0, **{name: copies(arm) * self._size for name, arm in arms.items()}},
             "forward_passes": {LIVE: 1, **{name: passes(arm) for name, arm in arms.items()}},
         }
 
-    def _mean_age(self, arm: str) -> float | None:
-        spec = self._study.arms[arm]
-        if isinstance(spec, Ensemble):
-            return None
-        return mean_age(rule_of(spec, self._study.steps), self.count, spec.every)
-
 
 def passes(arm: object) -> int:
     """The forward passes of a prediction."""
     return arm.size if isinstance(arm, Ensemble) else 1
-
-
-@lru_cache(maxsize=1024)
-def mean_age(rule: Rule, steps: int, every: int) -> float | None:
-    """The mean age in steps of the weights in an average after `steps`; None before its first update."""
-    profile = profile_of(rule, steps, every)
-    return None if profile is None else theory.mean_age(profile)
 
 
 def curves(arms: Iterable[str], study: Study) -> dict[str, dict[str, list[float | None]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from polyak import theory
 from polyak.rules import LIVE
 from polyak.study._claims import Published
 from polyak.study._conditions import described_arm
@@ -17,6 +18,7 @@ from polyak.study._speed import scores, times_to_target
 from polyak.study._statistics import bootstrap
 from polyak.study._study import Arm
 from polyak.study._text import FORMS, Table, between, file_name, number, percent, significant
+from polyak.study._weighting import profile_of, rule_of
 
 
 def arms(effects: Effects, schedule: str) -> Table:
@@ -109,7 +111,7 @@ def costs(effects: Effects) -> Table:
             described_arm(study.arms[arm]) if arm in study.arms else "—",
             "—" if arm not in lives else f"{100 * lives[arm]:.3g} %",
             _nominal(study.arms.get(arm)),
-            _effective(result, arm),
+            _effective(result, study.arms.get(arm)),
             significant(record["bytes"].get(arm, 0) / 1024, 3),
             str(record["forward_passes"].get(arm, 1)),
             number(area[arm], 2),
@@ -136,10 +138,14 @@ def _nominal(arm: Any) -> str:
     return "grows with the run" if math.isinf(age) else significant(age)
 
 
-def _effective(result: Result, arm: str) -> str:
-    ages = [r["mean_age"].get(arm) for r in result.records]
-    known = [age for age in ages if age is not None]
-    return significant(float(np.median(known))) if known else "—"
+def _effective(result: Result, arm: Any) -> str:
+    if not isinstance(arm, Arm):
+        return "—"
+    ends, rule = sorted(r["steps"][-1] for r in result.records), rule_of(arm, result.study.steps)
+    middle = ends[(len(ends) - 1) // 2], ends[len(ends) // 2]
+    profiles = [profile_of(rule, steps, arm.every) for steps in middle]
+    ages = [theory.mean_age(profile) for profile in profiles if profile is not None]
+    return significant(math.fsum(ages) / len(ages)) if ages else "—"
 
 
 def _seconds(result: Result) -> str:
