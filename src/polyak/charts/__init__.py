@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from polyak.charts._drawing import save
+from polyak.charts._files import save
 from polyak.charts._results import advice_chart, fit_chart, synthesis_chart
 from polyak.charts._rules import description_chart, rule_chart
 from polyak.charts._sweeps import sweep_chart

@@ -1,21 +1,33 @@
-"""How charts are drawn and written: colours, axes, lines, files."""
+"""How charts are drawn: colours, axes, lines."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO, StringIO
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 
-from polyak._files import making_folder, writing
 from polyak.theory._curves import Curve
 
-BLUE, RED, GREY = "#2a6fbb", "#b3401a", "#8a8a8a"
-_OTHERS = ("#3a8f5c", "#7a4fa3", "#b8860b", "#4a9a9a", "#9a4a6a")
-COLOURS = (BLUE, *_OTHERS)
+# page.css has these colours again, and replaces them in the dark.
+SERIES = ("#b3401a", "#1b6ca8", "#5f6670", "#2b7a4b", "#7a4fa3", "#8a6a00")
+INK, SOFT, LINE = "#1d2126", "#4a525c", "#d5dae0"
+RED, BLUE, GREY, *_OTHERS = SERIES
+COLOURS = (BLUE, *_OTHERS, GREY, RED)
+FONT = "Helvetica, Arial, DejaVu Sans, sans-serif"
+AXES = {
+    "labelFontSize": 13, "titleFontSize": 14, "titleFontWeight": "normal", "titleColor": INK,
+    "labelColor": INK, "gridColor": LINE, "domainColor": SOFT, "tickColor": SOFT,
+}  # fmt: skip
+STYLE: dict[str, Any] = {
+    "font": FONT, "background": "white", "axis": AXES, "text": {"fontSize": 13},
+    "title": {"color": INK, "subtitleColor": SOFT}, "view": {"stroke": None},
+    "legend": {
+        "labelFontSize": 13, "titleFontSize": 13, "labelColor": INK, "titleColor": INK, "titleFontWeight": "normal",
+        "labelLimit": 360, "orient": "top", "direction": "vertical", "symbolSize": 400,
+    },
+}  # fmt: skip
 _WIDTH, _HEIGHT = 420, 240
 WIDE, HIGH = 560, 320
 # Plain numbers down to 0.001, powers of ten below.
@@ -25,25 +37,11 @@ NUMBER = (
 )
 
 
-def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> None:
-    """Write `folder/name.png` (at twice the resolution), `.svg` and `.html` (which opens offline)."""
-    options: dict[str, dict[str, Any]] = {
-        "png": {"scale_factor": 2},
-        "svg": {},
-        "html": {"inline": True},
-    }
-    with making_folder(folder):
-        for kind, settings in options.items():
-            with writing(folder / f"{name}.{kind}") as file:
-                file.write(_rendered(chart, kind, **settings))
-
-
-def _rendered(chart: alt.TopLevelMixin, kind: Any, **settings: Any) -> bytes:
-    """The content of a chart's file; altair would leave an empty one where the writing fails."""
-    out: Any = BytesIO() if kind == "png" else StringIO()
-    chart.save(out, format=kind, **settings)
-    content = out.getvalue()
-    return content if isinstance(content, bytes) else content.encode()
+def styled(chart: Any, title: str, **properties: Any) -> alt.TopLevelMixin:
+    """The chart under a title, in the common style; `properties` are altair's."""
+    above = alt.TitleParams(title, anchor="middle", fontSize=16, **properties)
+    drawn: alt.TopLevelMixin = chart.properties(title=above).configure(**STYLE)
+    return drawn
 
 
 def around(values: Sequence[float]) -> alt.Scale:

@@ -44,10 +44,7 @@ def advice_chart(advice: Advice) -> alt.TopLevelMixin:
         lines = draw.lines(curves, title, x, y).mark_line(color=draw.BLUE, clip=True)
         panels.append(alt.LayerChart(layer=[lines, zero]))
     heading = f"EMA over {advice.steps} steps, {advice.schedule}: the noisy quadratic model"
-    title_ = alt.TitleParams(heading, anchor="middle", fontSize=16)
-    chart = alt.hconcat(*panels, spacing=30, title=title_)
-    drawn: alt.HConcatChart = chart.configure_view(stroke=None).configure_legend(symbolSize=400)
-    return drawn
+    return draw.styled(alt.hconcat(*panels, spacing=30), heading)
 
 
 def fit_chart(fit: Fit) -> alt.TopLevelMixin:
@@ -74,9 +71,4 @@ def _coefficients(rows: list[dict[str, Any]], x: str, title: str) -> alt.TopLeve
         tooltip=["of:N", "x:Q", "y:Q"],
     )
     layers = [base.mark_rule().encode(y2="zero:Q"), base.mark_point(filled=True, opacity=1)]
-    chart: alt.LayerChart = (
-        alt.LayerChart(layer=layers)
-        .properties(title=alt.TitleParams(title, fontSize=16), width=draw.WIDE, height=draw.HIGH)
-        .configure_view(stroke=None)
-    )
-    return chart
+    return draw.styled(alt.LayerChart(layer=layers, width=draw.WIDE, height=draw.HIGH), title)

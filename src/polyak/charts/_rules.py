@@ -59,16 +59,7 @@ def rule_chart(
         _panel({k: d.rate for k, d in drawn.items()}, "Equivalent learning-rate schedule", "step", alt.Axis(title=rate)),
     )  # fmt: skip
     heading = abouts[0].title() if len(abouts) == 1 else f"What {len(abouts)} rules average"
-    title = alt.TitleParams(heading, anchor="middle", fontSize=16)
-    chart: alt.ConcatChart = (
-        alt.concat(*panels, columns=2, spacing=30, title=title)
-        .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
-        .configure_view(stroke=None)
-        .configure_legend(
-            labelFontSize=12, labelLimit=400, orient="top", direction="vertical", symbolSize=400
-        )
-    )
-    return chart
+    return draw.styled(alt.concat(*panels, columns=2, spacing=30), heading)
 
 
 class _Drawn(NamedTuple):

@@ -34,17 +34,11 @@ def sweep_chart(sweep: Sweep) -> alt.TopLevelMixin:
     y = alt.Y(
         "y:Q", scale=draw.around([*qualities, *(b.quality for b in sweep.baselines)]), axis=y_axis
     )
-    title = alt.TitleParams("Which average is best", subtitle=_subtitle(sweep), fontSize=16)
     best = _best(sweep, sweep.best, x, y, ends) if sweep.best in placed and sweep.best else []
     live = _baselines(sweep, x, y, ends)
-    chart: alt.LayerChart = (
-        alt.LayerChart(layer=[*_judged(placed, x, y), *_refused(placed, x), *live, *best])
-        .properties(title=title, width=draw.WIDE, height=draw.HIGH)
-        .configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
-        .configure_view(stroke=None)
-        .configure_legend(titleFontWeight="normal", labelFontSize=11)
-    )
-    return chart
+    layers = [*_judged(placed, x, y), *_refused(placed, x), *live, *best]
+    chart = alt.LayerChart(layer=layers, width=draw.WIDE, height=draw.HIGH)
+    return draw.styled(chart, "Which average is best", subtitle=_subtitle(sweep))
 
 
 def _judged(points: Sequence[Point], x: alt.X, y: alt.Y) -> list[alt.Chart]:
@@ -66,7 +60,7 @@ def _refused(points: Sequence[Point], x: alt.X) -> list[alt.Chart]:
     rows = [{"x": p.half_life, "rule": p.rule} for p in points if p.quality is None]
     mark: dict[str, Any] = {"shape": "cross", "angle": 45, "size": 60, "color": draw.GREY}
     base = draw.points(rows).mark_point(filled=True, opacity=1, clip=False, **mark)
-    return [base.encode(x=x, y=alt.value(draw.HIGH), tooltip=["rule:N"])] if rows else []
+    return [base.encode(x=x, y=alt.value("height"), tooltip=["rule:N"])] if rows else []
 
 
 def _baselines(sweep: Sweep, x: alt.X, y: alt.Y, ends: tuple[float, float]) -> list[alt.Chart]:

@@ -1,7 +1,6 @@
 """The kinds of charts in reports, in one style, each narrow enough for a phone.
 
-A series has a colour and a line style, so that it is known without colour. The colours are named in
-`report.html.j2` again, which replaces them where the page is dark or has the colours of the system.
+A series has a colour and a line style, so that it is known without colour.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import altair as alt
 
+from polyak.charts._drawing import AXES, FONT, INK, LINE, NUMBER, SERIES, SOFT
 from polyak.rules import LIVE
 from polyak.study._statistics import Interval
 from polyak.study._text import between
@@ -21,14 +21,10 @@ from polyak.study._text import between
 Rows = list[dict[str, Any]]
 Chart = Any  # what altair's fluent calls are to a type checker
 
-SERIES = ("#b3401a", "#1b6ca8", "#5f6670", "#2b7a4b", "#7a4fa3", "#8a6a00")
 DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4], [12, 4])
-INK, SOFT, LINE = "#1d2126", "#4a525c", "#d5dae0"
-FONT = "Helvetica, Arial, DejaVu Sans, sans-serif"
 WIDTH, HEIGHT = 380, 290
 TITLE = 48  # characters of a line of a title, which fit the width
 MOST_SERIES = len(SERIES)
-NUMBERS = "abs(datum.value) >= 0.001 || datum.value == 0 ? format(datum.value, '~g') : format(datum.value, '~e')"
 
 
 def bands(
@@ -114,7 +110,7 @@ def ladder(points: Mapping[float, Interval], live: Interval, x_title: str, title
     ends = [min(points) / 1.3, max(points) * 1.3]
     x = alt.X(
         "x:Q", title=x_title, scale=alt.Scale(type="log", domain=ends, nice=False),
-        axis=alt.Axis(values=_round_numbers(*ends), labelExpr=NUMBERS),
+        axis=alt.Axis(values=_round_numbers(*ends), labelExpr=NUMBER),
     )  # fmt: skip
     scale = alt.Scale(zero=False)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x)
@@ -151,10 +147,7 @@ def styled(chart: Chart, title: str, height: int = HEIGHT) -> Chart:
             autosize=alt.AutoSizeParams(type="fit", contains="padding"),
         )
         .configure(font=FONT, background="white", aria=False, padding=4)
-        .configure_axis(
-            labelFontSize=13, titleFontSize=14, titleFontWeight="normal", titleColor=INK,
-            labelColor=INK, gridColor=LINE, domainColor=SOFT, tickColor=SOFT,
-        )
+        .configure_axis(**AXES)
         .configure_legend(
             labelFontSize=13, labelColor=INK, orient="top", symbolType="stroke", symbolSize=400,
             symbolStrokeWidth=2, symbolOpacity=1, columns=2, labelLimit=170, title=None,

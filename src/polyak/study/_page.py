@@ -8,7 +8,6 @@ words and a table of its data.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -19,7 +18,7 @@ import jinja2
 import vl_convert
 
 from polyak._files import writing
-from polyak.study._figures import SERIES
+from polyak.charts._files import css, inline, svg
 from polyak.study._text import Table
 
 NAME = "report.html"
@@ -150,10 +149,10 @@ class Page:
 
 def write(page: Page, folder: Path) -> Path:
     """Write report.html, charts/*.svg and *.png and tables/*.md into a folder; return the page's path."""
-    drawn = {figure.name: _svg(figure.chart) for figure in page.figures()}
-    for name, svg in drawn.items():
-        _write(folder / "charts" / f"{name}.svg", svg.encode())
-        _write(folder / "charts" / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
+    drawn = {figure.name: svg(figure.chart.to_dict()) for figure in page.figures()}
+    for name, chart in drawn.items():
+        _write(folder / "charts" / f"{name}.svg", chart.encode())
+        _write(folder / "charts" / f"{name}.png", vl_convert.svg_to_png(chart, scale=2))
     for name, table in page.tables().items():
         _write(folder / "tables" / f"{name}.md", table.markdown().encode())
     _write(folder / NAME, _html(page, drawn).encode())
@@ -174,19 +173,8 @@ def _html(page: Page, drawn: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    inline = {name: _inline(name, svg) for name, svg in drawn.items()}
-    return environment.from_string(template).render(page=page, svg=inline, series=SERIES)
-
-
-def _svg(chart: Any) -> str:
-    svg: str = vl_convert.vegalite_to_svg(chart.to_dict())
-    return svg
-
-
-def _inline(name: str, svg: str) -> str:
-    """The SVG for use inside a page: a picture without roles of its parts, whose ids no other chart has."""
-    plain = re.sub(r' (?:role|aria-\w+)="[^"]*"', "", svg)
-    return re.sub(r'( id="|url\(#)', rf"\g<1>{name}-", plain)
+    charts = {name: inline(name, chart) for name, chart in drawn.items()}
+    return environment.from_string(template).render(page=page, svg=charts, css=css())
 
 
 def _write(path: Path, content: bytes) -> None:
