@@ -35,6 +35,7 @@ from polyak.study import (
     Seed,
     Study,
     gain,
+    mean_probability,
     read,
     recipes,
     run,
@@ -121,7 +122,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_failures(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    metric = Metric(partial(_wrong, iter(range(2))))
+    metric = Metric(partial(_wrong, iter(range(3))))
     small = study(**ONE, steps=4, evaluations=1, seeds=1, metrics={"loss": metric})
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*failures\.jsonl'"):
@@ -129,7 +130,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_failures(
 
 
 def test_a_schedule_that_fails_midway_is_a_run_that_fails(tmp_path: Path) -> None:
-    """It is tried at nine places of the run; what it gives between them is known in the run alone."""
+    """It is tried at some places of the run; what it gives between them is known in the run alone."""
     odd = {"odd": lambda share: 1.0 if share in PLACES else math.nan}
     small = study(schedules={**ONE["schedules"], **odd}, steps=4, evaluations=1, seeds=1)
     result = run(small, tmp_path, jobs=1)
@@ -139,7 +140,7 @@ def test_a_schedule_that_fails_midway_is_a_run_that_fails(tmp_path: Path) -> Non
 
 
 def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
-    metric = Metric(partial(_wrong, iter(range(2))))
+    metric = Metric(partial(_wrong, iter(range(3))))
     small = study(steps=4, evaluations=1, metrics={"loss": metric})
     with pytest.raises(
         RuntimeError, match="every run failed; the first: TypeError: the value is a tensor"
@@ -415,6 +416,7 @@ def test_parts_must_have_equal_rows() -> None:
         Data((x, x), (x, y), (x, x))
 
 
+# What a recipe may change between two runs: a line each.
 OTHER: list[tuple[dict[str, Any], str]] = [
     ({"steps": 8}, "steps: 4 there, 8 now"),
     (
@@ -423,7 +425,24 @@ OTHER: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model": partial(mlp, 0.5)}, "first losses: "),
     ({"optimizer": lambda p, lr: torch.optim.SGD(p, lr)}, "first losses: "),
-    ({"schedules": {"constant": lambda _: 0.5}}, "schedule: '1 1 1 1 1 1 1 1 1' there"),
+    ({"schedules": {"constant": lambda _: 0.5}}, "schedule: '1 1 1 1 1 1 1 1 1, mean 1' there"),
+    (
+        {"schedules": {"constant": lambda share: 1 - 0.5 * (0.03 < share < 0.06)}},
+        "1 1, mean 0.98",
+    ),
+    ({"metrics": {"loss": Metric(lambda *rows: 2 * cross_entropy(*rows))}}, "first values: loss: "),
+    (
+        {"data": lambda split: replace(images(split), validation=images(split).test)},
+        "first values: loss: ",
+    ),
+    (
+        {"data": lambda split: replace(images(split), test=images(split).validation)},
+        "first values: loss: ",
+    ),
+    (
+        {"arms": {**arms(4), "ensemble": Ensemble(2, combine=mean_probability)}},
+        "combined by mean_probability",
+    ),
     ({"schedules": {"other": lambda _: 0.5}}, "schedule is 'constant', wanted other"),
 ]
 
@@ -439,6 +458,18 @@ def test_records_of_another_study_are_refused_and_stay(
         run(study(**{**fields, **changes}), tmp_path, jobs=1)
     assert message in str(refused.value)
     assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_a_study_whose_metric_draws_anew_continues(tmp_path: Path) -> None:
+    own = torch.Generator()
+    drawn = {
+        "loss": Metric(cross_entropy),
+        "drawn": Metric(lambda *_: torch.rand((), generator=own)),
+    }
+    small = study(**ONE, steps=4, evaluations=1, metrics=drawn)
+    assert [len(run(small, tmp_path, seeds=seeds, jobs=1).records) for seeds in (1, 2)] == [1, 2]
+    values = lines(tmp_path)[0]["conditions"]["first values"]
+    assert values["drawn"] == ["random"] and len(values["loss"]) == 2
 
 
 DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [

@@ -94,7 +94,7 @@ def points(rows: list[dict[str, Any]]) -> alt.Chart:
 def colour_of(field: str, kinds: Sequence[str], title: str) -> alt.Color:
     """A colour for each kind of row, and a legend if there are several."""
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(kinds))]
-    legend = alt.Legend(title=title) if len(kinds) > 1 else None
+    legend = alt.Legend(title=title, symbolSize=100) if len(kinds) > 1 else None
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=kinds, range=colours), legend=legend)
 
 

@@ -76,12 +76,13 @@ def css() -> str:
 def _page(spec: dict[str, Any], name: str) -> str:
     title = spec.get("title", name)
     text, about = (title["text"], title.get("subtitle", ())) if isinstance(title, dict) else (title, ())  # fmt: skip
+    text = " ".join(text) if isinstance(text, list) else text
     figures = (
-        f'<figure><div class="chart" role="img" aria-label="{escape(_words(panel) or str(text))}">{inline(f"panel-{i}", svg(panel))}</div></figure>'
+        f'<figure><div class="chart" role="img" aria-label="{escape(_words(panel) or text)}">{inline(f"panel-{i}", svg(panel))}</div></figure>'
         for i, panel in enumerate(_panels(spec))
     )
     return _PAGE.format(
-        title=escape(str(text)),
+        title=escape(text),
         about="".join(f'<p class="about">{escape(line)}</p>' for line in about),
         css=css(),
         figures="\n".join(figures),

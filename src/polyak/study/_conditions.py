@@ -48,7 +48,7 @@ class Conditions:
             "vary": list(vary),
             "stacked": study.stacked > 0,
             "torch": torch.__version__,
-            "first losses": tried(study),
+            **tried(study),
         }
 
     def of(self, schedule: str) -> dict[str, Any]:
@@ -75,7 +75,9 @@ class Conditions:
 def described_arm(arm: Arm | Ensemble) -> str:
     """An arm as text."""
     if isinstance(arm, Ensemble):
-        return f"ensemble of {arm.size}, every {arm.every}"
+        combine = getattr(arm.combine, "__qualname__", type(arm.combine).__name__)
+        how = "" if combine == "_mean" else f", combined by {combine}"
+        return f"ensemble of {arm.size}, every {arm.every}{how}"
     start = f", from {arm.start:g} of the run" if arm.start else ""
     how = ", recalibrated" * arm.recalibrate + ", swept" * arm.swept
     return f"{arm.rule}, every {arm.every}{start}{how}"

@@ -262,7 +262,7 @@ def _conditions(result: Result) -> dict[str, Any]:
         "what varies": _vary(result),
         "steps": f"{study.steps} of {study.batch_size} rows, {study.evaluations} evaluations",
         "learning rates": ", ".join(f"{rate:g}" for rate in study.learning_rates),
-        "schedules": f"{'; '.join(f'{name}: {described(s)}' for name, s in study.schedules.items())} (numbers: factors of the learning rate, an eighth of a run apart)",
+        "schedules": f"{'; '.join(f'{name}: {described(s)}' for name, s in study.schedules.items())} (numbers: factors of the learning rate, an eighth of a run apart, and their mean)",
         "metrics": "; ".join(f"{n} ({'lower' if m.lower_is_better else 'higher'} is better)" for n, m in study.metrics.items()),
         "conditions": ", ".join(sorted({str(r["fingerprint"]) for r in result.records})),
     }  # fmt: skip

@@ -6,6 +6,7 @@ the last. `Plateau` follows the validation of an arm instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,8 +84,8 @@ class Plateau:
 
 
 Schedule = Factor | Plateau
-PLACES = tuple(i / 8.001 for i in range(9))
-"""The shares of a run at which a schedule is tried and described."""
+PLACES = tuple(i / 200.025 for i in range(201))
+"""The shares of a run at which a schedule is tried; every 25th is shown."""
 
 
 def factor_at(name: str, schedule: Factor, share: float) -> float:
@@ -109,7 +110,9 @@ def require_factors(name: str, schedule: Factor) -> None:
 
 
 def described(schedule: Schedule) -> str:
-    """A schedule as text, with its factor at nine places, so that two schedules can be compared."""
+    """A schedule as text, so that two can be compared: its factor at nine places, and the mean over more."""
     if isinstance(schedule, Plateau):
         return repr(schedule)
-    return " ".join(f"{float(schedule(share)):.4g}" for share in PLACES)
+    factors = [float(schedule(share)) for share in PLACES]
+    shown = " ".join(f"{factor:.4g}" for factor in factors[::25])
+    return f"{shown}, mean {math.fsum(factors) / len(factors):.6g}"

@@ -14,7 +14,7 @@ from polyak._modes import no_grad
 from polyak.study._errors import is_recipes, placed
 from polyak.study._judge import finite
 from polyak.study._loop import Run, alone, prepared
-from polyak.study._study import Data, Part, Study
+from polyak.study._study import Data, Metric, Part, Study
 
 T = TypeVar("T")
 
@@ -25,13 +25,13 @@ WANTED: dict[type, str] = {
 }
 
 
-def tried(study: Study) -> list[str]:
-    """The losses of the first four steps of seed 0, which tell another model, loss, data or optimizer.
+def tried(study: Study) -> dict[str, Any]:
+    """The losses of the first four steps of seed 0, and the metrics after them.
+
+    They tell another model, loss, optimizer, metric or part of the data: functions cannot be compared, but
+    what they do can. Six digits tell a weight decay, and are the same on most machines.
 
     Raises `ValueError` for a function of the study that raises an error, or gives what cannot be used.
-
-    Functions cannot be compared, but what they do can. Six digits tell a weight decay, and are the
-    same on most machines.
     """
     with alone():
         other = called("model", study.model, gives=nn.Module)
@@ -51,8 +51,7 @@ def tried(study: Study) -> list[str]:
                 _require_learning(model, loss)
             called("optimizer", optimizer.step)
             losses.append(f"{float(loss.detach()):.6g}")
-        _try_metrics(study, model.eval(), data)
-    return losses
+        return {"first losses": losses, "first values": _values(study, model.eval(), data)}
 
 
 def _require_trainable(model: nn.Module) -> None:
@@ -114,16 +113,26 @@ def _require_learning(model: nn.Module, loss: Tensor) -> None:
 
 
 @no_grad
-def _try_metrics(study: Study, model: nn.Module, data: Data) -> None:
-    """Raise `ValueError` for a metric that raises an error, or whose value is not a scalar."""
+def _values(study: Study, model: nn.Module, data: Data) -> dict[str, list[str]]:
+    """Every metric on the validation part, twice, and on the test part; one that draws anew has no figures."""
+    values = {}
     for name, metric in study.metrics.items():
-        for part in ("validation", "test"):
-            what = f"metric {name!r} on the {part} part"
-            value = called(what, metric.function, model, *getattr(data, part))
-            try:
-                finite(value)
-            except TypeError as error:
-                raise ValueError(f"the study's {what}: {error}") from None
+        first, again, test = (
+            _value(f"metric {name!r} on the {part} part", metric, model, getattr(data, part))
+            for part in ("validation", "validation", "test")
+        )
+        values[name] = [first, test] if first == again else ["random"]
+    return values
+
+
+def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
+    """A metric's value as text. Raise `ValueError` if it raises an error, or its value is not a scalar."""
+    value = called(what, metric.function, model, *part)
+    try:
+        number = finite(value)
+    except TypeError as error:
+        raise ValueError(f"the study's {what}: {error}") from None
+    return "none" if number is None else f"{number:.4g}"
 
 
 def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:
