@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,18 @@ def every_mark() -> Any:
     return charts.sweep_chart(Sweep(tuple(points), "lower", lives))
 
 
-def own() -> alt.Chart:
+def own() -> Any:
     return alt.Chart(alt.InlineData(values=[{"a": 1, "b": 2}, {"a": 2, "b": 1}])).mark_point().encode(x="a:Q", y="b:Q")  # fmt: skip
+
+
+def drawn(make: Callable[[], Any]) -> Any:
+    return make().chart()
 
 
 SIX = [f"exponential(half_life={10**n}, debias=True)" for n in range(6)]
 # A new chart is one line; those of results are a line of `RESULTS`.
 CHARTS: dict[str, Callable[[], Any]] = {
-    **{name: lambda make=make: make().chart() for name, (make, charted) in RESULTS.items() if charted},
+    **{name: partial(drawn, make) for name, (make, charted) in RESULTS.items() if charted},
     "six rules": lambda: charts.rule_chart(SIX, 1000),
     "every mark of a sweep": every_mark,
     "one of your own": own,
