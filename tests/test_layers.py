@@ -40,7 +40,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("averager", {"torch"}),
     ("ema", {"torch"}),
     ("checkpoints", {"torch", "numpy", "safetensors", "isal"}),
-    ("_runs", {"yaml"}),
+    ("_runs", {"yaml", "tensorboard"}),
     ("snapshots", {"torch"}),
     ("offline", {"torch", "numpy"}),
     ("integrations", {"torch"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import warnings
 from itertools import product
 from pathlib import Path
@@ -436,12 +437,63 @@ class TestMetrics:
             (file,) = offline.choose(run, best=1, by="val_loss").files
             assert (file.at, file.quality) == (64, 0.5)
 
-    def test_epochs_that_are_counted_otherwise(self, tmp_path: Path) -> None:
-        for epoch in (0, 1, 2):
-            put(tmp_path / f"epoch{epoch}.pt", weights(epoch))
-        text(tmp_path / "results.csv", "epoch,loss\n1,3\n2,2\n3,1\n")
-        with pytest.raises(ValueError, match="begin at 1 and those of the checkpoints at 0"):
+    @pytest.mark.parametrize(
+        ("name", "files", "unit", "rows"),
+        [
+            ("epoch{}.pt", (0, 1, 2), "epoch", (1, 2, 3)),
+            ("epoch{}.pt", (1, 2, 3), "epoch", (0, 1, 2)),
+            ("{}.pt", (1, 2, 3), "step", (0, 1, 2)),
+            ("{}.pt", (8, 9), "epoch", tuple(range(9))),
+        ],
+    )
+    def test_what_is_counted_otherwise(
+        self, name: str, files: tuple[int, ...], unit: str, rows: tuple[int, ...], tmp_path: Path
+    ) -> None:
+        for count in files:
+            put(tmp_path / name.format(count), weights(count))
+        text(tmp_path / "results.csv", f"{unit},loss\n" + "".join(f"{n},{n}\n" for n in rows))
+        wanted = f"count from {rows[0]} and the checkpoints from {1 - rows[0]}"
+        with pytest.raises(ValueError, match=wanted):
             offline.choose(tmp_path, best=1, by="loss")
+
+    @pytest.mark.parametrize(
+        ("name", "board", "tag", "by", "counts"),
+        [
+            ("epoch={0}-step={1}.ckpt", ".", "val_loss", "val_loss", (63, 127, 191)),
+            ("checkpoints/step={1}.ckpt", ".", "val/loss", "val.loss", (63, 127, 191)),
+            ("checkpoint-{1}", "runs/Nov30_10-00-00_host", "eval/loss", "eval_loss", (64, 128, 192)),
+            ("{0}epoch.pth", "tensorboard/valid", "loss", "valid.loss", (1, 2, 3)),
+            ("checkpoint_{0}.pt", "logs", "val/loss", "val/loss", (1, 2, 3)),
+        ],
+    )  # fmt: skip
+    def test_what_tensorboard_has(
+        self, name: str, board: str, tag: str, by: str, counts: tuple[int, ...], tmp_path: Path
+    ) -> None:
+        """Of the steps, or of the epochs where the checkpoints have no steps."""
+        summary = pytest.importorskip("torch.utils.tensorboard")
+        with summary.SummaryWriter(tmp_path / board) as writer:
+            for epoch, loss in ((1, 0.5), (2, 0.25), (3, 0.75)):
+                step = 64 * epoch
+                put(tmp_path / name.format(epoch, step) / "model.pt" if name == "checkpoint-{1}"
+                    else tmp_path / name.format(epoch, step), weights(epoch))  # fmt: skip
+                writer.add_scalar(tag, loss, counts[epoch - 1])
+                writer.add_scalar("train/loss" if tag != "loss" else "lr", 0.1, step - 30)
+                writer.add_histogram("weights", torch.ones(3), step)
+        (file,) = offline.choose(tmp_path, best=1, by=by).files
+        assert file.quality == 0.25 and "2" in str(file.path.relative_to(tmp_path))
+        with pytest.raises(ValueError, match="no such metric"):
+            offline.choose(tmp_path, best=1, by="accuracy")
+
+    def test_without_tensorboard(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is asked for only if nothing else has the metric."""
+        put(tmp_path / "step=1-loss=0.5.pt", weights(1))
+        text(tmp_path / "events.out.tfevents.1.host", "")
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+        for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
+            monkeypatch.delitem(sys.modules, name)
+        offline.choose(tmp_path, best=1, by="loss")
+        with pytest.raises(ModuleNotFoundError, match=r"tfevents.* not installed: install tensor"):
+            offline.choose(tmp_path, best=1, by="accuracy")
 
     def test_equal_ones_the_later(self, tmp_path: Path) -> None:
         for step in (1, 2, 3):

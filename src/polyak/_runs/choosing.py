@@ -87,7 +87,8 @@ def choose(
         last: how many checkpoints to take, those with the largest steps.
         best: how many checkpoints to take, those with the best metric `by`; of equal ones the later.
         by: a metric that the trainer wrote: in the files' names, in the files, in Lightning's
-            `best_k_models`, in transformers' `trainer_state.json`, or in CSV, JSON lines or YAML beside.
+            `best_k_models`, in transformers' `trainer_state.json`, or beside in CSV, JSON lines, YAML or
+            TensorBoard's files.
         better: "lower" or "higher"; by default what is usual for the metric's name.
         steps: (first, last, distance), each of them or None: the checkpoints from one step to
             another, and of them those whose distance from the first is a multiple.

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from polyak._runs import boards
 from polyak._runs.clocks import Timed
 from polyak._runs.inside import epochs, inside
 from polyak._runs.tables import Row, clock_of, rows
@@ -25,10 +26,6 @@ _TABLES = (
     "log",
 )
 _WITHIN_RUN = {"checkpoints", "weights", "models", "save", "ckpt"}  # folders in a run's own folder
-_OTHERWISE = (
-    "the epochs of the metrics begin at 1 and those of the checkpoints at 0, so which belong together "
-    "is not known: list the files themselves"
-)
 _SHOWN = 12
 _LOWER = re.compile(r"(?<![a-z])(loss|wer|cer|ter|per|mer|eer|ece|ppl|perplexity|error|err|mse|mae|rmse|fid|nll|bpb|bpc)(?![a-z])")  # fmt: skip
 _HIGHER = re.compile(r"(?<![a-z])(acc|accuracy|top\d|bleu|rouge[\w ]*|f1|auc|auroc|m?ap\d*|recall|precision|psnr|ssim|reward|m?iou|dice|pesq|stoi|mcc|pearson|spearman)(?![a-z0-9])")  # fmt: skip
@@ -49,6 +46,9 @@ def metric(timed: Sequence[Timed], by: str, run: Path) -> tuple[str, list[float 
             of_file |= row
     for of_file, each in zip(known, timed, strict=True):
         of_file |= each.numbers | each.scores
+    if not _has(known, by):
+        for of_file, row in zip(known, _joined(_board(timed, run), timed, by), strict=True):
+            of_file |= row
     name = _resolved(by, {name for of_file in known for name in of_file})
     return name, [of_file.get(name) for of_file in known]
 
@@ -72,10 +72,7 @@ def direction(name: str, better: Better | None) -> Better:
 
 def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
     """The tables of a run, the most particular last: those above its checkpoints, beside them, and in them."""
-    folder = timed[0].entry.named.parent
-    above = [each for each in folder.parents if each.is_relative_to(run)]
-    if folder == run and folder.name in _WITHIN_RUN:
-        above.append(folder.parent)
+    folder, *above = _places(timed, run)
     for place in (*reversed(above), folder):
         for pattern in _TABLES:
             yield from (rows(path) for path in sorted(place.glob(pattern)))
@@ -87,6 +84,23 @@ def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
     for each in timed:
         if each.entry.folder is not None:
             yield rows(each.entry.folder / "trainer_state.json")
+
+
+def _places(timed: Sequence[Timed], run: Path) -> list[Path]:
+    """The folder of the checkpoints, and those above it that belong to the run."""
+    folder = timed[0].entry.named.parent
+    above = [each for each in folder.parents if each.is_relative_to(run)]
+    if folder == run and folder.name in _WITHIN_RUN:
+        above.append(folder.parent)
+    return [folder, *above]
+
+
+def _board(timed: Sequence[Timed], run: Path) -> list[Row]:
+    """The rows of TensorBoard's files of events, the nearest ones."""
+    stepless = {
+        each.clock["epoch"] for each in timed if "epoch" in each.clock and "step" not in each.clock
+    }
+    return boards.rows(*boards.events(_places(timed, run)), stepless)
 
 
 def _of_mmengine(table: list[Row], timed: Sequence[Timed]) -> Iterator[list[Row]]:
@@ -139,14 +153,12 @@ def _joined(table: Sequence[Row], timed: Sequence[Timed], by: str) -> list[Row]:
             if (count := clock_of(row).get(unit)) is not None:
                 of_count.setdefault(count, {}).update(row)
         counts = [_count(each, unit) for each in timed]
-        if of_count.keys() & set(counts):
-            if unit == "epoch" and _counted_otherwise(of_count, counts) and _has(table, by):
-                raise ValueError(_OTHERWISE)
-            others = set(counts) if unit == "step" else set(of_count)
-            before = {n: row for n, row in of_count.items() if n not in others}
-            return [
-                {} if n is None else before.get(n - 1, {}) | of_count.get(n, {}) for n in counts
-            ]
+        before = {n - 1 for n in counts if n is not None and unit == "step"}
+        if of_count.keys() & {*counts, *before}:
+            if _has(table, by):
+                _require_one_start(unit, of_count, counts)
+            last = {n: row for n, row in of_count.items() if n in before.difference(counts)}
+            return [{} if n is None else last.get(n - 1, {}) | of_count.get(n, {}) for n in counts]
     return [{}] * len(timed)
 
 
@@ -157,8 +169,20 @@ def _count(each: Timed, unit: str) -> float | None:
     )
 
 
-def _counted_otherwise(of_count: Mapping[float, Row], counts: Sequence[float | None]) -> bool:
-    return min(of_count) == 1 and 0 in counts
+def _require_one_start(
+    unit: str, of_count: Mapping[float, Row], counts: Sequence[float | None]
+) -> None:
+    """Raises `ValueError` if one of metrics and checkpoints counts from 0, and the other from 1."""
+    own = sorted(count for count in counts if count is not None)
+    later = min(of_count) == 1 and own[0] == 0 and unit == "epoch"
+    # Each epoch has a checkpoint, one more than the last row. Steps lie further apart.
+    each = len(own) > 1 and own == [own[-1] - i for i in reversed(range(len(own)))]
+    earlier = min(of_count) == 0 < own[0] and own[-1] == max(of_count) + 1 and each
+    if later or earlier:
+        raise ValueError(
+            f"the metrics count from {min(of_count):g} and the checkpoints from {0 if later else 1}, so which "
+            "belong together is not known: list the files themselves"
+        )
 
 
 def _has(table: Sequence[Row], by: str) -> bool:
