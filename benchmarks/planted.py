@@ -40,11 +40,13 @@ def broken_copy(bug: Bug, folder: Path) -> Path:
 
 
 def run(command: list[str], sources: Path) -> str:
-    """What a command prints, with these sources in place of the repository's."""
+    """What a command prints, with these sources in place of the repository's; 0 and 1 are its verdicts."""
     environment = {**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
     return done.stdout
 
 
@@ -64,7 +66,7 @@ def by_programs(sources: Path, programs: int) -> str:
     limits = ["--faults", "1", "--programs", str(programs), "--minutes", "5"]
     printed = run([*stress, *limits], sources)
     law = re.search(r"^\d+ times: (.+)$", printed, re.MULTILINE)
-    seed = re.search(r"--seed (\d+) --ops (\S+)", printed)
+    seed = law and re.search(r"--seed (\d+) --ops (\S+)", printed[law.end() :])
     return f"stress: {law[1]} (`--seed {seed[1]} --ops {seed[2]}`)" if law and seed else ""
 
 

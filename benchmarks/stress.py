@@ -25,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -86,6 +87,7 @@ def work(pipe: Connection, seeds: Iterator[int], base: Program, plain: bool) -> 
         outcome = guarded(program)
         totals.add(program, outcome)
         if outcome.fault is not None:
+            pipe.send(("fault", f"{program}\n{''.join(traceback.format_exception(outcome.fault))}"))
             smallest = failure_of(program, outcome)
             if outcome.signature not in known:
                 known.add(outcome.signature)
@@ -141,6 +143,8 @@ class Run:
                 worker.seed = said
             elif what == "totals":
                 self.totals.join(said)
+            elif what == "fault":
+                print(said, flush=True)  # at once: it may not come again, and the run may be ended
             else:
                 self.failures.setdefault(said.signature, []).append(said)
 
@@ -150,6 +154,7 @@ class Run:
         seen = (
             f"the process ended with {worker.process.exitcode}: it hung for {LIMIT:g} s, or crashed"
         )
+        print(f"{program}\n{seen}", flush=True)
         self.failures.setdefault(("hang", ""), []).append(Failure(("hang", ""), program, seen, ""))
         self._workers.remove(worker)
         self._workers.append(self._start(worker.seed + self._processes))

@@ -8,6 +8,7 @@ blocks joins `NESTS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -219,3 +220,61 @@ def test_two_weights_that_become_one_tensor_cannot_both_come_back_and_leaving_sa
         model[1].bias = model[0].bias
     del live["1.bias"]
     assert_same({name: tensor for name, tensor in snapshot(model).items() if name in live}, live)
+
+
+MOVED: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda _: None,
+    "of another dtype": lambda layer: layer.bfloat16(),
+    "in other memory": moved,
+    "of another shape": lambda layer: setattr(layer.weight, "data", torch.ones(5)),
+}
+"""What is done to a tied weight, by `.data`, before some of its names lose it."""
+
+LOST: dict[str, Callable[[Any], object]] = {
+    "no name": lambda _: None,
+    "the first name": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 2))),
+    "the second name": lambda m: m[1].__dict__.update(deepcopy(m[1]).__dict__),
+    "both names": lambda m: m.load_state_dict(fresh(m).state_dict(), assign=True),
+    "both names, which stay tied": lambda m: [setattr(e, "weight", m.other) for e in m],
+    "the first name, to a row of it": lambda m: setattr(
+        m[0], "weight", nn.Parameter(m[1].weight.data[:1])
+    ),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("how", MOVED)
+@pytest.mark.parametrize(
+    "nest",
+    [
+        ["whole"],
+        *[
+            pytest.param([*nest], marks=pytest.mark.slow)
+            for nest in permutations(["whole", "aside"])
+        ],
+    ],
+    ids="+".join,
+)
+def test_a_tied_weight_comes_back_under_all_its_names(
+    nest: Sequence[str], how: str, lost: str
+) -> None:
+    for order in permutations(range(len(nest))):
+        model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1].weight = model[0].weight
+        averagers = [Averager(model, **KINDS[name].options) for name in nest]
+        for step in range(3):
+            wander(model, step)
+            for averager in averagers if step < 2 else ():
+                averager.update()
+        live = snapshot(model)
+        blocks = [averager.applied() for averager in averagers]
+        for block in blocks:
+            block.__enter__()
+        MOVED[how](model[0])
+        object.__setattr__(model, "other", nn.Parameter(torch.ones(2, 2)))
+        LOST[lost](model)
+        for i in order:
+            with suppress(RuntimeError):  # each says what it has seen
+                blocks[i].__exit__(None, None, None)
+        now = snapshot(model)
+        assert_same(now, {name: t.to(now[name].dtype) for name, t in live.items()})

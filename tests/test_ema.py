@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ema_pytorch
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import Everything, assert_same, everything, wander
+from models import Everything, assert_same, everything, snapshot, wander
 from polyak import EMA, Averager
 from polyak.rules import ArticleEMA
 from polyak.theory import coefficients
@@ -306,6 +307,109 @@ def test_a_module_in_the_place_of_another_is_followed(place: str, dtype: torch.d
     ema.ema_model = ema.model
     with pytest.raises(ValueError, match=r"shares 0.weight with the model"):
         ema.update()
+
+
+def each(ema: EMA, do: Callable[[Any, Any], object]) -> None:
+    """Does something with the tensors, or the modules, of the model and of `ema_model`, pair by pair."""
+    for live, carried in zip(ema.model.parameters(), ema.ema_model.parameters(), strict=True):
+        do(live, carried)
+
+
+def tables(do: Callable[[nn.Module, nn.Module], object]) -> Callable[[EMA], object]:
+    return lambda ema: [
+        do(*pair) for pair in zip(ema.model.modules(), ema.ema_model.modules(), strict=True)
+    ]
+
+
+def give(name: str, *, swap: bool = False) -> Callable[[Any, Any], object]:
+    """`a.name = b.name`, and the reverse."""
+
+    def do(a: Any, b: Any) -> None:
+        here, there = getattr(a, name), getattr(b, name)
+        setattr(a, name, there)
+        if swap:
+            setattr(b, name, here)
+
+    return do
+
+
+def doubled(tensor: Any) -> None:
+    tensor.data = tensor.data * 2
+
+
+def one_vector(*models: nn.Module) -> None:
+    """Makes the parameters of the models views of the first one's, in one vector."""
+    vector = nn.utils.parameters_to_vector(models[0].parameters())
+    for model in models:
+        nn.utils.vector_to_parameters(vector, model.parameters())
+
+
+SHARED: dict[str, Callable[[EMA], object]] = {
+    "the model loads the average": lambda e: e.model.load_state_dict(
+        e.ema_model.state_dict(), assign=True
+    ),
+    "the average loads the model": lambda e: e.ema_model.load_state_dict(
+        e.model.state_dict(), assign=True
+    ),
+    "live .data": lambda e: each(e, give("data")),
+    "averaged .data": lambda e: each(e, lambda live, carried: give("data")(carried, live)),
+    "one .data": lambda e: give("data")(e.model[0].weight, e.ema_model[0].weight),  # type: ignore[index]
+    "set_": lambda e: each(e, lambda live, carried: carried.set_(live.detach())),
+    "a row": lambda e: setattr(e.model[0].bias, "data", e.ema_model[0].weight.data[:, 0]),  # type: ignore[index]
+    "live tables": tables(give("_parameters")),
+    "averaged tables": tables(lambda live, carried: give("_parameters")(carried, live)),
+    "a layer": lambda e: e.model.__setitem__(0, e.ema_model[0]),  # type: ignore[index]
+    "a Parameter": lambda e: setattr(e.model[0], "bias", nn.Parameter(e.ema_model[0].bias.data)),  # type: ignore[index]
+    "one vector": lambda e: one_vector(e.model, e.ema_model),
+}
+"""Ways in which the two models come to share memory."""
+
+FOLLOWED: dict[str, Callable[[EMA], object]] = {
+    "nothing": lambda _: None,
+    "averaged .data": lambda e: each(e, lambda _, carried: doubled(carried)),
+    "live .data": lambda e: each(e, lambda live, _: doubled(live)),
+    ".data change places": lambda e: each(e, give("data", swap=True)),
+    "tables change places": tables(give("_parameters", swap=True)),
+    "in place": lambda e: e.ema_model.load_state_dict({k: v + 2 for k, v in averaged(e).items()}),
+    "by assigning": lambda e: e.ema_model.load_state_dict(
+        {k: v + 2 for k, v in averaged(e).items()}, assign=True
+    ),
+    "one vector each": lambda e: [one_vector(model) for model in (e.model, e.ema_model)],
+}
+"""Changes of tensors of either model, from which the average goes on."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", SHARED)
+def test_models_that_come_to_share_memory_are_refused(way: str, dtype: torch.dtype) -> None:
+    ema = EMA(network(dtype), beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
+    run(ema, range(3))
+    with torch.no_grad():
+        SHARED[way](ema)
+    live = snapshot(ema.model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"EMA ema_model shares 0\.\w+ with the model"):
+            ema.update()
+    assert_same(snapshot(ema.model), live)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", FOLLOWED)
+def test_changed_tensors_of_either_model_are_followed(way: str, dtype: torch.dtype) -> None:
+    ema = EMA(network(dtype), beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
+    run(ema, range(3))
+    with torch.no_grad():
+        FOLLOWED[way](ema)
+    stored = {k: ema.state_dict()[f"ema_model.{k}"] for k in averaged(ema)}
+    assert_same({k: v.to(averaged(ema)[k].dtype) for k, v in stored.items()}, averaged(ema))
+    wander(ema.model, 4)
+    live = snapshot(ema.model)
+    wanted = {k: (v + live[k]) / 2 for k, v in stored.items() if v.is_floating_point()}
+    ema.update()
+    state = ema.state_dict()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(state[f"ema_model.{name}"], tensor, msg=name)
+    assert_same(snapshot(ema.model), live)
 
 
 def test_the_online_model_may_stay_outside() -> None:

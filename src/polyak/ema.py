@@ -130,7 +130,8 @@ class EMA(nn.Module):
     def update(self) -> None:
         """Counts one call; every `update_every`-th call copies or averages.
 
-        Raises `RuntimeError` if the model's tensors are not those of the start.
+        Raises `RuntimeError` if the model's tensors are not those of the start, and `ValueError` if the
+        two models share memory by now.
         """
         calls, copying = self._calls + 1, self._calls <= self.rule.update_after_step
         due = self._calls % self.update_every == 0
@@ -249,10 +250,14 @@ class EMA(nn.Module):
         if self._live.suspect:
             mend = "load a saved state, or call copy_params_from_model_to_ema()"
             raise RuntimeError(f"EMA: {mend} first. {self._live.suspect}")
-        self._carrier.groups()
-        if self._carrier.generation != self._bound:
-            self._adopt()
+        self._follow_second()
         return groups
+
+    def _follow_second(self) -> None:
+        self._carrier.groups()
+        bound = self._live.generation, self._carrier.generation
+        if bound != self._bound or not self._wide.untouched():
+            self._adopt()
 
     def _adopt(self) -> None:
         """Looks all tensors up again, and makes those of `ema_model` the slots."""
@@ -263,7 +268,7 @@ class EMA(nn.Module):
 
     def _bind(self) -> None:
         self._average.adopt(AVERAGE, self._wide.look_up())
-        self._bound = self._carrier.generation
+        self._bound = self._live.generation, self._carrier.generation
 
     @no_grad
     def _resume(self, _: object) -> None:
@@ -283,6 +288,8 @@ class EMA(nn.Module):
 
 def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Put float32 averages into a state dict, under the keys of the narrow weights."""
+    if module._wide:
+        module._follow_second()
     for key, slot in module._wide.keys(module.ema_model):
         state[f"{prefix}ema_model.{key}"] = slot.detach()
 

@@ -42,7 +42,7 @@ def identity(tensor: Tensor) -> Hashable:
 
 
 class Forms(NamedTuple):
-    """Where tensors are, and how their contents are read. An address tells the device as well."""
+    """Where tensors are, and how their contents are read."""
 
     addresses: list[int | None]
     dtypes: list[torch.dtype]
@@ -51,12 +51,15 @@ class Forms(NamedTuple):
 
 def forms(tensors: Sequence[Tensor]) -> Forms:
     """The forms of many tensors, in one pass for each attribute: a block looks at all of them."""
-    starts: list[int | None]
+    return Forms(addresses(tensors), [t.dtype for t in tensors], [t.shape for t in tensors])
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Where the contents of many tensors begin; an address tells the device as well."""
     try:
-        starts = list(map(Tensor.data_ptr, tensors))
+        return list(map(Tensor.data_ptr, tensors))
     except RuntimeError:
-        starts = list(map(address, tensors))
-    return Forms(starts, [t.dtype for t in tensors], [t.shape for t in tensors])
+        return list(map(address, tensors))
 
 
 def is_freed(tensor: Tensor) -> bool:

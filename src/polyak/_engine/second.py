@@ -14,9 +14,10 @@ from polyak._checks import require
 from polyak._dtypes import slot_dtype
 from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
-from polyak._engine.memory import identity, overlap
+from polyak._engine.memory import addresses, identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
 from polyak._modes import no_grad, ordinary
+from polyak._tensors import versions
 
 _MOST = {"initted": 1, "step": 2**53}  # above 2**53, a float cannot hold every integer
 
@@ -136,10 +137,26 @@ class WideSlots:
     def __init__(self, live: ModelTensors, carrier: ModelTensors) -> None:
         self._live, self._carrier = live, carrier
         self._wide: dict[str, Tensor] = {}
+        self._looked: tuple[list[Tensor], list[int | None]] = [], []
+        self._written: tuple[list[Tensor], list[int]] = [], []
+
+    def __bool__(self) -> bool:
+        """Whether any tensor of the second module is narrow."""
+        return bool(self._wide)
+
+    def untouched(self) -> bool:
+        """Whether both modules' tensors are where they were, and nobody wrote to narrow ones.
+
+        `.data` and `set_` move a tensor. The memory may be the other module's then.
+        """
+        (both, places), (narrow, seen) = self._looked, self._written
+        return addresses(both) == places and versions(narrow) == seen
 
     @no_grad
     def look_up(self) -> list[Tensor]:
         """The slots, in the order of the averaged tensors."""
+        both = [i.local() for i in (*self._live.averaged, *self._carrier.averaged)]
+        self._looked = both, addresses(both)
         slots, wide = [], {}
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
             tensor = carried.local()
@@ -150,6 +167,8 @@ class WideSlots:
                 slots.append(_wide(tensor, dtype, self._wide.get(carried.name)))
                 wide[carried.name] = slots[-1]
         self._wide = wide
+        narrow = [item.local() for item, _ in self._pairs()]
+        self._written = narrow, versions(narrow)
         return slots
 
     def turn(self, model: nn.Module, module: nn.Module) -> tuple[ModelTensors, ModelTensors]:
@@ -164,6 +183,7 @@ class WideSlots:
         """Write the float32 slots, rounded, into the module's narrow weights."""
         for item, slot in self._pairs():
             item.local().copy_(slot)
+        self._written = self._written[0], versions(self._written[0])
 
     def keys(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The keys of the module's state dict that have a float32 slot, with that slot."""

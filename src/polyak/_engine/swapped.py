@@ -197,7 +197,8 @@ class SwappedPairs:
         names: dict[int, set[str]] = {}
         for name, tensor in self._now.items():
             names.setdefault(id(local(tensor)), set()).add(name)
-        new = [(i, self._pairs.live[i]) for i in sorted(self._sort_out() - gone)]
+        new = [(i, self._pairs.live[i]) for i in sorted(self._sort_out())]
+        new = [(i, t) for i, t in new if names.get(id(t), set()) & set(items[i].names)]
         for i, tensor in self._pairs.new(self._now):
             ties = names[id(tensor)] - set(items[i].names)
             for other in ties:
