@@ -339,11 +339,12 @@ def test_an_optimizer_that_was_given_its_parameters_does_nothing() -> None:
     assert_same(dict(teacher.state_dict()), averager.average())
 
 
-MOVES: dict[str, Callable[[nn.Module], object]] = {
+MOVES: dict[str, Callable[[Any], object]] = {
     "half": lambda teacher: teacher.half(),
     "double": lambda teacher: teacher.to(torch.float64),
     "meta": lambda teacher: teacher.to("meta"),
     "assign": lambda teacher: teacher.load_state_dict(Net().state_dict(), assign=True),
+    "other tables": lambda teacher: teacher.body[0].__setstate__(Net().body[0].__dict__),
 }
 
 
@@ -372,6 +373,84 @@ def test_what_moves_nothing_is_no_move() -> None:
 
 
 # What becomes of the slots
+
+
+def _own_slots(averager: Averager) -> dict[str, Tensor]:
+    return dict(averager.state_dict()["averages"]["average"]["slots"]["average"])
+
+
+TAKEN: dict[str, Callable[[nn.Linear, dict[str, Tensor]], object]] = {
+    "by loading": lambda m, t: m.load_state_dict(t, assign=True),
+    "a Parameter": lambda m, t: setattr(m, "weight", nn.Parameter(t["weight"].detach())),
+    ".data": lambda m, t: setattr(m.weight, "data", t["weight"]),
+    "set_": lambda m, t: torch.no_grad()(m.weight.set_)(t["weight"].detach()),
+    ".data of a row": lambda m, t: setattr(m.bias, "data", t["weight"][:, 0]),
+}
+"""Ways in which a model gets the memory of slots, given by name."""
+
+READ: dict[str, Callable[[Averager], object]] = {
+    "average": lambda a: a.average(),
+    "applied": lambda a: a.applied().__enter__(),
+    "copy_to": lambda a: a.copy_to(copy.deepcopy(a.model)),
+    "pull": lambda a: a.pull(0.5),
+    "state_dict": lambda a: a.state_dict(),
+    "load_state_dict": lambda a: a.load_state_dict(STATE),
+    "module": lambda a: a.module(),
+    "summary": lambda a: [a.average(), a.summary()],
+    "update": lambda a: a.update(),
+}
+
+STATE: dict[str, Any] = {}
+"""The state of a scene, for the call that loads one."""
+
+
+def _scene() -> tuple[nn.Linear, Averager]:
+    model = nn.Linear(2, 2)
+    averager = Averager(model, "exponential(0.5)")
+    for step in range(3):
+        wander(model, step)
+        averager.update()
+    STATE.clear()
+    STATE.update(copy.deepcopy(averager.state_dict()))
+    return model, averager
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["slots", "module"])
+@pytest.mark.parametrize("way", TAKEN)
+def test_a_model_on_the_memory_of_slots_is_refused_by_name(way: str, shared: bool) -> None:
+    for read, call in READ.items():
+        if read == "update" and not shared and way not in ("by loading", "a Parameter"):
+            continue  # an update looks at no address; every other call does
+        model, averager = _scene()
+        module = averager.module() if shared else None
+        kept = copy.deepcopy(averager.average())
+        TAKEN[way](model, dict(module.named_parameters()) if module else _own_slots(averager))
+        wanted = r"(weight|bias) of the model (is a slot|was one of its slots)"
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=wanted):
+                call(averager)
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        live = copy.deepcopy(model.state_dict())
+        averager.load_state_dict(STATE)
+        assert_same(averager.average(), kept)
+        assert_same(dict(model.state_dict()), live)
+
+
+@pytest.mark.parametrize("read", READ)
+def test_in_a_block_on_its_module_calls_are_refused_and_it_is_unhurt(read: str) -> None:
+    _, averager = _scene()
+    module = averager.module()
+    of_module = Averager(module, "exponential(0.5)")
+    of_module.update()
+    wander(averager.model, 3)
+    averager.update()
+    before, inside = averager.average(), of_module.average()
+    with of_module.applied():
+        with pytest.raises(RuntimeError, match=r"module\('average'\) has an average, in a block"):
+            READ[read](averager)
+        assert_same(dict(module.state_dict()), inside)
+    assert_same(averager.average(), before)
+    assert_same(dict(module.state_dict()), before)
 
 
 def test_a_loaded_state_is_in_the_module_at_the_same_place() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak._checks import difference, report, require_count
-from polyak._engine import open_swaps, second
+from polyak._checks import require_count
+from polyak._engine import second
 from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Move
 from polyak._engine.policies import Choose
@@ -26,9 +26,6 @@ from polyak._engine.updating import Motion, undisturbed
 from polyak._modes import no_grad
 from polyak._tensors import Groups
 from polyak.rules import AVERAGE, ArticleEMA, Tick
-
-Copies = list[tuple[Tensor, Tensor]]
-"""Tensors of `ema_model`, and the tensors of the model that they are updated from."""
 
 __all__ = ["EMA"]
 
@@ -202,7 +199,9 @@ class EMA(nn.Module):
     ) -> None:
         """Moves slots, copies tensors of these policies if any, calls `end`: all of it or nothing."""
         groups = self._follow() if policies else []
-        copies = [pair for policy in policies for pair in self._copies(policy)]
+        copies = [
+            pair for each in policies for pair in second.copies(self._live, self._carrier, each)
+        ]
         before, motion = self._average.tick, None
         try:
             motion = Motion(groups, advance(), stages=self._live.stages)
@@ -215,29 +214,18 @@ class EMA(nn.Module):
                 undisturbed(partial(self._finish, motion, copies, end))
             raise
 
-    def _finish(self, motion: Motion, copies: Copies, end: Callable[[], None]) -> None:
+    def _finish(self, motion: Motion, copies: second.Copies, end: Callable[[], None]) -> None:
         """Continues a call that an exception interrupted; each part of it may run twice."""
         motion.finish()
         self._end(copies, end)
 
     @no_grad
-    def _end(self, copies: Copies, end: Callable[[], None]) -> None:
+    def _end(self, copies: second.Copies, end: Callable[[], None]) -> None:
         """After the moves: copies tensors, and rounds float32 slots into the narrow weights."""
         for tensor, content in copies:
             tensor.copy_(content)
         self._wide.round_()
         end()
-
-    def _copies(self, policy: Policy) -> Copies:
-        """The tensors of a policy in `ema_model`, with the live ones: "skip" are the ignored names."""
-        ours = {item.name: item for item in self._live.tracked if item.policy == policy}
-        open_swaps.refuse_swapped("EMA", list(ours.values()))
-        theirs = {item.name: item for item in self._carrier.tracked if item.name in ours}
-        given = {name: item.shape() for name, item in ours.items()}
-        if wrong := difference({name: item.shape() for name, item in theirs.items()}, given):
-            title = "EMA: the names or shapes of the model's tensors differ from those of ema_model"
-            raise RuntimeError(report(title, wrong))
-        return [(theirs[name].local(), item.local()) for name, item in ours.items()]
 
     def _follow(self) -> Groups:
         """Groups the live weights; looks up again what was replaced, the two models too."""
@@ -246,12 +234,12 @@ class EMA(nn.Module):
         if self._live.model is not online or self._carrier.model is not placed["ema_model"]:
             self._live, self._carrier = self._wide.turn(self.model, self.ema_model)
             self._adopt()
-        groups = self._live.groups()
+        self._live.groups()
         if self._live.suspect:
             mend = "load a saved state, or call copy_params_from_model_to_ema()"
             raise RuntimeError(f"EMA: {mend} first. {self._live.suspect}")
         self._follow_second()
-        return groups
+        return self._live.grouped
 
     def _follow_second(self) -> None:
         self._carrier.groups()

@@ -137,6 +137,7 @@ class Swapper:
         self._model.current(call)
         average.require_usable(call)
         known = self._slot_pairs(label, call)
+        average.look(self._model, call)
         beside, gathered = self._beside(average, known, call)
         swap = Swap(
             label,

@@ -218,6 +218,7 @@ class Averages:
 
     def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)
+        average.look(self._live, call)
         self._twins.check(call)
         average.require_usable(call)
 

@@ -42,9 +42,9 @@ class ModelTensors:
     copied: list[Tracked]
     frozen: list[Tracked]
     indices: list[list[int]]
+    grouped: Groups
     streams: list[str]
     stages: Stages
-    _groups: Groups
     _copied_entries: list[Entry]
     _copied_here: list[Tensor]
     _copied_forms: list[tuple[object, ...]]
@@ -99,7 +99,7 @@ class ModelTensors:
             open_swaps.refuse_swapped("update", self.stored())
         if not self.unchanged():
             self.check("update")
-        return self._groups
+        return self.grouped
 
     def current(self, call: str) -> Groups:
         """The averaged weights as the model has them, in groups of one dtype and device.
@@ -108,7 +108,7 @@ class ModelTensors:
         """
         if not self.unchanged():
             self.check(call)
-        return self._groups
+        return self.grouped
 
     def unchanged(self) -> bool:
         """Whether `averaged` are the tensors that were found last, as far as an update looks.
@@ -235,7 +235,7 @@ class ModelTensors:
             "streams": [f"{dtype} {each}" for (dtype, _), each in indices],
             "stages": Stages(),
             "generation": self.generation + 1,
-            "_groups": groups,
+            "grouped": groups,
             "_copied_entries": [item.entries[0] for item in copied],
             "_copied_here": copied_here,
             "_copied_forms": list(map(FORM, copied_here)),

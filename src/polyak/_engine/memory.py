@@ -36,9 +36,8 @@ def identity(tensor: Tensor) -> Hashable:
     strides = part.stride()
     if 1 in sizes:  # the stride of a dimension of size 1 means nothing
         strides = tuple(s for n, s in zip(sizes, strides, strict=True) if n > 1)
-    kept = (part.dtype, part.is_conj(), part.is_neg())
     layout = shape(tensor) if is_distributed(tensor) else sizes
-    return part.device, start, *kept, layout, strides
+    return part.device, start, part.dtype, part.is_conj(), part.is_neg(), layout, strides
 
 
 class Forms(NamedTuple):
@@ -213,8 +212,7 @@ def _collision(cluster: list[_Span]) -> tuple[str, str] | None:
     """Two tensors of a cluster that share an element."""
     if len(cluster) > FEW:
         return _marked_twice(cluster)
-    pairs = combinations(cluster, 2)
-    return next(((a.name, b.name) for a, b in pairs if _overlap(a, b)), None)
+    return next(((a.name, b.name) for a, b in combinations(cluster, 2) if _overlap(a, b)), None)
 
 
 def _marked_twice(cluster: list[_Span]) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyak._engine import signals
@@ -151,12 +152,16 @@ def is_swapped(model: object) -> bool:
 
 def refuse_swapped(call: str, items: Sequence[Tracked]) -> None:
     """Raises `RuntimeError` if any of these tensors of a model holds an average."""
+    if OPEN:  # a block may have removed some of them from the model
+        refuse_parts(call, [(i.name, part) for i in items if (part := i.own()) is not None])
+
+
+def refuse_parts(call: str, parts: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises `RuntimeError` if any of these tensors, given with their names, holds an average."""
     for swap in OPEN:
-        # A block may have removed some of them from the model.
-        found = [(item.name, part) for item in items if (part := item.own()) is not None]
-        if places := meeting([part for _, part in found], swap.carriers()[0]):
+        if places := meeting([part for _, part in parts], swap.carriers()[0]):
             raise RuntimeError(
-                f"{call}: {found[places[0]][0]} has an average, in a block "
+                f"{call}: {parts[places[0]][0]} has an average, in a block "
                 f"applied({swap.label!r}) of {swap.owner.name}; leave that block first"
             )
 

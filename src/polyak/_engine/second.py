@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak._checks import require
+from polyak._checks import difference, report, require
 from polyak._dtypes import slot_dtype
 from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
@@ -18,6 +18,9 @@ from polyak._engine.memory import addresses, identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
 from polyak._modes import no_grad, ordinary
 from polyak._tensors import versions
+
+Copies = list[tuple[Tensor, Tensor]]
+"""Tensors of the second module, and the tensors of the model that they are updated from."""
 
 _MOST = {"initted": 1, "step": 2**53}  # above 2**53, a float cannot hold every integer
 
@@ -129,6 +132,18 @@ def require_second(live: ModelTensors, carrier: ModelTensors) -> None:
     shared = shared or list(overlap(stored) or ())
     if shared:
         raise ValueError(f"EMA ema_model shares {shared[0]} with the model, wanted a second module")
+
+
+def copies(live: ModelTensors, carrier: ModelTensors, policy: Policy) -> Copies:
+    """The tensors of a policy in the second module, with the live ones: "skip" are the ignored names."""
+    ours = {item.name: item for item in live.tracked if item.policy == policy}
+    open_swaps.refuse_swapped("EMA", list(ours.values()))
+    theirs = {item.name: item for item in carrier.tracked if item.name in ours}
+    given = {name: item.shape() for name, item in ours.items()}
+    if wrong := difference({name: item.shape() for name, item in theirs.items()}, given):
+        title = "EMA: the names or shapes of the model's tensors differ from those of ema_model"
+        raise RuntimeError(report(title, wrong))
+    return [(theirs[name].local(), item.local()) for name, item in ours.items()]
 
 
 class WideSlots:

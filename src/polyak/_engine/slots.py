@@ -20,8 +20,9 @@ from polyak._dtypes import Kind, kind, slot_dtype
 from polyak._engine import open_swaps
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
+from polyak._engine.memory import meeting
 from polyak._engine.moving import Move
-from polyak._engine.rounding import Rounding, seed, stalled
+from polyak._engine.rounding import Rounding, seed
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec, spec_of
 from polyak._modes import no_grad, ordinary
@@ -62,8 +63,8 @@ class Average:
         """Slots of which an update has moved a part, and why it stopped."""
         self._dtype = dtype
         self._device = device
+        self.rounding = rounding
         self._compensated = rounding == "compensated"
-        self._stochastic = rounding == "stochastic"
         self._name = name
         self._born: dict[str, int] = {}
         """Slots that updates have allocated, and at which update."""
@@ -115,30 +116,32 @@ class Average:
             self._allocate(live, slot, fraction)
         residues = self.groups(live, slot + COMPENSATION) if self._compensated else None
         seeds = None
-        if self._stochastic:
+        if self.rounding == "stochastic":
             seeds = [seed(self.tick.n, self._name, slot, each) for each in live.streams]
         infinities = self._infinities.get(slot) or self._infinities.setdefault(slot, Infinities())
         return Move(self.groups(live, slot), fraction, infinities, residues, seeds)
 
-    def stalled(self, live: ModelTensors, elapsed: float) -> float:
-        """The share of the weights that should move at the next update, and that rounding would stop.
-
-        It is 0 before the first update, and with the roundings that never stop a weight.
-        """
-        if self.tick.n == 0 or self._compensated or self._stochastic:
-            return 0.0
-        stay = move = 0
-        for slot, fraction in self.rule.fractions(self.rule.tick(self.tick, elapsed)).items():
-            if slot in self.slots and fraction < 1:
-                for slots, weights in zip(self.groups(live, slot), live.groups(), strict=True):
-                    counted = stalled(slots, weights, fraction)
-                    stay, move = stay + counted[0], move + counted[1]
-        return stay / move if move else 0.0
+    def look(self, live: ModelTensors, call: str) -> None:
+        """Raises `RuntimeError` in a block on a module's slots, and if the model has slots by now."""
+        if open_swaps.OPEN and self.shared():
+            slots = [(f"module({self._name!r})", each) for each in self.lone_slot() or ()]
+            open_swaps.refuse_parts(call, slots)
+        if self._generation == live.generation:
+            return
+        weights = [item.local() for item in live.averaged]
+        if places := meeting(weights, [each for held in self.slots.values() for each in held]):
+            name = live.averaged[places[0]].name
+            self.damaged = f"{name} of the model was one of its slots, and training changed it"
+            raise RuntimeError(
+                f"{call}: {name} of the model is a slot of the average (load_state_dict(assign=True) of an "
+                "averager's own tensors?): give the model a .clone() of it, and load a saved state"
+            )
+        self._grouped, self._generation = {}, live.generation
 
     def groups(self, live: ModelTensors, slot: str) -> Groups:
         """The tensors of a slot in the groups of the live weights."""
         if self._generation != live.generation:
-            self._grouped, self._generation = {}, live.generation
+            self.look(live, "update")
         if slot not in self._grouped:
             self._grouped[slot] = live.group(self.slots[slot])
         return self._grouped[slot]
@@ -223,8 +226,9 @@ class Average:
             names = (item.name for item in live.averaged)
             return {n: spec_of(t) for n, t in zip(names, held, strict=True)}
         return {
-            item.name: TensorSpec(tuple(item.local().shape), self._dtype_of(item))
+            item.name: TensorSpec(tuple(t.shape), slot_dtype(t.dtype, self._dtype))
             for item in live.averaged
+            for t in [item.local()]
         }
 
     def state(self, live: ModelTensors) -> dict[str, Any]:
@@ -281,9 +285,6 @@ class Average:
             torch.empty_like(item.local(), dtype=dtype, device=self._device, requires_grad=False)
             for item, dtype in zip(live.averaged, dtypes, strict=True)
         ]
-
-    def _dtype_of(self, item: Tracked) -> torch.dtype:
-        return slot_dtype(item.local().dtype, self._dtype)
 
 
 def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from polyak._dtypes import dtype_name
 from polyak._engine.live import ModelTensors
+from polyak._engine.rounding import stalled
 from polyak._engine.slots import Average
 from polyak._engine.tracking import Tracked, is_statistic
 from polyak._lazy import TensorSpec
@@ -94,8 +95,25 @@ def summarise(
     held = [t for a in averages.values() for slot in a.slots.values() for t in slot] + copies
     memory = sum(t.numel() * t.element_size() for t in held)
     rules = {name: str(average.rule) for name, average in averages.items()}
-    shares = {name: average.stalled(live, elapsed) for name, average in averages.items()}
+    shares = {name: _stalled(average, live, elapsed) for name, average in averages.items()}
     return Summary(rules, first.tick.n, memory, shares, rows)
+
+
+def _stalled(average: Average, live: ModelTensors, elapsed: float) -> float:
+    """The share of the weights that should move at the next update, and that rounding would stop.
+
+    It is 0 before the first update, and with the roundings that never stop a weight.
+    """
+    rule, tick = average.rule, average.tick
+    if tick.n == 0 or average.rounding != "nearest":
+        return 0.0
+    stay = move = 0
+    for slot, fraction in rule.fractions(rule.tick(tick, elapsed)).items():
+        if slot in average.slots and fraction < 1:
+            for slots, weights in zip(average.groups(live, slot), live.groups(), strict=True):
+                counted = stalled(slots, weights, fraction)
+                stay, move = stay + counted[0], move + counted[1]
+    return stay / move if move else 0.0
 
 
 def _row(item: Tracked, specs: Mapping[str, TensorSpec], convex: str) -> Row:

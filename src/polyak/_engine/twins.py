@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from weakref import ref
 
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from polyak._dtypes import kind
 from polyak._engine.live import ModelTensors
+from polyak._engine.memory import addresses
 from polyak._engine.slots import Average
-from polyak._engine.tracking import Tracked, inner
+from polyak._engine.tracking import Table, Tracked, inner
 from polyak._engine.updating import Updating
 from polyak._modes import ordinary
 from polyak._ranks.sharding import is_distributed
@@ -27,10 +28,11 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class _View(NamedTuple):
-    """A tensor of a module, the table that has it, and the name that it is tracked by."""
+    """A tensor, the module and its table that have it, and the name that it is tracked by."""
 
     tensor: Tensor
-    table: Mapping[str, Tensor | None]
+    owner: nn.Module
+    table: Table
     leaf: str
     name: str
 
@@ -62,9 +64,10 @@ class Twin:
 
     def require_followed(self, call: str) -> None:
         """Raises `RuntimeError` if the module was moved, or its tensors were written to."""
+        self._shared.look(self._average, call)
         slots = self._shared.slots(self._average)
-        for tensor, table, leaf, name in self._views:
-            if table.get(leaf) is not tensor or (
+        for tensor, owner, table, leaf, name in self._views:
+            if getattr(owner, table).get(leaf) is not tensor or (
                 name in slots and tensor.data_ptr() != slots[name].data_ptr()
             ):
                 self._average.twin = None
@@ -98,6 +101,13 @@ class _Shared:
         """name -> slot."""
         return dict(zip((i.name for i in self._live.averaged), _slot(average), strict=True))
 
+    def look(self, average: Average, call: str) -> None:
+        """`Average.look`, at tensors too that `.data` has moved, which an update does not see."""
+        weights = (item.local() for item in self._live.averaged)
+        if not {*addresses(_slot(average))}.isdisjoint(map(Tensor.data_ptr, weights)):
+            self._live.check(call)
+        average.look(self._live, call)
+
     def contents(self, average: Average) -> dict[str, Tensor]:
         """name -> the slot, the copy, or the model's own tensor of what an averager does not hold."""
         copied = zip(self._live.copied, self._updating.copies.tensors, strict=True)
@@ -125,10 +135,10 @@ class _Shared:
                 # by the batch there, and by the slots in eval mode, as before.
                 each.track_running_stats = False
         return module, [
-            _View(tensor, table, leaf, names[id(tensor)])
+            _View(tensor, each, table, leaf, names[id(tensor)])
             for each in module.modules()
-            for table in (each._parameters, each._buffers)
-            for leaf, tensor in table.items()
+            for table in get_args(Table)
+            for leaf, tensor in getattr(each, table).items()
             if tensor is not None and id(tensor) in names
         ]
 
