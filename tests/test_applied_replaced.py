@@ -230,12 +230,18 @@ MOVED: dict[str, Callable[[nn.Module], object]] = {
 }
 """What is done to a tied weight, by `.data`, before some of its names lose it."""
 
+
+def put_both(model: Any, weight: nn.Parameter) -> None:
+    for module in model:
+        module.weight = weight
+
+
 LOST: dict[str, Callable[[Any], object]] = {
     "no name": lambda _: None,
     "the first name": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 2))),
     "the second name": lambda m: m[1].__dict__.update(deepcopy(m[1]).__dict__),
     "both names": lambda m: m.load_state_dict(fresh(m).state_dict(), assign=True),
-    "both names, which stay tied": lambda m: [setattr(e, "weight", m.other) for e in m],
+    "both names, which stay tied": lambda m: put_both(m, m.other),
     "the first name, to a row of it": lambda m: setattr(
         m[0], "weight", nn.Parameter(m[1].weight.data[:1])
     ),

@@ -358,7 +358,7 @@ SHARED: dict[str, Callable[[EMA], object]] = {
     "a row": lambda e: setattr(e.model[0].bias, "data", e.ema_model[0].weight.data[:, 0]),  # type: ignore[index]
     "live tables": tables(give("_parameters")),
     "averaged tables": tables(lambda live, carried: give("_parameters")(carried, live)),
-    "a layer": lambda e: e.model.__setitem__(0, e.ema_model[0]),  # type: ignore[index]
+    "a layer": lambda e: setattr(e.model, "0", e.ema_model[0]),  # type: ignore[index]
     "a Parameter": lambda e: setattr(e.model[0], "bias", nn.Parameter(e.ema_model[0].bias.data)),  # type: ignore[index]
     "one vector": lambda e: one_vector(e.model, e.ema_model),
 }
@@ -374,7 +374,7 @@ FOLLOWED: dict[str, Callable[[EMA], object]] = {
     "by assigning": lambda e: e.ema_model.load_state_dict(
         {k: v + 2 for k, v in averaged(e).items()}, assign=True
     ),
-    "one vector each": lambda e: [one_vector(model) for model in (e.model, e.ema_model)],
+    "one vector each": lambda e: list(map(one_vector, (e.model, e.ema_model))),
 }
 """Changes of tensors of either model, from which the average goes on."""
 

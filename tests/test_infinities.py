@@ -39,6 +39,7 @@ KINDS: dict[str, Tensor] = {
     "float16": causal(5, torch.float16),
     "complex": torch.tensor([complex(INF, 1), complex(-INF, INF), complex(2, 0.1)]),
     "finite": torch.tensor([0.125, -(2.0**127), 2.0**-130, 0.0]),
+    "zeros of both signs": torch.tensor([0.0, -0.0, 1.0]),
     "empty": torch.empty(0, 3),
 }
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -383,7 +383,7 @@ TAKEN: dict[str, Callable[[nn.Linear, dict[str, Tensor]], object]] = {
     "by loading": lambda m, t: m.load_state_dict(t, assign=True),
     "a Parameter": lambda m, t: setattr(m, "weight", nn.Parameter(t["weight"].detach())),
     ".data": lambda m, t: setattr(m.weight, "data", t["weight"]),
-    "set_": lambda m, t: torch.no_grad()(m.weight.set_)(t["weight"].detach()),
+    "set_": lambda m, t: torch.no_grad()(cast(Any, m.weight).set_)(t["weight"].detach()),
     ".data of a row": lambda m, t: setattr(m.bias, "data", t["weight"][:, 0]),
 }
 """Ways in which a model gets the memory of slots, given by name."""
@@ -438,11 +438,11 @@ def test_a_model_on_the_memory_of_slots_is_refused_by_name(way: str, shared: boo
 
 @pytest.mark.parametrize("read", READ)
 def test_in_a_block_on_its_module_calls_are_refused_and_it_is_unhurt(read: str) -> None:
-    _, averager = _scene()
+    model, averager = _scene()
     module = averager.module()
     of_module = Averager(module, "exponential(0.5)")
     of_module.update()
-    wander(averager.model, 3)
+    wander(model, 3)
     averager.update()
     before, inside = averager.average(), of_module.average()
     with of_module.applied():

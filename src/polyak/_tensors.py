@@ -97,7 +97,8 @@ def lerp_(slots: list[Tensor], live: list[Tensor], fraction: float) -> None:
 
     A fraction of 1 copies, because a lerp by 1 into a slot that holds inf or NaN gives NaN. 0 is not a fraction:
     `polyak._engine.moving` leaves such moves out.
-    lerp and not multiply and add: a constant input then stays the same, bit for bit.
+    lerp and not multiply and add: a constant input then stays the same, bit for bit; only -0.0 may
+    become 0.0.
     """
     lerp_all_([slots], live, [fraction])
 
