@@ -124,7 +124,7 @@ FAULTS: tuple[Bug, ...] = (
     bug("1. ties of what is left out must stay", "_engine/live.py", 'kept = (item for item in tracked if item.policy != "skip")', "kept = tracked", "shared_memory"),
     bug("2. an update copies what another block has swapped", "_engine/live.py", 'open_swaps.refuse_swapped("update", self.stored())', 'open_swaps.refuse_swapped("update", self.averaged)', *BLOCKS),
     bug("2. a frozen tensor is read from another block", "_engine/readout.py", '        open_swaps.refuse_swapped("the average", [self._frozen[name]])\n', "", *BLOCKS),
-    bug("2. begin takes what another block has swapped", "_engine/resumable.py", '        open_swaps.refuse_swapped("begin", [i for i in self._live.stored() if given.isdisjoint(i.names)])\n', "", *BLOCKS),
+    bug("2. begin takes what another block has swapped", "_engine/resumable.py", '        open_swaps.refuse_swapped(\n            "begin", [i', '        (\n            "begin", [i', *BLOCKS),
     bug("2. a file has another block's average as live weights", "checkpoints/_save.py", '        open_swaps.refuse_swapped("save", items)\n', "", *BLOCKS),
     bug("2. a pull moves what another block has swapped", "_engine/pulling.py", '    open_swaps.refuse_swapped("pull", live.averaged)\n', "", *BLOCKS),
     bug("2. a dropped averager leaves its model swapped", "_engine/applying.py", "WeakMethod(self._end),", "lambda end=self._end: end,", "applied"),
