@@ -49,8 +49,8 @@ class Norm:
     def __init__(self, name: str, module: Any) -> None:
         self.label = f"{name or 'the model'} ({type(module).__name__})"
         self.module, self.momentum, self.calls = module, module.momentum, 0
-        held = dict(module.named_buffers(recurse=False))
-        self.buffers = {leaf: held[leaf] for leaf in (*STATISTICS, _COUNTER) if leaf in held}
+        buffers = dict(module.named_buffers(recurse=False))
+        self.buffers = {leaf: buffers[leaf] for leaf in (*STATISTICS, _COUNTER) if leaf in buffers}
         if any(is_lazy(buffer) or buffer.is_meta for buffer in self.buffers.values()):
             raise ValueError(
                 f"{self.label} has no content yet (a lazy module, or the meta device): run a "
@@ -59,7 +59,9 @@ class Norm:
         self.before = {leaf: buffer.clone() for leaf, buffer in self.buffers.items()}
         # At least float32: in bfloat16 the share of the 500th batch would be rounded away.
         self._means = [
-            torch.zeros_like(held[leaf], dtype=torch.promote_types(held[leaf].dtype, torch.float32))
+            torch.zeros_like(
+                buffers[leaf], dtype=torch.promote_types(buffers[leaf].dtype, torch.float32)
+            )
             for leaf in STATISTICS
         ]
 

@@ -95,13 +95,13 @@ class Stages:
     @ordinary
     def _buffer(self, slots: list[Tensor], length: int) -> Tensor:
         wanted, (dtype, device) = min(length, sum(map(Tensor.numel, slots))), kind(slots[0])
-        held = self._buffers.get((dtype, device))
-        if held is None or held.numel() < wanted:
-            held = torch.empty(wanted, dtype=dtype, device=device)
-            self._buffers[dtype, device] = held
+        buffer = self._buffers.get((dtype, device))
+        if buffer is None or buffer.numel() < wanted:
+            buffer = torch.empty(wanted, dtype=dtype, device=device)
+            self._buffers[dtype, device] = buffer
             # Stages of other groups would keep the smaller buffer alive: they are made anew.
-            self._made = {key: stage for key, stage in self._made.items() if key[1] != kind(held)}
-        return held
+            self._made = {key: stage for key, stage in self._made.items() if key[1] != kind(buffer)}
+        return buffer
 
 
 def _runs(numels: Sequence[int], length: int) -> Iterator[tuple[int, int]]:

@@ -186,12 +186,12 @@ def reshard(model: object) -> None:
                 f"this torch ({torch.__version__}) keeps the weights of fully_shard in a way that "
                 "polyak does not know: use a torch version that polyak supports"
             )
-        held = set(map(id, modules))
+        known = set(map(id, modules))
     else:
-        held = set(map(id, model.values())) if isinstance(model, Mapping) else set()
+        known = set(map(id, model.values())) if isinstance(model, Mapping) else set()
     for group in groups:
         parameters = fsdp_parameters(group)
-        if any(not held.isdisjoint(map(id, holders_of(each))) for each in parameters):
+        if any(not known.isdisjoint(map(id, holders_of(each))) for each in parameters):
             reshard_group(group)
 
 

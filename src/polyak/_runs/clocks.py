@@ -43,10 +43,10 @@ def read(entries: Sequence[Entry]) -> list[Timed]:
     """The clocks and numbers of checkpoints, from their files, the records beside them, and their names."""
     timed, remembered = [], dict[str, Row]()
     for entry in entries:
-        held = inside(entry.weights)
-        for monitor, name, score in scores(held):
+        numbers = inside(entry.weights)
+        for monitor, name, score in scores(numbers):
             remembered.setdefault(name, {})[monitor] = score
-        own = scalars(held) | _beside(entry)
+        own = scalars(numbers) | _beside(entry)
         timed.append(Timed(entry, clock_of(own) | named(entry.named).clock, own))
     for each in timed:
         each.scores = remembered.get(each.entry.named.name, {})

@@ -61,15 +61,17 @@ def found(run: Path, file: str | None = None) -> Found:
     level, one, aside = [run], None, dict[Path, str]()
     for _ in range(_LEVELS):
         holders = [_held(folder, file) for folder in level]
-        several = [held for held in holders if len(_of_a_run(held)) > 1]
+        several = [candidate for candidate in holders if len(_of_a_run(candidate)) > 1]
         if len(several) > 1:
-            listed = ", ".join(str(held.folder) for held in several[:_SHOWN])
+            listed = ", ".join(str(candidate.folder) for candidate in several[:_SHOWN])
             raise ValueError(f"{run} has the checkpoints of several runs ({listed}): give one")
         if several:
             return several[0]
-        one = one or next((held for held in holders if _of_a_run(held)), None)
-        aside |= {path: why for held in holders for path, why in held.aside.items()}
-        level = [each for held in holders for each in folders(held.folder) if each not in aside]
+        one = one or next((candidate for candidate in holders if _of_a_run(candidate)), None)
+        aside |= {path: why for candidate in holders for path, why in candidate.aside.items()}
+        level = [
+            each for candidate in holders for each in folders(candidate.folder) if each not in aside
+        ]
     if one is not None:
         return one
     nothing = _NOTHING if file is None else f"no folder of a checkpoint in it has {file}"

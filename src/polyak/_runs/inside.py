@@ -26,8 +26,8 @@ def inside(path: Path) -> Mapping[str, Any]:
     if not is_torch(file.read(0, 64)):
         return {}
     with labelled(path, "a damaged file of torch.save"):
-        held = load(file.whole).value
-    return held if isinstance(held, dict) and not is_state(held) else {}
+        content = load(file.whole).value
+    return content if isinstance(content, dict) and not is_state(content) else {}
 
 
 def scalars(held: Mapping[str, Any]) -> Row:

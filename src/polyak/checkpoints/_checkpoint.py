@@ -208,9 +208,9 @@ class ReadOut(LazyTensors):
         terms = self._terms[name]
         if [c for *_, c in terms] == [1.0]:
             return terms[0][0].read(terms[0][1], where)
-        held = [(source.read(key, where), c) for source, key, c in terms]
-        out = torch.empty(held[0][0].shape, dtype=self.specs[name].dtype)
-        tensors.combine_([out], [([tensor], c) for tensor, c in held])
+        parts = [(source.read(key, where), c) for source, key, c in terms]
+        out = torch.empty(parts[0][0].shape, dtype=self.specs[name].dtype)
+        tensors.combine_([out], [([tensor], c) for tensor, c in parts])
         return out
 
     def elements(self, name: str) -> Elements:
@@ -228,8 +228,8 @@ class ReadOut(LazyTensors):
 
     def _spec_at(self, name: str) -> TensorSpec:
         """The shape of the slots, and the widest of their dtypes."""
-        held = [source.spec(key) for source, key, _ in self._terms[name]]
-        widest = max(held, key=lambda spec: spec.dtype.itemsize)
-        if any(spec.shape != widest.shape for spec in held):
+        specs = [source.spec(key) for source, key, _ in self._terms[name]]
+        widest = max(specs, key=lambda spec: spec.dtype.itemsize)
+        if any(spec.shape != widest.shape for spec in specs):
             raise self._error(f"{name}: the slots have different shapes")
         return widest

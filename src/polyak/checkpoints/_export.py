@@ -88,9 +88,9 @@ def export(
     require_slot_dtype(dtype, "export: dtype")
     if isinstance(source, Averager):
         tracked = [item for item in source.tracked if item.persistent]
-        held = {item.name: item.held() for item in tracked}
-        if any(map(is_distributed, held.values())):
-            spreads, parts = _spread(source, name, tracked, held, dtype, group)
+        tensors = {item.name: item.held() for item in tracked}
+        if any(map(is_distributed, tensors.values())):
+            spreads, parts = _spread(source, name, tracked, tensors, dtype, group)
             write_together(
                 path,
                 spreads,
@@ -102,8 +102,8 @@ def export(
                 progress=progress,
             )
             return
-        model = {n: spec_of(tensor) for n, tensor in held.items()}
-        weights: Weights = joined(held, source.weights(name))
+        model = {n: spec_of(tensor) for n, tensor in tensors.items()}
+        weights: Weights = joined(tensors, source.weights(name))
     elif isinstance(source, Checkpoint):
         model, weights = _of_checkpoint(source, name)
         _require_content(source, model)
@@ -260,11 +260,11 @@ def _cadence(found: Checkpoint, every: int | None, count: int | None) -> int:
 
 def _held(found: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of the model by name, the live one if the file has it; tied names share an object."""
-    held: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     by_origins: dict[Hashable, Tensor] = {}
     live = [] if found.live is None else [found.live]
     for weights in (*live, *found.averages.values()):
         for name in weights:
-            if name not in held:
-                held[name] = by_origins.setdefault(weights.origins(name), weights[name])
-    return held
+            if name not in tensors:
+                tensors[name] = by_origins.setdefault(weights.origins(name), weights[name])
+    return tensors

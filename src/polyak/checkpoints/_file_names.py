@@ -117,9 +117,9 @@ def holder(folder: Path, *, deeper: bool = True) -> Path | None:
     within = [each for each in folders(folder) if not is_beside(each)]
     models = [each for each in (*files, *within) if _is_model(each)]
     if len(models) == 1 and deeper:
-        held = holder(models[0], deeper=False) if models[0] in within else models[0]
-        if held is not None:
-            return held
+        inner = holder(models[0], deeper=False) if models[0] in within else models[0]
+        if inner is not None:
+            return inner
     if files:
         return _chosen(files)
     if parts := [each for each in within if _PART.search(each.name)]:
@@ -143,10 +143,10 @@ def folders(folder: Path) -> Iterator[Path]:
 
 
 def _of_folders(within: list[Path]) -> Path | None:
-    held = {each: weights for each in within if (weights := holder(each, deeper=False))}
-    if len(held) > 1 and not any(named(each).clock for each in held):
-        raise ValueError(_several([each.name for each in held]))
-    return next(iter(held.values())) if len(held) == 1 else None
+    holders = {each: weights for each in within if (weights := holder(each, deeper=False))}
+    if len(holders) > 1 and not any(named(each).clock for each in holders):
+        raise ValueError(_several([each.name for each in holders]))
+    return next(iter(holders.values())) if len(holders) == 1 else None
 
 
 def _chosen(files: list[Path]) -> Path | None:

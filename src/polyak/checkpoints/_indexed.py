@@ -43,9 +43,9 @@ class IndexedTensors(Forwarding):
         """What is not among the tensors -> why."""
         found: dict[str, str] = {}
         for file in dict.fromkeys(self._files.values()):
-            held = self._of_file(file)
-            found |= held.unread if isinstance(held, TensorFile) else {}
-            found |= {name: _UNLISTED for name in held if name not in self._files}
+            tensors = self._of_file(file)
+            found |= tensors.unread if isinstance(tensors, TensorFile) else {}
+            found |= {name: _UNLISTED for name in tensors if name not in self._files}
         return found
 
     @cached_property
@@ -79,12 +79,12 @@ class IndexedTensors(Forwarding):
     def _holder(self, name: str) -> LazyTensors:
         """The tensors of the file that has this one."""
         file = self._files[name]
-        held = self._of_file(file)
-        if name not in held:
+        tensors = self._of_file(file)
+        if name not in tensors:
             raise ValueError(
                 f"{self.path}: it says that {name} is in {file}, which has no such tensor"
             )
-        return held
+        return tensors
 
     def _of_file(self, file: str) -> LazyTensors:
         if file not in self._held:
@@ -99,12 +99,12 @@ def _tensors(file: OpenFile) -> LazyTensors:
     if not is_torch(file.read(0, 4)):
         raise refusal(file)
     with labelled(file.path, "a damaged file of torch.save"):
-        held = load(file.whole).value
-        if not isinstance(held, dict):
+        content = load(file.whole).value
+        if not isinstance(content, dict):
             raise ValueError("wanted a dictionary name -> tensor")
-        if not all(isinstance(tensor, StoredTensor) for tensor in held.values()):
+        if not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
             raise ValueError("wanted a dictionary name -> tensor")
-    return StoredTensors(held)
+    return StoredTensors(content)
 
 
 def _index(file: OpenFile) -> dict[str, str]:

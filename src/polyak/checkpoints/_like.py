@@ -233,8 +233,8 @@ def _write(
     it, along whichever dimension the tensor is cut.
     """
     shape, dtype = weights.specs[name]
-    held = {place: part_of(shape, place.where) for place in places}
-    if not all(place.is_plain(TensorSpec(box.shape, dtype)) for place, box in held.items()):
+    boxes = {place: part_of(shape, place.where) for place in places}
+    if not all(place.is_plain(TensorSpec(box.shape, dtype)) for place, box in boxes.items()):
         _write_parts(files, places, weights[name])
         return
     done = 0  # elements
@@ -243,7 +243,7 @@ def _write(
             box = part_of(shape, where)
             part, flat = flat[: box.numel].view(box.shape), flat[box.numel :]
             done += box.numel
-            for place, outer in held.items():
+            for place, outer in boxes.items():
                 _write_box(files[place.path], place, outer, box, part)
 
 
@@ -261,10 +261,10 @@ def _write_parts(files: Mapping[Path, BinaryIO], places: tuple[Place, ...], tens
     """Write the parts of a whole tensor into their storages; the rest of these stays."""
     for place in places:
         file, part = files[place.path], tensor[place.where] if place.where else tensor
-        held = bytearray(system.pread(file.fileno(), place.nbytes, place.start))
-        storage = torch.frombuffer(held, dtype=tensor.dtype)
+        raw = bytearray(system.pread(file.fileno(), place.nbytes, place.start))
+        storage = torch.frombuffer(raw, dtype=tensor.dtype)
         storage.as_strided(part.shape, place.stride, place.offset).copy_(part)
-        system.write_at(file.fileno(), memoryview(held), place.start)
+        system.write_at(file.fileno(), memoryview(raw), place.start)
 
 
 def _require_same(weights: LazyTensors, one: str, other: str, out: Path) -> None:

@@ -81,25 +81,25 @@ def prepared(
     source = sniff(path)
     if (stored := own.of_source(source)) is not None:
         return fitted(stored, averager, change_rule)
-    held = None
+    state = None
     if isinstance(source.opened, DistributedTensors):
-        held = find_state(source.opened, source.key)
+        state = find_state(source.opened, source.key)
     elif source.opened is not None:
-        held = _only_state(source)
-    if held is not None:
-        return _placed(path, held, averager)
+        state = _only_state(source)
+    if state is not None:
+        return _placed(path, state, averager)
     return foreign_state(source, averager, names=names, count=count, change_rule=change_rule)
 
 
 def _only_state(source: Source) -> dict[str, Any] | None:
     """The state of an averager that torch.save wrote, alone or beside other things."""
-    held = states(content(source).top)
-    if len(held) > 1:
+    found = states(content(source).top)
+    if len(found) > 1:
         raise ValueError(
-            f"{source.path} has the states of several averagers, {', '.join(held)}: save the one that "
+            f"{source.path} has the states of several averagers, {', '.join(found)}: save the one that "
             "you want in a file of its own"
         )
-    return next(iter(held.values()), None)
+    return next(iter(found.values()), None)
 
 
 def fitted(stored: Stored, averager: Averager, change_rule: bool = False) -> dict[str, Any]:
@@ -133,9 +133,9 @@ def require_fit(path: Path, averager: Averager, state: dict[str, Any]) -> None:
 def _load_module(source: Source, ema: EMA) -> None:
     """Load the state of the article's class, after all names, shapes and dtypes are compared."""
     path, stored = source.path, own.of_source(source)
-    held = _module_state(source) if stored is None else stored.under("ema/")
+    saved = _module_state(source) if stored is None else stored.under("ema/")
     wanted = {name: spec_of(tensor) for name, tensor in ema.state_dict().items()}
-    got = dict(held.specs)
+    got = dict(saved.specs)
     for counter in {"initted", "step"} & got.keys():  # in ema-pytorch they have other dtypes
         if got[counter].numel == 1 and not got[counter].dtype.is_complex:
             got[counter] = wanted[counter]
@@ -149,7 +149,7 @@ def _load_module(source: Source, ema: EMA) -> None:
             report(f"{path}: the saved EMA has other settings; make them the same", lines)
         )
     with labelled(path, "a damaged file"):
-        ema.load_state_dict(held)
+        ema.load_state_dict(saved)
 
 
 def _module_state(source: Source) -> LazyTensors:
@@ -163,15 +163,15 @@ def _own_state(stored: Stored, averager: Averager, change_rule: bool) -> dict[st
     """The state in a file of ours, with the averager's rules if they may change."""
     if stored.value("kind") == "ema":
         raise stored.error("it holds a polyak.EMA: load it into a polyak.EMA")
-    held, mine = stored.averages(), averager.rules
-    theirs = {name: each.rule for name, each in held.items()}
+    averages, mine = stored.averages(), averager.rules
+    theirs = {name: each.rule for name, each in averages.items()}
     require_rules(stored.path, mine, theirs, change_rule)
     state = own.state(stored)
     for option in ("every", "pull") if change_rule else ():
         state.pop(option, None)
     for name, rule in mine.items():
         if theirs[name] != rule:
-            tick = tick_data(tick_under(rule, held[name].tick))
+            tick = tick_data(tick_under(rule, averages[name].tick))
             state["averages"][name] |= {"rule": str(rule), "tick": tick}
             state["mixed"] = True
     return state
@@ -216,7 +216,7 @@ def _state(folder: DistributedTensors, root: tuple[str, ...]) -> dict[str, Any]:
     state["copies"] = _tensors(state["copies"])
     for average in state["averages"].values():
         slots = average.setdefault("slots", {})
-        average["slots"] = {slot: _tensors(held) for slot, held in slots.items()}
+        average["slots"] = {slot: _tensors(tensors) for slot, tensors in slots.items()}
     return state
 
 

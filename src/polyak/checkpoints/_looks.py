@@ -115,7 +115,5 @@ def archive_kind(names: Collection[str]) -> str:
         return "a model of Keras: read it there, and save the weights as safetensors"
     if ends and all(name.endswith(".npy") for name in ends):
         return "arrays of numpy: save a dictionary name -> tensor with torch.save"
-    held = ", ".join(sorted(ends - {""})[:5]) or "nothing"
-    return (
-        f"a zip archive without data.pkl, which torch.save did not write ({held:.200}): {_UNPACK}"
-    )
+    endings = ", ".join(sorted(ends - {""})[:5]) or "nothing"
+    return f"a zip archive without data.pkl, which torch.save did not write ({endings:.200}): {_UNPACK}"

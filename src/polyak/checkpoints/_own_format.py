@@ -191,13 +191,13 @@ def of_source(source: Source) -> Stored | None:
 def within(folder: DistributedTensors) -> dict[str, Stored]:
     """The averagers of a folder by their keys; an averager that was saved alone has the key ""."""
     found = {}
-    for part, held in folder.parts().items():
-        begins = {name.split("/")[0] for name in held}
-        if KEY in held and held.specs[KEY].dtype == torch.uint8 and begins <= {KEY, *_PARTS}:
+    for part, tensors in folder.parts().items():
+        begins = {name.split("/")[0] for name in tensors}
+        if KEY in tensors and tensors.specs[KEY].dtype == torch.uint8 and begins <= {KEY, *_PARTS}:
             path = Path(f"{folder.path}/{part}") if part else folder.path  # a key may be anything
-            others = {name: name for name in held if name.split("/")[0] != KEY}
-            stored = Stored(path, renamed(held, others), _text(held, KEY))
-            _require_one_save(stored, held)
+            others = {name: name for name in tensors if name.split("/")[0] != KEY}
+            stored = Stored(path, renamed(tensors, others), _text(tensors, KEY))
+            _require_one_save(stored, tensors)
             found[part] = stored
     return found
 
@@ -254,9 +254,13 @@ def _read_out(stored: Stored, name: str, average: StoredAverage) -> ReadOut:
 def state(stored: Stored) -> dict[str, Any]:
     """The state for an averager's `load_state_dict`; its tensors are not read yet."""
     averages: dict[str, dict[str, Any]] = {}
-    for name, held in stored.averages().items():
-        slots = {slot: stored.under(f"averages/{name}/{slot}/") for slot in held.slots}
-        averages[name] = {"rule": str(held.rule), "tick": tick_data(held.tick), "slots": slots}
+    for name, average in stored.averages().items():
+        slots = {slot: stored.under(f"averages/{name}/{slot}/") for slot in average.slots}
+        averages[name] = {
+            "rule": str(average.rule),
+            "tick": tick_data(average.tick),
+            "slots": slots,
+        }
     numbers = {name: stored.value(name) for name in ("calls", "elapsed", "skipped", "every")}
     numbers |= {name: stored.value(name) for name in ("run", "mixed", "pull") if stored.has(name)}
     copies = stored.under("copies/")

@@ -99,11 +99,13 @@ def read_source(
 def _under(found: Checkpoint, prefix: str) -> Checkpoint:
     """The weights whose names begin with a prefix, without it."""
     live = None if found.live is None else under(found.live, prefix)
-    averages = {name: under(held, prefix) for name, held in found.averages.items()}
-    averages = {name: held for name, held in averages.items() if held}
+    averages = {name: under(average, prefix) for name, average in found.averages.items()}
+    averages = {name: average for name, average in averages.items() if average}
     if not live and not averages:
         of_file: list[Iterable[str]] = [found.live or {}, *found.averages.values()]
-        has = ", ".join(dict.fromkeys(f"{n.split('.')[0]!r}" for held in of_file for n in held))
+        has = ", ".join(
+            dict.fromkeys(f"{n.split('.')[0]!r}" for average in of_file for n in average)
+        )
         raise ValueError(
             f"{found.path}: no name begins with {prefix!r}; names begin with {has:.200}"
         )
@@ -112,16 +114,16 @@ def _under(found: Checkpoint, prefix: str) -> Checkpoint:
 
 def _as(found: Checkpoint, role: Role) -> Checkpoint:
     """The weights of a file that holds either live weights or one average, as the other."""
-    held = [found.live] if found.live is not None else []
-    held += found.averages.values()
-    if len(held) != 1:
+    sets = [found.live] if found.live is not None else []
+    sets += found.averages.values()
+    if len(sets) != 1:
         has = ", ".join((["live"] if found.live is not None else []) + list(found.averages))
         raise ValueError(
             f"{found.path}: role={role!r} is for a file with one set of weights: {has}"
         )
     if role == "live":
-        return replace(found, live=held[0], averages={}, rules={}, ticks={}, clock=None)
-    return replace(found, live=None, averages={AVERAGE: held[0]})
+        return replace(found, live=sets[0], averages={}, rules={}, ticks={}, clock=None)
+    return replace(found, live=None, averages={AVERAGE: sets[0]})
 
 
 def _read(source: Source, names: Names, key: str | None, *, whole: bool) -> Checkpoint:
@@ -141,8 +143,8 @@ def _read(source: Source, names: Names, key: str | None, *, whole: bool) -> Chec
     top = replace(content(source, names), whole=whole)
     found = recognise(top if key is None else _part(top, key))
     if path.is_dir() and not isinstance(opened, DistributedTensors):
-        held = settings(path / "config.json")
-        return _diffusers(found, held) if "optimization_step" in held else found
+        config = settings(path / "config.json")
+        return _diffusers(found, config) if "optimization_step" in config else found
     return found
 
 
@@ -163,9 +165,9 @@ def content(source: Source, names: Names = None) -> Found:
     beside = [] if found.plain == "dcp" else sorted(source.path.glob(_REGISTERED))
     if not beside:
         return found
-    held = {file.name: _loaded(file, OpenFile(file).whole) for file in beside}
-    aside = sum((Counter(loaded.aside) for loaded in held.values()), Counter(found.aside))
-    top = {"": found.top, **{name: loaded.value for name, loaded in held.items()}}
+    contents = {file.name: _loaded(file, OpenFile(file).whole) for file in beside}
+    aside = sum((Counter(loaded.aside) for loaded in contents.values()), Counter(found.aside))
+    top = {"": found.top, **{name: loaded.value for name, loaded in contents.items()}}
     return replace(found, top=top, aside=dict(aside))
 
 
@@ -183,15 +185,15 @@ def _content(source: Source, names: Names) -> Found:
         plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
         return Found(path, plain, opened, names)
     assert isinstance(opened, Part)
-    held, aside, _ = _loaded(path, opened)
-    if isinstance(held, (list, tuple)) and any(isinstance(one, Mapping) for one in held):
-        held = {str(place): one for place, one in enumerate(held)}
-    if not isinstance(held, Mapping) or (type_of(held) in aside and not held):
+    top, aside, _ = _loaded(path, opened)
+    if isinstance(top, (list, tuple)) and any(isinstance(one, Mapping) for one in top):
+        top = {str(place): one for place, one in enumerate(top)}
+    if not isinstance(top, Mapping) or (type_of(top) in aside and not top):
         raise ValueError(
-            f"{path} holds a {type_of(held)}, wanted a dictionary: load it in the project that wrote it, "
+            f"{path} holds a {type_of(top)}, wanted a dictionary: load it in the project that wrote it, "
             "and save the model's state_dict"
         )
-    return Found(path, "state-dict", held, names, aside)
+    return Found(path, "state-dict", top, names, aside)
 
 
 def _live_beside(source: Source, found: Checkpoint) -> LazyTensors | None:
@@ -222,10 +224,10 @@ def settings(config: Path) -> dict[str, Any]:
         return {}
     file = OpenFile(config)
     try:
-        held = json.loads(file.read(0, min(file.size, _SETTINGS_BYTES)))
+        values = json.loads(file.read(0, min(file.size, _SETTINGS_BYTES)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config}: the settings cannot be read ({str(error)[:200]})") from None
-    return held if isinstance(held, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _diffusers(found: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:

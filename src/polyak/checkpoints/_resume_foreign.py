@@ -135,17 +135,17 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
 
     Sharded tensors are this rank's parts.
     """
-    held, live = found.averages[name], found.live
+    average, live = found.averages[name], found.live
     known = {item.name for item in tracked} | {n for item in tracked for n in item.aliases}
-    extra = [each for each in held if each not in known]
+    extra = [each for each in average if each not in known]
     mine = Held({item.name: item.held() for item in tracked})
     complete: dict[str, tuple[LazyTensors, str]] = {}
     missing = []
     tracked = [item for item in tracked if item.stored]
     for item in tracked:
-        given = [n for n in (item.name, *item.aliases) if n in held]
+        given = [n for n in (item.name, *item.aliases) if n in average]
         if given:
-            complete[item.name] = (held, given[0])
+            complete[item.name] = (average, given[0])
         elif live is not None and item.name in live and not _learns(item):
             complete[item.name] = (live, item.name)
         elif not _learns(item):

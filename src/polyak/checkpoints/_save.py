@@ -171,9 +171,9 @@ def write(
 def _packed(averager: Averager | EMA) -> Packed:
     if isinstance(averager, EMA):
         described = {"kind": "ema", "rule": str(averager.rule), "every": averager.update_every}
-        held = averager.state_dict()
-        require_whole("save", held)
-        return described, {f"ema/{key}": tensor for key, tensor in held.items()}
+        state = averager.state_dict()
+        require_whole("save", state)
+        return described, {f"ema/{key}": tensor for key, tensor in state.items()}
     if not isinstance(averager, Averager):
         raise TypeError(f"save: got {type(averager).__name__}, wanted a polyak.Averager or EMA")
     return packed(averager)
@@ -190,10 +190,10 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
     state, tracked = averager.state_dict(), averager.tracked
     averages = state.pop("averages")
     stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
-    for average, held in averages.items():
+    for average, entry in averages.items():
         stored |= {
             f"averages/{average}/{slot}/{name}": tensor
-            for slot, tensors_of in held["slots"].items()
+            for slot, tensors_of in entry["slots"].items()
             for name, tensor in tensors_of.items()
         }
     if averager.clock.n and (live or any(map(_needs_live, averages.values()))):
@@ -202,12 +202,12 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
         weights = named(items, [item.local().detach() for item in items])
         stored |= {f"live/{name}": tensor for name, tensor in weights.items()}
     described = {
-        name: {"rule": held["rule"], "tick": held["tick"], "slots": list(held["slots"])}
-        for name, held in averages.items()
+        name: {"rule": entry["rule"], "tick": entry["tick"], "slots": list(entry["slots"])}
+        for name, entry in averages.items()
     }
-    for held in described.values():
-        if classes := own_classes(held["rule"]):
-            held["classes"] = classes
+    for entry in described.values():
+        if classes := own_classes(entry["rule"]):
+            entry["classes"] = classes
     del state["format"]  # the file has its own
     # Their weights are the model's own and not in the file, which says so to who exports it.
     frozen = [item.name for item in tracked if item.policy == "frozen"]
@@ -250,10 +250,10 @@ def _needs_live(held: Mapping[str, Any]) -> bool:
 
 
 def _described(item: Tracked) -> dict[str, Any]:
-    held = item.held()
+    tensor = item.held()
     return {
-        "shape": list(held.shape),
-        "dtype": dtype_name(held.dtype),
+        "shape": list(tensor.shape),
+        "dtype": dtype_name(tensor.dtype),
         "policy": item.policy,
         "aliases": list(item.aliases),
     }

@@ -93,8 +93,8 @@ def load_distributed(
     with together(call, group):
         folder = DistributedTensors(path)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
-        for key, held in others.items():
-            _require_names(call, key, held)
+        for key, value in others.items():
+            _require_names(call, key, value)
         _require_fit(folder, others)
         saved = within(folder)
         _require_averagers(path, saved, averagers)
@@ -107,9 +107,9 @@ def load_distributed(
     with together(call, group):
         for key, averager in averagers.items():
             adopt(path / key, averager, states[key])
-        for key, held in others.items():
-            _restore_keys(held)
-            _give(state, key, held)
+        for key, value in others.items():
+            _restore_keys(value)
+            _give(state, key, value)
 
 
 def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) 
             plain = isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
             require(plain, f"{call}: an averager's key", key, wanted)
         others = _plain({key: each for key, each in state.items() if key not in averagers})
-        for key, held in others.items():
-            _require_names(call, key, held)
+        for key, value in others.items():
+            _require_names(call, key, value)
     return others | native.encoded(call, averagers, native.packed, group)
 
 

@@ -86,8 +86,8 @@ def _file(path: Path) -> Source:
         return Source("index", path, _steady(path.parent, lambda: IndexedTensors(OpenFile(path))))
     file = OpenFile(path)
     if is_safetensors(file):
-        held = TensorFile(file)
-        return Source("polyak" if KEY in held.metadata else "safetensors", path, held)
+        tensors = TensorFile(file)
+        return Source("polyak" if KEY in tensors.metadata else "safetensors", path, tensors)
     if is_torch(file.read(0, 4)):
         return Source("torch", path, file.whole)
     if is_tar(file):

@@ -90,14 +90,14 @@ class Concatenation(LazyTensors):
         if name not in self._factors:
             return self._rest.read(name, where)
         module, side, bias = self._factors[name]
-        held = [adapter.tensors[name] for adapter in self._adapters]
-        for adapter, tensor in zip(self._adapters, held, strict=True):
+        factors = [adapter.tensors[name] for adapter in self._adapters]
+        for adapter, tensor in zip(self._adapters, factors, strict=True):
             if not tensor.isfinite().all():
                 raise ValueError(
                     f"{adapter.path}: {name} has values that are infinite or NaN: leave it out"
                 )
-        shares = [1.0] * len(held) if side == "A" else self._shares[module]
-        parts = [t if f == 1 else t.double() * f for t, f in zip(held, shares, strict=True)]
+        shares = [1.0] * len(factors) if side == "A" else self._shares[module]
+        parts = [t if f == 1 else t.double() * f for t, f in zip(factors, shares, strict=True)]
         made = torch.stack(parts).sum(0) if bias else torch.cat(parts, dim=int(side == "B"))
         made = made.to(self.specs[name].dtype)
         return made[where] if where else made
@@ -138,15 +138,15 @@ def concatenate(
     require(len(adapters) > 0, "adapters", adapters, "one folder or more")
     given, of_statistics = shares_of(rule, len(adapters), elapsed)
     coefficients = checked(given, len(adapters))
-    held = [Adapter(Path(path)) for path in adapters]
-    for adapter in held:
-        _require_alike(held[0], adapter)
-    names = {n: n for n in held[0].tensors if n not in held[0].factors}
-    sources = [Source(str(a.path), renamed(a.tensors, names)) for a in held]
+    loaded = [Adapter(Path(path)) for path in adapters]
+    for adapter in loaded:
+        _require_alike(loaded[0], adapter)
+    names = {n: n for n in loaded[0].tensors if n not in loaded[0].factors}
+    sources = [Source(str(a.path), renamed(a.tensors, names)) for a in loaded]
     rest: LazyTensors = joined()
     if names:
         rest = Combination(sources, coefficients, statistics=of_statistics, allow_nonfinite=False)
-    return Concatenation(held, coefficients, rest)
+    return Concatenation(loaded, coefficients, rest)
 
 
 def _require_alike(first: Adapter, other: Adapter) -> None:

@@ -93,18 +93,20 @@ def opened(
 
     Raises `ValueError` for weights that have no average, but for those that `copy` names.
     """
-    held = [_source(f if isinstance(f, Checkpoint) else read(Path(f)), which, copy) for f in files]
-    alike = of_one_model(*(source.weights for source in held))
-    return [source._replace(weights=each) for source, each in zip(held, alike, strict=True)]
+    sources = [
+        _source(f if isinstance(f, Checkpoint) else read(Path(f)), which, copy) for f in files
+    ]
+    alike = of_one_model(*(source.weights for source in sources))
+    return [source._replace(weights=each) for source, each in zip(sources, alike, strict=True)]
 
 
 def _source(found: Checkpoint, which: str | None, copy: Sequence[str]) -> Source:
-    held = found.weights(which)
-    copied = {name for pattern in copy for name in named(pattern, held.specs)}
-    averaged = {name: spec for name, spec in held.specs.items() if name not in copied}
+    weights = found.weights(which)
+    copied = {name for pattern in copy for name in named(pattern, weights.specs)}
+    averaged = {name: spec for name, spec in weights.specs.items() if name not in copied}
     if problem := unfit(averaged, found.shapes):
         raise ValueError(f"{found.path}: {problem}")
-    return Source(str(found.path), held, found.left)
+    return Source(str(found.path), weights, found.left)
 
 
 def matching(patterns: Sequence[str], sources: Sequence[Source]) -> set[str]:

@@ -115,8 +115,8 @@ def of_one_model(*sources: LazyTensors) -> list[LazyTensors]:
 def _without_ties(source: LazyTensors, kept: set[str]) -> LazyTensors:
     """The source without the names of tensors that it also has under a name that is kept."""
     more = set(source.specs) - kept
-    held = {source.origins(name) for name in kept} if more else set()
-    tied = {name for name in more if source.origins(name) in held}
+    origins = {source.origins(name) for name in kept} if more else set()
+    tied = {name for name in more if source.origins(name) in origins}
     return renamed(source, {n: n for n in source if n not in tied}) if tied else source
 
 

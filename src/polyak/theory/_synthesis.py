@@ -217,12 +217,12 @@ def _left(moves: Moves, start: int, end: int) -> tuple[Profile, float]:
 
 def _reduced(blocks: Iterator[Profile]) -> Profile:
     """The triangle of stacked blocks of rows; only a few blocks are in memory at a time."""
-    held: list[Profile] = []
+    kept: list[Profile] = []
     for block in blocks:
-        held.append(block)
-        if sum(map(len, held)) > 4 * block.shape[1]:
-            held = [_triangle(np.concatenate(held))]
-    return _triangle(np.concatenate(held))
+        kept.append(block)
+        if sum(map(len, kept)) > 4 * block.shape[1]:
+            kept = [_triangle(np.concatenate(kept))]
+    return _triangle(np.concatenate(kept))
 
 
 def _triangle(rows: Profile) -> Profile:

@@ -51,12 +51,12 @@ def is_state(value: object) -> bool:
         return len(value) > 0
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return False
-    held = [
+    values = [
         part
         for key, part in value.items()
         if not key.endswith("_extra_state") and not _is_array(part)
     ]
-    return bool(held) and all(isinstance(t, StoredTensor) or holds_tensors(t) for t in held)
+    return bool(values) and all(isinstance(t, StoredTensor) or holds_tensors(t) for t in values)
 
 
 def state(value: Any) -> LazyTensors:

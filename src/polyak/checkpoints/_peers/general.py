@@ -87,18 +87,18 @@ def _averages(found: Found, part: Part) -> list[_Average]:
         return [
             _Average(
                 name if many else label,
-                held,
+                average,
                 reading.format,
                 reading.clock,
                 reading.rules.get(name),
                 reading.ticks.get(name),
             )
-            for name, held in reading.averages.items()
+            for name, average in reading.averages.items()
         ]
     if not part.named and (not isinstance(part.held, list) or found.names is None):
         return []
-    held = weights(part.held) if part.named else _listed(found, part)
-    return [_Average(part.label, held, clock=_clock(part))]
+    average = weights(part.held) if part.named else _listed(found, part)
+    return [_Average(part.label, average, clock=_clock(part))]
 
 
 def _listed(found: Found, part: Part) -> Weights:
@@ -126,8 +126,8 @@ def _without_averages(
     if not found.averages and not found.refused:
         return live, [], {}
     averages = [
-        _Average(name, held, clock=found.clock, rule=found.rules.get(name))
-        for name, held in found.averages.items()
+        _Average(name, average, clock=found.clock, rule=found.rules.get(name))
+        for name, average in found.averages.items()
     ]
     return found.live, averages, found.refused
 
@@ -174,8 +174,8 @@ def _shapes(described: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights, which DeepSpeed writes beside them: those of each group by name."""
     groups = described if isinstance(described, (list, tuple)) else [described]
     shapes = [item for group in groups if isinstance(group, dict) for item in group.items()]
-    held = {str(name): tuple(shape) for name, shape in shapes if isinstance(shape, torch.Size)}
-    return {plain: held[name] for plain, name in canonical_names(held).items()}
+    shape_of = {str(name): tuple(shape) for name, shape in shapes if isinstance(shape, torch.Size)}
+    return {plain: shape_of[name] for plain, name in canonical_names(shape_of).items()}
 
 
 def _by_label(averages: list[_Average]) -> dict[str, _Average]:
@@ -210,16 +210,16 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
     live = [] if reading.live is None else [reading.live]
     used = {
         origin
-        for held in (*live, *reading.averages.values())
-        for name in held
-        for origin in held.origins(name)
+        for used_set in (*live, *reading.averages.values())
+        for name in used_set
+        for origin in used_set.origins(name)
     }
     within = top.values() if isinstance(top, dict) else [top]
     left = {
         f"{name} ({why})": 1
-        for held in within
-        if isinstance(held, (TensorFile, IndexedTensors))
-        for name, why in held.unread.items()
+        for file in within
+        if isinstance(file, (TensorFile, IndexedTensors))
+        for name, why in file.unread.items()
     }
     for part in walk(top):
         for name, number in _unused(part, used).items():
@@ -230,13 +230,15 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
 def _unused(part: Part, used: set[Any]) -> dict[str, int]:
     if not isinstance(part.held, (LazyTensors, list)) and not part.named and not part.loose:
         return {f"{part.label} (a pickled {part.held.name})": 1}
-    held = part.tensors()
+    content = part.tensors()
     unread = part.held.items() if isinstance(part.held, dict) else ()
     left = {f"{name} ({one.name})": 1 for name, one in unread if is_unread(one)}
-    names = [name for name in held if not used & set(held.origins(name))]
+    names = [name for name in content if not used & set(content.origins(name))]
     if not part.label or part.loose:
         firsts = [".".join(filter(None, (part.label, name.split(".")[0]))) for name in names]
     else:
         firsts = [part.label] * len(names)
-    large = {first for first, name in zip(firsts, names, strict=True) if held.specs[name].numel > 1}
+    large = {
+        first for first, name in zip(firsts, names, strict=True) if content.specs[name].numel > 1
+    }
     return left | {first: n for first, n in Counter(firsts).items() if first in large}

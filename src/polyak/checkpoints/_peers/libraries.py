@@ -38,8 +38,8 @@ def module_state(found: Found) -> Checkpoint | None:
         return _counted(found, found.top)
     if not is_state(found.top) or not _tells_average(found.top):
         return None
-    held = state(found.top)
-    readings = (reading(found.path, held) for reading in _READINGS)
+    saved = state(found.top)
+    readings = (reading(found.path, saved) for reading in _READINGS)
     return next((reading for reading in readings if reading is not None), None)
 
 

@@ -27,15 +27,15 @@ def own_state(found: Found, live: LazyTensors | None = None) -> Checkpoint | Non
         return None
     copies = _tensors(found.top["copies"])
     averages, refused, rules, ticks = {}, {}, {}, {}
-    for name, held in found.top["averages"].items():
-        rule, tick = parse(held["rule"]), as_tick(held["tick"])
+    for name, average in found.top["averages"].items():
+        rule, tick = parse(average["rule"]), as_tick(average["tick"])
         rules[name], ticks[name] = rule, tick
         if tick.n and live is None and LIVE in rule.readout(tick):
             refused[name] = (
                 f"{rule} needs the live weights, and the file does not say which they are"
             )
         elif tick.n:
-            averages[name] = _read_out(found, rule, tick, held["slots"], copies, live)
+            averages[name] = _read_out(found, rule, tick, average["slots"], copies, live)
     clock = Clock(max((tick.n for tick in ticks.values()), default=0))
     return Checkpoint(
         found.path, "polyak", None, averages, rules, clock, ticks=ticks, refused=refused
@@ -54,8 +54,8 @@ def _is_state(top: object) -> bool:
 
 def _loadable(top: Mapping[str, Any]) -> dict[str, Any]:
     averages = {
-        name: {**held, "slots": {slot: _tensors(t) for slot, t in held["slots"].items()}}
-        for name, held in top["averages"].items()
+        name: {**average, "slots": {slot: _tensors(t) for slot, t in average["slots"].items()}}
+        for name, average in top["averages"].items()
     }
     return {**top, "copies": _tensors(top["copies"]), "averages": averages}
 
@@ -72,12 +72,14 @@ def _read_out(
     copies: LazyTensors,
     live: LazyTensors | None,
 ) -> ReadOut:
-    of_slot = {slot: _tensors(held) for slot, held in slots.items() if COMPENSATION not in slot}
-    names = list(dict.fromkeys(name for held in of_slot.values() for name in held))
+    of_slot = {
+        slot: _tensors(tensors) for slot, tensors in slots.items() if COMPENSATION not in slot
+    }
+    names = list(dict.fromkeys(name for tensors in of_slot.values() for name in tensors))
     of_slot |= {} if live is None else {LIVE: live}
     terms: dict[str, Terms] = read_out_terms(rule, tick, names, lambda s, name: (of_slot[s], name))
     if missing := [
-        (n, key) for n, term in terms.items() for held, key, _ in term if key not in held
+        (n, key) for n, term in terms.items() for tensors, key, _ in term if key not in tensors
     ]:
         raise ValueError(f"{missing[0][0]}: a slot or the live weights lack this tensor")
     terms |= {name: [(copies, name, 1.0)] for name in copies}

@@ -44,8 +44,8 @@ def composer(found: Found) -> Checkpoint | None:
     algorithm = part(dict(top["algorithms"]), "EMA")
     if not algorithm or not flag("ema_started", algorithm.get("ema_started")):
         return Checkpoint(found.path, "composer", model, {})
-    held = algorithm["ema_model"]
-    kept = {**part(held, "named_parameters_dict"), **part(held, "named_buffers_dict")}
+    stored = algorithm["ema_model"]
+    kept = {**part(stored, "named_parameters_dict"), **part(stored, "named_buffers_dict")}
     other = joined(model, weights(kept))
     active = flag("ema_weights_active", algorithm.get("ema_weights_active"))
     live, average = (other, model) if active else (model, other)
@@ -66,11 +66,11 @@ def opennmt(found: Found) -> Checkpoint | None:
 
 def mmengine(found: Found) -> Checkpoint | None:
     """MMEngine: the average under state_dict, the live weights under ema_state_dict, exchanged."""
-    held = part(found.top, "ema_state_dict")
-    if "steps" not in held or not is_state(found.top.get("state_dict")):
+    stored = part(found.top, "ema_state_dict")
+    if "steps" not in stored or not is_state(found.top.get("state_dict")):
         return None
-    live, average = under(state(held), "module."), weights(found.top["state_dict"])
-    clock = Clock(count("steps", held["steps"]), "calls")
+    live, average = under(state(stored), "module."), weights(found.top["state_dict"])
+    clock = Clock(count("steps", stored["steps"]), "calls")
     return Checkpoint(found.path, "mmengine", live, {AVERAGE: average}, {}, clock)
 
 
@@ -121,13 +121,13 @@ def nemo(found: Found) -> Checkpoint | None:
     """
     optimizers = found.top.get("optimizer_states")
     states = optimizers if isinstance(optimizers, list) else []
-    held = [one for one in states if isinstance(one, Mapping) and "ema" in one]
-    if not held:
+    with_averages = [one for one in states if isinstance(one, Mapping) and "ema" in one]
+    if not with_averages:
         return None
-    averaged = [tensor for one in held for tensor in tensors("ema", one["ema"]).values()]
+    averaged = [tensor for one in with_averages for tensor in tensors("ema", one["ema"]).values()]
     live, path = weights(found.top["state_dict"]), found.path
-    clock = Clock(count("current_step", held[0].get("current_step")), "calls")
-    rules = _nemo_rules(held)
+    clock = Clock(count("current_step", with_averages[0].get("current_step")), "calls")
+    rules = _nemo_rules(with_averages)
     if _are_within(averaged, live):
         return Checkpoint(path, "nemo", None, {AVERAGE: live}, rules, clock)
     by_position = StoredTensors({str(place): tensor for place, tensor in enumerate(averaged)})
@@ -157,12 +157,12 @@ def _are_within(averaged: Sequence[StoredTensor], live: LazyTensors) -> bool:
 def torchtitan(found: Found) -> Checkpoint | None:
     """torchtitan's folders: the averages are an optimizer's state, `state.<name>.ema_params`."""
     parts = found.top.values() if isinstance(found.top, dict) else [found.top]
-    for held in parts:
-        if isinstance(held, dict) or not isinstance(held, Mapping):
+    for folder in parts:
+        if isinstance(folder, dict) or not isinstance(folder, Mapping):
             continue
-        keys = {match[1]: key for key in held if (match := _TORCHTITAN.fullmatch(key))}
+        keys = {match[1]: key for key in folder if (match := _TORCHTITAN.fullmatch(key))}
         if keys:
-            averages = {AVERAGE: weights(renamed(held, keys))}
+            averages = {AVERAGE: weights(renamed(folder, keys))}
             live = live_part(list(walk(found.top)), [])
             return Checkpoint(found.path, "torchtitan", live and weights(live.held), averages)
     return None

@@ -120,11 +120,11 @@ def _share(name: str, spread: Spread, group: ProcessGroup | None) -> Box:
 def _described(spreads: Mapping[str, Spread]) -> dict[str, str]:
     """name -> form and layout, which must be equal on all ranks."""
     described = {}
-    for name, (form, held) in spreads.items():
+    for name, (form, tensor) in spreads.items():
         described[name] = f"{form.shape} {form.dtype}"
-        if is_distributed(held):
-            spread = ", ".join(map(repr, held.placements))
-            described[name] += f" as ({spread}) on {tuple(held.device_mesh.shape)} ranks"
+        if is_distributed(tensor):
+            spread = ", ".join(map(repr, tensor.placements))
+            described[name] += f" as ({spread}) on {tuple(tensor.device_mesh.shape)} ranks"
     return described
 
 
@@ -161,11 +161,11 @@ class _Ranks:
 
     def _is_written_by_all(self, name: str) -> bool:
         """Whether each rank writes its part of a tensor itself; the same on all ranks."""
-        form, held = self.spreads[name]
-        if not is_distributed(held):
+        form, tensor = self.spreads[name]
+        if not is_distributed(tensor):
             return True
         # The part at (0, ..., 0) is the largest and is known to all ranks, so that they decide alike.
-        largest = box_at(held, [0] * held.device_mesh.ndim)
+        largest = box_at(tensor, [0] * tensor.device_mesh.ndim)
         # Many short writes into a shared file take longer than sending the part to one rank.
         count = next((count for _, count in runs(form.shape, largest)), 0)
         long = count == largest.numel or count * form.dtype.itemsize >= RUN_BYTES
@@ -180,10 +180,10 @@ class _Ranks:
 
     def _pass(self, file: SharedFile | None, name: str, layout: Layout) -> None:
         """Send this rank's part of a tensor to the first rank, which writes it."""
-        form, held = self.spreads[name]
-        assert is_distributed(held)
+        form, tensor = self.spreads[name]
+        assert is_distributed(tensor)
         share = self.shares[name]
-        sent = _Sent(form, held, share, lambda box: self._piece(name, box), self.group)
+        sent = _Sent(form, tensor, share, lambda box: self._piece(name, box), self.group)
         if is_first(self.group):
             sent.receive(lambda box, piece: self._write(file, name, layout, box, piece))
         else:
@@ -199,14 +199,14 @@ class _Ranks:
     ) -> int:
         """Write the content of a box of a tensor run by run."""
         assert file is not None
-        form, held = self.spreads[name].form, content(piece)
+        form, data = self.spreads[name].form, content(piece)
         skip, size = 0, form.dtype.itemsize
         for start, count in runs(form.shape, box):
-            run = held[skip : skip + count * size]
+            run = data[skip : skip + count * size]
             skip += run.nbytes
             file.write(run, layout.starts[name] + start * size)
-        self.progress(held.nbytes)
-        return held.nbytes
+        self.progress(data.nbytes)
+        return data.nbytes
 
 
 @dataclass(frozen=True)

@@ -196,12 +196,12 @@ def _write_tensor(
     for piece in pieces:
         if piece.dtype != wanted.dtype:
             raise ValueError(f"{name}: a piece is {piece.dtype}, wanted {wanted.dtype}")
-        held = content(piece)
-        file.write(held)
-        checksum = crc32(held, checksum)
-        written += held.nbytes
+        data = content(piece)
+        file.write(data)
+        checksum = crc32(data, checksum)
+        written += data.nbytes
         if progress is not None:
-            progress(held.nbytes)
+            progress(data.nbytes)
     if written != wanted.nbytes:
         raise ValueError(f"{name}: {written} bytes were given, wanted {wanted.nbytes}")
     return checksum
