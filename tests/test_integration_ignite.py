@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver, TensorboardLogger
+from ignite.engine import Engine, Events, create_supervised_trainer
+from ignite.handlers import Checkpoint, DiskSaver, FastaiLRFinder, TensorboardLogger
 from ignite.metrics import Average
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from torch import nn
 
 from integration_contract import (
     EVERY,
+    HALF,
     LAWS,
     MONITORED,
     RULES,
@@ -32,6 +34,8 @@ from integration_contract import (
     loss,
     net,
     optimizer,
+    plain,
+    require_equal,
 )  # fmt: skip
 from polyak import Averager, Pull, theory
 from polyak.integrations.ignite import Weights, evaluators, log_measures
@@ -193,6 +197,25 @@ def test_a_logger_gets_what_is_averaged(tmp_path: Path) -> None:
         wanted[f"averages/{name}/half_life"] = [pytest.approx(seen.half_life)]
         wanted[f"averages/{name}/mean_age"] = [pytest.approx(seen.mean_age)]
     assert told == wanted
+
+
+@pytest.mark.filterwarnings("ignore:Run completed without loss diverging")
+@pytest.mark.parametrize("before", [0, HALF])
+def test_a_finder_of_the_learning_rate_takes_its_steps_back(before: int) -> None:
+    """From an averager that it was given, as the docs say."""
+    model = net()
+    steps, averager = optimizer(model), Averager(model, RULES)
+    averager.attach(steps)
+    trainer: Any = create_supervised_trainer(model, steps, nn.functional.mse_loss)
+    if before:
+        trainer.run(batches()[:before])
+    given = {"model": model, "optimizer": steps, "averager": averager}
+    with FastaiLRFinder().attach(trainer, given, num_iter=4, end_lr=0.1) as finding:
+        finding.run(batches()[:4])
+    assert averager.count == before
+    create_supervised_trainer(model, steps, nn.functional.mse_loss).run(batches()[before:])
+    averages = {name: averager.average(name) for name in RULES}
+    require_equal(Outcome(model.state_dict(), averages, averager.count), plain())
 
 
 def test_bad_input_is_an_error_with_its_cure() -> None:
