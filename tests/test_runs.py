@@ -110,6 +110,11 @@ NAMES = [
     ("checkpoint_1_500.pt", {"number": 500}),
     ("0.pt", {"number": 0}),
     ("ema_0.9999_050000.pt", {"number": 50000}),
+    ("iter_80k.pth", {"step": 80000}),
+    ("step=2K.pt", {"step": 2000}),
+    ("step_1e4.pt", {"step": 10000}),
+    ("model-1.5M.pt", {"number": 1500000}),
+    ("olmo-step1000-tokens4B", {"step": 1000}),
     ("last.ckpt", {}),
     ("wav.pt", {}),
 ]

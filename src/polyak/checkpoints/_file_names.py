@@ -36,6 +36,9 @@ _EPOCH = re.compile(
     r"(?:(?<![a-z])(?:epochs?|ep)[-_.]?(\d+)|(?<![\d.])(\d+)epoch)(?![\d.])", re.IGNORECASE
 )
 _NUMBER = re.compile(r"\d+")
+_SHORT = re.compile(
+    r"(\d+(?:\.\d+)?)([kmb])(?![a-z0-9])|(?<![a-z\d.])(\d+e\d)(?![\w.])", re.IGNORECASE
+)
 _REPEATS = re.compile(r"(?<![a-z])(best|last|latest|final|end)(?![a-z])", re.IGNORECASE)
 _AVERAGES = re.compile(
     r"(?<![a-z])(ave|avg|average|averaged|ema|swa|mean|soup|merged)(?![a-z])", re.IGNORECASE
@@ -50,6 +53,7 @@ _PART = re.compile(
     r"\d-of-\d|(rank|layer|stage|shard)[-_.]?\d+|^(pp|tp|mp|ep|cp|dp|sdp)_\d+|\.\d\d(\.|$)",
     re.IGNORECASE,
 )
+_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 _CLOCKS = {"step": "step", "global_step": "step", "epoch": "epoch"}
 
 
@@ -74,7 +78,7 @@ def named(path: Path) -> Named:
     >>> [named(Path(name)).clock for name in ("iter_0001000", "12epoch.pth", "checkpoint-500", "7.pt")]
     [{'step': 1000.0}, {'epoch': 12.0}, {'number': 500.0}, {'number': 7.0}]
     """
-    stem = SUFFIX.sub("", path.name)
+    stem = _SHORT.sub(_in_full, SUFFIX.sub("", path.name))
     pairs = {key.strip(" -_"): float(value) for key, value in _PAIR.findall(stem)}
     clock = {_CLOCKS[key]: value for key, value in pairs.items() if key in _CLOCKS}
     metrics = {key: value for key, value in pairs.items() if key not in _CLOCKS}
@@ -82,6 +86,12 @@ def named(path: Path) -> Named:
     if not clock:
         clock = _counted(rest)
     return Named(clock, metrics, bool(_REPEATS.search(rest)), bool(_AVERAGES.search(rest)))
+
+
+def _in_full(short: re.Match[str]) -> str:
+    """The digits of a number such as 10k, 1.5M or 1e4."""
+    number, unit, power = short.groups()
+    return f"{float(power) if power else float(number) * _UNITS[unit.lower()]:.0f}"
 
 
 def _counted(stem: str) -> dict[str, float]:
