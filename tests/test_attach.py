@@ -435,7 +435,7 @@ def test_a_copy_of_an_attachment_watches_nothing(way: str) -> None:
     averager = Averager(model, Uniform())
     attached = averager.attach(optimizer)
     twin = COPIES[way](attached)
-    assert not twin.active and attached.active
+    assert attached.active and not twin.active and not twin.waiting
     twin.remove()
     optimizer.step()
     assert averager.count == 1

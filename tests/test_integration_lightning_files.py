@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,28 @@ class Gan(Two):
             each.step()
             each.zero_grad()
             self.untoggle_optimizer(each)
+
+
+class First(Two):
+    """The second optimizer takes no step."""
+
+    def training_step(self, batch: Any, number: int) -> None:
+        optimizers: Any = self.optimizers()
+        first, _ = optimizers
+        Module.training_step(self, batch, number).backward()
+        first.step()
+        first.zero_grad()
+
+
+def test_an_average_that_waits_for_an_optimizer_is_told() -> None:
+    for kind, told in ((First, True), (Two, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = trainer_of(AveragerCallback(RULES), epochs=2, enable_checkpointing=False)
+            trainer.fit(made(kind))
+        texts = [str(each.message) for each in caught]
+        assert any("waits until each of them has stepped" in text for text in texts) == told
+        assert ("val_loss/fast" in trainer.callback_metrics) != told
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches no optimizer."""
-        return {"_watches": [], "_after": _nothing, "active": False}
+        return {"_watches": [], "_taken": {}, "_after": _nothing, "active": False}
 
     def require_moved(self) -> None:
         """Raise `ValueError` if the optimizers have no averaged parameter; warn if they lack some that train.
@@ -75,6 +75,11 @@ class Attachment:
         if self._generation != self._live.generation:
             require_moved(self._live.averaged, self._optimizers, self._complete)
             self._generation = self._live.generation
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some of the optimizers have stepped since the last update, and some have not."""
+        return bool(self._taken)
 
     def remove(self) -> None:
         """Stops watching."""

@@ -21,7 +21,7 @@ from polyak.averager import Averager
 from polyak.integrations import _lightning_files as files
 from polyak.integrations._arguments import checked, is_named
 from polyak.integrations._extra import extra
-from polyak.integrations._lightning_optimizers import attach_all
+from polyak.integrations._lightning_optimizers import attach_all, has_updates
 from polyak.integrations._measures import tell
 from polyak.integrations._states import require_apart, take
 from polyak.rules import Rule
@@ -173,7 +173,7 @@ class AveragerCallback(Callback):
             raise ValueError(
                 "the averages belong to another model; pass ckpt_path to use those of a checkpoint"
             )
-        return averager if averager is not None and averager.clock.n else None
+        return averager if averager and has_updates(averager, self._attachment) else None
 
     def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: dict[str, str]) -> Iterator[Any]:
         """Evaluate every average; yield what the loop returns. `seen` gets metric -> average."""
