@@ -859,9 +859,12 @@ def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     loaded: dict[str, Any] = {"PeftModel": PeftModel, "base": tiny.bert()}
     exec(peft, loaded)
     assert_same(weights(loaded["model"]), weights(model))
-    plain = nn.Linear(2, 1)
+    plain, seen = nn.Linear(2, 1), []
     carried: dict[str, Any] = {"model": plain, "optimizer": torch.optim.SGD(plain.parameters())}
+    carried["train"] = lambda _, optimizer: optimizer.step()
+    carried["evaluate"] = lambda model: seen.append(weights(model))
     exec(accelerate, carried)
-    carried["optimizer"].step()
+    assert_same(seen[0], carried["averager"].average())
+    assert_same(load_file(tmp_path / "ema" / "model.safetensors"), seen[0])
     carried["accelerator"].save_state("state")
     assert (tmp_path / "state" / "averages" / "ema.safetensors").exists()
