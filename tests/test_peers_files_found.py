@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-from collections import UserDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,22 +107,6 @@ def averager_state() -> dict[str, Any]:
     return saved
 
 
-@dataclass
-class Kept:
-    """What a training script keeps in an object; with slots or without, pickles differ."""
-
-    model: Any
-    ema: Any
-    epoch: int = 3
-
-
-@dataclass(slots=True)
-class KeptInSlots(Kept):
-    """The same with slots."""
-
-    more: int = 0
-
-
 class Laid(NamedTuple):
     """A file's content, and what must be found: the value of each state by name, clock, rule, the rest."""
 
@@ -140,27 +122,12 @@ class Laid(NamedTuple):
 
 
 ALL = len(state(1))
-averaging = swa_utils.AveragedModel(Net(2))
 LIT = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(100, dtype=torch.int32)}
 LAYOUTS: dict[str, Laid] = {
     "torchvision": Laid(
         {"model": state(1), "model_ema": averaged(), "args": argparse.Namespace(a=1)},
         clock=Clock(50),
         format="averaged-model",
-    ),
-    "whole modules, as of YOLO": Laid(
-        {"model": Net(1), "ema": Net(2), "updates": 70, "epoch": 3}, clock=Clock(70)
-    ),
-    "a whole AveragedModel": Laid(
-        {"model": Net(1), "swa": averaging}, clock=Clock(0), format="averaged-model"
-    ),
-    "a namespace": Laid(argparse.Namespace(model=state(1), ema=state(2), epoch=3)),
-    "an object": Laid({"state": Kept(state(1), state(2))}),
-    "an object of modules": Laid(Kept(Net(1), Net(2))),
-    "an object with slots": Laid(KeptInSlots(Net(1), state(2))),
-    "a dictionary in an object": Laid(UserDict({"state_dict": Net(1), "ema_state_dict": state(2)})),
-    "an average in a helper's object": Laid(
-        {"net": state(1), "helper": argparse.Namespace(shadow=state(2), mu=0.9)}
     ),
     "an AveragedModel that counts by a number": Laid(
         {"model": {"n_averaged": 50, **state(2, "module.")}}, None, clock=Clock(50),

@@ -420,7 +420,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "an enum as a key": (lambda: {Color.RED: 1}, {}),
     "a path as a key": (lambda: {Path("x"): 1}, {}),
     "a dtype as a key": (lambda: {torch.float32: 1}, {}),
-    "an optimizer": (lambda: torch.optim.SGD([torch.ones(1)]), {}),
+    "an optimizer": (lambda: torch.optim.SGD([torch.ones(1)]), {"torch.optim.sgd.SGD": 1}),
     "a version": (lambda: torch.__version__, {"torch.torch_version.TorchVersion": 1}),
     "several": (
         lambda: [Path("a"), {"b": Path("c"), "d": (uuid.UUID(int=1),)}],

@@ -22,7 +22,6 @@ from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints._looks import archive_kind
 from polyak.checkpoints._open.files import FileSpan, Part, Verified, all_verified, labelled
 from polyak.checkpoints._torch_save import pickles
-from polyak.checkpoints._torch_save.attributes import opened
 from polyak.checkpoints._torch_save.objects import Objects
 from polyak.checkpoints._torch_save.tensors import Storage, StoredTensor
 
@@ -139,7 +138,6 @@ def _load_archive(region: Region) -> Loaded:
     data = records["data.pkl"].content()
     objects = Objects(len(data), region.length)
     value, _ = pickles.load(data, objects.known(), objects.storage)
-    value = opened(value, len(data))
     for storage in objects.storages.values():
         record = records.get(f"data/{storage.key}")
         if record is None or record.nbytes != storage.nbytes:
@@ -205,7 +203,6 @@ def _load_pickles(region: Region) -> Loaded:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError(_OTHER_ORDER)
     value, objects = pickled.next()
-    value = opened(value, objects.size)
     aside = pickles.survey(value, objects.size)
     keys, _ = pickled.next()
     _place_storages(region, pickled.place, keys, dict(objects.storages))

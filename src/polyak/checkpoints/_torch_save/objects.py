@@ -68,10 +68,8 @@ class Objects:
         return {**KNOWN, **_makers(values)}
 
     def storage(self, described: object) -> object:
-        """The storage that a pickle describes; or a module's class, beside its source before torch 1.6."""
+        """The storage that a pickle describes."""
         match described:
-            case ("module", kind, *_) if _is_aside(kind):
-                return kind
             case ("storage", kind, str(name), str(), int(count), *views):
                 if _is_aside(kind):
                     return kind()
