@@ -620,6 +620,21 @@ def test_what_is_left_aside_is_said(tmp_path: Path) -> None:
     assert said in done("export", files[0], tmp_path / "live.safetensors", "--average", "live")
 
 
+@pytest.mark.parametrize(
+    "pickled",
+    [torch.nn.Linear(2, 2), argparse.Namespace(shadow=state(2))],
+    ids=["module", "namespace"],
+)
+def test_a_pickled_object_beside_the_weights_is_named_without_a_count(
+    tmp_path: Path, pickled: object
+) -> None:
+    """How many tensors it has, only its own code could say."""
+    torch.save({"model": state(1), "helper": pickled}, tmp_path / "it.pt")
+    name = f"{type(pickled).__module__}.{type(pickled).__qualname__}"
+    lines = done("inspect", tmp_path / "it.pt").splitlines()
+    assert f"not used: helper (a pickled {name})" in lines
+
+
 class TestAccelerate:
     """A folder of `save_state`, with what was registered for checkpointing beside the model."""
 

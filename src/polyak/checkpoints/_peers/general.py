@@ -229,7 +229,7 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
 
 def _unused(part: Part, used: set[Any]) -> dict[str, int]:
     if not isinstance(part.held, (LazyTensors, list)) and not part.named and not part.loose:
-        return {f"{part.label} (a pickled {part.held.name})": 1}
+        return {f"{part.label} (a pickled {part.held.name})": 0}
     content = part.tensors()
     unread = part.held.items() if isinstance(part.held, dict) else ()
     left = {f"{name} ({one.name})": 1 for name, one in unread if is_unread(one)}
