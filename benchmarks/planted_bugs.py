@@ -116,6 +116,8 @@ FAULTS: tuple[Bug, ...] = (
     bug("4. autograd does not see the exchange", "_engine/swapped.py", "        set_versions(self._pairs.counted, [version] * len(self._pairs.counted))\n", "", *BLOCKS),
     bug("4. the versions of blocks are counted to", "_engine/swapped.py", "[before[i] + 1 for i in changed]", "[VERSIONS.fresh() for i in changed]", *BLOCKS),
     bug("5. no turns between threads", "_engine/open_swaps.py", "TURN = threading.RLock()", "import contextlib\n\n\nclass _Free(contextlib.nullcontext[None]):\n    def _at_fork_reinit(self) -> None: ...\n\n\nTURN = _Free()", *BLOCKS),
+    bug("5. a file is written while another thread updates", "checkpoints/_save.py", "@open_swaps.in_turn  # a file", "# a file", "applied_threads"),
+    bug("5. EMA moves while another thread's block begins", "ema.py", "    @open_swaps.in_turn\n    def update", "    def update", "applied_threads"),
     bug("5. another thread's block is not refused", "_engine/open_swaps.py", "    if mine.thread != swap.owner.thread or len(tasks) > 1:", "    if False:", *BLOCKS),
     bug("6. handlers run amid an exchange", "_engine/signals.py", "        if runs_below(frame, _critical, deliver.__code__):", "        if False:", "applied_signals", "applied_interrupted"),
     bug("6. an update that a signal stops is left there", "_engine/updating.py", "        self._journal.again()\n        self.run()", "        pass", "failing_updates"),

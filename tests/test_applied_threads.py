@@ -7,16 +7,21 @@ import gc
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import nn
 
+import polyak
 from models import assert_same, snapshot, wander
-from polyak import EMA, Averager, Exponential, Window
-from polyak._engine import open_swaps
+from polyak import EMA, Averager, Exponential, Recorder, Window
+from polyak._engine import open_swaps, second
 from polyak._engine.exchange import Exchange
+from polyak._engine.slots import Average
+from polyak._engine.updating import Motion
+from polyak.checkpoints._safetensors import files
 
 T = TypeVar("T")
 
@@ -120,6 +125,76 @@ def test_an_update_waits_for_an_exchange_in_another_thread(monkeypatch: pytest.M
         thread.join()
     assert "weight has an average" in errors[0]
     assert_same(second.average(), average)
+
+
+TOUCHES: dict[str, tuple[object, str]] = {
+    "slots are read": (Average, "read"),
+    "slots move": (Motion, "run"),
+    "a file is written": (files, "write"),
+    "EMA copies the model": (second, "_copied"),
+    "EMA looks for its slots": (second, "addresses"),
+    "contents change places": (Exchange, "to"),
+}
+"""What reads or moves live weights or slots, and must not meet another thread's doing so."""
+
+
+class Shared:
+    """A model, and what may be called of its averages in any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, (self.averager, self.window) = pair(Exponential(0.5), Window(2))
+        self.ema = EMA(self.model, update_every=1, update_after_step=0)
+        self.ema.update()
+        self.folder = folder
+        self.recorder = Recorder(self.averager, folder / "snapshots", every=1)
+
+    def step(self) -> None:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.model(torch.ones(1, 3)).sum().backward()
+        self.averager.attach(optimizer)
+        optimizer.step()
+
+
+IN_TURN: dict[str, Callable[[Shared], object]] = {
+    "update": lambda s: s.averager.update(),
+    "a step": Shared.step,
+    "average": lambda s: s.averager.average(),
+    "weights": lambda s: s.window.weights()["weight"],
+    "applied": lambda s: enter_and_leave(s.averager),
+    "applied, read out": lambda s: enter_and_leave(s.window),
+    "copy_to": lambda s: s.window.copy_to(nn.Linear(3, 2)),
+    "pull": lambda s: s.averager.pull(0.5),
+    "module(copy=True)": lambda s: s.window.module(copy=True),
+    "save": lambda s: polyak.save(s.folder / "a", s.averager),
+    "save an EMA": lambda s: polyak.save(s.folder / "a", s.ema),
+    "record": lambda s: s.recorder.record(),
+    "EMA": lambda s: EMA(s.model),
+    "EMA.update": lambda s: s.ema.update(),
+    "EMA.update_moving_average": lambda s: s.ema.update_moving_average(),
+    "EMA.copy_params_from_model_to_ema": lambda s: s.ema.copy_params_from_model_to_ema(),
+    "EMA.load_state_dict": lambda s: s.ema.load_state_dict(s.ema.state_dict()),
+    "EMA.to": lambda s: s.ema.to(torch.float64),
+    "EMA.restore_ema_model_device": lambda s: s.ema.restore_ema_model_device(),
+}
+
+
+@pytest.mark.parametrize("call", IN_TURN)
+def test_calls_take_turns(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other thread's call can come in between: whoever reads or moves has the turn."""
+    shared = Shared(tmp_path)
+    touched: dict[str, bool] = {}
+
+    def watched(touch: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            touched[touch] = open_swaps.TURN._is_owned()  # type: ignore[attr-defined]
+            return original(*args, **kwargs)
+
+        return note
+
+    for touch, (owner, name) in TOUCHES.items():
+        monkeypatch.setattr(owner, name, watched(touch, getattr(owner, name)))
+    IN_TURN[call](shared)
+    assert touched and all(touched.values()), touched
 
 
 def test_models_of_their_own_are_averaged_and_applied_in_parallel() -> None:

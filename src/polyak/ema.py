@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import require_count
-from polyak._engine import second
+from polyak._engine import open_swaps, second
 from polyak._engine.live import ModelTensors
 from polyak._engine.moving import Move
 from polyak._engine.policies import Choose
@@ -124,6 +124,7 @@ class EMA(nn.Module):
         """The decay that the last call of `update` had, or would have had: 0 while it copies."""
         return self.rule.decay(self._calls)
 
+    @open_swaps.in_turn
     def update(self) -> None:
         """Counts one call; every `update_every`-th call copies or averages.
 
@@ -165,6 +166,7 @@ class EMA(nn.Module):
         self._live.suspect = ""
         self._blend(1.0, ("copy", "skip"))
 
+    @open_swaps.in_turn
     def restore_ema_model_device(self) -> None:
         """Moves the average to the device of this module's own buffers."""
         self.ema_model.to(self.initted.device)
@@ -183,11 +185,13 @@ class EMA(nn.Module):
             if item.kind == kind and averageable(item.local()):
                 yield item.name, item.local()
 
+    @open_swaps.in_turn
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMA:
         super()._apply(fn, recurse)
         self._adopt()
         return self
 
+    @open_swaps.in_turn
     def _blend(self, fraction: float, policies: Sequence[Policy]) -> None:
         self._move(lambda: [self._average.move(self._live, AVERAGE, fraction)], policies)
 
@@ -258,6 +262,7 @@ class EMA(nn.Module):
         self._average.adopt(AVERAGE, self._wide.look_up())
         self._bound = self._live.generation, self._carrier.generation
 
+    @open_swaps.in_turn
     @no_grad
     def _resume(self, _: object) -> None:
         """Sets the clock by the counters that were loaded, and takes float32 slots from the file."""

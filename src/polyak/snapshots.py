@@ -163,14 +163,13 @@ class Recorder:
         self._follow(tick)
         self._by_first(self._take_folder)
         path = self.folder / f"snapshot-{tick.n:010d}"
-        if self._averager.sharded:
+        averager, group = self._averager, self._group
+        if averager.sharded:
             pack = self._packed_narrow
-            native.save_parts(
-                "Recorder", path, self._averager, pack, group=self._group, overwrite=True
-            )
+            native.save_parts("Recorder", path, averager, pack, group=group, overwrite=True)
         else:
-            path = path.with_suffix(".safetensors")
-            native.write(path, *self._packed(self._averager), narrow=self._dtype, overwrite=True)
+            path, pack = path.with_suffix(".safetensors"), self._packed
+            native.write_packed(path, averager, pack, narrow=self._dtype, overwrite=True)
         self._stored[tick.n] = _Kept(tick.t, path)
         return path
 

@@ -37,6 +37,7 @@ class AverageWeights(LazyTensors):
     def __getitem__(self, name: str) -> Tensor:
         return as_distributed(self.read(name), self._items[self._names[name]].held())
 
+    @open_swaps.in_turn
     def read(self, name: str, where: Where = ()) -> Tensor:
         """This rank's shard of the tensor, or the slice `where` of it; nothing else is computed."""
         self._require_current(name)
@@ -78,6 +79,7 @@ class AverageWeights(LazyTensors):
         open_swaps.refuse_swapped("the average", [self._frozen[name]])
         return self._frozen[name].local()
 
+    @open_swaps.in_turn
     def _held(self) -> dict[str, Tensor]:
         """This rank's shards of what is not frozen, under their first names."""
         self._require_current("the average")

@@ -66,6 +66,7 @@ class ByName:
         return ("average" if averageable(item.local()) else "copy"), item.kind
 
 
+@open_swaps.in_turn
 def made(
     live: ModelTensors, model: nn.Module, given: nn.Module | Callable[[], nn.Module] | None
 ) -> tuple[nn.Module, ModelTensors]:
@@ -167,6 +168,7 @@ class WideSlots:
         (both, places), (narrow, seen) = self._looked, self._written
         return addresses(both) == places and versions(narrow) == seen
 
+    @open_swaps.in_turn
     @no_grad
     def look_up(self) -> list[Tensor]:
         """The slots, in the order of the averaged tensors."""

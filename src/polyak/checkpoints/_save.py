@@ -80,8 +80,7 @@ def save(
     if isinstance(averager, Averager) and averager.sharded:
         save_parts("save", path, averager, packed, group=group, overwrite=overwrite)
         return
-    described, stored = _packed(averager)
-    write(path, described, stored, overwrite=overwrite)
+    write_packed(path, averager, _packed, overwrite=overwrite)
 
 
 NARROWED = ("averages/", "live/")
@@ -136,6 +135,20 @@ def encoded(
         key: {**stored, **mine, KEY: _as_tensor({**described, SAVE: save})}
         for key, (described, stored) in packed.items()
     }
+
+
+@open_swaps.in_turn  # a file of slots that an update moves meanwhile is of no update
+def write_packed(
+    path: Path | str,
+    averager: Any,
+    pack: Callable[[Any], Packed],
+    *,
+    overwrite: bool,
+    narrow: torch.dtype | None = None,
+) -> None:
+    """Write what is packed of an averager that is not sharded; calls in other threads wait."""
+    described, stored = pack(averager)
+    write(path, described, stored, overwrite=overwrite, narrow=narrow)
 
 
 def write(
