@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_runs import run as command
-from polyak import offline
+from polyak import Averager, Recorder, offline
 from polyak.checkpoints._file_names import named
 from polyak.offline import Choice
 from run_folders import (
@@ -566,6 +566,45 @@ def test_a_run_is_synthesized_and_swept_as_its_checkpoints_are(tmp_path: Path) -
         made = offline.synthesize(tmp_path / run, "uniform()", max_error=9)
         assert tuple(slot.time for slot in made.run.slots) == times
         assert torch.equal(made.average()["w"], wanted.average()["w"])
+
+
+def test_what_is_copied_in_a_run_is_the_last_checkpoint_s(tmp_path: Path) -> None:
+    """As in `average`: quantised tensors have no mean, and a table may be taken as it is."""
+    for step in (100, 200, 300):
+        packed = {
+            "q.weight": torch.full((4, 4), step % 100, dtype=torch.int8),
+            "q.scale": torch.ones(4),
+        }
+        put(tmp_path / f"step-{step}.pt", {"w": torch.full((3,), float(step)), "table": torch.full((2,), float(step)), **packed})  # fmt: skip
+    with pytest.raises(ValueError, match=r"q.weight .* quantised"):
+        offline.synthesize(tmp_path, "uniform()", max_error=9).weights()
+    copy = ["q.*", "table"]
+    made = offline.synthesize(tmp_path, "uniform()", max_error=9, copy=copy).average()
+    assert made["table"].eq(300).all() and made["w"].lt(300).all()
+
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def judge(weights: dict[str, torch.Tensor]) -> float:
+        seen.append(weights)
+        return 0.0
+
+    offline.sweep(tmp_path, ["uniform()"], judge, windows=[2], max_error=9, copy=copy)
+    assert [w["table"][0].item() for w in seen] == [100, 200, 300, 300, 300]
+    assert seen[-1]["w"].eq(250).all() and torch.equal(seen[-2]["w"], made["w"])
+    with pytest.raises(ValueError, match=r"copy is 'nothing'"):
+        offline.synthesize(tmp_path, "uniform()", max_error=9, copy=[*copy, "nothing"]).weights()
+    done = command("synthesize", tmp_path, "--rule", "uniform()", "--max-error", 9, "--copy", "q.*",
+                   "--copy", "table", "--out", tmp_path / "out.safetensors")  # fmt: skip
+    assert done.exit_code == 0 and load_file(tmp_path / "out.safetensors")["table"].eq(300).all()
+
+
+def test_snapshots_copy_what_their_averager_copied(tmp_path: Path) -> None:
+    averager = Averager({"w": torch.ones(2)}, "uniform()")
+    recorder = Recorder(averager, tmp_path, every=1)
+    averager.update()
+    recorder.update()
+    with pytest.raises(ValueError, match=r"copy \(--copy\) is \['w'\], wanted none for snapshots"):
+        offline.synthesize(tmp_path, "uniform()", copy=["w"])
 
 
 @pytest.mark.parametrize("leads", ["nowhere.pt", "step-30.pt"])

@@ -109,7 +109,7 @@ def _of_kind(tensors: tuple[tuple[str, TensorSpec], ...]) -> str:
         return (
             f"{name} ({specs[name]}) holds quantised numbers, whose mean is not the mean of the weights "
             "that they encode. Dequantise the model, and average that; or if it is not quantised, take it from the "
-            f"last file: copy=[{name!r}] (average ... --copy {name!r})"
+            f"last file: copy=[{name!r}] (--copy {name!r})"
         )
     return _of_adapter(specs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import gcd
@@ -50,7 +50,8 @@ class Run:
     `model` has the dtype, the policy and the other names of each tensor, if there are snapshots.
     `live` are the live weights, of checkpoints and of snapshots, which those of snapshots are not fitted
     with; `keys` are their names in snapshots. `read` reads a checkpoint. `opened` holds the snapshots
-    that are open, so that several averages share them.
+    that are open, so that several averages share them. `copy` names the tensors that come from the last
+    checkpoint.
     """
 
     slots: list[StoredSlot]
@@ -61,6 +62,7 @@ class Run:
     keys: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
     read: Read = read
     opened: dict[Path, Stored] = field(default_factory=dict)
+    copy: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class Run:
         folder: Path | str | Choice | None,
         checkpoints: Mapping[int, Path | str],
         read: Read = read,
+        copy: Sequence[str] = (),
     ) -> Run:
         """What a folder of snapshots or a run, and checkpoints (time -> file), hold; only headers are read."""
         if isinstance(folder, Choice):
@@ -85,6 +88,10 @@ class Run:
         if missing := [str(path) for path in checkpoints.values() if not Path(path).exists()]:
             raise FileNotFoundError(f"no such checkpoints: {', '.join(missing)}")
         recorded = snapshots(folder) if folder is not None else []
+        if recorded and copy:
+            raise ValueError(
+                f"copy (--copy) is {list(copy)}, wanted none for snapshots: they copy what their averager copied"
+            )
         elapsed = recorded[-1].elapsed() if recorded else _grid(checkpoints)
         plain = [
             StoredSlot(Column(None, LIVE, _update_at(elapsed, time)), Path(path), LIVE, float(time))
@@ -93,7 +100,9 @@ class Run:
         slots = [*(slot for snapshot in recorded for slot in _slots(snapshot)), *plain]
         in_order = sorted(slots, key=lambda slot: slot.column.updates)
         if not recorded:
-            return cls(in_order, elapsed, {}, frozenset({torch.bfloat16}), plain, read=read)
+            return cls(
+                in_order, elapsed, {}, frozenset({torch.bfloat16}), plain, read=read, copy=copy
+            )
         dtypes = frozenset().union(*(snapshot.dtypes for snapshot in recorded))
         keys = {snapshot.path: snapshot.live for snapshot in recorded if snapshot.live}
         live = plain or [_live(snapshot) for snapshot in recorded if snapshot.live]
@@ -118,7 +127,7 @@ class Run:
 
     def source(self, path: Path) -> Source:
         """The weights of a checkpoint."""
-        return opened([self.read(path)], None)[0]
+        return opened([self.read(path)], None, self.copy)[0]
 
     def has_statistics(self) -> bool:
         """Whether the model has running statistics, or may have: checkpoints alone do not say."""

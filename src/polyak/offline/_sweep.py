@@ -16,6 +16,7 @@ from polyak._checks import require, require_count
 from polyak._runs.choosing import Choice
 from polyak._shown import Charted, Table, number_text
 from polyak.checkpoints._read import read
+from polyak.offline._average import matching
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source, left_in
 from polyak.offline._quality import Better, Evaluate, Judged, interval, judged, sign_of
@@ -135,6 +136,7 @@ def sweep(
     better: Better = "lower",
     checkpoints: Mapping[int, Path | str] | None = None,
     read: Read = read,
+    copy: Sequence[str] = (),
     max_error: float = MAX_ERROR,
     max_amplification: float | None = None,
     progress: Callable[[int, int], object] | None = None,
@@ -158,7 +160,7 @@ def sweep(
     """
     sign_of(better)
     require(len(rules) + len(windows) > 0, "rules", rules, "one rule or more, or windows")
-    run = Run.of(folder, checkpoints or {}, read)
+    run = Run.of(folder, checkpoints or {}, read, copy)
     made = [of_run(run, rule, at) for rule in rules]
     live = _live(run, at)
     # Snapshots are many, and none is a file to use: only the last is judged.
@@ -205,7 +207,8 @@ def _alone(run: Run, live: Sequence[StoredSlot]) -> Iterator[Trial]:
 def _in_memory(run: Run, live: Sequence[StoredSlot]) -> dict[str, Tensor]:
     """The mean of live weights."""
     sources = [Source(str(slot.path), run.live_weights(slot)) for slot in live]
-    return dict(Combination(sources, np.full(len(live), 1 / len(live))))
+    shares, copied = np.full(len(live), 1 / len(live)), matching(run.copy, sources)
+    return dict(Combination(sources, shares, copy=copied))
 
 
 def _synthesized(

@@ -17,6 +17,7 @@ from polyak._ranks.agreement import together_or_alone
 from polyak._runs.choosing import Choice
 from polyak._shown import Charted, Table
 from polyak.checkpoints._read import read
+from polyak.offline._average import matching
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
 from polyak.offline._run import Read, Run, StoredSlot
@@ -133,13 +134,15 @@ class Synthesis(Charted):
         needed = {term.place for term in (*self.terms, *self.statistics)}
         places = [slot.place for slot in self.run.slots if slot.place in needed]
         dtypes = {name: getattr(torch, str(about["dtype"])) for name, about in self.model.items()}
+        copied = {name for name, about in self.model.items() if about["policy"] == "copy"}
+        sources = [self._source(place) for place in places]
         return Combination(
-            [self._source(place) for place in places],
+            sources,
             _coefficients(self.terms, places),
             statistics=_coefficients(self.statistics, places),
             dtype=dtypes or None,
             accumulate=torch.float64,
-            copy=[name for name, about in self.model.items() if about["policy"] == "copy"],
+            copy=copied | matching(self.run.copy, sources),
             allow_nonfinite=allow_nonfinite,
         )
 
@@ -188,6 +191,7 @@ def synthesize(
     *,
     checkpoints: Mapping[int, Path | str] | None = None,
     read: Read = read,
+    copy: Sequence[str] = (),
     max_error: float = MAX_ERROR,
     max_amplification: float | None = None,
 ) -> Synthesis:
@@ -206,6 +210,7 @@ def synthesize(
             `checkpoints.read` reads. Each counts for the steps around it, so a long average over
             many checkpoints is exact and a short one is refused.
         read: what reads a checkpoint, such as `functools.partial(checkpoints.read, key="g_ema")`.
+        copy: names of tensors of plain checkpoints, or patterns, to take from the last one.
         max_error: the largest relative error that is allowed.
         max_amplification: the largest amplification that is allowed; by default it amplifies the
             rounding of the coarsest stored dtype to 2 %: 5 for bfloat16, 41 for float16, 335 544 for
@@ -227,7 +232,7 @@ def synthesize(
     Raises `ValueError` for an error or an amplification above the limits, with both numbers; for a
     time without snapshots, and for snapshots of different runs.
     """
-    synthesis = of_run(Run.of(folder, checkpoints or {}, read), rule, at)
+    synthesis = of_run(Run.of(folder, checkpoints or {}, read, copy), rule, at)
     if problem := synthesis.problem(max_error, max_amplification):
         raise ValueError(problem)
     return synthesis
