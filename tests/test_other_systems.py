@@ -84,6 +84,7 @@ LINUX_ONLY = {
 NOT_ON_WINDOWS = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "select", "curses", "syslog"}  # fmt: skip
 SOURCES = sorted((Path(__file__).parent.parent / "src").rglob("*.py"))
 UNFIT_NAMES = ["a:b", "a\\b", "..", "a.", "a ", "what?", "a\n", "<a>", "a|b", '"a"', "*"]
+UNFIT_NAMES += ["con", "Aux", "lpt1.ema"]  # devices of Windows
 
 
 def takes_text(call: ast.Call) -> bool:
@@ -155,7 +156,7 @@ def test_names_that_no_file_can_have_are_refused_by_trainers(name: str) -> None:
 def test_names_that_differ_in_case_alone_are_refused_by_trainers() -> None:
     with pytest.raises(ValueError, match="differ by more than upper and lower case"):
         checked({"ema": "uniform()", "EMA": "uniform()"}, 0, {})
-    names = ["average", "ema 0.9", "exponential(0.9)", "1e-3", "a.b", "重"]
+    names = ["average", "console", "a.con", "ema 0.9", "exponential(0.9)", "1e-3", "a.b", "重"]
     assert list(checked(dict.fromkeys(names, "uniform()"), 0, {})[0]) == names
 
 

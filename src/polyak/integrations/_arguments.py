@@ -15,7 +15,9 @@ from polyak.specs import named_rules
 
 LONGEST = 60
 """Characters in the part of a file's name that averages give it."""
-_UNFIT = re.compile(r'[\\:*?"<>|\x00-\x1f]|[. ]$')
+_UNFIT = re.compile(
+    r'[\\:*?"<>|\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE
+)
 
 
 def checked(
@@ -55,7 +57,8 @@ def require_file_names(names: list[str]) -> None:
             raise ValueError(
                 f"an average's name is {name!r}, and files get that name: wanted one of at most "
                 f"{LONGEST} characters, without "
-                'control characters and \\ : * ? " < > |, with no dot or space at its end'
+                'control characters and \\ : * ? " < > |, with no dot or space at its end, and none that '
+                "Windows gives to a device, such as con"
             )
     if len({name.casefold() for name in names}) < len(names):
         raise ValueError(
