@@ -67,6 +67,7 @@ def test_the_page_has_the_articles_claims_figures_and_curves(folder: Path) -> No
     drawn = {i.removeprefix("chart-") for i in page.ids if i.startswith("chart-")}
     wanted = {"one_mse", "one_mae", "one_r2", "curves_plateau", "after_stop", "pairs_plateau"}
     assert wanted <= drawn
+    assert text.count('<table class="sortable wide">') == 1 and "ensemble_<wbr>20" in text
     files = {path.name for path in (folder / "charts").iterdir()}
     assert files == {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
     for said in ("10000 resamples", "no test part", "article_ema sets the learning rate"):

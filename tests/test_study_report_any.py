@@ -255,6 +255,21 @@ def test_a_forest_is_not_stretched_by_one_arm(
         assert (row["kind"] != "circle") == far
 
 
+def test_the_largest_gain_of_all_schedules_is_drawn() -> None:
+    """Where averaging and annealing do the same work, one schedule has nearly all the gain."""
+
+    def value(arm: str, seed: int, schedule: str, *_: Any) -> float:
+        gain = 0.5 if schedule == "constant" and arm != "live" else 1.0
+        return gain * (1 + seed / 1e4 * (arm == "live"))
+
+    schedules = dict.fromkeys(("constant", "1", "2", "3", "4"), constant)
+    (figure,) = figures.by_schedule(Effects(result(value=value, schedules=schedules)))
+    points = figure.chart.to_dict()["layer"][1]["data"]["values"]
+    assert {point["kind"] for point in points} == {"circle"} and len(points) == 5
+    assert max(point["high"] for point in points) == pytest.approx(50, abs=0.1)
+    assert "axis ends" not in figure.words
+
+
 def constantly_zero(_: Seed) -> float:
     return 0.0
 

@@ -45,12 +45,12 @@ def bands(
     return styled((area + line) if "low" in rows[0] else line, y_title)
 
 
-def forest(rows: Mapping[str, Interval], x_title: str, title: str) -> Chart:
+def forest(rows: Mapping[str, Interval], x_title: str, title: str, *, furthest: float = 4) -> Chart:
     """An estimate with its interval for each name; a hollow point where the interval holds 0.
 
     What lies outside `reach` is cut off; an arrow points to an estimate there.
     """
-    most = reach(rows)
+    most = reach(rows, furthest)
     values = [
         {
             "name": name,
@@ -72,10 +72,10 @@ def forest(rows: Mapping[str, Interval], x_title: str, title: str) -> Chart:
     return styled(rule(0, "x") + bar + point, title, height)
 
 
-def reach(rows: Mapping[str, Interval]) -> float:
-    """How far from 0 a forest is drawn: to the furthest end, but at most to 4 times the median one."""
+def reach(rows: Mapping[str, Interval], furthest: float = 4) -> float:
+    """How far from 0 a forest is drawn: to the furthest end, but at most to `furthest` times the median one."""
     ends = [end for i in rows.values() if 0 < (end := max(-i.low, i.high)) < math.inf] or [1.0]
-    return min(max(ends), 4 * statistics.median(ends))
+    return min(max(ends), furthest * statistics.median(ends))
 
 
 def cut_off(rows: Mapping[str, Interval], form: Callable[[float], str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from polyak.rules import LIVE
@@ -37,12 +38,11 @@ def by_schedule(effects: Effects) -> tuple[Figure, ...]:
     table = _intervals(
         effects, "by_schedule", "Gain of the best arm under each schedule", "schedule: arm", gains
     )
-    chart = charts.forest(_scaled(effects, gains), _axis(effects), "schedule: best arm")
+    scaled, title = _scaled(effects, gains), "schedule: best arm"
+    # One schedule may have nearly all the gain, which is the point of the chart.
+    chart = charts.forest(scaled, _axis(effects), title, furthest=math.inf)
     largest = max(gains, key=lambda name: gains[name].estimate)
-    words = (
-        f"The gain is largest under {largest}: {between(gains[largest], _form(effects))}."
-        f"{charts.cut_off(gains, _form(effects))}"
-    )
+    words = f"The gain is largest under {largest}: {between(gains[largest], _form(effects))}."
     caption = "Gain of the arm that validation chose under each schedule, with its 95 % interval. Right of 0 it is better."
     return (Figure("by_schedule", chart, caption, words, table),)
 
