@@ -37,6 +37,18 @@ def cnn() -> nn.Module:
     return nn.Sequential(*block, nn.Flatten(), nn.Linear(16, CLASSES))
 
 
+class Scaled(nn.Module):
+    """Logits times a parameter without a dimension, as contrastive models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale = mlp(0.0), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.scale * self.body(x)
+        return logits
+
+
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy of logits."""
     return functional.cross_entropy(model(x), y)

@@ -18,7 +18,7 @@ from polyak.study import cosine
 from polyak.study._loop import Run, train
 from polyak.study._weighting import profile_of
 from rule_examples import RULE_EXAMPLES
-from study_models import cnn, images, mlp, study
+from study_models import Scaled, cnn, images, mlp, study
 
 
 class Plain:
@@ -81,7 +81,7 @@ class Plain:
         return functional.cross_entropy(judged(part[0]), part[1]).item()
 
 
-@pytest.mark.parametrize("model", [mlp, cnn])
+@pytest.mark.parametrize("model", [mlp, cnn, Scaled])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_run_is_the_plain_script_bit_for_bit(model: Callable[[], nn.Module], seed: int) -> None:
     threads = torch.get_num_threads()

@@ -25,7 +25,9 @@ from polyak.study import (
     Seed,
     constant,
     cosine,
+    difference,
     gain,
+    log_ratio,
 )
 from polyak.study import _figures as charts
 from polyak.study import _speed as speed
@@ -205,6 +207,20 @@ def test_a_median_and_a_geometric_mean_over_seeds() -> None:
     assert factor.wanted == "above 1.000"
     assert middle.quantity == "a power of 2, median over 9 seeds"
     assert factor.quantity == "geometric mean over 9 seeds"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "shown"),
+    [(gain("long"), "−30.0 %"), (difference("long"), "0.3"), (log_ratio("long"), "30.00 %"), (lambda _: 0.5, "50.0 %")],
+    ids=["gain", "difference", "log ratio", "a function"],
+)  # fmt: skip
+def test_a_claim_prints_its_quantity_in_its_unit(quantity: Any, shown: str) -> None:
+    def value(arm: str, *_: Any) -> float:
+        return 1.3 if arm == "long" else 1.0
+
+    claims = (Claim("s", quantity, Region.above(0)),)
+    (judged,) = judge(result(9, value, claims=claims))
+    assert judged.parts[0].figure.split(" [")[0] == shown
 
 
 def test_an_unknown_form_is_refused() -> None:

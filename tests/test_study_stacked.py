@@ -17,7 +17,7 @@ from polyak.study import Arm, Data, Metric, Plateau, Study, constant, cosine, ru
 from polyak.study._loop import Run, train
 from polyak.study._stackable import require_stackable
 from polyak.study._stacked import train_stacked
-from study_models import cnn, cross_entropy, images, mlp, sgd, study
+from study_models import Scaled, cnn, cross_entropy, images, mlp, sgd, study
 
 
 def in_float64(seed: int) -> Data:
@@ -79,7 +79,7 @@ def exact(model: Any, optimizer: Any, steps: int) -> Study:
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", [partial(mlp, 0.0), cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("model", [partial(mlp, 0.0), cnn, Scaled], ids=["mlp", "cnn", "scaled"])
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_stacked_runs_are_the_plain_ones(model: Any, optimizer: Any, steps: int) -> None:
     """Several learning rates, schedules and seeds; one run stops early and is dropped."""

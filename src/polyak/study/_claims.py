@@ -21,7 +21,8 @@ class Claim:
 
     Claims with one sentence are its parts: it holds if all of them hold. `what` names the quantity. `form`
     says how the report prints it: "share", "number", "ratio" or "steps"; of a log ratio "factor" prints
-    the ratio, and "percent" the ratio less 1. `statistic` is "mean" or "median" over the seeds; the mean of
+    the ratio, and "percent" the ratio less 1. By default a `difference` is a number, a `log_ratio` is in percent,
+    and all else is a share. `statistic` is "mean" or "median" over the seeds; the mean of
     log ratios is the log of a geometric mean.
     """
 
@@ -29,13 +30,15 @@ class Claim:
     quantity: Callable[[Seed], float]
     region: Region
     source: str = ""
-    form: str = "share"
+    form: str = ""
     what: str = ""
     statistic: Literal["mean", "median"] = "mean"
 
     def __post_init__(self) -> None:
         require_function("the quantity of a claim", self.quantity)
         require(isinstance(self.region, Region), "region", self.region, "a Region")
+        form = self.form or getattr(self.quantity, "form", "share")
+        object.__setattr__(self, "form", form)
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
 
 

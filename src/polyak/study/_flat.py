@@ -46,7 +46,7 @@ class Flat:
             shapes = [tensor.shape[self._batch :] for tensor in named.values()]
             parts = tensors[group].split([shape.numel() for shape in shapes], -1)
             for (name, like), part, shape in zip(named.items(), parts, shapes, strict=True):
-                split[name] = part.view(*part.shape[:-1], *shape).to(like.dtype)
+                split[name] = part.view(part.shape[:-1] + shape).to(like.dtype)
         return split
 
 

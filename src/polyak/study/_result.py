@@ -159,6 +159,8 @@ class Comparison:
     schedule: str | None
     when: When
     function: Callable[[float, float, bool], float]
+    form: str
+    """How a claim about it prints it."""
 
     def __call__(self, seed: Seed) -> float:
         """The number for a seed; NaN where an arm has none."""
@@ -179,7 +181,7 @@ def gain(
     when: When = "last",
 ) -> Comparison:
     """Compare by the relative improvement, positive if the arm is better: `1 - arm / against` for a loss."""
-    return Comparison(arm, against, metric, schedule, when, _gain)
+    return Comparison(arm, against, metric, schedule, when, _gain, "share")
 
 
 def log_ratio(
@@ -190,7 +192,7 @@ def log_ratio(
     when: When = "last",
 ) -> Comparison:
     """Compare by `log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios."""
-    return Comparison(arm, against, metric, schedule, when, _log_ratio)
+    return Comparison(arm, against, metric, schedule, when, _log_ratio, "percent")
 
 
 def difference(
@@ -201,7 +203,7 @@ def difference(
     when: When = "last",
 ) -> Comparison:
     """Compare by `arm - against`, in the unit of the metric."""
-    return Comparison(arm, against, metric, schedule, when, _difference)
+    return Comparison(arm, against, metric, schedule, when, _difference, "number")
 
 
 def _gain(ours: float, theirs: float, lower_is_better: bool) -> float:

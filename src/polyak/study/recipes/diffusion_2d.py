@@ -23,7 +23,6 @@ def larger_decay(metric: str, direction: str, region: Region) -> Claim:
         difference(EMAS[-1], against=EMAS[0], metric=metric, schedule="constant"),
         region,
         "said of image models in 2026: larger decays trade recall for precision",
-        form="number",
     )
 
 
