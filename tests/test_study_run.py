@@ -657,7 +657,10 @@ def test_a_file_is_a_recipe_also_in_other_processes(tmp_path: Path) -> None:
 
 FILES: list[tuple[str, str]] = [
     ("import nothing_of_this_name", r"file.py does not run: ModuleNotFoundError: .* \(line 1\)"),
-    ("\nstudy = (", r"file.py does not run: SyntaxError: .* \(line 2\)"),
+    (
+        "\nstudy = (",
+        r"file.py does not run: SyntaxError: [^(]*'\(' was never closed \(file.py, line 2\)$",
+    ),
     ("x = 1\nx / 0", r"file.py does not run: ZeroDivisionError: .* \(line 2\)"),
     ("", "has no `study`, wanted a module-level study = Study"),
     ("\nraise SystemExit(0)", r"file.py does not run: SystemExit: 0 \(line 2\)"),

@@ -83,8 +83,7 @@ def _executed(path: Path) -> ModuleType:
 def _said(error: BaseException, path: Path) -> str:
     """An error in one line, with the line of the file in which it happened."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-    return said(error) + (f" (line {line})" if line else "")
+    return said(error) + (f" (line {frames[-1].lineno})" if frames else "")
 
 
 def _study_of(module: Any, name: str) -> Study:
