@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -734,11 +735,29 @@ def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
             ValueError,
             "w has layout torch.sparse_coo, wanted torch.strided",
         ),
+        (
+            lambda: averager_of(lambda: torch.nested.nested_tensor([torch.ones(2)] * 2)),
+            ValueError,
+            "w is nested, wanted torch.strided",
+        ),
+        (
+            lambda: averager_of(
+                lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+            ),
+            ValueError,
+            r"w is quantized \(torch.quint8\), .* before it is quantized",
+        ),
     ],
 )
 def test_bad_arguments_say_what_was_wanted(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def averager_of(make: Callable[[], Tensor]) -> Averager:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of tensors that it deprecates
+        return Averager({"w": make(), "v": torch.ones(1)}, Uniform())
 
 
 def partitioned() -> nn.Module:

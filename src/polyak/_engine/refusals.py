@@ -30,6 +30,14 @@ def refuse_strange(name: str, found: Tensor) -> None:
             f"{name} is on the meta device and has no content: materialise the model "
             "(to_empty, load its weights), then make the averager"
         )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "is nested" if tensor.is_nested else f"has layout {tensor.layout}"
+        raise ValueError(f"{name} {kind}, wanted torch.strided")
+    if tensor.is_quantized:
+        raise ValueError(
+            f"{name} is quantized ({tensor.dtype}), and its integers have no mean: make the averager of the "
+            "model before it is quantized"
+        )
     if tensor.numel() == 0 and hasattr(found, "ds_id"):
         raise ValueError(
             f"{name} is partitioned by DeepSpeed ZeRO-3 and is empty between its uses: use "
@@ -40,8 +48,6 @@ def refuse_strange(name: str, found: Tensor) -> None:
             f"{name} was made under torch.inference_mode() and cannot be written to outside: build "
             "the model outside it, or under torch.no_grad()"
         )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} has layout {tensor.layout}, wanted torch.strided")
     if is_freed(tensor):
         raise ValueError(
             f"{name} has no memory: its storage was freed (resize_(0)); make the average, and update "
