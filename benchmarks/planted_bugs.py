@@ -128,6 +128,7 @@ FAULTS: tuple[Bug, ...] = (
     bug("2. a frozen tensor is read from another block", "_engine/readout.py", '        open_swaps.refuse_swapped("the average", [self._frozen[name]])\n', "", *BLOCKS),
     bug("2. begin takes what another block has swapped", "_engine/resumable.py", '        open_swaps.refuse_swapped(\n            "begin", [i', '        (\n            "begin", [i', *BLOCKS),
     bug("2. a file has another block's average as live weights", "checkpoints/_save.py", '        open_swaps.refuse_swapped("save", items)\n', "", *BLOCKS),
+    bug("2. a file of EMA has another block's average as live weights", "checkpoints/_save.py", '        open_swaps.refuse_parts("save", list(state.items()))\n', "", "applied_readers"),
     bug("2. a pull moves what another block has swapped", "_engine/pulling.py", '    open_swaps.refuse_swapped("pull", live.averaged)\n', "", *BLOCKS),
     bug("2. a dropped averager leaves its model swapped", "_engine/applying.py", "WeakMethod(self._end),", "lambda end=self._end: end,", "applied"),
     bug("2. a copy takes what another block has swapped", "averager.py", '        open_swaps.refuse_swapped("copy", self._live.tracked)\n', "", *BLOCKS),

@@ -93,6 +93,14 @@ def pulled(scene: Scene) -> dict[str, Tensor]:
     return {name: snapshot(scene.model)[name] for name in WEIGHTS}
 
 
+def saved_ema(scene: Scene, folder: Path) -> dict[str, Tensor]:
+    polyak.save(folder / "ema", scene.ema)
+    model = deepcopy(scene.model)
+    loaded = EMA(model, update_every=1, update_after_step=0, ignore_names={"constant", "0.bias"})
+    polyak.load(folder / "ema", loaded)
+    return {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+
+
 def live_of(averager: Any) -> dict[str, Tensor]:
     return snapshot(averager._live.model)
 
@@ -112,6 +120,7 @@ CALLS: dict[str, Callable[[Scene, Path], dict[str, Tensor]]] = {
     "begin": lambda s, _: begun(s),
     "begin, with buffers that are not given": lambda s, _: begun(s, *WEIGHTS),
     "save": saved,
+    "save an EMA": saved_ema,
     "copy_to": lambda s, _: written(s),
     "pull": lambda s, _: pulled(s),
     "a copy": lambda s, _: live_of(deepcopy(s.averager)),

@@ -186,6 +186,7 @@ def _packed(averager: Averager | EMA) -> Packed:
         described = {"kind": "ema", "rule": str(averager.rule), "every": averager.update_every}
         state = averager.state_dict()
         require_whole("save", state)
+        open_swaps.refuse_parts("save", list(state.items()))
         return described, {f"ema/{key}": tensor for key, tensor in state.items()}
     if not isinstance(averager, Averager):
         raise TypeError(f"save: got {type(averager).__name__}, wanted a polyak.Averager or EMA")
