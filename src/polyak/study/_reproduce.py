@@ -98,9 +98,12 @@ class Reproduced:
             (o.line.topic, o.line.sentence, o.line.expected, _got(o), o.verdict, o.line.source)
             for o in self.outcomes
         )
-        held = sum(o.verdict == "holds" for o in self.outcomes)
+        held, undecided = (
+            sum(o.verdict == verdict for o in self.outcomes) for verdict in ("holds", "undecided")
+        )
         seconds = math.fsum(o.seconds for o in self.outcomes)
-        note = f"{held} of {len(self.outcomes)} hold, {len(self.missed)} do not; {seconds:.0f} s in all."
+        counts = f"{held} of {len(self.outcomes)} hold, {len(self.missed)} do not, {undecided} are undecided"
+        note = f"{counts}; {seconds:.0f} s in all."
         header = ("topic", "what", "expected", "got", "verdict", "source")
         return Table("reproduced", "Published results, reproduced", header, rows, note)
 
