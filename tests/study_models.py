@@ -49,6 +49,18 @@ class Scaled(nn.Module):
         return logits
 
 
+class Turned(Scaled):
+    """Logits times a complex parameter's absolute value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.6 + 0.8j] * CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.scale.abs() * self.body(x)
+        return logits
+
+
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy of logits."""
     return functional.cross_entropy(model(x), y)

@@ -18,7 +18,7 @@ from polyak.study import cosine
 from polyak.study._loop import Run, train
 from polyak.study._weighting import profile_of
 from rule_examples import RULE_EXAMPLES
-from study_models import Scaled, cnn, images, mlp, study
+from study_models import Scaled, Turned, cnn, images, mlp, study
 
 
 class Plain:
@@ -62,7 +62,7 @@ class Plain:
         live = [*self.model.parameters(), *self.model.buffers()]
         self.snapshots.append([t.clone() for t in live])
         for average, new in zip([*self.ema.parameters(), *self.ema.buffers()], live, strict=True):
-            if step == 1 or not new.is_floating_point():
+            if step == 1 or not (new.is_floating_point() or new.is_complex()):
                 average.copy_(new)
             else:
                 average.lerp_(new, 1 - 0.9)
@@ -72,7 +72,8 @@ class Plain:
         window = copy.deepcopy(self.model)
         slots = zip(*self.snapshots[-7:], strict=True)
         for tensor, kept in zip([*window.parameters(), *window.buffers()], slots, strict=True):
-            tensor.copy_(torch.stack(kept).mean(0) if tensor.is_floating_point() else kept[-1])
+            averaged = tensor.is_floating_point() or tensor.is_complex()
+            tensor.copy_(torch.stack(kept).mean(0) if averaged else kept[-1])
         return window
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class Plain:
         return functional.cross_entropy(judged(part[0]), part[1]).item()
 
 
-@pytest.mark.parametrize("model", [mlp, cnn, Scaled])
+@pytest.mark.parametrize("model", [mlp, cnn, Scaled, Turned])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_run_is_the_plain_script_bit_for_bit(model: Callable[[], nn.Module], seed: int) -> None:
     threads = torch.get_num_threads()

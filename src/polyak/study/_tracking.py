@@ -78,8 +78,10 @@ class Tracking:
         ]
 
     def vector(self, network: Network) -> Tensor:
-        """The trained parameters of a network as one vector, or one of each run."""
-        return joined((network.weights[name] for name in self._trained), self._dimensions)
+        """The trained parameters of a network as one vector of real numbers, or one of each run."""
+        trained = (network.weights[name].detach() for name in self._trained)
+        real = (torch.view_as_real(t) if t.is_complex() else t for t in trained)
+        return joined(real, self._dimensions)
 
 
 @dataclass
