@@ -150,16 +150,6 @@ def test_a_whole_last_line_without_its_end_is_kept(undisturbed: Path, tmp_path: 
     assert path.read_bytes() == lines[2] + lines[0]
 
 
-def test_the_lines_of_earlier_versions_are_read(undisturbed: Path, tmp_path: Path) -> None:
-    """They have the averages' ages, too."""
-    path = tmp_path / "results.jsonl"
-    lines = undisturbed.read_bytes().splitlines(keepends=True)
-    content = b"".join(changed(line, "mean_age", to={"ema": 3.5}) for line in lines)
-    path.write_bytes(content)
-    assert completed(path) == completed(undisturbed)
-    assert path.read_bytes() == content
-
-
 def test_a_torn_line_stays_where_another_line_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     lines = undisturbed.read_bytes().splitlines(keepends=True)

@@ -62,8 +62,6 @@ class Results:
         """Keeps the record of a whole line; raises `ValueError` with the file and the line."""
         try:
             record = _parsed(line)
-            if isinstance(record, dict):
-                record.pop("mean_age", None)  # earlier versions stored it
             require_record(record, self._form)
             run = _run(record)
             if _measured(self.by_run.setdefault(run, record)) != _measured(record):
