@@ -117,6 +117,42 @@ NAMES = [
     ("olmo-step1000-tokens4B", {"step": 1000}),
     ("last.ckpt", {}),
     ("wav.pt", {}),
+    ("llama2-7b-step-500.pt", {"step": 500}),
+    ("350m-step_500", {"step": 500}),
+    ("gpt-1.3B-iter_0001000.pt", {"step": 1000}),
+    ("ViT-300M-steps5000.pt", {"step": 5000}),
+    ("llama-7b-steps-100.pt", {"step": 100}),
+    ("7b_steps_3.pt", {"step": 3}),
+    ("350m-step-10k.pt", {"step": 10000}),
+    ("10k-steps-350m.pt", {"step": 10000}),
+    ("10000-steps-350m.pt", {"step": 10000}),
+    ("llama-7b-10k-iters.pt", {"step": 10000}),
+    ("350m-500-steps.pt", {"step": 500}),
+    ("size=7b-step-100.pt", {"step": 100}),
+    ("step10k.pt", {"step": 10000}),
+    ("10k-steps.pt", {"step": 10000}),
+    ("1e4-steps.pt", {"step": 10000}),
+    ("step1B.pt", {"step": 1e9}),
+    ("step100b.pt", {"step": 100}),
+    ("step=2.3M.pt", {"step": 2300000}),
+    ("epoch=3-step=1e4.ckpt", {"epoch": 3, "step": 10000}),
+    ("epoch_3-step_500.pt", {"epoch": 3, "step": 500}),
+    ("epoch_3-step_10k-7b.pt", {"epoch": 3, "step": 10000}),
+    ("run_3_step_500.pt", {"step": 500}),
+    ("epoch12b.pt", {"epoch": 12}),
+    ("epoch=12b.ckpt", {"epoch": 12}),
+    ("tokens-125B", {"number": 125e9}),
+    ("tokens-900M", {"number": 900e6}),
+    ("ckpt_1.5M.pt", {"number": 1500000}),
+    ("1.5M.pt", {"number": 1500000}),
+    ("v2-100k.pt", {"number": 100000}),
+    ("vit_b16_300k.pt", {"number": 300000}),
+    ("resnet50-10k.pt", {"number": 10000}),
+    ("llama-7b-100.pt", {"number": 100}),
+    ("gpt2-350m-400.pt", {"number": 400}),
+    ("llama-7b.pt", {"number": 7}),  # no step, but not 7e9, which would be the last
+    ("gpt2-350m-a.pt", {"number": 2}),
+    ("qwen2.5-0.5B.pt", {"number": 5}),
 ]
 
 
@@ -157,6 +193,15 @@ class TestChoosing:
         assert self.steps(run, steps=(None, None, 8000)) == [2, 10, 18]
         assert self.steps(run, steps=(None, 10000, None), last=2) == [8, 10]
         assert len(self.steps(run)) == 10
+
+    @pytest.mark.parametrize(
+        "name", ["llama2-7b-step-{}.pt", "{}-steps-350m.pt", "gpt2-350m-{}.pt", "vit-300m-{}k.pt"]
+    )
+    def test_a_size_in_the_names_is_no_step(self, name: str, tmp_path: Path) -> None:
+        for step in (200, 500, 700, 1100):
+            put(tmp_path / name.format(step), weights(step))
+        files = offline.choose(tmp_path, last=2).files
+        assert [file.path.name for file in files] == [name.format(700), name.format(1100)]
 
     def test_a_step_that_is_missing_is_told(self, run: Path) -> None:
         with pytest.raises(ValueError, match="steps 3000, 5000 are missing"):

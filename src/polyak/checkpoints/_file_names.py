@@ -23,21 +23,28 @@ UNFINISHED = {".tmp", ".part", ".incomplete"}
 WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*model*.bin")
 """Files that make their folder a model's: of several patterns the first counts."""
 
-_PAIR = re.compile(r"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", re.IGNORECASE)
+# Billions are written 1B: 12b is the second of two, or a model's size.
+_UNIT = r"(?:[km]|(?-i:B))"
+_SHORT = rf"\d+(?:\.\d+)?{_UNIT}|\d+e\d"
+_PAIR = re.compile(
+    rf"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)", re.IGNORECASE
+)
 _NOT_COUNTED = re.compile(
     r"-v\d+$|[-_.](rank|shard)[-_]?\d+$"
 )  # Lightning's, where the name was taken
+_WORD = r"(?:steps?|iter(?:ation)?s?|updates?)"
 _STEP = re.compile(
-    r"(?:(?:steps?|iter|iteration|updates?|(?<![a-z])ba)[-_]?(\d+)|(\d+)[-_]?(?:steps?|iters?|updates?))"
-    r"(?![\d.])",
-    re.IGNORECASE,
+    rf"(?:{_WORD}|(?<![a-z])ba)[-_]?((?:{_SHORT})(?![a-z0-9])|\d+(?![\d.]))", re.IGNORECASE
 )
+_STEP_FIRST = re.compile(rf"(?<!\de)({_SHORT}|\d+)[-_]?{_WORD}(?![\d.])", re.IGNORECASE)
 _EPOCH = re.compile(
     r"(?:(?<![a-z])(?:epochs?|ep)[-_.]?(\d+)|(?<![\d.])(\d+)epoch)(?![\d.])", re.IGNORECASE
 )
 _NUMBER = re.compile(r"\d+")
-_SHORT = re.compile(
-    r"(\d+(?:\.\d+)?)([kmb])(?![a-z0-9])|(?<![a-z\d.])(\d+e\d)(?![\w.])", re.IGNORECASE
+_COUNT = re.compile(
+    r"(?:(tokens?|checkpoint|ckpt|model|^(?=[\d.]+m$))[-_]?)?"
+    r"(\d+(?:\.\d+)?[kmb](?![a-z0-9])|(?<![a-z\d.])\d+e\d(?![a-z0-9])|\d+)",
+    re.IGNORECASE,
 )
 _REPEATS = re.compile(r"(?<![a-z])(best|last|latest|final|end)(?![a-z])", re.IGNORECASE)
 _AVERAGES = re.compile(
@@ -53,7 +60,7 @@ _PART = re.compile(
     r"\d-of-\d|(rank|layer|stage|shard)[-_.]?\d+|^(pp|tp|mp|ep|cp|dp|sdp)_\d+|\.\d\d(\.|$)",
     re.IGNORECASE,
 )
-_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
+_UNITS = {"k": "e3", "m": "e6", "b": "e9"}
 _CLOCKS = {"step": "step", "global_step": "step", "epoch": "epoch"}
 
 
@@ -78,8 +85,9 @@ def named(path: Path) -> Named:
     >>> [named(Path(name)).clock for name in ("iter_0001000", "12epoch.pth", "checkpoint-500", "7.pt")]
     [{'step': 1000.0}, {'epoch': 12.0}, {'number': 500.0}, {'number': 7.0}]
     """
-    stem = _SHORT.sub(_in_full, SUFFIX.sub("", path.name))
-    pairs = {key.strip(" -_"): float(value) for key, value in _PAIR.findall(stem)}
+    stem = SUFFIX.sub("", path.name)
+    texts = {key.strip(" -_"): value for key, value in _PAIR.findall(stem)}
+    pairs = {key: _in_full(value) for key, value in texts.items()}
     clock = {_CLOCKS[key]: value for key, value in pairs.items() if key in _CLOCKS}
     metrics = {key: value for key, value in pairs.items() if key not in _CLOCKS}
     rest = _NOT_COUNTED.sub("", _PAIR.sub("", stem))
@@ -88,21 +96,47 @@ def named(path: Path) -> Named:
     return Named(clock, metrics, bool(_REPEATS.search(rest)), bool(_AVERAGES.search(rest)))
 
 
-def _in_full(short: re.Match[str]) -> str:
-    """The digits of a number such as 10k, 1.5M or 1e4."""
-    number, unit, power = short.groups()
-    return f"{float(power) if power else float(number) * _UNITS[unit.lower()]:.0f}"
+def _in_full(number: str) -> float:
+    """The number that is written such as 10, 10k, 1.5M or 1e4."""
+    return float(number[:-1] + _UNITS.get(number[-1].lower(), number[-1]))
 
 
 def _counted(stem: str) -> dict[str, float]:
     """The step, the epoch, or else the last number in a name without `key=value`."""
     found: dict[str, float] = {}
-    if steps := _STEP.findall(stem):
-        found["step"] = float("".join(steps[-1]))
     if epochs := _EPOCH.findall(stem):
         found["epoch"] = float("".join(epochs[-1]))
-    numbers = _NUMBER.findall(stem)
-    return found or ({"number": float(numbers[-1])} if numbers else {})
+    if steps := _steps(_EPOCH.sub("", stem)):
+        found["step"] = _in_full(steps[-1])
+    return found or _last_number(stem)
+
+
+def _steps(stem: str) -> list[str]:
+    """The numbers behind a word such as "step", else those before it.
+
+    Of two, as in 10k-steps-350m, one in millions or billions may be a model's size, the greater.
+    """
+    behind, before = _STEP.findall(stem), _STEP_FIRST.findall(stem)
+    if behind and before and _is_size(None, behind[-1][-1].lower()):
+        return [min(behind[-1], before[-1], key=_in_full)]
+    return behind or before
+
+
+def _last_number(stem: str) -> dict[str, float]:
+    """The last number that is no model's size, such as 7b or 350m; else the digits of the last size."""
+    counts = [
+        _in_full(number)
+        for word, number in ((each[1], each[2]) for each in _COUNT.finditer(stem))
+        if not _is_size(word, number[-1].lower())
+    ]
+    numbers = counts or [float(digits) for digits in _NUMBER.findall(stem)]
+    return {"number": numbers[-1]} if numbers else {}
+
+
+def _is_size(word: str | None, unit: str) -> bool:
+    if unit == "b":
+        return word is None or "token" not in word.lower()
+    return unit == "m" and word is None
 
 
 def holder(folder: Path, *, deeper: bool = True) -> Path | None:
