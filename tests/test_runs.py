@@ -534,6 +534,57 @@ class TestMetrics:
         with pytest.raises(ValueError, match="no such metric"):
             offline.choose(tmp_path, best=1, by="accuracy")
 
+    @pytest.mark.parametrize(
+        ("folders", "by", "qualities"),
+        [
+            (("runs/Nov30_10-00-00_h", "runs/Dec01_10-00-00_h"), "loss", (0.5, 0.25, 0.125)),
+            (("logs/version_9", "logs/version_10"), "loss", (0.5, 0.25, 0.125)),
+            (("out/2024-11-30", "out/2024-12-01"), "loss", (0.5, 0.25, 0.125)),
+            (("logs/20241130_100000", "logs/20241201_100000"), "loss", (0.5, 0.25, 0.125)),
+            ((".", "."), "loss", (0.5, 0.25, 0.125)),
+            (("logs/fold1", "logs/fold2"), "fold1/loss", (0.5, 1.0, None)),
+            (("logs/valid1", "logs/valid2"), "valid2/loss", (None, 0.25, 0.125)),
+            (("logs/seed123456", "logs/seed123457"), "seed123457/loss", (None, 0.25, 0.125)),
+        ],
+    )
+    def test_what_two_files_of_events_have(
+        self,
+        folders: tuple[str, str],
+        by: str,
+        qualities: tuple[float | None, ...],
+        tmp_path: Path,
+    ) -> None:
+        """The later of a resumed run counts; what lies in a folder of another kind is another series."""
+        summary = pytest.importorskip("torch.utils.tensorboard")
+        for folder, suffix, values in (
+            (folders[0], "b", {1: 0.5, 2: 1.0}),
+            (folders[1], "a", {2: 0.25, 3: 0.125}),
+        ):
+            with summary.SummaryWriter(tmp_path / folder, filename_suffix=suffix) as writer:
+                for step, loss in values.items():
+                    writer.add_scalar("loss", loss, step, walltime=1e9 + step - 100 * ord(suffix))
+        for step in (1, 2, 3):
+            put(tmp_path / f"step={step}.pt", weights(step))
+        choice = offline.choose(tmp_path, best=sum(q is not None for q in qualities), by=by)
+        found = {file.at: file.quality for file in choice.files}
+        assert found == {n: q for n, q in zip((1, 2, 3), qualities, strict=True) if q is not None}
+
+    def test_only_the_first_event_of_a_tag_says_that_it_is_a_scalar(self, tmp_path: Path) -> None:
+        proto = pytest.importorskip("tensorboard.compat.proto.summary_pb2")
+        summary = pytest.importorskip("torch.utils.tensorboard")
+        scalar = proto.SummaryMetadata(plugin_data={"plugin_name": "scalars"})
+        with summary.SummaryWriter(tmp_path) as writer:
+            for step, loss in ((1, 0.5), (2, 0.25), (3, 0.75)):
+                put(tmp_path / f"step={step}.pt", weights(step))
+                value = proto.Summary.Value(
+                    tag="loss",
+                    tensor={"dtype": 1, "float_val": [loss]},
+                    metadata=scalar if step == 1 else None,
+                )
+                writer.file_writer.add_summary(proto.Summary(value=[value]), step)
+        (file,) = offline.choose(tmp_path, best=1, by="loss").files
+        assert (file.at, file.quality) == (2, 0.25)
+
     def test_without_tensorboard(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is asked for only if nothing else has the metric."""
         put(tmp_path / "step=1-loss=0.5.pt", weights(1))
