@@ -17,11 +17,13 @@ from torch import nn
 import polyak
 from models import assert_same, snapshot, wander
 from polyak import EMA, Averager, Exponential, Recorder, Window
-from polyak._engine import open_swaps, second
+from polyak._engine import copying, open_swaps, second
 from polyak._engine.exchange import Exchange
+from polyak._engine.live import ModelTensors
 from polyak._engine.slots import Average
 from polyak._engine.updating import Motion
 from polyak.checkpoints._safetensors import files
+from polyak.rules import ArticleEMA
 
 T = TypeVar("T")
 
@@ -133,6 +135,10 @@ TOUCHES: dict[str, tuple[object, str]] = {
     "a file is written": (files, "write"),
     "EMA copies the model": (second, "_copied"),
     "EMA looks for its slots": (second, "addresses"),
+    "EMA has other slots": (Average, "adopt"),
+    "EMA reads its decay": (ArticleEMA, "decay"),
+    "a model is looked at again": (ModelTensors, "check"),
+    "a model's places are found": (copying, "places"),
     "contents change places": (Exchange, "to"),
 }
 """What reads or moves live weights or slots, and must not meet another thread's doing so."""
@@ -145,6 +151,7 @@ class Shared:
         self.model, (self.averager, self.window) = pair(Exponential(0.5), Window(2))
         self.ema = EMA(self.model, update_every=1, update_after_step=0)
         self.ema.update()
+        self.narrow = EMA(nn.Linear(3, 2).bfloat16())
         self.folder = folder
         self.recorder = Recorder(self.averager, folder / "snapshots", every=1)
 
@@ -153,6 +160,12 @@ class Shared:
         self.model(torch.ones(1, 3)).sum().backward()
         self.averager.attach(optimizer)
         optimizer.step()
+
+    @torch.no_grad()
+    def written(self) -> EMA:
+        """An EMA of narrow weights; somebody has written to its second module."""
+        self.narrow.ema_model.weight.add_(1)  # type: ignore[operator]
+        return self.narrow
 
 
 IN_TURN: dict[str, Callable[[Shared], object]] = {
@@ -173,6 +186,7 @@ IN_TURN: dict[str, Callable[[Shared], object]] = {
     "EMA.update_moving_average": lambda s: s.ema.update_moving_average(),
     "EMA.copy_params_from_model_to_ema": lambda s: s.ema.copy_params_from_model_to_ema(),
     "EMA.load_state_dict": lambda s: s.ema.load_state_dict(s.ema.state_dict()),
+    "EMA.state_dict": lambda s: s.written().state_dict(),
     "EMA.to": lambda s: s.ema.to(torch.float64),
     "EMA.restore_ema_model_device": lambda s: s.ema.restore_ema_model_device(),
 }
@@ -195,6 +209,21 @@ def test_calls_take_turns(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(owner, name, watched(touch, getattr(owner, name)))
     IN_TURN[call](shared)
     assert touched and all(touched.values()), touched
+
+
+def test_copy_to_refuses_a_block_that_began_after_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (first, second_one) = pair(Exponential(0.9), Exponential(0.5))
+    live, write_, block = snapshot(model), copying.write_, second_one.applied()
+
+    def late(*args: Any) -> None:
+        block.__enter__()
+        write_(*args)
+
+    monkeypatch.setattr(copying, "write_", late)
+    with pytest.raises(RuntimeError, match="copy_to: weight has an average, in a block"):
+        first.copy_to(model)
+    block.__exit__(None, None, None)
+    assert_same(snapshot(model), live)
 
 
 def test_models_of_their_own_are_averaged_and_applied_in_parallel() -> None:

@@ -541,13 +541,34 @@ def test_moving_keeps_the_wide_average_of_narrow_weights(move: Any) -> None:
     assert torch.equal(stepped(moves=True), stepped(moves=False))
 
 
-def test_weights_loaded_into_a_narrow_ema_model_count() -> None:
-    ema = EMA(network(torch.bfloat16), beta=0.999, min_value=0.999, update_every=1)
-    run(ema, range(3))
+AFTER: dict[str, Callable[[EMA], object]] = {
+    "to": lambda ema: ema.to("cpu"),
+    "update": EMA.update,
+    "every update until the next that is due": lambda ema: [
+        ema.update() for _ in range(ema.update_every - 1)
+    ],
+    "every update, and one that is due": lambda ema: run(ema, range(9, 9 + ema.update_every)),
+    "update_moving_average": EMA.update_moving_average,
+    "nothing": lambda _: None,
+}
+"""Calls after a write to `ema_model`."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("every", [2, 3, 10])
+@pytest.mark.parametrize("call", AFTER)
+def test_weights_loaded_into_an_ema_model_count(call: str, every: int, dtype: torch.dtype) -> None:
+    """With decay 1 - 1e-6 no call moves them visibly."""
+    slow = 1 - 1e-6
+    ema = EMA(network(dtype), beta=slow, min_value=slow, update_after_step=0, update_every=every)
+    run(ema, range(2 * every + 1))
     ema.ema_model.load_state_dict({k: v + 2 for k, v in averaged(ema).items()})
-    wanted = averaged(ema)["0.weight"]
-    ema.to("cpu")
-    assert torch.equal(ema.state_dict()["ema_model.0.weight"].bfloat16(), wanted)
+    wanted = averaged(ema)
+    AFTER[call](ema)
+    state = {k: ema.state_dict()[f"ema_model.{k}"] for k in wanted}
+    for name in ("0.weight", "1.running_var", "2.bias"):
+        torch.testing.assert_close(averaged(ema)[name], wanted[name], atol=0.02, rtol=0.01)
+        torch.testing.assert_close(state[name].to(dtype), wanted[name], atol=0.02, rtol=0.01)
 
 
 def test_a_bfloat16_checkpoint_of_ema_pytorch_loads() -> None:

@@ -140,6 +140,8 @@ class EMA(nn.Module):
             return self._average.advance(self._live, elapsed) if due else []
 
         def end() -> None:
+            if due:
+                self._wide.round_()
             if fresh and not copying:
                 self._initted = True
                 self.initted.fill_(1.0)
@@ -149,6 +151,7 @@ class EMA(nn.Module):
         policies: tuple[Policy, ...] = ("copy", "skip") if copying or fresh else ("copy",)
         self._move(advance, policies if due else (), end)
 
+    @open_swaps.in_turn
     def update_moving_average(
         self, ma_model: nn.Module | None = None, current_model: nn.Module | None = None
     ) -> None:
@@ -160,6 +163,7 @@ class EMA(nn.Module):
             raise ValueError("update_moving_average takes this EMA's own two models only")
         self._blend(1 - self.get_current_decay(), ("copy",))
 
+    @open_swaps.in_turn
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
         self._live.check("EMA")
@@ -191,15 +195,17 @@ class EMA(nn.Module):
         self._adopt()
         return self
 
-    @open_swaps.in_turn
     def _blend(self, fraction: float, policies: Sequence[Policy]) -> None:
-        self._move(lambda: [self._average.move(self._live, AVERAGE, fraction)], policies)
+        def advance() -> list[Move]:
+            return [self._average.move(self._live, AVERAGE, fraction)]
+
+        self._move(advance, policies, self._wide.round_)
 
     def _move(
         self,
         advance: Callable[[], list[Move]],
         policies: Sequence[Policy],
-        end: Callable[[], None] = lambda: None,
+        end: Callable[[], None],
     ) -> None:
         """Moves slots, copies tensors of these policies if any, calls `end`: all of it or nothing."""
         groups = self._follow() if policies else []
@@ -225,10 +231,9 @@ class EMA(nn.Module):
 
     @no_grad
     def _end(self, copies: second.Copies, end: Callable[[], None]) -> None:
-        """After the moves: copies tensors, and rounds float32 slots into the narrow weights."""
+        """After the moves."""
         for tensor, content in copies:
             tensor.copy_(content)
-        self._wide.round_()
         end()
 
     def _follow(self) -> Groups:
@@ -258,6 +263,7 @@ class EMA(nn.Module):
         second.require_second(self._live, self._carrier)
         self._bind()
 
+    @open_swaps.in_turn
     def _bind(self) -> None:
         self._average.adopt(AVERAGE, self._wide.look_up())
         self._bound = self._live.generation, self._carrier.generation
@@ -279,6 +285,7 @@ class EMA(nn.Module):
         self._loaded = {}
 
 
+@open_swaps.in_turn
 def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Put float32 averages into a state dict, under the keys of the narrow weights."""
     if module._wide:

@@ -49,7 +49,10 @@ def write_(
     live: ModelTensors,
     mesh: DeviceMesh | None,
 ) -> None:
-    """Write an average, rounded to the model's dtypes. Collective with a mesh."""
+    """Write an average, rounded to the model's dtypes. Collective with a mesh.
+
+    Raises `RuntimeError` if another thread has entered a block since `places`.
+    """
     theirs = _by_name(found)
     divided = [name for name, *_ in gathered_forms(live, found)]
     if mesh is not None:
@@ -63,6 +66,7 @@ def write_(
                 to.copy_(content)
 
     with open_swaps.TURN:
+        open_swaps.refuse_swapped("copy_to", found)
         undisturbed(copy)
 
 

@@ -57,9 +57,8 @@ class IntoModules(Averages):
         Raises `ValueError` with the names that are missing, extra or of another shape, and
         `RuntimeError` before the first update and inside `applied()`. Collective with `shard`.
         """
-        with self._together("copy_to") as agreement:
-            with open_swaps.TURN:
-                whole = self.weights(name).beside()
+        with self._together("copy_to") as agreement, open_swaps.TURN:
+            whole = self.weights(name).beside()
             average = {name: local(tensor) for name, tensor in whole.items()}
             found = copying.places(model, self._choice, self._live, average)
             forms = copying.gathered_forms(self._live, found)
