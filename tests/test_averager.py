@@ -733,19 +733,12 @@ def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
         (
             lambda: Averager({"w": torch.eye(2).to_sparse()}, Uniform()),
             ValueError,
-            "w has layout torch.sparse_coo, wanted torch.strided",
+            r"w has layout torch.sparse_coo, wanted torch.strided: give the model its .to_dense\(\)",
         ),
         (
             lambda: averager_of(lambda: torch.nested.nested_tensor([torch.ones(2)] * 2)),
             ValueError,
-            "w is nested, wanted torch.strided",
-        ),
-        (
-            lambda: averager_of(
-                lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
-            ),
-            ValueError,
-            r"w is quantized \(torch.quint8\), .* before it is quantized",
+            r"w is nested, wanted torch.strided: give the model its .unbind\(\) parts",
         ),
     ],
 )
@@ -758,6 +751,43 @@ def averager_of(make: Callable[[], Tensor]) -> Averager:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of tensors that it deprecates
         return Averager({"w": make(), "v": torch.ones(1)}, Uniform())
+
+
+QUANTIZED: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "a frozen parameter": lambda m, q: setattr(m, "q", nn.Parameter(q, requires_grad=False)),
+    "a buffer": lambda m, q: m.register_buffer("q", q),
+    "an unsaved buffer": lambda m, q: m.register_buffer("q", q, persistent=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.*deprecated")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"select": "*"},
+        {"select": "weight"},
+        {"buffers": {"q": "copy"}},
+        {"buffers": {"q": "skip"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("held", QUANTIZED)
+def test_quantized_tensors_beside_the_weights_are_kept(held: str, options: dict[str, Any]) -> None:
+    """None of them is averaged; a copied one is that of the last update."""
+    first, second, live = (
+        torch.quantize_per_tensor(t, 0.1, 0, torch.quint8) for t in torch.eye(3)[[0, 1, 0]]
+    )
+    model = nn.Linear(2, 1)
+    QUANTIZED[held](model, live)
+    averager = Averager(model, Uniform(), **options)
+    averager.update()
+    policy = next(item.policy for item in averager.tracked if item.name == "q")
+    model.q.copy_(second)  # type: ignore[operator]
+    with averager.applied():
+        seen = model.q.dequantize()  # type: ignore[operator]
+    assert torch.equal(seen, (first if policy == "copy" else second).dequantize())
+    assert torch.equal(model.q.dequantize(), second.dequantize())  # type: ignore[operator]
 
 
 def partitioned() -> nn.Module:

@@ -30,13 +30,13 @@ def refuse_strange(name: str, found: Tensor) -> None:
             f"{name} is on the meta device and has no content: materialise the model "
             "(to_empty, load its weights), then make the averager"
         )
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "is nested" if tensor.is_nested else f"has layout {tensor.layout}"
-        raise ValueError(f"{name} {kind}, wanted torch.strided")
-    if tensor.is_quantized:
+    if tensor.is_nested:
         raise ValueError(
-            f"{name} is quantized ({tensor.dtype}), and its integers have no mean: make the averager of the "
-            "model before it is quantized"
+            f"{name} is nested, wanted torch.strided: give the model its .unbind() parts"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name} has layout {tensor.layout}, wanted torch.strided: give the model its .to_dense()"
         )
     if tensor.numel() == 0 and hasattr(found, "ds_id"):
         raise ValueError(
