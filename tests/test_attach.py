@@ -436,11 +436,28 @@ def test_a_copy_of_an_attachment_watches_nothing(way: str) -> None:
     attached = averager.attach(optimizer)
     twin = COPIES[way](attached)
     assert attached.active and not twin.active and not twin.waiting
+    twin.require_moved()
     twin.remove()
     optimizer.step()
     assert averager.count == 1
     attached.remove()
     assert not COPIES[way](attached).active
+
+
+def test_an_attachment_that_was_removed_has_no_power_over_the_next() -> None:
+    """Weights that were replaced since, which the optimizer has none of, are refused nevertheless."""
+    model = nn.Linear(3, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    averager = Averager(model, Uniform())
+    first = averager.attach(optimizer)
+    first.remove()
+    averager.attach(optimizer)
+    first.remove()
+    optimizer.step()
+    model.weight, model.bias = (nn.Parameter(p.detach().clone()) for p in model.parameters())
+    with pytest.raises(ValueError, match="attach: "):
+        optimizer.step()
+    assert averager.count == 1
 
 
 @pytest.mark.parametrize("wrap", [plain, lambda m: accelerated(plain(m)), lambda m: Duck(plain(m))])

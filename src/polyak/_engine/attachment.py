@@ -51,6 +51,8 @@ class Attachment:
             )
         self._live, self._optimizers, self._complete = live, optimizers, complete
         self._generation = 0
+        self.active = True
+        """Whether the optimizers are watched."""
         self.require_moved()
         for chain in chains:
             warn_of_own_average(chain)
@@ -60,19 +62,17 @@ class Attachment:
         self._after = after
         self._taken: dict[int, Flags] = {}
         self._watches = [_Watch(chain, before, self._taken_by(i)) for i, chain in enumerate(chains)]
-        self.active = True
-        """Whether the optimizers are watched."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches no optimizer."""
-        return {"_watches": [], "_taken": {}, "_after": _nothing, "active": False}
+        return {"_taken": {}, "active": False}
 
     def require_moved(self) -> None:
         """Raise `ValueError` if the optimizers have no averaged parameter; warn if they lack some that train.
 
         It looks at weights that were found anew since it was called last.
         """
-        if self._generation != self._live.generation:
+        if self.active and self._generation != self._live.generation:
             require_moved(self._live.averaged, self._optimizers, self._complete)
             self._generation = self._live.generation
 
@@ -83,6 +83,8 @@ class Attachment:
 
     def remove(self) -> None:
         """Stops watching."""
+        if not self.active:  # the averager may have another attachment since
+            return
         for watch in self._watches:
             watch.remove()
         self.active = False
@@ -183,10 +185,6 @@ class _Watch:
     def _tell(self) -> None:
         flags, self._flags = self._flags, []
         self._taken(flags)
-
-
-def _nothing() -> None:
-    """What follows when a copy is removed."""
 
 
 def _makes_state() -> bool:
