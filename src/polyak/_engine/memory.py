@@ -7,11 +7,9 @@ one tied tensor. Any other overlap would make `applied` exchange some elements t
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import accumulate, combinations
+from itertools import chain, combinations, repeat
 from math import gcd
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -24,6 +22,8 @@ FEW = 32
 
 MOST_STEPS = 10_000
 """A pair that takes more steps to tell apart counts as overlapping. Views made by slicing take tens."""
+
+_OTHER = ""
 
 
 def identity(tensor: Tensor) -> Hashable:
@@ -120,33 +120,20 @@ def of_one_storage(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
 
 def meeting(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
     """The places in `a` of tensors that share memory with one in `b`."""
-    taken: dict[torch.device, list[_Stretch]] = {}
-    for tensor in b:
+    devices: dict[torch.device, list[_Stretch]] = {}
+    names = chain(map(str, range(len(a))), repeat(_OTHER))
+    for name, tensor in zip(names, (*a, *b), strict=False):
         if (start := address(tensor)) is not None:
-            stretch = _Stretch(start, start + _reach(tensor), "", tensor)
-            taken.setdefault(tensor.device, []).append(stretch)
-    ends = {}
-    for device, stretches in taken.items():
-        stretches.sort(key=_START)
-        ends[device] = list(accumulate((stretch.stop for stretch in stretches), max))
+            stretch = _Stretch(start, start + _reach(tensor), name, tensor)
+            devices.setdefault(tensor.device, []).append(stretch)
     found = []
-    for i, tensor in enumerate(a):
-        start = address(tensor)
-        if start is not None and tensor.device in taken:
-            stretch = _Stretch(start, start + _reach(tensor), "", tensor)
-            if _meets(stretch, taken[tensor.device], ends[tensor.device]):
-                found.append(i)
-    return found
-
-
-def _meets(stretch: _Stretch, others: Sequence[_Stretch], ends: Sequence[int]) -> bool:
-    """Whether a tensor shares memory with another one; `ends` are the furthest stops up to each."""
-    at = bisect_left(others, stretch.stop, key=_START)
-    while at and ends[at - 1] > stretch.start:
-        at -= 1
-        if others[at].stop > stretch.start and _overlap(_span(stretch), _span(others[at])):
-            return True
-    return False
+    for stretches in devices.values():
+        for cluster in _clusters(sorted(stretches, key=lambda stretch: stretch[:3])):
+            spans = list(map(_span, cluster))
+            others = [span for span in spans if span.name == _OTHER]
+            mine = (span for span in spans if span.name != _OTHER)
+            found += [int(each.name) for each in mine if any(_overlap(each, o) for o in others)]
+    return sorted(found)
 
 
 class _Stretch(NamedTuple):
@@ -156,9 +143,6 @@ class _Stretch(NamedTuple):
     stop: int
     name: str
     tensor: Tensor
-
-
-_START = attrgetter("start")
 
 
 class _Span(NamedTuple):
