@@ -85,8 +85,8 @@ class Checkpoint:
             their own code could make them.
         shapes: the shapes of tensors by name, if the file stores them beside its tensors.
         left: part of the file -> how many of its tensors are neither live weights nor in an average,
-            such as an optimizer's state or another model; for a folder also the other files that may
-            hold weights, with 0.
+            such as an optimizer's state or another model; 0 if the number is not known: for a pickled
+            object, and for other files of a folder that may hold weights.
         refused: the average's name -> why it is not in `averages`.
         check: what `verify` calls.
 

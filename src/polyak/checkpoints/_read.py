@@ -102,9 +102,9 @@ def _under(found: Checkpoint, prefix: str) -> Checkpoint:
     averages = {name: under(average, prefix) for name, average in found.averages.items()}
     averages = {name: average for name, average in averages.items() if average}
     if not live and not averages:
-        of_file: list[Iterable[str]] = [found.live or {}, *found.averages.values()]
+        sets: list[Iterable[str]] = [found.live or {}, *found.averages.values()]
         has = ", ".join(
-            dict.fromkeys(f"{n.split('.')[0]!r}" for average in of_file for n in average)
+            dict.fromkeys(f"{name.split('.')[0]!r}" for weights in sets for name in weights)
         )
         raise ValueError(
             f"{found.path}: no name begins with {prefix!r}; names begin with {has:.200}"

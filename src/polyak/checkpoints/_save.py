@@ -17,7 +17,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ Packed = tuple[dict[str, Any], dict[str, Tensor]]
 Pack = Callable[[Averager], Packed]
 """Makes what is saved of an averager, on each rank."""
 
+_Saved = TypeVar("_Saved")
+
 
 def save_parts(
     call: str,
@@ -140,14 +142,14 @@ def encoded(
 @open_swaps.in_turn  # a file of slots that an update moves meanwhile is of no update
 def write_packed(
     path: Path | str,
-    averager: Any,
-    pack: Callable[[Any], Packed],
+    saved: _Saved,
+    pack: Callable[[_Saved], Packed],
     *,
     overwrite: bool,
     narrow: torch.dtype | None = None,
 ) -> None:
-    """Write what is packed of an averager that is not sharded; calls in other threads wait."""
-    described, stored = pack(averager)
+    """Write what is packed of an averager that is not sharded, or of an `EMA`; calls in other threads wait."""
+    described, stored = pack(saved)
     write(path, described, stored, overwrite=overwrite, narrow=narrow)
 
 

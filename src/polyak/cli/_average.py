@@ -14,7 +14,7 @@ from polyak.cli._adapters import concatenated
 from polyak.cli._averaged import Averaged, Form
 from polyak.cli._choosing import Wanted, in_order, require_chosen
 from polyak.cli._grouped import grouped
-from polyak.cli._options import AllowNonfinite, Copy, Dtype, Json, Part, Writing, bytes_of, dtype_of
+from polyak.cli._options import AllowNonfinite, Dtype, Json, Part, Writing, bytes_of, dtype_of
 from polyak.cli._output import note, progress_shown
 from polyak.cli._shares import Shares
 from polyak.cli._torchrun import shared
@@ -58,7 +58,10 @@ def average(
             show_default="the live weights",
         ),
     ] = None,
-    copy: Copy = [],  # noqa: B006
+    copy: Annotated[
+        list[str],
+        typer.Option(metavar="PATTERN", help="Tensors to take from the last file (repeatable)."),
+    ] = [],  # noqa: B006
     part: Part,
     lora: Annotated[
         Literal["concatenate"] | None,

@@ -22,7 +22,8 @@ Exit codes:
        study's run failed, or a published figure does not hold
   2    a wrong option, value or file
   130  interrupted (Ctrl-C)
-Results go to stdout, messages and progress to stderr."""
+Results go to stdout, messages and progress to stderr.
+Files appear complete or not at all."""
 
 # click's `UsageError`, which newer versions of typer contain.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -37,7 +37,7 @@ def inspect(
 ) -> None:
     """List what a checkpoint holds: weights, averages, rules.
 
-    It reads most libraries' files, and runs no code from them.
+    It reads files of polyak and of other libraries, and runs no code from them.
 
     \b
     Examples:

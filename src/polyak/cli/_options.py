@@ -74,12 +74,6 @@ class Part(NamedTuple):
         )
 
 
-Copy = Annotated[
-    list[str],
-    typer.Option(metavar="PATTERN", help="Tensors to take from the last file (repeatable)."),
-]
-
-
 class Fitted(NamedTuple):
     """What an average is fitted to and made of, and how well it must fit."""
 
@@ -94,7 +88,13 @@ class Fitted(NamedTuple):
     checkpoint: Annotated[
         list[str], typer.Option(metavar="TIME=FILE", help="Live weights at a step (repeatable).")
     ] = []  # typer makes a new one  # noqa: RUF012
-    copy: Copy = []  # noqa: RUF012
+    copy: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATTERN",
+            help="Tensors to take from the last file (repeatable); refused for snapshots.",
+        ),
+    ] = []  # noqa: RUF012
     max_error: Annotated[
         float,
         typer.Option(

@@ -33,7 +33,7 @@ def synthesize(
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
 ) -> None:
-    """Make any average of a finished run.
+    """Make any average of a run from snapshots or checkpoints.
 
     \b
     Examples:

@@ -210,9 +210,9 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
     live = [] if reading.live is None else [reading.live]
     used = {
         origin
-        for used_set in (*live, *reading.averages.values())
-        for name in used_set
-        for origin in used_set.origins(name)
+        for read_weights in (*live, *reading.averages.values())
+        for name in read_weights
+        for origin in read_weights.origins(name)
     }
     within = top.values() if isinstance(top, dict) else [top]
     left = {
