@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ema_pytorch
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import polyak
 from models import Everything, assert_same, everything, snapshot, wander
 from polyak import EMA, Averager
 from polyak.rules import ArticleEMA
@@ -539,6 +541,31 @@ def test_moving_keeps_the_wide_average_of_narrow_weights(move: Any) -> None:
         return ema.state_dict()["ema_model.0.weight"]  # type: ignore[no-any-return]
 
     assert torch.equal(stepped(moves=True), stepped(moves=False))
+
+
+REFUSED: dict[str, Callable[[EMA, Path], object]] = {
+    "EMA.state_dict": lambda ema, _: nn.ModuleList([ema]).state_dict(),
+    "save": lambda ema, path: polyak.save(path / "a", ema),
+    "update": lambda ema, _: ema.update(),
+    "update_moving_average": lambda ema, _: ema.update_moving_average(),
+    "copy_params_from_model_to_ema": lambda ema, _: ema.copy_params_from_model_to_ema(),
+}
+"""Calls that a block on `ema_model` refuses, by the name that the error says."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", REFUSED)
+def test_a_block_on_the_second_module_is_refused_by_the_call_s_name(
+    call: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    ema = EMA(network(dtype), update_after_step=0, update_every=1)
+    averager = Averager(ema.ema_model, "uniform()")
+    run(ema, range(2))
+    averager.update()
+    before = averaged(ema)
+    with averager.applied(), pytest.raises(RuntimeError, match=rf"^{call}: .* in a block applied"):
+        REFUSED[call](ema, tmp_path)
+    assert_same(averaged(ema), before)
 
 
 AFTER: dict[str, Callable[[EMA], object]] = {

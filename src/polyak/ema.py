@@ -129,7 +129,7 @@ class EMA(nn.Module):
         """Counts one call; every `update_every`-th call copies or averages.
 
         Raises `RuntimeError` if the model's tensors are not those of the start, and `ValueError` if the
-        two models share memory by now.
+        two models share memory.
         """
         calls, copying = self._calls + 1, self._calls <= self.rule.update_after_step
         due = self._calls % self.update_every == 0
@@ -149,7 +149,7 @@ class EMA(nn.Module):
             self.step.fill_(calls)
 
         policies: tuple[Policy, ...] = ("copy", "skip") if copying or fresh else ("copy",)
-        self._move(advance, policies if due else (), end)
+        self._move("update", advance, policies if due else (), end)
 
     @open_swaps.in_turn
     def update_moving_average(
@@ -161,14 +161,14 @@ class EMA(nn.Module):
         """
         if ma_model not in (None, self.ema_model) or current_model not in (None, self.model):
             raise ValueError("update_moving_average takes this EMA's own two models only")
-        self._blend(1 - self.get_current_decay(), ("copy",))
+        self._blend("update_moving_average", 1 - self.get_current_decay(), ("copy",))
 
     @open_swaps.in_turn
     def copy_params_from_model_to_ema(self) -> None:
         """Copies all that is tracked from the live model, ignored names included."""
         self._live.check("EMA")
         self._live.suspect = ""
-        self._blend(1.0, ("copy", "skip"))
+        self._blend("copy_params_from_model_to_ema", 1.0, ("copy", "skip"))
 
     @open_swaps.in_turn
     def restore_ema_model_device(self) -> None:
@@ -195,63 +195,59 @@ class EMA(nn.Module):
         self._adopt()
         return self
 
-    def _blend(self, fraction: float, policies: Sequence[Policy]) -> None:
-        def advance() -> list[Move]:
-            return [self._average.move(self._live, AVERAGE, fraction)]
-
-        self._move(advance, policies, self._wide.round_)
+    def _blend(self, call: str, fraction: float, policies: Sequence[Policy]) -> None:
+        move = self._average.move
+        self._move(call, lambda: [move(self._live, AVERAGE, fraction)], policies, self._wide.round_)
 
     def _move(
         self,
+        call: str,
         advance: Callable[[], list[Move]],
         policies: Sequence[Policy],
         end: Callable[[], None],
     ) -> None:
         """Moves slots, copies tensors of these policies if any, calls `end`: all of it or nothing."""
-        groups = self._follow() if policies else []
+        groups = self._follow(call) if policies else []
         copies = [
             pair for each in policies for pair in second.copies(self._live, self._carrier, each)
         ]
         before, motion = self._average.tick, None
         try:
             motion = Motion(groups, advance(), stages=self._live.stages)
-            motion.run()
-            self._end(copies, end)
+            self._finish(motion.run, copies, end)
         except BaseException:
             if motion is None:
                 self._average.back_to(before)
             else:
-                undisturbed(partial(self._finish, motion, copies, end))
+                undisturbed(partial(self._finish, motion.finish, copies, end))
             raise
 
-    def _finish(self, motion: Motion, copies: second.Copies, end: Callable[[], None]) -> None:
-        """Continues a call that an exception interrupted; each part of it may run twice."""
-        motion.finish()
-        self._end(copies, end)
-
     @no_grad
-    def _end(self, copies: second.Copies, end: Callable[[], None]) -> None:
-        """After the moves."""
+    def _finish(
+        self, move: Callable[[], None], copies: second.Copies, end: Callable[[], None]
+    ) -> None:
+        """All of a call that changes tensors; after an interruption, each part of it may run twice."""
+        move()
         for tensor, content in copies:
             tensor.copy_(content)
         end()
 
-    def _follow(self) -> Groups:
+    def _follow(self, call: str) -> Groups:
         """Groups the live weights; looks up again what was replaced, the two models too."""
         placed = self._modules  # nn.Module's attributes take 1 us each
         online = placed.get("online_model") if self.include_online_model else self.model
         if self._live.model is not online or self._carrier.model is not placed["ema_model"]:
             self._live, self._carrier = self._wide.turn(self.model, self.ema_model)
             self._adopt()
-        self._live.groups()
+        self._live.groups(call)
         if self._live.suspect:
             mend = "load a saved state, or call copy_params_from_model_to_ema()"
             raise RuntimeError(f"EMA: {mend} first. {self._live.suspect}")
-        self._follow_second()
+        self._follow_second(call)
         return self._live.grouped
 
-    def _follow_second(self) -> None:
-        self._carrier.groups()
+    def _follow_second(self, call: str) -> None:
+        self._carrier.groups(call)
         bound = self._live.generation, self._carrier.generation
         if bound != self._bound or not self._wide.untouched():
             self._adopt()
@@ -287,21 +283,16 @@ class EMA(nn.Module):
 
 @open_swaps.in_turn
 def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Put float32 averages into a state dict, under the keys of the narrow weights."""
+    """Put float32 averages under the keys of narrow weights; raises in a block on `ema_model`."""
+    open_swaps.refuse_swapped("EMA.state_dict", module._carrier.tracked)
     if module._wide:
-        module._follow_second()
+        module._follow_second("EMA.state_dict")
     for key, slot in module._wide.keys(module.ema_model):
         state[f"{prefix}ema_model.{key}"] = slot.detach()
 
 
 def _read_state(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Brings counters to this class's shapes (ema-pytorch's are scalars), and notes wide averages.
-
-    A counter that this class cannot have is refused before anything is loaded.
-    """
-    for name, buffer in (("initted", module.initted), ("step", module.step)):
-        if prefix + name in state:
-            second.require_counter(prefix, name, state[prefix + name])
-            state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
+    """Takes the counters, and notes float32 averages; raises `ValueError` before anything is loaded."""
+    second.take_counters(state, prefix, {"initted": module.initted, "step": module.step})
     keys = {key: f"{prefix}ema_model.{key}" for key, _ in module._wide.keys(module.ema_model)}
     module._loaded = {key: state[long] for key, long in keys.items() if long in state}

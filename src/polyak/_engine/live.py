@@ -90,15 +90,15 @@ class ModelTensors:
         self._inventory = Inventory([])  # of nothing, so that the copy is looked at
         self.check("copy")
 
-    def groups(self) -> Groups:
+    def groups(self, call: str = "update") -> Groups:
         """The averaged weights as they are trained, in groups of one dtype and device: the hot path.
 
         Raises `RuntimeError` if they or copied tensors hold an average, in a block of any averager.
         """
         if open_swaps.OPEN:
-            open_swaps.refuse_swapped("update", self.stored())
+            open_swaps.refuse_swapped(call, self.stored())
         if not self.unchanged():
-            self.check("update")
+            self.check(call)
         return self.grouped
 
     def current(self, call: str) -> Groups:

@@ -231,8 +231,18 @@ def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     return narrow.to(dtype)
 
 
-def require_counter(prefix: str, name: str, value: object) -> None:
-    """Raises `ValueError` unless a counter of a state is one integer that it can have."""
+def take_counters(state: dict[str, Tensor], prefix: str, buffers: Mapping[str, Tensor]) -> None:
+    """Brings the counters in a state to the shapes of the buffers; ema-pytorch's are scalars.
+
+    Raises `ValueError` unless each is one integer that it can have.
+    """
+    for name, buffer in buffers.items():
+        if prefix + name in state:
+            _require_counter(prefix, name, state[prefix + name])
+            state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
+
+
+def _require_counter(prefix: str, name: str, value: object) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
     holds = isinstance(number, int | float) and 0 <= number <= _MOST[name] and number % 1 == 0
     shown = value if number is None else number

@@ -186,9 +186,10 @@ def write(
 def _packed(averager: Averager | EMA) -> Packed:
     if isinstance(averager, EMA):
         described = {"kind": "ema", "rule": str(averager.rule), "every": averager.update_every}
+        held = dict(averager.named_parameters()) | dict(averager.named_buffers())
+        require_whole("save", held)
+        open_swaps.refuse_parts("save", list(held.items()))
         state = averager.state_dict()
-        require_whole("save", state)
-        open_swaps.refuse_parts("save", list(state.items()))
         return described, {f"ema/{key}": tensor for key, tensor in state.items()}
     if not isinstance(averager, Averager):
         raise TypeError(f"save: got {type(averager).__name__}, wanted a polyak.Averager or EMA")
