@@ -25,7 +25,7 @@ WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*mode
 
 # Billions are written 1B: 12b is the second of two, or a model's size.
 _UNIT = r"(?:[km]|(?-i:B))"
-_SHORT = rf"\d+(?:\.\d+)?{_UNIT}|\d+e\d"
+_SHORT = rf"\d+(?:\.\d+)?(?:{_UNIT}|e\d)"
 _PAIR = re.compile(
     rf"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)", re.IGNORECASE
 )
@@ -38,12 +38,13 @@ _STEP = re.compile(
 )
 _STEP_FIRST = re.compile(rf"(?<!\de)({_SHORT}|\d+)[-_]?{_WORD}(?![\d.])", re.IGNORECASE)
 _EPOCH = re.compile(
-    r"(?:(?<![a-z])(?:epochs?|ep)[-_.]?(\d+)|(?<![\d.])(\d+)epoch)(?![\d.])", re.IGNORECASE
+    r"(?:(?<![a-z])(?:epochs?|ep)[-_.]?(\d+(?:k(?![a-z0-9]))?)|(?<![\d.])(\d+)epoch)(?![\d.])",
+    re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+")
 _COUNT = re.compile(
     r"(?:(tokens?|checkpoint|ckpt|model|^(?=[\d.]+m$))[-_]?)?"
-    r"(\d+(?:\.\d+)?[kmb](?![a-z0-9])|(?<![a-z\d.])\d+e\d(?![a-z0-9])|\d+)",
+    r"(\d+(?:\.\d+)?[kmb](?![a-z0-9])|(?<![a-z\d.])\d+(?:\.\d+)?e\d(?![a-z0-9])|\d+)",
     re.IGNORECASE,
 )
 _REPEATS = re.compile(r"(?<![a-z])(best|last|latest|final|end)(?![a-z])", re.IGNORECASE)
@@ -105,8 +106,8 @@ def _counted(stem: str) -> dict[str, float]:
     """The step, the epoch, or else the last number in a name without `key=value`."""
     found: dict[str, float] = {}
     if epochs := _EPOCH.findall(stem):
-        found["epoch"] = float("".join(epochs[-1]))
-    if steps := _steps(_EPOCH.sub("", stem)):
+        found["epoch"] = _in_full("".join(epochs[-1]))
+    if steps := _steps(_EPOCH.sub(" ", stem)):
         found["step"] = _in_full(steps[-1])
     return found or _last_number(stem)
 
