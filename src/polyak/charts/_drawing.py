@@ -10,7 +10,7 @@ import altair as alt
 
 from polyak.theory._curves import Curve
 
-# page.css has these colours again, and replaces them in the dark.
+# A page replaces these colours in the dark: page.css.
 SERIES = ("#b3401a", "#1b6ca8", "#5f6670", "#2b7a4b", "#7a4fa3", "#8a6a00")
 INK, SOFT, LINE = "#1d2126", "#4a525c", "#d5dae0"
 RED, BLUE, GREY, *_OTHERS = SERIES

@@ -12,9 +12,9 @@ import altair as alt
 import vl_convert
 
 from polyak._files import making_folder, writing
-from polyak.charts._drawing import STYLE
+from polyak.charts._drawing import INK, LINE, SERIES, SOFT, STYLE
 
-# A panel of a page is as wide as a phone.
+# A panel in polyak's style is as wide as a phone. A chart in another style keeps its size and its colours.
 _SIZE = {"width": 380, "height": 240, "autosize": {"type": "fit-x", "contains": "padding"}}
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -41,7 +41,8 @@ _PAGE = """<!DOCTYPE html>
 
 def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> None:
     """Write `folder/name.png` (at twice the resolution), `.svg` and `.html` (which opens offline)."""
-    spec = chart.to_dict()
+    with alt.data_transformers.enable("default", max_rows=None):  # the data go into the files
+        spec = chart.to_dict()
     drawn = svg(spec)
     page = _page(spec, name)
     contents = {"png": vl_convert.svg_to_png(drawn, scale=2), "svg": drawn.encode(), "html": page.encode()}  # fmt: skip
@@ -70,46 +71,67 @@ def inline(name: str, svg: str) -> str:
 
 def css() -> str:
     """The colours and sizes of pages with charts, in light, dark, print and the system's own colours."""
-    return files("polyak.charts").joinpath("page.css").read_text(encoding="utf-8")
+    names = {INK: "ink", SOFT: "soft", LINE: "line", **{c: f"s{i}" for i, c in enumerate(SERIES)}}
+    light = " ".join(f"--{name}: {colour};" for colour, name in names.items())
+    drawn = (
+        f'.chart [{kind}="{colour}"] {{ {kind}: var(--{name}); }}\n'
+        for colour, name in {"white": "paper", **names}.items()
+        for kind in ("fill", "stroke")
+    )
+    rest = files("polyak.charts").joinpath("page.css").read_text(encoding="utf-8")
+    return f":root {{ {light} }}\n{rest}{''.join(drawn)}"
 
 
 def _page(spec: dict[str, Any], name: str) -> str:
-    title = spec.get("title", name)
-    text, about = (title["text"], title.get("subtitle", ())) if isinstance(title, dict) else (title, ())  # fmt: skip
-    text = " ".join(text) if isinstance(text, list) else text
+    title, about = _title(spec.get("title"))
+    title = escape(title or name)
+    config = spec.get("config", {})
+    is_own = config == STYLE | {"view": config.get("view")}
+    panels = _panels(spec) if is_own else [{k: v for k, v in spec.items() if k != "title"}]
+    kind = 'class="chart"' if is_own else 'class="picture" tabindex="0"'
     figures = (
-        f'<figure><div class="chart" role="img" aria-label="{escape(_words(panel) or text)}">{inline(f"panel-{i}", svg(panel))}</div></figure>'
-        for i, panel in enumerate(_panels(spec))
+        f'<figure><div {kind} role="img" aria-label="{escape(_words(panel)) or title}">{inline(f"panel-{i}", svg(panel))}</div></figure>'
+        for i, panel in enumerate(panels)
     )
     return _PAGE.format(
-        title=escape(text),
+        title=title,
         about="".join(f'<p class="about">{escape(line)}</p>' for line in about),
         css=css(),
         figures="\n".join(figures),
     )
 
 
+def _title(title: Any) -> tuple[str, list[str]]:
+    """The text of a title, and the lines below it."""
+    parts = title if isinstance(title, dict) else {"text": title}
+    text, below = (_lines(parts.get(part)) for part in ("text", "subtitle"))
+    return " ".join(text), below
+
+
+def _lines(text: Any) -> list[str]:
+    """The lines of a text; none if only the drawing computes it."""
+    return text if isinstance(text, list) else [text] if isinstance(text, str) else []
+
+
 def _panels(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """The panels of a chart, each as a chart of its own without the title of all."""
-    beside = next((kind for kind in ("concat", "hconcat", "vconcat") if kind in spec), "")
+    beside = next((kind for kind in ("concat", "hconcat") if kind in spec), "")
     whole = {k: v for k, v in spec.items() if k not in (beside, "title", "columns", "spacing")}
-    own = whole.get("config", {})
-    whole["config"] = {**STYLE, **own, **{k: STYLE[k] | v for k, v in own.items() if isinstance(STYLE.get(k), dict)}}  # fmt: skip
     return [_sized(whole | panel) for panel in spec.get(beside, [{}])]
 
 
 def _sized(panel: dict[str, Any]) -> dict[str, Any]:
-    """A panel of one plot in the width of a phone."""
+    """A panel in the width of a phone."""
     if "layer" in panel:
         layers = ({k: v for k, v in layer.items() if k not in _SIZE} for layer in panel["layer"])
         panel = panel | {"layer": list(layers)}
-    return panel | _SIZE if {"layer", "mark"} & set(panel) else panel
+    return panel | _SIZE
 
 
 def _words(panel: dict[str, Any]) -> str:
     """What a panel shows: its title and its axes."""
     first = panel.get("layer", [panel])[0]
     axes = [first.get("encoding", {}).get(axis, {}) for axis in "yx"]
-    titles = [axis.get("title") or (axis.get("axis") or axis).get("title") for axis in axes]
-    shown = " over ".join(str(title) for title in titles if title)
-    return ": ".join(filter(None, (panel.get("title") or first.get("title"), shown)))
+    titles = [_title(axis.get("title") or (axis.get("axis") or axis).get("title")) for axis in axes]
+    shown = " over ".join(title for title, _ in titles if title)
+    return ": ".join(filter(None, (_title(panel.get("title") or first.get("title"))[0], shown)))

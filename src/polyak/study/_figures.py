@@ -42,7 +42,7 @@ def bands(
     area = base.mark_area(opacity=0.18, clip=True).encode(
         y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"
     )
-    return styled((area + line) if "low" in rows[0] else line, y_title)
+    return report_chart((area + line) if "low" in rows[0] else line, y_title)
 
 
 def forest(rows: Mapping[str, Interval], x_title: str, title: str, *, furthest: float = 4) -> Chart:
@@ -69,7 +69,7 @@ def forest(rows: Mapping[str, Interval], x_title: str, title: str, *, furthest: 
         x="middle:Q", fill=fill, shape=alt.Shape("kind:N", scale=None, legend=None)
     )
     height = max(120, 22 * len(values) + 70)
-    return styled(rule(0, "x") + bar + point, title, height)
+    return report_chart(rule(0, "x") + bar + point, title, height)
 
 
 def reach(rows: Mapping[str, Interval], furthest: float = 4) -> float:
@@ -98,7 +98,7 @@ def pairs(rows: Rows, x_title: str, title: str) -> Chart:
         alt.Chart(alt.Data(values=ends)).mark_line(strokeDash=[4, 3], color=SOFT),
         alt.Chart(alt.Data(values=rows)).mark_circle(size=40, opacity=0.8, color=SERIES[1]),
     ]
-    return styled(alt.layer(*(layer.encode(x=x, y=y) for layer in layers)), title, 360)
+    return report_chart(alt.layer(*(layer.encode(x=x, y=y) for layer in layers)), title, 360)
 
 
 def ladder(points: Mapping[float, Interval], live: Interval, x_title: str, title: str) -> Chart:
@@ -128,7 +128,7 @@ def ladder(points: Mapping[float, Interval], live: Interval, x_title: str, title
         y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"
     )
     dashed = flat.mark_line(strokeDash=[7, 3], color=SERIES[0]).encode(y="middle:Q")
-    return styled(area + dashed + bar + line, title)
+    return report_chart(area + dashed + bar + line, title)
 
 
 def rule(value: float, axis: str) -> Chart:
@@ -139,7 +139,7 @@ def rule(value: float, axis: str) -> Chart:
     return mark.encode(**{axis: "at:Q"})
 
 
-def styled(chart: Chart, title: str, height: int = HEIGHT) -> Chart:
+def report_chart(chart: Chart, title: str, height: int = HEIGHT) -> Chart:
     """The chart in the common style and size; the title says what the vertical axis is."""
     return (
         chart.properties(
