@@ -173,7 +173,7 @@ def test_two_averagers_need_different_names(tmp_path: Path) -> None:
     run = Run()
     with pytest.raises(
         ValueError,
-        match=r"two averagers .* what register returned.* files of the name 'fast': .*give the averages other names",
+        match=r"two averagers have files of the name 'fast': .*give the averages other names.*, or call what register returned",
     ):
         register(run.accelerator, Averager(run.model, RULES))
     with pytest.raises(ValueError, match="files of the name 'fast-slow'"):

@@ -182,6 +182,22 @@ def test_one_line_for_each_metric_of_an_average_says_what_was_best(
     assert sorted(lines) == sorted(told)
 
 
+def test_a_run_that_resumes_after_the_last_validation_says_what_was_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(epochs: int, start: str | None, **options: Any) -> list[str]:
+        best = ModelCheckpoint(tmp_path, monitor="val_loss_ema_slow", filename="best", save_last=True)  # fmt: skip
+        ours = AveragerCallback({"slow": ONE, "ema_slow": ONE}, separator="_")
+        caplog.clear()
+        trainer_of(ours, best, epochs=epochs, **options).fit(made(), ckpt_path=start)
+        return [line for line in caplog.messages if line.startswith("best ")]
+
+    caplog.set_level("INFO")
+    told = run(1, None)
+    assert told and "best.ema_slow.safetensors is the average" in told[0]
+    assert run(2, "last", check_val_every_n_epoch=5) == told
+
+
 def test_a_test_of_the_best_checkpoint_evaluates_its_averages(tmp_path: Path) -> None:
     """In the same process, and in another with a new callback."""
     average = AveragerCallback(RULES)

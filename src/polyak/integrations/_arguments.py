@@ -57,8 +57,8 @@ def require_file_names(names: list[str]) -> None:
             raise ValueError(
                 f"an average's name is {name!r}, and files get that name: wanted one of at most "
                 f"{LONGEST} characters, without "
-                'control characters and \\ : * ? " < > |, with no dot or space at its end, and none that '
-                "Windows gives to a device, such as con"
+                'control characters and \\ : * ? " < > |, with no dot or space at its end, and not a name '
+                "that Windows reserves, such as con"
             )
     if len({name.casefold() for name in names}) < len(names):
         raise ValueError(

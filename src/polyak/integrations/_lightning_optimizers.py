@@ -14,14 +14,14 @@ with extra("lightning", "lightning"):
     from lightning.pytorch.utilities import rank_zero_warn
 
 
-def has_updates(averager: Averager, attachment: Attachment | None) -> bool:
-    """Whether there are averages; a warning says if they wait for an optimizer that takes no step."""
-    if averager.count == 0 and attachment is not None and attachment.waiting:
+def warn_if_waiting(attachment: Attachment | None) -> None:
+    """Warn if the first update waits for an optimizer that takes no step."""
+    if attachment is not None and attachment.waiting:
         rank_zero_warn(
             "there is no average yet: several optimizers move averaged weights, an update waits until each "
-            'of them has stepped, and one has not. To average the weights of one, give select="generator.*"'
+            "of them has stepped, and one has not. To average the weights of one, name them, such as "
+            'select="generator.*"'
         )
-    return averager.count > 0
 
 
 def attach_all(averager: Averager, trainer: Any) -> Attachment:

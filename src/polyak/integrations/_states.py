@@ -72,13 +72,18 @@ def take(
         raise ValueError(f"{checkpoint}: {error}") from error
 
 
-def require_apart(names: Sequence[str], others: Iterable[Sequence[str]], who: str) -> None:
-    """Raise `ValueError` if files of these averages have the names of those of another averager."""
+def require_apart(
+    names: Sequence[str], others: Iterable[Sequence[str]], who: str, remedy: str = ""
+) -> None:
+    """Raise `ValueError` if an averager with these averages would write a file of another averager.
+
+    `others` has the averages of each of the others.
+    """
     for other in others:
         if both := sorted(_file_names(names) & _file_names(other)):
             raise ValueError(
                 f"{who} have files of the name {both[0]!r}: one has the averages {', '.join(other)}, the "
-                f"other {', '.join(names)}; give the averages other names, as in a mapping name -> rule"
+                f"other {', '.join(names)}; give the averages other names, as in a mapping name -> rule{remedy}"
             )
 
 

@@ -37,8 +37,9 @@ def register(
     """Make `save_state` and `load_state` include an averager; return a function that ends this.
 
     Each folder gets the exact state in `averages/<names>.safetensors`; if the averager is sharded, all
-    ranks write the folder `averages/<names>.dcp`. A run without averages loads such a folder too. With
-    `accelerator.register_for_checkpointing` it would not, and only the first rank's shards are saved.
+    ranks write the folder `averages/<names>.dcp`. A run without averages loads such a folder too.
+    `register_for_checkpointing` saves only the first rank's shards, and a run without averages cannot
+    load its folder.
 
     Args:
         averager: with FSDP2, made after `prepare`, which replaces the parameters.
@@ -57,7 +58,8 @@ def register(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(NO_DEEPSPEED)
     others = _NAMES.setdefault(accelerator, [])
-    require_apart(names, others, "two averagers (call what register returned to remove one)")
+    remedy = ", or call what register returned for the other to remove it"
+    require_apart(names, others, "two averagers", remedy)
 
     def saving(_models: Any, _weights: Any, folder: str) -> None:
         everywhere = accelerator.project_configuration.save_on_each_node

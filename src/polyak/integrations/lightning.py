@@ -21,7 +21,7 @@ from polyak.averager import Averager
 from polyak.integrations import _lightning_files as files
 from polyak.integrations._arguments import checked, is_named
 from polyak.integrations._extra import extra
-from polyak.integrations._lightning_optimizers import attach_all, has_updates
+from polyak.integrations._lightning_optimizers import attach_all, warn_if_waiting
 from polyak.integrations._measures import tell
 from polyak.integrations._states import require_apart, take
 from polyak.rules import Rule
@@ -119,11 +119,13 @@ class AveragerCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state, self._restored = state_dict, True
+        self._owners |= state_dict.get("metrics", {})
 
     def state_dict(self) -> dict[str, Any]:
         if self.averager is None:
             return self._state
-        return {"sharded": True} if self.averager.sharded else self.averager.state_dict()
+        state = {"sharded": True} if self.averager.sharded else self.averager.state_dict()
+        return state | {"metrics": dict(self._owners)}
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.ckpt_path and not self._restored and trainer.global_step > self.start:
@@ -173,7 +175,10 @@ class AveragerCallback(Callback):
             raise ValueError(
                 "the averages belong to another model; pass ckpt_path to use those of a checkpoint"
             )
-        return averager if averager and has_updates(averager, self._attachment) else None
+        if averager is None or averager.count:
+            return averager
+        warn_if_waiting(self._attachment)
+        return None
 
     def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: dict[str, str]) -> Iterator[Any]:
         """Evaluate every average; yield what the loop returns. `seen` gets metric -> average."""
