@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_the_gain_curve_has_whole_decades_and_the_cutoff() -> None:
 @pytest.mark.parametrize(("spec", "layers"), [("exponential(0.9)", 4), ("exponential(0.1)", 1)])
 def test_the_cutoff_is_marked_where_it_exists(spec: str, layers: int) -> None:
     assert len(rule_chart(spec, 100).to_dict()["concat"][2]["layer"]) == layers
+
+
+@pytest.mark.parametrize(("steps", "label"), [(4, "0.5"), (20_000, "10k")])
+def test_steps_below_a_thousand_are_plain_numbers(tmp_path: Path, steps: int, label: str) -> None:
+    """An SI prefix would write 500m for half a step."""
+    save(rule_chart("exponential(half_life=0.8)", steps), tmp_path, "rule")
+    labels = re.findall(r">([^<>]+)</text>", (tmp_path / "rule.svg").read_text())
+    assert label in labels and not [text for text in labels if re.fullmatch(r"\d+m", text)]
 
 
 def test_a_chart_is_saved_as_png_svg_and_html(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from polyak.theory._long import Horizon, profile_at
 if TYPE_CHECKING:
     from polyak.offline import Description
 
+# "2k" for 2000; the prefix of 0.5 would be milli.
+_STEPS = "format(datum.value, abs(datum.value) < 1000 ? '~g' : '~s')"
+
 
 def rule_chart(
     rule: Rule | str | Explanation | Sequence[Rule | str | Explanation],
@@ -102,7 +105,7 @@ def description_chart(found: Description) -> alt.TopLevelMixin:
 
 def _panel(curves: Mapping[str, Curve], title: str, x_title: str, y_axis: alt.Axis) -> alt.Chart:
     """A line over steps for each rule."""
-    axis = alt.Axis(title=x_title, labelExpr="format(datum.value, '~s')", tickCount=7)
+    axis = alt.Axis(title=x_title, labelExpr=_STEPS, tickCount=7)
     x = alt.X("x:Q", scale=alt.Scale(nice=False), axis=axis)
     return draw.lines(curves, title, x, alt.Y("y:Q", axis=y_axis))
 
