@@ -117,7 +117,7 @@ def test_an_inner_block_of_the_same_average_is_harmless() -> None:
         (lambda a: a.state_dict(), "state_dict"),
         (lambda a: a.load_state_dict({}), "load_state_dict"),
         (lambda a: a.summary(), "summary"),
-        (lambda a: a.copy_to(nn.Linear(2, 2), "fast"), "average"),
+        (lambda a: a.copy_to(nn.Linear(2, 2), "fast"), "copy_to"),
         (lambda a: a.applied("slow").__enter__(), "applied('slow')"),
     ],
 )

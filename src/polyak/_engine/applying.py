@@ -137,7 +137,8 @@ class Swapper:
         self._model.current(call)
         average.require_usable(call)
         known = self._slot_pairs(label, call)
-        average.look(self._model, call)
+        average.refuse_block(call)
+        average.require_apart(self._model, call)
         beside, gathered = self._beside(average, known, call)
         swap = Swap(
             label,

@@ -174,8 +174,11 @@ class Averages:
         It needs less memory than `average()` and is valid until the next update. It raises the same
         errors as `average()`.
         """
+        return self._weights("average", name)
+
+    def _weights(self, call: str, name: str | None) -> AverageWeights:
         average = self._get(name)
-        self._ready("average", average)
+        self._ready(call, average)
         return AverageWeights(self._live, average, self._updating.copies.tensors)
 
     def _together(self, call: str) -> AbstractContextManager[Agreement]:
@@ -215,10 +218,12 @@ class Averages:
         self._swapper.refuse(call)
         self._updating.settle()
         self._live.check(call)
+        for average in self._averages.values():
+            average.refuse_block(call)
+            average.require_apart(self._live, call)
 
     def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)
-        average.look(self._live, call)
         self._twins.check(call)
         average.require_usable(call)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._engine.live import ModelTensors
-from polyak._engine.slots import named
+from polyak._engine.tracking import named
 from polyak._modes import ordinary
 
 _DTYPE = attrgetter("dtype")

@@ -58,7 +58,7 @@ class IntoModules(Averages):
         `RuntimeError` before the first update and inside `applied()`. Collective with `shard`.
         """
         with self._together("copy_to") as agreement, open_swaps.TURN:
-            whole = self.weights(name).beside()
+            whole = self._weights("copy_to", name).beside()
             average = {name: local(tensor) for name, tensor in whole.items()}
             found = copying.places(model, self._choice, self._live, average)
             forms = copying.gathered_forms(self._live, found)

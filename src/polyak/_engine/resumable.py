@@ -34,8 +34,6 @@ class Resumable(Averages):
         Raises `RuntimeError` inside `applied()`, where slots hold the live weights.
         """
         self._same_model("state_dict")
-        for average in self._averages.values():
-            average.look(self._live, "state_dict")
         self._twins.check("state_dict")
         for average in self._averages.values():
             average.refuse_damaged("state_dict")
@@ -163,7 +161,6 @@ class Resumable(Averages):
                     "it with the same; polyak.load and the callbacks take change_rule=True to change it"
                 )
         for name, average in self._averages.items():
-            average.look(self._live, "load_state_dict")
             if average.shared() and not new.averages[name].tick.n:
                 raise ValueError(
                     f"load_state_dict: average {name!r} has no update yet, and module({name!r}) has "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,15 +19,14 @@ from polyak._contract import (
 )
 from polyak._dtypes import Kind, kind, slot_dtype
 from polyak._engine import open_swaps
+from polyak._engine.apart import Apart
 from polyak._engine.infinities import Infinities
 from polyak._engine.live import ModelTensors
-from polyak._engine.memory import meeting
 from polyak._engine.moving import Move
 from polyak._engine.rounding import Rounding, seed
-from polyak._engine.tracking import Tracked, is_statistic
+from polyak._engine.tracking import is_statistic, named
 from polyak._lazy import TensorSpec, spec_of
 from polyak._modes import no_grad, ordinary
-from polyak._ranks.sharding import as_distributed
 from polyak._tensors import Groups
 from polyak.rules import LIVE, START, Rule, Tick
 
@@ -71,6 +71,7 @@ class Average:
         self._infinities: dict[str, Infinities] = {}
         self._grouped: dict[str, Groups] = {}
         self._generation = -1
+        self.apart = Apart()
 
     def advance(self, live: ModelTensors, elapsed: float) -> list[Move]:
         """Advances the clock; returns the slots that the rule now moves, in groups, and how far."""
@@ -81,10 +82,7 @@ class Average:
         else:
             self.tick = self.rule.tick(self.tick, elapsed)
             fractions = self.rule.fractions(self.tick)
-        moves = []
-        for slot, fraction in fractions.items():
-            moves.append(self.move(live, slot, fraction))
-        return moves
+        return list(map(self.move, repeat(live), fractions, fractions.values()))
 
     def back_to(self, tick: Tick) -> None:
         """Turns the clock back, and drops the slots that were allocated since."""
@@ -121,27 +119,35 @@ class Average:
         infinities = self._infinities.get(slot) or self._infinities.setdefault(slot, Infinities())
         return Move(self.groups(live, slot), fraction, infinities, residues, seeds)
 
-    def look(self, live: ModelTensors, call: str) -> None:
-        """Raises `RuntimeError` in a block on a module's slots, and if the model has slots by now."""
+    def refuse_block(self, call: str) -> None:
+        """Raises `RuntimeError` in a block on a module that has the slots."""
         if open_swaps.OPEN and self.shared():
             slots = [(f"module({self._name!r})", each) for each in self.lone_slot() or ()]
             open_swaps.refuse_parts(call, slots)
+
+    def require_apart(self, live: ModelTensors, call: str) -> None:
+        """Raises `RuntimeError` if the model has slots; looks at tensors that are new since the last call."""
         if self._generation == live.generation:
             return
-        weights = [item.local() for item in live.averaged]
-        if places := meeting(weights, [each for held in self.slots.values() for each in held]):
-            name = live.averaged[places[0]].name
-            self.damaged = f"{name} of the model was one of its slots, and training changed it"
+        name, shared, written = self.apart.look(live.averaged, self.all_slots())
+        if written:
+            self.damaged = f"{name} of the model was one of its slots, and may have changed"
+        if shared:
+            load = ", and load a saved state" if self.damaged else ""
             raise RuntimeError(
                 f"{call}: {name} of the model is a slot of the average (load_state_dict(assign=True) of an "
-                "averager's own tensors?): give the model a .clone() of it, and load a saved state"
+                f"averager's own tensors?): give the model a .clone() of it{load}"
             )
         self._grouped, self._generation = {}, live.generation
+
+    def all_slots(self) -> list[Tensor]:
+        """The tensors of all slots."""
+        return [each for held in self.slots.values() for each in held]
 
     def groups(self, live: ModelTensors, slot: str) -> Groups:
         """The tensors of a slot in the groups of the live weights."""
         if self._generation != live.generation:
-            self.look(live, "update")
+            self.require_apart(live, "update")
         if slot not in self._grouped:
             self._grouped[slot] = live.group(self.slots[slot])
         return self._grouped[slot]
@@ -233,6 +239,7 @@ class Average:
 
     def state(self, live: ModelTensors) -> dict[str, Any]:
         """Rule, clock and slots as data; the tensors are the slots, or share their memory."""
+        self.apart.note(self.all_slots())
         slots = {slot: named(live.averaged, held) for slot, held in self.slots.items()}
         return {"rule": str(self.rule), "tick": tick_data(self.tick), "slots": slots}
 
@@ -285,14 +292,6 @@ class Average:
             torch.empty_like(item.local(), dtype=dtype, device=self._device, requires_grad=False)
             for item, dtype in zip(live.averaged, dtypes, strict=True)
         ]
-
-
-def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """name -> tensor as it leaves an averager: a DTensor if the model's is one."""
-    return {
-        item.name: as_distributed(part, item.held())
-        for item, part in zip(items, parts, strict=True)
-    }
 
 
 def tick_data(tick: Tick | None) -> list[Any] | None:

@@ -17,6 +17,7 @@ from polyak._engine.memory import identity
 from polyak._engine.refusals import refuse_sign_view, refuse_strange, require_apart
 from polyak._ranks.sharding import (
     Shape,
+    as_distributed,
     is_distributed,
     local,
     refuse_flat,
@@ -269,6 +270,14 @@ def _divided(item: Tracked, tensor: Tensor, policy: Policy, mesh: DeviceMesh | N
             "of it anyway; leave `shard` out"
         )
     return policy == "average" and item.kind != "buffer" and tensor.dim() > 0
+
+
+def named(items: Sequence[Tracked], parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """name -> tensor as it leaves an averager: a DTensor if the model's is one."""
+    return {
+        item.name: as_distributed(part, item.held())
+        for item, part in zip(items, parts, strict=True)
+    }
 
 
 def is_statistic(name: str) -> bool:

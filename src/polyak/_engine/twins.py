@@ -6,8 +6,10 @@ it are seen in the versions of the slots. What is not averaged it shares with th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any, NamedTuple, get_args
 from weakref import ref
 
@@ -22,7 +24,6 @@ from polyak._engine.tracking import Table, Tracked, inner
 from polyak._engine.updating import Updating
 from polyak._modes import ordinary
 from polyak._ranks.sharding import is_distributed
-from polyak._tensors import versions
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -31,8 +32,9 @@ class _View(NamedTuple):
     """A tensor, the module and its table that have it, and the name that it is tracked by."""
 
     tensor: Tensor
-    owner: nn.Module
+    owner: ref[nn.Module]  # the module must not keep itself alive
     table: Table
+    held: dict[str, Tensor | None]
     leaf: str
     name: str
 
@@ -46,7 +48,15 @@ class Twin:
         self.module = average.twin = ref(module)
         self.label = label
         self._views, self._average, self._shared = views, average, shared
-        self._sources, self._seen = shared.sources(average), versions(_slot(average))
+        self._tables = {id(v.held): (v.owner, v.table, v.held) for v in views}.values()
+        self._held, self._leaves = [v.held for v in views], [v.leaf for v in views]
+        self._tensors = [v.tensor for v in views]
+        self._names = shared.names()
+        places = {name: i for i, name in enumerate(self._names)}
+        self._slotted = [v.tensor for v in views if v.name in places]
+        self._places = [places[v.name] for v in views if v.name in places]
+        self._sources = shared.sources(average)
+        self.note()
 
     def settle(self) -> None:
         """Notes the slots as they are after an update, and follows tensors that were replaced."""
@@ -60,30 +70,41 @@ class Twin:
 
     def note(self) -> None:
         """Notes how often the slots were written to."""
-        self._seen = versions(_slot(self._average))
+        average = self._average
+        average.apart.note(average.all_slots())
 
     def require_followed(self, call: str) -> None:
         """Raises `RuntimeError` if the module was moved, or its tensors were written to."""
-        self._shared.look(self._average, call)
-        slots = self._shared.slots(self._average)
-        for tensor, owner, table, leaf, name in self._views:
-            if getattr(owner, table).get(leaf) is not tensor or (
-                name in slots and tensor.data_ptr() != slots[name].data_ptr()
-            ):
-                self._average.twin = None
-                raise RuntimeError(
-                    f"{call}: {name} of module({self.label!r}) no longer shares the average's memory: the module "
-                    "was moved or converted, or given other tensors. Use Averager.to to move it, or "
-                    "module(copy=True), which you may move"
-                )
-        if (seen := versions(list(slots.values()))) != self._seen:
-            wrong = [name for name, a, b in zip(slots, seen, self._seen, strict=True) if a != b]
-            self._seen = seen
+        slots = addresses(_slot(self._average))
+        self._shared.require_apart(self._average, slots, call)
+        if name := self._lost(slots):
+            self._average.twin = None
+            raise RuntimeError(
+                f"{call}: {name} of module({self.label!r}) no longer shares the average's memory: the module "
+                "was moved or converted, or given other tensors. Use Averager.to to move it, or "
+                "module(copy=True), which you may move"
+            )
+        if written := self._average.apart.written(self._average.all_slots()):
+            self.note()
             self._average.damaged = (
-                f"{wrong[0]} of module({self.label!r}) was written to: by an optimizer that has it, "
-                "by a layer in train mode, or by hand"
+                f"{self._names[written[0]]} of module({self.label!r}) was written to: by an "
+                "optimizer that has it, by a layer in train mode, or by hand"
             )
             self._average.refuse_damaged(call)
+
+    def _lost(self, slots: Sequence[int | None]) -> str:
+        """The name of a tensor that the module has no longer, or not on its slot; empty if there is none."""
+        held = self._held
+        if any(getattr(owner(), table, None) is not known for owner, table, known in self._tables):
+            held = [getattr(view.owner(), view.table, {}) for view in self._views]
+        kept = list(map(operator.is_, map(dict.get, held, self._leaves), self._tensors))
+        if not all(kept):
+            return self._views[kept.index(False)].name
+        found, wanted = addresses(self._slotted), [slots[i] for i in self._places]
+        if found == wanted:
+            return ""
+        moved = list(map(operator.ne, found, wanted)).index(True)
+        return self._names[self._places[moved]]
 
 
 class _Shared:
@@ -91,28 +112,41 @@ class _Shared:
 
     def __init__(self, live: ModelTensors, updating: Updating) -> None:
         self._live, self._updating = live, updating
+        self._beside: tuple[int, list[Tracked]] = -1, []
 
     def sources(self, average: Average) -> tuple[object, ...]:
         """What is equal as long as all shared tensors are the same objects in the same memory."""
         held = id(average.slots), id(self._updating.copies.tensors), self._live.generation
-        return *held, *(id(item.own()) for item in self._live.tracked if _is_shared(item))
+        return *held, *(id(item.own()) for item in self._models_own())
 
-    def slots(self, average: Average) -> dict[str, Tensor]:
-        """name -> slot."""
-        return dict(zip((i.name for i in self._live.averaged), _slot(average), strict=True))
+    def names(self) -> list[str]:
+        """The names of the slots, in order."""
+        return [item.name for item in self._live.averaged]
 
-    def look(self, average: Average, call: str) -> None:
-        """`Average.look`, at tensors too that `.data` has moved, which an update does not see."""
-        weights = (item.local() for item in self._live.averaged)
-        if not {*addresses(_slot(average))}.isdisjoint(map(Tensor.data_ptr, weights)):
+    def require_apart(self, average: Average, slots: Sequence[int | None], call: str) -> None:
+        """`Average.require_apart`, of weights too that `.data` has moved, which an update does not see.
+
+        `slots` are the addresses of the slots.
+        """
+        weights = addresses(list(chain.from_iterable(self._live.grouped)))
+        if {*slots}.intersection(weights) - {0, None}:
             self._live.check(call)
-        average.look(self._live, call)
+        average.refuse_block(call)
+        average.require_apart(self._live, call)
+
+    def _models_own(self) -> list[Tracked]:
+        """What a twin has of the model itself. What a module does not save, it computes for itself."""
+        if self._beside[0] != self._live.generation:
+            own = [item for item in self._live.tracked if not item.stored and item.persistent]
+            self._beside = self._live.generation, own
+        return [i for i in self._beside[1] if all(type(e.found()) in _PLAIN for e in i.entries)]
 
     def contents(self, average: Average) -> dict[str, Tensor]:
         """name -> the slot, the copy, or the model's own tensor of what an averager does not hold."""
         copied = zip(self._live.copied, self._updating.copies.tensors, strict=True)
-        shared = {i.name: i.local().detach() for i in self._live.tracked if _is_shared(i)}
-        return shared | {item.name: copy for item, copy in copied} | self.slots(average)
+        contents = {item.name: item.local().detach() for item in self._models_own()}
+        contents |= {item.name: copy for item, copy in copied}
+        return contents | dict(zip(self.names(), _slot(average), strict=True))
 
     @ordinary
     def made(
@@ -135,10 +169,11 @@ class _Shared:
                 # by the batch there, and by the slots in eval mode, as before.
                 each.track_running_stats = False
         return module, [
-            _View(tensor, each, table, leaf, names[id(tensor)])
+            _View(tensor, ref(each), table, held, leaf, names[id(tensor)])
             for each in module.modules()
             for table in get_args(Table)
-            for leaf, tensor in getattr(each, table).items()
+            for held in [getattr(each, table)]
+            for leaf, tensor in held.items()
             if tensor is not None and id(tensor) in names
         ]
 
@@ -254,15 +289,6 @@ def _slot(average: Average) -> list[Tensor]:
     slot = average.lone_slot()
     assert slot is not None
     return slot
-
-
-def _is_shared(item: Tracked) -> bool:
-    """Whether a twin has the model's own tensor. What a module does not save, it computes for itself."""
-    return (
-        not item.stored
-        and item.persistent
-        and all(type(entry.found()) in _PLAIN for entry in item.entries)
-    )
 
 
 def _view(content: Tensor, like: Tensor) -> Tensor:

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from polyak._dtypes import dtype_name
 from polyak._engine import open_swaps
-from polyak._engine.slots import named
 from polyak._engine.states import as_tick
-from polyak._engine.tracking import Tracked
+from polyak._engine.tracking import Tracked, named
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, rank_of, together
 from polyak._ranks.sharding import require_whole
