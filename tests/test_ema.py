@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import polyak
 from models import Everything, assert_same, everything, snapshot, wander
 from polyak import EMA, Averager
+from polyak._engine import memory, second
 from polyak.rules import ArticleEMA
 from polyak.theory import coefficients
 
@@ -412,6 +413,29 @@ def test_changed_tensors_of_either_model_are_followed(way: str, dtype: torch.dty
     for name, tensor in wanted.items():
         torch.testing.assert_close(state[f"ema_model.{name}"], tensor, msg=name)
     assert_same(snapshot(ema.model), live)
+
+
+@pytest.mark.parametrize("at", [0, 299, 599])
+def test_of_many_tiny_tensors_an_update_looks_at_some_in_turn(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))
+    ema = EMA(model, update_after_step=0, update_every=1)
+    run(ema, range(2))
+
+    def noting(tensors: Any) -> list[int | None]:
+        looked.append(len(tensors))
+        return memory.addresses(tensors)
+
+    monkeypatch.setattr(second, "addresses", noting)
+    ema.update()
+    assert sum(looked) <= second.LEAST_ADDRESSES
+    list(ema.ema_model.parameters())[at].data = list(model.parameters())[at].data
+    turns = -(-2 * 600 // second.LEAST_ADDRESSES)
+    with pytest.raises(ValueError, match="EMA ema_model shares"):
+        for _ in range(turns):
+            ema.update()
 
 
 def test_the_online_model_may_stay_outside() -> None:

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import polyak
 from models import Everything, assert_same, pointers, wander
 from polyak import Averager, Bema, Exponential, Power, Tail, Window
+from polyak._engine.live import ModelTensors
 from rule_examples import RULE_EXAMPLES
 from since import since
 
@@ -372,6 +373,21 @@ def test_what_moves_nothing_is_no_move() -> None:
     teacher = averager.module().to("cpu").float()
     train(model, averager, 2)
     assert_same(dict(teacher.state_dict()), averager.average())
+
+
+def test_empty_tensors_are_on_no_memory_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them have the address 0; an update looks the model up again only where it must."""
+    model = nn.Linear(3, 2)
+    model.empty = nn.Parameter(torch.empty(0))
+    averager, alone = begun(model), Averager(model, "exponential(0.5)")
+    alone.begin(averager.average(), averager.count)
+    module = averager.module()
+    wander(model, 9)
+    alone.update()
+    monkeypatch.setattr(ModelTensors, "check", None)
+    averager.update()
+    monkeypatch.undo()
+    assert_same(dict(module.state_dict()), alone.average())
 
 
 # What becomes of the slots

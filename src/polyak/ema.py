@@ -246,10 +246,10 @@ class EMA(nn.Module):
         self._follow_second(call)
         return self._live.grouped
 
-    def _follow_second(self, call: str) -> None:
+    def _follow_second(self, call: str, *, everywhere: bool = False) -> None:
         self._carrier.groups(call)
         bound = self._live.generation, self._carrier.generation
-        if bound != self._bound or not self._wide.untouched():
+        if bound != self._bound or not self._wide.untouched(everywhere=everywhere):
             self._adopt()
 
     def _adopt(self) -> None:
@@ -286,7 +286,7 @@ def _save_slots(module: EMA, state: dict[str, Tensor], prefix: str, *_: object) 
     """Put float32 averages under the keys of narrow weights; raises in a block on `ema_model`."""
     open_swaps.refuse_swapped("EMA.state_dict", module._carrier.tracked)
     if module._wide:
-        module._follow_second("EMA.state_dict")
+        module._follow_second("EMA.state_dict", everywhere=True)
     for key, slot in module._wide.keys(module.ema_model):
         state[f"{prefix}ema_model.{key}"] = slot.detach()
 

@@ -16,11 +16,15 @@ from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._engine.memory import addresses, identity, overlap
 from polyak._engine.tracking import Policy, Tracked, averageable
+from polyak._engine.watch import ELEMENTS_A_LOOK
 from polyak._modes import no_grad, ordinary
 from polyak._tensors import versions
 
 Copies = list[tuple[Tensor, Tensor]]
 """Tensors of the second module, and the tensors of the model that they are updated from."""
+
+LEAST_ADDRESSES = 256
+"""How many tensors of tiny ones each update looks at: as many as take about two percent of its time."""
 
 _MOST = {"initted": 1, "step": 2**53}  # above 2**53, a float cannot hold every integer
 
@@ -153,27 +157,34 @@ class WideSlots:
     def __init__(self, live: ModelTensors, carrier: ModelTensors) -> None:
         self._live, self._carrier = live, carrier
         self._wide: dict[str, Tensor] = {}
-        self._looked: tuple[list[Tensor], list[int | None]] = [], []
+        self._looked: list[tuple[list[Tensor], list[int | None]]] = [([], [])]
+        self._turn = 0
         self._written: tuple[list[Tensor], list[int]] = [], []
 
     def __bool__(self) -> bool:
         """Whether any tensor of the second module is narrow."""
         return bool(self._wide)
 
-    def untouched(self) -> bool:
+    def untouched(self, *, everywhere: bool) -> bool:
         """Whether both modules' tensors are where they were, and nobody wrote to narrow ones.
 
-        `.data` and `set_` move a tensor. The memory may be the other module's then.
+        `.data` and `set_` move a tensor. The memory may be the other module's then. A call looks at
+        tensors in turn, as `Watch` does, or everywhere.
         """
-        (both, places), (narrow, seen) = self._looked, self._written
-        return addresses(both) == places and versions(narrow) == seen
+        self._turn = (self._turn + 1) % len(self._looked)
+        parts = self._looked if everywhere else [self._looked[self._turn]]
+        here = all(addresses(tensors) == places for tensors, places in parts)
+        narrow, seen = self._written
+        return here and versions(narrow) == seen
 
     @open_swaps.in_turn
     @no_grad
     def look_up(self) -> list[Tensor]:
         """The slots, in the order of the averaged tensors."""
         both = [i.local() for i in (*self._live.averaged, *self._carrier.averaged)]
-        self._looked = both, addresses(both)
+        looks = max(LEAST_ADDRESSES, sum(map(Tensor.numel, both)) // ELEMENTS_A_LOOK)
+        parts = [both[i : i + looks] for i in range(0, len(both), looks)]
+        self._looked = [(part, addresses(part)) for part in parts]
         slots, wide = [], {}
         for live, carried in zip(self._live.averaged, self._carrier.averaged, strict=True):
             tensor = carried.local()
