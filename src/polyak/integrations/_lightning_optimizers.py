@@ -14,9 +14,9 @@ with extra("lightning", "lightning"):
     from lightning.pytorch.utilities import rank_zero_warn
 
 
-def warn_if_waiting(attachment: Attachment | None) -> None:
+def warn_if_waiting(averager: Averager | None, attachment: Attachment | None) -> None:
     """Warn if the first update waits for an optimizer that takes no step."""
-    if attachment is not None and attachment.waiting:
+    if averager and averager.count == 0 and attachment is not None and attachment.waiting:
         rank_zero_warn(
             "there is no average yet: several optimizers move averaged weights, an update waits until each "
             "of them has stepped, and one has not. To average the weights of one, name them, such as "

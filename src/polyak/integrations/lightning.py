@@ -133,8 +133,7 @@ class AveragerCallback(Callback):
                 f"{trainer.ckpt_path} has no averages and is of step {trainer.global_step}, but they "
                 f"start at step {self.start}; pass start={trainer.global_step} to begin them here"
             )
-        steps = trainer.estimated_stepping_batches - self.start
-        tell(trainer.loggers, self._bound(trainer), steps)
+        tell(trainer.loggers, self._bound(trainer), trainer.estimated_stepping_batches - self.start)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._attachment is None and trainer.global_step >= self.start:
@@ -155,8 +154,7 @@ class AveragerCallback(Callback):
         """The averager of the trainer's model, with the state that a checkpoint had for it."""
         module = trainer.lightning_module
         if self.averager is None or self._module is not module:
-            self.averager = Averager(module, self._rules, **self._options)
-            self._module = module
+            self.averager, self._module = Averager(module, self._rules, **self._options), module
         if self._state.get("sharded"):
             path = files.parts(str(trainer.ckpt_path), self.names)
             checkpoints.load(path, self.averager, change_rule=self._change_rule)
@@ -175,10 +173,8 @@ class AveragerCallback(Callback):
             raise ValueError(
                 "the averages belong to another model; pass ckpt_path to use those of a checkpoint"
             )
-        if averager is None or averager.count:
-            return averager
-        warn_if_waiting(self._attachment)
-        return None
+        warn_if_waiting(averager, self._attachment)
+        return averager if averager and averager.count else None
 
     def _passes(self, trainer: Trainer, loop: Any, run: Any, seen: dict[str, str]) -> Iterator[Any]:
         """Evaluate every average; yield what the loop returns. `seen` gets metric -> average."""
@@ -188,10 +184,9 @@ class AveragerCallback(Callback):
 
             def rename(metric: str, name: str = name) -> str:
                 full = f"{metric}{self.separator}{name}"
-                other = seen.setdefault(full, name)
+                self._owners[full] = other = seen.setdefault(full, name)
                 wanted = f"a name that no metric of {other!r} has: rename one of them"
                 require(other == name, f"a metric of the average {name!r}", full, wanted)
-                self._owners[full] = name
                 return full
 
             own = self._metrics.setdefault(name, [])
