@@ -122,6 +122,7 @@ def test_the_heading_of_a_page_is_the_title(kind: str, tmp_path: Path) -> None:
     assert f"<title>{lines[0]}</title>" in page and f'aria-label="{lines[0]}"' in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_chart_in_another_style_is_one_picture(kind: str, tmp_path: Path) -> None:
     """Its panels may share scales, data and selections, and its size may have a meaning."""

@@ -111,6 +111,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("out", "message"), NO_CHART, ids=[out for out, _ in NO_CHART])
 @pytest.mark.parametrize("option", ["", "--json"])
 def test_the_table_is_printed_where_the_chart_cannot_be_written(

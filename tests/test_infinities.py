@@ -76,7 +76,10 @@ def train(model: nn.Module) -> None:
         parameter.add_(torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "a large mask")) for kind in KINDS],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_constant_is_a_fixed_point_of_every_rule(kind: str, way: str, tmp_path: Path) -> None:
     model, wanted = held(kind, WAYS[way])

@@ -100,6 +100,7 @@ def test_contract(law: Callable[[Host, Path], None], tmp_path: Path) -> None:
     law(host, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Fabric, lightning_fabric.Fabric])
 @pytest.mark.parametrize("wraps", [lambda model: model, partial(torch.compile, backend="eager")])
 def test_the_fabric_of_either_package_with_a_model_that_is_compiled_or_not(

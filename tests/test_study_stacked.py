@@ -80,7 +80,7 @@ def exact(model: Any, optimizer: Any, steps: int) -> Study:
 
 @pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [partial(mlp, 0.0), cnn, Scaled], ids=["mlp", "cnn", "scaled"])
-@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("optimizer", [sgd, pytest.param(adamw, marks=pytest.mark.slow)])
 def test_stacked_runs_are_the_plain_ones(model: Any, optimizer: Any, steps: int) -> None:
     """Several learning rates, schedules and seeds; one run stops early and is dropped."""
     several = exact(model, optimizer, steps)
@@ -127,6 +127,7 @@ def test_the_runner_stacks(tmp_path: Path) -> None:
         run(replace(small, stacked=0), tmp_path, jobs=1)
 
 
+@pytest.mark.slow
 def test_a_stack_is_the_same_however_it_was_interrupted(tmp_path: Path) -> None:
     """Its runs have dropout, whose masks are drawn for the whole stack."""
     small = study(steps=8, evaluations=2, stacked=3, seeds=3, arms={})

@@ -27,6 +27,7 @@ def rows(panel: dict[str, Any], chart: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ALL, ids=str)
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (100, 7)])
 def test_every_rule_has_a_chart_of_four_panels(rule: Rule, steps: int, every: int) -> None:

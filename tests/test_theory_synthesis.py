@@ -160,8 +160,8 @@ def test_by_increments_a_target_next_to_the_live_weights_keeps_its_distance() ->
     ("target", "error"),
     [
         ("exponential(half_life=3000)", 0.005),
-        ("uniform()", 0.003),
-        ("power(relative_std=0.15)", 1e-4),
+        pytest.param("uniform()", 0.003, marks=pytest.mark.slow),
+        pytest.param("power(relative_std=0.15)", 1e-4, marks=pytest.mark.slow),
     ],
 )
 def test_by_increments_the_error_is_a_random_walks(target: str, error: float) -> None:
