@@ -418,7 +418,7 @@ def interrupted(
     return came
 
 
-@pytest.mark.parametrize("calls", [0, 5])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("setup", SETUPS)
 def test_an_update_that_a_signal_stops_was_made_or_not(
     setup: str, calls: int, monkeypatch: pytest.MonkeyPatch

@@ -66,9 +66,9 @@ def test_narrow_slots_move_and_are_right_in_the_mean(dtype: torch.dtype) -> None
 @pytest.mark.parametrize(
     ("options", "bound"),
     [
-        ({}, 1e-3),
+        pytest.param({}, 1e-3, marks=pytest.mark.slow),
         ({"rounding": "compensated"}, 2e-7),
-        ({"dtype": torch.float64}, 2e-7),
+        pytest.param({"dtype": torch.float64}, 2e-7, marks=pytest.mark.slow),
         ({"dtype": torch.bfloat16, "rounding": "compensated"}, 3e-2),
     ],
 )

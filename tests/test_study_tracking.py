@@ -67,7 +67,7 @@ def test_an_arm_is_the_average_of_the_engine(rule: Rule, every: int) -> None:
             torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_arms_of_a_stack_are_those_of_its_runs(every: int) -> None:
     """Also after some of the runs have been left out, and others exchanged."""
     arms = {str(number): rule for number, rule in enumerate(RULES)}
