@@ -382,13 +382,19 @@ FOLLOWED: dict[str, Callable[[EMA], object]] = {
 """Changes of tensors of either model, from which the average goes on."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", SHARED)
-def test_models_that_come_to_share_memory_are_refused(way: str, dtype: torch.dtype) -> None:
+def changed(change: Callable[[Any], object], dtype: torch.dtype) -> EMA:
+    """An average of some updates, of which one of the two models was changed then."""
     ema = EMA(network(dtype), beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
     run(ema, range(3))
     with torch.no_grad():
-        SHARED[way](ema)
+        change(ema)
+    return ema
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", SHARED)
+def test_models_that_come_to_share_memory_are_refused(way: str, dtype: torch.dtype) -> None:
+    ema = changed(SHARED[way], dtype)
     live = snapshot(ema.model)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"EMA ema_model shares 0\.\w+ with the model"):
@@ -399,10 +405,7 @@ def test_models_that_come_to_share_memory_are_refused(way: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", FOLLOWED)
 def test_changed_tensors_of_either_model_are_followed(way: str, dtype: torch.dtype) -> None:
-    ema = EMA(network(dtype), beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
-    run(ema, range(3))
-    with torch.no_grad():
-        FOLLOWED[way](ema)
+    ema = changed(FOLLOWED[way], dtype)
     stored = {k: ema.state_dict()[f"ema_model.{k}"] for k in averaged(ema)}
     assert_same({k: v.to(averaged(ema)[k].dtype) for k, v in stored.items()}, averaged(ema))
     wander(ema.model, 4)

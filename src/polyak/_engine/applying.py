@@ -137,8 +137,7 @@ class Swapper:
         self._model.current(call)
         average.require_usable(call)
         known = self._slot_pairs(label, call)
-        average.refuse_block(call)
-        average.require_apart(self._model, call)
+        average.require_own(self._model, call)
         beside, gathered = self._beside(average, known, call)
         swap = Swap(
             label,

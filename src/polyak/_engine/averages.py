@@ -219,8 +219,7 @@ class Averages:
         self._updating.settle()
         self._live.check(call)
         for average in self._averages.values():
-            average.refuse_block(call)
-            average.require_apart(self._live, call)
+            average.require_own(self._live, call)
 
     def _ready(self, call: str, average: Average) -> None:
         self._same_model(call)

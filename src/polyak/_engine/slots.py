@@ -119,11 +119,12 @@ class Average:
         infinities = self._infinities.get(slot) or self._infinities.setdefault(slot, Infinities())
         return Move(self.groups(live, slot), fraction, infinities, residues, seeds)
 
-    def refuse_block(self, call: str) -> None:
-        """Raises `RuntimeError` in a block on a module that has the slots."""
+    def require_own(self, live: ModelTensors, call: str) -> None:
+        """Raises `RuntimeError` if a module in a block, or the model, has the slots."""
         if open_swaps.OPEN and self.shared():
             slots = [(f"module({self._name!r})", each) for each in self.lone_slot() or ()]
             open_swaps.refuse_parts(call, slots)
+        self.require_apart(live, call)
 
     def require_apart(self, live: ModelTensors, call: str) -> None:
         """Raises `RuntimeError` if the model has slots; looks at tensors that are new since the last call."""

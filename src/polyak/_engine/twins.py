@@ -76,7 +76,7 @@ class Twin:
     def require_followed(self, call: str) -> None:
         """Raises `RuntimeError` if the module was moved, or its tensors were written to."""
         slots = addresses(_slot(self._average))
-        self._shared.require_apart(self._average, slots, call)
+        self._shared.require_own(self._average, slots, call)
         if name := self._lost(slots):
             self._average.twin = None
             raise RuntimeError(
@@ -123,16 +123,15 @@ class _Shared:
         """The names of the slots, in order."""
         return [item.name for item in self._live.averaged]
 
-    def require_apart(self, average: Average, slots: Sequence[int | None], call: str) -> None:
-        """`Average.require_apart`, of weights too that `.data` has moved, which an update does not see.
+    def require_own(self, average: Average, slots: Sequence[int | None], call: str) -> None:
+        """`Average.require_own`, of weights too that `.data` has moved, which an update does not see.
 
         `slots` are the addresses of the slots.
         """
         weights = addresses(list(chain.from_iterable(self._live.grouped)))
         if {*slots}.intersection(weights) - {0, None}:
             self._live.check(call)
-        average.refuse_block(call)
-        average.require_apart(self._live, call)
+        average.require_own(self._live, call)
 
     def _models_own(self) -> list[Tracked]:
         """What a twin has of the model itself. What a module does not save, it computes for itself."""

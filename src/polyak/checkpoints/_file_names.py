@@ -124,7 +124,7 @@ def _steps(stem: str) -> list[str]:
 
 
 def _last_number(stem: str) -> dict[str, float]:
-    """The last number that is no model's size, such as 7b or 350m; else the digits of the last size."""
+    """The last number that is not a model's size. Sizes are 7b or 350m; if only they are there, the last one's digits."""
     counts = [
         _in_full(number)
         for word, number in ((each[1], each[2]) for each in _COUNT.finditer(stem))

@@ -18,8 +18,8 @@ def warn_if_waiting(averager: Averager | None, attachment: Attachment | None) ->
     """Warn if the first update waits for an optimizer that takes no step."""
     if averager and averager.count == 0 and attachment is not None and attachment.waiting:
         rank_zero_warn(
-            "there is no average yet: several optimizers move averaged weights, an update waits until each "
-            "of them has stepped, and one has not. To average the weights of one, name them, such as "
+            "there is no average yet. Several optimizers move averaged weights, so an update waits until each "
+            "of them has stepped. One has not stepped. To average the weights of one optimizer, name them: "
             'select="generator.*"'
         )
 

@@ -1,4 +1,4 @@
-"""The mean prediction of several networks, each of which predicts the same data once."""
+"""The mean prediction of several networks. Each predicts the same data once."""
 
 from __future__ import annotations
 
