@@ -58,10 +58,16 @@ def _of_module(module: nn.Module, prefix: str) -> Iterator[Entry]:
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    """All that equality bit for bit compares: NaN equals itself, 0 and -0 differ."""
+    """All that equality bit for bit compares: NaN equals itself, 0 and -0 differ.
+
+    All NaNs of bfloat16 are one: when torch converts to bfloat16, it writes 0x7FC0 for a tensor of
+    shape () and 0xFFFF for one of shape (1,), so the bits depend on how many are converted together.
+    """
     if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
         return tensor.dtype, (), b""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if plain.dtype == torch.bfloat16:
+        plain = plain.masked_fill(plain.isnan(), torch.nan)
     return tensor.dtype, tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes()
 
 
