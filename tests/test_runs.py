@@ -158,6 +158,9 @@ NAMES = [
     ("llama-7b.pt", {"number": 7}),  # no step, but not 7e9, which would be the last
     ("gpt2-350m-a.pt", {"number": 2}),
     ("qwen2.5-0.5B.pt", {"number": 5}),
+    ("model_0.91.pt", {}),
+    ("model-loss-2.31-400.pt", {"number": 400}),
+    ("0.1000.pt", {"number": 1000}),  # ema-pytorch's snapshots
 ]
 
 
@@ -310,8 +313,39 @@ class TestWhatCannotBeKnown:
     def test_numbers_that_count_several_things(self, tmp_path: Path) -> None:
         for name in ("a-1.pt", "a-2.pt", "b-1-30.pt"):
             put(tmp_path / name, weights(1))
-        with pytest.raises(ValueError, match=r"several things: .* of one kind \(.*a-\*\.pt, "):
+        with pytest.raises(
+            ValueError, match=r"several things, or several runs: .* of one kind \(.*a-\*\.pt, "
+        ):
             offline.choose(tmp_path)
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            ("20251231-230000.pt", "20260102-100000.pt", "20260110-090000.pt"),
+            ("ckpt_e1_b100.pt", "ckpt_e1_b300.pt", "ckpt_e2_b200.pt"),
+            ("a-step-10.pt", "b-step-15.pt", "a-step-20.pt", "b-step-25.pt"),
+            ("a_epoch1.pt", "b_epoch2.pt", "a_epoch3.pt"),
+        ],
+    )
+    def test_names_whose_order_is_not_that_of_one_number(
+        self, files: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        for name in files:
+            put(tmp_path / name, {"model": weights(1)})
+        with pytest.raises(ValueError, match=r"several things, or several runs: list the files"):
+            offline.choose(tmp_path, last=2)
+
+    def test_a_name_that_changes_during_a_run(self, tmp_path: Path) -> None:
+        names = ("a-step-10.pt", "a-step-20.pt", "b-step-30.pt")
+        for name in names:
+            put(tmp_path / name, weights(1))
+        assert [file.path.name for file in offline.choose(tmp_path).files] == [*names]
+
+    def test_a_metric_in_a_name_is_no_count(self, tmp_path: Path) -> None:
+        for loss in ("0.91", "0.95", "0.93"):
+            put(tmp_path / f"model_{loss}.pt", weights(1))
+        with pytest.raises(ValueError, match="no checkpoints were found"):
+            offline.choose(tmp_path, last=2)
 
     def test_averages_and_optimizers_beside(self, tmp_path: Path) -> None:
         """As guided-diffusion saves. Averages that are listed alone are what is wanted."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from polyak._runs.finding import Entry
 from polyak._runs.inside import inside, scalars, scores
 from polyak._runs.tables import Row, clock_of, rows
-from polyak.checkpoints._file_names import SUFFIX, named
+from polyak.checkpoints._file_names import DECIMAL, SUFFIX, named
 
 _NUMBER = re.compile(r"\d+")
+_VALUE = re.compile(r"[-+_.=]*\d+(\.\d+)?(e[-+]?\d+|[kmb](?![a-z]))?", re.IGNORECASE)
 _UNITS = ("step", "epoch", "time", "number")
 _RECORDS = ("*.yaml", "*.yml", "trainer_state.json", "metrics.json", "meta.json")
 
@@ -98,9 +100,10 @@ def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
     clocked = [each for each in series if each.clock]
     twice: Row = {}
     for unit in _UNITS:
-        if unit == "number" and not twice and (kinds := _of_one_kind(clocked)):
+        if not twice and _mixed(clocked, unit):
             raise ValueError(
-                f"{run}: the numbers in its names may count several things: list the files themselves{kinds}"
+                f"{run}: the numbers in its names may count several things, or several runs: list the files "
+                f"themselves, the oldest first{_of_one_kind(clocked)}"
             )
         counts = [each.clock[unit] for each in clocked if unit in each.clock]
         if counts and len(set(counts)) == len(counts) == len(clocked):
@@ -119,6 +122,29 @@ def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
         f"{run}: {' and '.join(both)} are both of {unit} {count:g}: list the files "
         f"themselves{_of_one_kind(series)}"
     )
+
+
+def _mixed(series: Sequence[Timed], unit: str) -> bool:
+    """Whether names count several things, or are those of several runs, whose counts lie among each other.
+
+    Of bare numbers, such as a date and a time, those beside the count may not descend while it ascends.
+    """
+    names = {each.entry.named: named(each.entry.named).clock.get(unit) for each in series}
+    counted = sorted((count, path.name) for path, count in names.items() if count is not None)
+    if unit == "number":
+        others = [_others(name, count) for count, name in counted]
+        return bool(_of_one_kind(series)) or others != sorted(others)
+    kinds = [_VALUE.sub("*", SUFFIX.sub("", name)) for _, name in counted]
+    changes = sum(one != other for one, other in pairwise(kinds))
+    alone = len({count for count, _ in counted}) == len(series)
+    return alone and changes >= len(set(kinds)) > 1
+
+
+def _others(name: str, count: float) -> list[int]:
+    """The integers in a name but for its count."""
+    found = [int(digits) for digits in _NUMBER.findall(DECIMAL.sub(" ", name))]
+    place = max((i for i, one in enumerate(found) if one == count), default=len(found) - 1)
+    return found[:place] + found[place + 1 :]
 
 
 def _of_one_kind(series: Sequence[Timed]) -> str:

@@ -42,6 +42,8 @@ _EPOCH = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+")
+DECIMAL = re.compile(r"(?<=[^\d.])\d+\.\d+(?![\d.]|e\d|[kmb](?![a-z0-9]))", re.IGNORECASE)
+"""A number that counts nothing: a metric, a version, a setting. A unit makes it a count."""
 _COUNT = re.compile(
     r"(?:(tokens?|checkpoint|ckpt|model|^(?=[\d.]+m$))[-_]?)?"
     r"(\d+(?:\.\d+)?[kmb](?![a-z0-9])|(?<![a-z\d.])\d+(?:\.\d+)?e\d(?![a-z0-9])|\d+)",
@@ -124,7 +126,11 @@ def _steps(stem: str) -> list[str]:
 
 
 def _last_number(stem: str) -> dict[str, float]:
-    """The last number that is not a model's size. Sizes are 7b or 350m; if only they are there, the last one's digits."""
+    """The last number that is not a model's size. Sizes are 7b or 350m; if only they are there, the last one's digits.
+
+    A decimal, as in model_0.91, counts nothing: it is a metric, a version or a setting.
+    """
+    stem = DECIMAL.sub(" ", stem)
     counts = [
         _in_full(number)
         for word, number in ((each[1], each[2]) for each in _COUNT.finditer(stem))
