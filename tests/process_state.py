@@ -30,6 +30,8 @@ COMMANDS = {
     "no such option": ["explain", "--no"],
     "explain": ["explain", "uniform()", "--steps", "50", "--out", "chart"],
     "explain, no folder": ["explain", "uniform()", "--steps", "50", "--out", "/dev/null/x"],
+    "advise": ["advise", "--steps", "50", "--schedule", "cosine", "--out", "advice"],
+    "migrate": ["migrate", "torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.99)"],
     "inspect": ["inspect", "snapshots", "--json"],
     "average": ["average", "step-1.pt", "step-2.pt", "--out", "a.safetensors"],
     "average, exists": ["average", "step-1.pt", "step-2.pt", "--out", "a.safetensors"],

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from cli_runs import finished, place, run
 from patience import HANG
-from polyak.cli import main
+from polyak.cli import app, main
 from polyak.cli._process import prints_on_stderr
 from process_state import COMMANDS
 
@@ -183,6 +185,12 @@ def test_a_result_is_kept_where_it_cannot_be_printed_and_the_reverse() -> None:
     Path("new/out/sweep.json").mkdir()
     told = run(*SWEEP, "--rule", "uniform()", "--json", "--force")
     assert told.exit_code == 2 and json.loads(told.stdout) == json.loads(kept)
+
+
+def test_every_command_is_run_for_its_state() -> None:
+    commands: Any = get_command(app)
+    missing = set(commands.commands) - {words[0] for words in COMMANDS.values() if words}
+    assert not missing, "write a line into COMMANDS of tests/process_state.py"
 
 
 @pytest.mark.slow

@@ -23,6 +23,9 @@ def test_every_integration_is_named_and_has_an_extra() -> None:
     wanted = "the name stands in __all__ of polyak.integrations, and is an extra in pyproject.toml"
     assert set(integrations.__all__) == set(NAMES), wanted
     assert set(NAMES) <= set(extras["optional-dependencies"]), wanted
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    untold = [name for name in NAMES if f"polyak.integrations.{name}" not in pages]
+    assert not untold, "a page in docs/ shows how to use it"
 
 
 @pytest.mark.parametrize("name", NAMES)

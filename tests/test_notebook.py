@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import polyak
-from polyak import Averager, offline
+from polyak import Averager, charts, offline
+from polyak._shown import Charted
 from polyak.theory import Column, explain, fit
 
 
@@ -51,6 +52,14 @@ RESULTS: dict[str, tuple[Callable[[], Any], bool]] = {
     ),
     "inspect": (lambda: offline.describe(run() / "it.safetensors"), True),
 }
+
+
+def test_every_chart_is_of_a_result_and_drawn_here() -> None:
+    drawn = {type(make()).__name__ for make, charted in RESULTS.values() if charted}
+    assert drawn == {result.__name__ for result in Charted.__subclasses__()}, "a line in RESULTS"
+    assert drawn == set(charts._CHARTS), "a line in _CHARTS of polyak.charts"
+    named = {name for name in charts.__all__ if name.endswith("_chart")}
+    assert named == {chart.__name__ for chart in charts._CHARTS.values()}
 
 
 @pytest.mark.parametrize("name", RESULTS)

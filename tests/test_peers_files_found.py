@@ -363,6 +363,9 @@ def test_every_format_is_read_in_a_test() -> None:
     tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
     missing = [name for name in FORMATS if f'"{name}"' not in tests]
     assert not missing, "add an entry to LAYOUTS, in this file, or a file of the real library"
+    page = (Path(__file__).parent.parent / "docs/files.md").read_text()
+    untold = [name for name in FORMATS if f"`{name}`" not in page]
+    assert not untold, "add the format to its table in docs/files.md"
 
 
 FLAT = [

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ from polyak.rules import (
     Window,
 )
 from polyak.specs import parse
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, SCHEDULE_EXAMPLES
 
 ALL = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
 every_rule = pytest.mark.parametrize("rule", ALL, ids=str)
@@ -45,6 +47,20 @@ def ticks(rule: Rule, elapsed: list[float]) -> Iterator[Tick]:
 def test_every_rule_has_an_example() -> None:
     assert set(RULE_EXAMPLES) == set(RULES), "write examples into tests/rule_examples.py"
     assert {rule.__name__ for rule in RULES} <= set(rules.__all__)
+    told = (Path(__file__).parent.parent / "README.md").read_text()
+    untold = [rule.__name__ for rule in RULES if f"| `{rule.__name__}(" not in told]
+    assert not untold, "write a row into the table of rules in README.md"
+
+
+FIRST = [found[0] for found in (*RULE_EXAMPLES.values(), *SCHEDULE_EXAMPLES.values())]
+
+
+@pytest.mark.parametrize("example", FIRST, ids=str)
+def test_every_option_is_checked(example: Any) -> None:
+    for option in dataclasses.fields(example):
+        if option.init:
+            with pytest.raises(ValueError, match="is nan, wanted"):
+                dataclasses.replace(example, **{option.name: math.nan})
 
 
 @every_rule

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cli_runs import run as command
 from polyak import Averager, Recorder, offline
+from polyak._runs.metrics import _TABLES
 from polyak.checkpoints._file_names import named
 from polyak.offline import Choice
 from run_folders import (
@@ -89,6 +90,17 @@ class TestEveryKind:
         assert done.exit_code == 0, done.output
         assert float(load_file(out)[name][0]) == sum(values) / 2
         assert "verified: 2 tensors are the direct sums" in done.stdout
+
+
+@pytest.mark.parametrize("name", _TABLES)
+def test_a_table_of_each_name_is_read(name: str, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        put(tmp_path / f"step-{step}.pt", weights(step))
+    rows = '{"step": 1, "loss": 3}\n{"step": 2, "loss": 1}\n{"step": 3, "loss": 2}\n'
+    if name == "*.csv":
+        rows = "step,loss\n1,3\n2,1\n3,2\n"
+    text(tmp_path / name.replace("*", "it"), rows)
+    assert [file.at for file in offline.choose(tmp_path, best=1, by="loss").files] == [2]
 
 
 NAMES = [

@@ -43,6 +43,8 @@ def parts(data: Data) -> list[tuple[Tensor, ...]]:
 def test_every_recipe_is_described_here() -> None:
     wanted = "ABOUT_DATA, in this file, has one line for each recipe"
     assert set(NAMES) - {"article"} == set(ABOUT_DATA), wanted
+    told = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"one of {len(ABOUT_DATA)} tasks" in told, "README.md counts them"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,7 +29,7 @@ def explain(
 ) -> None:
     """Show what a rule averages, or compare rules.
 
-    For one rule, it also prints the calls of other libraries that average the same.
+    For one rule, it also prints other libraries' calls for the same average.
 
     \b
     Examples:

@@ -88,7 +88,7 @@ def article(
 ) -> None:
     """Repeat the founding article's experiment, and judge its claims.
 
-    It is `polyak study run article`.
+    The same as `polyak study run article`.
     """
     run("article", seeds=seeds, jobs=jobs, out=out)
 
@@ -120,7 +120,7 @@ def _command(
 
 
 def listed() -> None:
-    """List the studies that ship."""
+    """List polyak's studies."""
     from polyak.study import recipes
 
     rows = [
@@ -139,7 +139,7 @@ def compare(
     """Compare studies arm by arm.
 
     Each study is compared with the first, in the arms that all have, paired by seed. The page lists
-    all other differences between the studies.
+    the studies' other differences.
     """
     from polyak.study import _compare, _compare_page
 
