@@ -824,3 +824,51 @@ def test_the_folder_of_a_run_is_not_its_last_weights(tmp_path: Path) -> None:
     refused = command("average", tmp_path, "--out", tmp_path / "it.safetensors")
     assert refused.exit_code == 2
     assert "is the folder of a run with 3 checkpoints" in refused.stderr
+
+
+TRAIN, VALID = ("step,loss\n10,1\n20,2\n30,3\n", "step,loss\n10,3\n20,2\n30,9\n")
+SPLIT = (
+    '{"step": 10, "loss": 9, "split": "valid"}\n{"step": 20, "loss": 2, "split": "valid"}\n'
+    '{"step": 30, "loss": 1, "split": "train"}\n'
+)
+LINES = '{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n'
+TABLES: dict[str, tuple[dict[str, str], str, float]] = {
+    # the files, the metric as typed, the step of the best checkpoint
+    "two files": ({"train.csv": TRAIN, "dev.csv": VALID}, "dev.loss", 20),
+    "the other file": ({"train.csv": TRAIN, "dev.csv": VALID}, "train.loss", 10),
+    "two files that continue": (
+        {"1.csv": "step,loss\n10,3\n20,2\n", "2.csv": "step,loss\n20,2\n30,4\n"},
+        "loss",
+        20,
+    ),
+    "records of several splits": ({"log.jsonl": SPLIT}, "valid.loss", 20),
+    "a column of splits": (
+        {"log.csv": "step,loss,split\n10,9,valid\n20,2,valid\n30,1,train\n"},
+        "valid.loss",
+        20,
+    ),
+    "a mark of the byte order": ({"metrics.csv": f"\ufeff{VALID}"}, "loss", 20),
+    "a last line that is cut": ({"log.jsonl": f'{LINES}{{"step": 30, "lo'}, "loss", 20),
+    "log.txt": ({"log.txt": LINES}, "loss", 20),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_that_people_have(kind: str, tmp_path: Path) -> None:
+    files, by, step = TABLES[kind]
+    for count in (10, 20, 30):
+        put(tmp_path / f"step-{count}.pt", weights(count))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (best,) = offline.choose(tmp_path, best=1, by=by).files
+    assert best.at == step
+
+
+@pytest.mark.parametrize("kind", ["two files", "records of several splits"])
+def test_a_metric_of_several_data_is_not_guessed(kind: str, tmp_path: Path) -> None:
+    for count in (10, 20, 30):
+        put(tmp_path / f"step-{count}.pt", weights(count))
+    for name, content in TABLES[kind][0].items():
+        text(tmp_path / name, content)
+    with pytest.raises(ValueError, match=r"fits (dev|train).loss and (train|valid).loss: give one"):
+        offline.choose(tmp_path, best=1, by="loss")

@@ -11,7 +11,7 @@ from typing import Literal
 from polyak._runs import boards
 from polyak._runs.clocks import Timed
 from polyak._runs.inside import epochs, inside
-from polyak._runs.tables import Row, clock_of, rows
+from polyak._runs.tables import Row, apart, clock_of, rows
 from polyak.checkpoints._file_names import named
 
 Better = Literal["lower", "higher"]
@@ -24,6 +24,7 @@ _TABLES = (
     "scalars.json",
     "metrics.json",
     "log",
+    "log.txt",
 )
 _WITHIN_RUN = {"checkpoints", "weights", "models", "save", "ckpt"}  # folders in a run's own folder
 _SHOWN = 12
@@ -74,8 +75,8 @@ def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
     """The tables of a run, the most particular last: those above its checkpoints, beside them, and in them."""
     folder, *above = _places(timed, run)
     for place in (*reversed(above), folder):
-        for pattern in _TABLES:
-            yield from (rows(path) for path in sorted(place.glob(pattern)))
+        paths = [path for pattern in _TABLES for path in sorted(place.glob(pattern))]
+        yield from apart({path: rows(path) for path in paths})
         for path in sorted(place.glob("*/vis_data/scalars.json")):
             yield from _of_mmengine(rows(path), timed)
     for path in sorted(folder.glob("checkpoint.pth")):  # where espnet keeps its reporter

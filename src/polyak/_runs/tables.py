@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _DEPTH = 4
 _STEPS = ("global_step", "global_steps", "step", "steps", "num_updates", "iteration", "iter",
           "batch_idx_train", "consumed_steps")  # fmt: skip
 _EPOCHS = ("epoch", "current_epoch", "cur_epoch")
+_SPLITS = ("split", "mode", "phase", "stage", "subset")  # keys of the data that a record is about
 
 
 def numbers(value: object, prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, float]]:
@@ -59,10 +61,36 @@ def rows(path: Path) -> list[Row]:
     if not path.is_file() or path.stat().st_size > limit:
         return []
     try:
-        text = path.read_text(encoding="utf-8")
-        return [row for record in _records(path, text) if (row := dict(numbers(record)))]
+        text = path.read_text(encoding="utf-8-sig")
+        return [row for record in _records(path, text) if (row := _row(record))]
     except (ValueError, RecursionError, csv.Error):
         return []  # not a table: many files end in .json or .csv
+
+
+def apart(tables: Mapping[Path, list[Row]]) -> list[list[Row]]:
+    """Tables of one folder; a number that differs between two of them is called after its file: "valid.loss"."""
+    first: dict[tuple[str, float, str], float] = {}
+    differ: set[str] = set()
+    several = sum(map(bool, tables.values())) > 1
+    for table in tables.values() if several else ():
+        last = {
+            (unit, count, name): number
+            for row in table
+            for unit, count in [*clock_of(row).items()][:1]
+            for name, number in row.items()
+        }
+        differ |= {key[2] for key, n in last.items() if repr(first.setdefault(key, n)) != repr(n)}
+    return [
+        [{f"{path.stem}.{n}" if n in differ else n: v for n, v in row.items()} for row in table]
+        for path, table in tables.items()
+    ]
+
+
+def _row(record: object) -> Row:
+    """The numbers of a record; if it says of which data, as in `"split": "valid"`, behind that: "valid.loss"."""
+    texts = [record.get(key) for key in _SPLITS] if isinstance(record, Mapping) else []
+    split = next((text for text in texts if isinstance(text, str)), None)
+    return dict(numbers(record if split is None else {split: record}))
 
 
 def _records(path: Path, text: str) -> Iterable[object]:
@@ -74,7 +102,10 @@ def _records(path: Path, text: str) -> Iterable[object]:
         try:
             content = json.loads(text)
         except ValueError:  # one record a line, whatever the file's suffix
-            content = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.splitlines() if line.strip()]
+            content = [json.loads(line) for line in lines[:-1]]
+            with suppress(ValueError):  # the last one may be cut
+                content += [json.loads(line) for line in lines[-1:]]
     table = content.get("log_history", content) if isinstance(content, dict) else content
     return table if isinstance(table, list) else [content]
 
@@ -88,14 +119,15 @@ def _yaml(text: str) -> Any:
         return None
 
 
-def _numeric(row: Mapping[str | None, Any]) -> Row:
-    """The columns of a line of CSV that hold numbers."""
-    found = {}
+def _numeric(row: Mapping[str | None, Any]) -> dict[str, Any]:
+    """The columns of a line of CSV that hold numbers, or say of which data they are."""
+    found: dict[str, Any] = {}
     for column, text in row.items():
+        name = str(column).strip()
         try:
-            found[str(column).strip()] = float(text)
+            found[name] = float(text)
         except (TypeError, ValueError):
-            continue
+            found |= {name: text} if name in _SPLITS else {}
     return found
 
 
