@@ -716,7 +716,7 @@ def test_copy_to_a_model_of_other_names_or_shapes_is_refused() -> None:
         (
             lambda: averager(buffers={"n": "average"}),
             ValueError,
-            "n is torch.int64: it can only be cop",
+            'n is torch.int64, which has no average; wanted "copy"',
         ),
         (lambda: averager(select="v"), ValueError, "select pattern 'v' matches no tensor"),
         (lambda: averager(select=lambda _: False), ValueError, "nothing to average among 2"),

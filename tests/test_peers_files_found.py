@@ -397,7 +397,7 @@ AMBIGUOUS: dict[str, tuple[State, str]] = {
     ),
     "two parts of one form": (
         state(1, "student.") | state(1, "other.") | state(2, "ema."),
-        r"what lies under 'ema\.' may be the average of 'student\.' or of 'other\.'",
+        r"the tensors under 'ema\.' may be the average of 'student\.' or of 'other\.'",
     ),
     "no counterpart": (
         {"net.w": torch.ones(2)} | without_dots("ema.", {"a.b": torch.ones(2)}, **LIT),

@@ -127,7 +127,7 @@ class TestWhatAFileDoesNotFit:
             polyak.load(run.path, averager, count=0)
 
     def test_a_rule_with_other_slots(self, run: Run) -> None:
-        said = "needs the slots window.0, window.1"
+        said = "needs the slots window.0, window.1: give it a rule of one slot"
         self.refused(run.path, Averager(Net(), "window(2)"), said, change_rule=True)
 
     def test_names(self, run: Run) -> None:

@@ -96,7 +96,10 @@ def _overrides(buffers: Buffers, names: Mapping[str, Tracked]) -> dict[str, Poli
         require(policy in get_args(Given), f"buffers[{pattern!r}]", policy, wanted)
         for item in _matches(pattern, names, "buffers"):
             if policy == "average" and not averageable(item.local()):
-                raise ValueError(f"{item.name} is {item.local().dtype}: it can only be copied")
+                raise ValueError(
+                    f'buffers[{pattern!r}] is "average", and {item.name} is {item.local().dtype}, which '
+                    'has no average; wanted "copy" or "skip"'
+                )
             decided.setdefault(item.name, policy)
     return decided
 

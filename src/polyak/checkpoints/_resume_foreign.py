@@ -177,7 +177,7 @@ def _slots(
     if plain != [AVERAGE]:
         raise ValueError(
             "the file of another library holds the average alone, and this averager's rule needs the "
-            f"slots {', '.join(plain)}"
+            f"slots {', '.join(plain)}: give it a rule of one slot, such as exponential(0.999)"
         )
     slots = {AVERAGE: {n: _widened(n, weights[n], s.dtype) for n, s in specs[AVERAGE].items()}}
     for slot in specs.keys() - slots.keys():

@@ -129,7 +129,7 @@ def _rules(texts: list[str]) -> str | dict[str, str] | None:
     rules = {match[1]: match[2] for match in named if match}
     if len(rules) < len(texts):
         raise ValueError(
-            f"--rule is {', '.join(texts)}: if there are several, each is NAME=SPEC, once a name"
+            f"--rule is {', '.join(texts)}: wanted one SPEC, or NAME=SPEC once for each average"
         )
     return rules or None
 

@@ -232,5 +232,5 @@ def names_of(file: Path | None) -> list[str] | None:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file, wanted one name a line") from None
+        raise ValueError(f"{file} is not a text file, wanted one name per line") from None
     return [line.strip() for line in lines if line.strip()]

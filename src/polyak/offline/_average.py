@@ -134,5 +134,5 @@ def shares_of(
         return rule, None
     times = [1.0] * files if elapsed is None else elapsed
     if len(times) != files:
-        raise ValueError(f"elapsed has {len(times)} times, wanted {files}: one a file")
+        raise ValueError(f"elapsed has {len(times)} times, wanted {files}: one for each file")
     return coefficients(rule, times), coefficients(rule, times, convex=True)

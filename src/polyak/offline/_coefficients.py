@@ -15,7 +15,9 @@ def checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
     given = np.asarray(coefficients, dtype=np.float64)
     require(files > 0, "files", [], "one file or more")
     if given.shape != (files,):
-        raise ValueError(f"coefficients have shape {given.shape}, wanted ({files},): one a file")
+        raise ValueError(
+            f"coefficients have shape {given.shape}, wanted ({files},): one for each file"
+        )
     if not np.isfinite(given).all() or abs(given.sum() - 1) > _SLACK:
         raise ValueError(
             f"coefficients are {given.tolist()} and sum to {given.sum():.8g}, wanted finite numbers "

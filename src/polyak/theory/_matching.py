@@ -89,8 +89,8 @@ def _far_enough(family: type[Rule], like: Rule) -> Horizon:
     if where is None:
         grows = "a power average" if family is Power else like
         raise ValueError(
-            f"no number of steps settles {grows}: its window grows with the run, or needs more than"
-            f" {SHORT:,} updates; pass steps=, the number of steps after which to compare"
+            f"{grows} changes with the number of steps: its window grows with the run, or needs more"
+            f" than {SHORT:,} updates; pass steps=, the number of steps after which to compare"
         )
     if where.unit > 1:
         return where

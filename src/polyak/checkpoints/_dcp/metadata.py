@@ -143,7 +143,7 @@ def _place(item: tuple[object, object]) -> tuple[ChunkKey, ChunkPlace]:
     state, offsets = _state(info, _StorageInfo, name), state.get("offset")
     if extensions := state.get("transform_descriptors"):
         raise ValueError(
-            f"{name} was written through {repr_of(extensions)}, which is not read here"
+            f"{name} was written through {repr_of(extensions)}, which polyak does not read"
         )
     place = ChunkPlace(state["relative_path"], *_numbers((state["offset"], state["length"])))
     if type(place.file) is not str:

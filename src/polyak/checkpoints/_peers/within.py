@@ -275,5 +275,7 @@ def _one(mark: str, places: list[str]) -> str:
     named = [place for place in places if place.strip(".").split(".") == called]
     if len(places) > 1 and not named:
         shown = " or of ".join(map(repr, places[:4]))
-        raise ValueError(f"what lies under {mark!r} may be the average of {shown}")
+        raise ValueError(
+            f"the tensors under {mark!r} may be the average of {shown}: the file does not say"
+        )
     return (named or places)[0]

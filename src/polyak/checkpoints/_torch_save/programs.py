@@ -71,7 +71,9 @@ def _long_end(data: bytes, start: int) -> int:
     elif any(_PLAIN.match(data[start:] + rest).end() for rest in _RESTS):  # type: ignore[union-attr]
         raise EOFError("the pickle does not end")
     else:
-        raise ValueError(f"the pickle has the instruction {bytes([code])!r}, which is not read")
+        raise ValueError(
+            f"the pickle has the instruction {bytes([code])!r}, which polyak does not read"
+        )
     if end > len(data):
         raise EOFError("the pickle does not end")
     return end
