@@ -312,6 +312,46 @@ def test_ctrl_c_at_any_moment_loses_nothing(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+# The child leaves the block of its parent first.
+FORKED = """
+import os, torch
+from polyak import Averager
+model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(600, 600))
+model.share_memory()
+model[0].weight = torch.nn.Parameter(torch.zeros(2, 3))  # in memory of its own
+averager = Averager(model, "uniform()")
+for value in (1.0, 3.0):
+    for parameter in model.parameters():
+        parameter.data.fill_(value)
+    averager.update()
+def held(value, *tensors):
+    return all(bool((tensor == value).all()) for tensor in tensors)
+child = False
+try:
+    with averager.applied():
+        child = os.fork() == 0
+        if child:
+            raise SystemExit
+        assert os.wait()[1] == 0
+        assert held(2.0, *model.parameters())
+except SystemExit:
+    assert held(3.0, model[0].weight) and held(2.0, model[0].bias, *model[1].parameters())
+    try:
+        averager.average()
+        os._exit(1)
+    except RuntimeError as error:
+        os._exit(0 if "average: load a saved state first. The process was forked" in str(error) else 1)
+assert held(3.0, *model.parameters()) and held(2.0, *averager.average().values())
+"""
+
+
+def test_a_block_on_shared_weights_is_that_of_the_process_that_entered_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=HANG
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_graph_recorded_before_is_still_valid() -> None:
     model = nn.Linear(3, 2)
     averager = Averager(model, Exponential(0.5))

@@ -747,6 +747,18 @@ def test_bad_arguments_say_what_was_wanted(make: Any, error: type[Exception], me
         make()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_scripted_and_traced_models_are_refused_by_name() -> None:
+    scripted, traced = (
+        torch.jit.script(nn.Sequential(nn.Linear(2, 1))),
+        torch.jit.trace(nn.Linear(2, 1), torch.ones(1, 2)),
+    )
+    with pytest.raises(ValueError, match="the model is scripted or traced"):
+        Averager(scripted, Uniform())
+    with pytest.raises(ValueError, match="1 is scripted or traced"):
+        polyak.EMA(nn.Sequential(nn.Linear(2, 2), traced))
+
+
 def averager_of(make: Callable[[], Tensor]) -> Averager:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of tensors that it deprecates

@@ -69,6 +69,17 @@ def test_it_computes_in_the_wider_dtype_and_rounds_once(
         assert tensor.dtype == weights and torch.equal(tensor, wanted)
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_one_byte_are_pulled_with_the_others(kind: torch.dtype) -> None:
+    weights = {"a": torch.ones(3), "b": torch.ones(3).to(kind)}
+    averager = Averager(weights, "uniform()")
+    averager.update()
+    for tensor in weights.values():
+        tensor.copy_(torch.full((3,), 3.0))
+    averager.pull(0.5)
+    assert [tensor.tolist() for tensor in weights.values()] == [[2.0] * 3] * 2
+
+
 def test_of_a_model_it_moves_what_is_averaged_once_and_in_place() -> None:
     torch.manual_seed(0)
     model = Everything()

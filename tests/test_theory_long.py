@@ -89,6 +89,8 @@ def test_a_coarser_cadence_of_a_long_average(half_life: float, every: int) -> No
     assert about.noise_gain == near(math.tanh(rate / 2))
     wanted = math.exp(-rate * (about.steps - 1) / every)
     assert about.initial_weight == near(wanted)
+    std = every * finite_std(rate, (about.steps - 1) // every + 1)
+    assert about.relative_std == near(std / about.steps)
 
 
 @pytest.mark.parametrize("elapsed", [0.01, 1.0, 7.0, 1e6])

@@ -230,6 +230,8 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 def _reset_after_fork() -> None:
     """A child process has no thread that could end what another thread was doing in the parent."""
     TURN._at_fork_reinit()  # type: ignore[attr-defined]
+    for swap in OPEN:
+        swap.fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from polyak import _tensors as tensors
 from polyak._checks import as_number, is_number, require, require_count
+from polyak._dtypes import widest
 from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._lazy import LazyTensors
@@ -73,7 +72,7 @@ def pull_(live: ModelTensors, average: LazyTensors, fraction: float) -> None:
     open_swaps.refuse_swapped("pull", live.averaged)
     for item in live.averaged:
         weights, towards = item.local(), average.read(item.name)
-        wide = torch.promote_types(weights.dtype, towards.dtype)
+        wide = widest([weights.dtype, towards.dtype])
         towards = towards.to(weights.device, wide)
         moved = weights.to(wide)  # the weights themselves where the dtype is the same
         alike = tensors.equal_infinities([moved], [towards])

@@ -61,6 +61,7 @@ class SwappedPairs:
         self._version = 0
         self._moved: set[int] | None = None
         self._places = pairs.live
+        self._left: set[int] = set()
         self._now: Mapping[str, Tensor] | None = None
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
@@ -168,7 +169,16 @@ class SwappedPairs:
         """Exchanges contents from now on where they are, whatever happens to the tensors."""
         live = enumerate(self._pairs.live)
         self._places = [self._memory[i] if i in moved else t.detach() for i, t in live]
-        self._exchange = Exchange(self._places, self._pairs.asides, exchanged=exchanged)
+        both = zip(self._places, self._pairs.asides, strict=True)
+        kept = [pair for i, pair in enumerate(both) if i not in self._left]
+        self._exchange = Exchange([a for a, _ in kept], [b for _, b in kept], exchanged=exchanged)
+
+    def fork(self) -> bool:
+        """Leaves weights in shared memory to the process that was forked; returns whether a slot lacks its average."""
+        self._left = {i for i, t in enumerate(self._memory) if t.is_cpu and t.is_shared()}
+        if self._left:
+            self.part(set(), exchanged=True)
+        return self.slots and bool(self._left)
 
     def _exchange_back(self) -> None:
         error = failure(lambda: self._exchange.to(False))

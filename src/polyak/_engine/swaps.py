@@ -152,6 +152,13 @@ class Swap:
         for each in self._swapped:
             each.follow(swapped)
 
+    def fork(self) -> None:
+        """In a child process: a block on weights that both processes share is the parent's."""
+        lacking = [pairs.fork() for pairs in self._swapped if self.out]
+        if any(lacking):
+            memory = "weights in shared memory, and its parent has the average"
+            self._average.damaged = f"The process was forked inside a block on {memory}"
+
     def close(self) -> None:
         """After the last `take_back`: the average can be used again, unless its slots were changed."""
         if any(pairs.damaged for pairs in self._swapped):

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from polyak._dtypes import has_mean, refuse_wrapper
 from polyak._engine.memory import identity
-from polyak._engine.refusals import refuse_sign_view, refuse_strange, require_apart
+from polyak._engine.refusals import (
+    refuse_scripted,
+    refuse_sign_view,
+    refuse_strange,
+    require_apart,
+)
 from polyak._ranks.sharding import (
     Shape,
     as_distributed,
@@ -192,6 +197,7 @@ def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:
         walked = list(walk(source, ""))
         for prefix, module in walked:
             refuse_flat(prefix, module)
+            refuse_scripted(prefix, module)
         found = [pair for prefix, module in walked for pair in _own_tensors(prefix, module)]
         return found, list({id(module): module for _, module in walked}.values())
     if not isinstance(source, Mapping):

@@ -137,7 +137,7 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
     age = mean_age_at(c, where.unit, every)
     # The updates of a stretch share its coefficient, so that noise averages out further.
     gain = noise_gain(c) * (every / where.unit if where.unit > 1 else 1)
-    cut = cutoff(c)
+    cut, spread = cutoff(c), relative_std(c)
     return Explanation(
         rule=rule,
         steps=where.steps,
@@ -146,7 +146,7 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
         mean_age=age,
         effective_window=1 / gain,
         noise_gain=gain,
-        relative_std=relative_std(c),
+        relative_std=None if spread is None else spread * (len(c) * where.unit / where.steps),
         initial_weight=first,
         cutoff=None if cut is None else cut / where.unit,
         ramp_lag=age,
