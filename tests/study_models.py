@@ -61,6 +61,21 @@ class Turned(Scaled):
         return logits
 
 
+class Twice(nn.Module):
+    """One layer that is used twice, under two names, and one matrix in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        same = nn.Linear(36, 36)
+        self.layers = nn.ModuleList([nn.Flatten(), same, nn.Tanh(), same, nn.Linear(36, 36), nn.Linear(36, CLASSES)])  # fmt: skip
+        self.layers[4].weight = same.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy of logits."""
     return functional.cross_entropy(model(x), y)

@@ -341,6 +341,29 @@ def test_values_below_zero_are_compared_by_difference() -> None:
     assert [each.needed for each in effects.of("constant")] == [None] * 5
 
 
+def test_an_average_that_lost_seeds_is_not_chosen_for_the_others() -> None:
+    """`late_mean` is by far the best in the one seed in which it has a value."""
+
+    def value(arm: str, seed: int, *place: Any) -> float | None:
+        if arm != "late_mean":
+            return truth(arm, seed, *place)
+        return 0.1 if seed == 0 else None
+
+    for metric in ("loss", "accuracy"):
+        assert Effects(result(value=value), metric).ranked("constant")[-1] == "late_mean"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(-0.2, -0.1), (0.1, -0.1), (-0.1, 0.1)])
+def test_a_gain_is_no_share_of_a_negative_value(ours: float, theirs: float) -> None:
+    """A loss that falls from -0.1 to -0.2 has not grown by 100 %, nor fallen."""
+    values = {"short": ours, "live": theirs}
+    claims = (Claim("s", gain("short"), TRUE),)
+    made = result(value=lambda arm, *_: values.get(arm, 1.0), claims=claims)
+    with pytest.raises(ValueError, match=r"'s', for seed 0, raised .* -0\.1.*; claim a difference"):
+        judge(made)
+    assert math.isnan(log_ratio("short")(made.seeds[0]))
+
+
 def test_one_average_under_two_names_is_pointed_out(made: Result) -> None:
     sentences = identical(made)
     assert sentences == [

@@ -101,6 +101,9 @@ def test_a_run_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path) -> No
     assert [r["seed"] for r in result.records] == [0, 2]
     (failure,) = lines(tmp_path, "failures.jsonl")
     assert failure == result.failures[0] and failure["seed"] == 1
+    with (tmp_path / "failures.jsonl").open("a") as torn:
+        torn.write('{"study": "ima')
+    assert read(small, tmp_path).failures == [failure]
     assert failure["failed"].startswith(
         "ZeroDivisionError: this seed fails (test_study_run.py, line "
     )
@@ -218,6 +221,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
     ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(45, 3\), wanted a"),
+    ({"metrics": {"f": Metric(lambda model, x, y: cross_entropy(model, x.mul_(0.9), y))}}, {}, "metric 'f' on the validation part writes into the data: every later"),
     ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f' on the validation part: the value is str, wanted a scalar"),  # type: ignore[arg-type]
     ({"metrics": {"f": Metric(lambda *_: torch.tensor(1j))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(\) of complex numbers, wanted a"),
     ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f' on the validation part: the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
@@ -558,7 +562,13 @@ def of_one_row(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(model, x[:1], y[:1])
 
 
-@pytest.mark.parametrize("first", [zeroed, of_one_row, cross_entropy])
+def leaving_train_mode(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    value = cross_entropy(model.eval(), x[:1], y[:1])
+    model.train()
+    return value
+
+
+@pytest.mark.parametrize("first", [zeroed, of_one_row, cross_entropy, leaving_train_mode])
 def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(first: Any) -> None:
     alone = train(study(), Run(0, "constant", 0.05))
     metrics = {

@@ -17,7 +17,7 @@ from polyak.study import Arm, Data, Metric, Plateau, Study, constant, cosine, ru
 from polyak.study._loop import Run, train
 from polyak.study._stackable import require_stackable
 from polyak.study._stacked import train_stacked
-from study_models import Scaled, cnn, cross_entropy, images, mlp, sgd, study
+from study_models import Scaled, Turned, Twice, cnn, cross_entropy, images, mlp, sgd, study
 
 
 def in_float64(seed: int) -> Data:
@@ -79,7 +79,7 @@ def exact(model: Any, optimizer: Any, steps: int) -> Study:
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", [partial(mlp, 0.0), cnn, Scaled], ids=["mlp", "cnn", "scaled"])
+@pytest.mark.parametrize("model", [partial(mlp, 0.0), cnn, Scaled, Twice])
 @pytest.mark.parametrize("optimizer", [sgd, pytest.param(adamw, marks=pytest.mark.slow)])
 def test_stacked_runs_are_the_plain_ones(model: Any, optimizer: Any, steps: int) -> None:
     """Several learning rates, schedules and seeds; one run stops early and is dropped."""
@@ -90,6 +90,10 @@ def test_stacked_runs_are_the_plain_ones(model: Any, optimizer: Any, steps: int)
     assert len(records[2]["after_stop"]["steps"]) == 2
     assert records[2]["stopped_early"] or steps == 40
     require_stackable(several)
+
+
+def test_a_stack_may_have_complex_numbers() -> None:
+    require_stackable(study(model=Turned))
 
 
 @pytest.mark.slow
@@ -171,9 +175,16 @@ class Norm(torch.optim.SGD):
         return super().step(closure)
 
 
+def first_faster(first: Any, *others: Any, lr: float) -> torch.optim.Optimizer:
+    """The first parameter has another learning rate."""
+    return torch.optim.SGD([{"params": [first], "lr": 10 * lr}, {"params": others}], lr)
+
+
 NOT_STACKABLE: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": lambda p, lr: Norm(p, lr)}, "not proportional to the learning rate, or not elem"),
     ({"optimizer": lambda p, lr: torch.optim.SGD(p, lr**2)}, "not proportional to the learning rate"),
+    ({"optimizer": torch.optim.Rprop}, "not proportional to the learning rate"),
+    ({"optimizer": lambda p, lr: first_faster(*p, lr=lr)}, "proportional to the learning rate, or not elementwise"),
     ({"arms": {"swa": Arm(Uniform(), recalibrate=True)}}, "swa recalibrates BatchNorm"),
     ({"metrics": {"loss": Metric(lambda m, x, y: cross_entropy(m, x, y).item())}}, "RuntimeError"),  # type: ignore[arg-type, return-value]
 ]  # fmt: skip

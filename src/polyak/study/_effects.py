@@ -15,7 +15,7 @@ import numpy as np
 from polyak import theory
 from polyak.rules import LIVE, Rule
 from polyak.study import _comparisons as comparisons
-from polyak.study._result import Result, When
+from polyak.study._result import Result, When, badness
 from polyak.study._schedules import Plateau
 from polyak.study._statistics import Interval, Statistic, bootstrap, known
 from polyak.study._study import Arm, Ensemble, Study
@@ -91,10 +91,10 @@ class Effects:
         return next(iter(self.ranked(schedule)), None)
 
     def ranked(self, schedule: str) -> list[str]:
-        """The arms with validation values, the best first."""
-        means = {arm: self._validation(arm, schedule) for arm in self.arms}
-        measured = [arm for arm in self.arms if not math.isnan(means[arm])]
-        return sorted(measured, key=lambda arm: means[arm] if self.lower else -means[arm])
+        """The arms with validation values, the best first, and last those that lost seeds."""
+        found = {arm: self._badness(arm, schedule) for arm in self.arms}
+        measured = [arm for arm in self.arms if found[arm][1] < math.inf]
+        return sorted(measured, key=found.__getitem__)
 
     def focus(self, schedule: str) -> str | None:
         """The arm that a plateau follows, else the best one on validation; None if no arm has a value."""
@@ -129,12 +129,11 @@ class Effects:
         """A mean of log ratios as a share of the live weights' value."""
         return comparisons.as_share(value, self.lower) if self.is_share else value
 
-    def _validation(self, arm: str, schedule: str) -> float:
+    def _badness(self, arm: str, schedule: str) -> tuple[int, float]:
         values = [
             seed.value(arm, self.metric, schedule, part="validation") for seed in self.result.seeds
         ]
-        numbers = known(values)
-        return math.fsum(numbers) / len(numbers) if numbers else math.nan
+        return badness(values, self.lower)
 
 
 def run_steps(result: Result) -> int:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from polyak.study._flat import Weights
+from polyak.study._flat import Weights, called_with
 from polyak.study._study import Part
 from polyak.study._tracking import Network
 
@@ -55,7 +54,7 @@ class MeanPrediction(nn.Module):
     ) -> Tensor:
         if place in known:
             return known[place]
-        output = functional_call(self._one, network, inputs, options)
+        output = called_with(self._one, network, inputs, options)
         if not isinstance(output, Tensor):
             kind = type(output).__name__
             raise TypeError(

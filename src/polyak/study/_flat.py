@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from polyak._engine.tracking import is_statistic
 from polyak._tensors import lerp_
@@ -48,6 +49,23 @@ class Flat:
             for (name, like), part, shape in zip(named.items(), parts, shapes, strict=True):
                 split[name] = part.view(part.shape[:-1] + shape).to(like.dtype)
         return split
+
+
+def called_with(model: nn.Module, weights: Weights, inputs: Any, options: Any = None) -> Any:
+    """What a model returns if it has other tensors, given by their first names.
+
+    torch.func is told every place of a tied tensor, but a module that is used twice is one place: of two
+    exchanges there, it takes back only one.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    first = {id(tensor): name for name, tensor in tensors}
+    places = {
+        place: weights[first[id(tensor)]]
+        for prefix, module in model.named_modules()
+        for own in (module.named_parameters, module.named_buffers)
+        for place, tensor in own(prefix, recurse=False, remove_duplicate=False)
+    }
+    return functional_call(model, places, inputs, options, tie_weights=False)
 
 
 def joined(tensors: Iterable[Tensor], batch: int = 0) -> Tensor:

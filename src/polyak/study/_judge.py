@@ -94,7 +94,8 @@ class Judge:
 def metrics_of(study: Study, model: nn.Module, part: Part) -> dict[str, Tensor]:
     """Every metric of a model on a part. Metrics that call the model on equal tensors share one pass."""
     with _remembering(model):
-        return {name: metric.function(model, *part) for name, metric in study.metrics.items()}
+        # One metric may leave the model in train mode for the next one.
+        return {n: metric.function(model.eval(), *part) for n, metric in study.metrics.items()}
 
 
 @contextmanager

@@ -56,15 +56,12 @@ class Result:
         return self._by_run.get((seed, schedule, learning_rate))
 
     def _badness(self, arm: str, schedule: str, when: When, rate: float) -> tuple[int, float]:
-        """(runs without a number, mean validation value with its sign for lower is better)."""
+        """The badness of the validation values at a learning rate."""
         values = [
             value_in(self.record(seed.number, schedule, rate), self.study, arm, when=when)
             for seed in self.seeds
         ]
-        numbers = known(values)
-        sign = 1 if self.study.metrics[self.study.main].lower_is_better else -1
-        mean = sign * math.fsum(numbers) / len(numbers) if numbers else math.inf
-        return len(values) - len(numbers), mean
+        return badness(values, self.study.metrics[self.study.main].lower_is_better)
 
     def _checked(self, arm: str, schedule: str | None) -> str:
         self.study.require_arm(arm)
@@ -116,6 +113,14 @@ class Seed:
         """The record of the run in which an arm is read; None if it failed."""
         rate = self.result.tuned(arm, schedule, when)
         return self.result.record(self.number, self.result.study.require_schedule(schedule), rate)
+
+
+def badness(values: Sequence[float], lower_is_better: bool) -> tuple[int, float]:
+    """(seeds without a number, mean with its sign for lower is better): what lost seeds is not chosen for the others."""
+    numbers = known(values)
+    sign = 1 if lower_is_better else -1
+    mean = sign * math.fsum(numbers) / len(numbers) if numbers else math.inf
+    return len(values) - len(numbers), mean
 
 
 def require_place(when: str, part: str) -> None:
@@ -180,7 +185,10 @@ def gain(
     schedule: str | None = None,
     when: When = "last",
 ) -> Comparison:
-    """Compare by the relative improvement, positive if the arm is better: `1 - arm / against` for a loss."""
+    """Compare by the relative improvement, positive if the arm is better: `1 - arm / against` for a loss.
+
+    It is a share of a value that is not negative: for others, such as a log-likelihood or R2, use `difference`.
+    """
     return Comparison(arm, against, metric, schedule, when, _gain, "share")
 
 
@@ -191,7 +199,10 @@ def log_ratio(
     schedule: str | None = None,
     when: When = "last",
 ) -> Comparison:
-    """Compare by `log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios."""
+    """Compare by `log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios.
+
+    A seed has none unless both values are above 0.
+    """
     return Comparison(arm, against, metric, schedule, when, _log_ratio, "percent")
 
 
@@ -207,12 +218,15 @@ def difference(
 
 
 def _gain(ours: float, theirs: float, lower_is_better: bool) -> float:
-    change = (ours - theirs) / abs(theirs) if theirs else math.nan
+    if ours < 0 or theirs < 0:
+        given = f"a gain is a share of a value that is not negative, and the values are {ours:.4g} and {theirs:.4g}"
+        raise ValueError(f"{given}; claim a difference(...)")
+    change = (ours - theirs) / theirs if theirs else math.nan
     return -change if lower_is_better else change
 
 
 def _log_ratio(ours: float, theirs: float, _: bool) -> float:
-    return math.log(ours / theirs) if theirs and ours / theirs > 0 else math.nan
+    return math.log(ours / theirs) if ours > 0 < theirs else math.nan
 
 
 def _difference(ours: float, theirs: float, _: bool) -> float:

@@ -210,8 +210,6 @@ def _add_failure(folder: Path, study: Study, run: Run, failed: str) -> None:
 
 def _failures(folder: Path) -> list[Record]:
     with suppress(FileNotFoundError):
-        return [
-            json.loads(line)
-            for line in (folder / FAILURES).read_text(encoding="utf-8").splitlines()
-        ]
+        lines = (folder / FAILURES).read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk tears one
     return []

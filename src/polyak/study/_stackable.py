@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 
 from polyak.study._errors import said
+from polyak.study._flat import Flat
 from polyak.study._loop import Run, alone
-from polyak.study._stacked import move_, train_stacked
+from polyak.study._stacked import move_, stack, train_stacked, trained_in
 from polyak.study._study import Arm, Study
 
-TRIED_STEPS = 3
+TRIED_STEPS = 30
+DRIFT = 3.0  # of the gradients, in deviations: some optimizers let a step grow up to a bound
 
 
 def require_stackable(study: Study) -> None:
@@ -36,26 +38,28 @@ def require_stackable(study: Study) -> None:
 
 
 def _require_proportional(study: Study) -> None:
-    """Compare the steps of one optimizer of two stacked models with those of two optimizers."""
+    """Compare the steps of one optimizer of two stacked models, joined as in a stack, with those of two optimizers."""
     torch.manual_seed(0)
     models = [study.model().double() for _ in range(2)]
     rates = torch.tensor([1.0, 0.25], dtype=torch.float64) * study.learning_rates[0]
     alone_ = [study.optimizer(m.parameters(), float(r)) for m, r in zip(models, rates, strict=True)]
-    pairs = list(zip(*(model.parameters() for model in models), strict=True))
-    together = [torch.stack([p.detach().flatten() for p in pair]) for pair in pairs]
-    optimizer = study.optimizer(together, 1.0)
+    weights, trained = stack(models), trained_in(models[0])
+    together = Flat({name: weights[name] for name in trained}, batch=1)
+    gradients, joined = Flat(together.views, batch=1), list(together.tensors.values())
+    optimizer = study.optimizer(joined, 1.0)
     for _ in range(TRIED_STEPS):
-        for parameter, pair in zip(together, pairs, strict=True):
-            parameter.grad = torch.randn_like(parameter)
-            for number, single in enumerate(pair):
-                single.grad = parameter.grad[number].view_as(single).clone()
-        move_(optimizer, together, rates)
+        for parameter, gradient in zip(joined, gradients.tensors.values(), strict=True):
+            parameter.grad = gradient.normal_(DRIFT)
+        for number, model in enumerate(models):
+            for name in trained:
+                model.get_parameter(name).grad = gradients.views[name][number].clone()
+        move_(optimizer, joined, rates)
         for each in alone_:
             each.step()
-    for parameter, pair in zip(together, pairs, strict=True):
-        if not torch.allclose(
-            parameter, torch.stack([p.flatten() for p in pair]), rtol=1e-8, atol=1e-8
-        ):
+    for name, several in together.views.items():
+        single = torch.stack([model.get_parameter(name).detach() for model in models])
+        few = torch.finfo(single.dtype).eps ** 0.5  # complex numbers stay in single precision
+        if not torch.allclose(several, single, rtol=few, atol=few):
             raise ValueError(
                 "a step of its optimizer is not proportional to the learning rate, or not elementwise"
             )

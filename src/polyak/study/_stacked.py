@@ -60,8 +60,8 @@ class Stack:
         orders = [torch.Generator().manual_seed(source_seed(r.seed, "order", vary)) for r in runs]
         torch.manual_seed(source_seed(runs[0].seed, "dropout", vary))
         self._frozen = stack(models)
-        trained = [name for name, p in models[0].named_parameters() if p.requires_grad]
-        self._trained = Flat({name: self._frozen.pop(name) for name in trained}, batch=1)
+        trained = {name: self._frozen.pop(name) for name in trained_in(models[0])}
+        self._trained = Flat(trained, batch=1)
         self._optimizer = self._bind()
         self._loss = Call(models[0], study.loss)
         self._batches = Batches([d.train for d in data], study.batch_size, orders)
@@ -177,3 +177,8 @@ def stack(models: Sequence[nn.Module]) -> Weights:
     """The tensors of several models by name, with one more dimension."""
     several = [tensors_of(model) for model in models]
     return {name: torch.stack([tensors[name] for tensors in several]) for name in several[0]}
+
+
+def trained_in(model: nn.Module) -> list[str]:
+    """The names of a model's trained parameters."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]

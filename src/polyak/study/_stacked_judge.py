@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from polyak.rules import LIVE
 from polyak.study._ensembles import MeanPrediction, Outputs, of_ensemble, remember
-from polyak.study._flat import Weights
+from polyak.study._flat import Weights, called_with
 from polyak.study._judge import Geometry, Values, finite, geometry, metrics_of
 from polyak.study._stacked_data import Rows, rows_of
 from polyak.study._study import Data, Ensemble, Part, Study
@@ -43,7 +43,7 @@ class Call(nn.Module):
     def exchanged(self, weights: Weights, part: Part) -> Any:
         """The value of the function for other tensors of the model."""
         named = {f"model.{name}": tensor for name, tensor in weights.items()}
-        return functional_call(self, named, part)
+        return called_with(self, named, part)
 
 
 def of_each(function: Callable[..., Any], part: Rows, before: tuple[int, ...] = (0,)) -> Any:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from polyak._checks import require
 from polyak._modes import no_grad
+from polyak._tensors import versions
 from polyak.study._errors import is_recipes, placed
 from polyak.study._judge import finite
 from polyak.study._loop import Run, alone, prepared
@@ -51,7 +52,7 @@ def tried(study: Study) -> dict[str, Any]:
                 _require_learning(model, loss)
             called("optimizer", optimizer.step)
             losses.append(f"{float(loss.detach()):.6g}")
-        return {"first losses": losses, "first values": _values(study, model.eval(), data)}
+        return {"first losses": losses, "first values": _values(study, model, data)}
 
 
 def _require_trainable(model: nn.Module) -> None:
@@ -126,8 +127,16 @@ def _values(study: Study, model: nn.Module, data: Data) -> dict[str, list[str]]:
 
 
 def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
-    """A metric's value as text. Raise `ValueError` if it raises an error, or its value is not a scalar."""
-    value = called(what, metric.function, model, *part)
+    """A metric's value as text.
+
+    Raises `ValueError` if it raises an error, writes into the data, or its value is not a scalar.
+    """
+    watched = [tensor for tensor in part if not tensor.is_inference()]
+    before = versions(watched)
+    value = called(what, metric.function, model.eval(), *part)
+    if versions(watched) != before:
+        remedy = "every later value would be of other data; wanted a clone of what it changes"
+        raise ValueError(f"the study's {what} writes into the data: {remedy}")
     try:
         number = finite(value)
     except TypeError as error:
