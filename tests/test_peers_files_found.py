@@ -623,6 +623,24 @@ def test_what_is_left_aside_is_said(tmp_path: Path) -> None:
     assert said in done("export", files[0], tmp_path / "live.safetensors", "--average", "live")
 
 
+def test_an_average_and_weights_that_it_lacks_are_said(tmp_path: Path) -> None:
+    """A dictionary of averages often has no buffers; of tied weights, one name is enough."""
+    live, tied = state(1), torch.ones(2)
+    ema = {name: tensor for name, tensor in state(2).items() if "running" not in name}
+    lacks = len(live) - len(ema)
+    for i in (1, 2):
+        held = {"model": {**live, "a": tied, "b": tied}, "ema": {**ema, "a": tied + 1}}
+        torch.save(held, tmp_path / f"{i}.pt")
+    files, out = (tmp_path / "1.pt", tmp_path / "2.pt"), tmp_path / "it.safetensors"
+    assert lacks > 0
+    said = f"not used: live weights such as norm.running_mean ({lacks} tensors)"
+    assert said in done("export", files[0], out)
+    assert said in done("average", *files, "--average", "average", "--out", out, "--force")
+    assert f"not used: average ({len(ema) + 1} tensors)" in done(
+        "average", *files, "--out", out, "--force"
+    )
+
+
 @pytest.mark.parametrize(
     "pickled",
     [torch.nn.Linear(2, 2), argparse.Namespace(shadow=state(2))],

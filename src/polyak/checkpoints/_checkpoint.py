@@ -158,6 +158,20 @@ class Checkpoint:
             and live.origins(tensor) == weights.origins(tensor)
         ]
 
+    def unused(self, name: str | None = None) -> dict[str, int]:
+        """What the file holds beside `weights(name)`, each with its number of tensors as in `left`.
+
+        Beside live weights these are the averages too; beside an average, the live weights that it lacks.
+        """
+        weights, live = self.weights(name), self.live
+        if live is None or weights is live:
+            others = {n: len(average) for n, average in self.averages.items() if live is not None}
+        else:
+            has = {live.origins(n) for n in live if n in weights}
+            lacks = [n for n in live if live.origins(n) not in has]
+            others = {f"live weights such as {n}": len(lacks) for n in lacks[:1]}
+        return {**self.left, **others}
+
     def verify(self) -> Verified:
         """Read the whole file or folder, and compare every part with the checksum that it has.
 

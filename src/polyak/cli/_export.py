@@ -72,7 +72,7 @@ def export(
     written = average or next(iter(checkpoint.averages))
     _print(out, checkpoint, json=json, average=written)
     note_tied(checkpoint.weights(written))
-    note_left(checkpoint.left)
+    note_left(checkpoint.unused(written))
     _note_averages(checkpoint, [written])
 
 

@@ -106,7 +106,7 @@ def _source(found: Checkpoint, which: str | None, copy: Sequence[str]) -> Source
     averaged = {name: spec for name, spec in weights.specs.items() if name not in copied}
     if problem := unfit(averaged, found.shapes):
         raise ValueError(f"{found.path}: {problem}")
-    return Source(str(found.path), weights, found.left)
+    return Source(str(found.path), weights, found.unused(which))
 
 
 def matching(patterns: Sequence[str], sources: Sequence[Source]) -> set[str]:

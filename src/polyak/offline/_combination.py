@@ -66,7 +66,7 @@ class Combination(LazyTensors):
         statistics: the same for running statistics; by default `max(c, 0) / sum of max(c, 0)`.
         specs: name -> dtype and shape of the result.
         copied: the names of the tensors that are copied from the last file.
-        left: what else the files hold (`Checkpoint.left`), with the largest number of tensors of a file.
+        left: what else the files hold (`Checkpoint.unused`), with the largest number of tensors of a file.
         nonfinite: tensor -> file -> how many of its values are infinite or NaN; as far as computed.
         negative: names of variances that extrapolation made negative; as far as computed.
         norms: the norms whose running statistics were combined. The combined weights have other

@@ -26,7 +26,7 @@ _VARIANCE = re.compile(r"(^|_)(var|variance|std)$")
 class Source(NamedTuple):
     """Stored weights, and the label that messages use for them: usually the file.
 
-    `left` is what else the file holds (`Checkpoint.left`).
+    `left` is what else the file holds (`Checkpoint.unused`).
     """
 
     label: str
