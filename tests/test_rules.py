@@ -52,7 +52,10 @@ def test_every_rule_has_an_example() -> None:
     assert not untold, "write a row into the table of rules in README.md"
 
 
-FIRST = [found[0] for found in (*RULE_EXAMPLES.values(), *SCHEDULE_EXAMPLES.values())]
+FIRST: list[Any] = [
+    *(found[0] for found in RULE_EXAMPLES.values()),
+    *(found[0] for found in SCHEDULE_EXAMPLES.values()),
+]
 
 
 @pytest.mark.parametrize("example", FIRST, ids=str)

@@ -1,4 +1,4 @@
-"""`backend="ray"` on a real Ray of this machine: `pip install -e ".[dev,ray]"`, then pytest this file."""
+"""`backend="ray"` on a real Ray of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,10 @@ def tried(**options):
 
 
 with opened_recipe(str(folder / "mine.py")) as study:
-    ray.init(num_cpus=2, log_to_driver=False)
+    try:
+        ray.init(num_cpus=2, log_to_driver=False)
+    except Exception as error:
+        sys.exit(f"Ray did not start: {error}")
     phases = [tried(progress=stop)]
     for name in ("failing", "deadly"):
         (folder / name).touch()
@@ -120,7 +122,6 @@ def test_without_ray_the_extra_is_named(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason='needs the extra "ray"')
 def test_ray_resumes_reports_failures_and_retries_killed_workers(
     mine: Study, tmp_path: Path
 ) -> None:
@@ -133,6 +134,8 @@ def test_ray_resumes_reports_failures_and_retries_killed_workers(
     }
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "Ray did not start" in done.stderr:
+        pytest.skip("on a starved machine Ray gives up its own start after some seconds")
     assert done.returncode == 0, done.stderr
     interrupted, harmed, mended = json.loads((tmp_path / "phases.json").read_text())
     assert interrupted == "interrupted"
