@@ -177,7 +177,8 @@ class Norm(torch.optim.SGD):
 
 def first_faster(first: Any, *others: Any, lr: float) -> torch.optim.Optimizer:
     """The first parameter has another learning rate."""
-    return torch.optim.SGD([{"params": [first], "lr": 10 * lr}, {"params": others}], lr)
+    groups: list[dict[str, Any]] = [{"params": [first], "lr": 10 * lr}, {"params": others}]
+    return torch.optim.SGD(groups, lr)
 
 
 NOT_STACKABLE: list[tuple[dict[str, Any], str]] = [
