@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import polyak
 from models import Everything, assert_same, pointers, wander
 from polyak import Averager, Bema, Exponential, Power, Tail, Uniform, Window
+from polyak.rules import AVERAGE, Rule, Tick
 from polyak.theory import coefficients, profile
 from rule_examples import RULE_EXAMPLES
 
@@ -283,6 +285,24 @@ def test_before_the_first_update_any_rule_may_come() -> None:
     train(model, averager, range(4))
     alone = trained("window(2)", 4)[1]
     assert not averager.mixed and averager.count == alone.count
+
+
+@dataclass(frozen=True)
+class Doubled(Rule):
+    """A rule whose coefficients sum to 2."""
+
+    def fractions(self, tick: Tick) -> dict[str, float]:
+        return {AVERAGE: 1 / tick.n}
+
+    def readout(self, _: Tick) -> dict[str, float]:
+        return {AVERAGE: 2.0}
+
+
+def test_a_new_rule_of_a_user_is_checked_like_the_first() -> None:
+    _, averager = trained(Uniform(), 1)
+    averager.change_rule(Doubled())
+    with pytest.raises(ValueError, match=r"doubled\(\) .* has the readout .*sum to 1"):
+        averager.update()
 
 
 def test_a_module_keeps_its_slot() -> None:

@@ -20,7 +20,7 @@ import polyak
 from polyak import Averager, Exponential
 
 SOURCES = str(Path(polyak.__file__).parent)
-MOST_FILES, MOST_FUNCTIONS = 6, 18
+MOST_FILES, MOST_FUNCTIONS = 6, 17
 MOST_WITH_COPIES = 8, 24
 
 
@@ -52,7 +52,7 @@ def test_an_update_that_copies_buffers_too_is_short() -> None:
 
 def assert_short(layer: nn.Module, files: int, functions: int) -> None:
     averager = Averager(nn.Sequential(nn.Linear(3, 3), layer), Exponential(0.999))
-    for _ in range(5):  # allocates, and checks the rule
+    for _ in range(2):  # the first allocates, the second looks for infinities
         averager.update()
     passed = passed_through(averager.update)
     assert len(passed) > 5

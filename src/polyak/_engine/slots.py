@@ -11,10 +11,10 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._contract import (
-    CHECKED,
     checked_fraction,
     checked_readout,
     checked_update,
+    first_checked,
     require_copy,
 )
 from polyak._dtypes import Kind, kind, slot_dtype
@@ -50,7 +50,7 @@ class Average:
         rounding: Rounding = "nearest",
         name: str = "",
     ) -> None:
-        self.rule = rule
+        self.rule, self.checked = rule, first_checked(rule)
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
         self.damaged = ""
@@ -61,8 +61,7 @@ class Average:
         """Whether an update is under way."""
         self.torn: dict[str, str] = {}
         """Slots of which an update has moved a part, and why it stopped."""
-        self._dtype = dtype
-        self._device = device
+        self._dtype, self._device = dtype, device
         self.rounding = rounding
         self._compensated = rounding == "compensated"
         self._name = name
@@ -77,7 +76,7 @@ class Average:
         """Advances the clock; returns the slots that the rule now moves, in groups, and how far."""
         self.moving = True  # until the slots have moved too, a signal handler must not read them
         fractions: Mapping[str, float]
-        if self.tick.n < CHECKED:
+        if self.tick.n < self.checked:
             self.tick, fractions = checked_update(self.rule, self.tick, elapsed, self.slots)
         else:
             self.tick = self.rule.tick(self.tick, elapsed)

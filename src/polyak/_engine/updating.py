@@ -31,7 +31,7 @@ from polyak._engine.slots import Average
 from polyak._parts import Stages
 from polyak._tensors import Groups, Journal, Kept
 
-_FRACTION = attrgetter("fraction")
+_FRACTION, _SLOTS = attrgetter("fraction"), attrgetter("slots")
 
 
 class Motion:
@@ -76,8 +76,9 @@ class Motion:
                 plain.append(move)
             else:
                 move.alone_(self._live, self._ok, self._journal)
-        for g, weights in enumerate(self._live if plain else ()):
-            slots, fractions = [move.slots[g] for move in plain], [move.fraction for move in plain]
+        fractions = list(map(_FRACTION, plain))
+        groups = zip(self._live, *map(_SLOTS, plain), strict=True) if plain else ()
+        for g, (weights, *slots) in enumerate(groups):
             tensors.lerp_all_(slots, weights, fractions, self._stages, g, self._journal)
         if self._kept:
             tensors.keep_(self._kept)

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from polyak._checks import require, require_count
 from polyak._contract import (
-    CHECKED,
     checked_fraction,
     checked_readout,
     checked_update,
+    first_checked,
     require_copy,
 )
 from polyak.rules import LIVE, START, Rule, Tick
@@ -129,8 +129,9 @@ def run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, Moves], Tick]:
     done: dict[str, tuple[array[int], array[float]]] = {}
     tick, next_tick, fractions_at = START, rule.tick, rule.fractions
     fractions: Mapping[str, float]
+    checked = first_checked(rule)
     for update, time in enumerate(elapsed):
-        if update < CHECKED:
+        if update < checked:
             tick, fractions = checked_update(rule, tick, time, done)
         else:
             tick = next_tick(tick, time)
