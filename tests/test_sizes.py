@@ -1,4 +1,4 @@
-"""The house stays readable: short modules, and functions that fit a screen."""
+"""The house stays readable: short modules, functions that fit a screen, plain docstrings."""
 
 from __future__ import annotations
 
@@ -55,3 +55,15 @@ def test_code_is_counted_without_signature_docstring_and_comments() -> None:
     (function,) = ast.parse(text).body
     assert isinstance(function, ast.FunctionDef)
     assert code_lines(function, text.splitlines()) == 2
+
+
+def test_a_docstring_begins_with_a_verb_or_a_noun() -> None:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    asking = [
+        f"{path.relative_to(SOURCE).as_posix()}: {text.splitlines()[0]}"
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, documented) and (text := ast.get_docstring(node) or "")
+        if text.split(maxsplit=1)[0] == "What"
+    ]
+    assert not asking

@@ -132,7 +132,7 @@ class LazyTensors(Mapping[str, Tensor]):
         elements.done()
 
     def origins(self, name: str) -> tuple[Hashable, ...]:
-        """What a tensor is made of: equal for two names of one stored tensor (tied weights), here or elsewhere."""
+        """The stored tensors that a tensor is made of: equal for all names of one (tied weights), in any file."""
         return ((id(self), name),)
 
     def places(self, name: str) -> tuple[Place, ...]:  # noqa: ARG002

@@ -198,7 +198,7 @@ class Charted(Tabled):
         return import_module("polyak.charts").chart_of(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """What a notebook shows: the chart where altair is installed, else the tables; and the text."""
+        """Formats for a notebook: the chart where altair is installed, else the tables; and the text."""
         formats = {"text/plain": str(self), "text/html": self._repr_html_()}
         try:
             chart = self.chart()

@@ -1,4 +1,4 @@
-"""What systems do in different ways: locks, places in a file, mapped memory, names.
+"""Operations that systems do in different ways: locks, places in a file, mapped memory, names.
 
 Linux has all of it. macOS has no exchange of two names. Windows has no locks of folders, no `pread`,
 and it neither renames nor removes what is open. Each name here works everywhere, as well as it can.

@@ -223,7 +223,7 @@ class Averager(IntoModules, Resumable):
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the summary."""
+        """The summary, for a notebook."""
         return self.summary()._repr_html_()
 
     def __reduce__(self) -> Any:

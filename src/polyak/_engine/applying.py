@@ -157,7 +157,7 @@ class Swapper:
         self.swap = None
 
     def _slot_pairs(self, label: str, call: str) -> _Slots:
-        """What exchanges contents with slots. Kept for the next block, while all tensors stay the same."""
+        """The pairs that exchange contents with slots, kept for the next block while all tensors stay the same."""
         average = self._averages[label]
         known, slots, shared = self._known.get(label), average.lone_slot(), average.shared()
         if (

@@ -22,7 +22,7 @@ from polyak._engine.signals import runs_below
 from polyak._ranks.torch_private import state_makers
 
 Flags = list[Tensor | None]
-"""What a `GradScaler` left in an optimizer at each of its calls: `found_inf`, None without a scaler."""
+"""`found_inf`, which a `GradScaler` left in an optimizer, at each of its calls; None without a scaler."""
 
 
 class Attachment:
@@ -91,7 +91,7 @@ class Attachment:
         self._after()
 
     def _taken_by(self, which: int) -> Callable[[Flags], None]:
-        """What follows each step of one optimizer: once all have stepped, the update."""
+        """A function that is called after each step of one optimizer; it updates once all have stepped."""
 
         def taken(flags: Flags) -> None:
             if not self._scaled and any(flag is not None for flag in flags):

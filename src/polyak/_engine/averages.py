@@ -230,7 +230,7 @@ class Averages:
         return self._averages[self._swapper.label(name)]
 
     def _with_pull(self, call: Callable[..., None]) -> Callable[..., None]:
-        """What `update` and `attach` do: a call, and the pull that may follow it."""
+        """The function that `update` and `attach` call: one call, and the pull that may follow it."""
         pull = self._options.pull
         return call if pull is None else partial(self._call_and_pull, call, pull)
 

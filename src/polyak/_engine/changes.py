@@ -153,7 +153,7 @@ def moved(
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> list[Change]:
-    """What changes if slots go to another dtype or device; None leaves them where they are."""
+    """The changes that bring slots to another dtype or device; None leaves them where they are."""
     changes: list[Change] = []
     where: dict[str, object] = {} if device is None else {"_device": device}
     wanted: dict[str, object] = {} if dtype is None else {"_dtype": dtype}

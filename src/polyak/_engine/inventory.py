@@ -61,7 +61,7 @@ class Inventory:
 
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
-    """What changes if a tensor gets other memory, or is read in another way (`.data`, `set_`)."""
+    """A value that changes if a tensor gets other memory, or is read in another way (`.data`, `set_`)."""
     return (
         tensor.data_ptr(),
         tuple(tensor.shape),

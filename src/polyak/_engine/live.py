@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Form = tuple[Shape | str, ...]
-"""What may not change in a tensor: its shape, its policy, and whether it is complex."""
+"""The properties of a tensor that may not change: its shape, its policy, and whether it is complex."""
 
 
 class ModelTensors:
@@ -81,7 +81,7 @@ class ModelTensors:
         self._adopt(found)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made from: all that a walk through the model does not find."""
+        """The attributes that a copy is made from: all that a walk through the model does not find."""
         kept = ("model", "_options", "_forms", "_ties", "_order", "generation", "suspect")
         return {name: getattr(self, name) for name in kept}
 

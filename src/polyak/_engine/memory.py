@@ -27,7 +27,7 @@ _OTHER = ""
 
 
 def identity(tensor: Tensor) -> Hashable:
-    """What all tensors that are one tensor agree in: where its elements are, and how they are read."""
+    """A value that is equal for objects that are one tensor: where its elements are, and how they are read."""
     part = local(tensor)
     start = address(part)
     if start is None:

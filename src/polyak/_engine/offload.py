@@ -29,7 +29,7 @@ class Arrival(Protocol):
 
 
 class Streams(Protocol):
-    """What the courier needs from a device."""
+    """The operations of a device that the courier needs."""
 
     def begin(self) -> None:
         """Lets the side stream begin after the work queued on the compute stream so far."""

@@ -29,7 +29,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 TURN = threading.RLock()
-"""What reads or moves weights takes turns with their exchange in another thread."""
+"""The lock of every call that reads or moves weights: no other thread exchanges them meanwhile."""
 
 OPEN: list[Swap] = []
 """The open swaps. If several are on one tensor, the model has the average of the last."""
@@ -51,7 +51,7 @@ def in_turn(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def owner() -> Owner:
-    """Who is calling."""
+    """The thread and the asyncio task that call."""
     thread = threading.current_thread()
     asyncio: Any = sys.modules.get("asyncio")
     try:

@@ -40,7 +40,7 @@ class Pairs:
         self._staging: list[Tensor] | None = None
 
     def names(self) -> list[str]:
-        """What the live tensors are called, and then the slots."""
+        """The names of the live tensors, and then those of the slots."""
         names = [item.name for item in self.items]
         return names + [f"the slot of {name}" for name in names if self.slots]
 

@@ -70,7 +70,7 @@ class AverageWeights(LazyTensors):
         return self._named(self._held() | {name: self.read(name) for name in self._frozen})
 
     def beside(self) -> dict[str, Tensor]:
-        """What `whole` returns, with the model's own frozen tensors in place of copies."""
+        """The result of `whole`, with the model's own frozen tensors in place of copies."""
         frozen = {name: self._model_s_own(name) for name in self._frozen}
         return self._named(self._held() | frozen)
 

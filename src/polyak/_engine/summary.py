@@ -1,4 +1,4 @@
-"""What an averager decided for every tensor, as data that prints as a table."""
+"""The decisions of an averager about every tensor, as data that prints as a table."""
 
 from __future__ import annotations
 

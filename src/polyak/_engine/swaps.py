@@ -31,14 +31,14 @@ class Owner(NamedTuple):
 
 
 class Swappable(Protocol):
-    """What a swap notes on its average: that its slots hold live weights, or what has changed them."""
+    """The attributes of an average that a swap sets: whether slots hold live weights, and what damaged them."""
 
     swapped: bool
     damaged: str
 
 
 class Watched(Protocol):
-    """What a swap needs from the model's tensors."""
+    """The methods of the model's tensors that a swap needs."""
 
     def reshard(self) -> None: ...
 
@@ -81,7 +81,7 @@ class Swap:
 
     @property
     def names(self) -> list[str]:
-        """What `tensors` are called."""
+        """The names of `tensors`."""
         return [name for each in self._pairs for name in each.names()]
 
     def carriers(self) -> tuple[list[Tensor], list[str]]:
@@ -139,7 +139,7 @@ class Swap:
             pairs.restore()
 
     def part(self) -> None:
-        """What `follow` of other swaps writes changes no content of this one from now on."""
+        """From now on, writes by `follow` of other swaps change no content of this one."""
         for each in () if self.strayed else self._swapped:
             each.part(set(), exchanged=self.out)
 
@@ -168,7 +168,7 @@ class Swap:
             ended()
 
     def report(self) -> str:
-        """What the block did to weights and average; empty if it did nothing."""
+        """Describe the changes that the block made to weights and average; empty if it made none."""
         problems = list(self._problems)
         for pairs in self._swapped:
             problems += pairs.problems

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Policy = Literal["average", "copy", "frozen", "skip"]
-"""What is done with a tensor. A frozen one is not held: an average has the model's."""
+"""The treatment of a tensor. A frozen one is not held: an average has the model's."""
 
 Source = nn.Module | Mapping[str, Tensor]
 Table = Literal["_parameters", "_buffers"]
@@ -117,14 +117,14 @@ class Tracked(NamedTuple):
 
     @property
     def kind(self) -> Literal["parameter", "buffer", "tensor"]:
-        """What the tensor is to the model; those of a mapping are tensors."""
+        """The kind of the tensor in the model; those of a mapping are tensors."""
         table = self.entries[0].table
         if table is None:
             return "tensor"
         return "parameter" if table == "_parameters" else "buffer"
 
     def local(self) -> Tensor:
-        """What this rank averages: the tensor as it is now, or its part; the model's own content."""
+        """The tensor that this rank averages, as it is now: the whole or its part, in the model's memory."""
         found = local(self.found())
         return found if self.mesh is None else rows(found, self.mesh)
 

@@ -115,7 +115,7 @@ class _Shared:
         self._beside: tuple[int, list[Tracked]] = -1, []
 
     def sources(self, average: Average) -> tuple[object, ...]:
-        """What is equal as long as all shared tensors are the same objects in the same memory."""
+        """A value that stays equal as long as all shared tensors are the same objects in the same memory."""
         held = id(average.slots), id(self._updating.copies.tensors), self._live.generation
         return *held, *(id(item.own()) for item in self._models_own())
 
@@ -134,7 +134,7 @@ class _Shared:
         average.require_own(self._live, call)
 
     def _models_own(self) -> list[Tracked]:
-        """What a twin has of the model itself. What a module does not save, it computes for itself."""
+        """The model's own tensors that a twin has, without buffers that a module computes and does not save."""
         if self._beside[0] != self._live.generation:
             own = [item for item in self._live.tracked if not item.stored and item.persistent]
             self._beside = self._live.generation, own

@@ -156,7 +156,7 @@ class Updating:
     def taken(
         self, calls: int, elapsed: float, skipped: int, copies: Mapping[str, Tensor]
     ) -> list[tuple[object, dict[str, object]]]:
-        """What is to be set on which object, with copies of what `state` returned, which was checked."""
+        """The attributes to set on each object. They hold copies of the result of `state`, which was checked."""
         guard: dict[str, object] = {"skipped": skipped, "pending": None}
         since: dict[str, object] = {"since": (calls, elapsed)}
         return [(self.clock, since), (self.guard, guard), (self.copies, self.copies.taken(copies))]

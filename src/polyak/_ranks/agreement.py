@@ -27,13 +27,13 @@ _MOST_RANKS = 4  # that an error quotes
 
 @dataclass
 class Agreement:
-    """What a rank continues with after a block; it must be equal on all ranks."""
+    """The value that a rank continues with after a block; it must be equal on all ranks."""
 
     details: str = ""
 
 
 class _Said(NamedTuple):
-    """What a rank says at the end of a block: in which call, what went wrong, what it continues with."""
+    """A rank's message at the end of a block: its call, its error, and the value that it continues with."""
 
     call: str
     problem: str | None
@@ -138,7 +138,7 @@ def chosen(call: str, choose: Callable[[], _T], group: ProcessGroup | None = Non
 
 
 def gathered(item: _T, group: ProcessGroup | None = None) -> list[_T]:
-    """What every rank of a group gives, in the order of ranks.
+    """Gather one object from every rank of a group, in the order of ranks.
 
     Raises `ValueError` on a rank that is not a member of the group.
     """

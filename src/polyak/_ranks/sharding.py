@@ -142,7 +142,7 @@ def stream(tensor: Tensor, mesh: DeviceMesh | None = None) -> str:
 
 
 def shape(tensor: Tensor) -> Shape:
-    """What two tensors must agree in to be averaged: the shape, and the layout of a DTensor."""
+    """The properties that must be equal in tensors that are averaged: the shape, and the layout of a DTensor."""
     if is_distributed(tensor):
         mesh = tensor.device_mesh
         return Layout(tuple(tensor.shape), tuple(tensor.placements), _ranks(mesh))

@@ -148,7 +148,7 @@ def _others(name: str, count: float) -> list[int]:
 
 
 def _of_one_kind(series: Sequence[Timed]) -> str:
-    """What to type if the names are of several kinds, as icefall's `epoch-3.pt` and `checkpoint-4000.pt`."""
+    """Advice for names of several kinds, as icefall's `epoch-3.pt` and `checkpoint-4000.pt`."""
     paths = (each.entry.named for each in series)
     kinds = dict.fromkeys(str(path.with_name(_NUMBER.sub("*", path.name))) for path in paths)
     return (

@@ -141,7 +141,7 @@ def _may_be_checkpoint(folder: Path) -> bool:
 
 
 def _weights(folder: Path, file: str | None) -> Path | None:
-    """What holds the weights in a checkpoint's folder; None if nothing does."""
+    """The file or folder that holds the weights of a checkpoint's folder; None if there is none."""
     if file is None:
         return holder(folder)
     place = folder / file

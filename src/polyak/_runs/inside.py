@@ -16,7 +16,7 @@ _DEPTH = 4
 
 
 def inside(path: Path) -> Mapping[str, Any]:
-    """What a file of torch.save holds at its top, without reading a tensor; nothing for other files.
+    """Read the top mapping of a file of torch.save without reading a tensor; empty for other files.
 
     Raises `ValueError` naming the file if it is damaged.
     """

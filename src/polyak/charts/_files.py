@@ -129,7 +129,7 @@ def _sized(panel: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(panel: dict[str, Any]) -> str:
-    """What a panel shows: its title and its axes."""
+    """The title and the axes of a panel, in words."""
     first = panel.get("layer", [panel])[0]
     axes = [first.get("encoding", {}).get(axis, {}) for axis in "yx"]
     titles = [_title(axis.get("title") or (axis.get("axis") or axis).get("title")) for axis in axes]

@@ -95,7 +95,7 @@ def _best(
 
 
 def _subtitle(sweep: Sweep) -> list[str]:
-    """What the marks on the axis mean, and how many averages the chart leaves out."""
+    """Lines that say what the marks on the axis mean, and how many averages the chart leaves out."""
     refused = sum(point.quality is None for point in sweep.points)
     without = sum(point.half_life <= 0 for point in sweep.points)
     lines = (

@@ -1,4 +1,4 @@
-"""What was found in a file of any library: live weights, averages, rules, a clock.
+"""The contents of a file of any library: live weights, averages, rules, a clock.
 
 An average that a file holds as slots is read out tensor by tensor: `sum of coefficient * slot`.
 """
@@ -69,7 +69,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file or folder holds.
+    """The contents of a file or folder.
 
     Attributes:
         path: where it was read.
@@ -159,7 +159,7 @@ class Checkpoint:
         ]
 
     def unused(self, name: str | None = None) -> dict[str, int]:
-        """What the file holds beside `weights(name)`, each with its number of tensors as in `left`.
+        """The other contents of the file, beside `weights(name)`: name -> number of tensors, as in `left`.
 
         Beside live weights these are the averages too; beside an average, the live weights that it lacks.
         """

@@ -68,7 +68,7 @@ _CLOCKS = {"step": "step", "global_step": "step", "epoch": "epoch"}
 
 
 class Named(NamedTuple):
-    """What a name says.
+    """The information in the name of a file or folder.
 
     `clock` has "step", "epoch" or "number" (the last number of a name that does not say of what).
     `repeats`: it may be a copy of another, such as `last.ckpt`. `averages`: it is made of others.
@@ -81,7 +81,7 @@ class Named(NamedTuple):
 
 
 def named(path: Path) -> Named:
-    """What the name of a file or folder says.
+    """Read the step, epoch or number in the name of a file or folder, and its other hints.
 
     >>> named(Path("epoch=3-step=64-val_loss=0.25.ckpt"))
     Named(clock={'epoch': 3.0, 'step': 64.0}, metrics={'val_loss': 0.25}, repeats=False, averages=False)

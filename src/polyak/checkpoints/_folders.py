@@ -120,7 +120,7 @@ def _is_save(path: Path) -> bool:
 
 
 def _age(path: Path) -> tuple[int, float, float, str]:
-    """What sorts checkpoints, the newest last: by number, before these by time."""
+    """A key that sorts checkpoints, the newest last: first those without a number, by time."""
     number, changed, folder = _number(path), path.stat().st_mtime, path.is_dir()
     return (-1, changed, folder, path.name) if number is None else (number, folder, 0, path.name)
 

@@ -40,7 +40,7 @@ class IndexedTensors(Forwarding):
 
     @cached_property
     def unread(self) -> dict[str, str]:
-        """What is not among the tensors -> why."""
+        """Name of each tensor that cannot be read -> the reason."""
         found: dict[str, str] = {}
         for file in dict.fromkeys(self._files.values()):
             tensors = self._of_file(file)

@@ -50,7 +50,7 @@ _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<error", b"<")
 
 
 def looks(file: OpenFile) -> str:
-    """What a file looks like, and what to do with it; "" if its first bytes do not say."""
+    """Describe what a file looks like, and what to do with it; "" if its first bytes do not say."""
     first = file.read(0, _FIRST)
     for place, begin, what in _BEGINS:
         if first[place : place + len(begin)] == begin:
@@ -79,7 +79,7 @@ def _unpacking(command: str, path: Path) -> str:
 
 
 def _text(first: bytes) -> str:
-    """What to say of a text: its first line, which says why a download failed."""
+    """Describe a text by its first line, which says why a download failed."""
     try:
         text = first.decode()
     except UnicodeDecodeError as error:
@@ -105,7 +105,7 @@ def refusal(file: OpenFile) -> ValueError:
 
 
 def archive_kind(names: Collection[str]) -> str:
-    """What a zip archive is that torch.save did not write, and what to do."""
+    """Name the kind of a zip archive that torch.save did not write, and say what to do."""
     ends = {PurePosixPath(name).name for name in names}
     if "constants.pkl" in ends:
         return "a TorchScript archive, which is code: torch.jit.load it, and torch.save its state_dict()"

@@ -31,7 +31,7 @@ PAIRS = "pairs"  # tensors of a complex dtype that safetensors lacks, stored as 
 
 
 class StoredAverage(NamedTuple):
-    """What a file says about an average: its rule, its clock, the names of its slots."""
+    """The description of an average in a file: its rule, its clock, the names of its slots."""
 
     rule: Rule
     tick: Tick
@@ -39,7 +39,7 @@ class StoredAverage(NamedTuple):
 
 
 class Stored(LazyTensors):
-    """What `polyak.save` wrote: tensors by key, and the values of the description, which is checked.
+    """A file or folder of `polyak.save`: tensors by key, and the values of the description, which is checked.
 
     Raises `ValueError` that names the file if it is damaged, or has another format.
     """
@@ -60,7 +60,7 @@ class Stored(LazyTensors):
 
     @classmethod
     def open(cls, path: Path) -> Stored:
-        """What `polyak.save` wrote at a path; raises `ValueError` for anything else."""
+        """Open a file or folder of `polyak.save`; raises `ValueError` for anything else."""
         stored = of_source(sniff(path))
         if stored is None:
             raise ValueError(f"{path} was not written by polyak.save")
@@ -174,7 +174,7 @@ class Stored(LazyTensors):
 
 
 def of_source(source: Source) -> Stored | None:
-    """What `polyak.save` wrote at a path: a file, a folder, or one averager of a folder; None otherwise.
+    """Open a file or folder of `polyak.save`, or one averager of a folder; None for anything else.
 
     Raises `ValueError` for a folder with several averagers.
     """

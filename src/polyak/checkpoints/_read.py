@@ -87,7 +87,7 @@ def read_source(
     prefix: str | None = None,
     role: Role | None = None,
 ) -> Checkpoint:
-    """What was found at a path, as a checkpoint; raises as `read`."""
+    """Make a checkpoint of an opened path; raises as `read`."""
     found = _read(source, names, key, whole=prefix is not None)
     found = found if prefix is None else _under(found, prefix)
     found = found if role is None else _as(found, role)
@@ -160,7 +160,7 @@ def _part(found: Found, key: str) -> Found:
 
 
 def content(source: Source, names: Names = None) -> Found:
-    """What a file or folder holds at its top; what accelerate saved beside weights lies under its file."""
+    """Read the top of a file or folder; what accelerate saved beside weights lies under its file."""
     found = _content(source, names)
     beside = [] if found.plain == "dcp" else sorted(source.path.glob(_REGISTERED))
     if not beside:
@@ -231,7 +231,7 @@ def settings(config: Path) -> dict[str, Any]:
 
 
 def _diffusers(found: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
-    """What `EMAModel.save_pretrained` writes: a model's folder, whose weights are the average."""
+    """A checkpoint of a folder of `EMAModel.save_pretrained`: a model's folder, whose weights are the average."""
     with prefixed(found.path / "config.json"):
         clock = Clock(count("optimization_step", settings["optimization_step"]))
         rules = diffusers_rules(settings)

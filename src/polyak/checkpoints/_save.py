@@ -86,7 +86,7 @@ NARROWED = ("averages/", "live/")
 """How the keys begin of tensors that snapshots may store in another dtype."""
 
 Packed = tuple[dict[str, Any], dict[str, Tensor]]
-"""What is saved: the description, and the tensors by key."""
+"""The contents of a file: the description, and the tensors by key."""
 
 Pack = Callable[[Averager], Packed]
 """Makes what is saved of an averager, on each rank."""
@@ -111,7 +111,7 @@ def save_parts(
 def encoded(
     call: str, averagers: Mapping[str, Averager], pack: Pack, group: ProcessGroup | None
 ) -> dict[str, dict[str, Tensor]]:
-    """What is saved of each averager, as tensors only: its description is one of them.
+    """Pack each averager for a file, as tensors only: its description is one of them.
 
     Collective. Raises on all ranks what packing raises on one, and `ValueError` if the ranks'
     descriptions differ.
@@ -196,7 +196,7 @@ def _packed(averager: Averager | EMA) -> Packed:
 
 
 def packed(averager: Averager, kind: str = "averager", *, live: bool = False) -> Packed:
-    """What is saved of an averager: its state, and a description of its model.
+    """Pack an averager for a file: its state, and a description of its model.
 
     With `live` also the live weights of what it averages, which some rules need in any case.
     """

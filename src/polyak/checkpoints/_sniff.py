@@ -39,7 +39,7 @@ _ATTEMPTS = 5
 
 
 class Source(NamedTuple):
-    """What is at a path, opened.
+    """An opened path, and which kind of file or folder it is.
 
     `polyak`, `safetensors`: a `TensorFile`; `index`: `IndexedTensors`; `torch`: a file of torch.save,
     which may lie in a tar archive; `dcp`: a folder of torch.distributed.checkpoint, or one within
@@ -61,7 +61,7 @@ class Source(NamedTuple):
 
 
 def sniff(path: Path | str) -> Source:
-    """What is at a path.
+    """Open a path, and find out which kind of file or folder it is.
 
     Raises `ValueError` for a file or folder that is not read here, saying what it looks like;
     `FileNotFoundError` if nothing is there; `OSError` if it cannot be opened.
@@ -150,7 +150,7 @@ def files_beside(source: Source) -> list[str]:
 
 
 def _within(folder: Path) -> list[Path]:
-    """What is in a folder; nothing if that may not be listed, or is replaced by others meanwhile."""
+    """List a folder; empty if it may not be listed, or if another process replaces it meanwhile."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -163,7 +163,7 @@ def _may_hold_weights(file: Path) -> bool:
 
 
 def _contents(path: Path, names: list[str]) -> str:
-    """What to say of a folder that holds no weights itself."""
+    """Describe a folder that holds no weights itself."""
     shown = ", ".join(names[:20]) or "nothing"
     folders = [path / name for name in names if (path / name).is_dir()]
     files = [path / name for name in names if _TORCH.search(name) and not is_beside(Path(name))]
@@ -191,7 +191,7 @@ def _contents(path: Path, names: list[str]) -> str:
 
 
 def _steady(folder: Path, make: Callable[[], _T]) -> _T:
-    """What `make` opens in a folder, all of it from one state of the folder: others may replace it."""
+    """Call `make`, which opens files of a folder; repeat it if others replaced the folder meanwhile."""
     for attempt in range(_ATTEMPTS):
         before = _inode(folder)
         try:

@@ -1,4 +1,4 @@
-"""What `polyak average` does with an average: write, compare, print."""
+"""The second half of `polyak average`: write the average, compare it, print."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Averaged(NamedTuple):
 
 
 def _note_findings(made: Combination) -> None:
-    """What was done to integers and booleans, and which files are the same."""
+    """Print notes: how integers and booleans were averaged, and which files are the same."""
     from polyak.offline._findings import duplicates
 
     if made.copied:

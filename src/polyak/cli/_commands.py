@@ -1,4 +1,4 @@
-"""What all commands share: an error is one line on stderr, and exit codes have one meaning."""
+"""Rules that all commands share: an error is one line on stderr, and exit codes have one meaning."""
 
 from __future__ import annotations
 

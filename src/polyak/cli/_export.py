@@ -135,7 +135,7 @@ def _rules(texts: list[str]) -> str | dict[str, str] | None:
 
 
 def _print(out: Path, checkpoint: Checkpoint, *, json: bool, **about: Any) -> None:
-    """What was written, and the size of the file or folder."""
+    """Print what was written, and the size of the file or folder."""
     files = [out] if out.is_file() else sorted(out.iterdir())
     size = sum(file.stat().st_size for file in files)
     if json:

@@ -78,7 +78,7 @@ def inspect(
 
 
 def _verified(checked: Verified) -> str:
-    """What a comparison with checksums found, and what it could not find."""
+    """Describe the result of a comparison with checksums, and what it could not compare."""
     compared = f"{size_text(checked.compared)} fit their checksums"
     none = f"{size_text(checked.unchecked)} have no checksum, so damage there is not seen"
     parts = [compared] if checked.compared else ["headers and sizes fit"]

@@ -75,7 +75,7 @@ class Part(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What an average is fitted to and made of, and how well it must fit."""
+    """Options for the target of a fit, for the averages that it is made of, and for how well it must fit."""
 
     at: Annotated[
         float | None,
@@ -111,7 +111,7 @@ class Fitted(NamedTuple):
     ] = None
 
     def arguments(self) -> dict[str, Any]:
-        """What `offline.synthesize` and `offline.sweep` take for them."""
+        """These options as arguments of `offline.synthesize` and `offline.sweep`."""
         given = self._asdict()
         return {"checkpoints": checkpoints_of(given.pop("checkpoint")), **given}
 

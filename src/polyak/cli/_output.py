@@ -1,4 +1,4 @@
-"""What commands print: JSON, tables, sizes; and progress, on a terminal."""
+"""The output of commands: JSON, tables, sizes; and progress, on a terminal."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def note_tied(weights: LazyTensors) -> None:
 
 
 def left_text(left: Mapping[str, int]) -> str:
-    """What was left out, each with its number of tensors if that is known."""
+    """The contents that were left out, each with its number of tensors if that is known."""
     shown = [
         f"{what} ({n} tensor{'s' if n > 1 else ''})" if n else what for what, n in left.items()
     ]

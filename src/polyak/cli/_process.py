@@ -1,4 +1,4 @@
-"""What a command changes in its process for a while, and restores."""
+"""State of the process that a command changes for a while, and restores."""
 
 from __future__ import annotations
 

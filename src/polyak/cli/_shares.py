@@ -18,7 +18,7 @@ Coefficients: TypeAlias = "str | Sequence[float] | Profile"
 
 
 class Shares(NamedTuple):
-    """What chooses the coefficients of the files: one of these, and what goes with it."""
+    """Options that choose the coefficients of the files: one of them, and those that go with it."""
 
     rule: Annotated[
         str | None,

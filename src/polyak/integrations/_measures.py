@@ -1,4 +1,4 @@
-"""What each average averages, as hyper-parameters for a framework's logger."""
+"""Measures of each average (half-life, lag, ...) as hyper-parameters for a framework's logger."""
 
 from __future__ import annotations
 

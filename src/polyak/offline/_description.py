@@ -1,4 +1,4 @@
-"""What a checkpoint or a folder of snapshots holds, without reading its tensors."""
+"""Describe a checkpoint or a folder of snapshots without reading its tensors."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Description(Charted):
-    """What a file or folder holds.
+    """The contents of a file or folder.
 
     `count` and `unit` are the file's clock (`checkpoints.Clock`). `norms` are the norms with running
     statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` says
@@ -128,7 +128,7 @@ class Description(Charted):
     verified: Verified | None = None
 
     def heading(self) -> list[str]:
-        """What the file is, its clock, and the run that a folder records."""
+        """Lines that say what the file is, its clock, and the run that a folder records."""
         unit = "units of time" if self.unit == "time" else self.unit
         clock = "" if self.count is None else f", {self.count:,} {unit}"
         line, run = f"{self.path}: {self.format}{clock}", self.recorded

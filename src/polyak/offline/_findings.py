@@ -1,4 +1,4 @@
-"""What makes an average of files wrong, by tensor and file."""
+"""Faults that make an average of files wrong, by tensor and file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def left_in(sources: Iterable[Source]) -> dict[str, int]:
-    """What else the files hold, each with the largest number of tensors of a file."""
+    """The other contents of the files, each with the largest number of tensors of a file."""
     left: dict[str, int] = {}
     for what, number in (item for source in sources for item in source.left.items()):
         left[what] = max(number, left.get(what, 0))

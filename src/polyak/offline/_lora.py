@@ -58,7 +58,7 @@ class Adapter:
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _problem(self) -> str:
-        """What makes it more than products of two factors; "" if nothing does."""
+        """The reason why the adapter is more than products of two factors; "" if it is not."""
         for name, setting in self.config.items():
             if name.startswith("use_") and name != "use_rslora" and setting:
                 return f"{name} is {setting!r}, whose adapters have no exact average as one adapter"

@@ -72,7 +72,7 @@ class Run:
         read: Read = read,
         copy: Sequence[str] = (),
     ) -> Run:
-        """What a folder of snapshots or a run, and checkpoints (time -> file), hold; only headers are read."""
+        """Find what a folder of snapshots or a run, and checkpoints (time -> file), hold; reads headers only."""
         if isinstance(folder, Choice):
             checkpoints, folder = {**_by_time(folder), **checkpoints}, None
         elif folder is not None and not stored_in(Path(folder)):

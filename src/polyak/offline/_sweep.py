@@ -189,7 +189,7 @@ def sweep(
 
 
 Trial = tuple[str, Callable[[], dict[str, Tensor]] | None, Point | None]
-"""What errors call it, its weights if they can be made, and its point if it is an average."""
+"""Its name in errors, its weights if they can be made, and its point if it is an average."""
 
 
 def _live(run: Run, at: float | None) -> list[StoredSlot]:

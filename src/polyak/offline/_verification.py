@@ -22,7 +22,7 @@ _BYTES = 1 << 26
 
 
 class Forecast(NamedTuple):
-    """What writing a combination takes: bytes to read and to write, and about how many seconds."""
+    """The cost of writing a combination: bytes to read and to write, and about how many seconds."""
 
     read_bytes: int
     written_bytes: int

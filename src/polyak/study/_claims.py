@@ -1,4 +1,4 @@
-"""What a study claims about its seeds, and published figures that it compares with."""
+"""Claims of a study about its seeds, and published figures that it compares with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the paired values of two arms, or of many, say about which is better.
+"""Compare the paired values of two arms, or of many: which is better.
 
 Two arms of one seed start from the same weights and see the same batches, so they are compared within the
 seed. `ours` and `theirs` are values by seed, in the same order.

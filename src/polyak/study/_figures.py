@@ -79,7 +79,7 @@ def reach(rows: Mapping[str, Interval], furthest: float = 4) -> float:
 
 
 def cut_off(rows: Mapping[str, Interval], form: Callable[[float], str]) -> str:
-    """What a forest does not show in full, in words; nothing where it shows all."""
+    """Name, in words, what a forest does not show in full; empty where it shows all."""
     most = reach(rows)
     outside = [f"{n} {between(i, form)}" for n, i in rows.items() if max(-i.low, i.high) > most]
     return f" The axis ends before: {', '.join(outside)}." if outside else ""

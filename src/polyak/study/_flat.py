@@ -52,7 +52,7 @@ class Flat:
 
 
 def called_with(model: nn.Module, weights: Weights, inputs: Any, options: Any = None) -> Any:
-    """What a model returns if it has other tensors, given by their first names.
+    """Call a model with other tensors, given by their first names.
 
     torch.func is told every place of a tied tensor, but a module that is used twice is one place: of two
     exchanges there, it takes back only one.

@@ -25,7 +25,7 @@ RECALIBRATION_BATCHES = 16
 
 
 class Judging(Protocol):
-    """What a logbook asks about the arms as they are now."""
+    """The questions of a logbook about the arms as they are now."""
 
     def validation(self, arm: str) -> Values:
         """name -> value of every metric on the validation part; None where it is not a finite number."""

@@ -47,7 +47,7 @@ class Judged:
 
     @property
     def quantity(self) -> str:
-        """What the figure is."""
+        """Describe the figure: its statistic, its number of seeds, and how many have no value."""
         missing = f", {self.missing} more without a value" if self.missing else ""
         said = f"{self.claim.what}, " if self.claim.what else ""
         geometric = "geometric " if self.claim.form in ("factor", "percent") else ""

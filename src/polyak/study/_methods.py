@@ -45,7 +45,7 @@ def git_state() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; nothing where git is not installed, or the folder is not a checkout."""
+    """The output of git; empty where git is not installed, or the folder is not a checkout."""
     try:
         done = subprocess.run(
             ["git", *arguments], capture_output=True, encoding="utf-8", check=True, timeout=30

@@ -42,7 +42,7 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 
 class RecordFormat(NamedTuple):
-    """What a line is: of which conditions, with which fields."""
+    """The format of a line: its conditions and its fields."""
 
     conditions: Callable[[Record], Mapping[str, Any]]
     fields: Callable[[Record], Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""What the records in a folder say about their study, if there is no recipe."""
+"""The description of a study that the records in its folder give, if there is no recipe."""
 
 from __future__ import annotations
 

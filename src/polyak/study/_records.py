@@ -88,7 +88,7 @@ def _run(record: Record) -> Run:
 
 
 def _measured(record: Record) -> Record:
-    """What a repeated run must give again: all but its times."""
+    """The fields that a repeated run must give again: all but its times."""
     return {name: value for name, value in record.items() if name != "seconds"}
 
 

@@ -64,7 +64,7 @@ class Line:
 
 
 class Outcome(NamedTuple):
-    """What a line measured. `error` is the text of an exception, with which it does not hold."""
+    """The measurement of a line. `error` is the text of an exception, with which it does not hold."""
 
     line: Line
     got: Interval

@@ -47,7 +47,7 @@ def arms(effects: Effects, schedule: str) -> Table:
 
 
 def arms_note(effects: Effects) -> str:
-    """What the columns of `arms` are."""
+    """Explain the columns of `arms`."""
     gain = (
         "geometric mean of ratios, as a share"
         if effects.is_share

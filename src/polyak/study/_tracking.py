@@ -93,7 +93,7 @@ class Network:
 
 
 class Kept(ABC):
-    """What is kept of several arms that are updated every `every` steps.
+    """The tensors kept for several arms that are updated every `every` steps.
 
     `keys` tell the arms apart, `live` are the joined tensors as they are at each update, and `ends` the
     numbers of updates at which a window is read.

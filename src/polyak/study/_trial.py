@@ -145,7 +145,7 @@ def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
 
 
 def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:
-    """What a function of a recipe returns.
+    """Call a function of a recipe, and return its checked result.
 
     Raises `ValueError` with the name of the field, and with the line of the recipe, if the function raises
     an error or returns another type than `gives`.

@@ -43,7 +43,7 @@ _WORTH = 0.1  # a smaller gain at the same learning rate is called none
 
 
 class Gain(NamedTuple):
-    """What one average gains under one noise: shares of the loss of the live weights.
+    """The gain of one average under one noise: shares of the loss of the live weights.
 
     `same` is the gain at the live weights' best learning rate. `own` is the gain at the average's own
     best, which is `rate` times the other and at most 4 times. A gain of 0.1 is a loss 10 % lower.

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation(Charted):
-    """What a rule averages after `steps` steps, updated every `every`: the measures of its profile.
+    """The measures of a rule's profile after `steps` steps, updated every `every`.
 
     `cutoff` is None where the gain never falls to -3 dB, `relative_std` where there is no spread.
     `unit` is the number of steps that one coefficient of the profile covers, more than 1 for a

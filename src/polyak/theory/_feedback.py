@@ -1,4 +1,4 @@
-"""What happens if the average acts on the weights that train.
+"""Averages that act on the weights that train.
 
 Switch-EMA, Hare and Tortoise, Lookahead and PACE pull the live weights towards their average. On a
 quadratic, live weights and average are then a linear system of two states, driven by the gradient's

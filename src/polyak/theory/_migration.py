@@ -27,17 +27,17 @@ _NO_MATTER = {
 
 @dataclass(frozen=True)
 class Migration:
-    """What to type instead of another library's call. It prints as code with comments."""
+    """The code that replaces another library's call. It prints with comments."""
 
     library: str
     """The full name of the class that was recognised."""
     rule: Rule | Mapping[str, Rule]
-    """What `Averager` takes: a rule, or several by name."""
+    """The rule for `Averager`, or several by name."""
     every: int = 1
     """Calls of `update` per update."""
     buffers: str = "auto"
     changes: tuple[str, ...] = ()
-    """What is different, a sentence each."""
+    """The differences from that call, a sentence each."""
 
     @property
     def code(self) -> str:

@@ -25,7 +25,7 @@ _IN_LIGHTNING = "in Lightning, use polyak.integrations.lightning.AveragerCallbac
 
 
 class Meaning(NamedTuple):
-    """What a call of another library means here; `changes` says what is different, a sentence each."""
+    """The meaning of another library's call here; `changes` says what is different, a sentence each."""
 
     rule: Rule | Mapping[str, Rule]
     every: int = 1

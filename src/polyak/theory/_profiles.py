@@ -1,4 +1,4 @@
-"""What an average averages, found by running its rule.
+"""The coefficients of an average, found by running its rule.
 
 A rule gets one unit impulse per update. The result is the coefficient of every step's live
 weights in the average. There is no formula of any average here: each rule that `Averager` can train
@@ -149,7 +149,7 @@ def run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, Moves], Tick]:
 
 
 def response(fractions: Profile) -> tuple[Profile, float]:
-    """What moves leave in a slot: the coefficient of each one's live weights, and of the old value.
+    """The content of a slot after moves: the coefficient of each one's live weights, and of the old value.
 
     `fraction * product of (1 - fraction)` over the later moves; a copy forgets all that was before.
     """

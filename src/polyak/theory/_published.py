@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """What a paper reports: the average, its gain, the kind of schedule, the paper.
+    """A finding of a paper: the average, its gain, the kind of schedule, the paper.
 
     `anneals` says whether the learning rate falls to about 0 in it; None for both kinds.
     """
@@ -64,5 +64,5 @@ PUBLISHED = (
 
 
 def published(*, anneals: bool) -> tuple[Published, ...]:
-    """What papers report for schedules that anneal, or for those that do not."""
+    """The findings of papers for schedules that anneal, or for those that do not."""
     return tuple(each for each in PUBLISHED if each.anneals in (None, anneals))

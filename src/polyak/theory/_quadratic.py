@@ -1,4 +1,4 @@
-"""What an average gains, exactly, on the noisy quadratic model.
+"""The exact gain of an average on the noisy quadratic model.
 
 In the direction of curvature h, SGD does `w <- w - rate (h w + noise)` with independent noise. The weights
 are linear in the start and in the noise of each step, and so is every average of them. So its second

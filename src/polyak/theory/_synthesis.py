@@ -208,7 +208,7 @@ def _stretches(stored: npt.NDArray[np.int64], updates: int) -> list[tuple[int, i
 
 
 def _left(moves: Moves, start: int, end: int) -> tuple[Profile, float]:
-    """What a slot holds of a stretch's updates at its end, and the share of its old value."""
+    """The coefficients of a stretch's updates in a slot at its end, and the share of its old value."""
     within = slice(*np.searchsorted(moves.updates, (start, end)))
     left = np.zeros(end - start)
     left[moves.updates[within] - start], old = response(moves.fractions[within])

@@ -39,7 +39,7 @@ ChunkKey = tuple[Any, ...]
 
 
 class Described(NamedTuple):
-    """What the metadata say: specs, chunks, names of objects, places, and how names were made."""
+    """The contents of the metadata: specs, chunks, names of objects, places, and how names were made."""
 
     specs: dict[str, TensorSpec]
     chunks: dict[str, list[Box]]
@@ -162,7 +162,7 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 
 def _paths(planned: object, names: Mapping[str, object]) -> dict[str, tuple[str | int, ...]]:
-    """What the planner noted: the flat name -> the keys that it was made from."""
+    """The notes of torch's planner: flat name -> the keys that it was made from."""
     if planned is not None and type(planned) is not pickles.Dictionary:
         raise ValueError(f"planner_data is a {name_of(planned)}, wanted a dictionary")
     noted: dict[Any, Any] = planned or {}

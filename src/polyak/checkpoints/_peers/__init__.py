@@ -35,7 +35,7 @@ FORMATS = (
     "mmengine", "nemo", "post-hoc-ema", "safetensors", "sharded-safetensors", "state-dict", "timm",
     "torch-ema", "torchtitan",
 )  # fmt: skip
-"""What `Checkpoint.format` may be."""
+"""The values of `Checkpoint.format`."""
 
 
 def recognise(found: Found) -> Checkpoint:
@@ -66,7 +66,7 @@ def _require_shapes(reading: Checkpoint) -> None:
 
 
 def _unknown(top: Mapping[str, Any]) -> str:
-    """What to say if no layout fits."""
+    """The message of the error if no layout fits."""
     if modules := {key: part for key, part in top.items() if holds_tensors(part)}:
         key, part = next(iter(modules.items()))
         return f"{key!r} is a whole pickled {part.name}: {NO_CODE}"

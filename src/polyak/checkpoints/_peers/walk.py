@@ -129,7 +129,7 @@ def _walk(
 
 
 def _inner(value: Any) -> dict[str, Any]:
-    """What lies in a mapping or a list, by text: a key that is an object has the name of its place."""
+    """The values in a mapping or a list, by text: a key that is an object has the name of its place."""
     if isinstance(value, (list, tuple)):
         return {str(place): one for place, one in enumerate(value)}
     if not isinstance(value, dict):

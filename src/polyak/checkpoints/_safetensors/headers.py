@@ -30,7 +30,7 @@ _BYTES = "U8"
 
 
 class Header(NamedTuple):
-    """What a header contains: its metadata, the specs of the tensors in the file's order, and which of these
+    """The contents of a header: its metadata, the specs of the tensors in the file's order, and which of these
     have a dtype that is not known here, as bytes: name -> dtype."""
 
     metadata: dict[str, str]

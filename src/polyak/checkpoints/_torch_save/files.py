@@ -34,7 +34,7 @@ _OTHER_ORDER = "saved on a machine of the other byte order: save it again on thi
 
 
 class Loaded(NamedTuple):
-    """What a file of torch.save holds, by name how many objects were set aside, and its records."""
+    """The contents of a file of torch.save: its value, how many objects of each name were set aside, its records."""
 
     value: object
     aside: dict[str, int]
@@ -47,7 +47,7 @@ def is_torch(first: bytes) -> bool:
 
 
 def load(part: Part) -> Loaded:
-    """What was saved into a file, or a part of one; its tensors are not read.
+    """Read the value that was saved into a file, or into a part of one, without reading its tensors.
 
     Errors of a tensor that is read later have the part's label behind the file's name.
 

@@ -1,4 +1,4 @@
-"""What the names in a pickle of torch.save mean: tensors on storages, and plain values.
+"""The meaning of the names in a pickle of torch.save: tensors on storages, and plain values.
 
 The tables at the end are all that is known. A tensor's claim is checked when the pickle is read: the
 tensor must lie within its storage, and all tensors together may not claim far more than the file holds,
@@ -48,7 +48,7 @@ class Objects:
         self.storages: dict[str, Storage] = {}
 
     def known(self) -> dict[str, object]:
-        """What each name means. It is not kept here: a cycle would hold the file until collected."""
+        """Name -> its meaning. The mapping is not kept here: a cycle would hold the file until collected."""
         values: dict[str, Callable[..., object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -258,7 +258,7 @@ REMEDIES = {
     "a quantized tensor": "dequantise it, and read that",
     "a tensor without content": "its model was on the meta device: save it when it has its weights",
 }
-"""What to do about tensors that are not read, by their names."""
+"""The remedy for tensors that are not read, by their names."""
 _OF_A_CLASS = (
     "builtins.getattr", "copyreg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",

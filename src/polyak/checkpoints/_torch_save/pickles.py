@@ -112,7 +112,7 @@ def aside(name: str, *, tensor: bool = False) -> type[Aside]:
 
 
 def name_of(value: object) -> str:
-    """What a value of a pickle is: the name of what was set aside, or a type."""
+    """Name a value of a pickle: by the name of the object that was set aside, or by its type."""
     if isinstance(value, (Aside, Maker, Sealed)):
         return str(getattr(value, "name", "an object"))
     return "dict" if isinstance(value, dict) else type(value).__name__

@@ -99,7 +99,7 @@ def _members(file: OpenFile) -> Iterator[tuple[str, Part]]:
 
 
 def _of_next(kind: bytes, content: bytes) -> dict[str, str]:
-    """What lies before a file of more than 8 GiB, or with a long name: its size and name."""
+    """Read the size and the name that lie before a file of more than 8 GiB, or before one with a long name."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "replace")}
     return {
