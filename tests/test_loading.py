@@ -405,6 +405,34 @@ def test_tensors_beside_the_weights_may_be_of_any_kind(
     found = read(path)
     assert found.live is not None and torch.equal(found.live["v"], torch.ones(1))
     assert sum(found.aside.values()) == 1
+    assert [name for name in found.left if name.startswith("other.1.w (a ")]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(4, 2), nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("key", ["", "model"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), r"0\._packed_params\._packed_params is a quantized tensor: dequantise it"),
+        (Recurrent(), r"rnn\._all_weight_values\.0\.param is torch\.ScriptObject: "),
+    ],
+    ids=["linear", "recurrent"],
+)  # fmt: skip
+def test_weights_that_torch_packed_among_others_are_refused_by_name(
+    tmp_path: Path, model: nn.Module, message: str, key: str
+) -> None:
+    """Dynamic quantisation keeps a layer's weights in a tuple, beside its scale and other layers' weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear}).state_dict()
+        torch.save({key: packed, "step": 3} if key else packed, tmp_path / "it.pt")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "it.pt")
 
 
 class Custom:

@@ -37,6 +37,15 @@ def packed(weight: str, dtype: torch.dtype, *scales: str, rows: int = 4) -> Stat
     return {weight: torch.ones(rows, 8).to(dtype), **beside, "norm.weight": torch.ones(4)}
 
 
+def hqq_layer() -> dict[str, Any]:
+    packed_rows = torch.ones(16, 8, dtype=torch.uint8)
+    return {
+        "W_q": packed_rows,
+        "meta": {"nbits": 4, "scale": torch.ones(4), "zero": torch.ones(4)},
+        "bias": None,
+    }
+
+
 def lora() -> State:
     model = peft.get_peft_model(
         nn.Sequential(OrderedDict(q=nn.Linear(4, 4))), peft.LoraConfig(r=2, target_modules=["q"])
@@ -72,6 +81,12 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "compressed-tensors": (packed("l.weight_packed", torch.int32, "l.weight_scale"), "l.weight_packed"),
     "HQQ": (packed("l.W_q", torch.uint8, "l.scale", "l.zero"), r"l\.W_q"),
+    "HQQ, by layer": (
+        {"model.l": hqq_layer(), "model.norm": {"weight": torch.ones(4)}}, r"model\.l\.W_q \(uint8",
+    ),
+    "HQQ, by layer under a key": (
+        {"model": {"l": hqq_layer(), "norm": {"weight": torch.ones(4)}}}, r"l\.W_q \(uint8",
+    ),
     "blocks with scales of integers": (
         {"e.down_proj_blocks": torch.ones(2, 8, dtype=torch.uint8),
          "e.down_proj_scales": torch.ones(2, dtype=torch.uint8)}, "down_proj_blocks",

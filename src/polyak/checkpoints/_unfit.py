@@ -105,13 +105,18 @@ def unfit(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]
 @lru_cache(maxsize=4)  # all files of a run have the same tensors
 def _of_kind(tensors: tuple[tuple[str, TensorSpec], ...]) -> str:
     specs = dict(tensors)
-    if name := next(_packed(specs), ""):
+    if name := packed(specs):
         return (
             f"{name} ({specs[name]}) holds quantised numbers, whose mean is not the mean of the weights "
             "that they encode. Dequantise the model, and average that; or if it is not quantised, take it from the "
             f"last file: copy=[{name!r}] (--copy {name!r})"
         )
     return _of_adapter(specs)
+
+
+def packed(specs: Mapping[str, TensorSpec]) -> str:
+    """The name of a tensor that holds quantised numbers; or ""."""
+    return next(_packed(specs), "")
 
 
 def placeholder(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> str:

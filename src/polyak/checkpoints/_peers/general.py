@@ -13,13 +13,21 @@ from polyak._lazy import LazyTensors, joined
 from polyak.checkpoints._checkpoint import Checkpoint, Clock, Weights
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._names import Names, NamesNeededError, canonical_names, named
-from polyak.checkpoints._peers.common import Found, count, is_unread, tensors, weights
+from polyak.checkpoints._peers.common import (
+    Found,
+    count,
+    holds_tensors,
+    is_unread,
+    tensors,
+    weights,
+)
 from polyak.checkpoints._peers.libraries import described
 from polyak.checkpoints._peers.own_state import own_state
 from polyak.checkpoints._peers.walk import Part, joined_like, live_part, walk, words
 from polyak.checkpoints._peers.within import split
 from polyak.checkpoints._safetensors.files import TensorFile
 from polyak.checkpoints._torch_save.files import StoredTensors
+from polyak.checkpoints._torch_save.pickles import Aside
 from polyak.rules import AVERAGE, Rule, Tick
 
 _FORMATS = {"pytorch-lightning_version": "lightning", "state_dict_ema": "timm"}
@@ -229,10 +237,14 @@ def left_aside(top: Any, reading: Checkpoint) -> dict[str, int]:
 
 def _unused(part: Part, used: set[Any]) -> dict[str, int]:
     if not isinstance(part.held, (LazyTensors, list)) and not part.named and not part.loose:
-        return {f"{part.label} (a pickled {part.held.name})": 0}
+        return {f"{part.label} ({_kind(part.held)})": 0}
     content = part.tensors()
     unread = part.held.items() if isinstance(part.held, dict) else ()
-    left = {f"{name} ({one.name})": 1 for name, one in unread if is_unread(one)}
+    left = {
+        ".".join(filter(None, (part.label, f"{name} ({_kind(one)})"))): 1
+        for name, one in unread
+        if is_unread(one) or holds_tensors(one)
+    }
     names = [name for name in content if not used & set(content.origins(name))]
     if not part.label or part.loose:
         firsts = [".".join(filter(None, (part.label, name.split(".")[0]))) for name in names]
@@ -242,3 +254,9 @@ def _unused(part: Part, used: set[Any]) -> dict[str, int]:
         first for first, name in zip(firsts, names, strict=True) if content.specs[name].numel > 1
     }
     return left | {first: n for first, n in Counter(firsts).items() if first in large}
+
+
+def _kind(one: Aside) -> str:
+    """What an object is that was not read: a kind of tensors, or a class."""
+    plain = is_unread(one) or one.name.startswith("a ")
+    return one.name if plain else f"a pickled {one.name}"

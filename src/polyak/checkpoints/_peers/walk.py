@@ -16,6 +16,7 @@ from polyak.checkpoints._peers.common import holds_tensors, is_state, is_unread,
 from polyak.checkpoints._torch_save.files import StoredTensors
 from polyak.checkpoints._torch_save.pickles import Aside
 from polyak.checkpoints._torch_save.tensors import StoredTensor
+from polyak.checkpoints._unfit import packed
 
 Role = Literal["average", "optimizer", "other"]
 
@@ -120,6 +121,8 @@ def _walk(
         if any(isinstance(one, StoredTensor) for one in loose.values()):
             listed = isinstance(value, (list, tuple))
             alone = not listed and not any("." in key for key in loose)
+            if not listed and not alone:  # a state dict: what only code could make is refused there
+                loose |= {name: one for name in inner for one in _lost(name, inner[name], role)}
             yield part._replace(held=list(loose.values()) if listed else loose, loose=alone)
         for key, one in inner.items():
             kind, root = _role(key, role), optimizer
@@ -138,6 +141,13 @@ def _inner(value: Any) -> dict[str, Any]:
         str(key) if type(key) in (str, int, float) else f"[{place}]": one
         for place, (key, one) in enumerate(value.items())
     }
+
+
+def _lost(name: str, value: Any, role: Role) -> list[Aside]:
+    """What of a state dict's value, or of a tuple in its place, was made of tensors and is none."""
+    if "." not in name or _role(name, role) != role:
+        return []
+    return list(filter(holds_tensors, value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _role(key: str, role: Role) -> Role:
@@ -201,6 +211,21 @@ def live_part(parts: Sequence[Part], averages: Sequence[Part]) -> Part | None:
     under such a key, as one; else the one that an average has its name from, as "g" and "g_ema"; else
     the only one.
     """
+    live = _live_state(parts, averages)
+    return None if live is None else _with_packed(live, parts)
+
+
+def _with_packed(live: Part, parts: Sequence[Part]) -> Part:
+    """The live weights with those that lie packed among other things beside them, as HQQ's layers do."""
+    root = _root(live.path)
+    loose = [part for part in parts if part.role == "other" and part.loose]
+    below = [part for part in loose if part.path[: len(root)] == root]
+    whole = _joined([live, *below], root)
+    only_there = below and packed(whole.held.specs) and not packed(state(live.held).specs)
+    return whole if only_there else live
+
+
+def _live_state(parts: Sequence[Part], averages: Sequence[Part]) -> Part | None:
     states = [part for part in parts if part.role == "other" and part.named]
     keyed = [part for part in states if not part.path or set(LIVE_KEYS) & set(part.path)]
     if keyed:
