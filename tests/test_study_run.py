@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_failures(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    metric = Metric(partial(_wrong, iter(range(3))))
+    metric = Metric(partial(_wrong, iter(range(4))))
     small = study(**ONE, steps=4, evaluations=1, seeds=1, metrics={"loss": metric})
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*failures\.jsonl'"):
@@ -143,7 +143,7 @@ def test_a_schedule_that_fails_midway_is_a_run_that_fails(tmp_path: Path) -> Non
 
 
 def test_if_every_run_fails_the_first_error_is_told(tmp_path: Path) -> None:
-    metric = Metric(partial(_wrong, iter(range(3))))
+    metric = Metric(partial(_wrong, iter(range(4))))
     small = study(steps=4, evaluations=1, metrics={"loss": metric})
     with pytest.raises(
         RuntimeError, match="every run failed; the first: TypeError: the value is a tensor"
@@ -159,9 +159,11 @@ def _wrong(tried: Iterator[int], model: nn.Module, x: Tensor, y: Tensor) -> Tens
 
 def test_a_metric_that_is_nan_is_null_and_the_run_is_kept(tmp_path: Path) -> None:
     metrics = {"loss": Metric(cross_entropy), "nan": Metric(lambda *_: torch.tensor(math.nan))}
+    metrics["vast"] = Metric(lambda *_: 10**400)  # type: ignore[arg-type]  # no float is so large
     small = study(**ONE, steps=8, evaluations=2, seeds=1, metrics=metrics)
     result = run(small, tmp_path, jobs=1)
     assert result.records[0]["curves"]["ema"]["nan"] == [None, None]
+    assert result.records[0]["curves"]["ema"]["vast"] == [None, None]
     assert math.isnan(result.seeds[0].value("ema", "nan"))
     assert result.seeds[0].value("ema") > 0
     assert len(run(small, tmp_path, jobs=1).records) == 1
@@ -195,6 +197,7 @@ def test_a_run_whose_process_is_killed_is_tried_once_more(tmp_path: Path) -> Non
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"seeds": 0}, "seeds is 0, wanted an integer >= 1"),
+    ({}, {"seeds": 10**9}, "the number of runs is 2000000000, wanted at most 1000000: fewer seeds"),
     ({}, {"jobs": 0}, "jobs is 0, wanted a number of processes, or -1"),
     ({}, {"vary": ("data",)}, r"vary is \['data'\], wanted some of init, order, dropout, split"),
     ({"claims": gain("emma")}, {}, "the claim 'A claim.': there is no arm 'emma', wanted live"),
@@ -420,6 +423,12 @@ def test_parts_must_have_equal_rows() -> None:
         Data((x, x), (x, y), (x, x))
 
 
+def moved(data: Data, row: int) -> Data:
+    """The data with another entry of a training row."""
+    data.train[0][row, 0, 5, 5] += 1
+    return data
+
+
 # What a recipe may change between two runs: a line each.
 OTHER: list[tuple[dict[str, Any], str]] = [
     ({"steps": 8}, "steps: 4 there, 8 now"),
@@ -447,6 +456,12 @@ OTHER: list[tuple[dict[str, Any], str]] = [
         {"arms": {**arms(4), "ensemble": Ensemble(2, combine=mean_probability)}},
         "combined by mean_probability",
     ),
+    (
+        {"arms": arms(4) | {"odd": Ensemble(3, combine=lambda outputs: outputs.amax(0))}},
+        "first values: loss: ",
+    ),
+    ({"data": lambda split: moved(images(split), row=0)}, "data: train: "),
+    ({"data": lambda split: moved(images(split), row=89)}, "data: train: "),
     ({"schedules": {"other": lambda _: 0.5}}, "schedule is 'constant', wanted other"),
 ]
 
@@ -456,6 +471,7 @@ def test_records_of_another_study_are_refused_and_stay(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     fields = {**ONE, "steps": 4, "evaluations": 1, "seeds": 1}
+    fields |= {"arms": arms(4) | {"odd": Ensemble(3, combine=lambda outputs: outputs.mean(0))}}
     run(study(**fields), tmp_path, jobs=1)
     before = (tmp_path / "results.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1: ") as refused:
@@ -473,7 +489,7 @@ def test_a_study_whose_metric_draws_anew_continues(tmp_path: Path) -> None:
     small = study(**ONE, steps=4, evaluations=1, metrics=drawn)
     assert [len(run(small, tmp_path, seeds=seeds, jobs=1).records) for seeds in (1, 2)] == [1, 2]
     values = lines(tmp_path)[0]["conditions"]["first values"]
-    assert values["drawn"] == ["random"] and len(values["loss"]) == 2
+    assert values["drawn"] == ["random"] and len(values["loss"]) == 3
 
 
 DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [

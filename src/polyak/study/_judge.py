@@ -143,6 +143,8 @@ def finite(value: Any) -> float | None:
     given: Any = None if isinstance(value, str) else value  # float reads texts, too
     try:
         number = float(given)
+    except OverflowError:  # an integer above the largest float
+        return None
     except (TypeError, ValueError, RuntimeError):
         shaped = isinstance(value, Tensor)
         of = " of complex numbers" if shaped and value.is_complex() else ""

@@ -34,6 +34,7 @@ Progress = Callable[[int, int, bool], None]
 """Called with (runs done, runs wanted, whether one was just run) at the start and after each run."""
 
 FAILURES = "failures.jsonl"
+MOST_RUNS = 1_000_000  # each is a line of some kilobytes
 
 
 def run(
@@ -70,6 +71,8 @@ def run(
     seeds = study.seeds if seeds is None else seeds
     require(is_integer(seeds, 1), "seeds", seeds, "an integer >= 1")
     require(is_integer(jobs, 1) or jobs == -1, "jobs", jobs, "a number of processes, or -1")
+    count = seeds * len(study.schedules) * len(study.learning_rates)
+    require(count <= MOST_RUNS, "the number of runs", count, f"at most {MOST_RUNS}: fewer seeds")
     strange = set(vary) - set(SOURCES)
     require(not strange, "vary", sorted(vary), f"some of {', '.join(SOURCES)}")
     rehearse(study)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
@@ -12,14 +13,18 @@ from torch.optim import Optimizer
 from polyak._checks import require
 from polyak._modes import no_grad
 from polyak._tensors import versions
+from polyak.study._ensembles import MeanPrediction
 from polyak.study._errors import is_recipes, placed
+from polyak.study._flat import Weights
 from polyak.study._judge import finite
 from polyak.study._loop import Run, alone, prepared
-from polyak.study._study import Data, Metric, Part, Study
+from polyak.study._study import Data, Ensemble, Metric, Part, Study
+from polyak.study._tracking import tensors_of
 
 T = TypeVar("T")
 
 STEPS = 4
+DIGESTED = 1024
 WANTED: dict[type, str] = {
     Data: "polyak.study.Data",
     Optimizer: "one torch Optimizer; parts that train apart are its parameter groups",
@@ -27,10 +32,10 @@ WANTED: dict[type, str] = {
 
 
 def tried(study: Study) -> dict[str, Any]:
-    """The losses of the first four steps of seed 0, and the metrics after them.
+    """The data of seed 0, the losses of its first four steps, and the metrics after them.
 
-    They tell another model, loss, optimizer, metric or part of the data: functions cannot be compared, but
-    what they do can. Six digits tell a weight decay, and are the same on most machines.
+    They tell another model, loss, optimizer, metric, ensemble or part of the data: functions cannot be
+    compared, but what they do can. Six digits tell a weight decay, and are the same on most machines.
 
     Raises `ValueError` for a function of the study that raises an error, or gives what cannot be used.
     """
@@ -52,7 +57,25 @@ def tried(study: Study) -> dict[str, Any]:
                 _require_learning(model, loss)
             called("optimizer", optimizer.step)
             losses.append(f"{float(loss.detach()):.6g}")
-        return {"first losses": losses, "first values": _values(study, model, data)}
+        return {
+            "data": {name: list(map(_digest, part)) for name, part in vars(data).items()},
+            "first losses": losses,
+            "first values": _values(study, model, data),
+        }
+
+
+def _digest(tensor: Tensor) -> str:
+    """A tensor's shape, and a sum of its entries in which each place has another weight.
+
+    Another entry, or another order of the rows, gives another sum; a difference in rounding hardly ever does.
+    """
+    total, rows = 0.0, torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    for first, some in enumerate(rows.detach().split(DIGESTED)):
+        flat = some.cpu().double().nan_to_num(0.5, 2.0, -2.0).reshape(len(some), -1)
+        down = torch.arange(len(flat)) + (first * DIGESTED + 1)
+        across = torch.arange(flat.shape[1]) + 1
+        total += float(down.double().sin() @ flat @ across.double().sin())
+    return f"{tuple(tensor.shape)} {total:.6g}"
 
 
 def _require_trainable(model: nn.Module) -> None:
@@ -122,8 +145,27 @@ def _values(study: Study, model: nn.Module, data: Data) -> dict[str, list[str]]:
             _value(f"metric {name!r} on the {part} part", metric, model, getattr(data, part))
             for part in ("validation", "validation", "test")
         )
-        values[name] = [first, test] if first == again else ["random"]
+        known = [first, test, *_of_ensembles(study, name, model, data)]
+        values[name] = known if first == again else ["random"]
     return values
+
+
+def _of_ensembles(study: Study, name: str, model: nn.Module, data: Data) -> list[str]:
+    """A metric of the model's ensembles, on the validation part; their networks are shares of the model."""
+    values, part = [], data.validation
+    for arm, spec in study.arms.items():
+        if isinstance(spec, Ensemble):
+            what = f"metric {name!r} of arm {arm!r} on the validation part"
+            networks = [_share(model, k) for k in range(1, spec.size + 1)]
+            mean = MeanPrediction(model, spec.combine, networks, [{}] * spec.size, part)
+            values.append(_value(what, study.metrics[name], mean, part))
+    return values
+
+
+def _share(model: nn.Module, whole: int) -> Weights:
+    """The tensors of a model, those of fractions divided by a number."""
+    tensors = tensors_of(model).items()
+    return {n: t / whole if t.is_floating_point() or t.is_complex() else t for n, t in tensors}
 
 
 def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
