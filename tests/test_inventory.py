@@ -99,10 +99,10 @@ def test_an_averager_groups_anew_only_after_a_change() -> None:
     averager = Averager(model, "exponential(0.5)")
     averager.update()
     averager.average()
-    before = averager._live.groups()
+    before = averager._live.trained()
     averager.average()
     averager.state_dict()
-    assert averager._live.groups() is before
+    assert averager._live.trained() is before
     model.first.weight = nn.Parameter(torch.ones(3, 3))
     averager.state_dict()
-    assert averager._live.groups() is not before
+    assert averager._live.trained() is not before

@@ -12,10 +12,12 @@ from polyak._system import Claim
 PATIENCE = 10.0
 """Seconds to wait for another process, which may have been killed and still be ending."""
 
-_HOLDS: dict[tuple[int, int], Hold] = {}  # device and inode of a folder -> its hold in this process
+_HOLDS: dict[
+    tuple[int, int], FolderHold
+] = {}  # device and inode of a folder -> its hold in this process
 
 
-class Hold:
+class FolderHold:
     """A folder held for one object, whatever path leads to it.
 
     Raises `BlockingIOError` at once if this process holds the folder already, in any thread; and if

@@ -239,15 +239,15 @@ class EMA(nn.Module):
         if self._live.model is not online or self._carrier.model is not placed["ema_model"]:
             self._live, self._carrier = self._wide.turn(self.model, self.ema_model)
             self._adopt()
-        self._live.groups(call)
+        self._live.trained(call)
         if self._live.suspect:
             mend = "load a saved state, or call copy_params_from_model_to_ema()"
             raise RuntimeError(f"EMA: {mend} first. {self._live.suspect}")
         self._follow_second(call)
-        return self._live.grouped
+        return self._live.groups
 
     def _follow_second(self, call: str, *, everywhere: bool = False) -> None:
-        self._carrier.groups(call)
+        self._carrier.trained(call)
         bound = self._live.generation, self._carrier.generation
         if bound != self._bound or not self._wide.untouched(everywhere=everywhere):
             self._adopt()

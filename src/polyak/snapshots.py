@@ -21,7 +21,7 @@ from torch import Tensor
 
 from polyak._checks import difference, report, require_flag, require_positive
 from polyak._engine.slots import COMPENSATION
-from polyak._hold import Hold
+from polyak._hold import FolderHold
 from polyak._ranks.agreement import agree, chosen
 from polyak._ranks.sharding import as_distributed, local
 from polyak.averager import Averager
@@ -107,7 +107,7 @@ class Recorder:
         self._live = live
         self._dtype = dtype
         self._group = group
-        self._hold: Hold | None = None
+        self._hold: FolderHold | None = None
         self._closed = False
         if averager.mixed:
             raise ValueError(
@@ -241,7 +241,7 @@ class Recorder:
         if self._hold is not None:
             self._hold.release()
         try:
-            self._hold = Hold(self.folder)
+            self._hold = FolderHold(self.folder)
         except BlockingIOError as error:
             raise ValueError(
                 f"Recorder: {error}, and two recorders would overwrite each other's snapshots. Call "

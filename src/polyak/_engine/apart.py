@@ -16,7 +16,7 @@ from polyak._engine.tracking import Tracked
 from polyak._tensors import set_versions, versions
 
 
-class Found(NamedTuple):
+class SharedSlot(NamedTuple):
     """The name of a weight that is a slot, or was one before; whether it still is; whether slots changed."""
 
     name: str
@@ -42,17 +42,17 @@ class Apart:
             return []
         return [i for i, (a, b) in enumerate(zip(now, self._noted, strict=True)) if a != b]
 
-    def look(self, averaged: Sequence[Tracked], slots: Sequence[Tensor]) -> Found:
+    def look(self, averaged: Sequence[Tracked], slots: Sequence[Tensor]) -> SharedSlot:
         """Compares the memory of the weights with that of the slots."""
         weights = [item.local() for item in averaged]
         places = meeting(weights, slots)
         name = averaged[places[0]].name if places else self._before
         self._before = averaged[places[0]].name if places else ""
         if not name:
-            return Found("", shared=False, written=False)
+            return SharedSlot("", shared=False, written=False)
         intact = versions(slots) == self._noted
         intact = intact and _counted_together(slots, [weights[i] for i in places])
-        return Found(name, bool(places), not intact)
+        return SharedSlot(name, bool(places), not intact)
 
 
 def _counted_together(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:

@@ -22,7 +22,7 @@ class Moment(NamedTuple):
     ticks: tuple[Tick, ...]
 
 
-class Clock:
+class UpdateClock:
     """Where an averager is between its updates."""
 
     def __init__(self, averages: Sequence[Average]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import listed, require
-from polyak._engine.clock import Clock, Moment
+from polyak._engine.clock import Moment, UpdateClock
 from polyak._engine.live import ModelTensors
 from polyak._tensors import Groups
 
@@ -80,7 +80,7 @@ class _Pending(NamedTuple):
 class Guard:
     """Decides which calls count: none where no optimizer stepped, or where weights are not finite."""
 
-    def __init__(self, live: ModelTensors, clock: Clock, nonfinite: Nonfinite) -> None:
+    def __init__(self, live: ModelTensors, clock: UpdateClock, nonfinite: Nonfinite) -> None:
         wanted = '"allow", "skip" or "error"'
         require(nonfinite in get_args(Nonfinite), "nonfinite", nonfinite, wanted)
         self.skipped = 0

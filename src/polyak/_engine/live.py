@@ -14,7 +14,7 @@ from polyak._dtypes import Kind, kind
 from polyak._engine import open_swaps
 from polyak._engine.inventory import Inventory
 from polyak._engine.refusals import CHANGE_FIRST
-from polyak._engine.tracking import Choice, Entry, Found, Source, Tracked, by_name, track
+from polyak._engine.tracking import Choice, Entry, ModelWalk, Source, Tracked, by_name, track
 from polyak._engine.watch import FORM, Watch
 from polyak._parts import Stages
 from polyak._ranks.sharding import Shape, reshard
@@ -42,7 +42,7 @@ class ModelTensors:
     copied: list[Tracked]
     frozen: list[Tracked]
     indices: list[list[int]]
-    grouped: Groups
+    groups: Groups
     streams: list[str]
     stages: Stages
     _copied_entries: list[Entry]
@@ -90,7 +90,7 @@ class ModelTensors:
         self._inventory = Inventory([])  # of nothing, so that the copy is looked at
         self.check("copy")
 
-    def groups(self, call: str = "update") -> Groups:
+    def trained(self, call: str = "update") -> Groups:
         """The averaged weights as they are trained, in groups of one dtype and device: the hot path.
 
         Raises `RuntimeError` if they or copied tensors hold an average, in a block of any averager.
@@ -99,7 +99,7 @@ class ModelTensors:
             open_swaps.refuse_swapped(call, self.stored())
         if not self.unchanged():
             self.check(call)
-        return self.grouped
+        return self.groups
 
     def current(self, call: str) -> Groups:
         """The averaged weights as the model has them, in groups of one dtype and device.
@@ -108,7 +108,7 @@ class ModelTensors:
         """
         if not self.unchanged():
             self.check(call)
-        return self.grouped
+        return self.groups
 
     def unchanged(self) -> bool:
         """Whether `averaged` are the tensors that were found last, as far as an update looks.
@@ -205,16 +205,16 @@ class ModelTensors:
         """All that an average has when it is read, in order: what is stored, and what is frozen."""
         return [item for item in self.tracked if item.policy != "skip"]
 
-    def _look(self) -> Found:
+    def _look(self) -> ModelWalk:
         tracked, modules = track(self.model, *self._options)
-        return Found([_by_known_name(item, self._forms) for item in tracked], modules)
+        return ModelWalk([_by_known_name(item, self._forms) for item in tracked], modules)
 
     def _changes(self, tracked: Sequence[Tracked]) -> list[str]:
         """Lines that say how names, ties, shapes and policies differ from those of the start."""
         changed = difference(self._forms, _forms(tracked))
         return changed + _changed_ties(self._ties, _ties(tracked)) + _thawed(tracked)
 
-    def _adopt(self, found: Found) -> None:
+    def _adopt(self, found: ModelWalk) -> None:
         last = len(self._order)
         tracked = sorted(found.tracked, key=lambda item: self._order.get(item.name, last))
         averaged = [item for item in tracked if item.policy == "average"]
@@ -235,7 +235,7 @@ class ModelTensors:
             "streams": [f"{dtype} {each}" for (dtype, _), each in indices],
             "stages": Stages(),
             "generation": self.generation + 1,
-            "grouped": groups,
+            "groups": groups,
             "_copied_entries": [item.entries[0] for item in copied],
             "_copied_here": copied_here,
             "_copied_forms": list(map(FORM, copied_here)),

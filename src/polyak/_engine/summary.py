@@ -110,7 +110,7 @@ def _stalled(average: Average, live: ModelTensors, elapsed: float) -> float:
     stay = move = 0
     for slot, fraction in rule.fractions(rule.tick(tick, elapsed)).items():
         if slot in average.slots and fraction < 1:
-            for slots, weights in zip(average.groups(live, slot), live.groups(), strict=True):
+            for slots, weights in zip(average.groups(live, slot), live.trained(), strict=True):
                 counted = stalled(slots, weights, fraction)
                 stay, move = stay + counted[0], move + counted[1]
     return stay / move if move else 0.0

@@ -156,14 +156,14 @@ Choice = Callable[[Sequence[Tracked]], Sequence[tuple[Policy, str]]]
 """Decides the policy of each tensor, and gives the reason."""
 
 
-class Found(NamedTuple):
+class ModelWalk(NamedTuple):
     """A model as one walk found it: its tensors, and its modules (none of a mapping)."""
 
     tracked: list[Tracked]
     modules: list[nn.Module]
 
 
-def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Found:
+def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> ModelWalk:
     """Every tensor of a model or mapping, once, in the model's order, with the policy chosen for it.
 
     Tied tensors are one. Averaged parameters of one dimension or more are divided over the ranks of
@@ -188,7 +188,7 @@ def track(source: Source, choice: Choice, mesh: DeviceMesh | None = None) -> Fou
         refuse_wrapper(name, local(tensor))
         refuse_sign_view(name, local(tensor))
     require_apart(stored)
-    return Found(tracked, modules)
+    return ModelWalk(tracked, modules)
 
 
 def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:

@@ -128,7 +128,7 @@ class _Shared:
 
         `slots` are the addresses of the slots.
         """
-        weights = addresses(list(chain.from_iterable(self._live.grouped)))
+        weights = addresses(list(chain.from_iterable(self._live.groups)))
         if {*slots}.intersection(weights) - {0, None}:
             self._live.check(call)
         average.require_own(self._live, call)

@@ -20,7 +20,7 @@ from torch import Tensor
 from polyak import _tensors as tensors
 from polyak._checks import require_count
 from polyak._engine import open_swaps, signals
-from polyak._engine.clock import START, TICK, Clock, Moment
+from polyak._engine.clock import START, TICK, Moment, UpdateClock
 from polyak._engine.copies import Copies
 from polyak._engine.exchange import failure
 from polyak._engine.guard import Guard, Nonfinite
@@ -112,7 +112,7 @@ class Updating:
         device: torch.device | None,
     ) -> None:
         self.every = require_count("every", every, "calls per update")
-        self.clock = Clock(averages)
+        self.clock = UpdateClock(averages)
         self.guard = Guard(live, self.clock, nonfinite)
         self.copies = Copies(live, device)
         self._live, self._averages, self._device = live, averages, device
@@ -126,7 +126,7 @@ class Updating:
         clock, guard = self.clock, self.guard
         if guard.pending is not None:
             guard.hear()
-        groups = self._live.groups()
+        groups = self._live.trained()
         calls, time = clock.since[0] + 1, clock.since[1] + elapsed
         due = calls >= self.every or not clock.begun()
         counts, ok = True, None

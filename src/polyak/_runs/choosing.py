@@ -11,7 +11,7 @@ from pathlib import Path
 from polyak._checks import is_integer, listed, require, require_positive
 from polyak._runs import clocks
 from polyak._runs.clocks import Ordered, Timed
-from polyak._runs.finding import Found, entry, found
+from polyak._runs.finding import RunFolder, entry, found
 from polyak._runs.metrics import Better, direction, metric
 
 _SLACK = 1e-9
@@ -131,17 +131,17 @@ def choose(
     return Choice(files, order.unit, name, direct, aside)
 
 
-def _place(run: Path | str | Sequence[Path | str], file: str | None) -> tuple[Path, Found]:
+def _place(run: Path | str | Sequence[Path | str], file: str | None) -> tuple[Path, RunFolder]:
     """The folder of a run, and the checkpoints there; or those of a list."""
     if isinstance(run, (str, os.PathLike)):
         return Path(run), found(Path(run), file)
     paths = [Path(path) for path in run]
     require(len(paths) > 0, "run", run, "a folder, or one checkpoint or more")
     entries = [entry(path, file) for path in paths]
-    return paths[0].parent, Found(paths[0].parent, entries, {})
+    return paths[0].parent, RunFolder(paths[0].parent, entries, {})
 
 
-def _order(listed: Found, run: Path, by: str | None) -> Ordered:
+def _order(listed: RunFolder, run: Path, by: str | None) -> Ordered:
     timed = clocks.by_name(listed.entries) if by is None else None
     return clocks.ordered(timed or clocks.read(listed.entries), run)
 

@@ -42,7 +42,7 @@ class Entry(NamedTuple):
         return self.named if self.named.is_dir() else None
 
 
-class Found(NamedTuple):
+class RunFolder(NamedTuple):
     """The checkpoints of one folder, and what was left out: path -> why."""
 
     folder: Path
@@ -50,7 +50,7 @@ class Found(NamedTuple):
     aside: dict[Path, str]
 
 
-def found(run: Path, file: str | None = None) -> Found:
+def found(run: Path, file: str | None = None) -> RunFolder:
     """The checkpoints of a run: those of the first level below it that has some.
 
     `file` names the file of the weights within each checkpoint's folder, where it has several.
@@ -60,7 +60,7 @@ def found(run: Path, file: str | None = None) -> Found:
     """
     level, one, aside = [run], None, dict[Path, str]()
     for _ in range(_LEVELS):
-        holders = [_held(folder, file) for folder in level]
+        holders = [_in_folder(folder, file) for folder in level]
         several = [candidate for candidate in holders if len(_of_a_run(candidate)) > 1]
         if len(several) > 1:
             listed = ", ".join(str(candidate.folder) for candidate in several[:_SHOWN])
@@ -90,12 +90,12 @@ def entry(path: Path, file: str | None) -> Entry:
     return Entry(path, within or path)
 
 
-def _of_a_run(held: Found) -> list[Entry]:
+def _of_a_run(held: RunFolder) -> list[Entry]:
     """The entries that may be one of a series: their names have a number, or repeat such a one."""
     return [entry for entry in held.entries if (about := named(entry.named)).clock or about.repeats]
 
 
-def _held(folder: Path, file: str | None) -> Found:
+def _in_folder(folder: Path, file: str | None) -> RunFolder:
     entries, aside, empty = [], {}, []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or is_beside(path):
@@ -131,7 +131,7 @@ def _held(folder: Path, file: str | None) -> Found:
                 empty += [] if held else [path]
     # Alone, or beside files, they may be folders that hold a run, or its records.
     beside = any(entry.folder is not None for entry in entries)
-    return Found(folder, entries, aside | dict.fromkeys(empty if beside else (), _EMPTY))
+    return RunFolder(folder, entries, aside | dict.fromkeys(empty if beside else (), _EMPTY))
 
 
 def _may_be_checkpoint(folder: Path) -> bool:

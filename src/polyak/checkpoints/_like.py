@@ -26,12 +26,12 @@ from polyak._lazy import LazyTensors, Place, TensorSpec, as_lazy, parts
 from polyak._ranks.shard_geometry import Box, part_of
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._dcp.metadata import METADATA
-from polyak.checkpoints._open.files import OpenFile, Part
+from polyak.checkpoints._open.files import FilePart, OpenFile
 from polyak.checkpoints._read import read as read_checkpoint
 from polyak.checkpoints._safetensors.files import content, is_safetensors
 from polyak.checkpoints._safetensors.weights import totalled
 from polyak.checkpoints._torch_save.checksums import renew_checksums
-from polyak.checkpoints._torch_save.files import Region
+from polyak.checkpoints._torch_save.files import PartReader
 
 Read = Callable[[Path], Checkpoint]
 
@@ -194,7 +194,9 @@ def _replace(
                 add(weights.specs[name].nbytes)
         for (path, archive), places_of in changed.items():
             if archive is not None:
-                renew_checksums(files[path], Region(Part(OpenFile(path), *archive)), places_of)
+                renew_checksums(
+                    files[path], PartReader(FilePart(OpenFile(path), *archive)), places_of
+                )
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

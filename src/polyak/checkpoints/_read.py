@@ -15,7 +15,7 @@ from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._names import Names, canonical, under
-from polyak.checkpoints._open.files import OpenFile, Part, Verified, all_verified, labelled
+from polyak.checkpoints._open.files import FilePart, OpenFile, Verified, all_verified, labelled
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
@@ -171,7 +171,7 @@ def content(source: Source, names: Names = None) -> Found:
     return replace(found, top=top, aside=dict(aside))
 
 
-def _loaded(path: Path, opened: Part) -> Loaded:
+def _loaded(path: Path, opened: FilePart) -> Loaded:
     with labelled(path, "a damaged file of torch.save"):
         return load(opened)
 
@@ -184,7 +184,7 @@ def _content(source: Source, names: Names) -> Found:
     if isinstance(opened, LazyTensors):
         plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
         return Found(path, plain, opened, names)
-    assert isinstance(opened, Part)
+    assert isinstance(opened, FilePart)
     top, aside, _ = _loaded(path, opened)
     if isinstance(top, (list, tuple)) and any(isinstance(one, Mapping) for one in top):
         top = {str(place): one for place, one in enumerate(top)}

@@ -13,7 +13,7 @@ from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._file_names import WHOLE, holder, is_beside
 from polyak.checkpoints._indexed import IndexedTensors
 from polyak.checkpoints._looks import looks, refusal
-from polyak.checkpoints._open.files import OpenFile, Part, Verified
+from polyak.checkpoints._open.files import FilePart, OpenFile, Verified
 from polyak.checkpoints._safetensors.files import KEY, TensorFile, is_safetensors
 from polyak.checkpoints._torch_save.files import is_torch, verify
 from polyak.checkpoints._torch_save.tar import (
@@ -24,7 +24,7 @@ from polyak.checkpoints._torch_save.tar import (
 )
 
 Kind = Literal["polyak", "safetensors", "index", "torch", "dcp", "snapshots", "post-hoc"]
-Opened = TensorFile | IndexedTensors | Part | DistributedTensors | None
+Opened = TensorFile | IndexedTensors | FilePart | DistributedTensors | None
 _T = TypeVar("_T")
 
 SNAPSHOT = re.compile(r"snapshot-\d+(\.safetensors)?")
@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
     def verify(self) -> Verified:
         """Compare all of the file or folder with its checksums; raises `ValueError` for damage."""
-        if isinstance(self.opened, Part):
+        if isinstance(self.opened, FilePart):
             return verify(self.opened)
         return Verified(0, 0) if self.opened is None else self.opened.verify()
 
@@ -139,7 +139,7 @@ def files_beside(source: Source) -> list[str]:
     if isinstance(opened, IndexedTensors):
         used = {path / name for name in opened.files}
     else:
-        used = {opened.file.path if isinstance(opened, Part) else opened.path}
+        used = {opened.file.path if isinstance(opened, FilePart) else opened.path}
     inner = [each for each in _within(path) if each.is_dir() and not _SAVED.search(each.name)]
     files = [file for folder in (path, *inner) for file in _within(folder)]
     return [

@@ -12,7 +12,7 @@ from typing import Any
 
 from polyak.study._claims import Claim
 from polyak.study._errors import placed
-from polyak.study._result import Comparison, Result, Seed
+from polyak.study._result import PairedQuantity, Result, Seed
 from polyak.study._statistics import (
     FEWEST_SEEDS,
     ClaimVerdict,
@@ -112,7 +112,7 @@ def interval(
 
     If a value is not finite, it is the median. A comparison of equal arms is 0, which is not a share.
     """
-    if set(values) <= {0.0, 1.0} and not isinstance(quantity, Comparison):
+    if set(values) <= {0.0, 1.0} and not isinstance(quantity, PairedQuantity):
         return share([value == 1.0 for value in values])
     return bootstrap(values, statistic if all(map(math.isfinite, values)) else "median")
 

@@ -155,7 +155,7 @@ def _number(value: float | None) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedQuantity:
     """A quantity of a seed: two arms' values of one metric, made one number by `function`."""
 
     arm: str
@@ -184,12 +184,12 @@ def gain(
     metric: str | None = None,
     schedule: str | None = None,
     when: When = "last",
-) -> Comparison:
+) -> PairedQuantity:
     """Compare by the relative improvement, positive if the arm is better: `1 - arm / against` for a loss.
 
     It is a share of a value that is not negative: for others, such as a log-likelihood or R2, use `difference`.
     """
-    return Comparison(arm, against, metric, schedule, when, _gain, "share")
+    return PairedQuantity(arm, against, metric, schedule, when, _gain, "share")
 
 
 def log_ratio(
@@ -198,12 +198,12 @@ def log_ratio(
     metric: str | None = None,
     schedule: str | None = None,
     when: When = "last",
-) -> Comparison:
+) -> PairedQuantity:
     """Compare by `log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios.
 
     A seed has none unless both values are above 0.
     """
-    return Comparison(arm, against, metric, schedule, when, _log_ratio, "percent")
+    return PairedQuantity(arm, against, metric, schedule, when, _log_ratio, "percent")
 
 
 def difference(
@@ -212,9 +212,9 @@ def difference(
     metric: str | None = None,
     schedule: str | None = None,
     when: When = "last",
-) -> Comparison:
+) -> PairedQuantity:
     """Compare by `arm - against`, in the unit of the metric."""
-    return Comparison(arm, against, metric, schedule, when, _difference, "number")
+    return PairedQuantity(arm, against, metric, schedule, when, _difference, "number")
 
 
 def _gain(ours: float, theirs: float, lower_is_better: bool) -> float:

@@ -119,7 +119,7 @@ class Kept(ABC):
     def _keep(self, rows: Tensor) -> None: ...
 
 
-class Averages(Kept):
+class AveragerArms(Kept):
     """Averages of an `Averager`; a key is a rule."""
 
     def __init__(self, *args: Any) -> None:
@@ -239,7 +239,7 @@ def kept_as(arm: Arm | Ensemble, steps: int) -> tuple[type[Kept], Any]:
         return Stretches, rule_of(arm, steps)
     if isinstance(arm.rule, Window) and not arm.start:
         return Sums, arm.rule.size
-    return Averages, rule_of(arm, steps)
+    return AveragerArms, rule_of(arm, steps)
 
 
 def tensors_of(model: nn.Module) -> Weights:

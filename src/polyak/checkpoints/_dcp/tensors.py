@@ -20,8 +20,8 @@ from polyak._ranks.shard_geometry import Box, part_of, whole
 from polyak.checkpoints._dcp.metadata import METADATA, ChunkKey, ChunkPlace, described
 from polyak.checkpoints._looks import looks
 from polyak.checkpoints._open.files import (
+    FilePart,
     OpenFile,
-    Part,
     Verified,
     all_verified,
     labelled,
@@ -47,7 +47,7 @@ class DistributedTensors(LazyTensors):
     file for a damaged chunk; `FileNotFoundError` for missing files.
     """
 
-    def __init__(self, folder: Path | str, archive: Mapping[str, Part] | None = None) -> None:
+    def __init__(self, folder: Path | str, archive: Mapping[str, FilePart] | None = None) -> None:
         self.path = Path(folder)
         metadata = self.path / METADATA
         if archive is None and not metadata.exists():
@@ -142,7 +142,7 @@ class DistributedTensors(LazyTensors):
         with labelled(f"{part.file.path}: {name}", "a damaged file of torch.save"):
             return verify(part)
 
-    def _part(self, name: str, place: ChunkPlace) -> Part:
+    def _part(self, name: str, place: ChunkPlace) -> FilePart:
         """Where an entry lies."""
         return self._files[place.file].part(place.start, place.length, f"{name}: ")
 
@@ -178,8 +178,8 @@ class DistributedTensors(LazyTensors):
 
 
 def _opened(
-    folder: Path, names: Iterable[str], archive: Mapping[str, Part] | None
-) -> dict[str, Part]:
+    folder: Path, names: Iterable[str], archive: Mapping[str, FilePart] | None
+) -> dict[str, FilePart]:
     """Files of a folder, which may lie in an archive; raises `FileNotFoundError` for a missing one."""
     if archive is None:
         return {name: file.whole for name, file in open_files(folder, names).items()}

@@ -45,9 +45,9 @@ class OpenFile:
             raise ValueError(f"{path}: the file is empty")
 
     @property
-    def whole(self) -> Part:
+    def whole(self) -> FilePart:
         """All of the file."""
-        return Part(self, 0, self.size)
+        return FilePart(self, 0, self.size)
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes from `start` on: fewer than `length` only where the file ends."""
@@ -130,7 +130,7 @@ class OpenFile:
         return status.st_size, status.st_mtime_ns
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """A part of an open file: all of it, or what an archive holds; `label` is what errors call it."""
 
     file: OpenFile
@@ -138,9 +138,9 @@ class Part(NamedTuple):
     length: int
     label: str = ""
 
-    def part(self, start: int, length: int, label: str) -> Part:
+    def part(self, start: int, length: int, label: str) -> FilePart:
         """A part of this part."""
-        return Part(self.file, self.start + start, length, label)
+        return FilePart(self.file, self.start + start, length, label)
 
 
 class Verified(NamedTuple):

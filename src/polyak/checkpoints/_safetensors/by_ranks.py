@@ -33,7 +33,7 @@ from polyak._ranks.shard_geometry import (
     windows,
 )
 from polyak._ranks.sharding import is_distributed, local
-from polyak.checkpoints._safetensors.files import Layout, as_bytes, content, narrowed
+from polyak.checkpoints._safetensors.files import FileLayout, as_bytes, content, narrowed
 from polyak.checkpoints._safetensors.weights import Begun, SharedFile, begun_files, totalled
 
 if TYPE_CHECKING:
@@ -171,14 +171,14 @@ class _Ranks:
         long = count == largest.numel or count * form.dtype.itemsize >= RUN_BYTES
         return self.seen and long
 
-    def _write_own(self, file: SharedFile | None, name: str, layout: Layout) -> int:
+    def _write_own(self, file: SharedFile | None, name: str, layout: FileLayout) -> int:
         """Write this rank's part of a tensor at its places; the number of bytes written."""
         return sum(
             self._write(file, name, layout, window, self._piece(name, window))
             for window in windows(self.shares[name], WINDOW)
         )
 
-    def _pass(self, file: SharedFile | None, name: str, layout: Layout) -> None:
+    def _pass(self, file: SharedFile | None, name: str, layout: FileLayout) -> None:
         """Send this rank's part of a tensor to the first rank, which writes it."""
         form, tensor = self.spreads[name]
         assert is_distributed(tensor)
@@ -195,7 +195,7 @@ class _Ranks:
         return narrowed(name, piece, self.spreads[name].form.dtype)
 
     def _write(
-        self, file: SharedFile | None, name: str, layout: Layout, box: Box, piece: Tensor
+        self, file: SharedFile | None, name: str, layout: FileLayout, box: Box, piece: Tensor
     ) -> int:
         """Write the content of a box of a tensor run by run."""
         assert file is not None

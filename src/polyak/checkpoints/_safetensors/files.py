@@ -146,7 +146,7 @@ def write(
             file.write(_header(ordered, metadata, sums))
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """The layout of a safetensors file: its header, where each tensor begins, its size in bytes."""
 
     header: bytes
@@ -154,7 +154,7 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> Layout:
+def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
     """The layout of the file that `write` writes, its tensors in the file's order.
 
     Raises `TypeError` for a dtype that safetensors does not have.
@@ -165,7 +165,7 @@ def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> Layo
     for name, each in ordered.items():
         starts[name] = place
         place += each.nbytes
-    return Layout(header, starts, place)
+    return FileLayout(header, starts, place)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from polyak._checks import is_integer, require
 from polyak._lazy import TensorSpec
 from polyak._ranks.agreement import agree, chosen, together
 from polyak.checkpoints._safetensors import files as tensorfile
-from polyak.checkpoints._safetensors.files import Layout, Pieces, layout
+from polyak.checkpoints._safetensors.files import FileLayout, Pieces, layout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,7 +88,7 @@ class Begun(NamedTuple):
 
     path: str
     name: str
-    layout: Layout
+    layout: FileLayout
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def _begin(
     stack: ExitStack,
     out: Path,
     specs: Mapping[str, TensorSpec],
-    layouts: list[Layout],
+    layouts: list[FileLayout],
     shard_bytes: int | None,
     overwrite: bool,
 ) -> list[tuple[str, str]]:

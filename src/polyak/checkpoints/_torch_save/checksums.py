@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 from polyak import _system as system
 from polyak._lazy import Place
-from polyak.checkpoints._torch_save.files import Region
+from polyak.checkpoints._torch_save.files import PartReader
 
 _DESCRIPTOR = b"PK\7\10"
 _ENTRY = struct.Struct("<4s12xI8xHHH8xI")
 """An entry of a zip archive's directory: its signature, CRC-32, three lengths, the record's place."""
 
 
-def renew_checksums(file: BinaryIO, archive: Region, places: Iterable[Place]) -> None:
+def renew_checksums(file: BinaryIO, archive: PartReader, places: Iterable[Place]) -> None:
     """Give the changed records of an archive their CRC-32, in its directory and behind the records.
 
     `file` is open for writing, and the archive is a part of it.
@@ -26,7 +26,7 @@ def renew_checksums(file: BinaryIO, archive: Region, places: Iterable[Place]) ->
         system.write_at(file.fileno(), memoryview(crc), archive.start + at)
 
 
-def _checksums(archive: Region, places: Iterable[Place]) -> Iterator[tuple[int, bytes]]:
+def _checksums(archive: PartReader, places: Iterable[Place]) -> Iterator[tuple[int, bytes]]:
     """The places in an archive of the checksums of its changed records, and what belongs there."""
     with zipfile.ZipFile(archive) as opened:
         start, entries = opened.start_dir, opened.infolist()
@@ -43,7 +43,7 @@ def _checksums(archive: Region, places: Iterable[Place]) -> Iterator[tuple[int, 
         start += length
 
 
-def _entry(archive: Region, start: int) -> tuple[int, int] | None:
+def _entry(archive: PartReader, start: int) -> tuple[int, int] | None:
     """Where a record of an archive begins, by the entry of the directory at `start`; the entry's length."""
     data = archive.at(start, _ENTRY.size)
     if len(data) < _ENTRY.size or data[:4] != b"PK\1\2":
@@ -65,7 +65,7 @@ def _far_place(extra: bytes) -> int:
     raise ValueError("the archive's directory points at no record")
 
 
-def _places(archive: Region, record: int, end: int) -> Iterator[int]:
+def _places(archive: PartReader, record: int, end: int) -> Iterator[int]:
     """Where a record itself has its checksum: in its header, and in the descriptor behind its content."""
     if archive.at(record + 14, 4) != bytes(4):
         yield record + 14

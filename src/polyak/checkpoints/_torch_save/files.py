@@ -20,7 +20,7 @@ from torch import Tensor
 
 from polyak._lazy import Elements, LazyTensors, Place, TensorSpec, Where
 from polyak.checkpoints._looks import archive_kind
-from polyak.checkpoints._open.files import FileSpan, Part, Verified, all_verified, labelled
+from polyak.checkpoints._open.files import FilePart, FileSpan, Verified, all_verified, labelled
 from polyak.checkpoints._torch_save import pickles
 from polyak.checkpoints._torch_save.objects import Objects
 from polyak.checkpoints._torch_save.tensors import Storage, StoredTensor
@@ -46,7 +46,7 @@ def is_torch(first: bytes) -> bool:
     return first[:4] == _ARCHIVE or first[:1] == _PICKLE
 
 
-def load(part: Part) -> Loaded:
+def load(part: FilePart) -> Loaded:
     """Read the value that was saved into a file, or into a part of one, without reading its tensors.
 
     Errors of a tensor that is read later have the part's label behind the file's name.
@@ -54,15 +54,15 @@ def load(part: Part) -> Loaded:
     Raises `ValueError` saying what is wrong and what to do, or any other exception for a file that
     is too damaged to know.
     """
-    region = Region(part)
-    first = region.read(4)
+    reader = PartReader(part)
+    first = reader.read(4)
     if not is_torch(first):
         raise ValueError("it is not a file of torch.save")
-    region.seek(0)
-    return _load_archive(region) if first == _ARCHIVE else _load_pickles(region)
+    reader.seek(0)
+    return _load_archive(reader) if first == _ARCHIVE else _load_pickles(reader)
 
 
-def verify(part: Part) -> Verified:
+def verify(part: FilePart) -> Verified:
     """Compare every record with its checksum; raises `ValueError` that names a damaged one."""
     with labelled(part.file.path, "a damaged file of torch.save"):
         if records := load(part).records:
@@ -97,10 +97,10 @@ class StoredTensors(LazyTensors):
         return () if place is None else (place,)
 
 
-class Region(io.RawIOBase):
+class PartReader(io.RawIOBase):
     """A part of an open file, to read as a file."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: FilePart) -> None:
         self.file, self.start, self.length, self.label = part
         self._place = 0
 
@@ -111,7 +111,7 @@ class Region(io.RawIOBase):
         return content
 
     def at(self, start: int, size: int) -> bytes:
-        """The bytes from a place in the region on."""
+        """The bytes from a place in the part on."""
         return self.file.read(self.start + start, max(min(size, self.length - start), 0))
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -131,25 +131,25 @@ class Region(io.RawIOBase):
         return True
 
 
-def _load_archive(region: Region) -> Loaded:
-    records = _records(region)
+def _load_archive(reader: PartReader) -> Loaded:
+    records = _records(reader)
     if "byteorder" in records and records["byteorder"].content() != b"little":
         raise ValueError(_OTHER_ORDER)
     data = records["data.pkl"].content()
-    objects = Objects(len(data), region.length)
+    objects = Objects(len(data), reader.length)
     value, _ = pickles.load(data, objects.known(), objects.storage)
     for storage in objects.storages.values():
         record = records.get(f"data/{storage.key}")
         if record is None or record.nbytes != storage.nbytes:
             has = "is missing" if record is None else f"has {record.nbytes}"
             raise ValueError(f"storage {storage.key[:100]!r} of {storage.nbytes} bytes {has}")
-        storage.span, storage.archive = record, (region.start, region.length)
+        storage.span, storage.archive = record, (reader.start, reader.length)
     return Loaded(value, pickles.survey(value, len(data)), list(records.values()))
 
 
-def _records(region: Region) -> dict[str, FileSpan]:
+def _records(reader: PartReader) -> dict[str, FileSpan]:
     """The archive's records by name; where each begins is read when it is needed."""
-    with zipfile.ZipFile(region) as archive:
+    with zipfile.ZipFile(reader) as archive:
         entries = archive.infolist()
     names = [entry.orig_filename for entry in entries]
     ends = {name.partition("/")[2] for name in names}
@@ -166,30 +166,30 @@ def _records(region: Region) -> dict[str, FileSpan]:
             )
         if name in records:
             raise ValueError(f"two records are named {name[:100]!r}")
-        label = f"{region.label}the record {name[:100]!r}"
-        begin = partial(_begin, region, entry)
+        label = f"{reader.label}the record {name[:100]!r}"
+        begin = partial(_begin, reader, entry)
         checksum = entry.CRC if summed else None
-        records[name] = FileSpan(region.file, label, begin, entry.file_size, checksum)
+        records[name] = FileSpan(reader.file, label, begin, entry.file_size, checksum)
     return records
 
 
-def _begin(region: Region, entry: zipfile.ZipInfo) -> int:
+def _begin(reader: PartReader, entry: zipfile.ZipInfo) -> int:
     """Where a record's content begins; its own header must agree with the archive's directory."""
-    header = region.at(entry.header_offset, 30)
+    header = reader.at(entry.header_offset, 30)
     if len(header) < 30 or header[:4] != _ARCHIVE:
-        raise ValueError(f"{region.file.path}: the archive's directory points at no record")
+        raise ValueError(f"{reader.file.path}: the archive's directory points at no record")
     name_length, extra_length = struct.unpack("<HH", header[26:])
-    name = region.at(entry.header_offset + 30, name_length)
+    name = reader.at(entry.header_offset + 30, name_length)
     start = entry.header_offset + 30 + name_length + extra_length
-    if name != entry.orig_filename.encode() or start + entry.file_size > region.length:
+    if name != entry.orig_filename.encode() or start + entry.file_size > reader.length:
         record = f"the record {entry.orig_filename[:100]!r}"
-        raise ValueError(f"{region.file.path}: {record} is not where the archive's directory says")
-    return int(region.start + start)
+        raise ValueError(f"{reader.file.path}: {record} is not where the archive's directory says")
+    return int(reader.start + start)
 
 
-def _load_pickles(region: Region) -> Loaded:
+def _load_pickles(reader: PartReader) -> Loaded:
     """The layout before torch 1.6: magic number, version, system, value, keys; then the storages."""
-    pickled = _Pickles(region)
+    pickled = _Pickles(reader)
     magic, _ = pickled.next()
     if magic != _MAGIC:
         raise ValueError(
@@ -205,51 +205,53 @@ def _load_pickles(region: Region) -> Loaded:
     value, objects = pickled.next()
     aside = pickles.survey(value, objects.size)
     keys, _ = pickled.next()
-    _place_storages(region, pickled.place, keys, dict(objects.storages))
+    _place_storages(reader, pickled.place, keys, dict(objects.storages))
     return Loaded(value, aside, [])
 
 
 class _Pickles:
-    """Pickles one behind the other; no more of the region is read than a window that holds them."""
+    """Pickles one behind the other; no more of the part is read than a window that holds them."""
 
-    def __init__(self, region: Region) -> None:
-        self._region = region
-        self._data = region.at(0, _WINDOW)
+    def __init__(self, reader: PartReader) -> None:
+        self._reader = reader
+        self._data = reader.at(0, _WINDOW)
         self.place = 0
 
     def next(self) -> tuple[object, Objects]:
         """The value of the next pickle, and what it was made with."""
         while True:
-            objects = Objects(len(self._data), self._region.length)
+            objects = Objects(len(self._data), self._reader.length)
             known, storage = objects.known(), objects.storage
             try:
                 value, self.place = pickles.load(self._data, known, storage, self.place)
             except EOFError as error:
-                if len(self._data) == self._region.length:
+                if len(self._data) == self._reader.length:
                     raise ValueError(str(error)) from None
-                self._data = self._region.at(0, 4 * len(self._data))
+                self._data = self._reader.at(0, 4 * len(self._data))
             else:
                 return value, objects
 
 
-def _place_storages(region: Region, place: int, keys: object, storages: dict[str, Storage]) -> None:
+def _place_storages(
+    reader: PartReader, place: int, keys: object, storages: dict[str, Storage]
+) -> None:
     """Tell each storage where it lies: they follow each other, each behind its number of elements."""
     for name in keys if isinstance(keys, list) else []:
         storage = storages.pop(name)
         label = f"storage {name[:100]!r}"
         count = storage.nbytes // storage.dtype.itemsize
-        begin = partial(_begin_counted, region, place, count, label)
-        storage.span = FileSpan(region.file, label, begin, storage.nbytes)
+        begin = partial(_begin_counted, reader, place, count, label)
+        storage.span = FileSpan(reader.file, label, begin, storage.nbytes)
         place += 8 + storage.nbytes
-        if place > region.length:
+        if place > reader.length:
             raise ValueError(f"{label} of {storage.nbytes} bytes is cut short")
     if storages:
         raise ValueError(f"storage {next(iter(storages))[:100]!r} is missing")
 
 
-def _begin_counted(region: Region, start: int, wanted: int, label: str) -> int:
+def _begin_counted(reader: PartReader, start: int, wanted: int, label: str) -> int:
     """Where a storage begins: behind the number of its elements."""
-    count = int.from_bytes(region.at(start, 8), "little")
+    count = int.from_bytes(reader.at(start, 8), "little")
     if count != wanted:
-        raise ValueError(f"{region.file.path}: {label} has {count} elements, wanted {wanted}")
-    return region.start + start + 8
+        raise ValueError(f"{reader.file.path}: {label} has {count} elements, wanted {wanted}")
+    return reader.start + start + 8

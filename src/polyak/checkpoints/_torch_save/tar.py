@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
-from polyak.checkpoints._open.files import OpenFile, Part
+from polyak.checkpoints._open.files import FilePart, OpenFile
 from polyak.checkpoints._torch_save.files import is_torch
 
 _BLOCK = 512
@@ -28,7 +28,7 @@ def is_tar(file: OpenFile) -> bool:
     return file.read(257, 5) == b"ustar" if file.size >= _BLOCK else False
 
 
-def members_of(file: OpenFile) -> dict[str, Part]:
+def members_of(file: OpenFile) -> dict[str, FilePart]:
     """The files in a tar archive by name; of equal names the last, as `tar -x` has it.
 
     Raises `ValueError` for a damaged archive.
@@ -36,7 +36,7 @@ def members_of(file: OpenFile) -> dict[str, Part]:
     return {name.removeprefix("./"): member for name, member in _members(file)}
 
 
-def folder_with(name: str, members: Mapping[str, Part]) -> dict[str, Part]:
+def folder_with(name: str, members: Mapping[str, FilePart]) -> dict[str, FilePart]:
     """The files in the only folder of an archive that has a file of this name; empty without one."""
     folders = {PurePosixPath(path).parent for path in members if PurePosixPath(path).name == name}
     if len(folders) != 1:
@@ -46,7 +46,7 @@ def folder_with(name: str, members: Mapping[str, Part]) -> dict[str, Part]:
     return {at.name: members[path] for path, at in paths.items() if at.parent == of_folder}
 
 
-def weights_within(file: OpenFile, members: Mapping[str, Part]) -> Part:
+def weights_within(file: OpenFile, members: Mapping[str, FilePart]) -> FilePart:
     """The one file of torch.save in a tar archive.
 
     Raises `ValueError` that says what the archive holds, and what to do.
@@ -72,7 +72,7 @@ def weights_within(file: OpenFile, members: Mapping[str, Part]) -> Part:
     )
 
 
-def _members(file: OpenFile) -> Iterator[tuple[str, Part]]:
+def _members(file: OpenFile) -> Iterator[tuple[str, FilePart]]:
     place = 0
     extended: dict[str, str] = {}
     for _ in range(_MOST):
@@ -94,7 +94,7 @@ def _members(file: OpenFile) -> Iterator[tuple[str, Part]]:
         else:
             extended = {}
         if header.isreg():
-            yield name, Part(file, start, size)
+            yield name, FilePart(file, start, size)
         place = start + -(-size // _BLOCK) * _BLOCK
 
 
