@@ -539,6 +539,23 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         r"it looks like a pointer of Git LFS: fetch the file itself \(git lfs pull\)",
     ),
+    "git-annex": (
+        lambda path: path.write_text("/annex/objects/SHA256E-s9--0a.pt\n"),
+        r"a pointer of git-annex: fetch the file itself \(git annex get\)",
+    ),
+    "git-annex, a link": (
+        lambda path: path.symlink_to(".git/annex/objects/0a/1b/SHA256E-s9--0a.pt"),
+        r"No such file .*: it is a link of git-annex: fetch its content \(git annex get\)",
+    ),
+    "a link": (lambda path: path.symlink_to("nowhere"), "it is a link that leads nowhere"),
+    "DVC": (
+        lambda path: path.with_name(f"{path.name}.dvc").write_text("outs:\n"),
+        r"No such file .*: DVC keeps it: fetch it \(dvc pull\)",
+    ),
+    "a folder of pointers of DVC": (
+        lambda path: folder_with(path, "model.pt.dvc"),
+        r"model\.pt\.dvc is a pointer of DVC: fetch the file itself \(dvc pull\)",
+    ),
     "HDF5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08" + bytes(99)), "packed by gzip"),
     "GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(99)), "a GGUF file"),
@@ -745,7 +762,7 @@ def test_a_tensor_of_a_dtype_that_is_not_known_in_a_file_of_torch(tmp_path: Path
     torch.save({"model": {"w": torch.ones(2), "q": packed}}, tmp_path / "it.pt")
     found = checkpoints.read(tmp_path / "it.pt")
     assert found.live is not None and list(found.live) == ["w"]
-    assert list(found.left) == ["q (a tensor of the dtype torch.float4_e2m1fn_x2)"]
+    assert list(found.left) == ["model.q (a tensor of the dtype torch.float4_e2m1fn_x2)"]
 
 
 def in_shards(folder: Path, state: Weights) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 import warnings
 from itertools import product
@@ -754,14 +755,27 @@ def test_snapshots_copy_what_their_averager_copied(tmp_path: Path) -> None:
         offline.synthesize(tmp_path, "uniform()", copy=["w"])
 
 
-@pytest.mark.parametrize("leads", ["nowhere.pt", "step-30.pt"])
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, leads: str) -> None:
+@pytest.mark.parametrize(
+    ("leads", "why"),
+    [
+        ("nowhere.pt", "it is a link that leads nowhere"),
+        ("step-30.pt", "it is a link that leads nowhere"),
+        ("../.git/annex/objects/0a/1b/key/key", "it is a link of git-annex: fetch its content (git annex get)"),
+        ("", "DVC keeps it: fetch it (dvc pull)"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_elsewhere_is_named(tmp_path: Path, leads: str, why: str) -> None:
     for step in (10, 20):
         torch.save({"w": torch.ones(2)}, tmp_path / f"step-{step}.pt")
-    (tmp_path / "step-30.pt").symlink_to(tmp_path / leads)
+    if leads:
+        (tmp_path / "step-30.pt").symlink_to(tmp_path / leads)
+    else:
+        (tmp_path / "step-30.pt.dvc").write_text("outs:\n")
     choice = offline.choose(tmp_path, last=2)
     assert [file.at for file in choice.files] == [10, 20]
-    assert choice.aside == {tmp_path / "step-30.pt": "it is a link that leads nowhere"}
+    assert choice.aside == {tmp_path / "step-30.pt": why}
+    with pytest.raises(FileNotFoundError, match=re.escape(f"step-30.pt: {why}")):
+        offline.choose([tmp_path / "step-30.pt"], last=1)
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from polyak.checkpoints._dcp.metadata import METADATA
 from polyak.checkpoints._file_names import SUFFIX, UNFINISHED, folders, holder, is_beside, named
+from polyak.checkpoints._open.handles import kept_elsewhere
 
 _LEVELS = 4
 _SHOWN = 6
@@ -85,7 +86,8 @@ def entry(path: Path, file: str | None) -> Entry:
     Raises `FileNotFoundError` if it is neither, nor a part of a folder of torch.distributed.checkpoint.
     """
     if not path.exists() and not (path.parent / METADATA).exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
+        why = f": {kept}" if (kept := kept_elsewhere(path)) else ""
+        raise FileNotFoundError(f"no such file or folder: {path}{why}")
     within = _weights(path, file) if path.is_dir() else None
     return Entry(path, within or path)
 
@@ -100,8 +102,9 @@ def _in_folder(folder: Path, file: str | None) -> RunFolder:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or is_beside(path):
             continue
-        if path.is_symlink() and not path.exists() and named(path).clock:
-            aside[path] = "it is a link that leads nowhere"
+        absent = path.with_suffix("") if path.suffix == ".dvc" else path
+        if (kept := kept_elsewhere(absent)) and named(absent).clock:
+            aside[absent] = kept
         elif path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
             if (
                 _FIRST.search(path.name)

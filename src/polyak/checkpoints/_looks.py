@@ -16,6 +16,7 @@ _UNPACK = "unpack it first"
 _PICKLED = "a pickle of Python: load it there, and save a dictionary name -> tensor with torch.save"
 _BEGINS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself (git lfs pull)"),
+    (0, b"/annex/objects/", "a pointer of git-annex: fetch the file itself (git annex get)"),
     (0, b"GGUF", f"a GGUF file of llama.cpp, mostly quantised: {_SOURCE}"),
     (0, b"lmgg", f"a GGML file of llama.cpp: {_SOURCE}"),
     (0, b"tjgg", f"a GGML file of llama.cpp: {_SOURCE}"),
@@ -62,6 +63,8 @@ def looks(file: OpenFile) -> str:
         return "a page of HTML or XML: the download may have failed, so fetch the file again"
     if file.path.suffix == ".onnx" or (first[:1] == b"\x08" and b"\x12" in first[2:4]):
         return f"an ONNX model, a graph with its weights: {_SOURCE}"
+    if file.path.suffix == ".dvc":
+        return "a pointer of DVC: fetch the file itself (dvc pull)"
     if file.path.suffix == ".msgpack":
         return "weights of Flax: read them there, and save them as safetensors"
     if file.path.name.endswith(".index") or ".data-00000-of-" in file.path.name:

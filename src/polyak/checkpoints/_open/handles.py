@@ -154,7 +154,8 @@ def _opened(place: Path, path: Path) -> int:
     try:
         number = os.open(place, system.READ | system.AT_ONCE)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        why = f": {kept}" if (kept := kept_elsewhere(path)) else ""
+        raise OSError(error.errno, f"{error.strerror}{why}", str(path)) from None
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
         return number
@@ -162,6 +163,18 @@ def _opened(place: Path, path: Path) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder, wanted a file")
     raise ValueError(f"{path} is a pipe or a device, wanted a file")
+
+
+def kept_elsewhere(path: Path) -> str:
+    """Why a path that has an entry leads to no file, and what to do; "" if there is none, or the file is there."""
+    if path.exists():
+        return ""
+    if path.with_name(f"{path.name}.dvc").exists():
+        return "DVC keeps it: fetch it (dvc pull)"
+    if not path.is_symlink():
+        return ""
+    kept = "annex" in path.readlink().parts
+    return f"it is a link {'of git-annex: fetch its content (git annex get)' if kept else 'that leads nowhere'}"
 
 
 class Mapping:
