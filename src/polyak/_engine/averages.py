@@ -65,26 +65,10 @@ class Averages:
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
         with self._together("Averager"):
             require_slot_dtype(options.dtype)
-            place, rounding = as_device(options.device), options.rounding
-            self._choice, self._options = choice, options._replace(device=place)
+            self._choice = choice
+            self._options = options._replace(device=as_device(options.device))
             self._live = ModelTensors(model, choice, mesh=self._mesh)
-            self._refuse_sharded(place, options.nonfinite)
-            self._averages = {
-                name: Average(each, dtype=options.dtype, device=place, rounding=rounding, name=name)
-                for name, each in named_rules(rule).items()
-            }
-            require_pull(options.pull, self._averages)
-            if options.pull is not None:
-                self._refuse_rows("pull")
-            first = next(iter(self._averages.values()))
-            require_rounding(rounding, {spec.dtype for spec in first.specs(self._live).values()})
-            self._updating = Updating(
-                self._live,
-                list(self._averages.values()),
-                every=options.every,
-                nonfinite=options.nonfinite,
-                device=place,
-            )
+            self._make_averages(rule, self._options)
         self.run: str | None = None
         """The id of the run that a `Recorder` stores; it is part of the state."""
         self.mixed = False
@@ -96,6 +80,27 @@ class Averages:
         self._parts = {*vars(self), "_parts"} - before
         """The attributes that are not a subclass's own, nor a user's."""
         self._compare_replicas("Averager")
+
+    def _make_averages(self, rule: Rule | str | Mapping[str, Rule | str], options: Options) -> None:
+        """The averages of the model's tensors, and their updates; refuses options that do not fit these."""
+        place, rounding = as_device(options.device), options.rounding
+        self._refuse_sharded(place, options.nonfinite)
+        self._averages = {
+            name: Average(each, dtype=options.dtype, device=place, rounding=rounding, name=name)
+            for name, each in named_rules(rule).items()
+        }
+        require_pull(options.pull, self._averages)
+        if options.pull is not None:
+            self._refuse_rows("pull")
+        first = next(iter(self._averages.values()))
+        require_rounding(rounding, {spec.dtype for spec in first.specs(self._live).values()})
+        self._updating = Updating(
+            self._live,
+            list(self._averages.values()),
+            every=options.every,
+            nonfinite=options.nonfinite,
+            device=place,
+        )
 
     @property
     def rule(self) -> Rule | dict[str, Rule]:

@@ -98,32 +98,17 @@ def _of_a_run(held: RunFolder) -> list[Entry]:
 
 
 def _in_folder(folder: Path, file: str | None) -> RunFolder:
-    entries, aside, empty = [], {}, []
+    entries, aside, empty = [], dict[Path, str](), []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or is_beside(path):
             continue
         absent = path.with_suffix("") if path.suffix == ".dvc" else path
         if (kept := kept_elsewhere(absent)) and named(absent).clock:
             aside[absent] = kept
-        elif path.is_file() and SUFFIX.search(path.name) and not _PART.search(path.name):
-            if (
-                _FIRST.search(path.name)
-                and path.with_name(_FIRST.sub(r"\g<1>1", path.name)).exists()
-            ):
-                aside[path] = (
-                    "there are parts of it by other ranks: average the files of each rank by a command of its own, "
-                    "or let its trainer merge them"
-                )
-            elif (
-                weights := path.with_name(SUFFIX.sub(_SAFE, path.name))
-            ) != path and weights.exists():
-                aside[path] = f"its weights lie in {weights.name}"
-            elif _RECOVERY.search(path.name):
-                aside[path] = "its name says that it is for going on after a crash"
-            else:
-                entries.append(Entry(path, path))
-        elif path.is_dir() and path.suffix in UNFINISHED and named(path).clock:
-            aside[path] = "its save was interrupted, or is not done"
+        elif why := _why_aside(path):
+            aside[path] = why
+        elif _is_weights(path):
+            entries.append(Entry(path, path))
         elif path.is_dir() and _may_be_checkpoint(path):
             try:
                 held = _weights(path, file)
@@ -135,6 +120,30 @@ def _in_folder(folder: Path, file: str | None) -> RunFolder:
     # Alone, or beside files, they may be folders that hold a run, or its records.
     beside = any(entry.folder is not None for entry in entries)
     return RunFolder(folder, entries, aside | dict.fromkeys(empty if beside else (), _EMPTY))
+
+
+def _is_weights(path: Path) -> bool:
+    is_part = _PART.search(path.name) is not None
+    return path.is_file() and SUFFIX.search(path.name) is not None and not is_part
+
+
+def _why_aside(path: Path) -> str:
+    """Why a file or folder with the name of a checkpoint is left out; "" for all others."""
+    if path.is_dir() and path.suffix in UNFINISHED and named(path).clock:
+        return "its save was interrupted, or is not done"
+    if not _is_weights(path):
+        return ""
+    if _FIRST.search(path.name) and path.with_name(_FIRST.sub(r"\g<1>1", path.name)).exists():
+        return (
+            "there are parts of it by other ranks: average the files of each rank by a command of its own, "
+            "or let its trainer merge them"
+        )
+    weights = path.with_name(SUFFIX.sub(_SAFE, path.name))
+    if weights != path and weights.exists():
+        return f"its weights lie in {weights.name}"
+    if _RECOVERY.search(path.name):
+        return "its name says that it is for going on after a crash"
+    return ""
 
 
 def _may_be_checkpoint(folder: Path) -> bool:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from polyak._dtypes import require_slot_dtype
-from polyak._engine.tracking import Tracked
 from polyak._files import refuse_existing
 from polyak._lazy import TensorSpec, as_lazy, distinct, joined, spec_of
 from polyak._ranks.agreement import together
@@ -86,30 +85,20 @@ def export(
     and leaves everything as it was.
     """
     require_slot_dtype(dtype, "export: dtype")
-    if isinstance(source, Averager):
-        tracked = [item for item in source.tracked if item.persistent]
-        tensors = {item.name: item.held() for item in tracked}
-        if any(map(is_distributed, tensors.values())):
-            spreads, parts = _spread(source, name, tracked, tensors, dtype, group)
-            write_together(
-                path,
-                spreads,
-                parts.read,
-                agreed=f"average {name!r} at {source.clock}",
-                group=group,
-                shard_bytes=shard_bytes,
-                overwrite=overwrite,
-                progress=progress,
-            )
-            return
-        model = {n: spec_of(tensor) for n, tensor in tensors.items()}
-        weights: Weights = joined(tensors, source.weights(name))
-    elif isinstance(source, Checkpoint):
-        model, weights = _of_checkpoint(source, name)
-        _require_content(source, model)
-    else:
-        got = type(source).__name__
-        raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")
+    if isinstance(source, Averager) and any(map(is_distributed, _held_by(source).values())):
+        spreads, parts = _spread(source, name, dtype, group)
+        write_together(
+            path,
+            spreads,
+            parts.read,
+            agreed=f"average {name!r} at {source.clock}",
+            group=group,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return
+    model, weights = _whole(source, name)
     specs = {n: _in_dtype(spec, dtype) for n, spec in model.items()}
     write(
         path,
@@ -121,15 +110,35 @@ def export(
     )
 
 
+def _held_by(averager: Averager) -> dict[str, Tensor]:
+    """The model's tensors that are saved, as it has them: whole, or distributed over ranks."""
+    return {item.name: item.held() for item in averager.tracked if item.persistent}
+
+
+def _whole(
+    source: Averager | Checkpoint, name: str | None
+) -> tuple[dict[str, TensorSpec], Weights]:
+    """The specs and the tensors of an average that one process has."""
+    if isinstance(source, Averager):
+        tensors = _held_by(source)
+        specs = {n: spec_of(tensor) for n, tensor in tensors.items()}
+        return specs, joined(tensors, source.weights(name))
+    if isinstance(source, Checkpoint):
+        specs, weights = _of_checkpoint(source, name)
+        _require_content(source, specs)
+        return specs, weights
+    got = type(source).__name__
+    raise TypeError(f"export: got {got}, wanted a polyak.Averager or a Checkpoint")
+
+
 def _spread(
     averager: Averager,
     name: str | None,
-    tracked: list[Tracked],
-    held: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     group: ProcessGroup | None,
 ) -> tuple[dict[str, Spread], Weights]:
     """How the model's tensors lie on the ranks, and this rank's parts of them. Collective."""
+    tracked, held = averager.tracked, _held_by(averager)
     with together("export", group):
         for n, tensor in held.items():
             if is_distributed(tensor):
@@ -137,7 +146,7 @@ def _spread(
         averager.check_replicas()  # by the ranks of its mesh, which may be some of the group
         own = {n: local(tensor).detach() for n, tensor in held.items()}
         parts = joined(own, averager.weights(name))
-    require_one_model("export", {item.name: item for item in tracked}, group)
+    require_one_model("export", {item.name: item for item in tracked if item.persistent}, group)
     spreads = {n: Spread(_in_dtype(spec_of(t), dtype), t) for n, t in held.items()}
     return spreads, parts
 

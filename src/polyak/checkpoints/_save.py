@@ -205,25 +205,12 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
             raise ValueError(f"save: average {name!r}: {rule} is not saved (SAVABLE is False)")
     state, tracked = averager.state_dict(), averager.tracked
     averages = state.pop("averages")
-    stored = {f"copies/{name}": tensor for name, tensor in state.pop("copies").items()}
-    for average, entry in averages.items():
-        stored |= {
-            f"averages/{average}/{slot}/{name}": tensor
-            for slot, tensors_of in entry["slots"].items()
-            for name, tensor in tensors_of.items()
-        }
+    stored = _by_key(state.pop("copies"), averages)
     if averager.clock.n and (live or any(map(_needs_live, averages.values()))):
         items = [item for item in tracked if item.policy == "average"]
         open_swaps.refuse_swapped("save", items)
         weights = named(items, [item.local().detach() for item in items])
         stored |= {f"live/{name}": tensor for name, tensor in weights.items()}
-    described = {
-        name: {"rule": entry["rule"], "tick": entry["tick"], "slots": list(entry["slots"])}
-        for name, entry in averages.items()
-    }
-    for entry in described.values():
-        if classes := own_classes(entry["rule"]):
-            entry["classes"] = classes
     del state["format"]  # the file has its own
     # Their weights are the model's own and not in the file, which says so to who exports it.
     frozen = [item.name for item in tracked if item.policy == "frozen"]
@@ -232,9 +219,28 @@ def packed(averager: Averager, kind: str = "averager", *, live: bool = False) ->
         "every": averager.every,
         **({"frozen": frozen} if frozen else {}),
         **state,
-        "averages": described,
+        "averages": {name: _described_average(entry) for name, entry in averages.items()},
         "model": described_model(tracked),
     }, stored
+
+
+def _by_key(copies: Mapping[str, Tensor], averages: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state by their keys in a file."""
+    stored = {f"copies/{name}": tensor for name, tensor in copies.items()}
+    for average, entry in averages.items():
+        stored |= {
+            f"averages/{average}/{slot}/{name}": tensor
+            for slot, tensors_of in entry["slots"].items()
+            for name, tensor in tensors_of.items()
+        }
+    return stored
+
+
+def _described_average(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of an average, with the classes of its rule that are not polyak's."""
+    described = {"rule": entry["rule"], "tick": entry["tick"], "slots": list(entry["slots"])}
+    classes = own_classes(entry["rule"])
+    return {**described, "classes": classes} if classes else described
 
 
 def _texts(described: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from polyak.study._region import Region
 from polyak.study._reproduce import Line
 from polyak.theory import learning_rates, profile, quadratic_moments
 
+_BATCHES = 1, 10, 100  # three sizes of the gradient's noise
+
 
 def lines() -> list[Line]:
     """All lines on decisions; they are exact."""
@@ -44,41 +46,41 @@ def _least(schedule: str, batch: int, steps: int = 3000) -> Least:
     return Least(float(losses[0, base]), float(emas[:, base].min()), float(emas.min()), own)
 
 
+def _gain(measure: str, schedule: str, worst: Callable[[Sequence[float]], float]) -> float:
+    """The least or largest gain of an EMA over three noises, as `worst` chooses."""
+    found = [_least(schedule, batch) for batch in _BATCHES]
+    return worst([1 - getattr(each, measure) / each.live for each in found])
+
+
 def _schedules() -> Iterator[Line]:
-    topic, noises = "schedules on the quadratic, best learning rates, three noises", (1, 10, 100)
-
-    def over(measure: str, schedule: str, worst: Callable[[Sequence[float]], float]) -> float:
-        found = [_least(schedule, batch) for batch in noises]
-        gains = [1 - getattr(each, measure) / each.live for each in found]
-        return worst(gains)
-
+    topic = "schedules on the quadratic, best learning rates, three noises"
     yield Line.claim(
         topic, "constant rate: least gain of an EMA at the live weights' rate",
-        "large: Nemotron 3 Super 2026, arXiv 2604.12374", Region.above(0.2), lambda: over("same", "constant", min),
+        "large: Nemotron 3 Super 2026, arXiv 2604.12374", Region.above(0.2), lambda: _gain("same", "constant", min),
     )  # fmt: skip
     yield Line.claim(
         topic, "cosine to 0: largest gain of an EMA at the live weights' rate",
         "gone: arXiv 2604.12374; Ajroldi et al. 2025, arXiv 2502.06761", Region.below(0.09),
-        lambda: over("same", "cosine", max),
+        lambda: _gain("same", "cosine", max),
     )  # fmt: skip
     yield Line.claim(
         topic, "cosine to 0: largest gain of an EMA at its own rate", "arXiv 2502.06761", Region.below(0.09),
-        lambda: over("own", "cosine", max),
+        lambda: _gain("own", "cosine", max),
     )  # fmt: skip
     yield Line.claim(
         topic, "1/sqrt with an EMA / cosine to 0 without: largest ratio of losses",
         "comparable: Anytime Pretraining 2026, arXiv 2602.03702", Region.below(1.05),
-        lambda: max(_least("inverse_sqrt", b).own / _least("cosine", b).live for b in noises),
+        lambda: max(_least("inverse_sqrt", b).own / _least("cosine", b).live for b in _BATCHES),
     )  # fmt: skip
     yield Line.claim(
         topic, "constant rate with an EMA / cosine to 0 without: largest ratio of losses",
         "comparable: Anytime Pretraining 2026, arXiv 2602.03702", Region.below(1.05),
-        lambda: max(_least("constant", b).own / _least("cosine", b).live for b in noises),
+        lambda: max(_least("constant", b).own / _least("cosine", b).live for b in _BATCHES),
     )  # fmt: skip
     yield Line.claim(
         topic, "constant rate: best rate of an EMA / of the live weights, least",
         "an EMA needs less decay of the rate: arXiv 2411.18704", Region.above(1.5),
-        lambda: min(_least("constant", b).raised for b in noises),
+        lambda: min(_least("constant", b).raised for b in _BATCHES),
     )  # fmt: skip
 
 

@@ -257,6 +257,6 @@ def _unused(part: Part, used: set[Any]) -> dict[str, int]:
 
 
 def _kind(one: Aside) -> str:
-    """What an object is that was not read: a kind of tensors, or a class."""
+    """Name an object that was not read: by its kind of tensors, or by its class."""
     plain = is_unread(one) or one.name.startswith("a ")
     return one.name if plain else f"a pickled {one.name}"

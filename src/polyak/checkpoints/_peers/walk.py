@@ -144,7 +144,7 @@ def _inner(value: Any) -> dict[str, Any]:
 
 
 def _lost(name: str, value: Any, role: Role) -> list[Aside]:
-    """What of a state dict's value, or of a tuple in its place, was made of tensors and is none."""
+    """The objects made of tensors, but not tensors, in a state dict's value or in a tuple in its place."""
     if "." not in name or _role(name, role) != role:
         return []
     return list(filter(holds_tensors, value if isinstance(value, (list, tuple)) else [value]))
