@@ -77,6 +77,27 @@ def late(value: Any, usual: Any = 0.5) -> Callable[[Tick], dict[str, Any]]:
     return lambda tick: {AVERAGE: 1.0 if tick.n == 1 else (value if tick.n == 6 else usual)}
 
 
+def late_clock(**wrong: Any) -> Callable[[Tick, float], Tick]:
+    """A clock that goes wrong at update 6."""
+
+    def clock(before: Tick, elapsed: float) -> Tick:
+        tick = Tick(before.n + 1, before.t + elapsed, elapsed)
+        return tick._replace(**wrong) if tick.n == 6 else tick
+
+    return clock
+
+
+class LateTail(Tail):
+    """A tail of a user, whose clock stands at update 6."""
+
+    SAVABLE: ClassVar = False
+
+    def tick(self, before: Tick, elapsed: float) -> Tick:
+        made = super().tick(before, elapsed)
+        return before if made.n == 6 else made
+
+
+AT_5 = "follows Tick(n=5, t=5.0, elapsed=1.0, inner=None)"
 NAN, INF = float("nan"), float("inf")
 IN = "wanted a fraction in [0, 1]"
 SUM = "wanted finite numbers that sum to 1"
@@ -177,7 +198,7 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
     ),
     "a clock of infinity": (
         Custom(clock=lambda before, elapsed: Tick(before.n + 1, INF, elapsed)),
-        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted no smaller t",
+        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted a polyak.rules.Tick with n + 1, and",
         1,
     ),
     "a clock whose time is longer than all": (
@@ -189,6 +210,38 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
         Custom(clock=lambda before, elapsed: (before.n + 1, before.t + elapsed, elapsed, None)),
         "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted a polyak.rules.Tick with n + 1",
         1,
+    ),
+    "a late clock that stands": (
+        Custom(clock=late_clock(n=5)),
+        f"{AT_5}, wanted a polyak.rules",
+        6,
+    ),
+    "a late clock that goes back": (
+        Custom(clock=late_clock(t=4.0)),
+        f"{AT_5}, wanted no smaller t",
+        6,
+    ),
+    "a late clock of NaN": (Custom(clock=late_clock(t=NAN)), f"{AT_5}, wanted a polyak.rules", 6),
+    "a late clock of text": (Custom(clock=late_clock(t="6")), f"{AT_5}, wanted a polyak.rules", 6),
+    "a late clock of no time": (
+        Custom(clock=late_clock(elapsed=0)),
+        f"{AT_5}, wanted no smaller",
+        6,
+    ),
+    "a late inner clock of a number": (
+        Custom(clock=late_clock(inner=3)),
+        f"{AT_5}, wanted a pol",
+        6,
+    ),
+    "a late clock in a rule that derives from Tail": (
+        LateTail(Custom(), 2),
+        "follows Tick(n=5, t=5.0, elapsed=1.0, inner=Tick(n=3, t=3.0, elapsed=1.0, inner=None)), wanted a",
+        6,
+    ),
+    "late fractions of no mapping": (
+        Custom(lambda tick: copy_then(0.5)(tick) if tick.n < 6 else None),
+        "has the fractions None, wanted a mapping slot -> fraction, for slots of average, slow",
+        6,
     ),
     "a fault inside a tail": (
         Tail(Custom(copy_then(7.0)), 2),
@@ -269,6 +322,19 @@ def test_numbers_of_other_libraries_are_fractions_and_coefficients(
     weights["w"] += 1
     averager.update()
     assert averager.average()["w"].item() == 0.4375
+
+
+def test_numbers_of_other_libraries_are_times_as_a_file_holds_them() -> None:
+    def clock(before: Tick, elapsed: float) -> Any:
+        n: Any = np.int64(before.n + 1)
+        t: Any = np.float32(before.t + 1)
+        span: Any = torch.tensor(elapsed)
+        return Tick(n, t, span, Tick(n, t, span))
+
+    averager = Averager({"w": torch.zeros(1)}, Custom(clock=clock))
+    averager.update()
+    wanted = [1, 1.0, 1.0, [1, 1.0, 1.0, None]]
+    assert repr(averager.state_dict()["averages"]["average"]["tick"]) == repr(wanted)
 
 
 def test_a_copy_may_be_an_integer() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import difference, report, require_count
-from polyak._contract import first_checked
+from polyak._contract import is_ours
 from polyak._dtypes import slot_dtype
 from polyak._engine.live import ModelTensors
 from polyak._engine.slots import COMPENSATION, Average, tick_data
@@ -128,7 +128,7 @@ def ruled(average: Average, rule: Rule) -> Average:
     Raises `ValueError` if the slots are not those that the rule needs.
     """
     other = copy.copy(average)
-    other.rule, other.checked = rule, first_checked(rule)
+    other.rule, other.ours = rule, is_ours(rule)
     other.tick = tick_under(rule, average.tick)
     held, needed = set(average.slots), other.needed_slots(other.tick)
     if not needed <= held <= other.known_slots():

@@ -125,7 +125,7 @@ class Resumable(Averages):
         average = self._get(name)
         self._same_model("change_rule")
         other = changes.ruled(average, savable_rule(rule))
-        rule_and_clock = {key: getattr(other, key) for key in ("rule", "checked", "tick")}
+        rule_and_clock = {key: getattr(other, key) for key in ("rule", "ours", "tick")}
         changed = other.rule != average.rule and average.tick.n > 0
         mixed: dict[str, object] = {"mixed": self.mixed or changed}
         set_together([(average, rule_and_clock), (self, mixed)])

@@ -14,7 +14,7 @@ from polyak._contract import (
     checked_fraction,
     checked_readout,
     checked_update,
-    first_checked,
+    is_ours,
     require_copy,
 )
 from polyak._dtypes import Kind, kind, slot_dtype
@@ -50,7 +50,7 @@ class Average:
         rounding: Rounding = "nearest",
         name: str = "",
     ) -> None:
-        self.rule, self.checked = rule, first_checked(rule)
+        self.rule, self.ours = rule, is_ours(rule)
         self.tick: Tick = START
         self.slots: dict[str, list[Tensor]] = {}
         self.damaged = ""
@@ -76,11 +76,11 @@ class Average:
         """Advances the clock; returns the slots that the rule now moves, in groups, and how far."""
         self.moving = True  # until the slots have moved too, a signal handler must not read them
         fractions: Mapping[str, float]
-        if self.tick.n < self.checked:
-            self.tick, fractions = checked_update(self.rule, self.tick, elapsed, self.slots)
-        else:
+        if self.ours:
             self.tick = self.rule.tick(self.tick, elapsed)
             fractions = self.rule.fractions(self.tick)
+        else:
+            self.tick, fractions = checked_update(self.rule, self.tick, elapsed, self.slots)
         return list(map(self.move, repeat(live), fractions, fractions.values()))
 
     def back_to(self, tick: Tick) -> None:

@@ -19,7 +19,7 @@ applies it to unit impulses, so training and theory cannot disagree.
 ({'average': 1.0}, {'average': 0.25}, {'average': 1.0})
 
 A new rule is one frozen dataclass in this package and one line in `RULES`. A rule of your own is a
-frozen dataclass that derives from `Rule`; polyak checks its first updates and each of its fractions.
+frozen dataclass that derives from `Rule`; polyak checks its first updates, and each of its clocks and fractions.
 Files store its text, so its fields must be numbers, rules and schedules, or its class sets `SAVABLE = False`.
 """
 

@@ -19,7 +19,7 @@ from polyak._contract import (
     checked_fraction,
     checked_readout,
     checked_update,
-    first_checked,
+    is_ours,
     require_copy,
 )
 from polyak.rules import LIVE, START, Rule, Tick
@@ -129,13 +129,13 @@ def run(rule: Rule, elapsed: list[float]) -> tuple[dict[str, Moves], Tick]:
     done: dict[str, tuple[array[int], array[float]]] = {}
     tick, next_tick, fractions_at = START, rule.tick, rule.fractions
     fractions: Mapping[str, float]
-    checked = first_checked(rule)
+    ours = is_ours(rule)
     for update, time in enumerate(elapsed):
-        if update < checked:
-            tick, fractions = checked_update(rule, tick, time, done)
-        else:
+        if ours:
             tick = next_tick(tick, time)
             fractions = fractions_at(tick)
+        else:
+            tick, fractions = checked_update(rule, tick, time, done)
         for slot, fraction in fractions.items():
             if not (type(fraction) is float and 0 <= fraction <= 1):
                 fraction = checked_fraction(rule, tick, slot, fraction)
