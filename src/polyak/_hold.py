@@ -12,6 +12,8 @@ from polyak._system import Claim
 PATIENCE = 10.0
 """Seconds to wait for another process, which may have been killed and still be ending."""
 
+# By inode, since a folder may have several paths. A second object of this process is refused at once
+# by it, also where the file system has no locks.
 _HOLDS: dict[
     tuple[int, int], FolderHold
 ] = {}  # device and inode of a folder -> its hold in this process
@@ -59,6 +61,7 @@ class FolderHold:
 
 
 def _wait_for_lock(claim: Claim, folder: Path, deadline: float) -> None:
+    # Tried again and again: a call that waits for a lock has no time limit.
     while not claim.take():
         if time.monotonic() > deadline:
             raise BlockingIOError(f"{folder} is in use by another process")
@@ -71,6 +74,7 @@ def _place_of(status: os.stat_result) -> tuple[int, int]:
 
 def _forget() -> None:
     """In a forked process: its parent alone holds the folders, and they are free when the parent ends."""
+    # Closed and not only forgotten: this copy of the file would keep the lock when the parent has ended.
     for hold in list(_HOLDS.values()):
         hold._close()
     _HOLDS.clear()

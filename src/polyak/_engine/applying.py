@@ -111,6 +111,7 @@ class Swapper:
         # All ranks agree before a weight changes: what fails on one rank then fails on all.
         with together_or_alone("applied", group) as agreement:
             gathered = self._plan(hold, name, agreement)
+        # Apart from `_plan`: in a block of `together`, no rank may wait for another.
         if self._mesh is not None:
             gather_(gathered, self._mesh)
         if hold.swap is not None:
@@ -133,7 +134,7 @@ class Swapper:
         label = self.label(name)
         average, call = self._averages[label], f"applied({label!r})"
         self.refuse(call)
-        self._updating.settle()
+        self._updating.settle()  # slots may still move in a thread
         self._model.current(call)
         average.require_usable(call)
         known = self._slot_pairs(label, call)
@@ -175,6 +176,7 @@ class Swapper:
     def _sorted(self, slots: list[Tensor] | None, shared: bool) -> _Slots:
         items, generation = self._model.averaged, self._model.generation
         places = Places(self._model.stored())
+        # A module that shares the slots must have the average all the time: they take no live weights.
         if slots is None or shared:
             return _Slots(generation, shared, slots, [], list(range(len(items))), places)
         alike: dict[Kind, list[int]] = {}

@@ -99,6 +99,7 @@ def leave(swap: Swap, block: object) -> bool:
 
 
 def _leave(swap: Swap, block: object) -> bool:
+    # Filtered and not removed: a repeated call finds its block gone.
     _blocks[:] = [each for each in _blocks if each[1] is not block]
     _arrange(swap)
     ended = all(other is not swap for other, _ in _blocks)
@@ -115,10 +116,11 @@ def _arrange(swap: Swap) -> None:
     wanted = _latest()
     if swap in OPEN and wanted != OPEN:
         involved = _involved(swap, wanted)
-        for each in reversed(involved):
+        for each in reversed(involved):  # each took what those below had put in
             each.take_back()
         _follow(involved)
     OPEN[:] = wanted
+    # A hook costs time at every step of every optimizer, so it is there only while a block is open.
     if _blocks and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_step))
     again = [each for each in OPEN if not each.out]

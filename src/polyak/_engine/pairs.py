@@ -79,6 +79,7 @@ class Pairs:
 
     def moved(self) -> set[int]:
         """The places of live tensors that have other memory than they had, another form, or no memory."""
+        # A copy between forms converts values: the live content would not come back bit for bit.
         there = zip(self.live, self._forms.addresses, self.asides, strict=True)
         return {
             i
@@ -96,6 +97,7 @@ class Pairs:
         A copy into it takes a third of the time of a clone of many tiny tensors.
         """
         size = sum(t.numel() for t in self.asides) * self.asides[0].element_size()
+        # Temporary asides end with the block, and so would this memory: only slots repay it.
         if self.slots and size <= CHUNK_BYTES:
             with inference(False):
                 self._staging = [torch.empty_like(t) for t in self.asides]
@@ -103,6 +105,7 @@ class Pairs:
 
     def written(self, seen: Sequence[int], version: int) -> tuple[set[int], set[int]]:
         """The places of live tensors and of asides that were written to, by the versions of `counted`."""
+        # A write into an empty tensor counts up its version too, and changes nothing.
         filled = [tensor.numel() > 0 for tensor in self.counted]
         changed = [full and each != version for full, each in zip(filled, seen, strict=True)]
         live, rest = changed[: len(self.live)], changed[len(self.live) :]

@@ -67,6 +67,7 @@ def hold() -> None:
         return
     for number in _NUMBERS:
         handler = signal.getsignal(number)
+        # SIG_DFL and SIG_IGN are not callable: they raise nothing, so they need not wait.
         if callable(handler) and not isinstance(handler, _Waiting):
             signal.signal(number, _Waiting(handler))
 
@@ -77,7 +78,7 @@ def release() -> None:
         return
     for number in _NUMBERS:
         handler = signal.getsignal(number)
-        if isinstance(handler, _Waiting):
+        if isinstance(handler, _Waiting):  # others were set in the block, and stay
             signal.signal(number, handler.handler)
 
 

@@ -103,6 +103,7 @@ class SwappedPairs:
         seen = versions(self._pairs.counted)
         VERSIONS.used(seen)
         self._now, self._moved = now, None
+        # One version for all, so that the usual block, which writes nothing, costs one comparison.
         if now is not None or seen != [self._version] * len(seen):
             self._judge(*self._pairs.written(seen, self._version))
 

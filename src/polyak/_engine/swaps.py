@@ -105,8 +105,8 @@ class Swap:
     @no_grad
     def put_in(self) -> None:
         """Writes the average into the model: for the first time, or again after `take_back`."""
-        self._average.swapped = True
-        self.model.reshard()
+        self._average.swapped = True  # before the first write: an error may come after any of them
+        self.model.reshard()  # what FSDP2 has gathered would hide the average from the forward pass
         for pairs in self._swapped:
             pairs.begin()
         try:
@@ -115,6 +115,7 @@ class Swap:
         except RuntimeError:
             self.model.check(f"applied({self.label!r})")  # it names the tensor that has changed
             raise
+        # After all copies, since each of them counts versions up.
         version = VERSIONS.fresh()
         for pairs in self._swapped:
             pairs.mark(version)
@@ -132,9 +133,10 @@ class Swap:
             now = self.model.by_name() if self.strayed else None
             for pairs in self._swapped:
                 pairs.look(now)
-            self.out = False
+            self.out = False  # a repeated call must not look again: some contents are back by then
         for pairs in self._swapped:
             pairs.take()
+        # Old versions come last: copies count up, and pairs may share a counter (views of one storage).
         for pairs in self._swapped:
             pairs.restore()
 

@@ -62,7 +62,7 @@ def together(call: str, group: ProcessGroup | None = None) -> Iterator[Agreement
     try:
         said = gathered(_Said(call, problem, agreement.details), group)
     except RuntimeError as lost:
-        raise (error or _lost(call, lost)) from lost
+        raise (error or _lost(call, lost)) from lost  # its own error says more than a lost rank
     if error is not None:
         raise error
     # A rank in another call of ours may have sent something else.

@@ -39,6 +39,7 @@ def require_same(
     """
     group = mesh.get_group()
     with together(call, group):
+        # Integers, whose sums are the same in any order: floats would differ between devices.
         mine = [fingerprint(tensor).to(mesh.device_type) for tensor in tensors.values()]
         forms = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
         order = {"the order of tensors": digest(list(tensors)), "made with": made_with}
@@ -137,6 +138,7 @@ def _pieces(whole: Tensor, part: Tensor, mesh: DeviceMesh) -> Iterator[_Piece]:
 def _gather_bucket_(bucket: Sequence[_Piece], mesh: DeviceMesh) -> None:
     like = bucket[0].whole
     ends = list(accumulate(piece.numel for piece in bucket))
+    # Zeros, since ranks at the end have fewer rows than they send; equal sizes need one call only.
     mine = like.new_zeros(1, ends[-1])
     for piece, [flat] in _columns(bucket, ends, mine):
         held = piece.part[piece.first : piece.first + piece.rows]

@@ -189,6 +189,7 @@ def reshard(model: object) -> None:
         known = set(map(id, modules))
     else:
         known = set(map(id, model.values())) if isinstance(model, Mapping) else set()
+    # Only this model's groups: another model may be in the middle of its forward pass.
     for group in groups:
         parameters = fsdp_parameters(group)
         if any(not known.isdisjoint(map(id, holders_of(each))) for each in parameters):

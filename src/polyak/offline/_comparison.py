@@ -161,6 +161,7 @@ def _difference(
 
 
 def _sums(a: Tensor, b: Tensor) -> _Sums:
+    # In float64, since float32 sums of many squares lose the small ones.
     wide_a, wide_b = wide(a), wide(b)
     if a.dtype.is_complex or b.dtype.is_complex or {a.dtype, b.dtype} & _BEYOND_FLOAT64:
         return _careful_sums(a, b, wide_a, wide_b)

@@ -237,6 +237,7 @@ class _Sent:
     def receive(self, write: Callable[[Box, Tensor], object]) -> None:
         """Gather window after window on the first rank, and write it."""
         shares = boxes(self.held)
+        # By window of the file and not by rank, so that each is written in few long runs.
         for window in windows(whole(self.form.shape), WINDOW):
             parts = {rank: window.overlap(share) for rank, share in shares.items()}
             content = self._window(window, {r: part for r, part in parts.items() if part.numel})
