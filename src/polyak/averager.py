@@ -129,8 +129,8 @@ class Averager(IntoModules, Resumable):
 
         `optimizer` is a `torch.optim.Optimizer`, a wrapper that has one as `.optimizer` (accelerate's,
         Lightning's), or a sequence of them; with several, an update follows when each has stepped.
-        A step counts once, when its outermost call ends: gradient accumulation, closures, and steps
-        that call other steps make one update, and the step by which torch.distributed.checkpoint makes an
+        A step counts once, when its outermost call ends. So gradient accumulation, closures, and steps
+        that call other steps make one update. The step with which torch.distributed.checkpoint makes an
         optimizer's state makes none.
 
         If a `GradScaler` skips a step of an ordinary optimizer, the update is skipped too. A fused

@@ -19,7 +19,7 @@ class Pull:
     """After each `every`-th update, `live <- lerp(live, average, fraction)`, at updates every, 2 every, ...
 
     Args:
-        fraction: how far; 1 continues from the average.
+        fraction: how far the weights move. With 1, training continues from the average.
         every: updates from pull to pull. The averager's own `every` says how many steps an update takes.
         name: the average, if there are several.
 

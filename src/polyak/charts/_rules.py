@@ -92,7 +92,7 @@ def _label(about: Explanation, among: Sequence[Explanation]) -> str:
 
 
 def description_chart(found: Description) -> alt.TopLevelMixin:
-    """Draw what a file's averages of known rules average, at the file's clock (`rule_chart`)."""
+    """Draw the `rule_chart` of a file's averages at the file's clock; averages of unknown rules are left out."""
     rules = [
         a.rule for a in found.averages.values() if a.rule is not None and a.half_life is not None
     ]

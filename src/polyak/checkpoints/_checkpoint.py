@@ -34,8 +34,8 @@ Terms = list[tuple[LazyTensors, str, float]]
 class Clock:
     """How far a file's averages had come, as their library counts.
 
-    `unit` says what `count` counts: "updates" of the average; "calls" of its update function, of
-    which the 1st, the (1 + every)-th, ... update; or "time", such as images seen. `ahead` are updates
+    `unit` says what `count` counts: "updates" of the average; "calls" of its update function: the
+    1st, the (1 + every)-th, ... call updates; or "time", such as images seen. `ahead` are updates
     that the library does not count: torch_ema's copy at construction, for one. `every` is the number
     of calls per update, or None if the file does not say.
     """

@@ -52,7 +52,7 @@ def export(
     a time.
 
     Args:
-        source: an averager, or what `checkpoints.read` found in a file. The dtypes of a file's average
+        source: an averager, or the result of `checkpoints.read`. The dtypes of a file's average
             are those of its live weights, if the file says so.
         name: the average, if there are several; "live" for the live weights of a checkpoint.
         dtype: the dtype of floating-point tensors, in place of the model's.
@@ -185,12 +185,12 @@ def convert(
 ) -> Checkpoint:
     """Convert another library's file into a polyak file, from which `load` continues; return what was read.
 
-    The result is what `load` of that file and `save` would give, without the model: all tensors of
+    The result is the file that `load` and `save` would give, but needs no model: all tensors of
     floating-point and complex dtypes are averaged, integers are copied. An `Averager` copies a model's
     other buffers too, except running statistics: name these buffers in `copied`.
 
     Args:
-        path: the file, or what `read` returned.
+        path: the file, or the result of `read`.
         rule: the rule of each average by name, or of the only average, if the file does not say it.
         names: the names of tensors that the file stores without names, in their order.
         count: the number of updates so far, if the file does not say it.

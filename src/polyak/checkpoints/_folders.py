@@ -34,8 +34,8 @@ def saving(path: Path | str, *, overwrite: bool = False, keep: int | None = None
     folder is complete; through a symbolic link, the folder that it points to is replaced. An
     exception within the block leaves everything as it was.
 
-    With `keep`, the older folders beside it are removed when the new one is complete: those whose names
-    differ from its name in the number at the end only, but for the `keep` largest numbers.
+    With `keep`, older folders are removed when the new one is complete. Of the folders beside it whose
+    names differ only in the number at the end, those with the `keep` largest numbers stay.
 
     >>> import tempfile
     >>> run = Path(tempfile.mkdtemp())

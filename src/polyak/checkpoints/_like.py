@@ -62,9 +62,10 @@ def write_like(
     torch.distributed.checkpoint: then everything else in it stays. A tensor that shares memory with a weight
     in a file changes with it.
 
-    `which` are the weights of `like` that are replaced, as `Checkpoint.weights` takes it, and `read` reads
-    it, by default `checkpoints.read`. Of tied weights, one name is enough. A piece of a tensor is in memory
-    at a time; a tensor whose elements do not lie row by row in its storage, such as a transposed one, whole.
+    `which` names the weights of `like` to replace, as in `Checkpoint.weights`. `read` reads `like`; by
+    default it is `checkpoints.read`. Of tied weights, one name is enough. One piece of a tensor is in
+    memory at a time. A tensor whose elements do not lie row by row in its storage, such as a transposed
+    one, is in memory whole.
 
     >>> import tempfile
     >>> like = Path(tempfile.mkdtemp()) / "like.pt"

@@ -35,7 +35,7 @@ def load(
 ) -> None:
     """Make an averager continue from a file: after `save` bit for bit, as if it had not been interrupted.
 
-    `path` may also be what `read` read, such as `read(path, key="ema")`. From a file of another library
+    `path` may also be the result of `read`, such as `read(path, key="ema")`. From a file of another library
     (`read` lists them) it continues as that library would, if the averager
     has the rule and `every` that the library had: `polyak.theory.from_library` gives them from the
     library's call. If the file does not name its rule, a warning names the assumed one. Pass what the

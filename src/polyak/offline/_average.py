@@ -60,8 +60,8 @@ def average(
         copy: names of tensors, or patterns, to take from the last file, as integers and booleans are.
         dtype: the dtype of the result, or of each tensor by name; by default the widest in the files.
         accumulate: the dtype of the sums: float32, or float64 at half the speed.
-        allow_nonfinite: whether values that are infinite or NaN in some file may come into the result; an
-            infinity that all files share always does.
+        allow_nonfinite: whether values that are infinite or NaN in some file may come into the result. An
+            infinity that all files share is always allowed.
 
     Raises `ValueError` for an empty list; for files that differ in names, shapes or kinds of numbers,
     with the differences; for a file without `which`, or with several averages to choose from; for

@@ -130,7 +130,7 @@ class Combination(LazyTensors):
 
     @property
     def changed(self) -> dict[str, set[torch.dtype]]:
-        """The tensors that get another dtype than all files have -> those of the files; none if one was asked for."""
+        """name -> dtypes of a tensor in the files, where the result has another dtype; empty if `dtype` was given."""
         of_files = [] if self._asked else [source.weights.specs for source in self.sources]
         dtypes = {n: {of_file[n].dtype for of_file in of_files} for n in self._specs}
         return {n: of for n, of in dtypes.items() if of and of != {self._specs[n].dtype}}
@@ -145,7 +145,7 @@ class Combination(LazyTensors):
         return out[where] if where else out
 
     def origins(self, name: str) -> tuple[Hashable, ...]:
-        """Equal for names that are one tensor in every file."""
+        """A value that is equal for names that are one tensor in every file."""
         found = [source.weights.origins(name) for source in self.sources]
         return (*found, self._specs[name], name in self.copied, is_statistic(name))
 

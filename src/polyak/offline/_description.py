@@ -106,8 +106,8 @@ class Description(Charted):
     statistics: estimate them again for averaged weights. `tensors` has the largest first. `aside` says
     how many objects of each class were not read, because only their own code could make them. `left` lists
     what is neither live weights nor an average, with its number of tensors, and `refused` says why an
-    average is not listed. `unfit` says why an average of these weights would mean nothing; "" if
-    it would.
+    average is not listed. `unfit` says why an average of these weights would mean nothing, and is
+    "" if it means something.
     `verified` counts the bytes that were compared with checksums, and those that have none; None if nothing
     was compared.
     """
@@ -155,7 +155,7 @@ class Description(Charted):
 def describe(path: Path | str | Checkpoint, *, verify: bool = False) -> Description:
     """Describe a checkpoint or a folder of snapshots; read only headers.
 
-    `path` may also be what `checkpoints.read` read. Tensors without names are named by their
+    `path` may also be the result of `checkpoints.read`. Tensors without names are named by their
     positions. For a folder of snapshots, averages are those of the last snapshot. With `verify`,
     everything is read and compared with its checksums (`Checkpoint.verify`).
 

@@ -19,7 +19,7 @@ from polyak.offline._quality import Better, Evaluate, judged, sign_of
 
 @dataclass(frozen=True, eq=False)
 class Soup:
-    """Which files a soup is made of, and the quality of each trial.
+    """The files that a soup is made of, and the quality of each trial.
 
     Attributes:
         files: as they were given.
@@ -69,9 +69,9 @@ def greedy_soup(
 
     Args:
         files: files of one model, as `average` takes them.
-        evaluate: gives the quality of weights, name -> tensor, as `load_state_dict` takes them, or
-            one for each example, whose mean counts: on held-out data, and with BatchNorm's
-            statistics estimated again (`polyak.recalibrate`). It is called 2 * files - 1 times.
+        evaluate: takes weights, name -> tensor, as `load_state_dict` does. It returns their quality, or
+            one for each example, whose mean counts. Use held-out data, and estimate BatchNorm's
+            statistics again (`polyak.recalibrate`). It is called 2 * files - 1 times.
         better: "lower" or "higher".
         which, copy: as for `average`.
         progress: called after each trial with its file and its quality.

@@ -209,7 +209,7 @@ def synthesize(
         checkpoints: step -> file with the live weights at that step, in any format that
             `checkpoints.read` reads. Each counts for the steps around it, so a long average over
             many checkpoints is exact and a short one is refused.
-        read: what reads a checkpoint, such as `functools.partial(checkpoints.read, key="g_ema")`.
+        read: the function that reads a checkpoint, such as `functools.partial(checkpoints.read, key="g_ema")`.
         copy: names of tensors of plain checkpoints, or patterns, to take from the last one.
         max_error: the largest relative error that is allowed.
         max_amplification: the largest amplification that is allowed; by default it amplifies the

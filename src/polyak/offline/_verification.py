@@ -30,7 +30,7 @@ class Forecast(NamedTuple):
 
 
 def forecast(made: Combination) -> Forecast:
-    """Estimate what a combination takes: bytes and seconds. A part is computed, to measure the speed."""
+    """Estimate the cost of writing a combination, in bytes and seconds. It computes a part to measure the speed."""
     specs = made.written
     terms = zip(made.sources, made.coefficients.tolist(), strict=True)
     read = [source.weights.specs[name].nbytes for source, c in terms if c for name in specs]

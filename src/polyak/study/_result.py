@@ -201,7 +201,7 @@ def log_ratio(
 ) -> PairedQuantity:
     """Compare by `log(arm / against)`: its mean over seeds is the log of a geometric mean of ratios.
 
-    A seed has none unless both values are above 0.
+    A seed without two values above 0 gives no number.
     """
     return PairedQuantity(arm, against, metric, schedule, when, _log_ratio, "percent")
 

@@ -64,9 +64,9 @@ def run(
 
     Raises `ValueError` for a bad argument, a claim about an unknown arm, metric or schedule, a line of
     results.jsonl that is not a record of this study, and a study that cannot be stacked;
-    `BlockingIOError` while another process writes there; `RuntimeError` if every run failed. What the
-    model, data, loss, optimizer or metrics raise in the first four steps of seed 0 is the cause of a
-    `ValueError` that names the function and the line.
+    `BlockingIOError` while another process writes there; `RuntimeError` if every run failed. If
+    the model, data, loss, optimizer or metrics raise in the first four steps of seed 0, a `ValueError`
+    names the function and the line; their exception is its cause.
     """
     seeds = study.seeds if seeds is None else seeds
     require(is_integer(seeds, 1), "seeds", seeds, "an integer >= 1")

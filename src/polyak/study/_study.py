@@ -69,12 +69,12 @@ class Arm:
 
     Args:
         rule: the rule or its spec.
-        every: optimizer steps per update, which ends them; a window counts updates.
+        every: optimizer steps per update, which follows the last of them. A window counts updates.
         start: the share of the run after which averaging begins. Until then the arm is a copy of the
             live weights.
         recalibrate: whether BatchNorm's statistics are estimated again, from training batches, each
             time before the arm is judged.
-        swept: whether it is not tracked, but read from the means of the weights between evaluations.
+        swept: if True, runs do not track it; it is computed from the means of weights between evaluations.
             All swept arms together cost one addition a step, and a copy of the weights for each
             evaluation. A mean over whole stretches between evaluations is exact; the report says
             which share of another average's weight is misplaced.

@@ -114,7 +114,7 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
     """Compute every measure of a rule's profile after `steps` steps, updated every `every` steps.
 
     Without `steps`: enough of them for the start to be forgotten (20 mean ages or more), or 10 000 for
-    a rule whose window grows with the run, which the result then says. A long average is measured
+    a rule whose window grows with the run (then `growing` is True). A long average is measured
     on a profile in stretches of steps, to a relative error of 1e-7.
 
     >>> round(explain("exponential(0.99)").half_life, 2), explain("uniform()").steps

@@ -30,8 +30,8 @@ def learning_rates(
     """Compute the multiplier of the peak learning rate at each step of a run: shape (steps,).
 
     With x = step / steps: "constant" 1; "inverse_sqrt" 1 / sqrt(1 + 30 x); "linear" 1 - x; "cosine"
-    (1 + cos(pi x)) / 2; "wsd" 1 until the last 20 % of the run, there 1 - sqrt of the share of them
-    that is over. The last three fall from 1 to `final`: final + (1 - final) * the formula. In the
+    (1 + cos(pi x)) / 2; "wsd" 1, and over the last 20 % of the run 1 - sqrt(the share of these
+    steps that is done). The last three fall from 1 to `final`: final + (1 - final) * the formula. In the
     share `warmup` of the run all are multiplied by a linear rise.
 
     >>> learning_rates("linear", 4), learning_rates("cosine", 4, final=0.5)[-1]
