@@ -622,12 +622,13 @@ def test_an_interrupted_study_goes_on_to_the_same_results(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     script = [sys.executable, "-c", SCRIPT.format(out=str(tmp_path), jobs=jobs)]
     process = subprocess.Popen(
-        script, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
+        script, stderr=subprocess.PIPE, start_new_session=True, env=environment, text=True
     )
     while process.poll() is None and len(lines_whole(tmp_path)) < 3:
         time.sleep(0.01)
     os.killpg(process.pid, sent)
-    process.wait()
+    _, said = process.communicate()
+    assert "Warning" not in said
     done = lines_whole(tmp_path)
     assert 3 <= len(done) < 1000
     seeds = max(r["seed"] for r in map(json.loads, done)) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,9 @@ def computing_on(backend: str) -> Iterator[Killed]:
     """
     require(backend in BACKENDS, "backend", backend, " or ".join(BACKENDS))
     if backend == "loky":
-        yield (TerminatedWorkerError,)
+        with warnings.catch_warnings():  # joblib says of Ctrl-C that the study has too many runs
+            warnings.filterwarnings("ignore", r"\d+ tasks which were still being processed")
+            yield (TerminatedWorkerError,)
         return
     try:
         import ray
