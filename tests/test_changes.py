@@ -114,6 +114,10 @@ BAD: dict[str, tuple[Callable[[Averager, dict[str, Tensor]], object], str]] = {
     "missing": (lambda a, w: a.begin({"scale": w["scale"]}), r"missing: .*embedding.weight"),
     "extra": (lambda a, w: a.begin({**w, "other": w["scale"]}), r"begin: .*\n  extra: other"),
     "a shape": (lambda a, w: a.begin({**w, "scale": torch.ones(2)}), r"scale: .*wanted"),
+    "too large a count": (
+        lambda a, w: a.begin(w, 10**9),
+        r"begin: count is 1000000000, wanted at most 100000000",
+    ),
     "a count": (lambda a, w: a.begin(w, 0), r"begin: count is 0, wanted an integer >= 1"),
 }
 
@@ -127,6 +131,30 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(kind: str) -> None:
         call(averager, dict(model.state_dict()))
     assert_same(averager.average(), average)
     assert averager.count == 3
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rule", ["uniform()", "power(3)", "tail(uniform(), 4)"])
+def test_it_begins_at_the_clock_of_so_many_updates(rule: str, every: int) -> None:
+    weights = {"w": torch.ones(2)}
+    for count in (1, 2, 9):
+        begun, trained = (Averager(weights, rule, every=every) for _ in range(2))
+        begun.begin(count=count)
+        for _ in range((count - 1) * every + 1):
+            trained.update()
+        assert begun.clock == trained.clock and begun.count == count
+
+
+def test_an_average_of_more_updates_than_a_minute_can_count_begins_at_once_and_is_saved(
+    tmp_path: Path,
+) -> None:
+    weights = {"w": torch.ones(2)}
+    averager, again = Averager(weights, "uniform()"), Averager(weights, "uniform()")
+    averager.begin(count=10**8)
+    averager.update()
+    polyak.save(tmp_path / "it", averager)
+    polyak.load(tmp_path / "it", again)
+    assert again.clock == (10**8 + 1, 10.0**8 + 1, 1.0, None)
 
 
 def test_several_slots_after_several_updates_are_not_told_by_weights() -> None:

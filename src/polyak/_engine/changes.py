@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import difference, report, require_count
+from polyak._checks import difference, report, require, require_count
 from polyak._contract import is_ours
 from polyak._dtypes import slot_dtype
 from polyak._engine.live import ModelTensors
@@ -25,6 +25,9 @@ from polyak._modes import no_grad, ordinary
 from polyak._ranks.sharding import as_distributed, is_distributed, local, spread
 from polyak.rules import START, Rule, Tick
 
+MOST_UPDATES = 10**8
+"""The most updates of an average that files and other programs tell of."""
+
 Change = tuple[object, dict[str, object]]
 
 
@@ -34,6 +37,13 @@ def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
     for time in elapsed:
         tick = rule.tick(tick, time)
     return tick
+
+
+def tick_after(rule: Rule, count: int, every: int) -> Tick:
+    """The clock of a rule after `count` updates, at once where the rule has no clock of its own."""
+    if count and type(rule).tick is Rule.tick:
+        return Tick(count, 1.0 + (count - 1) * every, 1.0 if count == 1 else float(every))
+    return ticked(rule, chain([1.0] * bool(count), repeat(float(every), count - 1)))
 
 
 def tick_under(rule: Rule, was: Tick) -> Tick:
@@ -48,8 +58,9 @@ def begun(
 ) -> dict[str, Any]:
     """The state of an average that is these weights after `count` updates; raises `ValueError`."""
     require_count("begin: count", count, "the number of updates that made the weights")
+    require(count <= MOST_UPDATES, "begin: count", count, f"at most {MOST_UPDATES}")
     rule = average.rule
-    tick = ticked(rule, chain([1.0], repeat(float(every), count - 1)))
+    tick = tick_after(rule, count, every)
     moved = [slot for slot in rule.fractions(tick) if count == 1 or len(rule.slots) == 1]
     if not moved:
         raise ValueError(

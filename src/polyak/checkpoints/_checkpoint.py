@@ -16,13 +16,11 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._dtypes import has_mean
-from polyak._engine.changes import ticked
+from polyak._engine.changes import MOST_UPDATES, tick_after, ticked
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
 from polyak.checkpoints._open.files import Verified
 from polyak.rules import LIVE, Rule, Tick
-
-MOST_UPDATES = 10**8
 
 Weights = LazyTensors
 """name -> tensor, read from its file when asked for."""
@@ -52,11 +50,14 @@ class Clock:
         """
         if self.unit == "time":
             return [float(self.count)] if self.count else []
+        updates = self._updates(every)
+        return [1.0, *([float(every)] * (updates - 1))] if updates else []
+
+    def _updates(self, every: int) -> int:
         if self.count > MOST_UPDATES:
             raise ValueError(f"{self.count} {self.unit} are counted, wanted at most {MOST_UPDATES}")
         calls = self.unit == "calls" and self.count > 0
-        updates = 1 + (self.count - 1) // every if calls else self.count + self.ahead
-        return [1.0, *([float(every)] * (updates - 1))] if updates else []
+        return 1 + (self.count - 1) // every if calls else self.count + self.ahead
 
     def since(self, every: int) -> int:
         """The calls since the last update."""
@@ -64,7 +65,9 @@ class Clock:
 
     def tick(self, rule: Rule, every: int) -> Tick:
         """The clock of a rule that made these updates."""
-        return ticked(rule, self.elapsed(every))
+        if self.unit == "time":
+            return ticked(rule, self.elapsed(every))
+        return tick_after(rule, self._updates(every), every)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from polyak._engine.slots import tick_data
 from polyak._engine.states import STATE_FORMAT, as_tick
 from polyak._lazy import Elements, LazyTensors, Renamed, TensorSpec, Where, renamed
-from polyak.checkpoints._checkpoint import MOST_UPDATES, Checkpoint, Clock, ReadOut, read_out_terms
+from polyak.checkpoints._checkpoint import Checkpoint, Clock, ReadOut, read_out_terms
 from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._safetensors.files import KEY, TensorFile
 from polyak.checkpoints._sniff import Source, sniff
@@ -168,7 +168,7 @@ class Stored(LazyTensors):
             tick = as_tick(held.get("tick"))
         except ValueError as error:
             raise self.error(str(error)) from None
-        if tick.n > MOST_UPDATES or _filled(rule, tick) > len(held["slots"]):
+        if tick.n > 2**53 or _filled(rule, tick) > len(held["slots"]):
             raise self.error(f"average {name!r} has {tick.n} updates and too few slots for them")
         return StoredAverage(rule, tick, held["slots"])
 
