@@ -139,20 +139,10 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
     known = {item.name for item in tracked} | {n for item in tracked for n in item.aliases}
     extra = [each for each in average if each not in known]
     mine = Held({item.name: item.held() for item in tracked})
-    complete: dict[str, tuple[LazyTensors, str]] = {}
-    missing = []
     tracked = [item for item in tracked if item.stored]
-    for item in tracked:
-        given = [n for n in (item.name, *item.aliases) if n in average]
-        if given:
-            complete[item.name] = (average, given[0])
-        elif live is not None and item.name in live and not _learns(item):
-            complete[item.name] = (live, item.name)
-        elif not _learns(item):
-            complete[item.name] = (mine, item.name)
-        else:
-            missing.append(item.name)
-    if missing or extra:
+    givers = {item.name: _giver(item, average, live, mine) for item in tracked}
+    complete = {name: giver for name, giver in givers.items() if giver is not None}
+    if len(complete) < len(givers) or extra:
         wanted = dict.fromkeys(item.name for item in tracked)
         got = dict.fromkeys([*complete, *extra])
         raise ValueError(
@@ -163,6 +153,18 @@ def _complete(found: Checkpoint, name: str, tracked: list[Tracked]) -> dict[str,
         )
     shards = {item.name: item.held() for item in tracked}
     return local_parts(found.path, name, Renamed(complete), shards)
+
+
+def _giver(
+    item: Tracked, average: LazyTensors, live: LazyTensors | None, mine: LazyTensors
+) -> tuple[LazyTensors, str] | None:
+    """The source of a tensor, and its name there; None for a weight that the average must have and lacks."""
+    for name in (item.name, *item.aliases):
+        if name in average:
+            return average, name
+    if _learns(item):
+        return None
+    return live if live is not None and item.name in live else mine, item.name
 
 
 def _learns(item: Tracked) -> bool:

@@ -73,21 +73,8 @@ class Run:
         copy: Sequence[str] = (),
     ) -> Run:
         """Find what a folder of snapshots or a run, and checkpoints (time -> file), hold; reads headers only."""
-        if isinstance(folder, Choice):
-            checkpoints, folder = {**_by_time(folder), **checkpoints}, None
-        elif folder is not None and not stored_in(Path(folder)):
-            checkpoints, folder = {**_of_folder(Path(folder)), **checkpoints}, None
-        if folder is None and not checkpoints:
-            raise ValueError(
-                "nothing to make an average of: give a folder of snapshots, or checkpoints"
-            )
-        checkpoints = {
-            require_count("checkpoints time", time, "in steps"): path
-            for time, path in checkpoints.items()
-        }
-        if missing := [str(path) for path in checkpoints.values() if not Path(path).exists()]:
-            raise FileNotFoundError(f"no such checkpoints: {', '.join(missing)}")
-        recorded = snapshots(folder) if folder is not None else []
+        recorded_in, checkpoints = _sources(folder, checkpoints)
+        recorded = [] if recorded_in is None else snapshots(recorded_in)
         if recorded and copy:
             raise ValueError(
                 f"copy (--copy) is {list(copy)}, wanted none for snapshots: they copy what their averager copied"
@@ -140,6 +127,27 @@ class Run:
         wanted = f"a time up to {times[-1]:g}, the last known"
         require(0 < at <= times[-1] + slack, "at", at, wanted)
         return self.elapsed[: int(np.searchsorted(times, at + slack, side="right"))]
+
+
+def _sources(
+    folder: Path | str | Choice | None, checkpoints: Mapping[int, Path | str]
+) -> tuple[Path | str | None, Mapping[int, Path | str]]:
+    """The folder of snapshots, if there is one, and all checkpoints by their steps; refuses what is not there."""
+    if isinstance(folder, Choice):
+        checkpoints, folder = {**_by_time(folder), **checkpoints}, None
+    elif folder is not None and not stored_in(Path(folder)):
+        checkpoints, folder = {**_of_folder(Path(folder)), **checkpoints}, None
+    if folder is None and not checkpoints:
+        raise ValueError(
+            "nothing to make an average of: give a folder of snapshots, or checkpoints"
+        )
+    checkpoints = {
+        require_count("checkpoints time", time, "in steps"): path
+        for time, path in checkpoints.items()
+    }
+    if missing := [str(path) for path in checkpoints.values() if not Path(path).exists()]:
+        raise FileNotFoundError(f"no such checkpoints: {', '.join(missing)}")
+    return folder, checkpoints
 
 
 def _live(snapshot: Snapshot) -> StoredSlot:
