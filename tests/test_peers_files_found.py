@@ -219,7 +219,7 @@ LAYOUTS: dict[str, Laid] = {
     "an average alone": Laid({"ema_model_state_dict": state(2), "step": 3}, None),
     "numbers beside the tensors": Laid({**state(1), "epoch": 3}, averages={}),
     "arrays of numpy beside the tensors": Laid(
-        {"model": {**state(1), "mean": numpy.ones(3)}}, averages={}, left={"mean (numpy.ndarray)": 1}
+        {"model": {**state(1), "mean": numpy.ones(3)}}, averages={}, left={"model.mean (numpy.ndarray)": 1}
     ),
     "the same at the top": Laid(
         {**state(1), "mean": numpy.ones(3), "epoch": 3}, averages={}, left={"mean (numpy.ndarray)": 1}
