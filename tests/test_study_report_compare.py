@@ -179,6 +179,8 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
     "metric": ({"metrics": {"error": Metric(loss)}}, 0),
     "schedule": ({"schedules": {"another": constant}}, 0),
     "seed": ({}, 50),
+    "direction": ({"metrics": {"loss": Metric(loss, lower_is_better=False)}}, 0),
+    "number": ({"value": lambda *_: None}, 0),
 }
 
 
@@ -190,6 +192,8 @@ def test_without_common_values_only_the_times_to_the_target_are_compared(
     page = write(compare_all([folders[0], other]), tmp_path / "out", "c").read_text()
     assert "Study 2 and study 1 have no loss of one arm" in page and "soonest" in page
     assert 'id="gains_2"' not in page and 'id="differences_2"' in page
+    words = ["study", "compare", f"{folders[0]}", f"{other}", "--out", f"{tmp_path / 'again'}"]
+    assert "Study 2 and study 1 have no loss of one arm" in CliRunner().invoke(app, words).output
 
 
 @pytest.mark.slow

@@ -148,6 +148,8 @@ def compare(
         if each.pairings:
             table = _compare_page.table(compared, each)
             print_table(table.header, table.rows, left=2)
+        else:
+            say(_compare_page.said(each, compared.metric))
         for line in each.differences:
             say(f"study {each.number} differs: {line}")
     command = shlex.join(["polyak", "study", "compare", *map(str, folders), "--out", str(out)])

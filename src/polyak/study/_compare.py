@@ -43,7 +43,7 @@ class Comparison:
     """A study beside the first one: the pairings, and the conditions in which they differ.
 
     `number` is the study's place among the folders, from 2, `seeds` are those that both have. Studies
-    without a common seed, metric, or arm under one schedule have no pairings.
+    without a common seed, metric of one direction, or arm under one schedule have no pairings.
     """
 
     number: int
@@ -83,13 +83,17 @@ def compare(folders: Sequence[Path]) -> Compared:
 
 def _compared(number: int, one: Result, two: Result, metric: str) -> Comparison:
     seeds = tuple(sorted({s.number for s in one.seeds} & {s.number for s in two.seeds}))
-    found = [
+    lower = [
+        r.study.metrics[metric].lower_is_better for r in (one, two) if metric in r.study.metrics
+    ]
+    pairs = (
         _paired(one, two, schedule, arm, metric, seeds)
         for schedule in one.study.schedules
         for arm in one.study.arm_names
         if schedule in two.study.schedules and arm in two.study.arm_names
-        if metric in two.study.metrics and seeds
-    ]
+        if lower in ([True, True], [False, False]) and seeds
+    )
+    found = [pair for pair in pairs if pair.gain.seeds]
     corrected = comparisons.holm({f"{i}": p.p for i, p in enumerate(found)})
     pairings = tuple(replace(p, p=corrected[f"{i}"]) for i, p in enumerate(found))
     differ = tuple(all_differences(_conditions(one), _conditions(two)))

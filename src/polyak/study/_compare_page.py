@@ -52,7 +52,7 @@ def _page(compared: Compared, command: str) -> Page:
     return Page(
         f"{listed(names[1:])} against {names[0]}",
         " ".join(f"Study {i}: {folder}." for i, folder in enumerate(compared.folders, 1)),
-        (*(_said(each, compared.metric) for each in compared.comparisons), *_fastest(studies)),
+        (*(said(each, compared.metric) for each in compared.comparisons), *_fastest(studies)),
         (
             *(s for each in compared.comparisons for s in _sections(compared, each)),
             Section("speed", "Time to the target in all studies", tuple(_speed(studies))),
@@ -61,12 +61,13 @@ def _page(compared: Compared, command: str) -> Page:
     )
 
 
-def _said(comparison: Comparison, metric: str) -> str:
+def said(comparison: Comparison, metric: str) -> str:
+    """The comparison of two studies in a sentence or two."""
     pairings, number = comparison.pairings, comparison.number
     if not pairings:
         return (
-            f"Study {number} and study 1 have no {metric} of one arm under one schedule and seed in common, so only times to "
-            "the target are compared."
+            f"Study {number} and study 1 have no {metric} of one arm under one schedule and seed in common, with one "
+            "better direction, so only times to the target are compared."
         )
     better = sum(p.gain.low > 0 for p in pairings)
     worse = sum(p.gain.high < 0 for p in pairings)
@@ -107,7 +108,7 @@ def _sections(compared: Compared, comparison: Comparison) -> Iterator[Section]:
 def _figures(comparison: Comparison) -> list[Figure]:
     schedules = dict.fromkeys(p.schedule for p in comparison.pairings)
     return [
-        _forest(comparison.number, s, [p for p in comparison.pairings if p.schedule == s and p.gain.seeds])
+        _forest(comparison.number, s, [p for p in comparison.pairings if p.schedule == s])
         for s in schedules
     ]  # fmt: skip
 
