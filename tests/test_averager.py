@@ -759,6 +759,17 @@ def test_scripted_and_traced_models_are_refused_by_name() -> None:
         polyak.EMA(nn.Sequential(nn.Linear(2, 2), traced))
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="since torch 2.8")
+@pytest.mark.parametrize("select", ["trainable", "*"])
+def test_weights_of_which_a_byte_holds_two_are_copied(select: str) -> None:
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    averager = Averager({"w": torch.ones(2), "packed": packed}, Uniform(), select=select)
+    packed.view(torch.uint8).fill_(7)
+    averager.update()
+    assert averager.average()["packed"].view(torch.uint8).tolist() == [7] * 4
+    assert "float4_e2m1fn_x2 is copied, not averaged" in str(averager.summary())
+
+
 def averager_of(make: Callable[[], Tensor]) -> Averager:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of tensors that it deprecates
