@@ -607,7 +607,7 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tar that is cut short": (
         lambda path: tarred(path, {"model_weights.ckpt": saved_bytes(1)}, cut=1600),
-        r"'model_weights\.ckpt' of \d+ bytes is cut short",
+        r"'model_weights\.ckpt' of \d+ bytes is cut short: copy or fetch",
     ),
     "metadata that are a pointer": (
         pointer_of_metadata,
@@ -696,6 +696,10 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file of torch.save that is cut short": (
         lambda path: path.write_bytes(saved_bytes(1)[:-200]),
         "a damaged file of torch.save .*: copy or fetch it again",
+    ),
+    "a file of safetensors that is cut short": (
+        lambda path: path.write_bytes(safetensors_bytes({"w": torch.ones(99)})[:-20]),
+        "safetensors file cannot be read .*: copy or fetch it again",
     ),
     "a file of torch.save of an early version": (
         lambda path: tarred(path, {"pickle": b"1", "tensors": b"1", "storages": b"1"}),

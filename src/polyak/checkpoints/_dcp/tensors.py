@@ -209,7 +209,7 @@ def _require_apart(file: str, places: list[tuple[int, int]], size: int) -> None:
         if start + length > size:
             raise ValueError(
                 f"{file} has {size} bytes, an entry of {length} bytes at {start} ends beyond them: the file "
-                "is cut short"
+                "is cut short, so copy or fetch it again"
             )
     for (start, length), (following, _) in pairwise(places):
         if start + length > following:

@@ -166,7 +166,7 @@ def _opened(place: Path, path: Path) -> int:
 
 
 def kept_elsewhere(path: Path) -> str:
-    """Why a path that has an entry leads to no file, and what to do; "" if there is none, or the file is there."""
+    """The reason why a link or a pointer leads to no file, and what to do; "" if it leads to one, or is missing."""
     if path.exists():
         return ""
     if path.with_name(f"{path.name}.dvc").exists():

@@ -50,7 +50,7 @@ def read_header(file: OpenFile) -> Header:
         known = _with_bytes(file)
         if known is None:
             raise ValueError(
-                f"{file.path}: the safetensors file cannot be read ({error})"
+                f"{file.path}: the safetensors file cannot be read ({error}): copy or fetch it again"
             ) from None
         return known
 

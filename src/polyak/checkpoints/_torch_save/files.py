@@ -30,6 +30,7 @@ _PICKLE = b"\x80"
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _WINDOW = 1 << 16  # the pickles before the storages are mostly shorter
+_AGAIN = ": copy or fetch the file again"
 _OTHER_ORDER = "saved on a machine of the other byte order: save it again on this kind of machine"
 
 
@@ -142,7 +143,9 @@ def _load_archive(reader: PartReader) -> Loaded:
         record = records.get(f"data/{storage.key}")
         if record is None or record.nbytes != storage.nbytes:
             has = "is missing" if record is None else f"has {record.nbytes}"
-            raise ValueError(f"storage {storage.key[:100]!r} of {storage.nbytes} bytes {has}")
+            raise ValueError(
+                f"storage {storage.key[:100]!r} of {storage.nbytes} bytes {has}{_AGAIN}"
+            )
         storage.span, storage.archive = record, (reader.start, reader.length)
     return Loaded(value, pickles.survey(value, len(data)), list(records.values()))
 
@@ -165,7 +168,7 @@ def _records(reader: PartReader) -> dict[str, FileSpan]:
                 "without compression (zip -0)"
             )
         if name in records:
-            raise ValueError(f"two records are named {name[:100]!r}")
+            raise ValueError(f"two records are named {name[:100]!r}{_AGAIN}")
         label = f"{reader.label}the record {name[:100]!r}"
         begin = partial(_begin, reader, entry)
         checksum = entry.CRC if summed else None
@@ -177,13 +180,15 @@ def _begin(reader: PartReader, entry: zipfile.ZipInfo) -> int:
     """Where a record's content begins; its own header must agree with the archive's directory."""
     header = reader.at(entry.header_offset, 30)
     if len(header) < 30 or header[:4] != _ARCHIVE:
-        raise ValueError(f"{reader.file.path}: the archive's directory points at no record")
+        raise ValueError(f"{reader.file.path}: the archive's directory points at no record{_AGAIN}")
     name_length, extra_length = struct.unpack("<HH", header[26:])
     name = reader.at(entry.header_offset + 30, name_length)
     start = entry.header_offset + 30 + name_length + extra_length
     if name != entry.orig_filename.encode() or start + entry.file_size > reader.length:
         record = f"the record {entry.orig_filename[:100]!r}"
-        raise ValueError(f"{reader.file.path}: {record} is not where the archive's directory says")
+        raise ValueError(
+            f"{reader.file.path}: {record} is not where the archive's directory says{_AGAIN}"
+        )
     return int(reader.start + start)
 
 
@@ -226,7 +231,7 @@ class _Pickles:
                 value, self.place = pickles.load(self._data, known, storage, self.place)
             except EOFError as error:
                 if len(self._data) == self._reader.length:
-                    raise ValueError(str(error)) from None
+                    raise ValueError(f"{error}{_AGAIN}") from None
                 self._data = self._reader.at(0, 4 * len(self._data))
             else:
                 return value, objects
@@ -244,14 +249,16 @@ def _place_storages(
         storage.span = FileSpan(reader.file, label, begin, storage.nbytes)
         place += 8 + storage.nbytes
         if place > reader.length:
-            raise ValueError(f"{label} of {storage.nbytes} bytes is cut short")
+            raise ValueError(f"{label} of {storage.nbytes} bytes is cut short{_AGAIN}")
     if storages:
-        raise ValueError(f"storage {next(iter(storages))[:100]!r} is missing")
+        raise ValueError(f"storage {next(iter(storages))[:100]!r} is missing{_AGAIN}")
 
 
 def _begin_counted(reader: PartReader, start: int, wanted: int, label: str) -> int:
     """Where a storage begins: behind the number of its elements."""
     count = int.from_bytes(reader.at(start, 8), "little")
     if count != wanted:
-        raise ValueError(f"{reader.file.path}: {label} has {count} elements, wanted {wanted}")
+        raise ValueError(
+            f"{reader.file.path}: {label} has {count} elements, wanted {wanted}{_AGAIN}"
+        )
     return reader.start + start + 8

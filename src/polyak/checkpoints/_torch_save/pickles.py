@@ -149,12 +149,25 @@ def load(
     Raises `ValueError` for a damaged pickle and for one that asks for too much, `EOFError` if the data
     end before the pickle.
     """
-    program, end = checked(data, start)
-    with no_collection():
-        try:
-            return _Unpickler(program, known, elsewhere).load(), end
-        except (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"the pickle is damaged ({str(error)[:200]})") from None
+    with _explained():
+        program, end = checked(data, start)
+    with no_collection(), _explained(EOFError):
+        return _Unpickler(program, known, elsewhere).load(), end
+
+
+@contextmanager
+def _explained(*others: type[Exception]) -> Iterator[None]:
+    """Errors of a pickle say what to do."""
+    errors: tuple[type[Exception], ...] = (
+        pickle.UnpicklingError, LookupError, TypeError, AttributeError, ValueError, *others,
+    )  # fmt: skip
+    try:
+        yield
+    except errors as error:
+        raise ValueError(
+            f"its pickle is damaged, or torch.save did not write it ({str(error)[:200]}): copy or fetch the file "
+            "again, or save its weights anew where it can be loaded"
+        ) from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -245,5 +258,6 @@ def survey(value: object, size: int) -> dict[str, int]:
                 raise ValueError("it repeats the same parts over and over")
         return sizes[id(value)]
 
-    measure(value, 0)
+    with _explained():
+        measure(value, 0)
     return dict(asides)

@@ -87,7 +87,7 @@ def _members(file: OpenFile) -> Iterator[tuple[str, FilePart]]:
         start, name = place + _BLOCK, extended.get("path", header.name)
         if not 0 <= size <= file.size - start:
             raise ValueError(
-                f"{file.path}: {name[:100]!r} of {size} bytes is cut short: the archive is damaged"
+                f"{file.path}: {name[:100]!r} of {size} bytes is cut short: copy or fetch the archive again"
             )
         if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
             extended |= _of_next(header.type, file.read(start, min(size, _MOST_EXTENDED)))
