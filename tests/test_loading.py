@@ -294,7 +294,7 @@ def test_files_without_checksums(tmp_path: Path) -> None:
 
 
 REMEDY = re.compile(
-    "(copy|fetch|save|load) (or fetch )?(it|the file|the weights)|another copy of the file"
+    "(copy|fetch|save|load|unpack) (or fetch )?(it|the (file|archive|weights))|another copy of the file"
 )
 SAVED = {"w": of_bytes(torch.bfloat16, (9, 3)), "step": 7, "b": [of_bytes(torch.int64, (5,), 1)]}
 

@@ -54,7 +54,7 @@ class OpenFile:
         self.require_unchanged()
         if not 0 <= start <= self.size:
             raise ValueError(
-                f"{self.path}: byte {start} was requested, and the file has {self.size}"
+                f"{self.path}: byte {start} was requested, and the file has {self.size}: copy or fetch it again"
             )
         with self.handle.use() as handle:
             return system.pread(handle, min(length, self.size - start), start)
@@ -286,9 +286,10 @@ def labelled(label: Path | str, damaged: str) -> Iterator[None]:
         raise FileNotFoundError(f"{label}: {error}") from None
     except OSError:
         raise
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(f"{label}: ") else f"{label}: {text}") from None
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            text = str(error)
+            text = text if text.startswith(f"{label}: ") else f"{label}: {text}"
+            raise ValueError(text) from None
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{label}: {damaged} ({what}): copy or fetch it again") from None

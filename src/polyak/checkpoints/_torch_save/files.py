@@ -203,7 +203,7 @@ def _load_pickles(reader: PartReader) -> Loaded:
         )
     version, _ = pickled.next()
     if version != _VERSION:
-        raise ValueError("a file of torch.save in an unknown version")
+        raise ValueError(f"a file of torch.save in an unknown version{_AGAIN}")
     system, _ = pickled.next()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError(_OTHER_ORDER)
