@@ -113,6 +113,7 @@ def test_one_of_several_averages_begins_and_the_other_goes_on() -> None:
 BAD: dict[str, tuple[Callable[[Averager, dict[str, Tensor]], object], str]] = {
     "missing": (lambda a, w: a.begin({"scale": w["scale"]}), r"missing: .*embedding.weight"),
     "extra": (lambda a, w: a.begin({**w, "other": w["scale"]}), r"begin: .*\n  extra: other"),
+    "a number as a name": (lambda a, w: a.begin({**w, 1: w["scale"]}), r"begin: .*\n  extra: 1"),  # type: ignore[dict-item]
     "a shape": (lambda a, w: a.begin({**w, "scale": torch.ones(2)}), r"scale: .*wanted"),
     "too large a count": (
         lambda a, w: a.begin(w, 10**9),

@@ -120,10 +120,10 @@ def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
     return [f"{label}: {listed(names)}" for label, names in lists if names]
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[object], most: int = 8) -> str:
     """The names in one line, the first `most` of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(str, names[:most])) + more
 
 
 def report(title: str, lines: Sequence[str]) -> str:
