@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cli_runs import run as command
 from polyak import Averager, Recorder, offline
-from polyak._runs.metrics import _TABLES
+from polyak._runs.metrics import _TABLES, _TEXTS
 from polyak.checkpoints._file_names import named
 from polyak.offline import Choice
 from run_folders import (
@@ -93,7 +93,7 @@ class TestEveryKind:
         assert "verified: 2 tensors are the direct sums" in done.stdout
 
 
-@pytest.mark.parametrize("name", _TABLES)
+@pytest.mark.parametrize("name", (*_TABLES, *_TEXTS))
 def test_a_table_of_each_name_is_read(name: str, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         put(tmp_path / f"step-{step}.pt", weights(step))
@@ -841,48 +841,94 @@ def test_the_folder_of_a_run_is_not_its_last_weights(tmp_path: Path) -> None:
 
 
 TRAIN, VALID = ("step,loss\n10,1\n20,2\n30,3\n", "step,loss\n10,3\n20,2\n30,9\n")
-SPLIT = (
-    '{"step": 10, "loss": 9, "split": "valid"}\n{"step": 20, "loss": 2, "split": "valid"}\n'
-    '{"step": 30, "loss": 1, "split": "train"}\n'
+EPOCHS = "epoch,loss\n1,9\n2,8\n3,1\n"
+
+
+def lines(records: str, *losses: float) -> str:
+    """A record for each step and loss, with the keys of `records`, one of them for each step or one for all."""
+    each = records.split("|") if "|" in records else [records] * len(losses)
+    return "".join(
+        f'{{"step": {10 * i}, {own}"loss": {loss}}}\n'
+        for i, (own, loss) in enumerate(zip(each, losses, strict=True), 1)
+    )
+
+
+SPLIT = lines('"split": "valid", |"split": "valid", |"split": "train", ', 9, 2, 1)
+BOTH = lines('"KEY": "train", ', 1, 2, 3) + lines('"KEY": "valid", ', 3, 2, 9)
+STAGES = BOTH.replace('"KEY"', '"mode": "finetune", "stage"')
+TWICE = {"log.json": lines("", 1, 2, 3), "log.jsonl": lines("", 3, 2, 1)}
+NESTED = "".join(
+    f'{{"mode": "val", "at": {{"step": {s}}}, "loss": {n}}}\n' for s, n in ((10, 2), (20, 1))
 )
-LINES = '{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n'
-TABLES: dict[str, tuple[dict[str, str], str, float]] = {
-    # the files, the metric as typed, the step of the best checkpoint
+DEEP = lines(
+    '"split": "v", "a": {"b": {"c": {"wer": 3}}}, |"split": "v", "a": {"b": {"c": {"wer": 2}}}, ',
+    1,
+    1,
+)
+CAPITAL = (
+    "step,Split,loss\n10,train,1\n10,valid,3\n20,train,2\n20,valid,2\n30,train,3\n30,valid,9\n"
+)
+UNITS = {"train.csv": "step,epoch,loss\n10,1,1\n20,2,2\n30,3,3\n", "dev.csv": EPOCHS}
+BETWEEN = {"train.csv": "step,loss\n9,1\n19,2\n29,3\n", "dev.csv": VALID}
+RESUMED = {"log_9.csv": "step,loss\n10,3\n20,2.01\n", "log_10.csv": "step,loss\n20,3.5\n30,3.2\n"}
+CLOSE = {"train.csv": "step,acc\n10,.9995\n20,.9994\n", "dev.csv": "step,acc\n10,.9994\n20,.9996\n"}
+TABLES: dict[str, tuple[dict[str, str], str, float | None]] = {
+    # the files, the metric as typed, the step of the best checkpoint; None: the metric is one of two
     "two files": ({"train.csv": TRAIN, "dev.csv": VALID}, "dev.loss", 20),
     "the other file": ({"train.csv": TRAIN, "dev.csv": VALID}, "train.loss", 10),
-    "two files that continue": (
-        {"1.csv": "step,loss\n10,3\n20,2\n", "2.csv": "step,loss\n20,2\n30,4\n"},
-        "loss",
-        20,
-    ),
+    "neither file": ({"train.csv": TRAIN, "dev.csv": VALID}, "loss", None),
+    "files of two units": (UNITS, "loss", None),
+    "files of two units, named": (UNITS, "dev.loss", 30),
+    "files of steps between each other": (BETWEEN, "loss", None),
+    "files of steps between each other, named": (BETWEEN, "dev.loss", 20),
+    "files of other steps": ({"train.csv": "step,loss\n10,1\n30,3\n", "dev.csv": "step,loss\n20,5\n"}, "loss", None),
+    "files that are nearly equal": (CLOSE, "acc", None),
+    "files with one stem": (TWICE, "loss", None),
+    "files with one stem, named": (TWICE, "log.jsonl.loss", 30),
+    "a log.txt beside a table": ({"log.json": lines("", 1, 2, 3), "log.txt": lines("", 3, 2, 1)}, "loss", 10),
+    "a log.txt of another metric": ({"metrics.csv": "step,acc\n10,1\n", "log.txt": lines("", 3, 2, 1)}, "loss", 30),
+    "a rounded copy": ({"it.csv": "step,loss\n10,1.23456\n20,1.13456\n", "log.jsonl": lines("", 1.2346, 1.1346)}, "loss", 20),
+    "two files that continue": ({"1.csv": "step,loss\n10,3\n20,2\n", "2.csv": "step,loss\n20,2\n30,4\n"}, "loss", 20),
+    "files of a resumed run": (RESUMED, "loss", 10),
+    "a file's name": ({"valid.csv": VALID}, "valid.loss", 20),
+    "a file's name, with a copy": ({"valid.csv": VALID, "train.csv": VALID}, "valid.loss", 20),
     "records of several splits": ({"log.jsonl": SPLIT}, "valid.loss", 20),
-    "a column of splits": (
-        {"log.csv": "step,loss,split\n10,9,valid\n20,2,valid\n30,1,train\n"},
-        "valid.loss",
-        20,
-    ),
+    "records of either split": ({"log.jsonl": SPLIT}, "loss", None),
+    "records of one split": ({"log.jsonl": lines('"split": "valid", ', 3, 1, 2)}, "valid.loss", 20),
+    "records of phases": ({"log.jsonl": lines('"phase": "warmup", |"phase": "main", |"phase": "main", ', 3, 2, 1)}, "loss", 30),
+    "records of trainings": ({"log.jsonl": lines('"stage": "pre-training", |"stage": "fine-tuning", ', 3, 2)}, "loss", 20),
+    "phases in a file of a split": ({"valid.jsonl": lines('"phase": "warmup", |"phase": "main", ', 3, 2)}, "valid.main.loss", 20),
+    "one metric of phases in a file of a split": ({"valid.jsonl": lines('"phase": "warmup", |"phase": "main", ', 3, 2)}, "loss", 20),
+    "a split with a slash": ({"log.jsonl": lines('"subset": "mmlu/anatomy", ', 3, 1, 2)}, "loss", 20),
+    "a split with a dot": ({"log.csv": "step,split,loss\n10,dev.clean,3\n20,dev.clean,1\n"}, "loss", 20),
+    "a stage of a mode": ({"log.jsonl": STAGES}, "loss", None),
+    "a stage of a mode, named": ({"log.jsonl": STAGES}, "valid.loss", 20),
+    "a key dataset": ({"log.jsonl": BOTH.replace("KEY", "dataset")}, "loss", None),
+    "a column of splits": ({"log.csv": "step,loss,split\n10,9,valid\n20,2,valid\n30,1,train\n"}, "valid.loss", 20),
+    "a column with a capital": ({"log.csv": CAPITAL}, "loss", None),
+    "a column with a capital, named": ({"log.csv": CAPITAL}, "valid.loss", 20),
+    "a nested clock beside a split": ({"log.jsonl": NESTED}, "loss", 20),
+    "a deep metric beside a split": ({"log.jsonl": DEEP}, "wer", 20),
     "a mark of the byte order": ({"metrics.csv": f"\ufeff{VALID}"}, "loss", 20),
-    "a last line that is cut": ({"log.jsonl": f'{LINES}{{"step": 30, "lo'}, "loss", 20),
-    "log.txt": ({"log.txt": LINES}, "loss", 20),
-}
+    "a last line that is cut": ({"log.jsonl": f'{lines("", 3, 2)}{{"step": 30, "lo'}, "loss", 20),
+    "a last cell that is cut": ({"log.csv": "step,loss\n10,3\n20,2\n30,1"}, "loss", 20),
+    "a last step that is cut": ({"log.csv": "step,loss\n10,3\n20,2\n3"}, "loss", 20),
+    "log.txt": ({"log.txt": lines("", 3, 2)}, "loss", 20),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_tables_that_people_have(kind: str, tmp_path: Path) -> None:
     files, by, step = TABLES[kind]
     for count in (10, 20, 30):
-        put(tmp_path / f"step-{count}.pt", weights(count))
+        put(tmp_path / f"step-{count}.pt", {"model": weights(count), "epoch": count // 10})
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
+    if step is None:
+        with pytest.raises(
+            ValueError, match=rf"is '{by}', which fits [\w.]+ and [\w.]+: give one of"
+        ):
+            offline.choose(tmp_path, best=1, by=by)
+        return
     (best,) = offline.choose(tmp_path, best=1, by=by).files
     assert best.at == step
-
-
-@pytest.mark.parametrize("kind", ["two files", "records of several splits"])
-def test_a_metric_of_several_data_is_not_guessed(kind: str, tmp_path: Path) -> None:
-    for count in (10, 20, 30):
-        put(tmp_path / f"step-{count}.pt", weights(count))
-    for name, content in TABLES[kind][0].items():
-        text(tmp_path / name, content)
-    with pytest.raises(ValueError, match=r"fits (dev|train).loss and (train|valid).loss: give one"):
-        offline.choose(tmp_path, best=1, by="loss")

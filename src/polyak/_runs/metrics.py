@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -11,10 +11,12 @@ from typing import Literal
 from polyak._runs import boards
 from polyak._runs.clocks import Timed
 from polyak._runs.inside import epochs, inside
-from polyak._runs.tables import Row, apart, clock_of, rows
+from polyak._runs.tables import Column, Row, Source, apart, clock_of, records, rows
 from polyak.checkpoints._file_names import named
 
 Better = Literal["lower", "higher"]
+Table = list[tuple[str, Row]]
+"""The split that each row is about, and its numbers."""
 
 _TABLES = (
     "*.csv",
@@ -24,8 +26,8 @@ _TABLES = (
     "scalars.json",
     "metrics.json",
     "log",
-    "log.txt",
 )
+_TEXTS = ("log.txt",)  # read only for a metric that no table has: it may repeat or mix them
 _WITHIN_RUN = {"checkpoints", "weights", "models", "save", "ckpt"}  # folders in a run's own folder
 _SHOWN = 12
 _LOWER = re.compile(r"(?<![a-z])(loss|wer|cer|ter|per|mer|eer|ece|ppl|perplexity|error|err|mse|mae|rmse|fid|nll|bpb|bpc)(?![a-z])")  # fmt: skip
@@ -42,16 +44,17 @@ def metric(timed: Sequence[Timed], by: str, run: Path) -> tuple[str, list[float 
     that fits several; for a table that counts epochs from 1 and files that count from 0.
     """
     known: list[Row] = [dict(named(each.entry.named).metrics) for each in timed]
-    for table in _tables(timed, run):
-        for of_file, row in zip(known, _joined(table, timed, by), strict=True):
-            of_file |= row
+    full: list[Row] = [{} for _ in timed]
+    for tables in _tables(timed, run):
+        _add(tables, timed, by, (known, full))
     for of_file, each in zip(known, timed, strict=True):
         of_file |= each.numbers | each.scores
-    if not _has(known, by):
-        for of_file, row in zip(known, _joined(_board(timed, run), timed, by), strict=True):
-            of_file |= row
-    name = _resolved(by, {name for of_file in known for name in of_file})
-    return name, [of_file.get(name) for of_file in known]
+    last = _last_tables(timed, run)
+    while not _has([*known, *full], by) and (more := next(last, None)) is not None:
+        _add(more, timed, by, (known, full))
+    names: set[str] = set().union(*known)
+    name = _resolved(by, names, set().union(*full))
+    return name, [of_file.get(name) for of_file in (known if name in names else full)]
 
 
 def direction(name: str, better: Better | None) -> Better:
@@ -71,20 +74,58 @@ def direction(name: str, better: Better | None) -> Better:
     )
 
 
-def _tables(timed: Sequence[Timed], run: Path) -> Iterator[list[Row]]:
-    """The tables of a run, the most particular last: those above its checkpoints, beside them, and in them."""
+def _add(
+    tables: Mapping[str, Table], timed: Sequence[Timed], by: str, to: tuple[list[Row], list[Row]]
+) -> None:
+    """Add the numbers of tables to the rows of checkpoints, by name and by full name."""
+    columns: dict[Source, dict[str, Column]] = {}
+    for file, table in tables.items():
+        for i, found in enumerate(_joined(file, table, timed, by)):
+            for (split, name), number in found.items():
+                of_source = columns.setdefault((file, split), {})
+                of_source.setdefault(name, [None] * len(timed))[i] = number
+    for known, named_columns in zip(to, apart(columns), strict=True):
+        for name, column in named_columns.items():
+            for of_file, value in zip(known, column, strict=True):
+                if value is not None:
+                    of_file[name] = value
+
+
+def _tables(timed: Sequence[Timed], run: Path) -> Iterator[dict[str, Table]]:
+    """The tables of each place, the most particular last: above the checkpoints, beside them, and in them."""
     folder, *above = _places(timed, run)
     for place in (*reversed(above), folder):
-        paths = [path for pattern in _TABLES for path in sorted(place.glob(pattern))]
-        yield from apart({path: rows(path) for path in paths})
+        yield _of_folder(place, _TABLES)
         for path in sorted(place.glob("*/vis_data/scalars.json")):
-            yield from _of_mmengine(rows(path), timed)
+            yield from map(_plain, _of_mmengine(rows(path), timed))
     for path in sorted(folder.glob("checkpoint.pth")):  # where espnet keeps its reporter
-        yield epochs(inside(path))
-    yield [row for path in sorted(folder.glob("scores/*.txt")) if (row := _score(path))]
+        yield _plain(epochs(inside(path)))
+    yield _plain([row for path in sorted(folder.glob("scores/*.txt")) if (row := _score(path))])
     for each in timed:
         if each.entry.folder is not None:
-            yield rows(each.entry.folder / "trainer_state.json")
+            yield _plain(rows(each.entry.folder / "trainer_state.json"))
+
+
+def _last_tables(timed: Sequence[Timed], run: Path) -> Iterator[dict[str, Table]]:
+    """The tables that are read only for a metric that is nowhere else, the nearest first."""
+    for place in _places(timed, run):
+        yield _of_folder(place, _TEXTS)
+    yield _plain(_board(timed, run))
+
+
+def _of_folder(place: Path, patterns: Sequence[str]) -> dict[str, Table]:
+    """The tables of a folder by their files' names, without a suffix where that is enough."""
+    paths = [path for pattern in patterns for path in sorted(place.glob(pattern))]
+    tables = {path: table for path in paths if (table := records(path))}
+    stems = [path.stem for path in tables]
+    return {
+        path.stem if stems.count(path.stem) == 1 else path.name: table
+        for path, table in tables.items()
+    }
+
+
+def _plain(table: list[Row]) -> dict[str, Table]:
+    return {"": [("", row) for row in table]}
 
 
 def _places(timed: Sequence[Timed], run: Path) -> list[Path]:
@@ -143,20 +184,22 @@ def _score(path: Path) -> Row:
         return {}
 
 
-def _joined(table: Sequence[Row], timed: Sequence[Timed], by: str) -> list[Row]:
-    """The numbers of a table for each checkpoint, by its step, or by its epoch if no step fits.
+def _joined(
+    file: str, table: Table, timed: Sequence[Timed], by: str
+) -> list[dict[tuple[str, str], float]]:
+    """The numbers of a table for each checkpoint by split and name, by its step, or its epoch if no step fits.
 
     A step takes the row before too: trainers that count from 0 write their last metrics there.
     """
     for unit in ("step", "epoch"):
-        of_count: dict[float, Row] = {}
-        for row in table:
+        of_count: dict[float, dict[tuple[str, str], float]] = {}
+        for split, row in table:
             if (count := clock_of(row).get(unit)) is not None:
-                of_count.setdefault(count, {}).update(row)
+                of_count.setdefault(count, {}).update({(split, name): n for name, n in row.items()})
         counts = [_count(each, unit) for each in timed]
         before = {n - 1 for n in counts if n is not None and unit == "step"}
         if of_count.keys() & {*counts, *before}:
-            if _has(table, by):
+            if _has(({f"{file}.{split}.{name}": 0.0 for name in row} for split, row in table), by):
                 _require_one_start(unit, of_count, counts)
             last = {n: row for n, row in of_count.items() if n in before.difference(counts)}
             return [{} if n is None else last.get(n - 1, {}) | of_count.get(n, {}) for n in counts]
@@ -171,7 +214,7 @@ def _count(each: Timed, unit: str) -> float | None:
 
 
 def _require_one_start(
-    unit: str, of_count: Mapping[float, Row], counts: Sequence[float | None]
+    unit: str, of_count: Mapping[float, object], counts: Sequence[float | None]
 ) -> None:
     """Raises `ValueError` if one of metrics and checkpoints counts from 0, and the other from 1."""
     own = sorted(count for count in counts if count is not None)
@@ -186,18 +229,19 @@ def _require_one_start(
         )
 
 
-def _has(table: Sequence[Row], by: str) -> bool:
+def _has(table: Iterable[Row], by: str) -> bool:
     return any(_words(name).endswith(_words(by)) for row in table for name in row)
 
 
-def _resolved(by: str, names: set[str]) -> str:
-    """The one name that `by` means."""
-    if by in names:
-        return by
+def _resolved(by: str, names: set[str], full: set[str]) -> str:
+    """The one name that `by` means, or the one full name."""
     words = _words(by)
     for fits in (
+        [by] if by in names else [],
         [name for name in names if _words(name) == words],
         [name for name in names if _words(name).endswith(f"_{words}")],
+        [name for name in full if _words(name) == words],
+        [name for name in full if _words(name).endswith(f"_{words}")],
     ):
         if len(fits) == 1:
             return fits[0]

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, float]
 """The numbers of one record by name."""
+
+Source = tuple[str, str]
+"""A file, as "valid", and a split in it; each is "" where there is none."""
+
+Column = list[float | None]
+"""A metric of each checkpoint."""
 
 _MOST_BYTES = 1 << 28
 _MOST_SETTINGS = 1 << 22  # of a YAML file: larger ones are no records of metrics
@@ -23,7 +32,9 @@ _DEPTH = 4
 _STEPS = ("global_step", "global_steps", "step", "steps", "num_updates", "iteration", "iter",
           "batch_idx_train", "consumed_steps")  # fmt: skip
 _EPOCHS = ("epoch", "current_epoch", "cur_epoch")
-_SPLITS = ("split", "mode", "phase", "stage", "subset")  # keys of the data that a record is about
+_SPLITS = ("dataset", "split", "subset", "mode", "phase", "stage")  # what a record is about
+_DATA = re.compile(r"(?<![a-z])(?<!pre.)(?<!post.)(train(ing)?|val(id(ation)?)?|dev|test|eval(uation)?|held.?out)(?![a-z])", re.I)  # fmt: skip
+_OFF = 1e-3  # how far two writings of one number lie apart at most
 
 
 def numbers(value: object, prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, float]]:
@@ -53,7 +64,14 @@ def clock_of(row: Mapping[str, float]) -> Row:
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of a table of numbers; none for a file that is not one, or that is not read here.
+    """The rows of a table of numbers, as `records`."""
+    return [row for _, row in records(path)]
+
+
+def records(path: Path) -> list[tuple[str, Row]]:
+    """The split that each row of a table is about, as "valid", or "", and its numbers.
+
+    There are none for a file that is no table, or that is not read here.
 
     Raises `ModuleNotFoundError` for YAML without the package `yaml`; `OSError` if it cannot be read.
     """
@@ -62,40 +80,88 @@ def rows(path: Path) -> list[Row]:
         return []
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return [row for record in _records(path, text) if (row := _row(record))]
+        read = [(_split(record), dict(numbers(record))) for record in _records(path, text)]
     except (ValueError, RecursionError, csv.Error):
         return []  # not a table: many files end in .json or .csv
+    return [(split, row) for split, row in read if row]
 
 
-def apart(tables: Mapping[Path, list[Row]]) -> list[list[Row]]:
-    """Tables of one folder; a number that differs between two of them is called after its file: "valid.loss"."""
-    first: dict[tuple[str, float, str], float] = {}
-    differ: set[str] = set()
-    several = sum(map(bool, tables.values())) > 1
-    for table in tables.values() if several else ():
-        last = {
-            (unit, count, name): number
-            for row in table
-            for unit, count in [*clock_of(row).items()][:1]
-            for name, number in row.items()
-        }
-        differ |= {key[2] for key, n in last.items() if repr(first.setdefault(key, n)) != repr(n)}
-    return [
-        [{f"{path.stem}.{n}" if n in differ else n: v for n, v in row.items()} for row in table]
-        for path, table in tables.items()
-    ]
+def apart(columns: Mapping[Source, Mapping[str, Column]]) -> tuple[dict[str, Column], ...]:
+    """Columns of one folder by name, and by full name: "valid.loss" is `loss` in valid.csv or of the split.
+
+    One name that several metrics have is called after its file or split.
+    """
+    of_names: dict[str, dict[Source, Column]] = {}
+    for source, row in columns.items():
+        for name, column in row.items():
+            of_names.setdefault(name, {})[source] = column
+    found: dict[str, Column] = {}
+    full: dict[str, Column] = {}
+    for name, several in of_names.items():
+        if all(_one_metric(*two) for two in combinations(several.items(), 2)):
+            found[name] = _merged(sorted(several.values(), key=_start))
+        else:
+            found |= {f"{_called(one, several)}{name}": several[one] for one in several}
+        full |= {".".join(filter(None, (*one, name))): several[one] for one in several}
+    return found, full
 
 
-def _row(record: object) -> Row:
-    """The numbers of a record; if it says of which data, as in `"split": "valid"`, behind that: "valid.loss"."""
-    texts = [record.get(key) for key in _SPLITS] if isinstance(record, Mapping) else []
-    split = next((text for text in texts if isinstance(text, str)), None)
-    return dict(numbers(record if split is None else {split: record}))
+def _merged(columns: Sequence[Column]) -> Column:
+    """The last number of each checkpoint."""
+    of_files = zip(*columns, strict=True)
+    return [next((n for n in reversed(of) if n is not None), None) for of in of_files]
+
+
+def _one_metric(one: tuple[Source, Column], other: tuple[Source, Column]) -> bool:
+    """Whether two columns of one name agree, or the later continues the earlier."""
+    both = [two for two in zip(one[1], other[1], strict=True) if None not in two]
+    if both:
+        resumed = _letters(one[0]) == _letters(other[0]) and _start(one[1]) != _start(other[1])
+        return resumed or all(_written_twice(*two) for two in both)
+    parts = zip(one[0], other[0], _letters(one[0]), _letters(other[0]), strict=True)
+    return all(a == b or not (_DATA.search(x) or _DATA.search(y)) for x, y, a, b in parts)
+
+
+def _written_twice(one: float | None, other: float | None) -> bool:
+    """Whether a number is the other one with fewer digits."""
+    if one is None or other is None or not math.isfinite(one) or not math.isfinite(other):
+        return repr(one) == repr(other)
+    digit = 10.0 ** max(int(Decimal(repr(n)).as_tuple().exponent) for n in (one, other))
+    return math.isclose(one, other, rel_tol=_OFF) and abs(one - other) < 0.51 * digit
+
+
+def _start(column: Column) -> int:
+    return next((i for i, number in enumerate(column) if number is not None), len(column))
+
+
+def _letters(source: Source) -> Source:
+    """A file and a split without digits: "log_2.csv" continues "log_1.csv"."""
+    file, split = (re.sub(r"[\W\d_]+", "", text.lower()) for text in source)
+    return file, split
+
+
+def _called(source: Source, among: Iterable[Source]) -> str:
+    """The file, the split, or both: those in which a source differs from others."""
+    parts = [of for of, *others in zip(source, *among, strict=True) if of and {of} != set(others)]
+    return "".join(f"{part}." for part in parts)
+
+
+def _split(record: object) -> str:
+    """The data that a record is about, as in `"split": "valid"`; otherwise, its phase or another text."""
+    if not isinstance(record, Mapping):
+        return ""
+    of_keys = {str(key).lower(): text for key, text in record.items() if isinstance(text, str)}
+    texts = [of_keys[key] for key in _SPLITS if of_keys.get(key)]
+    data = [text for text in texts if _DATA.search(text)]
+    return re.sub(r"[^\w-]+", "_", "_".join(data or texts))
 
 
 def _records(path: Path, text: str) -> Iterable[object]:
     if path.suffix == ".csv":
-        return [_numeric(row) for row in csv.DictReader(text.splitlines(), skipinitialspace=True)]
+        lines = text.splitlines()
+        if not text.endswith(("\n", "\r")):  # the last cell may be cut
+            lines[-1:] = [line.rpartition(",")[0] for line in lines[-1:]]
+        return [_numeric(row) for row in csv.DictReader(lines, skipinitialspace=True)]
     if path.suffix in (".yaml", ".yml"):
         content = _yaml(text)
     else:
@@ -127,7 +193,7 @@ def _numeric(row: Mapping[str | None, Any]) -> dict[str, Any]:
         try:
             found[name] = float(text)
         except (TypeError, ValueError):
-            found |= {name: text} if name in _SPLITS else {}
+            found |= {name: text} if name.lower() in _SPLITS else {}
     return found
 
 
