@@ -747,16 +747,78 @@ def test_bad_arguments_say_what_was_wanted(make: Any, error: type[Exception], me
         make()
 
 
+class Scripted(nn.Module):
+    """A weight and a scripted part, as e3nn's layers: its tensors do not train, if it has any."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight, part = nn.Parameter(torch.ones(2)), nn.Identity()
+        if kind == "a frozen weight":
+            part.register_parameter("v", nn.Parameter(torch.ones(2), requires_grad=False))
+        elif kind != "no tensor":
+            part.register_buffer("v", torch.ones(2), persistent=kind == "a buffer")
+        self.part = torch.jit.script(part)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
-def test_scripted_and_traced_models_are_refused_by_name() -> None:
-    scripted, traced = (
-        torch.jit.script(nn.Sequential(nn.Linear(2, 1))),
-        torch.jit.trace(nn.Linear(2, 1), torch.ones(1, 2)),
-    )
-    with pytest.raises(ValueError, match="the model is scripted or traced"):
-        Averager(scripted, Uniform())
-    with pytest.raises(ValueError, match="1 is scripted or traced"):
-        polyak.EMA(nn.Sequential(nn.Linear(2, 2), traced))
+@pytest.mark.parametrize(
+    "kind", ["no tensor", "a frozen weight", "a buffer", "a buffer that it does not save"]
+)
+def test_a_scripted_part_without_averaged_weights_harms_nothing(kind: str) -> None:
+    model = Scripted(kind)
+    averager = Averager(model, Uniform())
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.state_dict().get("part.v", torch.ones(2)).fill_(value)
+        averager.update()
+    with averager.applied():
+        assert model.weight.tolist() == [2, 2]
+    assert model.weight.tolist() == [3, 3]
+    if kind == "no tensor":  # EMA averages the others, too
+        polyak.EMA(model).update()
+    average = averager.average()
+    assert {name: t.tolist() for name, t in average.items()} == {
+        name: [2, 2] if name == "weight" else [3, 3] for name in model.state_dict()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_averaged_weights_of_scripted_and_traced_modules_are_refused_with_what_works() -> None:
+    traced = torch.jit.trace(nn.Linear(2, 1), torch.ones(1, 2))
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 1)))
+    for model, name in (
+        (scripted, "0.weight"),
+        (nn.Sequential(nn.Linear(2, 2), traced), "1.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} belongs to a scripted or traced module"):
+            Averager(model, Uniform())
+        with pytest.raises(ValueError, match=f"^{name} belongs to a scripted or traced module"):
+            polyak.EMA(model)
+    averager = Averager(dict(scripted.named_parameters()), Uniform())
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            for weight in scripted.parameters():
+                weight.fill_(value)
+        averager.update()
+    with averager.applied():
+        assert scripted(torch.ones(1, 2)).item() == 6
+    assert scripted(torch.ones(1, 2)).item() == 9
+    part = Averager(nn.Sequential(nn.Linear(2, 2), traced), Uniform(), select="0.*")
+    part.update()
+    assert list(part.average()) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_an_average_is_copied_to_a_scripted_model_also_in_a_block() -> None:
+    model, target = nn.Linear(2, 1), torch.jit.script(nn.Linear(2, 1))
+    averager = Averager(model, Uniform())
+    averager.update()
+    other = Averager(nn.Linear(2, 1), Uniform())
+    other.update()
+    with other.applied():
+        averager.copy_to(target)
+    assert torch.equal(target.weight, model.weight)
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="since torch 2.8")

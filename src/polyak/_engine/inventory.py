@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -20,6 +21,8 @@ class Inventory:
     """The tables of all modules, with their names and objects, and where the tensors' memory is."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        if any(isinstance(each, torch.jit.ScriptModule) for each in modules):
+            modules = []  # their tables are copies, which never change
         self._modules = [(each, each._modules, each._parameters, each._buffers) for each in modules]
         self._tables: list[dict[str, Any]] = []
         for _, children, parameters, buffers in self._modules:

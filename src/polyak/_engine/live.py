@@ -15,7 +15,7 @@ from polyak._engine import open_swaps
 from polyak._engine.inventory import Inventory
 from polyak._engine.refusals import CHANGE_FIRST
 from polyak._engine.tracking import Choice, Entry, ModelWalk, Source, Tracked, by_name, track
-from polyak._engine.watch import FORM, Watch
+from polyak._engine.watch import FORM, Watch, refuse_scripted
 from polyak._parts import Stages
 from polyak._ranks.sharding import Shape, reshard
 from polyak._tensors import Groups
@@ -207,6 +207,7 @@ class ModelTensors:
 
     def _look(self) -> ModelWalk:
         tracked, modules = track(self.model, *self._options)
+        refuse_scripted(tracked)
         return ModelWalk([_by_known_name(item, self._forms) for item in tracked], modules)
 
     def _changes(self, tracked: Sequence[Tracked]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from polyak._engine.memory import is_freed, overlap, overlaps_itself
@@ -52,15 +52,6 @@ def refuse_strange(name: str, found: Tensor) -> None:
         raise ValueError(
             f"{name} has no memory: its storage was freed (resize_(0)); make the average, and update "
             "it, while the weights are there"
-        )
-
-
-def refuse_scripted(prefix: str, module: nn.Module) -> None:
-    """Raises `ValueError` for a module of TorchScript, whose tables do not show what was replaced."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError(
-            f"{prefix.removesuffix('.') or 'the model'} is scripted or traced (torch.jit), and its weights "
-            "cannot be followed: average the module that it was made from, and script that afterwards"
         )
 
 

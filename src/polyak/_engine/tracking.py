@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 from polyak._dtypes import has_mean, refuse_wrapper
 from polyak._engine.memory import identity
-from polyak._engine.refusals import (
-    refuse_scripted,
-    refuse_sign_view,
-    refuse_strange,
-    require_apart,
-)
+from polyak._engine.refusals import refuse_sign_view, refuse_strange, require_apart
 from polyak._ranks.sharding import (
     Shape,
     as_distributed,
@@ -67,7 +62,8 @@ class Entry(NamedTuple):
 
     def now(self) -> Tensor | None:
         """The tensor that its owner has in this place now; None where it has none."""
-        return self.holder().get(self.leaf)
+        holder = self.holder()  # TorchScript's has no `get`
+        return holder[self.leaf] if self.leaf in holder else None  # noqa: SIM401
 
     def found(self) -> Tensor:
         """The tensor that has this name now."""
@@ -197,7 +193,6 @@ def _find(source: Source) -> tuple[list[tuple[Entry, Tensor]], list[nn.Module]]:
         walked = list(walk(source, ""))
         for prefix, module in walked:
             refuse_flat(prefix, module)
-            refuse_scripted(prefix, module)
         found = [pair for prefix, module in walked for pair in _own_tensors(prefix, module)]
         return found, list({id(module): module for _, module in walked}.values())
     if not isinstance(source, Mapping):

@@ -48,7 +48,7 @@ class Watch:
         entries = [entry for item in averaged for entry in item.entries]
         self.parameters = _tables(entries, "_parameters")
         self.buffers = _tables(entries, "_buffers")
-        self.families = [(module, module._modules) for module in modules if module._modules]
+        self.families = [(m, m._modules) for m in modules if m._modules and not _is_scripted(m)]
         tables: list[Mapping[str, object]] = [] if modules else [cast(Any, model)]
         for watched in (self.parameters, self.buffers, self.families):
             tables += [table for _, table in watched]
@@ -75,6 +75,21 @@ class Watch:
             return ""
         looks = zip(self._names, self._tensors, self._forms, strict=True)
         return ", ".join([name for name, tensor, form in looks if _differs(tensor, *form)][:8])
+
+
+def refuse_scripted(tracked: Iterable[Tracked]) -> None:
+    """Raises `ValueError` for averaged weights of a module of TorchScript, which may replace them unseen."""
+    for item in tracked:
+        if item.policy == "average" and any(_is_scripted(entry.owner) for entry in item.entries):
+            raise ValueError(
+                f"{item.name} belongs to a scripted or traced module (torch.jit), which can replace it "
+                "unseen: average the module that it was made from, give the averager "
+                "dict(model.named_parameters()) as its model, or leave the weight out with `select`"
+            )
+
+
+def _is_scripted(owner: object) -> bool:
+    return isinstance(owner, torch.jit.ScriptModule)
 
 
 class Places:
