@@ -173,6 +173,9 @@ NAMES = [
     ("qwen2.5-0.5B.pt", {"number": 5}),
     ("model_0.91.pt", {}),
     ("model-loss-2.31-400.pt", {"number": 400}),
+    ("resnet_acc0.91.pt", {}),
+    ("0.91_model.pt", {}),
+    ("resnet18.10.pth", {"number": 10}),
     ("0.1000.pt", {"number": 1000}),  # ema-pytorch's snapshots
 ]
 
@@ -337,7 +340,10 @@ class TestWhatCannotBeKnown:
             ("20251231-230000.pt", "20260102-100000.pt", "20260110-090000.pt"),
             ("ckpt_e1_b100.pt", "ckpt_e1_b300.pt", "ckpt_e2_b200.pt"),
             ("a-step-10.pt", "b-step-15.pt", "a-step-20.pt", "b-step-25.pt"),
-            ("a_epoch1.pt", "b_epoch2.pt", "a_epoch3.pt"),
+            ("run1_step10.pt", "run2_step15.pt", "run1_step20.pt", "run2_step25.pt"),
+            ("fold0_epoch1.pt", "fold1_epoch2.pt", "fold0_epoch3.pt"),
+            ("seed=0-step=10.ckpt", "seed=1-step=15.ckpt", "seed=0-step=20.ckpt"),
+            ("model_acc0.97.pt", "model_acc0.99.pt", "model_acc1.00.pt"),
         ],
     )
     def test_names_whose_order_is_not_that_of_one_number(
@@ -348,17 +354,60 @@ class TestWhatCannotBeKnown:
         with pytest.raises(ValueError, match=r"several things, or several runs: list the files"):
             offline.choose(tmp_path, last=2)
 
-    def test_a_name_that_changes_during_a_run(self, tmp_path: Path) -> None:
-        names = ("a-step-10.pt", "a-step-20.pt", "b-step-30.pt")
-        for name in names:
+    @pytest.mark.parametrize(
+        "files",
+        [
+            ("a-step-10.pt", "a-step-20.pt", "b-step-30.pt"),
+            ("a_epoch1.pt", "b_epoch2.pt", "a_epoch3.pt"),
+            ("step_1000.pt", "step_2000_milestone.pt", "step_3000.pt"),
+            ("epoch=0-step=10.ckpt", "epoch=1-step=20-v1.ckpt", "epoch=2-step=30.ckpt"),
+            *(
+                tuple(f"epoch={i}-val_loss={loss}.ckpt" for i, loss in enumerate(losses))
+                for losses in (("0.5", "nan", "0.3"), ("nan", "0.5", "-inf", "0.3", "nan"))
+            ),
+            ("resnet18.10.pth", "resnet18.20.pth", "resnet18.100.pth"),
+            ("gpt2.1000.pt", "gpt2.2000.pt"),
+            ("net_v2.9.pt", "net_v2.10.pt"),
+            ("cycle1.2.pt", "cycle1.3.pt"),
+            ("epoch_1.500.pt", "epoch_2.1000.pt"),
+            ("ckpt_1e3.pt", "ckpt_5e3.pt", "ckpt_1e4.pt"),
+            ("model-1e5.pt", "model-2e5.pt", "model-5e5.pt", "model-1e6.pt"),
+            ("ckpt-1.5k.pt", "ckpt-2k.pt"),
+            ("ckpt_900k.pt", "ckpt_950k.pt", "ckpt_1M.pt", "ckpt_1.05M.pt"),
+            ("acc=91-1000.pt", "acc=90-2000.pt", "acc=95-3000.pt"),
+            ("m-1000-loss=2.5e-05.pt", "m-2000-loss=1.9e-04.pt"),
+            ("model_acc93_epoch1.pt", "model_acc91_epoch2.pt", "model_acc92_epoch3.pt"),
+        ],
+    )
+    def test_names_of_one_run(self, files: tuple[str, ...], tmp_path: Path) -> None:
+        for name in files:
             put(tmp_path / name, weights(1))
-        assert [file.path.name for file in offline.choose(tmp_path).files] == [*names]
+        assert [file.path.name for file in offline.choose(tmp_path).files] == [*files]
 
-    def test_a_metric_in_a_name_is_no_count(self, tmp_path: Path) -> None:
-        for loss in ("0.91", "0.95", "0.93"):
-            put(tmp_path / f"model_{loss}.pt", weights(1))
-        with pytest.raises(ValueError, match="no checkpoints were found"):
-            offline.choose(tmp_path, last=2)
+    def test_several_runs_that_are_listed_or_of_which_the_best_are_wanted(
+        self, tmp_path: Path
+    ) -> None:
+        files = [tmp_path / f"{run}-step-{step}.pt" for step, run in enumerate("abab")]
+        for loss, path in enumerate(files):
+            put(path, {"model": weights(1), "loss": loss})
+        assert [file.path for file in offline.choose(files[::-1], last=2).files] == files[2:]
+        for run in (files, tmp_path):
+            chosen = offline.choose(run, best=2, by="loss").files
+            assert [file.path for file in chosen] == files[:2]
+
+    @pytest.mark.parametrize(
+        "name", ["model_{}.pt", "resnet_acc{}.pt", "{}_model.pt", "best_of_{}/w.pt"]
+    )
+    def test_a_metric_in_a_name_is_no_count(self, name: str, tmp_path: Path) -> None:
+        for epoch, loss in enumerate(("0.91", "0.95", "0.93")):
+            for run, inside in (("bare", {}), ("inside", {"epoch": epoch})):
+                put(tmp_path / run / name.format(loss), {"model": weights(1)} | inside)
+        with pytest.raises(ValueError, match="the order of its checkpoints is not known"):
+            offline.choose(tmp_path / "bare", last=2)
+        files = offline.choose(tmp_path / "inside", last=2).files
+        run = tmp_path / "inside"
+        wanted = [run / Path(name.format(loss)).parts[0] for loss in ("0.95", "0.93")]
+        assert [file.path for file in files] == wanted
 
     def test_averages_and_optimizers_beside(self, tmp_path: Path) -> None:
         """As guided-diffusion saves. Averages that are listed alone are what is wanted."""

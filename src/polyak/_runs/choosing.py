@@ -107,7 +107,7 @@ def choose(
     if (best is None) != (by is None):
         raise ValueError(f"best is {best!r} and by is {by!r}: give both (--best N --by METRIC)")
     place, listed = _place(run, file)
-    order = _order(listed, place, by)
+    order = _order(listed, place, by, given=not isinstance(run, (str, os.PathLike)))
     timed = order.timed if steps is None else _of_steps(order, steps)
     name, qualities = (None, {}) if by is None else _qualities(timed, by, place)
     direct = None if name is None else direction(name, better)
@@ -141,9 +141,10 @@ def _place(run: Path | str | Sequence[Path | str], file: str | None) -> tuple[Pa
     return paths[0].parent, RunFolder(paths[0].parent, entries, {})
 
 
-def _order(listed: RunFolder, run: Path, by: str | None) -> Ordered:
+def _order(listed: RunFolder, run: Path, by: str | None, given: bool) -> Ordered:
+    """The order of checkpoints, which may be of several runs where they were given, or the best are wanted."""
     timed = clocks.by_name(listed.entries) if by is None else None
-    return clocks.ordered(timed or clocks.read(listed.entries), run)
+    return clocks.ordered(timed or clocks.read(listed.entries), run, mixed=given or by is not None)
 
 
 def _of_steps(order: Ordered, steps: tuple[int | None, int | None, int | None]) -> list[Timed]:

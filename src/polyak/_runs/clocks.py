@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from polyak._runs.finding import Entry
+from polyak._runs.finding import OF_RUN, Entry
 from polyak._runs.inside import inside, scalars, scores
 from polyak._runs.tables import Row, clock_of, rows
 from polyak.checkpoints._file_names import DECIMAL, SUFFIX, named
@@ -64,11 +64,11 @@ def by_name(entries: Sequence[Entry]) -> list[Timed] | None:
     return [Timed(entry, clock) for entry, clock in zip(entries, clocks, strict=True)]
 
 
-def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
+def ordered(timed: Sequence[Timed], run: Path, *, mixed: bool = False) -> Ordered:
     """Checkpoints in the order of their steps; averages beside others, and copies, are left out.
 
     The unit is the first that all have, with no two alike. A copy, such as `last.ckpt`, is a link, or
-    one whose name has no count, with the count of another.
+    one whose name has no count, with the count of another. `mixed` allows names of several runs.
 
     Raises `ValueError` for checkpoints whose order is not known, or if two have one count.
     """
@@ -79,12 +79,12 @@ def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
         about, path = named(each.entry.named), each.entry.named
         if about.averages and beside:
             aside[path] = "its name says that it is an average"
-        elif about.clock and not about.repeats and not _links(path, timed):
+        elif about.numbered and not about.repeats and not _links(path, timed):
             series.append(each)
     copies = [each for each in timed if each not in series and each.entry.named not in aside]
     if not series:
         series, copies = copies, []
-    unit, numberless = _unit(series, run)
+    unit, numberless = _unit(series, run, mixed)
     aside |= dict.fromkeys(numberless, "neither its name nor its content has a step")
     series = [each for each in series if each.entry.named not in aside]
     for each in copies:
@@ -95,12 +95,13 @@ def ordered(timed: Sequence[Timed], run: Path) -> Ordered:
     return Ordered(unit, sorted(series, key=lambda each: each.clock[unit]), aside)
 
 
-def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
+def _unit(series: Sequence[Timed], run: Path, mixed: bool) -> tuple[str, list[Path]]:
     """The unit that orders checkpoints, and those without any clock."""
     clocked = [each for each in series if each.clock]
     twice: Row = {}
     for unit in _UNITS:
-        if not twice and _mixed(clocked, unit):
+        things = unit == "number" and _several_things(series)
+        if not twice and (things or (not mixed and _several_runs(clocked, unit))):
             raise ValueError(
                 f"{run}: the numbers in its names may count several things, or several runs: list the files "
                 f"themselves, the oldest first{_of_one_kind(clocked)}"
@@ -124,27 +125,43 @@ def _unit(series: Sequence[Timed], run: Path) -> tuple[str, list[Path]]:
     )
 
 
-def _mixed(series: Sequence[Timed], unit: str) -> bool:
-    """Whether names count several things, or are those of several runs, whose counts lie among each other.
+def _several_things(series: Sequence[Timed]) -> bool:
+    """Whether bare numbers in names may count several things: there are several kinds of names, or decimals beside."""
+    names = _names(series, "number")
+    kinds = {_VALUE.sub("*", rest) for _, rest, _ in names}
+    decimals = any(not each.clock and named(each.entry.named).numbered for each in series)
+    return 1 < len(kinds) < len(names) or (decimals and bool(names))
+
+
+def _several_runs(series: Sequence[Timed], unit: str) -> bool:
+    """Whether names are those of several runs, whose counts lie among each other.
 
     Of bare numbers, such as a date and a time, those beside the count may not descend while it ascends.
     """
-    names = {each.entry.named: named(each.entry.named).clock.get(unit) for each in series}
-    counted = sorted((count, path.name) for path, count in names.items() if count is not None)
+    names = _names(series, unit)
     if unit == "number":
-        others = [_others(name, count) for count, name in counted]
-        return bool(_of_one_kind(series)) or others != sorted(others)
-    kinds = [_VALUE.sub("*", SUFFIX.sub("", name)) for _, name in counted]
-    changes = sum(one != other for one, other in pairwise(kinds))
-    alone = len({count for count, _ in counted}) == len(series)
-    return alone and changes >= len(set(kinds)) > 1
+        texts = [DECIMAL.sub(" ", rest) for _, rest, _ in names]
+        beside = [[int(digits) for digits in _NUMBER.findall(text)] for text in texts]
+        if beside != sorted(beside):
+            return True
+    kinds = [_VALUE.sub("*", rest) for _, rest, _ in names]
+    repeated = _alternate(kinds) and min(map(kinds.count, kinds)) > 1
+    runs = ["".join(OF_RUN.findall(name)) for *_, name in names]
+    alone = len({count for count, *_ in names}) == len(series)
+    return alone and (repeated or _alternate(runs))
 
 
-def _others(name: str, count: float) -> list[int]:
-    """The integers in a name but for its count."""
-    found = [int(digits) for digits in _NUMBER.findall(DECIMAL.sub(" ", name))]
-    place = max((i for i, one in enumerate(found) if one == count), default=len(found) - 1)
-    return found[:place] + found[place + 1 :]
+def _names(series: Sequence[Timed], unit: str) -> list[tuple[float, str, str]]:
+    """The names that have a count: the count, by which they are ordered, what `named` leaves, and the name."""
+    paths = [(named(each.entry.named), each.entry.named.name) for each in series]
+    return sorted(
+        (about.clock[unit], about.rest, name) for about, name in paths if unit in about.clock
+    )
+
+
+def _alternate(kinds: Sequence[str]) -> bool:
+    """Whether several kinds lie among each other."""
+    return sum(one != other for one, other in pairwise(kinds)) >= len(set(kinds)) > 1
 
 
 def _of_one_kind(series: Sequence[Timed]) -> str:

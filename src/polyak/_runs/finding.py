@@ -16,9 +16,10 @@ _PART = re.compile(
     r"\d-of-\d|(rank|shard)[-_]?[1-9]", re.IGNORECASE
 )  # of one checkpoint, whose first rank is 0
 _FIRST = re.compile(r"((rank|shard)[-_]?)0", re.IGNORECASE)
-_NO_CHECKPOINT = re.compile(
-    r"(version|run|exp|seed|trial|fold|rank|worker|ws)[-_]?\d+(\.\w+)?", re.IGNORECASE
-)
+_OF_RUN = r"(?:version|run|exp|seed|trial|fold|rank|worker|ws)[-_=]?\d+"
+OF_RUN = re.compile(rf"(?<![a-z]){_OF_RUN}", re.IGNORECASE)
+"""What says of which run a checkpoint is."""
+_NO_CHECKPOINT = re.compile(rf"{_OF_RUN}(\.\w+)?", re.IGNORECASE)
 _RECOVERY = re.compile(
     r"(?<![a-z])(recover(y)?|interrupt(ed)?|on_exception|crash(ed)?|emergency|preempt(ed|ion)?|autosave)(?![a-z])",
     re.IGNORECASE,
@@ -94,7 +95,9 @@ def entry(path: Path, file: str | None) -> Entry:
 
 def _of_a_run(held: RunFolder) -> list[Entry]:
     """The entries that may be one of a series: their names have a number, or repeat such a one."""
-    return [entry for entry in held.entries if (about := named(entry.named)).clock or about.repeats]
+    return [
+        entry for entry in held.entries if (about := named(entry.named)).numbered or about.repeats
+    ]
 
 
 def _in_folder(folder: Path, file: str | None) -> RunFolder:
@@ -103,7 +106,7 @@ def _in_folder(folder: Path, file: str | None) -> RunFolder:
         if path.name.startswith(".") or is_beside(path):
             continue
         absent = path.with_suffix("") if path.suffix == ".dvc" else path
-        if (kept := kept_elsewhere(absent)) and named(absent).clock:
+        if (kept := kept_elsewhere(absent)) and named(absent).numbered:
             aside[absent] = kept
         elif why := _why_aside(path):
             aside[path] = why
@@ -129,7 +132,7 @@ def _is_weights(path: Path) -> bool:
 
 def _why_aside(path: Path) -> str:
     """Why a file or folder with the name of a checkpoint is left out; "" for all others."""
-    if path.is_dir() and path.suffix in UNFINISHED and named(path).clock:
+    if path.is_dir() and path.suffix in UNFINISHED and named(path).numbered:
         return "its save was interrupted, or is not done"
     if not _is_weights(path):
         return ""
@@ -148,7 +151,7 @@ def _why_aside(path: Path) -> str:
 
 def _may_be_checkpoint(folder: Path) -> bool:
     about = named(folder)
-    counted = bool(about.clock) and _NO_CHECKPOINT.fullmatch(folder.name) is None
+    counted = about.numbered and _NO_CHECKPOINT.fullmatch(folder.name) is None
     return counted or about.repeats
 
 

@@ -30,8 +30,8 @@ _PAIR = re.compile(
     rf"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)", re.IGNORECASE
 )
 _NOT_COUNTED = re.compile(
-    r"-v\d+$|[-_.](rank|shard)[-_]?\d+$"
-)  # Lightning's, where the name was taken
+    r"-v\d+$|[-_.](rank|shard)[-_]?\d+$|[A-Za-z][A-Za-z_./ ]*=-?(nan|inf)(?![A-Za-z\d])"
+)  # the first is Lightning's, where the name was taken
 _WORD = r"(?:steps?|iter(?:ation)?s?|updates?)"
 _STEP = re.compile(
     rf"(?:{_WORD}|(?<![a-z])ba)[-_]?((?:{_SHORT})(?![a-z0-9])|\d+(?![\d.]))", re.IGNORECASE
@@ -42,8 +42,14 @@ _EPOCH = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+")
-DECIMAL = re.compile(r"(?<=[^\d.])\d+\.\d+(?![\d.]|e\d|[kmb](?![a-z0-9]))", re.IGNORECASE)
-"""A number that counts nothing: a metric, a version, a setting. A unit makes it a count."""
+DECIMAL = re.compile(
+    r"(?:(?<=[^a-z\d.])(?<!epoch[-_])\d+|(?!^0\.\d+$)(?<![\d.])0)\.\d+(?![\d.]|e\d|[kmb](?![a-z0-9]))",
+    re.IGNORECASE,
+)
+"""A number that counts nothing: a metric, a setting. A unit makes it a count.
+
+Behind a letter, as in resnet18.10, or an epoch, it is two numbers, unless it begins with 0. As is ema-pytorch's 0.1000.
+"""
 _COUNT = re.compile(
     r"(?:(tokens?|checkpoint|ckpt|model|^(?=[\d.]+m$))[-_]?)?"
     r"(\d+(?:\.\d+)?[kmb](?![a-z0-9])|(?<![a-z\d.])\d+(?:\.\d+)?e\d(?![a-z0-9])|\d+)",
@@ -72,19 +78,26 @@ class Named(NamedTuple):
 
     `clock` has "step", "epoch" or "number" (the last number of a name that does not say of what).
     `repeats`: it may be a copy of another, such as `last.ckpt`. `averages`: it is made of others.
+    `rest`: the name without its suffix, each `key=value`, and its "number".
     """
 
     clock: dict[str, float]
     metrics: dict[str, float]
     repeats: bool
     averages: bool
+    rest: str
+
+    @property
+    def numbered(self) -> bool:
+        """Whether it may be one of a series, whose order may lie inside."""
+        return bool(self.clock) or _NUMBER.search(self.rest) is not None
 
 
 def named(path: Path) -> Named:
     """Read the step, epoch or number in the name of a file or folder, and its other hints.
 
     >>> named(Path("epoch=3-step=64-val_loss=0.25.ckpt"))
-    Named(clock={'epoch': 3.0, 'step': 64.0}, metrics={'val_loss': 0.25}, repeats=False, averages=False)
+    Named(clock={'epoch': 3.0, 'step': 64.0}, metrics={'val_loss': 0.25}, repeats=False, averages=False, rest='--')
     >>> [named(Path(name)).clock for name in ("iter_0001000", "12epoch.pth", "checkpoint-500", "7.pt")]
     [{'step': 1000.0}, {'epoch': 12.0}, {'number': 500.0}, {'number': 7.0}]
     """
@@ -94,9 +107,10 @@ def named(path: Path) -> Named:
     clock = {_CLOCKS[key]: value for key, value in pairs.items() if key in _CLOCKS}
     metrics = {key: value for key, value in pairs.items() if key not in _CLOCKS}
     rest = _NOT_COUNTED.sub("", _PAIR.sub("", stem))
+    hints = bool(_REPEATS.search(rest)), bool(_AVERAGES.search(rest))
     if not clock:
-        clock = _counted(rest)
-    return Named(clock, metrics, bool(_REPEATS.search(rest)), bool(_AVERAGES.search(rest)))
+        clock, rest = _counted(rest)
+    return Named(clock, metrics, *hints, rest)
 
 
 def _in_full(number: str) -> float:
@@ -104,14 +118,14 @@ def _in_full(number: str) -> float:
     return float(number[:-1] + _UNITS.get(number[-1].lower(), number[-1]))
 
 
-def _counted(stem: str) -> dict[str, float]:
-    """The step, the epoch, or else the last number in a name without `key=value`."""
+def _counted(stem: str) -> tuple[dict[str, float], str]:
+    """The step, the epoch, or else the last number in a name without `key=value`; the name without that number."""
     found: dict[str, float] = {}
     if epochs := _EPOCH.findall(stem):
         found["epoch"] = _in_full("".join(epochs[-1]))
     if steps := _steps(_EPOCH.sub(" ", stem)):
         found["step"] = _in_full(steps[-1])
-    return found or _last_number(stem)
+    return (found, stem) if found else _last_number(stem)
 
 
 def _steps(stem: str) -> list[str]:
@@ -125,19 +139,20 @@ def _steps(stem: str) -> list[str]:
     return behind or before
 
 
-def _last_number(stem: str) -> dict[str, float]:
+def _last_number(stem: str) -> tuple[dict[str, float], str]:
     """The last number that is not a model's size. Sizes are 7b or 350m; if only they are there, the last one's digits.
 
-    A decimal, as in model_0.91, counts nothing: it is a metric, a version or a setting.
+    A decimal, as in model_0.91, counts nothing: it is a metric or a setting.
     """
-    stem = DECIMAL.sub(" ", stem)
+    text = DECIMAL.sub(lambda decimal: " " * len(decimal[0]), stem)
     counts = [
-        _in_full(number)
-        for word, number in ((each[1], each[2]) for each in _COUNT.finditer(stem))
-        if not _is_size(word, number[-1].lower())
+        each.span(2) for each in _COUNT.finditer(text) if not _is_size(each[1], each[2][-1].lower())
     ]
-    numbers = counts or [float(digits) for digits in _NUMBER.findall(stem)]
-    return {"number": numbers[-1]} if numbers else {}
+    places = counts or [each.span() for each in _NUMBER.finditer(text)]
+    if not places:
+        return {}, stem
+    start, end = places[-1]
+    return {"number": _in_full(text[start:end])}, f"{stem[:start]} {stem[end:]}"
 
 
 def _is_size(word: str | None, unit: str) -> bool:
@@ -195,7 +210,7 @@ def folders(folder: Path) -> Iterator[Path]:
 
 def _of_folders(within: list[Path]) -> Path | None:
     holders = {each: weights for each in within if (weights := holder(each, deeper=False))}
-    if len(holders) > 1 and not any(named(each).clock for each in holders):
+    if len(holders) > 1 and not any(named(each).numbered for each in holders):
         raise ValueError(_several([each.name for each in holders]))
     return next(iter(holders.values())) if len(holders) == 1 else None
 
