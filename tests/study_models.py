@@ -62,18 +62,30 @@ class Turned(Scaled):
 
 
 class Twice(nn.Module):
-    """One layer that is used twice, under two names, and one matrix in two layers."""
+    """One layer under two names, one matrix in two layers, and one parameter that is a buffer, too."""
 
     def __init__(self) -> None:
         super().__init__()
         same = nn.Linear(36, 36)
         self.layers = nn.ModuleList([nn.Flatten(), same, nn.Tanh(), same, nn.Linear(36, 36), nn.Linear(36, CLASSES)])  # fmt: skip
         self.layers[4].weight = same.weight
+        self.register_buffer("seen", self.layers[-1].get_parameter("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return x
+        return x + self.get_buffer("seen").sum(1)
+
+
+class Dimmed(Scaled):
+    """The first operation is in place, or it is not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.dim = Tensor.mul_ if inplace else Tensor.mul
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dim(x, 0.9))
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ from polyak.study._loop import Run, source_seed, train
 from polyak.study._recipes import opened_recipe
 from polyak.study._run import units
 from polyak.study._schedules import PLACES
-from study_models import arms, cross_entropy, images, mlp, study
+from polyak.study._stacked import train_stacked
+from polyak.study._trial import tried
+from study_models import Dimmed, arms, cnn, cross_entropy, images, mlp, study
 
 ONE = {"schedules": {"constant": lambda _: 1.0}}
 
@@ -224,7 +226,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"loss": lambda model, x: model(x)}, {}, r"loss raised TypeError: .*takes 2 positional"),
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
     ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(45, 3\), wanted a"),
-    ({"metrics": {"f": Metric(lambda model, x, y: cross_entropy(model, x.mul_(0.9), y))}}, {}, "metric 'f' on the validation part writes into the data: every later"),
+    ({"metrics": {"f": Metric(lambda model, x, y: cross_entropy(model, x.mul_(0.9), y))}}, {}, "metric 'f' on the validation part, or a layer that it calls, writes into the data: every later"),
     ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f' on the validation part: the value is str, wanted a scalar"),  # type: ignore[arg-type]
     ({"metrics": {"f": Metric(lambda *_: torch.tensor(1j))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(\) of complex numbers, wanted a"),
     ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f' on the validation part: the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
@@ -584,8 +586,21 @@ def leaving_train_mode(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize("first", [zeroed, of_one_row, cross_entropy, leaving_train_mode])
-def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(first: Any) -> None:
+def in_train_mode(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    value = cross_entropy(model.train(), x, y)
+    model.eval()
+    return value
+
+
+def stacked_alone(study: Study, run: Run) -> dict[str, Any]:
+    return train_stacked(study, [run])[0]
+
+
+@pytest.mark.parametrize("train", [train, stacked_alone])
+@pytest.mark.parametrize("first", [zeroed, of_one_row, cross_entropy, leaving_train_mode, in_train_mode])  # fmt: skip
+def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(
+    first: Any, train: Any
+) -> None:
     alone = train(study(), Run(0, "constant", 0.05))
     metrics = {
         "loss": Metric(cross_entropy),
@@ -596,6 +611,29 @@ def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(first: Any)
     for arm in study().arm_names:
         for name in ("loss", "again"):
             assert record["curves"][arm][name] == alone["curves"][arm]["loss"]
+        same = record["curves"][arm]["first"] == alone["curves"][arm]["loss"]
+        assert same == (first is cross_entropy)
+
+
+@pytest.mark.parametrize("train", [train, stacked_alone])
+def test_a_model_may_write_into_its_input(train: Any) -> None:
+    in_place, other = (study(model=partial(Dimmed, inplace)) for inplace in (True, False))
+    assert tried(in_place) == tried(other)
+    records = [train(each, Run(0, "constant", 0.05)) for each in (in_place, other)]
+    assert records[0]["curves"] == records[1]["curves"]
+
+
+def test_a_loss_may_write_into_its_batch() -> None:
+    """Recalibration reads rows of the training data, too."""
+    data, before = images(0), images(0).train
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model, x.add_(0.5), y)
+
+    arms = {"mean": Arm(Uniform(), recalibrate=True)}
+    small = study(model=cnn, data=lambda _: data, loss=loss, arms=arms)
+    train(small, Run(0, "constant", 0.05))
+    assert all(map(torch.equal, data.train, before))
 
 
 def test_an_arm_is_selected_on_validation_and_reported_on_test() -> None:

@@ -39,7 +39,8 @@ class MeanPrediction(nn.Module):
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """The combined output, with at most one forward pass of each network."""
         found = [[i for i, tensor in enumerate(self._part) if tensor is x] for x in inputs]
-        place = None if options or not all(found) else tuple(numbers[0] for numbers in found)
+        again = all(found) and not options and steady(self)
+        place = tuple(numbers[0] for numbers in found) if again else None
         pairs = zip(self._networks, self.outputs, strict=True)
         given = [self._output(w, known, place, inputs, options) for w, known in pairs]
         return self._combine(torch.stack(given))
@@ -54,7 +55,7 @@ class MeanPrediction(nn.Module):
     ) -> Tensor:
         if place in known:
             return known[place]
-        output = called_with(self._one, network, inputs, options)
+        output = called_with(self._one, network, *apart(inputs, options))
         if not isinstance(output, Tensor):
             kind = type(output).__name__
             raise TypeError(
@@ -63,6 +64,21 @@ class MeanPrediction(nn.Module):
         if place is not None:
             known[place] = output
         return output
+
+
+def steady(model: nn.Module) -> bool:
+    """Whether every part of a model is in eval mode, where equal inputs give equal outputs."""
+    return not any(module.training for module in model.modules())
+
+
+def apart(inputs: Any, options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of a model with copies of their tensors: its first layer may work in place."""
+    named = {name: _copy(value) for name, value in options.items()}
+    return tuple(map(_copy, inputs)), named
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def of_ensemble(networks: Sequence[Network], part: str) -> tuple[list[Weights], Outputs]:

@@ -57,8 +57,7 @@ def called_with(model: nn.Module, weights: Weights, inputs: Any, options: Any = 
     torch.func is told every place of a tied tensor, but a module that is used twice is one place: of two
     exchanges there, it takes back only one.
     """
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    first = {id(tensor): name for name, tensor in tensors}
+    first = first_names(model)
     places = {
         place: weights[first[id(tensor)]]
         for prefix, module in model.named_modules()
@@ -66,6 +65,12 @@ def called_with(model: nn.Module, weights: Weights, inputs: Any, options: Any = 
         for place, tensor in own(prefix, recurse=False, remove_duplicate=False)
     }
     return functional_call(model, places, inputs, options, tie_weights=False)
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """The id of each tensor of a model -> its first name; a buffer that is a parameter, too, has that one's."""
+    tensors = (*model.named_buffers(), *model.named_parameters())
+    return {id(tensor): name for name, tensor in tensors}
 
 
 def joined(tensors: Iterable[Tensor], batch: int = 0) -> Tensor:

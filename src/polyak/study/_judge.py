@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polyak._modes import no_grad
 from polyak.norms import recalibrate
 from polyak.rules import LIVE
-from polyak.study._ensembles import MeanPrediction, of_ensemble, remember
+from polyak.study._ensembles import MeanPrediction, apart, of_ensemble, remember, steady
 from polyak.study._study import Arm, Data, Ensemble, Part, Study
 from polyak.study._tracking import Network, Tracking, tensors_of
 
@@ -87,29 +87,41 @@ class Judge:
         if isinstance(arm, Arm) and arm.recalibrate:
             batches = [tensor.split(self._study.batch_size) for tensor in self._data.train]
             chosen = list(zip(*batches, strict=True))[:RECALIBRATION_BATCHES]
-            recalibrate(self._model, chosen, call=lambda m, batch: self._study.loss(m, *batch))
+            recalibrate(self._model, chosen, call=self._loss)
         return self._model
+
+    def _loss(self, model: nn.Module, batch: Part) -> Tensor:
+        """The loss of rows of the training data; it gets copies, as in the training."""
+        return self._study.loss(model, *(tensor.clone() for tensor in batch))
 
 
 def metrics_of(study: Study, model: nn.Module, part: Part) -> dict[str, Tensor]:
     """Every metric of a model on a part. Metrics that call the model on equal tensors share one pass."""
-    with _remembering(model):
+    with remembering(model):
         # One metric may leave the model in train mode for the next one.
         return {n: metric.function(model.eval(), *part) for n, metric in study.metrics.items()}
 
 
 @contextmanager
-def _remembering(model: nn.Module) -> Iterator[None]:
-    """Let a model, in eval mode, return its last output again for the very same tensors."""
+def remembering(model: nn.Module) -> Iterator[None]:
+    """Let a model, in eval mode, return its last output again for the very same tensors.
+
+    It gets copies of them, as the networks of an ensemble do, which remembers on its own.
+    """
+    if isinstance(model, MeanPrediction):
+        yield
+        return
     compute = model.forward
     last: list[tuple[tuple[Any, ...], Tensor]] = []
 
     def forward(*inputs: Any, **options: Any) -> Any:
-        before = last[0][0] if last and not options else (None,)
+        again = not options and steady(model)
+        before = last[0][0] if last and again else (None,)
         if len(inputs) == len(before) and all(map(operator.is_, inputs, before)):
             return last[0][1].clone()  # the caller may write into it
-        output = compute(*inputs, **options)
-        if not options and isinstance(output, Tensor):
+        given, named = apart(inputs, options)
+        output = compute(*given, **named)
+        if again and isinstance(output, Tensor):
             last[:] = [(inputs, output.clone())]
         return output
 

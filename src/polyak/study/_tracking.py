@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from polyak.averager import Averager
 from polyak.rules import LIVE, Uniform, Window
-from polyak.study._flat import Flat, Weights, joined, some_runs
+from polyak.study._flat import Flat, Weights, first_names, joined, some_runs
 from polyak.study._study import Arm, Ensemble, Study
 from polyak.study._weighting import evaluated, rule_of, shared
 
@@ -243,8 +243,9 @@ def kept_as(arm: Arm | Ensemble, steps: int) -> tuple[type[Kept], Any]:
 
 
 def tensors_of(model: nn.Module) -> Weights:
-    """The parameters and buffers of a model by name; detached, with shared memory."""
-    return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    """The parameters and buffers of a model by first name; detached, with shared memory."""
+    first, tensors = first_names(model), (*model.named_parameters(), *model.named_buffers())
+    return {name: t.detach() for name, t in tensors if first[id(t)] == name}
 
 
 def size_of(weights: Weights) -> int:

@@ -16,7 +16,7 @@ from polyak._tensors import versions
 from polyak.study._ensembles import MeanPrediction
 from polyak.study._errors import is_recipes, placed
 from polyak.study._flat import Weights
-from polyak.study._judge import finite
+from polyak.study._judge import finite, remembering
 from polyak.study._loop import Run, alone, prepared
 from polyak.study._study import Data, Ensemble, Metric, Part, Study
 from polyak.study._tracking import tensors_of
@@ -175,10 +175,13 @@ def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
     """
     watched = [tensor for tensor in part if not tensor.is_inference()]
     before = versions(watched)
-    value = called(what, metric.function, model.eval(), *part)
+    with remembering(model):
+        value = called(what, metric.function, model.eval(), *part)
     if versions(watched) != before:
         remedy = "every later value would be of other data; wanted a clone of what it changes"
-        raise ValueError(f"the study's {what} writes into the data: {remedy}")
+        raise ValueError(
+            f"the study's {what}, or a layer that it calls, writes into the data: {remedy}"
+        )
     try:
         number = finite(value)
     except TypeError as error:
