@@ -353,15 +353,27 @@ def test_an_average_that_lost_seeds_is_not_chosen_for_the_others() -> None:
         assert Effects(result(value=value), metric).ranked("constant")[-1] == "late_mean"
 
 
+@pytest.mark.parametrize("negative", [1, 9])
 @pytest.mark.parametrize(("ours", "theirs"), [(-0.2, -0.1), (0.1, -0.1), (-0.1, 0.1)])
-def test_a_gain_is_no_share_of_a_negative_value(ours: float, theirs: float) -> None:
-    """A loss that falls from -0.1 to -0.2 has not grown by 100 %, nor fallen."""
+def test_a_gain_is_no_share_of_a_negative_value(
+    ours: float, theirs: float, negative: int, tmp_path: Path
+) -> None:
+    """A loss that falls from -0.1 to -0.2 has not grown by 100 %, nor fallen; the report says what to claim."""
     values = {"short": ours, "live": theirs}
-    claims = (Claim("s", gain("short"), TRUE),)
-    made = result(value=lambda arm, *_: values.get(arm, 1.0), claims=claims)
-    with pytest.raises(ValueError, match=r"'s', for seed 0, raised .* -0\.1.*; claim a difference"):
-        judge(made)
+
+    def value(arm: str, seed: int, *_: Any) -> float:
+        return values.get(arm, 1.0) if seed < negative else 1.0
+
+    claims = (Claim("s", gain("short"), Region.above(-1)),)
+    made = result(9, value, claims=claims)
+    (judged,) = judge(made)
     assert math.isnan(log_ratio("short")(made.seeds[0]))
+    assert judged.verdict == ("undecided" if negative == 9 else "holds")
+    said = (
+        f"{negative} more without a value (there is no gain if a value is negative: then claim a d"
+    )
+    assert said in judged.parts[0].quantity
+    assert said in write(made, tmp_path, "command").page.read_text(encoding="utf-8")
 
 
 def test_one_average_under_two_names_is_pointed_out(made: Result) -> None:

@@ -48,7 +48,9 @@ class Judged:
     @property
     def quantity(self) -> str:
         """Describe the figure: its statistic, its number of seeds, and how many have no value."""
-        missing = f", {self.missing} more without a value" if self.missing else ""
+        note = getattr(self.claim.quantity, "note", "")
+        why = f" ({note})" if note else ""
+        missing = f", {self.missing} more without a value{why}" if self.missing else ""
         said = f"{self.claim.what}, " if self.claim.what else ""
         geometric = "geometric " if self.claim.form in ("factor", "percent") else ""
         few = ", too few for a verdict" if self.too_few else ""

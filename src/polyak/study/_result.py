@@ -166,6 +166,8 @@ class PairedQuantity:
     function: Callable[[float, float, bool], float]
     form: str
     """How a claim about it prints it."""
+    note: str = ""
+    """When a seed has no number, in words."""
 
     def __call__(self, seed: Seed) -> float:
         """The number for a seed; NaN where an arm has none."""
@@ -187,9 +189,11 @@ def gain(
 ) -> PairedQuantity:
     """Compare by the relative improvement, positive if the arm is better: `1 - arm / against` for a loss.
 
-    It is a share of a value that is not negative: for others, such as a log-likelihood or R2, use `difference`.
+    It is a share of a value that is not negative: a seed with a negative value gives no number. For values
+    such as a log-likelihood or R2 use `difference`.
     """
-    return PairedQuantity(arm, against, metric, schedule, when, _gain, "share")
+    note = "there is no gain if a value is negative: then claim a difference(...)"
+    return PairedQuantity(arm, against, metric, schedule, when, _gain, "share", note)
 
 
 def log_ratio(
@@ -218,10 +222,7 @@ def difference(
 
 
 def _gain(ours: float, theirs: float, lower_is_better: bool) -> float:
-    if ours < 0 or theirs < 0:
-        given = f"a gain is a share of a value that is not negative, and the values are {ours:.4g} and {theirs:.4g}"
-        raise ValueError(f"{given}; claim a difference(...)")
-    change = (ours - theirs) / theirs if theirs else math.nan
+    change = (ours - theirs) / theirs if ours >= 0 < theirs else math.nan
     return -change if lower_is_better else change
 
 
