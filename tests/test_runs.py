@@ -175,6 +175,15 @@ NAMES = [
     ("model-loss-2.31-400.pt", {"number": 400}),
     ("resnet_acc0.91.pt", {}),
     ("0.91_model.pt", {}),
+    ("model-loss2.31.pt", {}),
+    ("ckpt_1000_lr1e-3.pt", {"number": 1000}),
+    ("model_9.1e-2.pt", {}),
+    ("hash_ab3e-10.pt", {"number": 10}),
+    ("hash-3e-1000.pt", {"number": 1000}),
+    ("step_100_val_loss=0.5.pt", {"step": 100}),
+    ("epoch_3_val_loss=0.5.pt", {"epoch": 3}),
+    ("ckpt_1000_lr=1e-3.pt", {"number": 1000}),
+    ("epoch=3-top5.acc=0.5-f1_score=0.25.ckpt", {"epoch": 3}),
     ("resnet18.10.pth", {"number": 10}),
     ("0.1000.pt", {"number": 1000}),  # ema-pytorch's snapshots
 ]
@@ -343,7 +352,7 @@ class TestWhatCannotBeKnown:
             ("run1_step10.pt", "run2_step15.pt", "run1_step20.pt", "run2_step25.pt"),
             ("fold0_epoch1.pt", "fold1_epoch2.pt", "fold0_epoch3.pt"),
             ("seed=0-step=10.ckpt", "seed=1-step=15.ckpt", "seed=0-step=20.ckpt"),
-            ("model_acc0.97.pt", "model_acc0.99.pt", "model_acc1.00.pt"),
+            ("model_r0.97.pt", "model_r0.99.pt", "model_r1.00.pt"),
         ],
     )
     def test_names_whose_order_is_not_that_of_one_number(
@@ -369,7 +378,15 @@ class TestWhatCannotBeKnown:
             ("gpt2.1000.pt", "gpt2.2000.pt"),
             ("net_v2.9.pt", "net_v2.10.pt"),
             ("cycle1.2.pt", "cycle1.3.pt"),
-            ("epoch_1.500.pt", "epoch_2.1000.pt"),
+            *(
+                (f"{epoch}_1.500.pt", f"{epoch}_2.1000.pt")
+                for epoch in ("epoch", "Epochs", "ep", "net-ep")
+            ),
+            ("loss2.91_1.pt", "loss2.05_2.pt", "loss2.1_3.pt"),
+            ("r91.3_100.pt", "r90.1_200.pt", "r93.1_300.pt"),
+            ("30.01_1000.pt", "01.02_2000.pt"),
+            ("model_1_loss2.05.pt", "model_2_loss2.15.pt", "model_3_loss1.93.pt"),
+            ("step_2_loss=0.5.pt", "step_10_loss=0.6.pt", "step_20_loss=nan.pt"),
             ("ckpt_1e3.pt", "ckpt_5e3.pt", "ckpt_1e4.pt"),
             ("model-1e5.pt", "model-2e5.pt", "model-5e5.pt", "model-1e6.pt"),
             ("ckpt-1.5k.pt", "ckpt-2k.pt"),

@@ -12,9 +12,10 @@ from typing import NamedTuple
 from polyak._runs.finding import OF_RUN, Entry
 from polyak._runs.inside import inside, scalars, scores
 from polyak._runs.tables import Row, clock_of, rows
-from polyak.checkpoints._file_names import DECIMAL, SUFFIX, named
+from polyak.checkpoints._file_names import SUFFIX, named
 
 _NUMBER = re.compile(r"\d+")
+_DECIMAL = re.compile(r"(?<![\d.])\d+\.\d+(?![\d.])")
 _VALUE = re.compile(r"[-+_.=]*\d+(\.\d+)?(e[-+]?\d+|[kmb](?![a-z]))?", re.IGNORECASE)
 _UNITS = ("step", "epoch", "time", "number")
 _RECORDS = ("*.yaml", "*.yml", "trainer_state.json", "metrics.json", "meta.json")
@@ -140,7 +141,7 @@ def _several_runs(series: Sequence[Timed], unit: str) -> bool:
     """
     names = _names(series, unit)
     if unit == "number":
-        texts = [DECIMAL.sub(" ", rest) for _, rest, _ in names]
+        texts = [_DECIMAL.sub(" ", rest) for _, rest, _ in names]
         beside = [[int(digits) for digits in _NUMBER.findall(text)] for text in texts]
         if beside != sorted(beside):
             return True

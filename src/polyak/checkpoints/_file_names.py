@@ -26,13 +26,16 @@ WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*mode
 # Billions are written 1B: 12b is the second of two, or a model's size.
 _UNIT = r"(?:[km]|(?-i:B))"
 _SHORT = rf"\d+(?:\.\d+)?(?:{_UNIT}|e\d)"
+_WORD = r"(?:steps?|iter(?:ation)?s?|updates?)"
+# A key begins behind a count, as in step_100_loss=0.5.
 _PAIR = re.compile(
-    rf"([A-Za-z][\w./ ]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)", re.IGNORECASE
+    rf"(?<![a-z])((?=[a-z])(?:(?!(?:{_WORD}|epochs?|checkpoint|ckpt|model)[-_]?\d)[\w./ ])+)"
+    rf"=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)",
+    re.IGNORECASE,
 )
 _NOT_COUNTED = re.compile(
     r"-v\d+$|[-_.](rank|shard)[-_]?\d+$|[A-Za-z][A-Za-z_./ ]*=-?(nan|inf)(?![A-Za-z\d])"
 )  # the first is Lightning's, where the name was taken
-_WORD = r"(?:steps?|iter(?:ation)?s?|updates?)"
 _STEP = re.compile(
     rf"(?:{_WORD}|(?<![a-z])ba)[-_]?((?:{_SHORT})(?![a-z0-9])|\d+(?![\d.]))", re.IGNORECASE
 )
@@ -42,14 +45,13 @@ _EPOCH = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+")
-DECIMAL = re.compile(
-    r"(?:(?<=[^a-z\d.])(?<!epoch[-_])\d+|(?!^0\.\d+$)(?<![\d.])0)\.\d+(?![\d.]|e\d|[kmb](?![a-z0-9]))",
+# Those with e-5 are not the end of a hash. Behind another letter, as in resnet18.10, or an epoch, it is two numbers, as is ema-pytorch's 0.1000.
+_DECIMAL = re.compile(
+    r"(?<![a-f\d.])\d+(?:\.\d+)?e-\d\d?(?!\d)|(?:(?:(?<=[^a-z\d.])|(?<=loss|bleu)|(?<=acc|wer|cer|ppl|fid|mse|mae|iou))"
+    r"(?<!epoch[-_])(?<!epochs[-_])(?<![^a-z]ep[-_])(?<!^ep[-_])\d+|(?!^0\.\d+$)(?<![\d.])0)"
+    r"\.\d+(?![\d.]|e\d|[kmb](?![a-z0-9]))",
     re.IGNORECASE,
-)
-"""A number that counts nothing: a metric, a setting. A unit makes it a count.
-
-Behind a letter, as in resnet18.10, or an epoch, it is two numbers, unless it begins with 0. As is ema-pytorch's 0.1000.
-"""
+)  # a number that counts nothing: a metric, a setting; a unit makes it a count
 _COUNT = re.compile(
     r"(?:(tokens?|checkpoint|ckpt|model|^(?=[\d.]+m$))[-_]?)?"
     r"(\d+(?:\.\d+)?[kmb](?![a-z0-9])|(?<![a-z\d.])\d+(?:\.\d+)?e\d(?![a-z0-9])|\d+)",
@@ -144,7 +146,7 @@ def _last_number(stem: str) -> tuple[dict[str, float], str]:
 
     A decimal, as in model_0.91, counts nothing: it is a metric or a setting.
     """
-    text = DECIMAL.sub(lambda decimal: " " * len(decimal[0]), stem)
+    text = _DECIMAL.sub(lambda decimal: " " * len(decimal[0]), stem)
     counts = [
         each.span(2) for each in _COUNT.finditer(text) if not _is_size(each[1], each[2][-1].lower())
     ]
