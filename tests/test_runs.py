@@ -360,7 +360,9 @@ class TestWhatCannotBeKnown:
     ) -> None:
         for name in files:
             put(tmp_path / name, {"model": weights(1)})
-        with pytest.raises(ValueError, match=r"several things, or several runs: list the files"):
+        with pytest.raises(
+            ValueError, match=r"several things, or several runs: list only the files"
+        ):
             offline.choose(tmp_path, last=2)
 
     @pytest.mark.parametrize(
@@ -408,6 +410,16 @@ class TestWhatCannotBeKnown:
         for loss, path in enumerate(files):
             put(path, {"model": weights(1), "loss": loss})
         assert [file.path for file in offline.choose(files[::-1], last=2).files] == files[2:]
+        dates = [f"2025123{i}-{hour}0000.pt" for i, hour in enumerate((23, 10, 9))]
+        for loss, name in enumerate(dates):
+            put(tmp_path / "dates" / name, {"model": weights(loss), "loss": loss})
+        listed = [tmp_path / "dates" / name for name in dates]
+        assert len(offline.choose(listed, best=2, by="loss").files) == 2
+        with pytest.raises(ValueError, match="may count several things"):
+            offline.choose(listed, last=2)
+        done = command("average", *listed, "--rule", "exponential(0.5)", "--dry-run")
+        places = [done.stdout.index(name) for name in dates]
+        assert places == sorted(places), done.stdout
         for run in (files, tmp_path):
             chosen = offline.choose(run, best=2, by="loss").files
             assert [file.path for file in chosen] == files[:2]

@@ -142,9 +142,10 @@ def _place(run: Path | str | Sequence[Path | str], file: str | None) -> tuple[Pa
 
 
 def _order(listed: RunFolder, run: Path, by: str | None, given: bool) -> Ordered:
-    """The order of checkpoints, which may be of several runs where they were given, or the best are wanted."""
     timed = clocks.by_name(listed.entries) if by is None else None
-    return clocks.ordered(timed or clocks.read(listed.entries), run, mixed=given or by is not None)
+    return clocks.ordered(
+        timed or clocks.read(listed.entries), run, given=given, best=by is not None
+    )
 
 
 def _of_steps(order: Ordered, steps: tuple[int | None, int | None, int | None]) -> list[Timed]:

@@ -65,11 +65,12 @@ def by_name(entries: Sequence[Entry]) -> list[Timed] | None:
     return [Timed(entry, clock) for entry, clock in zip(entries, clocks, strict=True)]
 
 
-def ordered(timed: Sequence[Timed], run: Path, *, mixed: bool = False) -> Ordered:
+def ordered(timed: Sequence[Timed], run: Path, *, given: bool, best: bool) -> Ordered:
     """Checkpoints in the order of their steps; averages beside others, and copies, are left out.
 
     The unit is the first that all have, with no two alike. A copy, such as `last.ckpt`, is a link, or
-    one whose name has no count, with the count of another. `mixed` allows names of several runs.
+    one whose name has no count, with the count of another. They may be of several runs where
+    they were `given`, or the `best` of them are wanted.
 
     Raises `ValueError` for checkpoints whose order is not known, or if two have one count.
     """
@@ -85,7 +86,7 @@ def ordered(timed: Sequence[Timed], run: Path, *, mixed: bool = False) -> Ordere
     copies = [each for each in timed if each not in series and each.entry.named not in aside]
     if not series:
         series, copies = copies, []
-    unit, numberless = _unit(series, run, mixed)
+    unit, numberless = _unit(series, run, given, best)
     aside |= dict.fromkeys(numberless, "neither its name nor its content has a step")
     series = [each for each in series if each.entry.named not in aside]
     for each in copies:
@@ -96,16 +97,16 @@ def ordered(timed: Sequence[Timed], run: Path, *, mixed: bool = False) -> Ordere
     return Ordered(unit, sorted(series, key=lambda each: each.clock[unit]), aside)
 
 
-def _unit(series: Sequence[Timed], run: Path, mixed: bool) -> tuple[str, list[Path]]:
+def _unit(series: Sequence[Timed], run: Path, given: bool, best: bool) -> tuple[str, list[Path]]:
     """The unit that orders checkpoints, and those without any clock."""
     clocked = [each for each in series if each.clock]
     twice: Row = {}
     for unit in _UNITS:
-        things = unit == "number" and _several_things(series)
-        if not twice and (things or (not mixed and _several_runs(clocked, unit))):
+        things = unit == "number" and _several_things(series, best)
+        if not twice and (things or (not given and not best and _several_runs(clocked, unit))):
             raise ValueError(
-                f"{run}: the numbers in its names may count several things, or several runs: list the files "
-                f"themselves, the oldest first{_of_one_kind(clocked)}"
+                f"{run}: the numbers in its names may count several things, or several runs: list only the "
+                f"files to average, the oldest first{_of_one_kind(clocked)}"
             )
         counts = [each.clock[unit] for each in clocked if unit in each.clock]
         if counts and len(set(counts)) == len(counts) == len(clocked):
@@ -116,35 +117,33 @@ def _unit(series: Sequence[Timed], run: Path, mixed: bool) -> tuple[str, list[Pa
         some = ", ".join(str(each.entry.named) for each in (clocked or series)[:4])
         raise ValueError(
             f"{run}: the order of its checkpoints is not known, since they have no common count, a "
-            f"step or an epoch ({some}): list the files themselves, the oldest first{_of_one_kind(series)}"
+            f"step or an epoch ({some}): list only the files to average, the oldest first{_of_one_kind(series)}"
         )
     unit, count = next(iter(twice.items()))
     both = [str(each.entry.named) for each in clocked if each.clock[unit] == count]
     raise ValueError(
-        f"{run}: {' and '.join(both)} are both of {unit} {count:g}: list the files "
-        f"themselves{_of_one_kind(series)}"
+        f"{run}: {' and '.join(both)} are both of {unit} {count:g}: list only the files "
+        f"to average{_of_one_kind(series)}"
     )
 
 
-def _several_things(series: Sequence[Timed]) -> bool:
-    """Whether bare numbers in names may count several things: there are several kinds of names, or decimals beside."""
+def _several_things(series: Sequence[Timed], best: bool) -> bool:
+    """Whether bare numbers in names may count several things: there are several kinds of names, or decimals beside.
+
+    Those beside the count, such as a date beside a time, may not descend while it ascends, unless the best are wanted.
+    """
     names = _names(series, "number")
     kinds = {_VALUE.sub("*", rest) for _, rest, _ in names}
     decimals = any(not each.clock and named(each.entry.named).numbered for each in series)
-    return 1 < len(kinds) < len(names) or (decimals and bool(names))
+    texts = [_DECIMAL.sub(" ", rest) for _, rest, _ in names]
+    beside = [[int(digits) for digits in _NUMBER.findall(text)] for text in texts]
+    descend = not best and beside != sorted(beside)
+    return 1 < len(kinds) < len(names) or (decimals and bool(names)) or descend
 
 
 def _several_runs(series: Sequence[Timed], unit: str) -> bool:
-    """Whether names are those of several runs, whose counts lie among each other.
-
-    Of bare numbers, such as a date and a time, those beside the count may not descend while it ascends.
-    """
+    """Whether names are those of several runs, whose counts lie among each other."""
     names = _names(series, unit)
-    if unit == "number":
-        texts = [_DECIMAL.sub(" ", rest) for _, rest, _ in names]
-        beside = [[int(digits) for digits in _NUMBER.findall(text)] for text in texts]
-        if beside != sorted(beside):
-            return True
     kinds = [_VALUE.sub("*", rest) for _, rest, _ in names]
     repeated = _alternate(kinds) and min(map(kinds.count, kinds)) > 1
     runs = ["".join(OF_RUN.findall(name)) for *_, name in names]
