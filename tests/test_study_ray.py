@@ -79,8 +79,10 @@ def tried(**options):
 with opened_recipe(str(folder / "mine.py")) as study:
     try:
         ray.init(num_cpus=2, log_to_driver=False)
-    except Exception as error:
-        sys.exit(f"Ray did not start: {error}")
+    except Exception as error:  # Ray has no class for it
+        if "timed out" not in str(error).lower():
+            raise
+        sys.exit(f"Ray did not start in its time: {error}")
     phases = [tried(progress=stop)]
     for name in ("failing", "deadly"):
         (folder / name).touch()
@@ -134,7 +136,7 @@ def test_ray_resumes_reports_failures_and_retries_killed_workers(
     }
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "Ray did not start" in done.stderr:
+    if "Ray did not start in its time" in done.stderr:
         pytest.skip("on a starved machine Ray gives up its own start after some seconds")
     assert done.returncode == 0, done.stderr
     interrupted, harmed, mended = json.loads((tmp_path / "phases.json").read_text())
