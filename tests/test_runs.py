@@ -933,6 +933,9 @@ def lines(records: str, *losses: float) -> str:
 
 SPLIT = lines('"split": "valid", |"split": "valid", |"split": "train", ', 9, 2, 1)
 BOTH = lines('"KEY": "train", ', 1, 2, 3) + lines('"KEY": "valid", ', 3, 2, 9)
+PHASES = lines('"phase": "a", "split": "valid", |"phase": "b", "split": "valid", ', 3, 2) + lines(
+    '"split": "train", ', 1, 5
+)
 STAGES = BOTH.replace('"KEY"', '"mode": "finetune", "stage"')
 TWICE = {"log.json": lines("", 1, 2, 3), "log.jsonl": lines("", 3, 2, 1)}
 NESTED = "".join(
@@ -965,6 +968,7 @@ TABLES: dict[str, tuple[dict[str, str], str, float | None]] = {
     "files with one stem, named": (TWICE, "log.jsonl.loss", 30),
     "a log.txt beside a table": ({"log.json": lines("", 1, 2, 3), "log.txt": lines("", 3, 2, 1)}, "loss", 10),
     "a log.txt of another metric": ({"metrics.csv": "step,acc\n10,1\n", "log.txt": lines("", 3, 2, 1)}, "loss", 30),
+    "files of ranks": ({"rank0.csv": TRAIN, "rank1.csv": VALID}, "loss", None),
     "a rounded copy": ({"it.csv": "step,loss\n10,1.23456\n20,1.13456\n", "log.jsonl": lines("", 1.2346, 1.1346)}, "loss", 20),
     "two files that continue": ({"1.csv": "step,loss\n10,3\n20,2\n", "2.csv": "step,loss\n20,2\n30,4\n"}, "loss", 20),
     "files of a resumed run": (RESUMED, "loss", 10),
@@ -979,6 +983,7 @@ TABLES: dict[str, tuple[dict[str, str], str, float | None]] = {
     "one metric of phases in a file of a split": ({"valid.jsonl": lines('"phase": "warmup", |"phase": "main", ', 3, 2)}, "loss", 20),
     "a split with a slash": ({"log.jsonl": lines('"subset": "mmlu/anatomy", ', 3, 1, 2)}, "loss", 20),
     "a split with a dot": ({"log.csv": "step,split,loss\n10,dev.clean,3\n20,dev.clean,1\n"}, "loss", 20),
+    "phases of a split": ({"log.jsonl": PHASES}, "valid.loss", 20),
     "a stage of a mode": ({"log.jsonl": STAGES}, "loss", None),
     "a stage of a mode, named": ({"log.jsonl": STAGES}, "valid.loss", 20),
     "a key dataset": ({"log.jsonl": BOTH.replace("KEY", "dataset")}, "loss", None),
