@@ -425,7 +425,7 @@ class TestWhatCannotBeKnown:
             assert [file.path for file in chosen] == files[:2]
 
     @pytest.mark.parametrize(
-        "name", ["model_{}.pt", "resnet_acc{}.pt", "{}_model.pt", "best_of_{}/w.pt"]
+        "name", ["model_{}.pt", "resnet_acc{}.pt", "{}_model.pt", "net_{}/w.pt"]
     )
     def test_a_metric_in_a_name_is_no_count(self, name: str, tmp_path: Path) -> None:
         for epoch, loss in enumerate(("0.91", "0.95", "0.93")):
