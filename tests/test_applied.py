@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -314,16 +315,32 @@ def test_ctrl_c_at_any_moment_loses_nothing(kind: str) -> None:
 
 # The child leaves the block of its parent first.
 FORKED = """
-import os, torch
+import mmap, os, sys, torch, numpy
 from polyak import Averager
+kind, path = sys.argv[1:]
 model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(600, 600))
-model.share_memory()
+def in_file(size, shared):
+    os.truncate(os.open(path, os.O_RDWR | os.O_CREAT), size * 4)
+    return torch.from_file(path, shared=shared, size=size)
+MEMORY = {
+    "share_memory": lambda size: torch.zeros(size).share_memory_(),
+    "an anonymous map": lambda size: torch.frombuffer(mmap.mmap(-1, size * 4), dtype=torch.float32),
+    "a map of numpy": lambda size: torch.from_numpy(numpy.memmap(path, numpy.float32, "w+", shape=(size,))),
+    "a file": lambda size: in_file(size, True),
+    "a private map of a file": lambda size: in_file(size, False),
+    "slots": torch.zeros,
+}
+flat = MEMORY[kind](sum(parameter.numel() for parameter in model.parameters()))
+for parameter in model.parameters():
+    parameter.data, flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
 model[0].weight = torch.nn.Parameter(torch.zeros(2, 3))  # in memory of its own
 averager = Averager(model, "uniform()")
 for value in (1.0, 3.0):
     for parameter in model.parameters():
         parameter.data.fill_(value)
     averager.update()
+if kind == "slots":
+    averager.module().share_memory()
 def held(value, *tensors):
     return all(bool((tensor == value).all()) for tensor in tensors)
 child = False
@@ -335,20 +352,29 @@ try:
         assert os.wait()[1] == 0
         assert held(2.0, *model.parameters())
 except SystemExit:
-    assert held(3.0, model[0].weight) and held(2.0, model[0].bias, *model[1].parameters())
+    private = kind in ("a private map of a file", "slots")
+    there = held(3.0, model[0].weight)
+    there &= held(3.0 if private else 2.0, model[0].bias, *model[1].parameters())
     try:
-        averager.average()
-        os._exit(1)
+        said = str(held(2.0, *averager.average().values()))
     except RuntimeError as error:
-        os._exit(0 if "average: load a saved state first. The process was forked" in str(error) else 1)
+        said = str(error)
+    print(said, file=sys.stderr)
+    wanted = "average: load a saved state first. The process was forked"
+    os._exit(not there or ("True" if kind == "a private map of a file" else wanted) not in said)
 assert held(3.0, *model.parameters()) and held(2.0, *averager.average().values())
 """
 
 
-def test_a_block_on_shared_weights_is_that_of_the_process_that_entered_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=HANG
-    )
+@pytest.mark.parametrize(
+    "memory",
+    ["share_memory", "an anonymous map", "a map of numpy", "a file", "a private map of a file", "slots"],
+)  # fmt: skip
+def test_a_block_on_shared_memory_is_that_of_the_process_that_entered_it(
+    memory: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, memory, str(tmp_path / "map")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 

@@ -11,6 +11,8 @@ import errno
 import os
 import sys
 import threading
+from bisect import bisect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,19 @@ def renamed(old: Path, new: Path, flag: int) -> bool:
     if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(error, os.strerror(error), str(new))
+
+
+def shared(addresses: Sequence[int]) -> list[bool] | None:
+    """Whether processes that are forked write to the same memory there; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_bytes().splitlines()
+    except OSError:
+        return None
+    fields = [line.split(maxsplit=2) for line in lines]
+    ends = [place.split(b"-") for place, flags, _ in fields if flags[3:] == b"s"]
+    ranges = [range(int(start, 16), int(stop, 16)) for start, stop in ends]  # in order
+    starts = [each.start for each in ranges]
+    return [any(a in each for each in ranges[bisect(starts, a) - 1 :][:1]) for a in addresses]
 
 
 def flush_c_streams() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from polyak import _system
 from polyak._engine.exchange import Exchange, failure
 from polyak._engine.memory import has_memory, identity, meeting, renew
 from polyak._engine.pairs import Pairs
@@ -61,7 +62,8 @@ class SwappedPairs:
         self._version = 0
         self._moved: set[int] | None = None
         self._places = pairs.live
-        self._left: set[int] = set()
+        self._left: set[int] = set()  # what a forked process does not exchange back
+        self._lent: list[int] = []  # those of them whose live content it has to copy
         self._now: Mapping[str, Tensor] | None = None
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
@@ -112,6 +114,8 @@ class SwappedPairs:
         if self._before is None:
             return
         self._sort_out()
+        for i in self._lent:
+            self._places[i].copy_(self._pairs.asides[i])
         self._exchange_back()
 
     def restore(self) -> None:
@@ -175,8 +179,10 @@ class SwappedPairs:
         self._exchange = Exchange([a for a, _ in kept], [b for _, b in kept], exchanged=exchanged)
 
     def fork(self) -> bool:
-        """Leaves weights in shared memory to the process that was forked; returns whether a slot lacks its average."""
-        self._left = {i for i, t in enumerate(self._memory) if t.is_cpu and t.is_shared()}
+        """Leaves shared memory to the process that was forked; returns whether a slot lacks its average."""
+        live, asides = _shared(self._memory), _shared(self._pairs.asides)
+        self._left = {i for i, both in enumerate(zip(live, asides, strict=True)) if any(both)}
+        self._lent = [i for i in sorted(self._left) if not live[i]]
         if self._left:
             self.part(set(), exchanged=True)
         return self.slots and bool(self._left)
@@ -238,6 +244,14 @@ class SwappedPairs:
 
         if error := failure(write):
             self._tell(f"{self._pairs.items[i].name} could not be given back", error)
+
+
+def _shared(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors a forked process has in common with its parent; of the CPU, since it cannot use a GPU's."""
+    told = _system.shared([t.data_ptr() for t in tensors])
+    if told is None:
+        told = [t.is_shared() for t in tensors]
+    return [t.is_cpu and each for t, each in zip(tensors, told, strict=True)]
 
 
 def _fills_storage(tensor: Tensor) -> bool:
