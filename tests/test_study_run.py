@@ -616,6 +616,16 @@ def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(
 
 
 @pytest.mark.parametrize("train", [train, stacked_alone])
+def test_a_metric_in_train_mode_leaves_the_running_statistics(train: Any) -> None:
+    metrics = {"first": Metric(in_train_mode), "loss": Metric(cross_entropy)}
+    changes: list[dict[str, Any]] = [{}, {"metrics": metrics}]
+    records = [train(study(model=cnn, **each), Run(0, "constant", 0.05)) for each in changes]
+    for arm in study().arm_names:
+        curves = [record["curves"][arm]["loss"] for record in records]
+        assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("train", [train, stacked_alone])
 def test_a_model_may_write_into_its_input(train: Any) -> None:
     in_place, other = (study(model=partial(Dimmed, inplace)) for inplace in (True, False))
     assert tried(in_place) == tried(other)

@@ -55,6 +55,8 @@ class MeanPrediction(nn.Module):
     ) -> Tensor:
         if place in known:
             return known[place]
+        if not steady(self):  # the running statistics are the network's own
+            network = {name: tensor.clone() for name, tensor in network.items()}
         output = called_with(self._one, network, *apart(inputs, options))
         if not isinstance(output, Tensor):
             kind = type(output).__name__

@@ -15,7 +15,7 @@ from polyak._modes import no_grad
 from polyak.norms import recalibrate
 from polyak.rules import LIVE
 from polyak.study._ensembles import MeanPrediction, apart, of_ensemble, remember, steady
-from polyak.study._study import Arm, Data, Ensemble, Part, Study
+from polyak.study._study import Arm, Data, Ensemble, Metric, Part, Study
 from polyak.study._tracking import Network, Tracking, tensors_of
 
 Values = dict[str, float | None]
@@ -98,8 +98,16 @@ class Judge:
 def metrics_of(study: Study, model: nn.Module, part: Part) -> dict[str, Tensor]:
     """Every metric of a model on a part. Metrics that call the model on equal tensors share one pass."""
     with remembering(model):
-        # One metric may leave the model in train mode for the next one.
-        return {n: metric.function(model.eval(), *part) for n, metric in study.metrics.items()}
+        return {name: _value_of(metric, model, part) for name, metric in study.metrics.items()}
+
+
+def _value_of(metric: Metric, model: nn.Module, part: Part) -> Tensor:
+    """A metric that may use train mode: it leaves the next one eval mode and the running statistics."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    value = metric.function(model.eval(), *part)
+    for buffer, kept in before:
+        buffer.copy_(kept)
+    return value
 
 
 @contextmanager
