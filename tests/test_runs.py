@@ -268,6 +268,14 @@ class TestChoosing:
 
 
 class TestWhatCannotBeKnown:
+    def test_a_window_of_steps_over_epochs(self, tmp_path: Path) -> None:
+        for epoch in (1, 2):
+            put(tmp_path / f"epoch={epoch}.ckpt", weights(1))
+        with pytest.raises(
+            ValueError, match=r"are ordered by epoch: choose by .*\(last=, --last\)"
+        ):
+            offline.choose(tmp_path, window=1000)
+
     def test_two_of_one_step(self, tmp_path: Path) -> None:
         for name in ("a-step=5.pt", "b-step=5.pt"):
             put(tmp_path / name, weights(1))

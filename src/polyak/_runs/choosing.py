@@ -193,12 +193,11 @@ def _best(
 
 def _window(order: Ordered, timed: Sequence[Timed], window: float) -> list[Timed]:
     require_positive("window", window)
-    require(
-        order.unit in ("step", "number"),
-        "window",
-        window,
-        "None: the steps of these checkpoints are not known",
-    )
+    if order.unit not in ("step", "number"):
+        raise ValueError(
+            f"a window of {window:g} steps needs checkpoints whose steps are known, and these are "
+            f"ordered by {order.unit}: choose by their number instead (last=, --last)"
+        )
     end = timed[-1].clock[order.unit]
     return [each for each in timed if end - each.clock[order.unit] < window * (1 - _SLACK)]
 

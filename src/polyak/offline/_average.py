@@ -129,7 +129,7 @@ def shares_of(
             elapsed is None,
             "elapsed",
             elapsed,
-            "None together with coefficients, since it is for rules",
+            "no elapsed times: a rule uses them, and coefficients were given",
         )
         return rule, None
     times = [1.0] * files if elapsed is None else elapsed
