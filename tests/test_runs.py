@@ -441,9 +441,9 @@ class TestWhatCannotBeKnown:
                 put(tmp_path / run / name.format(loss), {"model": weights(1)} | inside)
         with pytest.raises(ValueError, match="the order of its checkpoints is not known"):
             offline.choose(tmp_path / "bare", last=2)
-        files = offline.choose(tmp_path / "inside", last=2).files
-        run = tmp_path / "inside"
-        wanted = [run / Path(name.format(loss)).parts[0] for loss in ("0.95", "0.93")]
+        numbered = tmp_path / "inside"
+        files = offline.choose(numbered, last=2).files
+        wanted = [numbered / Path(name.format(loss)).parts[0] for loss in ("0.95", "0.93")]
         assert [file.path for file in files] == wanted
 
     def test_averages_and_optimizers_beside(self, tmp_path: Path) -> None:
