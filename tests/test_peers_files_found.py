@@ -633,12 +633,38 @@ def test_an_average_and_weights_that_it_lacks_are_said(tmp_path: Path) -> None:
         torch.save(held, tmp_path / f"{i}.pt")
     files, out = (tmp_path / "1.pt", tmp_path / "2.pt"), tmp_path / "it.safetensors"
     assert lacks > 0
-    said = f"not used: live weights such as norm.running_mean ({lacks} tensors)"
+    said = f"not used: live weights that the average lacks, such as norm.running_mean ({lacks} tensors)"
     assert said in done("export", files[0], out)
     assert said in done("average", *files, "--average", "average", "--out", out, "--force")
     assert f"not used: average ({len(ema) + 1} tensors)" in done(
         "average", *files, "--out", out, "--force"
     )
+
+
+ONE, OTHER = {"a": torch.ones(2)}, {"a": torch.ones(2) * 2}
+BESIDE = {
+    "another average": (
+        {"ema_0.9": ONE, "ema_0.99": OTHER, "model": ONE},
+        {"ema_0.99": 1},
+    ),
+    "another average, and no live weights": (
+        {"ema_0.9": ONE, "ema_0.99": OTHER},
+        {"ema_0.99": 1},
+    ),
+    "live weights of another part, under names with a prefix": (
+        {"state_dict": {"model.a": torch.ones(2), "crit.w": torch.ones(1)}, "ema": OTHER},
+        {"live weights that the average lacks, such as crit.w": 1},
+    ),
+    "live weights with a prefix": ({"state_dict": {"model.a": torch.ones(2)}, "ema": OTHER}, {}),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_is_beside_an_average_is_named(tmp_path: Path, case: str) -> None:
+    held, left = BESIDE[case]
+    torch.save(held, tmp_path / "it.pt")
+    checkpoint = checkpoints.read(tmp_path / "it.pt")
+    assert checkpoint.unused(next(iter(checkpoint.averages))) == left
 
 
 @pytest.mark.parametrize(

@@ -164,15 +164,17 @@ class Checkpoint:
     def unused(self, name: str | None = None) -> dict[str, int]:
         """The other contents of the file, beside `weights(name)`: name -> number of tensors, as in `left`.
 
-        Beside live weights these are the averages too; beside an average, the live weights that it lacks.
+        These are the other averages too and, beside an average, the live weights that it lacks.
         """
         weights, live = self.weights(name), self.live
-        if live is None or weights is live:
-            others = {n: len(average) for n, average in self.averages.items() if live is not None}
-        else:
-            has = {live.origins(n) for n in live if n in weights}
+        others = {n: len(each) for n, each in self.averages.items() if each is not weights}
+        if live is not None and weights is not live:
+            prefix = _prefix(live, weights)
+            has = {live.origins(prefix + n) for n in weights if prefix + n in live}
             lacks = [n for n in live if live.origins(n) not in has]
-            others = {f"live weights such as {n}": len(lacks) for n in lacks[:1]}
+            others |= {
+                f"live weights that the average lacks, such as {n}": len(lacks) for n in lacks[:1]
+            }
         return {**self.left, **others}
 
     def verify(self) -> Verified:
@@ -189,6 +191,13 @@ class Checkpoint:
     def count(self) -> int | None:
         """The number of updates or calls that the file states, as its library counts; or None."""
         return self.clock.count if self.clock else None
+
+
+def _prefix(live: Weights, weights: Weights) -> str:
+    """The beginning of the live weights' names that an average's names lack, such as "model."; usually none."""
+    first = next(iter(weights), "")
+    found = sorted((n.removesuffix(first) for n in live if f".{n}".endswith(f".{first}")), key=len)
+    return next((each for each in found if all(each + n in live for n in weights)), "")
 
 
 def read_out_terms(
