@@ -65,7 +65,7 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
 PLATEAU = Plateau("ema", patience=1, stop=3, after=2)
 RUNS = [
     Run(0, "constant", 0.01),
-    Run(1, "cosine", 0.1),
+    Run(1, "cosine", 0.05),
     Run(2, "plateau", 0.02),
     Run(0, "constant", 0.03),
 ]  # fmt: skip
