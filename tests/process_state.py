@@ -46,6 +46,10 @@ COMMANDS = {
     "diff": ["diff", "step-1.pt", "step-2.pt"],
     "shared by torchrun": ["average", "step-1.pt", "--out", "t.safetensors", "--torchrun"],
     "study": ["study", "article", "--seeds", "1", "--jobs", "1", "--out", "study"],
+    "study list": ["study", "list"],
+    "study run": ["study", "run", "noisy_quadratic", "--quick", "--seeds", "1", "--jobs", "1", "--out", "quick"],
+    "study compare": ["study", "compare", "quick", "quick", "--out", "compared"],
+    "study reproduce": ["study", "reproduce", "--jobs", "1", "--out", "reproduced"],
 }  # fmt: skip
 
 

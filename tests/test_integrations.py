@@ -23,6 +23,10 @@ def test_every_integration_is_named_and_has_an_extra() -> None:
     wanted = "the name stands in __all__ of polyak.integrations, and is an extra in pyproject.toml"
     assert set(integrations.__all__) == set(NAMES), wanted
     assert set(NAMES) <= set(extras["optional-dependencies"]), wanted
+    of = {name: set(lines) for name, lines in extras["optional-dependencies"].items()}
+    within = next(line for line in of["peers"] if line.startswith("polyak["))
+    tested = of["peers"].union(*(of[name] for name in within[7:-1].split(",")))
+    assert all(of[name] <= tested for name in NAMES), "`peers` has its extra, or the same packages"
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     untold = [name for name in NAMES if f"polyak.integrations.{name}" not in pages]
     assert not untold, "a page in docs/ shows how to use it"
