@@ -110,7 +110,7 @@ def test_text_is_utf_8_and_is_written_as_bytes() -> None:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 told = [each.value for each in node.keywords if each.arg == "encoding"]
-                named = [ast.unparse(each) for each in told] == ["'utf-8'"]
+                named = [ast.unparse(each) for each in told] in (["'utf-8'"], ["'utf-8-sig'"])
                 if (takes_text(node) and not named) or name_of(node) == "write_text":
                     faults.append(f"{source.name}:{node.lineno}: {ast.unparse(node)}")
     assert not faults
