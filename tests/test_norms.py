@@ -705,8 +705,16 @@ def test_copies_that_a_forward_pass_makes_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 def test_scripted_models_are_refused() -> None:
     model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)))
-    with pytest.raises(TypeError, match="model has a scripted or traced part"):
+    with pytest.raises(TypeError, match="model has norms in a scripted or traced part"):
         recalibrate(model, [torch.randn(4, 2)])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_a_scripted_part_without_norms_harms_nothing() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)), [torch.randn(4, 2)]
+    model[1] = torch.jit.script(model[1])
+    recalibrate(model, batches)
+    assert_statistics(model[0], batches)
 
 
 class Overridden(nn.Sequential):

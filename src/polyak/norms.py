@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from polyak._checks import report
 from polyak._engine import open_swaps, signals
-from polyak._engine.tracking import STATISTICS
+from polyak._engine.tracking import STATISTICS, is_statistic
 from polyak._modes import no_grad
 from polyak._norm_statistics import Norm, find_norms
 from polyak._ranks.agreement import agree, together_or_alone
@@ -79,11 +79,11 @@ def recalibrate(
     >>> model[0].running_mean, model[0].running_var, model[0].num_batches_tracked
     (tensor([3.5000]), tensor([5.]), tensor(2))
 
-    Raises `TypeError` for a scripted model and for a batch of another kind; `ValueError` if there are no
-    batches, and for norms that no batch reached, that have no content yet, or whose momentum does not
-    mean what it means in torch; `FloatingPointError` for a batch whose statistics are not finite. Each
-    error names the norm or the batch.
-    Source: SWA (arXiv 1803.05407); arXiv 2411.18704, section 3.4.
+    Raises `TypeError` for norms in a scripted part and for a batch of another kind; `ValueError` if
+    there are no batches, and for norms that no batch reached, that have no content yet, or whose
+    momentum does not mean what it means in torch; `FloatingPointError` for a batch whose statistics
+    are not finite. Each error names the norm or the batch. Source: SWA (arXiv 1803.05407); arXiv
+    2411.18704, section 3.4.
     """
     with together_or_alone("recalibrate", group):
         _require_arguments(model, batches)
@@ -151,9 +151,10 @@ def _estimate(
 def _require_arguments(model: object, batches: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    scripted = [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
+    if any(is_statistic(name) for part in scripted for name, _ in part.named_buffers()):
         raise TypeError(
-            "model has a scripted or traced part, whose norms have no mode and momentum to set: "
+            "model has norms in a scripted or traced part, which have no mode and momentum to set: "
             "recalibrate the module that it was made from, then script that"
         )
     if isinstance(batches, (Tensor, Mapping)):
