@@ -427,7 +427,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Folder) -> None:
         ("sum to 0.9, wanted finite", lambda: average(files, [0.5, 0.4])),
         ("sum to nan", lambda: average(files, [0.5, float("nan")])),
         (r"shape \(3,\), wanted \(2,\)", lambda: average(files, [0.5, 0.25, 0.25])),
-        ("elapsed .* it is for rules", lambda: average(files, [0.5, 0.5], elapsed=[1, 1])),
+        ("elapsed .* a rule uses them", lambda: average(files, [0.5, 0.5], elapsed=[1, 1])),
         ("elapsed has 3 times, wanted 2", lambda: average(files, elapsed=[1, 1, 1])),
         ("elapsed has 0", lambda: average(files, elapsed=[1, 0])),
         ("dtype is torch.int8", lambda: average(files, dtype=torch.int8)),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -115,15 +114,11 @@ def epoch(rows: int, order: torch.Generator) -> Tensor:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Use one thread, since runs are parallel, and restore the caller's threads and generator.
-
-    What torch says about operations that vmap computes one by one is for torch's developers.
-    """
+    """Use one thread, since runs are parallel, and restore the caller's threads and generator."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop because we have not")
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -38,6 +39,9 @@ def train_stacked(
 
     The study must pass `require_stackable`.
     """
+    # torch says this of operations that vmap computes one by one, to its own developers. All threads
+    # share the filters, so this one stays.
+    warnings.filterwarnings("ignore", "There is a performance drop because we have not")
     with alone():
         stack = Stack(study, runs, vary)
         courses = list(stack.courses)
