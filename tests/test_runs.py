@@ -182,6 +182,8 @@ NAMES = [
     ("hash-3e-1000.pt", {"number": 1000}),
     ("step_100_val_loss=0.5.pt", {"step": 100}),
     ("epoch_3_val_loss=0.5.pt", {"epoch": 3}),
+    ("mystep1_loss=0.5.ckpt", {}),
+    ("epoch=3-val_step1_acc=0.5.ckpt", {"epoch": 3}),
     ("ckpt_1000_lr=1e-3.pt", {"number": 1000}),
     ("epoch=3-top5.acc=0.5-f1_score=0.25.ckpt", {"epoch": 3}),
     ("resnet18.10.pth", {"number": 10}),
@@ -379,6 +381,9 @@ class TestWhatCannotBeKnown:
             ("a-step-10.pt", "a-step-20.pt", "b-step-30.pt"),
             ("a_epoch1.pt", "b_epoch2.pt", "a_epoch3.pt"),
             ("step_1000.pt", "step_2000_milestone.pt", "step_3000.pt"),
+            ("step_1_kept.pt", "step_2.pt", "step_3_kept.pt", "step_4.pt"),
+            ("model-ppl23-1000.pt", "model-ppl19-2000.pt", "model-ppl17-3000.pt"),
+            ("model_bs128_100.pt", "model_bs64_200.pt"),
             ("epoch=0-step=10.ckpt", "epoch=1-step=20-v1.ckpt", "epoch=2-step=30.ckpt"),
             *(
                 tuple(f"epoch={i}-val_loss={loss}.ckpt" for i, loss in enumerate(losses))
@@ -961,6 +966,9 @@ UNITS = {"train.csv": "step,epoch,loss\n10,1,1\n20,2,2\n30,3,3\n", "dev.csv": EP
 BETWEEN = {"train.csv": "step,loss\n9,1\n19,2\n29,3\n", "dev.csv": VALID}
 RESUMED = {"log_9.csv": "step,loss\n10,3\n20,2.01\n", "log_10.csv": "step,loss\n20,3.5\n30,3.2\n"}
 CLOSE = {"train.csv": "step,acc\n10,.9995\n20,.9994\n", "dev.csv": "step,acc\n10,.9994\n20,.9996\n"}
+DATA_SETS = lines('"dataset": "a", "split": "test", ', 1, 2, 3) + lines(
+    '"dataset": "b", "split": "test", ', 3, 2, 9
+)
 TABLES: dict[str, tuple[dict[str, str], str, float | None]] = {
     # the files, the metric as typed, the step of the best checkpoint; None: the metric is one of two
     "two files": ({"train.csv": TRAIN, "dev.csv": VALID}, "dev.loss", 20),
@@ -995,6 +1003,8 @@ TABLES: dict[str, tuple[dict[str, str], str, float | None]] = {
     "a stage of a mode": ({"log.jsonl": STAGES}, "loss", None),
     "a stage of a mode, named": ({"log.jsonl": STAGES}, "valid.loss", 20),
     "a key dataset": ({"log.jsonl": BOTH.replace("KEY", "dataset")}, "loss", None),
+    "data sets of one split": ({"log.jsonl": DATA_SETS}, "loss", None),
+    "data sets of one split, named": ({"log.jsonl": DATA_SETS}, "b_test.loss", 20),
     "a column of splits": ({"log.csv": "step,loss,split\n10,9,valid\n20,2,valid\n30,1,train\n"}, "valid.loss", 20),
     "a column with a capital": ({"log.csv": CAPITAL}, "loss", None),
     "a column with a capital, named": ({"log.csv": CAPITAL}, "valid.loss", 20),
@@ -1006,6 +1016,20 @@ TABLES: dict[str, tuple[dict[str, str], str, float | None]] = {
     "a last step that is cut": ({"log.csv": "step,loss\n10,3\n20,2\n3"}, "loss", 20),
     "log.txt": ({"log.txt": lines("", 3, 2)}, "loss", 20),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("epoch=3-model1_loss=0.5-model2_loss=0.7.ckpt", {"model1_loss": 0.5, "model2_loss": 0.7}),
+        ("epoch=3-loss_model1=0.5.ckpt", {"loss_model1": 0.5}),
+        ("epoch=3-val_step1_acc=0.5.ckpt", {"val_step1_acc": 0.5}),
+        ("mystep1_loss=0.5.ckpt", {"mystep1_loss": 0.5}),
+        ("step_100_loss=0.5.ckpt", {"loss": 0.5}),
+    ],
+)
+def test_a_metric_in_a_name_keeps_its_whole_key(name: str, metrics: dict[str, float]) -> None:
+    assert named(Path(name)).metrics == metrics
 
 
 @pytest.mark.parametrize("kind", TABLES)

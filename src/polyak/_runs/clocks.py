@@ -15,6 +15,7 @@ from polyak._runs.tables import Row, clock_of, rows
 from polyak.checkpoints._file_names import SUFFIX, named
 
 _NUMBER = re.compile(r"\d+")
+_BARE = re.compile(r"(?<!\d)(?<![a-z]{2})\d+", re.IGNORECASE)  # of ppl23 the word says what it is
 _DECIMAL = re.compile(r"(?<![\d.])\d+\.\d+(?![\d.])")
 _VALUE = re.compile(r"[-+_.=]*\d+(\.\d+)?(e[-+]?\d+|[kmb](?![a-z]))?", re.IGNORECASE)
 _UNITS = ("step", "epoch", "time", "number")
@@ -136,15 +137,19 @@ def _several_things(series: Sequence[Timed], best: bool) -> bool:
     kinds = {_VALUE.sub("*", rest) for _, rest, _ in names}
     decimals = any(not each.clock and named(each.entry.named).numbered for each in series)
     texts = [_DECIMAL.sub(" ", rest) for _, rest, _ in names]
-    beside = [[int(digits) for digits in _NUMBER.findall(text)] for text in texts]
+    beside = [[int(digits) for digits in _BARE.findall(text)] for text in texts]
     descend = not best and beside != sorted(beside)
     return 1 < len(kinds) < len(names) or (decimals and bool(names)) or descend
 
 
 def _several_runs(series: Sequence[Timed], unit: str) -> bool:
-    """Whether names are those of several runs, whose counts lie among each other."""
+    """Whether names are those of several runs, whose counts lie among each other.
+
+    A name with words added, such as step_200_best beside step_100, is of the same kind.
+    """
     names = _names(series, unit)
-    kinds = [_VALUE.sub("*", rest) for _, rest, _ in names]
+    words = [_VALUE.sub("*", rest) for _, rest, _ in names]
+    kinds = [min(filter(kind.startswith, words), key=len) for kind in words]
     repeated = _alternate(kinds) and min(map(kinds.count, kinds)) > 1
     runs = ["".join(OF_RUN.findall(name)) for *_, name in names]
     alone = len({count for count, *_ in names}) == len(series)

@@ -152,7 +152,8 @@ def _split(record: object) -> str:
         return ""
     of_keys = {str(key).lower(): text for key, text in record.items() if isinstance(text, str)}
     texts = [of_keys[key] for key in _SPLITS if of_keys.get(key)]
-    data = [text for text in texts if _DATA.search(text)]
+    named = [of_keys[key] for key in ("dataset", "subset") if of_keys.get(key)]
+    data = [text for text in texts if text in named or _DATA.search(text)]
     return re.sub(r"[^\w-]+", "_", "_".join(data or texts))
 
 

@@ -27,10 +27,12 @@ WHOLE = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*mode
 _UNIT = r"(?:[km]|(?-i:B))"
 _SHORT = rf"\d+(?:\.\d+)?(?:{_UNIT}|e\d)"
 _WORD = r"(?:steps?|iter(?:ation)?s?|updates?)"
-# A key begins behind a count, as in step_100_loss=0.5.
-_PAIR = re.compile(
-    rf"(?<![a-z])((?=[a-z])(?:(?!(?:{_WORD}|epochs?|checkpoint|ckpt|model)[-_]?\d)[\w./ ])+)"
-    rf"=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)",
+_EQUALS = rf"=(-?\d+(?:\.\d+)?(?:e[-+]?\d+|{_UNIT}(?![a-z0-9]))?)"
+_PAIR = re.compile(rf"([a-z][\w./ ]*){_EQUALS}", re.IGNORECASE)
+# Where no key is a count, a key begins behind one, as in step_100_loss=0.5.
+_PAIR_BEHIND = re.compile(
+    rf"(?<![a-z])((?=[a-z])(?:(?!(?<![a-z])(?:{_WORD}|epochs?|checkpoint|ckpt|model)[-_]?\d+[-_. ])"
+    rf"[\w./ ])+){_EQUALS}",
     re.IGNORECASE,
 )
 _NOT_COUNTED = re.compile(
@@ -104,15 +106,21 @@ def named(path: Path) -> Named:
     [{'step': 1000.0}, {'epoch': 12.0}, {'number': 500.0}, {'number': 7.0}]
     """
     stem = SUFFIX.sub("", path.name)
-    texts = {key.strip(" -_"): value for key, value in _PAIR.findall(stem)}
-    pairs = {key: _in_full(value) for key, value in texts.items()}
+    pairs, rest = _pairs(stem, _PAIR)
+    if not pairs.keys() & _CLOCKS.keys():
+        pairs, rest = _pairs(stem, _PAIR_BEHIND)
     clock = {_CLOCKS[key]: value for key, value in pairs.items() if key in _CLOCKS}
     metrics = {key: value for key, value in pairs.items() if key not in _CLOCKS}
-    rest = _NOT_COUNTED.sub("", _PAIR.sub("", stem))
     hints = bool(_REPEATS.search(rest)), bool(_AVERAGES.search(rest))
     if not clock:
         clock, rest = _counted(rest)
     return Named(clock, metrics, *hints, rest)
+
+
+def _pairs(stem: str, pattern: re.Pattern[str]) -> tuple[dict[str, float], str]:
+    """Each `key=value`, and the name without them."""
+    pairs = {key.strip(" -_"): _in_full(value) for key, value in pattern.findall(stem)}
+    return pairs, _NOT_COUNTED.sub("", pattern.sub("", stem))
 
 
 def _in_full(number: str) -> float:
