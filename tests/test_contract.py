@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -77,12 +77,12 @@ def late(value: Any, usual: Any = 0.5) -> Callable[[Tick], dict[str, Any]]:
     return lambda tick: {AVERAGE: 1.0 if tick.n == 1 else (value if tick.n == 6 else usual)}
 
 
-def late_clock(**wrong: Any) -> Callable[[Tick, float], Tick]:
-    """A clock that goes wrong at update 6."""
+def late_clock(at: int = 6, **wrong: Any) -> Callable[[Tick, float], Tick]:
+    """A clock that goes wrong at an update."""
 
     def clock(before: Tick, elapsed: float) -> Tick:
         tick = Tick(before.n + 1, before.t + elapsed, elapsed)
-        return tick._replace(**wrong) if tick.n == 6 else tick
+        return tick._replace(**wrong) if tick.n == at else tick
 
     return clock
 
@@ -198,7 +198,12 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
     ),
     "a clock of infinity": (
         Custom(clock=lambda before, elapsed: Tick(before.n + 1, INF, elapsed)),
-        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted a polyak.rules.Tick with n + 1, and",
+        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted a polyak.rules.Tick with n + 1, n an integer, and",
+        1,
+    ),
+    "a clock that counts in floats": (
+        Custom(clock=late_clock(at=1, n=1.0)),
+        "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted a polyak.rules.Tick with n + 1, n an",
         1,
     ),
     "a clock whose time is longer than all": (
@@ -335,6 +340,23 @@ def test_numbers_of_other_libraries_are_times_as_a_file_holds_them() -> None:
     averager.update()
     wanted = [1, 1.0, 1.0, [1, 1.0, 1.0, None]]
     assert repr(averager.state_dict()["averages"]["average"]["tick"]) == repr(wanted)
+
+
+class HalfTick(Tick):
+    """A clock of a user, with a property more."""
+
+    @property
+    def half(self) -> float:
+        return 0.5 * self.n
+
+
+@pytest.mark.parametrize("number", [int, np.int64], ids=["int", "int64"])
+def test_a_clock_keeps_its_class(number: Callable[[int], Any]) -> None:
+    rule = Custom(
+        moves=lambda tick: {AVERAGE: 0.5 / cast(HalfTick, tick).half},
+        clock=lambda before, elapsed: HalfTick(number(before.n + 1), before.t + elapsed, elapsed),
+    )
+    np.testing.assert_allclose(profile(rule, 4), [0.25] * 4)
 
 
 def test_a_copy_may_be_an_integer() -> None:

@@ -7,6 +7,7 @@ NaN, an unknown slot, a readout that does not sum to 1. Each error names the rul
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def checked_update(
     given: Any = rule.tick(before, elapsed)
     tick = _as_tick(given)
     if tick is None or tick.n != before.n + 1:
-        wanted = "wanted a polyak.rules.Tick with n + 1, and with finite numbers"
+        wanted = "wanted a polyak.rules.Tick with n + 1, n an integer, and with finite numbers"
         raise _error(rule, given, f"follows {before!r}, {wanted}")
     if not (before.t <= tick.t and 0 < tick.elapsed <= tick.t):
         raise _error(rule, tick, f"follows {before!r}, wanted no smaller t, and 0 < elapsed <= t")
@@ -72,14 +73,17 @@ def checked_update(
 
 
 def _as_tick(value: Any) -> Tick | None:
-    """A clock with Python's numbers, which files hold; None for anything else."""
+    """A clock of the same class with Python's numbers, which files hold; None for anything else."""
     if not isinstance(value, Tick):
         return None
     inner = None if value.inner is None else _as_tick(value.inner)
     n, t, elapsed = map(as_number, value[:3])
     plain = is_integer(n, 0) and is_number(t) and is_number(elapsed)
-    same = (inner is None) == (value.inner is None)
-    return Tick(n, t, elapsed, inner) if plain and same else None
+    if not plain or (inner is None) != (value.inner is None):
+        return None
+    if all(map(operator.is_, (n, t, elapsed, inner), value)):
+        return value
+    return value._replace(n=n, t=t, elapsed=elapsed, inner=inner)
 
 
 def _require_names(rule: Rule, tick: Tick) -> None:
