@@ -633,6 +633,35 @@ def test_a_model_may_write_into_its_input(train: Any) -> None:
     assert records[0]["curves"] == records[1]["curves"]
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "coo": Tensor.to_sparse,
+    "csr": lambda rows: rows.to_sparse(layout=torch.sparse_csr),
+    "nested": lambda rows: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_that_is_not_dense_is_the_same_data(layout: str, tmp_path: Path) -> None:
+    """Whole parts are given to metrics: only rows of the training part must be taken."""
+
+    def data(make: Callable[[Tensor], Tensor], seed: int) -> Data:
+        held = images(seed)
+        wide = torch.ones(45, 1100).triu()
+        return replace(
+            held, validation=(*held.validation, make(wide)), test=(*held.test, make(wide))
+        )
+
+    def metric(model: nn.Module, x: Tensor, y: Tensor, wide: Tensor) -> Tensor:
+        return cross_entropy(model, x, y) * wide.sum()
+
+    kept = {**ONE, "metrics": {"loss": Metric(metric)}, "steps": 4, "evaluations": 1, "seeds": 1}
+    run(study(**kept, data=partial(data, LAYOUTS[layout])), tmp_path, jobs=1)
+    before = lines(tmp_path)
+    run(study(**kept, data=partial(data, torch.clone)), tmp_path, jobs=1)
+    assert lines(tmp_path) == before
+
+
 def test_a_loss_may_write_into_its_batch() -> None:
     """Recalibration reads rows of the training data, too."""
     data, before = images(0), images(0).train

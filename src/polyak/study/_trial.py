@@ -69,13 +69,19 @@ def _digest(tensor: Tensor) -> str:
 
     Another entry, or another order of the rows, gives another sum; a difference in rounding hardly ever does.
     """
-    total, rows = 0.0, torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    for first, some in enumerate(rows.detach().split(DIGESTED)):
-        flat = some.cpu().double().nan_to_num(0.5, 2.0, -2.0).reshape(len(some), -1)
-        down = torch.arange(len(flat)) + (first * DIGESTED + 1)
+    total, rows = 0.0, tensor.detach()
+    if rows.is_nested:
+        rows = rows.to_padded_tensor(0)
+    elif rows.layout is not torch.strided:
+        rows = rows.to_sparse()  # dense as a whole, a graph of many nodes would not fit
+    for first in range(0, len(rows), DIGESTED):
+        some = rows.narrow_copy(0, first, min(DIGESTED, len(rows) - first)).to_dense()
+        real = torch.view_as_real(some) if some.is_complex() else some
+        flat = real.cpu().double().nan_to_num(0.5, 2.0, -2.0).reshape(len(some), -1)
+        down = torch.arange(len(flat)) + (first + 1)
         across = torch.arange(flat.shape[1]) + 1
         total += float(down.double().sin() @ flat @ across.double().sin())
-    return f"{tuple(tensor.shape)} {total:.6g}"
+    return f"{tuple(rows.shape)} {total:.6g}"
 
 
 def _require_trainable(model: nn.Module) -> None:
