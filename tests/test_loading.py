@@ -413,6 +413,29 @@ def test_tensors_beside_the_weights_may_be_of_any_kind(
     assert [name for name in found.left if name.startswith("other.1.w (a ")]
 
 
+NO_WEIGHTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse in a tuple": (lambda: (torch.eye(2).to_sparse(),), "graph.adj.0 (a sparse tensor)"),
+    "sparse in a list": (lambda: [torch.eye(2).to_sparse()], "graph.adj.0 (a sparse tensor)"),
+    "nested": (lambda: (STRANGE["nested"][0](),), "graph.adj.0 (a nested tensor)"),
+}
+
+
+@pytest.mark.parametrize("key", ["", "model"])
+@pytest.mark.parametrize(("make", "place"), NO_WEIGHTS.values(), ids=NO_WEIGHTS.keys())
+def test_what_torch_packs_no_weights_in_is_listed_beside_them(
+    tmp_path: Path, make: Callable[[], Any], place: str, key: str
+) -> None:
+    path = tmp_path / "it.pt"
+    state = {"a.w": torch.ones(1), "graph.adj": make()}
+    save({key: state, "step": 3} if key else state, path)
+    found = read(path)
+    assert list(found.live or {}) == ["a.w"]
+    assert list(found.left) == [f"{key}.{place}" if key else place]
+    save(state | {"b.w": torch.eye(2).to_sparse()}, path)  # in a weight's place it is one
+    with pytest.raises(ValueError, match=r"b\.w is a sparse tensor: save it dense"):
+        read(path)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

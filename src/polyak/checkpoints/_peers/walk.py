@@ -37,6 +37,7 @@ _MOMENTS = frozenset(
     {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg",
      "grad_avg", "acc_delta", "fp32_param", "master_param"}
 )  # fmt: skip
+_NO_WEIGHTS = ("a sparse tensor", "a nested tensor")
 _MOST_PARTS = 1000  # of an average: more are not joined
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -144,10 +145,15 @@ def _inner(value: Any) -> dict[str, Any]:
 
 
 def _lost(name: str, value: Any, role: Role) -> list[Aside]:
-    """The objects made of tensors, but not tensors, in a state dict's value or in a tuple in its place."""
+    """The weights that only code could make, in a state dict's value or in a tuple in its place.
+
+    A sparse or nested tensor in a tuple is a graph or a batch: torch packs no weights so.
+    """
     if "." not in name or _role(name, role) != role:
         return []
-    return list(filter(holds_tensors, value if isinstance(value, (list, tuple)) else [value]))
+    if not isinstance(value, (list, tuple)):
+        return [value] if holds_tensors(value) else []
+    return [one for one in value if holds_tensors(one) and one.name not in _NO_WEIGHTS]
 
 
 def _role(key: str, role: Role) -> Role:
