@@ -97,7 +97,12 @@ class LateTail(Tail):
         return before if made.n == 6 else made
 
 
-AT_5 = "follows Tick(n=5, t=5.0, elapsed=1.0, inner=None)"
+def wrong_at_6(wanted: str, **wrong: Any) -> tuple[Rule, str, int]:
+    """A rule whose clock goes wrong at update 6, the words of its refusal, and that update."""
+    message = f"follows Tick(n=5, t=5.0, elapsed=1.0, inner=None), {wanted}"
+    return Custom(clock=late_clock(**wrong)), message, 6
+
+
 NAN, INF = float("nan"), float("inf")
 IN = "wanted a fraction in [0, 1]"
 SUM = "wanted finite numbers that sum to 1"
@@ -216,28 +221,12 @@ FAULTY: dict[str, tuple[Rule, str, int]] = {
         "follows Tick(n=0, t=0.0, elapsed=0.0, inner=None), wanted a polyak.rules.Tick with n + 1",
         1,
     ),
-    "a late clock that stands": (
-        Custom(clock=late_clock(n=5)),
-        f"{AT_5}, wanted a polyak.rules",
-        6,
-    ),
-    "a late clock that goes back": (
-        Custom(clock=late_clock(t=4.0)),
-        f"{AT_5}, wanted no smaller t",
-        6,
-    ),
-    "a late clock of NaN": (Custom(clock=late_clock(t=NAN)), f"{AT_5}, wanted a polyak.rules", 6),
-    "a late clock of text": (Custom(clock=late_clock(t="6")), f"{AT_5}, wanted a polyak.rules", 6),
-    "a late clock of no time": (
-        Custom(clock=late_clock(elapsed=0)),
-        f"{AT_5}, wanted no smaller",
-        6,
-    ),
-    "a late inner clock of a number": (
-        Custom(clock=late_clock(inner=3)),
-        f"{AT_5}, wanted a pol",
-        6,
-    ),
+    "a late clock that stands": wrong_at_6("wanted a polyak.rules", n=5),
+    "a late clock that goes back": wrong_at_6("wanted no smaller t", t=4.0),
+    "a late clock of NaN": wrong_at_6("wanted a polyak.rules", t=NAN),
+    "a late clock of text": wrong_at_6("wanted a polyak.rules", t="6"),
+    "a late clock of no time": wrong_at_6("wanted no smaller", elapsed=0),
+    "a late inner clock of a number": wrong_at_6("wanted a pol", inner=3),
     "a late clock in a rule that derives from Tail": (
         LateTail(Custom(), 2),
         "follows Tick(n=5, t=5.0, elapsed=1.0, inner=Tick(n=3, t=3.0, elapsed=1.0, inner=None)), wanted a",

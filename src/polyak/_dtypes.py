@@ -17,7 +17,7 @@ SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def has_mean(dtype: torch.dtype) -> bool:
     """Whether numbers of a dtype can be averaged: floating-point and complex ones.
 
-    Not those of which a byte holds two (float4_e2m1fn_x2): torch converts them to no other dtype.
+    A dtype that packs two numbers into a byte (float4_e2m1fn_x2) cannot: torch does not convert it.
     """
     return (dtype.is_floating_point or dtype.is_complex) and not str(dtype).endswith("_x2")
 

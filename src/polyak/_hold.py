@@ -12,11 +12,9 @@ from polyak._system import Claim
 PATIENCE = 10.0
 """Seconds to wait for another process, which may have been killed and still be ending."""
 
-# By inode, since a folder may have several paths. A second object of this process is refused at once
-# by it, also where the file system has no locks.
-_HOLDS: dict[
-    tuple[int, int], FolderHold
-] = {}  # device and inode of a folder -> its hold in this process
+# Device and inode of a folder -> its hold in this process. By inode, since a folder may have several
+# paths. It refuses a second object of this process at once, also where the file system has no locks.
+_HOLDS: dict[tuple[int, int], FolderHold] = {}
 
 
 class FolderHold:

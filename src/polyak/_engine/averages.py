@@ -65,10 +65,10 @@ class Averages:
         self._mesh = None if shard is None else one_mesh(shard, _device(model))
         with self._together("Averager"):
             require_slot_dtype(options.dtype)
-            self._choice = choice
-            self._options = options._replace(device=as_device(options.device))
+            place = as_device(options.device)
+            self._choice, self._options = choice, options._replace(device=place)
             self._live = ModelTensors(model, choice, mesh=self._mesh)
-            self._make_averages(rule, self._options)
+            self._make_averages(rule, options, place)
         self.run: str | None = None
         """The id of the run that a `Recorder` stores; it is part of the state."""
         self.mixed = False
@@ -81,9 +81,14 @@ class Averages:
         """The attributes that are not a subclass's own, nor a user's."""
         self._compare_replicas("Averager")
 
-    def _make_averages(self, rule: Rule | str | Mapping[str, Rule | str], options: Options) -> None:
+    def _make_averages(
+        self,
+        rule: Rule | str | Mapping[str, Rule | str],
+        options: Options,
+        place: torch.device | None,
+    ) -> None:
         """The averages of the model's tensors, and their updates; refuses options that do not fit these."""
-        place, rounding = as_device(options.device), options.rounding
+        rounding = options.rounding
         self._refuse_sharded(place, options.nonfinite)
         self._averages = {
             name: Average(each, dtype=options.dtype, device=place, rounding=rounding, name=name)

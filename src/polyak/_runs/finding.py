@@ -18,7 +18,7 @@ _PART = re.compile(
 _FIRST = re.compile(r"((rank|shard)[-_]?)0", re.IGNORECASE)
 _OF_RUN = r"(?:version|run|exp|seed|trial|fold|rank|worker|ws)[-_=]?\d+"
 OF_RUN = re.compile(rf"(?<![a-z]){_OF_RUN}", re.IGNORECASE)
-"""What says of which run a checkpoint is."""
+"""The part of a name that says which run a checkpoint belongs to."""
 _NO_CHECKPOINT = re.compile(rf"{_OF_RUN}(\.\w+)?", re.IGNORECASE)
 _RECOVERY = re.compile(
     r"(?<![a-z])(recover(y)?|interrupt(ed)?|on_exception|crash(ed)?|emergency|preempt(ed|ion)?|autosave)(?![a-z])",

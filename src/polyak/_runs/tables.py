@@ -71,7 +71,7 @@ def rows(path: Path) -> list[Row]:
 def records(path: Path) -> list[tuple[str, Row]]:
     """The split that each row of a table is about, as "valid", or "", and its numbers.
 
-    There are none for a file that is no table, or that is not read here.
+    Empty for a file that is not a table, or that polyak does not read.
 
     Raises `ModuleNotFoundError` for YAML without the package `yaml`; `OSError` if it cannot be read.
     """
@@ -151,10 +151,9 @@ def _split(record: object) -> str:
     if not isinstance(record, Mapping):
         return ""
     of_keys = {str(key).lower(): text for key, text in record.items() if isinstance(text, str)}
-    texts = [of_keys[key] for key in _SPLITS if of_keys.get(key)]
-    named = [of_keys[key] for key in ("dataset", "subset") if of_keys.get(key)]
-    data = [text for text in texts if text in named or _DATA.search(text)]
-    return re.sub(r"[^\w-]+", "_", "_".join(data or texts))
+    texts = {key: of_keys[key] for key in _SPLITS if of_keys.get(key)}
+    data = [t for key, t in texts.items() if key in ("dataset", "subset") or _DATA.search(t)]
+    return re.sub(r"[^\w-]+", "_", "_".join(data or texts.values()))
 
 
 def _records(path: Path, text: str) -> Iterable[object]:
@@ -187,7 +186,7 @@ def _yaml(text: str) -> Any:
 
 
 def _numeric(row: Mapping[str | None, Any]) -> dict[str, Any]:
-    """The columns of a line of CSV that hold numbers, or say of which data they are."""
+    """The columns of a line of CSV that hold numbers, or name the data that they are about."""
     found: dict[str, Any] = {}
     for column, text in row.items():
         name = str(column).strip()

@@ -54,8 +54,8 @@ class Flat:
 def called_with(model: nn.Module, weights: Weights, inputs: Any, options: Any = None) -> Any:
     """Call a model with other tensors, given by their first names.
 
-    torch.func is told every place of a tied tensor, but a module that is used twice is one place: of two
-    exchanges there, it takes back only one.
+    torch.func gets every place of a tied tensor, with a module that is used twice as one place. If it
+    exchanged a tensor there twice, it would put back only one.
     """
     first = first_names(model)
     places = {

@@ -31,8 +31,8 @@ def computing_on(backend: str) -> Iterator[Killed]:
     """
     require(backend in BACKENDS, "backend", backend, " or ".join(BACKENDS))
     if backend == "loky":
-        # joblib says of Ctrl-C that the study has too many runs. All threads share the filters, so this
-        # one stays.
+        # After Ctrl-C joblib warns that the study has too many runs. All threads share the filters, so
+        # this one stays.
         warnings.filterwarnings("ignore", r"\d+ tasks which were still being processed")
         yield (TerminatedWorkerError,)
         return
