@@ -155,6 +155,9 @@ def test_seeds_needed_find_the_effect_in_four_of_five_studies() -> None:
     )
     assert seeds_needed(0.0) == 2 and seeds_needed(1e-6) == 2
     assert seeds_needed(1e9) == 100_000
+    assert [seeds_needed(d) for d in (0.003, 0.004, 0.0055, 0.009, 0.012)] == [2, 2, 3, 3, 3]
+    found = [seeds_needed(float(d)) for d in np.linspace(0.001, 0.1, 200)]
+    assert found == sorted(found)  # more noise never needs fewer seeds
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import nct, t
+from scipy.stats import ncf, t
 
 from polyak.study._statistics import (
     BOOTSTRAP_SEED,
@@ -134,7 +134,8 @@ def _power(seeds: int, standardised: float) -> float:
     if centre > 30:  # far beyond what scipy's distribution can compute, and certain
         return 1.0
     edge = float(t.isf((1 - CONFIDENCE) / 2, seeds - 1))
-    return float(nct.sf(edge, seeds - 1, centre) + nct.cdf(-edge, seeds - 1, centre))
+    # Of t squared: scipy's lower tail of a noncentral t is NaN for many centres.
+    return float(ncf.sf(edge**2, 1, seeds - 1, centre**2))
 
 
 def time_to_target(
