@@ -105,6 +105,13 @@ def test_the_effect_size_is_the_t_statistic_of_scipy() -> None:
         assert math.isnan(effect_size(undefined).estimate)
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, -4.0])
+def test_the_interval_of_an_effect_size_has_the_size_in_95_of_100_studies(size: float) -> None:
+    studies = np.random.default_rng(0).normal(size, 1, (1000, 16))
+    found = [effect_size(list(differences)) for differences in studies]
+    assert sum(each.low <= size <= each.high for each in found) == pytest.approx(950, abs=25)
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.3])
 def test_random_signs_are_scipy_s_exact_permutations(shift: float) -> None:
     ours, theirs = pairs(10, shift)

@@ -57,7 +57,7 @@ def arms_note(effects: Effects) -> str:
         f"Test values at the last step, mean over seeds [95 % interval], each arm at the learning rate that is best for it on "
         f"validation. Gain: {gain}; positive is better. The best step of each arm is that of its best validation value. "
         "Probability of improvement: share of seeds in which the arm is better, ties by half. Effect size: mean / standard "
-        "deviation of the paired gains. p: random signs of the gains, corrected over the arms of this table. Seeds for a 5 % "
+        "deviation of the paired gains, with the interval of normal gains. p: random signs of the gains, corrected over the arms of this table. Seeds for a 5 % "
         "effect: a paired t-test finds it with 80 % probability. The step of live's last value is the median evaluated step at which an "
         "arm is as good on validation as the live weights at the end; never counts as infinite. Interquartile mean: of the test values of the middle half of the seeds."
     )
