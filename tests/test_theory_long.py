@@ -21,9 +21,10 @@ from polyak.decays import (
     Schedule,
 )
 from polyak.rules import AVERAGE, Exponential, Power, Rule, Tick, Window
+from polyak.specs import parse
 from polyak.theory import Explanation, cadence, equivalents, explain, match
 from polyak.theory._curves import gain_curve, learning_rate_curve, profile_curve, step_curve
-from polyak.theory._long import Horizon, horizon, profile_at
+from polyak.theory._long import Horizon, copies, horizon, profile_at
 
 getcontext().prec = 60
 EXACT = 1e-6
@@ -227,6 +228,28 @@ def test_what_does_not_settle_says_so(spec: str) -> None:
     spec = str(about.rule)
     assert about.title() == f"{spec} after 10000 steps, updated every step; more steps change it"
     assert explain(spec, 500).title() == f"{spec} after 500 steps, updated every step"
+
+
+LATE_CHANGES = [
+    # At a coarse clock all of these look like copies of the live weights. None is one.
+    "tail(exponential(0.9), 1e6)",
+    "exponential(half_life_ramp(1000, 1e-6))",
+    "exponential(cosine(0.9, 1e6, 0.99))",
+    # After 1000 steps nothing seems to change it.
+    "exponential(cosine(0.99, 1e9, 0.999))",
+    "exponential(cosine(0.99, 1e9, 0.0))",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", LATE_CHANGES)
+def test_what_changes_very_late_says_so(spec: str) -> None:
+    assert "more steps change it" in explain(spec).title()
+
+
+def test_only_what_copies_late_is_a_copy() -> None:
+    assert [copies(parse(spec)) for spec in LATE_CHANGES] == [False] * 4 + [True]
+    assert copies(parse("exponential(0)")) and copies(Window(1), every=1000)
 
 
 @pytest.mark.slow

@@ -151,6 +151,6 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
         cutoff=None if cut is None else cut / where.unit,
         ramp_lag=age,
         unit=where.unit,
-        growing=found is None and not copies(rule, every=every),
+        growing=found is None and not (age == 0 and copies(rule, every=every)),
         of_run=steps is not None,
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from polyak.rules import Rule
 from polyak.theory._measures import mean_age
-from polyak.theory._profiles import Profile, profile, stretches
+from polyak.theory._profiles import Profile, coefficients, profile, stretches
 
 SHORT = 2**18
 """The most steps for which a profile has one number for each step."""
@@ -69,7 +69,8 @@ def _settled(rule: Rule, every: int) -> int | None:
     while updates * every < SHORT:
         later = _age_after(rule, 2 * updates, every)
         if age > 0 and math.isclose(age, later, rel_tol=_UNCHANGED):
-            return last_step(updates, every)
+            late = every * mean_age(_late(rule, 2 * updates, every))
+            return last_step(updates, every) if math.isclose(age, late, rel_tol=1e-6) else None
         updates, age = 2 * updates, later
     return None
 
@@ -85,9 +86,12 @@ def _age_after(rule: Rule, updates: int, every: int) -> float:
 
 def copies(rule: Rule, *, every: int = 1) -> bool:
     """Whether a rule that never settles is a plain copy of the live weights, however late."""
-    latest = every * 2**40
-    ends = latest - every + 1
-    return mean_age(stretches(rule, ends, unit=latest // _COARSE, every=every)[0]) == 0
+    return mean_age(_late(rule, 2, every)) == 0
+
+
+def _late(rule: Rule, updates: int, every: int) -> Profile:
+    """The coefficients of this many updates, `every` steps apart, after a stretch of 2^50 of them."""
+    return coefficients(rule, [1, every * 2**50, *[every] * updates])
 
 
 def profile_at(rule: Rule, where: Horizon, every: int) -> tuple[Profile, float]:
@@ -104,11 +108,13 @@ def mean_age_at(c: Profile, unit: int, every: int) -> float:
 
 
 def _forgotten(rule: Rule, steps: int, every: int) -> bool:
-    """Whether half as many steps give the same mean age, on one coarse clock."""
+    """Whether half as many steps, and very many, give the same mean age, on one coarse clock."""
     unit = max(steps // _COARSE, every)
     ends = [n - every + 1 for n in (steps, steps // 2)]
     ages = [mean_age(stretches(rule, n, unit=unit, every=every)[0]) for n in ends]
-    return ages[1] > 0 and math.isclose(*ages, rel_tol=1e-6)
+    if not (ages[1] > 0 and math.isclose(*ages, rel_tol=1e-6)):
+        return False
+    return math.isclose(ages[0], mean_age(_late(rule, _COARSE, unit)), rel_tol=1e-6)
 
 
 def _rescales(rule: Rule, steps: int, unit: int, every: int) -> bool:
