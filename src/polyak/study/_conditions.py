@@ -14,9 +14,9 @@ from polyak.study._record_format import (
     COUNT,
     FLAG,
     MAPPING,
+    NOT_NEGATIVE,
     NUMBER,
     POSITIVE,
-    SEED,
     TEXT,
     Kind,
     Listed,
@@ -30,7 +30,6 @@ from polyak.study._trial import tried
 
 VALUE = Kind("a finite number or null", lambda value: value is None or is_number(value))
 STEP = Kind("an integer >= 1 or null", lambda value: value is None or is_integer(value, 1))
-BYTES = Kind("an integer >= 0", lambda value: is_integer(value, 0))
 
 
 class Conditions:
@@ -90,7 +89,7 @@ def fields(study: Study, steps: Any) -> dict[str, Any]:
     values = dict.fromkeys(study.metrics, VALUE)
     judged: Mapping[str, Any] = {"last": values, "selected": {"step": STEP, **values}}
     return {
-        "seed": SEED,
+        "seed": NOT_NEGATIVE,
         **dict.fromkeys(("study", "schedule", "fingerprint"), TEXT),
         "learning_rate": POSITIVE,
         "conditions": MAPPING,
@@ -101,7 +100,7 @@ def fields(study: Study, steps: Any) -> dict[str, Any]:
         "test": dict.fromkeys(study.arm_names, judged),
         **{name: dict.fromkeys(arms, Listed(VALUE, count)) for name in ("distance", "cosine")},
         "seconds": dict.fromkeys(("train", "average", "evaluate"), NUMBER),
-        "bytes": dict.fromkeys((LIVE, *arms), BYTES),
+        "bytes": dict.fromkeys((LIVE, *arms), NOT_NEGATIVE),
         "forward_passes": dict.fromkeys((LIVE, *arms), COUNT),
         "stopped_early": FLAG,
         "after_stop": MAPPING,

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from polyak.rules import LIVE
 from polyak.study._judge import Values
 from polyak.study._logbook import Logbook, add, curves
-from polyak.study._result import Record
+from polyak.study._record_format import Record
 from polyak.study._schedules import Plateau, factor_at
 from polyak.study._study import Study
 

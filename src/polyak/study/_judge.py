@@ -15,6 +15,7 @@ from polyak._modes import no_grad
 from polyak.norms import recalibrate
 from polyak.rules import LIVE
 from polyak.study._ensembles import MeanPrediction, apart, of_ensemble, remember, steady
+from polyak.study._result import PartName
 from polyak.study._study import Arm, Data, Ensemble, Metric, Part, Study
 from polyak.study._tracking import Network, Tracking, tensors_of
 
@@ -27,11 +28,8 @@ RECALIBRATION_BATCHES = 16
 class Judging(Protocol):
     """The questions of a logbook about the arms as they are now."""
 
-    def validation(self, arm: str) -> Values:
-        """name -> value of every metric on the validation part; None where it is not a finite number."""
-
-    def test(self, arm: str) -> Values:
-        """The same on the test part."""
+    def values(self, part: PartName, arm: str) -> Values:
+        """name -> value of every metric on a part; None where it is not a finite number."""
 
     def geometry(self, arm: str) -> Geometry:
         """(relative distance to the live weights, cosine with their way from the start)."""
@@ -49,14 +47,6 @@ class Judge:
         self._tensors = tensors_of(self._model)
         self._initial = arms.vector(arms.networks(LIVE)[0])
 
-    def validation(self, arm: str) -> Values:
-        """The metrics on the validation part."""
-        return self._values(arm, "validation")
-
-    def test(self, arm: str) -> Values:
-        """The metrics on the test part."""
-        return self._values(arm, "test")
-
     def geometry(self, arm: str) -> Geometry:
         """The place of an average between the start and the live weights; None for an ensemble."""
         found = geometry(self._study, self._arms, arm, self._initial)
@@ -66,7 +56,8 @@ class Judge:
         return finite(distance), finite(cosine)
 
     @no_grad
-    def _values(self, arm: str, part: str) -> Values:
+    def values(self, part: PartName, arm: str) -> Values:
+        """The metrics on a part."""
         networks, spec = self._arms.networks(arm), self._study.arms.get(arm)
         if not networks:
             return dict.fromkeys(self._study.metrics)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak.rules import LIVE
 from polyak.study._judge import Judging, Values, finite
-from polyak.study._result import Record
+from polyak.study._record_format import Record
 from polyak.study._study import Ensemble, Study
 from polyak.study._tracking import copies
 
@@ -57,13 +57,13 @@ class Logbook:
 
     def glance(self, arms: Iterable[str]) -> dict[str, Values]:
         """The validation values of some arms now; the record does not have them."""
-        return {arm: self._judge.validation(arm) for arm in arms}
+        return {arm: self._judge.values("validation", arm) for arm in arms}
 
     def _evaluate(self, arm: str) -> Values:
-        values = self._judge.validation(arm)
+        values = self._judge.values("validation", arm)
         add(self.curves[arm], values)
         if self._is_best(arm, values[self._study.main]):
-            self._selected[arm] = {"step": self.count, **self._judge.test(arm)}
+            self._selected[arm] = {"step": self.count, **self._judge.values("test", arm)}
         if arm != LIVE:
             for name, value in zip(self._geometry, self._judge.geometry(arm), strict=True):
                 self._geometry[name][arm].append(value)
@@ -91,7 +91,10 @@ class Logbook:
             "rates": self.rates,
             "curves": self.curves,
             "test": {
-                arm: {"last": self._judge.test(arm), "selected": self._selected.get(arm, nothing)}
+                arm: {
+                    "last": self._judge.values("test", arm),
+                    "selected": self._selected.get(arm, nothing),
+                }
                 for arm in names
             },
             **self._geometry,

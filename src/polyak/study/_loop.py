@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from polyak.study._course import Course, Rate
 from polyak.study._judge import Judge
 from polyak.study._logbook import Logbook
-from polyak.study._result import Record
+from polyak.study._record_format import Record
 from polyak.study._study import Data, Part, Study
 from polyak.study._tracking import Tracking, size_of, tensors_of
 from polyak.study._weighting import due

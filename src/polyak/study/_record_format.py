@@ -35,7 +35,7 @@ class Listed(NamedTuple):
 NUMBER = Kind("a finite number", is_number)
 POSITIVE = Kind("a finite number > 0", lambda value: is_number(value) and value > 0)
 COUNT = Kind("an integer >= 1", lambda value: is_integer(value, 1))
-SEED = Kind("an integer >= 0", lambda value: is_integer(value, 0))
+NOT_NEGATIVE = Kind("an integer >= 0", lambda value: is_integer(value, 0))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))

@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from polyak._checks import require
 from polyak.rules import LIVE
+from polyak.study._record_format import Record
 from polyak.study._statistics import known
 from polyak.study._study import Study
 
-Record = dict[str, Any]
 When = Literal["last", "selected"]
-Part = Literal["validation", "test"]
+PartName = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Seed:
         metric: str | None = None,
         schedule: str | None = None,
         when: When = "last",
-        part: Part = "test",
+        part: PartName = "test",
     ) -> float:
         """The metric of an arm, NaN if there is none.
 
@@ -135,7 +135,7 @@ def value_in(
     arm: str,
     metric: str | None = None,
     when: When = "last",
-    part: Part = "validation",
+    part: PartName = "validation",
 ) -> float:
     """The metric of an arm in one record; NaN without a record or a number."""
     metric = study.require_metric(metric)

@@ -21,10 +21,11 @@ from polyak.study._errors import is_recipes, placed
 from polyak.study._feasible import require_feasible
 from polyak.study._loop import SOURCES, Run, train
 from polyak.study._processes import Killed, computed, computing_on
+from polyak.study._record_format import Record
 from polyak.study._recorded import RESULTS, existing, first_conditions
 from polyak.study._records import opened
 from polyak.study._rehearsal import rehearse
-from polyak.study._result import Record, Result
+from polyak.study._result import Result
 from polyak.study._stackable import require_stackable
 from polyak.study._stacked import train_stacked
 from polyak.study._study import Study

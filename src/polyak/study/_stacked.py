@@ -22,7 +22,7 @@ from polyak.study._course import Course, Rate
 from polyak.study._flat import Flat, Weights, some_runs
 from polyak.study._logbook import Logbook
 from polyak.study._loop import SOURCES, Run, alone, source_seed
-from polyak.study._result import Record
+from polyak.study._record_format import Record
 from polyak.study._stacked_data import Batches
 from polyak.study._stacked_judge import Call, OneOfStack, StackedJudge
 from polyak.study._study import Study

@@ -16,6 +16,7 @@ from polyak.rules import LIVE
 from polyak.study._ensembles import MeanPrediction, Outputs, of_ensemble, remember
 from polyak.study._flat import Weights, called_with
 from polyak.study._judge import Geometry, Values, finite, geometry, metrics_of
+from polyak.study._result import PartName
 from polyak.study._stacked_data import Rows, rows_of
 from polyak.study._study import Data, Ensemble, Part, Study
 from polyak.study._tracking import Tracking
@@ -132,13 +133,9 @@ class OneOfStack:
     judge: StackedJudge
     run: int
 
-    def validation(self, arm: str) -> Values:
-        """The metrics on the validation part."""
-        return self.judge.values("validation", arm)[self.run]
-
-    def test(self, arm: str) -> Values:
-        """The metrics on the test part."""
-        return self.judge.values("test", arm)[self.run]
+    def values(self, part: PartName, arm: str) -> Values:
+        """The metrics on a part."""
+        return self.judge.values(part, arm)[self.run]
 
     def geometry(self, arm: str) -> Geometry:
         """Distance and cosine."""

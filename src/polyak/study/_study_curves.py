@@ -9,7 +9,7 @@ from polyak.study import _figures as charts
 from polyak.study._curves import lines, spread
 from polyak.study._effects import Effects, late
 from polyak.study._page import Figure
-from polyak.study._result import Record
+from polyak.study._record_format import Record
 from polyak.study._statistics import known
 from polyak.study._text import Table, file_name, significant
 
