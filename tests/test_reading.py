@@ -697,6 +697,10 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_bytes(saved_bytes(1)[:-200]),
         "a damaged file of torch.save .*: copy or fetch it again",
     ),
+    "a folder with a file of torch.save that is cut short": (
+        lambda path: (path.mkdir(), (path / "model.bin").write_bytes(saved_bytes(1)[:-200])),
+        r"it/model\.bin: a damaged file of torch.save .*: copy or fetch it again",
+    ),
     "a file of safetensors that is cut short": (
         lambda path: path.write_bytes(safetensors_bytes({"w": torch.ones(99)})[:-20]),
         "safetensors file cannot be read .*: copy or fetch it again",

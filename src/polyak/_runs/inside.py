@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak._runs.tables import Row, numbers
-from polyak.checkpoints._open.files import OpenFile, labelled
+from polyak.checkpoints._open.files import OpenFile
 from polyak.checkpoints._peers.common import is_state
 from polyak.checkpoints._torch_save.files import is_torch, load
 from polyak.checkpoints._torch_save.tensors import StoredTensor
@@ -25,8 +25,7 @@ def inside(path: Path) -> Mapping[str, Any]:
     file = OpenFile(path)
     if not is_torch(file.read(0, 64)):
         return {}
-    with labelled(path, "a damaged file of torch.save"):
-        content = load(file.whole).value
+    content = load(file.whole).value
     return content if isinstance(content, dict) and not is_state(content) else {}
 
 

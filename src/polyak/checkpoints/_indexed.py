@@ -98,13 +98,10 @@ def _tensors(file: OpenFile) -> LazyTensors:
         return TensorFile(file)
     if not is_torch(file.read(0, 4)):
         raise refusal(file)
-    with labelled(file.path, "a damaged file of torch.save"):
-        content = load(file.whole).value
-        if not isinstance(content, dict):
-            raise ValueError("wanted a dictionary name -> tensor")
-        if not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
-            raise ValueError("wanted a dictionary name -> tensor")
-    return StoredTensors(content)
+    held = load(file.whole).value
+    if not isinstance(held, dict) or not all(isinstance(t, StoredTensor) for t in held.values()):
+        raise ValueError(f"{file.path}: wanted a dictionary name -> tensor")
+    return StoredTensors(held)
 
 
 def _index(file: OpenFile) -> dict[str, str]:

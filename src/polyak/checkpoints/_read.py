@@ -15,13 +15,13 @@ from polyak.checkpoints import _own_format as own
 from polyak.checkpoints._checkpoint import Checkpoint, Clock
 from polyak.checkpoints._dcp.tensors import DistributedTensors
 from polyak.checkpoints._names import Names, canonical, under
-from polyak.checkpoints._open.files import FilePart, OpenFile, Verified, all_verified, labelled
+from polyak.checkpoints._open.files import FilePart, OpenFile, Verified, all_verified
 from polyak.checkpoints._peers import recognise
 from polyak.checkpoints._peers.common import Found, count, type_of
 from polyak.checkpoints._peers.libraries import diffusers_rules
 from polyak.checkpoints._peers.walk import under_keys
 from polyak.checkpoints._sniff import POST_HOC, Source, files_beside, sniff
-from polyak.checkpoints._torch_save.files import Loaded, load
+from polyak.checkpoints._torch_save.files import load
 from polyak.rules import AVERAGE
 
 _MODEL = "model"  # the key under which training is saved with an averager (`save_distributed`)
@@ -165,15 +165,10 @@ def content(source: Source, names: Names = None) -> Found:
     beside = [] if found.plain == "dcp" else sorted(source.path.glob(_REGISTERED))
     if not beside:
         return found
-    contents = {file.name: _loaded(file, OpenFile(file).whole) for file in beside}
+    contents = {file.name: load(OpenFile(file).whole) for file in beside}
     aside = sum((Counter(loaded.aside) for loaded in contents.values()), Counter(found.aside))
     top = {"": found.top, **{name: loaded.value for name, loaded in contents.items()}}
     return replace(found, top=top, aside=dict(aside))
-
-
-def _loaded(path: Path, opened: FilePart) -> Loaded:
-    with labelled(path, "a damaged file of torch.save"):
-        return load(opened)
 
 
 def _content(source: Source, names: Names) -> Found:
@@ -185,7 +180,7 @@ def _content(source: Source, names: Names) -> Found:
         plain = "sharded-safetensors" if source.kind == "index" else "safetensors"
         return Found(path, plain, opened, names)
     assert isinstance(opened, FilePart)
-    top, aside, _ = _loaded(path, opened)
+    top, aside, _ = load(opened)
     if isinstance(top, (list, tuple)) and any(isinstance(one, Mapping) for one in top):
         top = {str(place): one for place, one in enumerate(top)}
     if not isinstance(top, Mapping) or (type_of(top) in aside and not top):

@@ -13,6 +13,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -52,23 +53,28 @@ def load(part: FilePart) -> Loaded:
 
     Errors of a tensor that is read later have the part's label behind the file's name.
 
-    Raises `ValueError` saying what is wrong and what to do, or any other exception for a file that
-    is too damaged to know.
+    Raises `ValueError` that names the file and the part, and says what is wrong and what to do.
     """
-    reader = PartReader(part)
-    first = reader.read(4)
-    if not is_torch(first):
-        raise ValueError("it is not a file of torch.save")
-    reader.seek(0)
-    return _load_archive(reader) if first == _ARCHIVE else _load_pickles(reader)
+    with _labelled(part):
+        reader = PartReader(part)
+        first = reader.read(4)
+        if not is_torch(first):
+            raise ValueError("it is not a file of torch.save")
+        reader.seek(0)
+        return _load_archive(reader) if first == _ARCHIVE else _load_pickles(reader)
 
 
 def verify(part: FilePart) -> Verified:
     """Compare every record with its checksum; raises `ValueError` that names a damaged one."""
-    with labelled(part.file.path, "a damaged file of torch.save"):
+    with _labelled(part):
         if records := load(part).records:
             return all_verified(record.verify() for record in records)
     return Verified(0, part.length)
+
+
+def _labelled(part: FilePart) -> AbstractContextManager[None]:
+    label = f"{part.file.path}: {part.label}".removesuffix(": ")
+    return labelled(label, "a damaged file of torch.save")
 
 
 class StoredTensors(LazyTensors):
