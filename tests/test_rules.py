@@ -134,6 +134,12 @@ def test_relative_std_round_trip(s: float) -> None:
     assert math.sqrt(g + 1) / ((g + 2) * math.sqrt(g + 3)) == pytest.approx(s, rel=1e-6)
 
 
+@pytest.mark.parametrize("s", [1e-8, 1.1e-9, 9e-10, 1e-20, 1e-103, 1e-160, 1e-300])
+def test_a_tiny_relative_std(s: float) -> None:
+    """s = 1 / (gamma + 3) but for terms of the second order."""
+    assert Power.from_relative_std(s).gamma == pytest.approx(1 / s - 3, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("s", "gamma"),
     [(0.05, 16.9722), (0.10, 6.9372), (0.15, 3.5579), (0.20, 1.8262), (0.25, 0.7198)],

@@ -152,6 +152,8 @@ class Tail(Rule):
 
 def _largest_gamma(s: float) -> float:
     """The largest real root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2), by Viete's formula."""
+    if s < 1e-9:  # to all digits; the cube of 1 / s may overflow
+        return 1 / s - 3
     a, b, c = 7.0, 16 - s**-2, 12 - s**-2
     q = (a * a - 3 * b) / 9
     r = (2 * a**3 - 9 * a * b + 27 * c) / 54

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak._checks import require, require_count, require_positive
+from polyak._checks import require, require_count, require_positive, require_share
 from polyak._shown import Charted, Table
 from polyak.rules import Exponential, Power, Rule, Tail, Uniform
 from polyak.theory._libraries import equivalents
@@ -173,7 +173,7 @@ def advise(
     """
     steps = require_count("steps", steps, least=100)
     batches = _BATCHES if batch is None else (float(require_positive("batch", batch)),)
-    modelled = min(steps, _LONGEST)
+    modelled, final = min(steps, _LONGEST), require_share("final", final)
     factors = learning_rates(schedule, modelled, final=final, warmup=warmup)
     rules = _candidates(modelled)
     profiles = [profile(rule, modelled) for rule in rules]
