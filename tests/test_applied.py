@@ -317,8 +317,6 @@ def test_ctrl_c_at_any_moment_loses_nothing(kind: str) -> None:
 FORKED = """
 import mmap, os, sys, torch, numpy
 from polyak import Averager
-kind, path = sys.argv[1:]
-model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(600, 600))
 def in_file(size, shared):
     os.truncate(os.open(path, os.O_RDWR | os.O_CREAT), size * 4)
     return torch.from_file(path, shared=shared, size=size)
@@ -330,50 +328,50 @@ MEMORY = {
     "a private map of a file": lambda size: in_file(size, False),
     "slots": torch.zeros,
 }
-flat = MEMORY[kind](sum(parameter.numel() for parameter in model.parameters()))
-for parameter in model.parameters():
-    parameter.data, flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
-model[0].weight = torch.nn.Parameter(torch.zeros(2, 3))  # in memory of its own
-averager = Averager(model, "uniform()")
-for value in (1.0, 3.0):
-    for parameter in model.parameters():
-        parameter.data.fill_(value)
-    averager.update()
-if kind == "slots":
-    averager.module().share_memory()
 def held(value, *tensors):
     return all(bool((tensor == value).all()) for tensor in tensors)
-child = False
-try:
-    with averager.applied():
-        child = os.fork() == 0
-        if child:
-            raise SystemExit
-        assert os.wait()[1] == 0
-        assert held(2.0, *model.parameters())
-except SystemExit:
-    private = kind in ("a private map of a file", "slots")
-    there = held(3.0, model[0].weight)
-    there &= held(3.0 if private else 2.0, model[0].bias, *model[1].parameters())
+def tried(kind):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(600, 600))
+    flat = MEMORY[kind](sum(parameter.numel() for parameter in model.parameters()))
+    for parameter in model.parameters():
+        parameter.data, flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
+    model[0].weight = torch.nn.Parameter(torch.zeros(2, 3))  # in memory of its own
+    averager = Averager(model, "uniform()")
+    for value in (1.0, 3.0):
+        for parameter in model.parameters():
+            parameter.data.fill_(value)
+        averager.update()
+    if kind == "slots":
+        averager.module().share_memory()
+    child = False
     try:
-        said = str(held(2.0, *averager.average().values()))
-    except RuntimeError as error:
-        said = str(error)
-    print(said, file=sys.stderr)
-    wanted = "average: load a saved state first. The process was forked"
-    os._exit(not there or ("True" if kind == "a private map of a file" else wanted) not in said)
-assert held(3.0, *model.parameters()) and held(2.0, *averager.average().values())
+        with averager.applied():
+            child = os.fork() == 0
+            if child:
+                raise SystemExit
+            assert os.wait()[1] == 0, kind
+            assert held(2.0, *model.parameters()), kind
+    except SystemExit:
+        private = kind in ("a private map of a file", "slots")
+        there = held(3.0, model[0].weight)
+        there &= held(3.0 if private else 2.0, model[0].bias, *model[1].parameters())
+        try:
+            said = str(held(2.0, *averager.average().values()))
+        except RuntimeError as error:
+            said = str(error)
+        print(kind, said, file=sys.stderr)
+        wanted = "average: load a saved state first. The process was forked"
+        os._exit(not there or ("True" if kind == "a private map of a file" else wanted) not in said)
+    assert held(3.0, *model.parameters()) and held(2.0, *averager.average().values()), kind
+for kind in MEMORY:
+    path = f"{sys.argv[1]}/{kind}"
+    tried(kind)
 """
 
 
-@pytest.mark.parametrize(
-    "memory",
-    ["share_memory", "an anonymous map", "a map of numpy", "a file", "a private map of a file", "slots"],
-)  # fmt: skip
-def test_a_block_on_shared_memory_is_that_of_the_process_that_entered_it(
-    memory: str, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, memory, str(tmp_path / "map")]
+def test_a_block_on_shared_memory_is_that_of_the_process_that_entered_it(tmp_path: Path) -> None:
+    """Of every kind of memory, one after the other in one process."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 

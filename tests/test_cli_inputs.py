@@ -18,6 +18,7 @@ from torch import Tensor
 from cli_runs import run
 from corrupting import save_folder
 from polyak import checkpoints, offline
+from quick import some_quick
 
 LOSS = "def loss(weights):\n    return float((weights['enc.w'] - 2.5).abs().max())\n"
 
@@ -154,6 +155,16 @@ def done(*arguments: object) -> str:
     return str(found.output)
 
 
+QUICK = (
+    "torch",
+    "nemo",
+    "Hugging Face in shards",
+    "torch.distributed.checkpoint",
+    "a link to a folder",
+)
+
+
+@pytest.mark.parametrize("both", some_quick(FORMS, QUICK), indirect=True)
 def test_every_command_takes_it(both: tuple[Path, Path], tmp_path: Path) -> None:
     a, b, mean = *both, tmp_path / "mean.safetensors"
     assert "3 " in done("inspect", a, "--verify")

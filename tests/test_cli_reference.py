@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from typer.testing import CliRunner
 
 from cli_runs import finished, run
 from polyak.cli import app
-from polyak.cli._reference import reference
+from polyak.cli._reference import WIDTH, reference
+from quick import some_quick
 
 __all__ = ["finished"]  # fixtures
 
@@ -49,10 +47,8 @@ def options(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_on_the_page_as_its_help(name: str) -> None:
-    command = [sys.executable, "-m", "polyak", *name.split(), "--help"]
-    environment = {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    said = done.stdout.replace("python -m polyak", "polyak")
+    words = [*name.split(), "--help"]
+    said = CliRunner().invoke(app, words, prog_name="polyak", terminal_width=WIDTH - 2).stdout
     section, *_ = PAGE.read_text().partition(f"## polyak {name}".rstrip() + "\n")[2].split("\n## ")
     about = said.partition("\n\n")[2].partition("Options:")[0].rstrip()
     assert section.startswith(f"\n```text\n{about}\n")
@@ -84,7 +80,10 @@ def test_no_summary_of_a_command_is_cut_off(group: list[str]) -> None:
 EXAMPLES = re.findall(r"^ +(polyak (?:.+\\\n)?.+)$", PAGE.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("line", EXAMPLES)
+HEAVY = ("explain", "advise", "sweep")  # they have quick tests of their own
+
+
+@pytest.mark.parametrize("line", some_quick(EXAMPLES, lambda line: line.split()[1] not in HEAVY))
 def test_the_examples_run_as_written(
     line: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from polyak import EMA, Averager, Exponential, Tail, Uniform, Window
 from polyak import _tensors as tensors
 from polyak._engine import watch
 from polyak._engine.offload import Courier
+from quick import first_quick, some_quick
 from test_offload import Device
 
 ROOT = str(Path(polyak.__file__).parent)
@@ -418,8 +420,10 @@ def interrupted(
     return came
 
 
-@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 5])
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(
+    ("setup", "calls"),
+    some_quick(product(SETUPS, [0, 5]), [("plain", 5), ("compensated", 5), ("bema", 5)]),
+)
 def test_an_update_that_a_signal_stops_was_made_or_not(
     setup: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,7 +500,7 @@ def test_a_call_that_moves_live_weights_is_made_or_not_whatever_signal_comes(mov
 
 
 @pytest.mark.parametrize("calls", [0, 1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first_quick([torch.float32, torch.bfloat16]))
 def test_a_call_of_the_articles_class_that_a_signal_stops_was_made_or_not(
     calls: int, dtype: torch.dtype
 ) -> None:
@@ -527,9 +531,7 @@ def test_a_call_of_the_articles_class_that_a_signal_stops_was_made_or_not(
     assert moment > 5
 
 
-@pytest.mark.parametrize(
-    "setup", ["plain", pytest.param("two", marks=pytest.mark.slow), "compensated"]
-)
+@pytest.mark.parametrize("setup", first_quick(["plain", "two", "compensated"]))
 def test_a_state_is_taken_over_or_not_whatever_signal_comes(setup: str) -> None:
     _, averager = begun(setup)
     before = state(averager)

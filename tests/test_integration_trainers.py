@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 import tiny_trainers as tiny
 from polyak.integrations.transformers import AveragerCallback
+from quick import some_quick
 
 Metrics = dict[str, float]
 MEASURED = ("runtime", "per_second", "preparation_time")
@@ -104,10 +105,7 @@ def trained(folder: Path, kind: str, *, averages: bool) -> tuple[Trainer, Heard,
     return one, heard, callback
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * bool(KINDS[kind][1])) for kind in KINDS],
-)
+@pytest.mark.parametrize("kind", some_quick(KINDS, ("plain", "a metric of its own")))
 def test_live_metrics_are_those_without_averages_and_an_averages_are_its_own(
     kind: str, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cli_runs import run
 from polyak import checkpoints, offline
+from quick import first_quick
 
 State = dict[str, Tensor]
 
@@ -164,10 +165,15 @@ ALIKE: dict[str, State] = {
 def test_what_has_no_average_is_refused_by_kind(
     tmp_path: Path, content: dict[str, Any], message: str
 ) -> None:
-    """And `inspect` says so of a file that it describes."""
     torch.save(content, tmp_path / "it.pt")
     with pytest.raises(ValueError, match=rf"it\.pt: .*{message}"):
         offline.average([tmp_path / "it.pt"] * 2)
+
+
+@pytest.mark.parametrize("content", first_quick((c for c, _ in UNFIT.values()), 5), ids=UNFIT)
+def test_every_command_refuses_what_has_no_average(tmp_path: Path, content: dict[str, Any]) -> None:
+    """And `inspect` says so of a file that it describes."""
+    torch.save(content, tmp_path / "it.pt")
     result = run("average", *[tmp_path / "it.pt"] * 2, "--out", tmp_path / "mean.safetensors")
     assert result.exit_code == 2 and not (tmp_path / "mean.safetensors").exists()
     assert "cannot be averaged: " in run("inspect", tmp_path / "it.pt").output

@@ -7,9 +7,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from quick import slow_if
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,10 +25,6 @@ PAGES = [
 def blocks(language: str) -> list[str]:
     pages = README + (ROOT / "README.zh.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", pages, re.DOTALL)
-
-
-def slow_if(value: str, slow: bool) -> Any:
-    return pytest.param(value, marks=pytest.mark.slow if slow else ())
 
 
 EXAMPLES = [slow_if(code, slow=place > 0) for place, code in enumerate(blocks("python"))]

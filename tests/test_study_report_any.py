@@ -42,6 +42,7 @@ from polyak.study._speed import times_to_target
 from polyak.study._statistics import Interval
 from polyak.study._study import Arm
 from polyak.study._text import percent
+from quick import first_quick
 from study_results import CLAIMS, Truth, loss, result, truth
 
 
@@ -355,25 +356,39 @@ def test_an_average_that_lost_seeds_is_not_chosen_for_the_others() -> None:
 
 @pytest.mark.parametrize("negative", [1, 9])
 @pytest.mark.parametrize(("ours", "theirs"), [(-0.2, -0.1), (0.1, -0.1), (-0.1, 0.1)])
-def test_a_gain_is_no_share_of_a_negative_value(
-    ours: float, theirs: float, negative: int, tmp_path: Path
-) -> None:
+def test_a_gain_is_no_share_of_a_negative_value(ours: float, theirs: float, negative: int) -> None:
     """A loss that falls from -0.1 to -0.2 has not grown by 100 %, nor fallen; the report says what to claim."""
+    made, (judged,) = judged_below_zero(ours, theirs, negative)
+    assert math.isnan(log_ratio("short")(made.seeds[0]))
+    assert judged.verdict == ("undecided" if negative == 9 else "holds")
+    assert without_a_gain(negative) in judged.parts[0].quantity
+
+
+@pytest.mark.parametrize("negative", first_quick([1, 9]))
+def test_the_page_says_what_to_claim_of_a_negative_value(negative: int, tmp_path: Path) -> None:
+    made, _ = judged_below_zero(-0.2, -0.1, negative)
+    page = write(made, tmp_path, "command").page
+    assert without_a_gain(negative) in page.read_text(encoding="utf-8")
+
+
+def without_a_gain(seeds: int) -> str:
+    return f"{seeds} more without a value (there is no gain if a value is negative: then claim a d"
+
+
+def judged_below_zero(ours: float, theirs: float, negative: int) -> tuple[Result, Any]:
+    """A study with values below zero in some of 9 seeds, and what is said of its claim."""
     values = {"short": ours, "live": theirs}
 
     def value(arm: str, seed: int, *_: Any) -> float:
         return values.get(arm, 1.0) if seed < negative else 1.0
 
     claims = (Claim("s", gain("short"), Region.above(-1)),)
-    made = result(9, value, claims=claims)
-    (judged,) = judge(made)
-    assert math.isnan(log_ratio("short")(made.seeds[0]))
-    assert judged.verdict == ("undecided" if negative == 9 else "holds")
-    said = (
-        f"{negative} more without a value (there is no gain if a value is negative: then claim a d"
-    )
-    assert said in judged.parts[0].quantity
-    assert said in write(made, tmp_path, "command").page.read_text(encoding="utf-8")
+    fewer: dict[str, Any] = {
+        "arms": {"short": "exponential(0.5)"},
+        "schedules": {"constant": constant},
+    }
+    made = result(9, value, claims=claims, **fewer)
+    return made, judge(made)
 
 
 def test_one_average_under_two_names_is_pointed_out(made: Result) -> None:

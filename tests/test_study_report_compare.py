@@ -19,6 +19,7 @@ from polyak.study._compare import compare as compare_all
 from polyak.study._compare_page import write
 from polyak.study._effects import Effects
 from polyak.study._speed import over_studies, scores_over_studies, times_to_target
+from quick import first_quick
 from study_results import folder, loss, result, truth
 
 
@@ -184,7 +185,7 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("fields", "first"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(("fields", "first"), first_quick(OTHERS.values()), ids=OTHERS)
 def test_without_common_values_only_the_times_to_the_target_are_compared(
     fields: dict[str, Any], first: int, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from polyak.study import Arm, Data, Metric, Plateau, Study, constant, cosine, ru
 from polyak.study._loop import Run, train
 from polyak.study._stackable import require_stackable
 from polyak.study._stacked import train_stacked
+from quick import first_quick
 from study_models import Scaled, Turned, Twice, cnn, cross_entropy, images, mlp, sgd, study
 
 
@@ -79,7 +80,7 @@ def exact(model: Any, optimizer: Any, steps: int) -> Study:
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", [partial(mlp, 0.0), cnn, Scaled, Twice])
+@pytest.mark.parametrize("model", first_quick([partial(mlp, 0.0), cnn, Scaled, Twice]))
 @pytest.mark.parametrize("optimizer", [sgd, pytest.param(adamw, marks=pytest.mark.slow)])
 def test_stacked_runs_are_the_plain_ones(model: Any, optimizer: Any, steps: int) -> None:
     """Several learning rates, schedules and seeds; one run stops early and is dropped."""
