@@ -197,6 +197,19 @@ def test_a_run_whose_process_is_killed_is_tried_once_more(tmp_path: Path) -> Non
     assert failure["seed"] == 1 and "its process was killed, twice" in failure["failed"]
 
 
+def _as(seed: int, part: str, make: Callable[[Tensor], Tensor]) -> Data:
+    """The images with the inputs of a part in another layout."""
+    rows, labels = getattr(images(seed), part)
+    return replace(images(seed), **{part: (make(rows), labels)})
+
+
+def shrinking(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A metric that writes into the weights."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+    return cross_entropy(model, x, y)
+
+
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"seeds": 0}, "seeds is 0, wanted an integer >= 1"),
     ({}, {"seeds": 10**9}, "the number of runs is 2000000000, wanted at most 1000000: fewer seeds"),
@@ -227,6 +240,9 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
     ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(45, 3\), wanted a"),
     ({"metrics": {"f": Metric(lambda model, x, y: cross_entropy(model, x.mul_(0.9), y))}}, {}, "metric 'f' on the validation part, or a layer that it calls, writes into the data: every later"),
+    ({"metrics": {"f": Metric(shrinking)}}, {}, "metric 'f' on the validation part, or a layer that it calls, writes into 1.weight: every later"),
+    ({"data": lambda split: _as(split, "train", Tensor.to_sparse)}, {}, "the study's data: cannot take rows of tensor 0 of its part train, of torch.sparse_coo on cpu; wanted a dense tensor"),
+    ({"data": lambda split: _as(split, "test", Tensor.to_mkldnn)}, {}, "rows of tensor 0 of its part test, of torch._mkldnn on cpu; wanted a dense"),
     ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f' on the validation part: the value is str, wanted a scalar"),  # type: ignore[arg-type]
     ({"metrics": {"f": Metric(lambda *_: torch.tensor(1j))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(\) of complex numbers, wanted a"),
     ({"metrics": {"f": Metric(lambda *_: None)}}, {}, "metric 'f' on the validation part: the value is NoneType, wanted a scalar"),  # type: ignore[arg-type]
@@ -660,6 +676,23 @@ def test_data_that_is_not_dense_is_the_same_data(layout: str, tmp_path: Path) ->
     before = lines(tmp_path)
     run(study(**kept, data=partial(data, torch.clone)), tmp_path, jobs=1)
     assert lines(tmp_path) == before
+
+
+def test_a_layer_may_keep_its_own_weight_below_max_norm() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Embedding(2, 3, max_norm=0.1), nn.Flatten(), nn.LazyLinear(3))
+
+    def built() -> nn.Module:
+        made = model()
+        made(torch.zeros(1, 2, dtype=torch.int64))
+        return made
+
+    def data(seed: int) -> Data:
+        held = images(seed)
+        parts = (held.train, held.validation, held.test)
+        return Data(*(((x.flatten(1)[:, :2] > 0).long(), y) for x, y in parts))
+
+    assert tried(study(model=built, data=data))["first values"]
 
 
 def test_a_loss_may_write_into_its_batch() -> None:

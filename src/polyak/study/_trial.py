@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ def tried(study: Study) -> dict[str, Any]:
         model, data, batches, optimizer = prepared(study, first, call=called)
         _require_new(model, other)
         _require_rates(study, other)
+        told = {name: list(_told(name, part)) for name, part in vars(data).items()}
         rows = len(data.train[0])
         wanted = f"at most the {rows} rows of the training part"
         require(study.batch_size <= rows, "batch_size", study.batch_size, wanted)
@@ -58,10 +59,24 @@ def tried(study: Study) -> dict[str, Any]:
             called("optimizer", optimizer.step)
             losses.append(f"{float(loss.detach()):.6g}")
         return {
-            "data": {name: list(map(_digest, part)) for name, part in vars(data).items()},
+            "data": told,
             "first losses": losses,
             "first values": _values(study, model, data),
         }
+
+
+def _told(name: str, part: Part) -> Iterator[str]:
+    """What tells the tensors of a part. Raise `ValueError` for one whose rows cannot be taken."""
+    for number, tensor in enumerate(part):
+        try:
+            if name == "train":
+                _ = tensor[torch.arange(1)].split(1)
+            yield _digest(tensor)
+        except (RuntimeError, NotImplementedError) as error:
+            kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+            got = f"tensor {number} of its part {name}, of {kind} on {tensor.device}"
+            remedy = "wanted a dense tensor on the CPU, such as x.to_dense()"
+            raise ValueError(f"the study's data: cannot take rows of {got}; {remedy}") from error
 
 
 def _digest(tensor: Tensor) -> str:
@@ -177,10 +192,11 @@ def _share(model: nn.Module, whole: int) -> Weights:
 def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
     """A metric's value as text.
 
-    Raises `ValueError` if it raises an error, writes into the data, or its value is not a scalar.
+    Raises `ValueError` if it raises an error, writes into the data or a weight, or its value is not a scalar.
     """
     watched = [tensor for tensor in part if not tensor.is_inference()]
-    before = versions(watched)
+    before, weights = versions(watched), _weights(model)
+    kept = {name: weight.clone() for name, weight in weights.items()}
     with remembering(model):
         value = called(what, metric.function, model.eval(), *part)
     if versions(watched) != before:
@@ -188,11 +204,24 @@ def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
         raise ValueError(
             f"the study's {what}, or a layer that it calls, writes into the data: {remedy}"
         )
+    if name := next((n for n, w in weights.items() if ((w != kept[n]) & (w == w)).any()), ""):
+        remedy = "every later value would be of other weights; wanted a copy.deepcopy of the model"
+        raise ValueError(
+            f"the study's {what}, or a layer that it calls, writes into {name}: {remedy}"
+        )
     try:
         number = finite(value)
     except TypeError as error:
         raise ValueError(f"the study's {what}: {error}") from None
     return "none" if number is None else f"{number:.4g}"
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters, without those that a layer itself keeps below its `max_norm`."""
+    layers = (layer for layer in model.modules() if getattr(layer, "max_norm", None) is not None)
+    bounded = {id(weight) for layer in layers for weight in layer.parameters(recurse=False)}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {name: weight for name, weight in trained.items() if id(weight) not in bounded}
 
 
 def called(name: str, function: Callable[..., T], *inputs: Any, gives: type[T] | None = None) -> T:
