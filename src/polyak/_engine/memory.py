@@ -97,19 +97,8 @@ def overlap(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
 
     Tensors that interleave without an element in common (columns of one matrix) do not overlap.
     """
-    devices: dict[torch.device, list[_Stretch]] = {}
-    for name, tensor in tensors:
-        part = local(tensor)
-        start = address(part)
-        if start is not None:
-            bytes_ = part.nbytes if part.is_contiguous() else _reach(part)
-            stretch = _Stretch(start, start + bytes_, name, part)
-            devices.setdefault(part.device, []).append(stretch)
-    for stretches in devices.values():
-        for cluster in _clusters(sorted(stretches, key=lambda stretch: stretch[:3])):
-            if (found := _collision([_span(stretch) for stretch in cluster])) is not None:
-                return found
-    return None
+    collisions = map(_collision, _clusters(tensors))
+    return next((found for found in collisions if found is not None), None)
 
 
 def of_one_storage(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
@@ -120,19 +109,12 @@ def of_one_storage(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
 
 def meeting(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[int]:
     """The places in `a` of tensors that share memory with one in `b`."""
-    devices: dict[torch.device, list[_Stretch]] = {}
     names = chain(map(str, range(len(a))), repeat(_OTHER))
-    for name, tensor in zip(names, (*a, *b), strict=False):
-        if (start := address(tensor)) is not None:
-            stretch = _Stretch(start, start + _reach(tensor), name, tensor)
-            devices.setdefault(tensor.device, []).append(stretch)
     found = []
-    for stretches in devices.values():
-        for cluster in _clusters(sorted(stretches, key=lambda stretch: stretch[:3])):
-            spans = list(map(_span, cluster))
-            others = [span for span in spans if span.name == _OTHER]
-            mine = (span for span in spans if span.name != _OTHER)
-            found += [int(each.name) for each in mine if any(_overlap(each, o) for o in others)]
+    for spans in _clusters(zip(names, (*a, *b), strict=False)):
+        others = [span for span in spans if span.name == _OTHER]
+        mine = (span for span in spans if span.name != _OTHER)
+        found += [int(each.name) for each in mine if any(_overlap(each, o) for o in others)]
     return sorted(found)
 
 
@@ -177,7 +159,22 @@ def address(tensor: Tensor) -> int | None:
         return None
 
 
-def _clusters(stretches: Sequence[_Stretch]) -> Iterator[list[_Stretch]]:
+def _clusters(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[_Span]]:
+    """The tensors of each device whose stretches of memory meet, run by run, by address; none that lies alone."""
+    devices: dict[torch.device, list[_Stretch]] = {}
+    for name, tensor in tensors:
+        part = local(tensor)
+        start = address(part)
+        if start is not None:
+            bytes_ = part.nbytes if part.is_contiguous() else _reach(part)
+            stretch = _Stretch(start, start + bytes_, name, part)
+            devices.setdefault(part.device, []).append(stretch)
+    for stretches in devices.values():
+        for run in _meeting_runs(sorted(stretches, key=lambda stretch: stretch[:3])):
+            yield list(map(_span, run))
+
+
+def _meeting_runs(stretches: Sequence[_Stretch]) -> Iterator[list[_Stretch]]:
     """Runs of stretches, sorted by address, that meet; those that lie alone are left out."""
     cluster: list[_Stretch] = []
     end = 0
