@@ -423,7 +423,7 @@ def test_files_that_differ_are_listed_before_anything_is_written(tmp_path: Folde
 def test_arguments_that_make_no_sense_are_refused(tmp_path: Folder) -> None:
     files = [saved(tmp_path, {"w": torch.ones(2)}, str(i)) for i in range(2)]
     refused: list[tuple[str, Callable[[], object]]] = [
-        ("files is .*wanted one file or more", lambda: average([])),
+        ("files is .*wanted a list of one file or more", lambda: average([])),
         ("sum to 0.9, wanted finite", lambda: average(files, [0.5, 0.4])),
         ("sum to nan", lambda: average(files, [0.5, float("nan")])),
         (r"shape \(3,\), wanted \(2,\)", lambda: average(files, [0.5, 0.25, 0.25])),
@@ -672,6 +672,8 @@ def test_a_soup_without_a_quality_is_refused(tmp_path: Folder) -> None:
         greedy_soup(files, lambda _: 0.0, better="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one file or more"):
         greedy_soup([], lambda _: 0.0)
+    with pytest.raises(ValueError, match="wanted a list of one file or more"):
+        greedy_soup(str(files[0]), lambda _: 0.0)
 
 
 def test_a_soup_of_real_models(tmp_path: Folder) -> None:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import difference, report, require
+from polyak._checks import difference, report
 from polyak._files import writing_folder
 from polyak._lazy import LazyTensors, TensorSpec, Where, joined, renamed
 from polyak.checkpoints._safetensors import files as tensorfile
 from polyak.checkpoints._safetensors.weights import METADATA
 from polyak.offline._average import shares_of
-from polyak.offline._coefficients import checked
+from polyak.offline._coefficients import checked, require_list
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
 from polyak.offline._lora import CONFIG, Adapter, comparable
@@ -134,8 +134,7 @@ def concatenate(
     add something else than such products (DoRA and the like); for adapters of other modules.
     Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
     """
-    require(not isinstance(adapters, (str, Path)), "adapters", adapters, "a list of folders")
-    require(len(adapters) > 0, "adapters", adapters, "one folder or more")
+    require_list("adapters", adapters, "folder")
     given, of_statistics = shares_of(rule, len(adapters), elapsed)
     coefficients = checked(given, len(adapters))
     loaded = [Adapter(Path(path)) for path in adapters]

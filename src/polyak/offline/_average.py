@@ -13,6 +13,7 @@ from polyak._checks import named, require
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.checkpoints._read import read
 from polyak.checkpoints._unfit import unfit
+from polyak.offline._coefficients import require_list
 from polyak.offline._combination import Combination
 from polyak.offline._comparison import of_one_model
 from polyak.offline._findings import Source
@@ -69,8 +70,7 @@ def average(
     coefficients. Raises `OSError` and `ValueError` for files that cannot be read.
     Source: model soups (arXiv 2203.05482), LAWA (arXiv 2209.14981), WSM (arXiv 2507.17634).
     """
-    require(not isinstance(files, (str, Path)), "files", files, "a list of files")
-    require(len(files) > 0, "files", files, "one file or more")
+    require_list("files", files, "file")
     shares, statistics = shares_of(rule, len(files), elapsed)
     sources = opened(files, which, copy)
     return Combination(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +15,6 @@ _SLACK = 1e-6  # how far the sum of coefficients that are typed in may be from 1
 def checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
     """Coefficients that sum to 1, as float64, or `ValueError`."""
     given = np.asarray(coefficients, dtype=np.float64)
-    require(files > 0, "files", [], "one file or more")
     if given.shape != (files,):
         raise ValueError(
             f"coefficients have shape {given.shape}, wanted ({files},): one for each file"
@@ -25,6 +26,12 @@ def checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
         )
     result: npt.NDArray[np.float64] = given / given.sum()
     return result
+
+
+def require_list(name: str, given: object, each: str) -> None:
+    """Raise `ValueError` for one path in place of a list, and for an empty list."""
+    is_list = isinstance(given, Collection) and not isinstance(given, str)
+    require(is_list and len(given) > 0, name, given, f"a list of one {each} or more")
 
 
 def convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from polyak._checks import require
 from polyak.checkpoints._checkpoint import Checkpoint
 from polyak.offline._average import matching, opened
+from polyak.offline._coefficients import require_list
 from polyak.offline._combination import Combination
 from polyak.offline._quality import Better, Evaluate, judged, sign_of
 
@@ -84,7 +84,7 @@ def greedy_soup(
     Source: model soups (arXiv 2203.05482, recipe 1).
     """
     sign = sign_of(better)
-    require(len(files) > 0, "files", files, "one file or more")
+    require_list("files", files, "file")
     paths = tuple(f.path if isinstance(f, Checkpoint) else Path(f) for f in files)
     sources = opened(files, which, copy)
     copied = matching(copy, sources)
