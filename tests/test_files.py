@@ -146,7 +146,9 @@ def test_what_exists_is_kept_unless_told(tmp_path: Path) -> None:
     ):
         pass
     with (
-        pytest.raises(FileExistsError, match="by another process"),
+        pytest.raises(
+            FileExistsError, match="by another process in the meantime; pass overwrite=True"
+        ),
         writing(tmp_path / "n", overwrite=False),
     ):
         (tmp_path / "n").write_bytes(b"of another")

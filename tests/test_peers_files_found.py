@@ -521,7 +521,7 @@ class TestNamingThePart:
 
     def test_a_role_is_for_one_set_of_weights(self, tmp_path: Path) -> None:
         torch.save({"model": state(1), "ema": state(2)}, tmp_path / "it.pt")
-        with pytest.raises(ValueError, match=r"one set of weights: live, average"):
+        with pytest.raises(ValueError, match=r"one set of weights, and this one has live, average"):
             read(tmp_path / "it.pt", role="average")
 
     def test_the_commands_take_the_same_options(self, tmp_path: Path) -> None:

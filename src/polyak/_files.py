@@ -283,5 +283,5 @@ def _rename(part: Path, place: Path, flag: int) -> bool:
 
 def _exists_by_now(place: Path) -> FileExistsError:
     return FileExistsError(
-        f"{place} was written by another process in the meantime; it is not replaced"
+        f"{place} was written by another process in the meantime; pass overwrite=True to replace it"
     )

@@ -282,13 +282,13 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 def set_versions(tensors: Sequence[Tensor], wanted: Sequence[int]) -> None:
     """Sets what `versions` gives: a graph that has saved a tensor at another version is refused."""
-    set_counter = torch._C._autograd._unsafe_set_version_counter
     if _ONE_AT_A_TIME:
         for tensor, version in zip(tensors, wanted, strict=True):
-            set_counter(tensor, version)  # type: ignore[arg-type]
+            _set_version(tensor, version)  # type: ignore[arg-type]
     else:
-        set_counter(tuple(tensors), tuple(wanted))
+        _set_version(tuple(tensors), tuple(wanted))
 
 
+_set_version = torch._C._autograd._unsafe_set_version_counter
 # torch 2.6 takes one tensor; all versions since 2.7 take several.
-_ONE_AT_A_TIME = "arg0: torch.Tensor" in str(torch._C._autograd._unsafe_set_version_counter.__doc__)
+_ONE_AT_A_TIME = "arg0: torch.Tensor" in str(_set_version.__doc__)

@@ -81,7 +81,7 @@ def write_like(
     exists, unless `overwrite`; and what `read` raises.
     """
     out, like, lazy = Path(out), Path(like), as_lazy(weights)
-    _matched(read(like).weights(which), lazy, like)
+    matched = _matched(read(like).weights(which), lazy, like)
     _require_suffix(out, like)
     if not like.is_dir():
         with writing(out, overwrite=overwrite) as file, like.open("rb") as source:
@@ -89,11 +89,7 @@ def write_like(
             file.flush()
             _replace(Path(file.name), out, lazy, which, read, progress)
         return []
-    files = {
-        place.path.relative_to(like)
-        for _, places in _matched(read(like).weights(which), lazy, like)
-        for place in places
-    }
+    files = {place.path.relative_to(like) for _, places in matched for place in places}
     with writing_folder(out, overwrite=overwrite) as folder:
         left = _copy(like, folder, files, Path())
         _replace(folder, out, lazy, which, read, progress)

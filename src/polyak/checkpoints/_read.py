@@ -119,7 +119,8 @@ def _as(found: Checkpoint, role: Role) -> Checkpoint:
     if len(sets) != 1:
         has = ", ".join((["live"] if found.live is not None else []) + list(found.averages))
         raise ValueError(
-            f"{found.path}: role={role!r} is for a file with one set of weights: {has}"
+            f"{found.path}: role={role!r} is for a file with one set of weights, and this one has {has}; "
+            "leave role out (--as)"
         )
     if role == "live":
         return replace(found, live=sets[0], averages={}, rules={}, ticks={}, clock=None)

@@ -89,12 +89,9 @@ def load_distributed(
     when some of them are read already: then load another folder before you continue.
     """
     call, path = "load_distributed", Path(path)
-    averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
     with together(call, group):
         folder = DistributedTensors(path)
-        others = _plain({key: each for key, each in state.items() if key not in averagers})
-        for key, value in others.items():
-            _require_names(call, key, value)
+        averagers, others = _parted(call, state)
         _require_fit(folder, others)
         saved = within(folder)
         _require_averagers(path, saved, averagers)
@@ -114,25 +111,25 @@ def load_distributed(
 
 def content_of(call: str, state: Mapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
     """A state as nested mappings of tensors and objects, averagers among them. Collective."""
-    averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
     with together(call, group):
+        averagers, others = _parted(call, state)
         for key in averagers:
             wanted = "the name of a folder's part: text without a slash"
             plain = isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
             require(plain, f"{call}: an averager's key", key, wanted)
-        others = _plain({key: each for key, each in state.items() if key not in averagers})
-        for key, value in others.items():
-            _require_names(call, key, value)
     return others | native.encoded(call, averagers, native.packed, group)
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with the state dicts of its objects, as torch.distributed.checkpoint makes it."""
+def _parted(call: str, state: Mapping[str, Any]) -> tuple[dict[str, Averager], dict[str, Any]]:
+    """The averagers of a state, and the rest with the state dicts of its objects, as torch makes it."""
     from torch.distributed.checkpoint.stateful import Stateful
 
-    return {
-        k: each.state_dict() if isinstance(each, Stateful) else each for k, each in state.items()
-    }
+    averagers = {key: each for key, each in state.items() if isinstance(each, Averager)}
+    rest = {key: each for key, each in state.items() if key not in averagers}
+    others = {k: one.state_dict() if isinstance(one, Stateful) else one for k, one in rest.items()}
+    for key, value in others.items():
+        _require_names(call, key, value)
+    return averagers, others
 
 
 def _require_names(call: str, where: str, held: object) -> None:
