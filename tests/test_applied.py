@@ -313,7 +313,7 @@ def test_ctrl_c_at_any_moment_loses_nothing(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# The child leaves the block of its parent first.
+# Each process leaves the block; the one that is named leaves it first.
 FORKED = """
 import mmap, os, sys, torch, numpy
 from polyak import Averager
@@ -327,10 +327,11 @@ MEMORY = {
     "a file": lambda size: in_file(size, True),
     "a private map of a file": lambda size: in_file(size, False),
     "slots": torch.zeros,
+    "a slot of a state": torch.zeros,
 }
 def held(value, *tensors):
     return all(bool((tensor == value).all()) for tensor in tensors)
-def tried(kind):
+def tried(kind, first):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(600, 600))
     flat = MEMORY[kind](sum(parameter.numel() for parameter in model.parameters()))
     for parameter in model.parameters():
@@ -341,31 +342,42 @@ def tried(kind):
         for parameter in model.parameters():
             parameter.data.fill_(value)
         averager.update()
+    with averager.applied():  # what a block finds out is kept for the next one
+        pass
     if kind == "slots":
         averager.module().share_memory()
+    if kind == "a slot of a state":
+        averager.state_dict()["averages"]["average"]["slots"]["average"]["1.weight"].share_memory_()
+    waits, parent_has_left = os.pipe()
     child = False
     try:
         with averager.applied():
             child = os.fork() == 0
             if child:
+                first == "parent" and os.read(waits, 1)
                 raise SystemExit
-            assert os.wait()[1] == 0, kind
+            if first == "child":
+                assert os.wait()[1] == 0, kind
             assert held(2.0, *model.parameters()), kind
     except SystemExit:
-        private = kind in ("a private map of a file", "slots")
+        private = kind in ("a private map of a file", "slots", "a slot of a state")
         there = held(3.0, model[0].weight)
-        there &= held(3.0 if private else 2.0, model[0].bias, *model[1].parameters())
+        live = 3.0 if private or first == "parent" else 2.0
+        there &= held(live, model[0].bias, *model[1].parameters())
         try:
             said = str(held(2.0, *averager.average().values()))
         except RuntimeError as error:
             said = str(error)
         print(kind, said, file=sys.stderr)
         wanted = "average: load a saved state first. The process was forked"
-        os._exit(not there or ("True" if kind == "a private map of a file" else wanted) not in said)
+        os._exit(not there or ("True" if private else wanted) not in said)
+    os.write(parent_has_left, b"1")
+    assert first == "child" or os.wait()[1] == 0, kind
     assert held(3.0, *model.parameters()) and held(2.0, *averager.average().values()), kind
 for kind in MEMORY:
     path = f"{sys.argv[1]}/{kind}"
-    tried(kind)
+    tried(kind, "child")
+    tried(kind, "parent")
 """
 
 
@@ -374,6 +386,19 @@ def test_a_block_on_shared_memory_is_that_of_the_process_that_entered_it(tmp_pat
     command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
+
+
+def test_another_process_that_shares_the_slots_has_the_average_in_a_block_too() -> None:
+    """A forked process would see it as this view does, which has the memory after its module is gone."""
+    model = nn.Linear(3, 2)
+    averager = Averager(model, Exponential(0.5))
+    averager.update()
+    teacher = averager.module().weight.detach()
+    teacher.share_memory_()
+    average = teacher.clone()
+    wander(model, 1)
+    with averager.applied():
+        assert torch.equal(teacher, average) and torch.equal(model.weight, average)
 
 
 def test_a_graph_recorded_before_is_still_valid() -> None:

@@ -20,8 +20,10 @@ from polyak._dtypes import Kind, kind
 from polyak._engine import open_swaps, signals
 from polyak._engine.holds import Hold, leave
 from polyak._engine.live import ModelTensors
+from polyak._engine.memory import addresses
 from polyak._engine.pairs import Pairs
 from polyak._engine.slots import Average
+from polyak._engine.swapped import shared_memory
 from polyak._engine.swaps import Swap
 from polyak._engine.tracking import Tracked
 from polyak._engine.updating import Updating
@@ -41,12 +43,14 @@ _RUN_LATER = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.i
 class _Slots(NamedTuple):
     """The slots that exchange contents with weights, and the places of the weights that are left.
 
-    Slots that are `shared` with a module do not: it has the average inside a block too.
+    Slots that are `shared` with a module or another process do not: these have the average inside a
+    block too. `addresses` are those of all slots, which `share_memory_` moves.
     """
 
     generation: int
     shared: bool
     slots: list[Tensor] | None
+    addresses: list[int | None]
     pairs: list[Pairs]
     rest: list[int]
     places: Places
@@ -164,6 +168,7 @@ class Swapper:
         if (
             known is None
             or known.slots is not slots
+            or known.addresses != addresses(slots or ())
             or known.shared != shared
             or known.generation != self._model.generation
             or not known.places.same()
@@ -176,15 +181,18 @@ class Swapper:
     def _sorted(self, slots: list[Tensor] | None, shared: bool) -> _Slots:
         items, generation = self._model.averaged, self._model.generation
         places = Places(self._model.stored())
+        at = addresses(slots or ())
         # A module that shares the slots must have the average all the time: they take no live weights.
         if slots is None or shared:
-            return _Slots(generation, shared, slots, [], list(range(len(items))), places)
+            return _Slots(generation, shared, slots, at, [], list(range(len(items))), places)
+        elsewhere = shared_memory(slots)
         alike: dict[Kind, list[int]] = {}
         rest = []
         for i, item in enumerate(items):
             # A forward pass writes to buffers (BatchNorm in train mode), which would change a slot.
             # With `shard=` a slot has some rows only, so the whole average is gathered beside it.
-            if item.mesh is None and item.kind != "buffer" and kind(item.local()) == kind(slots[i]):
+            apart = item.mesh is not None or item.kind == "buffer" or elsewhere[i]
+            if not apart and kind(item.local()) == kind(slots[i]):
                 alike.setdefault(kind(slots[i]), []).append(i)
             else:
                 rest.append(i)
@@ -192,7 +200,7 @@ class Swapper:
             Pairs([items[i] for i in each], [slots[i] for i in each], slots=True)
             for each in alike.values()
         ]
-        return _Slots(generation, shared, slots, pairs, rest, places)
+        return _Slots(generation, shared, slots, at, pairs, rest, places)
 
     def _beside(
         self, average: Average, known: _Slots, call: str

@@ -63,7 +63,6 @@ class SwappedPairs:
         self._moved: set[int] | None = None
         self._places = pairs.live
         self._left: set[int] = set()  # what a forked process does not exchange back
-        self._lent: list[int] = []  # those of them whose live content it has to copy
         self._now: Mapping[str, Tensor] | None = None
         self._changed_live: set[int] = set()
         self._changed_slots: set[int] = set()
@@ -114,8 +113,6 @@ class SwappedPairs:
         if self._before is None:
             return
         self._sort_out()
-        for i in self._lent:
-            self._places[i].copy_(self._pairs.asides[i])
         self._exchange_back()
 
     def restore(self) -> None:
@@ -180,9 +177,7 @@ class SwappedPairs:
 
     def fork(self) -> bool:
         """Leaves shared memory to the process that was forked; returns whether a slot lacks its average."""
-        live, asides = _shared(self._memory), _shared(self._pairs.asides)
-        self._left = {i for i, both in enumerate(zip(live, asides, strict=True)) if any(both)}
-        self._lent = [i for i in sorted(self._left) if not live[i]]
+        self._left = {i for i, shared in enumerate(shared_memory(self._memory)) if shared}
         if self._left:
             self.part(set(), exchanged=True)
         return self.slots and bool(self._left)
@@ -246,8 +241,8 @@ class SwappedPairs:
             self._tell(f"{self._pairs.items[i].name} could not be given back", error)
 
 
-def _shared(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which tensors a forked process has in common with its parent; of the CPU, since it cannot use a GPU's."""
+def shared_memory(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors other processes may share, as forked ones; of the CPU, since these cannot use a GPU's."""
     told = _system.shared([t.data_ptr() for t in tensors])
     if told is None:
         told = [t.is_shared() for t in tensors]
