@@ -30,8 +30,8 @@ def checked(coefficients: npt.ArrayLike, files: int) -> npt.NDArray[np.float64]:
 
 def require_list(name: str, given: object, each: str) -> None:
     """Raise `ValueError` for one path in place of a list, and for an empty list."""
-    is_list = isinstance(given, Collection) and not isinstance(given, str)
-    require(is_list and len(given) > 0, name, given, f"a list of one {each} or more")
+    holds = isinstance(given, Collection) and not isinstance(given, str) and len(given) > 0
+    require(holds, name, given, f"a list of one {each} or more")
 
 
 def convex(coefficients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
