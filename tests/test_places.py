@@ -12,7 +12,9 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -296,6 +298,43 @@ def test_a_folder_that_is_replaced_passes_its_permissions_on(tmp_path: Path, nam
     WRITERS[name].write(place, 8)
     assert "old" not in content(place)
     assert stat.S_IMODE(place.stat().st_mode) == 0o2750
+
+
+ACCESS = "system.posix_acl_access"
+
+
+def access_list(*entries: tuple[int, int, int]) -> bytes:
+    """(tag, permissions, user) of each entry, as Linux stores them."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+# A user may read and write. The group may not, although the mode's bits for the group are rw.
+ONE_USER = access_list(
+    (1, 6, 2**32 - 1), (2, 6, 1234), (4, 0, 2**32 - 1), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Python has no such lists elsewhere")
+@pytest.mark.parametrize("listed", [True, False], ids=["list", "no list"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_replaced_passes_its_access_list_on(
+    tmp_path: Path, name: str, listed: bool
+) -> None:
+    place = tmp_path / f"it{WRITERS[name].suffix}"
+    old(place, WRITERS[name])
+    try:
+        if listed:
+            os.setxattr(place, ACCESS, ONE_USER)
+        else:  # what is new in the folder gets a list
+            place.chmod(0o700 if WRITERS[name].folder else 0o600)
+            os.setxattr(tmp_path, "system.posix_acl_default", ONE_USER)
+    except OSError:
+        pytest.skip("this file system has no access lists")
+    mode = place.stat().st_mode
+    WRITERS[name].write(place, 8)
+    assert place.stat().st_mode == mode
+    assert (ACCESS in os.listxattr(place)) == listed
+    assert not listed or os.getxattr(place, ACCESS) == ONE_USER
 
 
 @pytest.mark.parametrize("name", NAMES)

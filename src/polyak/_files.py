@@ -101,7 +101,7 @@ def writing_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pat
                     if not each.is_symlink() and (each.is_file() or each.is_dir()):
                         system.fsync(each)
                 if handle is not None and before is not None and stat.S_ISDIR(before.st_mode):
-                    _resemble(handle, before)
+                    _resemble(handle, place, before)
                 system.fsync(part)
                 _place_folder(part, place, overwrite)
                 system.fsync(place.parent)
@@ -183,13 +183,15 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     return place, place.stat()  # an open file that was removed has a link in /proc, and no place
 
 
-def _resemble(handle: int, before: os.stat_result) -> None:
+def _resemble(handle: int, place: Path, before: os.stat_result) -> None:
     """Give what is new the owner and the permissions of what it replaces, as far as that is allowed."""
     if not hasattr(os, "fchown"):  # Windows: what is new has the permissions of its folder
         return
     for owner in ((-1, before.st_gid), (before.st_uid, -1)):
         with suppress(OSError):
             os.fchown(handle, *owner)
+    # First: where there is a list, the mode's group bits are its mask, and not the group's own.
+    system.share_as(place, handle)
     with suppress(OSError):  # last, since a change of the owner clears some of them
         os.fchmod(handle, stat.S_IMODE(before.st_mode))
 
@@ -199,7 +201,7 @@ def _complete(handle: int, place: Path, overwrite: bool) -> None:
     if overwrite:
         _, before = _target(place)  # again: it may be something else by now
         if before is not None:
-            _resemble(handle, before)
+            _resemble(handle, place, before)
     os.fsync(handle)
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 from bisect import bisect
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2(2)
 _HERE = -100  # AT_FDCWD
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _LINUX = sys.platform == "linux"
+_ACCESS = "system.posix_acl_access"
 _MOST_OPEN_FILES = 512  # of Windows' C library
 _one_position = threading.Lock()
 
@@ -172,6 +174,18 @@ def shared(addresses: Sequence[int]) -> list[bool] | None:
     ranges = [range(int(start, 16), int(stop, 16)) for start, stop in ends]  # in order
     starts = [each.start for each in ranges]
     return [any(a in each for each in ranges[bisect(starts, a) - 1 :][:1]) for a in addresses]
+
+
+def share_as(place: Path, handle: int) -> None:
+    """Give an open file or folder the access control list of another, or none, where there are such lists."""
+    if not _LINUX:
+        return
+    try:
+        os.setxattr(handle, _ACCESS, os.getxattr(place, _ACCESS))
+    except OSError as error:
+        if error.errno == errno.ENODATA:  # the folder may have given a list to what is new in it
+            with suppress(OSError):
+                os.removexattr(handle, _ACCESS)
 
 
 def flush_c_streams() -> None:
