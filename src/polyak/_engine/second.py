@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -248,13 +248,20 @@ def take_counters(state: dict[str, Tensor], prefix: str, buffers: Mapping[str, T
     Raises `ValueError` unless each is one integer that it can have.
     """
     for name, buffer in buffers.items():
-        if prefix + name in state:
-            _require_counter(prefix, name, state[prefix + name])
-            state[prefix + name] = state[prefix + name].reshape(1).to(buffer.dtype)
+        if (key := prefix + name) in state:
+            state[key] = torch.full_like(buffer, _counter(key, state[key], _MOST[name]))
 
 
-def _require_counter(prefix: str, name: str, value: object) -> None:
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
-    holds = isinstance(number, int | float) and 0 <= number <= _MOST[name] and number % 1 == 0
+def _counter(key: str, value: object, most: int) -> int:
+    try:
+        number = value.reshape(1).item() if isinstance(value, Tensor) else None
+    except (RuntimeError, ValueError):  # a tensor without content, or of another number of values
+        number = None
+    if isinstance(value, Tensor) and isinstance(number, float) and value.is_floating_point():
+        most = min(most, int(2 / torch.finfo(value.dtype).eps))  # larger ones may be rounded
+    holds = isinstance(number, int | float) and 0 <= number <= most and number % 1 == 0
+    holds = holds and (most == 1 or not isinstance(number, bool))
     shown = value if number is None else number
-    require(holds, f"EMA: {prefix}{name}", shown, f"a tensor of one integer, 0 to {_MOST[name]}")
+    kind = f" of {value.dtype}" if isinstance(value, Tensor) else ""
+    require(holds, f"EMA: {key}", shown, f"a tensor of one integer, 0 to {most}{kind}")
+    return int(cast(float, number))
