@@ -45,7 +45,7 @@ def test_the_tensors_that_are_live_weights_are_named(kind: str, tmp_path: Path) 
     wanted = ["b.weight"] if len(part) == 1 else []
     assert found.from_live(name) == wanted
     assert offline.describe(found).averages[name].from_live == tuple(wanted)
-    said = f"{name}: 1 of 3 tensors are the live weights"
+    said = f"{name}: 1 of 3 tensors are live weights, because"
     for command in (["inspect"], ["export"]):
         out = [str(tmp_path / "out.safetensors")] if command == ["export"] else []
         result = run(*command, str(tmp_path / "some.ckpt"), *out)

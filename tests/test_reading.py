@@ -628,7 +628,7 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "models of one run's step": (
         lambda path: folder_with(path, "asr.pt", "lm.pt"),
-        r"it holds asr\.pt, lm\.pt: read the one with the weights, or of a run name it \(file='asr\.pt'",
+        r"it holds asr\.pt, lm\.pt: read the file with the weights; to average a run, name that file \(file='asr\.pt'",
     ),
     "a save that was interrupted": (
         lambda path: folder_with(path, "__0_0.distcp"),

@@ -251,7 +251,7 @@ def distinct(weights: LazyTensors) -> dict[str, TensorSpec]:
 
 
 def joined(*sources: Mapping[str, Tensor]) -> Renamed:
-    """The tensors of several mappings in one; of one name the last mapping's tensor counts."""
+    """The tensors of several mappings in one; if several have a name, the last one's tensor counts."""
     return Renamed({name: (as_lazy(source), name) for source in sources for name in source})
 
 
@@ -271,7 +271,7 @@ class _ByParts(Elements):
                 view[done : done + len(part)].copy_(part)
                 done += len(part)
             start += len(view)
-        # Of a tensor that lies by columns, a piece may touch all pages: of many files they would add up.
+        # If a tensor lies by columns, a piece may touch all its pages. The pages of many files add up.
         self._tensors.release(self._name)
 
 

@@ -161,7 +161,7 @@ def _lerp_alike_(
     fraction: float | list[float],
     journal: Journal | None,
 ) -> None:
-    """One foreach call. From a tensor of another dtype or device on, the rest moves one by one."""
+    """One foreach call. It stops at a tensor of another dtype or device: from there on they move one by one."""
     if journal is not None and not journal.begin(slots[0]):
         return
     try:

@@ -27,7 +27,7 @@ def events(places: Iterable[Path]) -> tuple[Path, list[Path]]:
 def rows(place: Path, files: Iterable[Path], epochs: set[float]) -> list[Row]:
     """A row for each step; a name begins with the file's folder, as "valid/loss", unless that is of a version or a date.
 
-    Of two numbers of one step the one written later counts. A series whose largest step is at most one
+    If a step has two numbers, the one that was written later counts. A series whose largest step is at most one
     above the largest of `epochs` counts epochs. `epochs` are those of checkpoints without steps.
 
     Raises `ModuleNotFoundError` with what to do if the package is not installed.

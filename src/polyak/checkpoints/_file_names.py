@@ -257,8 +257,8 @@ def _require_one_part(parts: list[Path]) -> None:
 
 def _several(names: list[str]) -> str:
     return (
-        f"it holds {listed(names)}: read the one with the weights, or of a run name it (file={names[0]!r}, "
-        f"on the command line --file {names[0]})"
+        f"it holds {listed(names)}: read the file with the weights; to average a run, name that file "
+        f"(file={names[0]!r}, on the command line --file {names[0]})"
     )
 
 

@@ -63,7 +63,7 @@ def write_like(
     in a file changes with it.
 
     `which` names the weights of `like` to replace, as in `Checkpoint.weights`. `read` reads `like`; by
-    default it is `checkpoints.read`. Of tied weights, one name is enough. One piece of a tensor is in
+    default it is `checkpoints.read`. One name of tied weights is enough. One piece of a tensor is in
     memory at a time. A tensor whose elements do not lie row by row in its storage, such as a transposed
     one, is in memory whole.
 
@@ -247,7 +247,7 @@ def _write(
 
 
 def _write_box(file: BinaryIO, place: Place, outer: Box, box: Box, part: Tensor) -> None:
-    """Write what of a box of a tensor lies in a place, which holds the box `outer`."""
+    """Write the elements of a box of a tensor that lie in a place, which holds the box `outer`."""
     common = box.overlap(outer)
     if 0 not in common.shape:
         steps = zip(common.offsets, outer.offsets, place.stride, strict=True)

@@ -1,4 +1,4 @@
-"""Weights of which no average is meaningful: placeholders, packed numbers, most adapters.
+"""Weights that have no meaningful average: placeholders, packed numbers, most adapters.
 
 They are known by names, shapes and dtypes: no content is read.
 

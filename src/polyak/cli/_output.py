@@ -86,15 +86,15 @@ def note_norms(norms: Sequence[str]) -> None:
 
 
 def note_left(left: Mapping[str, int]) -> None:
-    """Names what of a file was neither read as live weights nor as an average."""
+    """Names the parts of a file that were read neither as live weights nor as an average."""
     if left:
         note(f"not used: {left_text(left)}")
 
 
 def from_live_text(name: str, tensors: Sequence[str], count: int) -> str:
     """Which of the `count` tensors of an average are live weights."""
-    share = f"{len(tensors)} of {count} tensors"
-    return f"{name}: {share} are the live weights, which the file has no average of: {listed(tensors, 3)}"
+    share = f"{len(tensors)} of {count} tensors are live weights"
+    return f"{name}: {share}, because the file does not have their average: {listed(tensors, 3)}"
 
 
 def note_tied(weights: LazyTensors) -> None:

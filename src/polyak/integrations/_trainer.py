@@ -56,7 +56,7 @@ def require_possible(callback: Any, args: Any, state: Any, best: str | None) -> 
 
 
 def owner(metric: str, names: Iterable[str]) -> str | None:
-    """The average that a metric without "eval_" is of: the one of the longest name that it begins with."""
+    """The average that a metric, without its "eval_", belongs to: the longest name that it begins with."""
     return max((n for n in names if metric.startswith(f"{n}_")), key=len, default=None)
 
 

@@ -219,7 +219,7 @@ class Combination(LazyTensors):
     def _write_together(
         self, out: Path, group: ProcessGroup, shard_bytes: int | None, overwrite: bool
     ) -> None:
-        """Write with all ranks of a group. What one rank raises, all raise; the old files then stay.
+        """Write with all ranks of a group. An error of one rank is raised on all; the old files then stay.
 
         The ranks wait for each other only at the beginning and at the end.
         """

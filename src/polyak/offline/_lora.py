@@ -28,7 +28,7 @@ _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 class Factor(NamedTuple):
-    """A tensor of an adapter by its name: of which module, the side A or B, and whether it is a bias."""
+    """The meaning of a tensor's name in an adapter: its module, the side A or B, and whether it is a bias."""
 
     module: str
     side: str

@@ -49,7 +49,7 @@ def verify(made: Combination, written: LazyTensors) -> int:
     """Compare sampled tensors of a combination, as they were written, with direct sums in float64.
 
     The largest tensor and up to 31 others are compared: the first elements, those in the middle and the
-    last. Returns the number of tensors. Of tied weights, one name is enough.
+    last. Returns the number of tensors. One name of tied weights is enough.
 
     Raises `ValueError` with the tensor that differs by more than rounding, or with the names, shapes
     and dtypes that differ.

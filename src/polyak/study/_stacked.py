@@ -85,7 +85,7 @@ class Stack:
         self.count = 0
 
     def _bind(self) -> Optimizer:
-        """An optimizer of the trained tensors: it steps joined ones, of which the model's are views."""
+        """An optimizer of the trained tensors: it steps joined tensors, and the model's are views of them."""
         joined = self._trained.tensors
         self._gradients = Flat(self._trained.views, batch=1)
         for name, tensor in joined.items():

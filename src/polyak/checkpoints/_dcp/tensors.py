@@ -60,7 +60,10 @@ class DistributedTensors(LazyTensors):
                 OpenFile(metadata).whole if archive is None else archive[METADATA]
             )
             if file.read(start, 1) != _PICKLE:
-                raise ValueError(f"{METADATA} looks like {looks(file) or 'no pickle'}")
+                what = looks(file)
+                raise ValueError(
+                    f"{METADATA} {f'looks like {what}' if what else 'is not a pickle'}"
+                )
             parsed = described(file.read(start, length))
             self._specs, self._places, self.paths = parsed.specs, parsed.places, parsed.paths
             self.chunks = parsed.chunks

@@ -164,7 +164,7 @@ def _records(reader: PartReader) -> dict[str, FileSpan]:
     ends = {name.partition("/")[2] for name in names}
     if "constants.pkl" in ends or "data.pkl" not in ends:
         raise ValueError(archive_kind(names))
-    summed = any(entry.CRC for entry in entries)  # torch can be told to leave the checksums out
+    summed = any(entry.CRC for entry in entries)  # torch has a setting that leaves them out
     records: dict[str, FileSpan] = {}
     for entry in entries:
         name = entry.orig_filename.partition("/")[2]
