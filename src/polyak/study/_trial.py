@@ -46,7 +46,7 @@ def tried(study: Study) -> dict[str, Any]:
         model, data, batches, optimizer = prepared(study, first, call=called)
         _require_new(model, other)
         _require_rates(study, other)
-        told = {name: list(_told(name, part)) for name, part in vars(data).items()}
+        identities = {name: list(_identities(name, part)) for name, part in vars(data).items()}
         rows = len(data.train[0])
         wanted = f"at most the {rows} rows of the training part"
         require(study.batch_size <= rows, "batch_size", study.batch_size, wanted)
@@ -59,14 +59,14 @@ def tried(study: Study) -> dict[str, Any]:
             called("optimizer", optimizer.step)
             losses.append(f"{float(loss.detach()):.6g}")
         return {
-            "data": told,
+            "data": identities,
             "first losses": losses,
             "first values": _values(study, model, data),
         }
 
 
-def _told(name: str, part: Part) -> Iterator[str]:
-    """What tells the tensors of a part. Raise `ValueError` for one whose rows cannot be taken."""
+def _identities(name: str, part: Part) -> Iterator[str]:
+    """The identity of each tensor of a part. Raise `ValueError` for one whose rows cannot be taken."""
     for number, tensor in enumerate(part):
         try:
             if name == "train":
