@@ -178,7 +178,7 @@ def shared(addresses: Sequence[int]) -> list[bool] | None:
 
 def share_as(place: Path, handle: int) -> None:
     """Give an open file or folder the access control list of another, or none, where there are such lists."""
-    if not _LINUX:
+    if not (hasattr(os, "getxattr") and hasattr(os, "setxattr")):
         return
     try:
         os.setxattr(handle, _ACCESS, os.getxattr(place, _ACCESS))
