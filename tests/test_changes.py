@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import polyak
 from models import Everything, assert_same, pointers, wander
 from polyak import Averager, Bema, Exponential, Power, Tail, Uniform, Window
-from polyak.rules import AVERAGE, Rule, Tick
+from polyak.rules import AVERAGE, START, Rule, Tick
+from polyak.rules._clocks import tick_after
 from polyak.theory import coefficients, profile
 from rule_examples import RULE_EXAMPLES
 
@@ -156,6 +157,41 @@ def test_an_average_of_more_updates_than_a_minute_can_count_begins_at_once_and_i
     polyak.save(tmp_path / "it", averager)
     polyak.load(tmp_path / "it", again)
     assert again.clock == (10**8 + 1, 10.0**8 + 1, 1.0, None)
+
+
+@dataclass(frozen=True)
+class TwiceAsFast(Tail):
+    """A rule that has a clock of its own: time runs twice as fast."""
+
+    def tick(self, before: Tick, elapsed: float) -> Tick:
+        return super().tick(before, 2 * elapsed)
+
+
+CLOCKS = [
+    Uniform(), Bema(), Tail(Uniform(), 0), Tail(Uniform(), 0.5), Tail(Uniform(), 4), Tail(Uniform(), 1e300),
+    Tail(Bema(), 3), Tail(Tail(Bema(), 2), 9), TwiceAsFast(Uniform(), 4), Tail(TwiceAsFast(Bema(), 3), 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", CLOCKS, ids=str)
+@pytest.mark.parametrize(("first", "elapsed"), [(1.0, 1.0), (1.0, 4.0), (4.0, 4.0), (0.25, 0.5)])
+def test_a_clock_after_many_updates_is_that_of_single_steps(
+    rule: Rule, first: float, elapsed: float
+) -> None:
+    tick = START
+    for n in range(12):
+        assert tick_after(rule, n, first, elapsed) == tick
+        tick = rule.tick(tick, elapsed if n else first)
+
+
+def test_a_clock_of_a_user_is_refused_where_its_steps_would_take_minutes() -> None:
+    assert tick_after(Tail(Tail(Bema(), 2), 9), 10**8, 1.0, 4.0).n == 10**8
+    averager = Averager({"w": torch.ones(2)}, TwiceAsFast(Uniform(), 4))
+    with pytest.raises(
+        ValueError, match=r"has its own tick\(\).* got 100000000 updates, wanted at most"
+    ):
+        averager.begin(count=10**8)
+    assert averager.count == 0
 
 
 def test_several_slots_after_several_updates_are_not_told_by_weights() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from polyak._engine.updating import Updating
 from polyak._modes import no_grad, ordinary
 from polyak._ranks.sharding import as_distributed, is_distributed, local, spread
 from polyak.rules import START, Rule, Tick
+from polyak.rules import _clocks as clocks
 
 MOST_UPDATES = 10**8
 """The most updates of an average that files and other programs tell of."""
@@ -40,17 +40,15 @@ def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
 
 
 def tick_after(rule: Rule, count: int, every: int) -> Tick:
-    """The clock of a rule after `count` updates, at once where the rule has no clock of its own."""
-    if count and type(rule).tick is Rule.tick:
-        return Tick(count, 1.0 + (count - 1) * every, 1.0 if count == 1 else float(every))
-    return ticked(rule, chain([1.0] * bool(count), repeat(float(every), count - 1)))
+    """The clock of a rule after `count` updates."""
+    return clocks.tick_after(rule, count, 1.0, float(every))
 
 
 def tick_under(rule: Rule, was: Tick) -> Tick:
     """The clock of an average under another rule: the same number of updates in the same time."""
     nested = was.n and rule.tick(START, 1.0).inner is not None
-    inner = ticked(rule, repeat(was.t / was.n, was.n)).inner if nested else None
-    return was._replace(inner=inner)
+    mean = was.t / was.n if nested else 0.0
+    return was._replace(inner=clocks.tick_after(rule, was.n, mean, mean).inner if nested else None)
 
 
 def begun(
