@@ -156,8 +156,8 @@ def _seconds(result: Result) -> str:
     return (
         "Nominal mean age: where the average settles in a run without an end; effective: at the end of these runs. Speed "
         "score: the area under the performance profile, 1 for the arm that reaches the target first in every run. "
-        f"A training step takes {1e6 * train:.4g} µs and the update of all {len(result.study.arms)} arms "
-        f"{1e6 * average:.4g} µs ({percent(average / train, 0)}), medians over the runs."
+        f"A training step takes {significant(1e6 * train)} µs and the update of all {len(result.study.arms)} arms "
+        f"{significant(1e6 * average)} µs ({percent(average / train, 0)}), medians over the runs."
     )
 
 

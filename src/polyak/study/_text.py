@@ -60,12 +60,17 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A number with this many significant digits, and a real minus sign; words for NaN and infinity."""
+    """A number with this many significant digits, and a real minus sign; words for NaN and infinity.
+
+    >>> significant(11_254.3), significant(-0.00001), significant(1e12)
+    ('11250', '−1e−05', '1e+12')
+    """
     if math.isnan(value):
         return "—"
     if math.isinf(value):
         return "never" if value > 0 else "−∞"
     text = f"{value:.{digits}g}"
+    text = f"{float(text):.0f}" if 1 <= abs(value) < 1e9 and "e" in text else text
     return ("0" if not float(text) else text).replace("-", "−")
 
 
