@@ -175,6 +175,10 @@ def test_its_chart_shows_the_gains_in_full_and_no_loss_larger_than_the_largest_g
         ({"lr": 1e-3}, "(lr, weight_decay) is (0.001, None), wanted both or neither"),
         ({"lr": 1e-3, "weight_decay": 0}, "weight_decay is 0"),
         ({"lr": 2, "weight_decay": 1}, "lr * weight_decay is 2"),
+        (
+            {"lr": 1e-200, "weight_decay": 1e-200},
+            "lr * weight_decay is 0.0, wanted a number above 0",
+        ),
     ],
 )
 def test_what_cannot_be_advised_on_is_refused(options: dict[str, Any], wanted: str) -> None:

@@ -248,7 +248,7 @@ def _optimizer_half_life(lr: float | None, weight_decay: float | None) -> float 
     wanted = "both or neither: AdamW keeps 1 - lr * weight_decay of its weights at each step"
     require(lr is not None and weight_decay is not None, "(lr, weight_decay)", (lr, weight_decay), wanted)  # fmt: skip
     lost = require_positive("lr", lr) * require_positive("weight_decay", weight_decay)
-    require(lost < 1, "lr * weight_decay", lost, "a number below 1")
+    require(0 < lost < 1, "lr * weight_decay", lost, "a number above 0 and below 1")
     return math.log(2) / -math.log1p(-lost)
 
 
