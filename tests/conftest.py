@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,16 @@ WARNINGS = {
     "Exception ignored (in.|while finalizing file) <torch.distributed.checkpoint"
     ":pytest.PytestUnraisableExceptionWarning": sys.version_info >= (3, 13),
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nearly all that a collection makes stays: to look for garbage amid it is in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:

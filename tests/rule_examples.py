@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from polyak import decays
 from polyak.rules import (
     ArticleEMA,
@@ -13,6 +16,7 @@ from polyak.rules import (
     Uniform,
     Window,
 )
+from quick import some_quick
 
 SCHEDULE_EXAMPLES: dict[type[decays.Schedule], list[decays.Schedule]] = {
     decays.Constant: [decays.Constant(0.9), decays.Constant(0.0), decays.Constant(1.0)],
@@ -42,3 +46,14 @@ RULE_EXAMPLES: dict[type[Rule], list[Rule]] = {
     Tail: [Tail(Uniform(), 10), Tail(Window(4), 7), Tail(Tail(Bema(), 3), 6.5)],
     ArticleEMA: [ArticleEMA(0.9, 5), ArticleEMA(0.9, 0, 2.0, 0.75, 0.2, first_copy=False)],
 }
+
+_QUICK = [
+    *(examples[0] for examples in RULE_EXAMPLES.values()),
+    Exponential(0.9, debias=True),
+    Exponential(decays.InversePower()),
+]
+
+
+def each_rule(rules: Iterable[Rule]) -> list[Any]:
+    """Rules for a law; the quick tests try one of each class, one debiased, one with a schedule."""
+    return some_quick(rules, _QUICK)

@@ -22,7 +22,7 @@ from polyak import Averager, Exponential, Uniform, Window
 from polyak._engine import open_swaps
 from polyak._engine.exchange import Exchange
 from polyak.rules import Rule
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
 
@@ -41,7 +41,7 @@ def moved(
     return model, averager
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_model_carries_the_average_and_gets_its_weights_back(
     rule: Rule, dtype: torch.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ import polyak
 from models import assert_same, everything, snapshot, wander
 from polyak import Averager, Exponential, Window
 from polyak._engine import open_swaps
+from quick import first_quick
 
 HOME = str(Path(polyak.__file__).parent)
 
@@ -139,27 +141,24 @@ def after_an_exception(situation: Situation, trace: RaisesAt) -> None:
         block.__exit__(ValueError, ValueError("of the block"), None)
 
 
-LONG = [beside, in_the_order_of_entering, after_an_exception]
-PROGRAMS = [alone, *(pytest.param(program, marks=pytest.mark.slow) for program in LONG)]
+PROGRAMS = [alone, beside, in_the_order_of_entering, after_an_exception]
+ERRORS = [KeyboardInterrupt, MemoryError, RuntimeError]
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        KeyboardInterrupt,
-        *(pytest.param(e, marks=pytest.mark.slow) for e in (MemoryError, RuntimeError)),
-    ],
+    ("program", "error", "every"),
+    first_quick([(alone, KeyboardInterrupt, 3), *product(PROGRAMS, ERRORS, [1])]),
 )
-@pytest.mark.parametrize("program", PROGRAMS)
 def test_an_exception_at_any_line_loses_nothing(
-    program: Callable[[Situation, RaisesAt], None], error: type[BaseException]
+    program: Callable[[Situation, RaisesAt], None], error: type[BaseException], every: int
 ) -> None:
+    """The quick tests try every third line."""
     situation, undisturbed = Situation(), RaisesAt()
     program(situation, RaisesAt())
     program(situation, undisturbed)
     tried = moments(undisturbed.lines)
     assert len(tried) > 200
-    for n in tried:
+    for n in tried[::every]:
         trace, raised = RaisesAt(n, error), False
         try:
             program(situation, trace)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models import assert_same, snapshot, wander
 from polyak import Averager, Exponential, Uniform, Window
 from polyak._engine import open_swaps
+from quick import some_quick
 
 
 def network() -> Any:
@@ -118,9 +119,7 @@ NESTS: list[tuple[str, ...]] = [
 """The averagers whose blocks are entered, one after the other."""
 
 
-def _marked(nest: tuple[str, ...]) -> Any:
-    """Three blocks end in six orders."""
-    return pytest.param(nest, id="+".join(nest), marks=[pytest.mark.slow] if len(nest) > 2 else [])
+QUICK = [(("whole", "other"),), (("aside", "whole"),), (("part", "whole"),)]
 
 
 class Scene:
@@ -199,7 +198,7 @@ def run(way: str, nest: Sequence[str], order: Sequence[int], moment: int, *, see
     scene.check(seen=seen, agreed=agreed)
 
 
-@pytest.mark.parametrize("nest", [_marked(nest) for nest in NESTS])
+@pytest.mark.parametrize("nest", some_quick([(nest,) for nest in NESTS], QUICK), ids="+".join)
 @pytest.mark.parametrize("way", REPLACED)
 def test_the_live_weights_come_back_with_the_last_block(way: str, nest: tuple[str, ...]) -> None:
     """Some of the writes go through `.data`, which no version counter sees."""

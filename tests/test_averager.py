@@ -25,7 +25,8 @@ from patience import HANG
 from polyak import Averager, Exponential, Tail, Uniform, Window
 from polyak.rules import Rule
 from polyak.theory import profile
-from rule_examples import RULE_EXAMPLES
+from quick import first_quick
+from rule_examples import RULE_EXAMPLES, each_rule
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -57,7 +58,7 @@ def run(
     return {name: torch.stack(tensors) for name, tensors in trajectory.items()}
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_engine_is_the_profile_times_the_trajectory(rule: Rule, dtype: torch.dtype) -> None:
     weights = layouts(dtype)
@@ -71,7 +72,7 @@ def test_the_engine_is_the_profile_times_the_trajectory(rule: Rule, dtype: torch
         torch.testing.assert_close(average.to(path.dtype), expected, rtol=0, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 @pytest.mark.parametrize("every", [2, 5])
 def test_a_cadence_is_the_profile_of_that_cadence(rule: Rule, every: int) -> None:
     weights = layouts(torch.float64)
@@ -113,7 +114,7 @@ def test_several_averages_in_one_pass_equal_each_alone() -> None:
         assert_same(together.average(name), averager.average())
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 @given(value=st.floats(-(2.0**60), 2.0**60, width=32))
 @settings(max_examples=10)
 def test_a_constant_input_is_a_fixed_point_bit_for_bit(rule: Rule, value: float) -> None:
@@ -381,7 +382,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", first_quick([torch.bfloat16, torch.float32, torch.float64]))
 @pytest.mark.parametrize("stop", [0, 1, 7, 12])
 def test_a_resumed_average_is_the_undisturbed_one_bit_for_bit(
     dtype: torch.dtype, stop: int
@@ -935,7 +936,7 @@ def test_elapsed_time_is_positive_and_finite(elapsed: Any) -> None:
         averager().update(elapsed)
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_clock_that_would_overflow_is_refused_at_the_update(rule: Rule, every: int) -> None:
     weights = {"w": torch.tensor([1.0])}

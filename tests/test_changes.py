@@ -18,7 +18,7 @@ from polyak import Averager, Bema, Exponential, Power, Tail, Uniform, Window
 from polyak.rules import AVERAGE, START, Rule, Tick
 from polyak.rules._clocks import tick_after
 from polyak.theory import coefficients, profile
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
 SINGLE = [rule for rule in EXAMPLES if len(rule.slots) == 1]
@@ -41,7 +41,7 @@ def train(model: nn.Module, averager: Averager, steps: range) -> None:
 # begin
 
 
-@pytest.mark.parametrize("rule", SINGLE, ids=str)
+@pytest.mark.parametrize("rule", each_rule(SINGLE), ids=str)
 @pytest.mark.parametrize("every", [1, 3])
 def test_from_an_average_and_its_count_it_goes_on_bit_for_bit(
     rule: polyak.Rule, every: int
@@ -57,7 +57,7 @@ def test_from_an_average_and_its_count_it_goes_on_bit_for_bit(
     assert_same(again.average(), averager.average())
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
 def test_every_rule_begins_as_if_its_first_update_had_copied(
     rule: polyak.Rule, rounding: Any
@@ -246,7 +246,7 @@ def test_without_weights_it_begins_from_the_model_as_it_is() -> None:
     assert averager.count == 2
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 def test_a_host_may_have_a_cadence_of_its_own(rule: polyak.Rule) -> None:
     """At its first step and at each third after it, as a rule's theory says of these times."""
     weights = {"w": torch.zeros(8, dtype=torch.float64)}
@@ -310,7 +310,7 @@ def test_a_mapping_may_be_refilled_before_every_update(in_place: bool) -> None:
 # change_rule
 
 
-@pytest.mark.parametrize("second", [r for r in SINGLE if r.slots == ("average",)], ids=str)
+@pytest.mark.parametrize("second", each_rule(r for r in SINGLE if r.slots == ("average",)), ids=str)
 @pytest.mark.parametrize("first", [Exponential(0.5), Power(3.0)], ids=str)
 def test_another_rule_goes_on_as_load_does(
     tmp_path: Path, first: polyak.Rule, second: polyak.Rule
@@ -381,7 +381,7 @@ def test_a_module_keeps_its_slot() -> None:
 # to
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 def test_wider_slots_hold_the_same_and_go_on_as_wide_ones(rule: polyak.Rule) -> None:
     model, averager = trained(rule, 4)
     before = averager.average()

@@ -18,6 +18,7 @@ from polyak import charts
 from polyak.charts import _drawing as drawing
 from polyak.charts._files import css, inline
 from polyak.offline import Baseline, Point, Sweep
+from quick import first_quick
 from test_notebook import RESULTS
 
 
@@ -111,7 +112,7 @@ CHARTS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TITLES)
+@pytest.mark.parametrize("kind", first_quick(TITLES, 3))
 def test_the_heading_of_a_page_is_the_title(kind: str, tmp_path: Path) -> None:
     title, lines = TITLES[kind]
     chart = own()

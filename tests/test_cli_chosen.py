@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import polyak
 from cli_runs import run
 from polyak import checkpoints, offline
+from quick import first_quick
 
 STEPS = (100, 200, 300, 400, 900, 1000)
 LOSSES = (0.9, 0.1, 0.8, 0.2, 0.7, 0.6)
@@ -78,7 +79,7 @@ def swept(files: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("options", "steps"), CHOSEN.values(), ids=CHOSEN)
+@pytest.mark.parametrize(("options", "steps"), first_quick(CHOSEN.values(), 2), ids=CHOSEN)
 def test_every_command_takes_the_same_checkpoints(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -132,7 +133,7 @@ PARTS: dict[str, tuple[Callable[[float], Any], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "options"), PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(("content", "options"), first_quick(PARTS.values(), 2), ids=PARTS)
 def test_every_command_reads_the_same_part(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

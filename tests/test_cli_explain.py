@@ -141,7 +141,7 @@ USAGE_ERRORS = [
         "polyak: Got unexpected extra argument",
         "; see polyak diff --help\n",
     ),
-    (["explain", "uniform()", "3\n4"], "polyak: spec '3\\n4' does not read as", "\n"),
+    (["explain", "window(3)", "3\n4"], "polyak: spec '3\\n4' does not read as", "\n"),
     (["explain", "uniform()", "--stepp", "3"], "polyak: No such option: --stepp", SEE),
     (["explain", "uniform()", "--steps", "x"], "polyak: Invalid value for '--steps': ", SEE),
     (["explain", "uniform()", "--steps"], "polyak: Option '--steps' requires an argument", "\n"),

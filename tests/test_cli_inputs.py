@@ -200,6 +200,7 @@ def test_it_is_one_of_a_run(both: tuple[Path, Path], tmp_path: Path) -> None:
     assert_value(load_file(tmp_path / "mean.safetensors"), 2)
 
 
+@pytest.mark.parametrize("both", some_quick(FORMS, QUICK), indirect=True)
 def test_the_average_can_be_written_like_it(both: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = both
     out = tmp_path / f"out{a.suffix}"

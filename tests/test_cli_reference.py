@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from cli_runs import finished, run
 from polyak.cli import app
-from polyak.cli._reference import WIDTH, reference
+from polyak.cli._commands import WIDTH
+from polyak.cli._reference import reference
 from quick import some_quick
 
 __all__ = ["finished"]  # fixtures

@@ -17,7 +17,7 @@ import torch
 from polyak.decays import Constant, Cosine, InversePower, Polynomial, Ratio
 from polyak.rules import ArticleEMA, Bema, Exponential, Power, Rule, Tail, Uniform, Window
 from polyak.theory import CONVENTIONS, equivalents, profile
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 STEPS = 60
 RUN = ["ema_pytorch", "torch_ema", "torch", "diffusers"]
@@ -119,7 +119,7 @@ def test_every_library_that_is_installed_is_run() -> None:
     }
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(RULES), ids=str)
 def test_a_call_begins_with_its_key(rule: Rule) -> None:
     for name, call in equivalents(rule).items():
         assert call.startswith(f"{name}(") and call.endswith(")")

@@ -25,7 +25,7 @@ from polyak import EMA, Averager, Exponential, Tail, Uniform, Window
 from polyak import _tensors as tensors
 from polyak._engine import watch
 from polyak._engine.offload import Courier
-from quick import first_quick, some_quick
+from quick import first_quick, slow_if, some_quick
 from test_offload import Device
 
 ROOT = str(Path(polyak.__file__).parent)
@@ -121,8 +121,10 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("way", RESIZED)
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(
+    ("setup", "way"),
+    [slow_if((s, w), (i + j) % 3) for i, s in enumerate(SETUPS) for j, w in enumerate(RESIZED)],
+)
 def test_another_shape_is_refused_before_anything_moves(way: str, setup: str) -> None:
     change, name = RESIZED[way]
     (model, averager), (twin, undisturbed) = begun(setup), begun(setup)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import polyak
 from models import Everything, assert_same, snapshot
 from polyak import Averager, checkpoints
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 
 class Adapted(nn.Module):
@@ -56,7 +56,9 @@ def averaged(rule: Any = "exponential(0.5)", **options: Any) -> tuple[Adapted, A
     return model, averager
 
 
-@pytest.mark.parametrize("rule", [r for rules in RULE_EXAMPLES.values() for r in rules], ids=str)
+@pytest.mark.parametrize(
+    "rule", each_rule([r for rules in RULE_EXAMPLES.values() for r in rules]), ids=str
+)
 def test_only_what_trains_is_averaged_held_and_saved(tmp_path: Path, rule: polyak.Rule) -> None:
     model, averager = averaged(rule)
     for slot in averager.state_dict()["averages"]["average"]["slots"].values():

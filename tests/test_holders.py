@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import polyak
 from models import Everything, assert_same, everything, snapshot, wander
 from polyak import Averager, Exponential, Window
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
 
@@ -137,7 +137,7 @@ def flat(data: Any, path: str = "") -> dict[str, Tensor]:
     return {path: data if isinstance(data, Tensor) else torch.tensor(list(str(data).encode()))}
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 def test_every_rule_is_copied(rule: polyak.Rule) -> None:
     holder = Holder({"a": rule, "b": Window(2)})
     holder.train(range(6))

@@ -18,7 +18,7 @@ import polyak
 from polyak import EMA, Averager, Exponential, Tail, Uniform, Window, _tensors, checkpoints, offline
 from polyak.rules import AVERAGE, Rule, Tick
 from quick import some_quick
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 INF = torch.inf
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
@@ -129,7 +129,7 @@ def test_the_articles_class_keeps_constants(kind: str) -> None:
     assert same(ema.ema_model.get_buffer("constant"), wanted)
 
 
-@pytest.mark.parametrize("rule", EXAMPLES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(EXAMPLES), ids=str)
 def test_a_constant_too_large_for_its_slot_is_infinite_there(rule: Any) -> None:
     weights = {"w": torch.tensor([1e300, -1e300, 0.1], dtype=torch.float64)}
     averager = Averager(weights, rule, dtype=torch.float32)

@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from many_tensors import CALLS, Case
 
-TENSORS = 40
+TENSORS = 20
 MOST = 1.05
 """Each further batch of tensors costs as much as the one before; quadratic work gives up to 1.67."""
 

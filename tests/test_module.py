@@ -26,7 +26,7 @@ import polyak
 from models import Everything, assert_same, pointers, wander
 from polyak import Averager, Bema, Exponential, Power, Tail, Window
 from polyak._engine.live import ModelTensors
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 from since import since
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
@@ -150,7 +150,7 @@ def test_it_is_in_eval_mode_without_gradients_and_beside_the_model(
 SHARED = [rule for rule in EXAMPLES if len(rule.slots) == 1]
 
 
-@pytest.mark.parametrize("rule", SHARED, ids=str)
+@pytest.mark.parametrize("rule", each_rule(SHARED), ids=str)
 def test_every_rule_of_one_slot_has_one(rule: polyak.Rule) -> None:
     model = Everything()
     averager = begun(model, rule)

@@ -33,7 +33,7 @@ from polyak.offline import average, greedy_soup
 from polyak.offline._combination import Combination
 from polyak.offline._findings import Source
 from polyak.rules import Rule
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 Folder = Path
 RULES = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
@@ -131,7 +131,7 @@ def test_every_combination_is_the_dense_sum(
         assert_rounded(made, tensors, coefficients)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(RULES), ids=str)
 def test_any_rule_is_its_coefficients(rule: Rule, tmp_path: Folder) -> None:
     weights = [{"w": torch.randn(3, 4)} for _ in range(15)]
     files = [saved(tmp_path, each, str(i)) for i, each in enumerate(weights)]

@@ -16,7 +16,7 @@ from models import Everything
 from polyak import Averager, Pull
 from polyak.rules import Bema, Rule
 from polyak.theory import feedback
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 RULES = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
 
@@ -38,7 +38,7 @@ def tensors_of(averager: Averager) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.7, 1.0, 1])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", each_rule(RULES), ids=str)
 def test_every_rule_pulls_as_a_plain_lerp(rule: Rule, fraction: float) -> None:
     averager = trained(rule)
     before, average = tensors_of(averager), averager.average()

@@ -69,7 +69,7 @@ def cached_bytes(path: Path) -> int:
             with mmap.mmap(file.fileno(), length, mmap.MAP_PRIVATE, offset=start) as memory:
                 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
                 assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), pages) == 0
-            total += mmap.PAGESIZE * int((numpy.frombuffer(pages, numpy.uint8) & 1).sum())
+            total += mmap.PAGESIZE * int((numpy.frombuffer(bytes(pages), numpy.uint8) & 1).sum())
     return total
 
 
@@ -493,6 +493,11 @@ def saved_bytes(value: float, *, old: bool = False) -> bytes:
     return held.getvalue()
 
 
+def cut_short_within(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.bin").write_bytes(saved_bytes(1)[:-200])
+
+
 def packed(path: Path, saved: bytes) -> None:
     """The records of a file of torch.save, packed."""
     with (
@@ -698,7 +703,7 @@ SNIFFED: dict[str, tuple[Callable[[Path], object], str]] = {
         "a damaged file of torch.save .*: copy or fetch it again",
     ),
     "a folder with a file of torch.save that is cut short": (
-        lambda path: (path.mkdir(), (path / "model.bin").write_bytes(saved_bytes(1)[:-200])),
+        cut_short_within,
         r"it/model\.bin: a damaged file of torch.save .*: copy or fetch it again",
     ),
     "a file of safetensors that is cut short": (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quick import slow_if
+from quick import first_quick, slow_if
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,8 +27,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", pages, re.DOTALL)
 
 
-EXAMPLES = [slow_if(code, slow=place > 0) for place, code in enumerate(blocks("python"))]
+EXAMPLES = first_quick(blocks("python"), 0)
 LINES = [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def test_the_example_runs_for_a_few_steps(tmp_path: Path) -> None:
+    (long,) = blocks("python")[:1]
+    assert "range(1000)" in long
+    test_the_example_runs_as_written(long.replace("range(1000)", "range(20)"), tmp_path)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

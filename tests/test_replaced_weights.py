@@ -20,6 +20,7 @@ from models import assert_same, snapshot, wander
 from polyak import EMA, Averager, Exponential, Uniform
 from polyak import _parts as parts
 from polyak._engine.live import ModelTensors
+from quick import first_quick
 
 
 def network() -> nn.Sequential:
@@ -276,7 +277,7 @@ LAZY: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 @pytest.mark.parametrize(
-    "slots", [None, torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    "slots", first_quick([None, torch.bfloat16, torch.float64, torch.float32, torch.float16], 2)
 )
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]

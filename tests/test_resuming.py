@@ -14,6 +14,7 @@ import polyak
 from peer_files import SAVED, Net, Run, averaged_by, fit, follow, karras
 from polyak import EMA, Averager, Exponential, Power, Uniform
 from polyak.rules import Rule
+from quick import first_quick
 from test_peers_files import CASES, PARAMETERS, TOLERANCE, Case, assert_near, dtype, lightning_warns
 
 __all__ = ["dtype"]
@@ -33,7 +34,7 @@ def gone_on(run: Run, rule: Rule, every: int, **options: Any) -> dict[str, torch
     return {name: average[name] for name in PARAMETERS}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", first_quick(TOLERANCE), ids=str, indirect=True)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_loaded_average_goes_on_as_the_library_does(
     tmp_path: Path, case: Case, dtype: torch.dtype
@@ -52,7 +53,7 @@ def test_a_karras_ema_goes_on_as_a_power(tmp_path: Path, dtype: torch.dtype) -> 
 
 
 @lightning_warns
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", first_quick(TOLERANCE), ids=str, indirect=True)
 @pytest.mark.parametrize(
     ("callback", "rule"),
     [

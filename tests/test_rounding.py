@@ -13,7 +13,7 @@ from torch import nn
 from models import assert_same
 from polyak import Averager, Exponential, Tail, Uniform
 from polyak._engine.rounding import seed, stochastic_round
-from quick import slow_if
+from quick import first_quick, slow_if
 
 
 def gap_after(decay: float, updates: int, **options: Any) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_nan_stays_nan() -> None:
     assert stochastic_round(torch.full((100,), float("nan")), torch.bfloat16).isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", first_quick([torch.bfloat16, torch.float16]))
 def test_narrow_slots_move_and_are_right_in_the_mean(dtype: torch.dtype) -> None:
     expected = 0.5 * 0.999**3000
     gaps = gap_after(0.999, 3000, dtype=dtype, rounding="stochastic")

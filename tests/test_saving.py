@@ -21,7 +21,8 @@ from polyak.checkpoints._open.files import OpenFile
 from polyak.checkpoints._safetensors import files as tensorfile
 from polyak.checkpoints._safetensors.files import TensorFile
 from polyak.rules import Rule
-from rule_examples import RULE_EXAMPLES
+from quick import first_quick
+from rule_examples import RULE_EXAMPLES, each_rule
 
 EXAMPLES = [rule for rules in RULE_EXAMPLES.values() for rule in rules]
 SEVERAL = {"fast": "exponential(0.9)", "window": "window(3)", "bema": "tail(bema(), 4)"}
@@ -62,8 +63,8 @@ def resumed(
     return other
 
 
-@pytest.mark.parametrize("rule", [*EXAMPLES, SEVERAL], ids=str)
-@pytest.mark.parametrize("stop", [1, 7])
+@pytest.mark.parametrize("rule", [*each_rule(EXAMPLES), SEVERAL], ids=str)
+@pytest.mark.parametrize("stop", first_quick([7, 1]))
 def test_a_resumed_average_is_the_undisturbed_one_bit_for_bit(
     tmp_path: Path, rule: Rule | dict[str, str], stop: int
 ) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models import assert_same
 from polyak import EMA, Averager, Exponential, Uniform, Window
 from polyak._engine import memory
+from quick import first_quick
 
 ROWS = 600  # of 600 float32 numbers: more than the MiB that is exchanged at once
 
@@ -310,7 +311,7 @@ def begun(tied: bool, made: str) -> tuple[nn.Module, Averager]:
 
 @pytest.mark.parametrize("situation", LATER)
 @pytest.mark.parametrize("made", MADE)
-@pytest.mark.parametrize("call", ["average", "state_dict", "summary", "applied"])
+@pytest.mark.parametrize("call", first_quick(["average", "applied", "state_dict", "summary"], 2))
 def test_what_arises_later_is_noticed(situation: str, made: str, call: str) -> None:
     tied, change, message = LATER[situation]
     model, averager = begun(tied, made)

@@ -17,7 +17,8 @@ from polyak.rules import Rule
 from polyak.study import cosine
 from polyak.study._loop import Run, train
 from polyak.study._weighting import profile_of
-from rule_examples import RULE_EXAMPLES
+from quick import first_quick
+from rule_examples import RULE_EXAMPLES, each_rule
 from study_models import Scaled, Turned, cnn, images, mlp, study
 
 
@@ -83,7 +84,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("model", [mlp, cnn, Scaled, Turned])
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", first_quick([3, 0]))
 def test_a_run_is_the_plain_script_bit_for_bit(model: Callable[[], nn.Module], seed: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -99,7 +100,9 @@ def test_a_run_is_the_plain_script_bit_for_bit(model: Callable[[], nn.Module], s
     assert record["curves"]["sma"]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", [r for each in RULE_EXAMPLES.values() for r in each], ids=str)
+@pytest.mark.parametrize(
+    "rule", each_rule([r for each in RULE_EXAMPLES.values() for r in each]), ids=str
+)
 @pytest.mark.parametrize(("steps", "every"), [(12, 4), (14, 4), (15, 1), (3, 4)])
 def test_the_profile_of_an_arm_is_what_it_averages(rule: Rule, steps: int, every: int) -> None:
     """An arm is updated at the end of its `every` steps, and read at any step."""

@@ -48,6 +48,7 @@ from polyak.study._run import units
 from polyak.study._schedules import PLACES
 from polyak.study._stacked import train_stacked
 from polyak.study._trial import tried
+from quick import first_quick
 from study_models import Dimmed, arms, cnn, cross_entropy, images, mlp, study
 
 ONE = {"schedules": {"constant": lambda _: 1.0}}
@@ -612,7 +613,7 @@ def stacked_alone(study: Study, run: Run) -> dict[str, Any]:
     return train_stacked(study, [run])[0]
 
 
-@pytest.mark.parametrize("train", [train, stacked_alone])
+@pytest.mark.parametrize("train", first_quick([train, stacked_alone]))
 @pytest.mark.parametrize("first", [zeroed, of_one_row, cross_entropy, leaving_train_mode, in_train_mode])  # fmt: skip
 def test_metrics_that_share_a_forward_pass_do_not_disturb_each_other(
     first: Any, train: Any

@@ -17,6 +17,7 @@ from polyak.study._stacked import stack
 from polyak.study._tracking import Tracking, tensors_of
 from polyak.study._weighting import due, misplaced
 from polyak.theory import coefficients
+from quick import slow_if
 from rule_examples import RULE_EXAMPLES
 from study_models import cnn, study
 
@@ -41,8 +42,11 @@ def moved(model: nn.Module, step: int) -> None:
             tensor.copy_(1 + torch.rand(tensor.shape, generator=generator))
 
 
-@pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "every"),
+    [slow_if((r, e), i % (8 if e == 4 else 3)) for i, r in enumerate(RULES) for e in (1, 4)],
+    ids=str,
+)
 def test_an_arm_is_the_average_of_the_engine(rule: Rule, every: int) -> None:
     """Bit for bit; a window is a difference of sums and is equal up to rounding."""
     model = cnn()

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from polyak import theory
 from polyak.rules import LIVE, START, Bema, Exponential, Power, Rule, Tail, Tick, Uniform, Window
 from polyak.theory import coefficients, profile
-from rule_examples import RULE_EXAMPLES
+from rule_examples import RULE_EXAMPLES, each_rule
 
 Array = npt.NDArray[np.float64]
 ALL = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
-every_rule = pytest.mark.parametrize("rule", ALL, ids=str)
+every_rule = pytest.mark.parametrize("rule", each_rule(ALL), ids=str)
 
 
 def simulate(rule: Rule, elapsed: list[float], live: Array) -> Array:

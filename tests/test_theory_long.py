@@ -35,8 +35,8 @@ def near(value: float, rel: float = EXACT) -> object:
     return pytest.approx(value, rel=rel, abs=0)
 
 
-FEW = [0.1, 1.0, 500_000.0, 1e15]
-MORE = [0.3, 10.0, 1e4, 1e5, 1e7, 1e9, 1e12, 1e14]
+FEW = [0.1]
+MORE = [500_000.0, 0.3, 1.0, 1e15, 10.0, 1e4, 1e5, 1e7, 1e9, 1e12, 1e14]
 HALF_LIVES = [*FEW, *(pytest.param(h, marks=pytest.mark.slow) for h in MORE)]
 of_each = pytest.mark.parametrize("half_life", HALF_LIVES)
 
@@ -196,8 +196,9 @@ def test_a_window_like_a_long_exponential_has_its_span(half_life: float, by: str
     assert found.size == near(1 / math.tanh(math.log(2) / half_life / 2))
 
 
-@pytest.mark.parametrize("error", [0.01, pytest.param(0.2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("half_life", [1e15, pytest.param(5e5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [0.01, 0.2])
+@pytest.mark.parametrize("half_life", [1e15, 5e5])
 def test_the_cadence_of_a_long_average_is_the_largest(half_life: float, error: float) -> None:
     """The displacement of an EMA: 1 - k lost / (decay (d^-k - 1)), the loss of mean age."""
     rate, found = math.log(2) / half_life, cadence(Exponential(half_life=half_life), error=error)

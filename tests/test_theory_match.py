@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from polyak.rules import Bema, Exponential, Power, Rule, Tail, Uniform, Window
 from polyak.theory import match, mean_age, noise_gain, profile
+from quick import some_quick
 
 MEASURES = {"mean_age": mean_age, "noise_gain": noise_gain}
 both = pytest.mark.parametrize("by", MEASURES)
@@ -96,7 +97,11 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), ERRORS, ids=[message for _, message in ERRORS])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    some_quick(ERRORS, lambda each: not each[1].startswith("uniform() changes")),
+    ids=[message for _, message in ERRORS],
+)
 def test_errors(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()

@@ -35,11 +35,12 @@ from polyak.theory import (
     relative_std,
     step_response,
 )
-from rule_examples import RULE_EXAMPLES
+from quick import slow_if
+from rule_examples import RULE_EXAMPLES, each_rule
 
 Array = npt.NDArray[np.float64]
 ALL = [rule for examples in RULE_EXAMPLES.values() for rule in examples]
-every_rule = pytest.mark.parametrize("rule", ALL, ids=str)
+every_rule = pytest.mark.parametrize("rule", each_rule(ALL), ids=str)
 decays_ = pytest.mark.parametrize("b", [0.3, 0.9, 0.99, 0.999])
 sizes = pytest.mark.parametrize("n", [2, 10, 100])
 
@@ -343,7 +344,7 @@ def test_an_explanation_gathers_the_measures(rule: Rule, every: int) -> None:
         (Exponential(0.9), 1, 1000),
         (Exponential(0.999), 1, 32_000),
         (Exponential(0.999), 16, 32_241),
-        (Uniform(), 1, 10_000),
+        slow_if((Uniform(), 1, 10_000), True),
         (Uniform(), 7, 9_997),
         (Tail(Exponential(0.9), 3000), 1, 4000),
     ],

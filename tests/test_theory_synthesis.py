@@ -156,12 +156,13 @@ def test_by_increments_a_target_next_to_the_live_weights_keeps_its_distance() ->
     assert exact.coefficients[0] == pytest.approx(float(share), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "error"),
     [
         ("exponential(half_life=3000)", 0.005),
-        pytest.param("uniform()", 0.003, marks=pytest.mark.slow),
-        pytest.param("power(relative_std=0.15)", 1e-4, marks=pytest.mark.slow),
+        ("uniform()", 0.003),
+        ("power(relative_std=0.15)", 1e-4),
     ],
 )
 def test_by_increments_the_error_is_a_random_walks(target: str, error: float) -> None:
@@ -320,13 +321,15 @@ def inner_product(gamma_a: float, time_a: float, gamma_b: float, time_b: float) 
     return (gamma_a + 1) * (gamma_b + 1) * ratio / (gamma_a + gamma_b + 1)
 
 
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
+
+
 @given(st.floats(0, 20), st.floats(0.1, 1), st.floats(0, 20), st.floats(0.1, 1))
 def test_the_inner_product_is_the_integral(ga: float, ta: float, gb: float, tb: float) -> None:
-    nodes, weights = np.polynomial.legendre.leggauss(400)
     end = min(ta, tb)
-    s = end * (nodes + 1) / 2
+    s = end * (NODES + 1) / 2
     both = (ga + 1) * (s / ta) ** ga / ta * (gb + 1) * (s / tb) ** gb / tb
-    assert inner_product(ga, ta, gb, tb) == pytest.approx(both @ weights * end / 2, rel=1e-5)
+    assert inner_product(ga, ta, gb, tb) == pytest.approx(both @ WEIGHTS * end / 2, rel=1e-5)
 
 
 def snapshots(stds: Sequence[float], n: int, updates: int) -> list[Column]:

@@ -44,8 +44,6 @@ def horizon(rule: Rule, *, every: int = 1) -> Horizon | None:
     Horizon(steps=4000, unit=1)
     >>> horizon(parse("exponential(half_life=1e9)"))
     Horizon(steps=137438953472, unit=1048576)
-    >>> horizon(parse("uniform()")) is None
-    True
     """
     if steps := _settled(rule, every):
         return Horizon(steps)
