@@ -115,7 +115,8 @@ def explain(rule: Rule | str, steps: int | None = None, *, every: int = 1) -> Ex
 
     Without `steps`: enough of them for the start to be forgotten (20 mean ages or more), or 10 000 for
     a rule whose window grows with the run (then `growing` is True). A long average is measured
-    on a profile in stretches of steps, to a relative error of 1e-7.
+    on a profile in stretches of steps, to a relative error of 1e-7. Where the start is not forgotten in
+    2^18 steps, this takes some seconds.
 
     >>> round(explain("exponential(0.99)").half_life, 2)
     68.97
