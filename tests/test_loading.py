@@ -728,6 +728,22 @@ def test_a_tensor_lies_within_its_storage(
     assert torch.equal(load_torch(path)["w"], torch.arange(12.0).reshape(3, 4))
 
 
+def test_a_flag_that_torch_never_gives_a_dtype_is_refused_by_the_name_of_the_file(
+    tmp_path: Path,
+) -> None:
+    """Such as a negative view of booleans, on which torch has no operation."""
+    torch.save({"w": torch.ones(3).to(torch.complex64).conj().imag}, tmp_path / "float.pt")
+    whole = (tmp_path / "float.pt").read_bytes()
+    assert load_torch(tmp_path / "float.pt")["w"].tolist() == [-0.0] * 3
+    parts = zipfile.ZipFile(io.BytesIO(whole))
+    data = {name.partition("/")[2]: parts.read(name) for name in parts.namelist()}
+    data["data.pkl"] = data["data.pkl"].replace(b"FloatStorage", b"BoolStorage")
+    data["data/0"] = data["data/0"][:6]
+    (tmp_path / "it.pt").write_bytes(archive(data))
+    with pytest.raises(ValueError, match=r"it\.pt: .*bool with the flags"):
+        read(tmp_path / "it.pt")
+
+
 def test_weights_that_are_tied_many_times_are_no_bomb(tmp_path: Path) -> None:
     path = tmp_path / "it.pt"
     weight = torch.randn(1000, 1000)

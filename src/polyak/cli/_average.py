@@ -165,7 +165,7 @@ def _files(
 def _soup(
     files: Sequence[Checkpoint],
     name: str,
-    better: Literal["lower", "higher"],
+    better: Better,
     which: str | None,
     copy: Sequence[str],
 ) -> Soup:
