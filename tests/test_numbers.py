@@ -169,7 +169,8 @@ def test_errors_and_correlations_of_another_library() -> None:
     assert theory.cadence("uniform()", steps=100, error=np.float64(0.1)) == theory.cadence(
         "uniform()", steps=100, error=0.1
     )
-    advice = theory.advise(100, schedule="cosine", batch=Fraction(10), final=Fraction(1, 2))
+    fractions: dict[str, Any] = {"batch": Fraction(10), "final": Fraction(1, 2)}
+    advice = theory.advise(100, schedule="cosine", **fractions)
     assert advice.schedule == "cosine to 0.5"
 
 
