@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import polyak
 from models import assert_same, snapshot, wander
@@ -216,3 +217,39 @@ def test_an_average_is_the_same_under_every_mode(mode: str, options: str) -> Non
     plain, seen = under(nullcontext, **OPTIONS[options]), under(MODES[mode], **OPTIONS[options])
     for wanted, held in zip(plain, seen, strict=True):
         assert_same(held, wanted)
+
+
+class Same(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 1
+
+
+KEEPING: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "cached parametrizations": parametrize.cached,
+}
+
+
+@pytest.mark.parametrize("kept", KEEPING)
+def test_no_weight_is_read_as_torch_kept_it_from_before(kept: str) -> None:
+    """Casts and parametrizations that a forward pass has computed are computed again."""
+    model = nn.Linear(4, 1, bias=False)
+    if kept == "cached parametrizations":  # autocast keeps casts of parameters only
+        parametrize.register_parametrization(model, "weight", Same())
+    averager = Averager(model, polyak.Uniform())
+
+    def forward() -> Any:
+        return model(torch.ones(1, 4)).item()
+
+    for value in (0.0, 2.0):
+        nn.init.constant_(next(model.parameters()), value)
+        averager.update()
+    with KEEPING[kept]():
+        assert forward() == 8
+        with averager.applied():
+            assert forward() == 4
+        assert forward() == 8
+        averager.pull(0.5)
+        assert forward() == 6
+        averager.copy_to(model)
+        assert forward() == 4

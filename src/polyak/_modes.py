@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -50,3 +51,9 @@ def ordinary(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **kwargs)
 
     return call
+
+
+def forget_computed() -> None:
+    """Drops what torch keeps of weights that have changed: casts of autocast, cached parametrizations."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()

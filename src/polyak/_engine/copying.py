@@ -14,7 +14,7 @@ from polyak._engine.live import ModelTensors
 from polyak._engine.memory import identity
 from polyak._engine.tracking import Choice, Source, Tracked, track
 from polyak._engine.updating import undisturbed
-from polyak._modes import no_grad
+from polyak._modes import forget_computed, no_grad
 from polyak._ranks.replicas import gather_
 from polyak._ranks.sharding import Layout, Shape, reshard, shape
 
@@ -68,6 +68,7 @@ def write_(
     with open_swaps.TURN:
         open_swaps.refuse_swapped("copy_to", found)
         undisturbed(copy)
+        forget_computed()
 
 
 def _by_name(found: Sequence[Tracked]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from polyak._dtypes import widest
 from polyak._engine import open_swaps
 from polyak._engine.live import ModelTensors
 from polyak._lazy import LazyTensors
-from polyak._modes import no_grad
+from polyak._modes import forget_computed, no_grad
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,4 @@ def pull_(live: ModelTensors, average: LazyTensors, fraction: float) -> None:
         tensors.keep_(alike)
         if moved is not weights:
             weights.copy_(moved)
+    forget_computed()

@@ -17,7 +17,7 @@ from torch import Tensor
 from polyak._engine.exchange import failure
 from polyak._engine.pairs import Pairs
 from polyak._engine.swapped import VERSIONS, SwappedPairs
-from polyak._modes import no_grad
+from polyak._modes import forget_computed, no_grad
 
 _MOST = 8  # problems in a message
 
@@ -119,6 +119,7 @@ class Swap:
         version = VERSIONS.fresh()
         for pairs in self._swapped:
             pairs.mark(version)
+        forget_computed()
         self.out = True
 
     @no_grad
@@ -139,6 +140,7 @@ class Swap:
         # Old versions come last: copies count up, and pairs may share a counter (views of one storage).
         for pairs in self._swapped:
             pairs.restore()
+        forget_computed()
 
     def part(self) -> None:
         """From now on, writes by `follow` of other swaps change no content of this one."""
