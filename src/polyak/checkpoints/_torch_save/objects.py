@@ -121,7 +121,9 @@ class Objects:
         if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
             raise ValueError("a tensor is described in a way that torch.save never uses")
         dtype = dtype or storage.dtype
-        known = {"conj", "neg"} if dtype in _FLAGGED else {}
+        # Only complex tensors and their parts are ever conjugate or negative views.
+        may = dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
+        known = {"conj", "neg"} if may else set()
         if not isinstance(flags, dict) or flags.keys() - known:
             raise ValueError(f"a tensor of {dtype} with the flags {repr_of(flags)}")
         holds = storage.nbytes // dtype.itemsize
@@ -246,15 +248,6 @@ _STORAGES = {
 }  # fmt: skip
 _TENSORS = {name: _named(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
 _REBUILD = "torch._utils._rebuild_"
-_FLAGGED = {
-    torch.float16,
-    torch.float32,
-    torch.float64,
-    torch.complex32,
-    torch.complex64,
-    torch.complex128,
-}
-"""The dtypes of complex tensors, and of their parts: others are never conjugate or negative views."""
 _STRANGE = {
     "sparse_tensor": "a sparse tensor", "qtensor": "a quantized tensor",
     "nested_tensor": "a nested tensor", "meta_tensor_no_storage": "a tensor without content",
