@@ -43,8 +43,9 @@ def match(
     >>> round(match(Power, like="tail(uniform(), start=500)", steps=1000).gamma, 3)
     2.0
 
-    Takes about ten profiles: with `steps` of a million, half a minute. Raises `ValueError` for another family or measure, where no member
-    matches, and, without `steps`, where a window grows with the run.
+    Takes about ten profiles: with `steps` of a million, half a minute. Raises `ValueError` for
+    another family or measure, where no member matches, and, without `steps`, where a window grows
+    with the run.
     """
     like = as_rule(like)
     _require_known(family, by)
