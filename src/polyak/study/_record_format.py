@@ -62,7 +62,8 @@ def require_record(record: object, form: RecordFormat) -> None:
         raise ValueError("it has no conditions, so it is not a record of the study")
     conditions = form.conditions(record)
     if changed := differences(stored, conditions):
-        raise ValueError("it was made under other conditions\n  " + "\n  ".join(changed))
+        older = "by another version of polyak, " * (stored.keys() != conditions.keys())
+        raise ValueError(f"it was made {older}under other conditions\n  " + "\n  ".join(changed))
     if record.get("fingerprint") != fingerprint(conditions):
         got, wanted = _repr.repr(record.get("fingerprint")), fingerprint(conditions)
         raise ValueError(f"its fingerprint is {got}, but its conditions have {wanted!r}")
