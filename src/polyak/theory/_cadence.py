@@ -10,7 +10,7 @@ import numpy as np
 from polyak._checks import as_number, is_number, require
 from polyak.rules import Rule
 from polyak.specs import as_rule
-from polyak.theory._long import Horizon, horizon, mean_age_at, profile_at
+from polyak.theory._long import Horizon, copies, horizon, mean_age_at, profile_at
 from polyak.theory._measures import mean_age
 from polyak.theory._profiles import Profile, checked_steps, coefficients, profile
 
@@ -39,8 +39,8 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
     is 1. `steps` is when the average is read; by default once the start is forgotten, or 10 000
     where the window grows with the run.
 
-    Raises `ValueError` unless 0 < error < 1 and 1 <= steps <= 10^8; and for an error below 0.001 of
-    an average that needs more than 2^18 steps, without `steps`.
+    Raises `ValueError` unless 0 < error < 1 and 1 <= steps <= 10^8; and without `steps` for an error
+    below 0.001 of an average that needs more than 2^18 steps, and for a rule that only copies for 10 000.
     """
     rule, error = as_rule(rule), as_number(error)
     holds = is_number(error) and 0 < error < 1
@@ -48,6 +48,11 @@ def cadence(rule: Rule | str, *, error: float = 0.01, steps: int | None = None) 
     where = horizon(rule) if steps is None else None
     if where is None:
         most = checked_steps(_GROWING if steps is None else steps, every=1)[0]
+        if steps is None and not copies(rule) and not profile(rule, most)[:-1].any():
+            raise ValueError(
+                f"{rule} still copies the live weights after {most} steps, and begins to average later: pass "
+                "steps=, the number of steps after which the average is read"
+            )
         return _largest(lambda every: displacement(rule, most, every=every) <= error, 1, most)
     if where.unit > 1:
         return _of_long(rule, where, error)
