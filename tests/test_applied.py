@@ -328,6 +328,7 @@ MEMORY = {
     "a private map of a file": lambda size: in_file(size, False),
     "slots": torch.zeros,
     "a slot of a state": torch.zeros,
+    "a slot shared in the block": torch.zeros,
 }
 def held(value, *tensors):
     return all(bool((tensor == value).all()) for tensor in tensors)
@@ -346,21 +347,27 @@ def tried(kind, first):
         pass
     if kind == "slots":
         averager.module().share_memory()
+    slot = averager.state_dict()["averages"]["average"]["slots"]["average"]["1.weight"]
     if kind == "a slot of a state":
-        averager.state_dict()["averages"]["average"]["slots"]["average"]["1.weight"].share_memory_()
+        slot.share_memory_()
+    forked, child_is_there = os.pipe()
     waits, parent_has_left = os.pipe()
     child = False
     try:
         with averager.applied():
+            if kind == "a slot shared in the block":
+                slot.share_memory_()
             child = os.fork() == 0
             if child:
+                os.write(child_is_there, b"1")
                 first == "parent" and os.read(waits, 1)
                 raise SystemExit
+            os.read(forked, 1)
             if first == "child":
                 assert os.wait()[1] == 0, kind
             assert held(2.0, *model.parameters()), kind
     except SystemExit:
-        private = kind in ("a private map of a file", "slots", "a slot of a state")
+        private = kind == "a private map of a file" or "slot" in kind
         there = held(3.0, model[0].weight)
         live = 3.0 if private or first == "parent" else 2.0
         there &= held(live, model[0].bias, *model[1].parameters())

@@ -242,6 +242,7 @@ def _wide(narrow: Tensor, dtype: torch.dtype, before: Tensor | None) -> Tensor:
     return narrow.to(dtype)
 
 
+@ordinary
 def take_counters(state: dict[str, Tensor], prefix: str, buffers: Mapping[str, Tensor]) -> None:
     """Brings the counters in a state to the shapes of the buffers; ema-pytorch's are scalars.
 

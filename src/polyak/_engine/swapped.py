@@ -176,7 +176,11 @@ class SwappedPairs:
         self._exchange = Exchange([a for a, _ in kept], [b for _, b in kept], exchanged=exchanged)
 
     def fork(self) -> bool:
-        """Leaves shared memory to the process that was forked; returns whether a slot lacks its average."""
+        """Leaves weights in shared memory to the parent process; returns whether a slot lacks its average."""
+        asides = self._pairs.asides
+        for aside, shared in zip(asides, shared_memory(asides), strict=True):
+            if shared:  # since the block began: both processes have live weights there
+                aside.data = aside.clone()
         self._left = {i for i, shared in enumerate(shared_memory(self._memory)) if shared}
         if self._left:
             self.part(set(), exchanged=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from polyak._engine.exchange import failure
 from polyak._engine.pairs import Pairs
 from polyak._engine.swapped import VERSIONS, SwappedPairs
-from polyak._modes import forget_computed, no_grad
+from polyak._modes import forget_computed, no_grad, ordinary
 
 _MOST = 8  # problems in a message
 
@@ -156,6 +156,7 @@ class Swap:
         for each in self._swapped:
             each.follow(swapped)
 
+    @ordinary
     def fork(self) -> None:
         """In a child process: a block on weights that both processes share is the parent's."""
         lacking = [pairs.fork() for pairs in self._swapped if self.out]
