@@ -377,6 +377,9 @@ FOLLOWED: dict[str, Callable[[EMA], object]] = {
     "by assigning": lambda e: e.ema_model.load_state_dict(
         {k: v + 2 for k, v in averaged(e).items()}, assign=True
     ),
+    "a whole state in inference mode": lambda e: torch.inference_mode()(e.load_state_dict)(
+        {k: v.clone() for k, v in e.state_dict().items()}, assign=True
+    ),
     "one vector each": lambda e: list(map(one_vector, (e.model, e.ema_model))),
 }
 """Changes of tensors of either model, from which the average goes on."""
