@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -20,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 
 from polyak.rules import Exponential, Uniform, Window
 from polyak.specs import parse
@@ -41,6 +44,7 @@ from polyak.study import (
     run,
 )
 from polyak.study._feasible import require_feasible
+from polyak.study._judge import metrics_of
 from polyak.study._judging import judge
 from polyak.study._loop import Run, source_seed, train
 from polyak.study._recipes import opened_recipe
@@ -211,6 +215,12 @@ def shrinking(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(model, x, y)
 
 
+def replacing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A metric that leaves other parameters in the model."""
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    return cross_entropy(model, x, y)
+
+
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"seeds": 0}, "seeds is 0, wanted an integer >= 1"),
     ({}, {"seeds": 10**9}, "the number of runs is 2000000000, wanted at most 1000000: fewer seeds"),
@@ -241,7 +251,9 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"batch_size": 91}, {}, "batch_size is 91, wanted at most the 90 rows of the training part"),
     ({"metrics": {"f": Metric(lambda model, x, _: model(x))}}, {}, r"metric 'f' on the validation part: the value is a tensor \(45, 3\), wanted a"),
     ({"metrics": {"f": Metric(lambda model, x, y: cross_entropy(model, x.mul_(0.9), y))}}, {}, "metric 'f' on the validation part, or a layer that it calls, writes into the data: every later"),
-    ({"metrics": {"f": Metric(shrinking)}}, {}, "metric 'f' on the validation part, or a layer that it calls, writes into 1.weight: every later"),
+    ({"metrics": {"f": Metric(shrinking)}}, {}, "metric 'f' on the validation part, or a layer that it calls, changes 1.weight: every later"),
+    ({"metrics": {"f": Metric(replacing)}}, {}, "metric 'f' on the validation part, or a layer that it calls, changes 1.weight: every later"),
+    ({"metrics": {"f": Metric(lambda model, *_: model[1].weight.data.fill_(torch.nan).isnan().sum())}}, {}, "metric 'f' on the validation part, or a layer that it calls, changes 1.weight: "),
     ({"data": lambda split: _as(split, "train", Tensor.to_sparse)}, {}, "the study's data: cannot take rows of tensor 0 of its part train, of torch.sparse_coo on cpu; wanted a dense tensor"),
     ({"data": lambda split: _as(split, "test", Tensor.to_mkldnn)}, {}, "rows of tensor 0 of its part test, of torch._mkldnn on cpu; wanted a dense"),
     ({"metrics": {"f": Metric(lambda *_: "0.5")}}, {}, "metric 'f' on the validation part: the value is str, wanted a scalar"),  # type: ignore[arg-type]
@@ -607,6 +619,55 @@ def in_train_mode(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     value = cross_entropy(model.train(), x, y)
     model.eval()
     return value
+
+
+def of_a_copy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.mul_(0.5)
+    return cross_entropy(other, x, y)
+
+
+def of_a_call(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    halves = {name: parameter * 0.5 for name, parameter in model.named_parameters()}
+    return functional.cross_entropy(functional_call(model, halves, (x,)), y)
+
+
+def in_place_and_back(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+    value = cross_entropy(model, x, y)
+    for parameter in model.parameters():
+        parameter.mul_(2)
+    return value
+
+
+@pytest.mark.parametrize("metric", [of_a_copy, of_a_call, in_place_and_back])
+@torch.no_grad()
+def test_a_metric_may_judge_other_weights(metric: Any) -> None:
+    """The model returns its last output again for the same inputs, but not for other weights."""
+    part, model, half = images(0).validation, cnn().eval(), cnn().eval()
+    half.load_state_dict({n: t if "running" in n else t / 2 for n, t in model.state_dict().items()})
+    metrics = {"loss": Metric(cross_entropy), "other": Metric(metric)}
+    found = metrics_of(study(metrics=metrics), model, part)
+    assert found["loss"] == cross_entropy(model, *part)
+    assert found["other"] == cross_entropy(half, *part) != found["loss"]
+
+
+def test_a_metric_may_train_a_copy() -> None:
+    """Of outputs that have gradients, none is kept for a call without them."""
+
+    def tuned(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        other = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                cross_entropy(other, x, y).backward()
+            optimizer.step()
+        return cross_entropy(other, x, y)
+
+    assert tried(study(metrics={"f": Metric(tuned)}, arms={}))["first values"]
 
 
 def stacked_alone(study: Study, run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._modes import no_grad
+from polyak._tensors import versions
 from polyak.norms import recalibrate
 from polyak.rules import LIVE
 from polyak.study._ensembles import MeanPrediction, apart, of_ensemble, remember, steady
@@ -101,30 +102,39 @@ def _value_of(metric: Metric, model: nn.Module, part: Part) -> Tensor:
     return value
 
 
+class _Remembering:
+    """The forward pass of a model, which keeps its last output. A deep copy of the model has one of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._compute = model, model.forward
+        self._inputs: tuple[Any, ...] = ()
+        self._versions: list[int] = []
+        self._output: Tensor | None = None
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        again = not (options or torch.is_grad_enabled()) and steady(self._model)
+        weights = list(self._model.parameters())
+        seen, now = (*inputs, *weights), versions(weights)
+        same = len(seen) == len(self._inputs) and all(map(operator.is_, seen, self._inputs))
+        if again and same and now == self._versions and self._output is not None:
+            return self._output.clone()  # the caller may write into it
+        given, named = apart(inputs, options)
+        output = self._compute(*given, **named)
+        if again and isinstance(output, Tensor):
+            self._inputs, self._versions, self._output = seen, now, output.clone()
+        return output
+
+
 @contextmanager
 def remembering(model: nn.Module) -> Iterator[None]:
-    """Let a model, in eval mode, return its last output again for the very same tensors.
+    """Let a model, in eval mode, return its last output again for the very same tensors and weights.
 
     It gets copies of them, as the networks of an ensemble do, which remembers on its own.
     """
     if isinstance(model, MeanPrediction):
         yield
         return
-    compute = model.forward
-    last: list[tuple[tuple[Any, ...], Tensor]] = []
-
-    def forward(*inputs: Any, **options: Any) -> Any:
-        again = not options and steady(model)
-        before = last[0][0] if last and again else (None,)
-        if len(inputs) == len(before) and all(map(operator.is_, inputs, before)):
-            return last[0][1].clone()  # the caller may write into it
-        given, named = apart(inputs, options)
-        output = compute(*given, **named)
-        if again and isinstance(output, Tensor):
-            last[:] = [(inputs, output.clone())]
-        return output
-
-    model.forward = forward
+    model.forward = _Remembering(model)
     try:
         yield
     finally:

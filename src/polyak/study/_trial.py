@@ -192,7 +192,7 @@ def _share(model: nn.Module, whole: int) -> Weights:
 def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
     """A metric's value as text.
 
-    Raises `ValueError` if it raises an error, writes into the data or a weight, or its value is not a scalar.
+    Raises `ValueError` if it raises an error, writes into the data, changes a weight, or its value is not a scalar.
     """
     watched = [tensor for tensor in part if not tensor.is_inference()]
     before, weights = versions(watched), _weights(model)
@@ -204,16 +204,24 @@ def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
         raise ValueError(
             f"the study's {what}, or a layer that it calls, writes into the data: {remedy}"
         )
-    if name := next((n for n, w in weights.items() if ((w != kept[n]) & (w == w)).any()), ""):
+    now = dict(model.named_parameters())
+    if name := next(
+        (n for n, w in weights.items() if now.get(n) is not w or _differ(w, kept[n])), ""
+    ):
         remedy = "every later value would be of other weights; wanted a copy.deepcopy of the model"
-        raise ValueError(
-            f"the study's {what}, or a layer that it calls, writes into {name}: {remedy}"
-        )
+        raise ValueError(f"the study's {what}, or a layer that it calls, changes {name}: {remedy}")
     try:
         number = finite(value)
     except TypeError as error:
         raise ValueError(f"the study's {what}: {error}") from None
     return "none" if number is None else f"{number:.4g}"
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have other values; NaN is a value."""
+    if one.shape != other.shape:
+        return True
+    return bool(((one != other) & ((one == one) | (other == other))).any())
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
