@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from cli_runs import finished, run
 from polyak.cli import app
-from polyak.cli._commands import WIDTH
 from polyak.cli._reference import reference
 from quick import some_quick
 
@@ -47,9 +46,13 @@ def options(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_on_the_page_as_its_help(name: str) -> None:
-    words = [*name.split(), "--help"]
-    said = CliRunner().invoke(app, words, prog_name="polyak", terminal_width=WIDTH - 2).stdout
+def test_every_command_is_on_the_page_as_its_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal that is wider than the page, too."""
+    monkeypatch.setenv("COLUMNS", "200")
+    get_command(app).main([*name.split(), "--help"], "polyak", standalone_mode=False)
+    said = capsys.readouterr().out
     section, *_ = PAGE.read_text().partition(f"## polyak {name}".rstrip() + "\n")[2].split("\n## ")
     about = said.partition("\n\n")[2].partition("Options:")[0].rstrip()
     assert section.startswith(f"\n```text\n{about}\n")
