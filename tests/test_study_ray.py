@@ -133,6 +133,7 @@ def test_ray_resumes_reports_failures_and_retries_killed_workers(
         "PYTHONPATH": os.pathsep.join(sys.path),
         "RAY_AUTH_MODE": "disabled",  # else Ray writes a token into the home folder
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # at Ray's own 15 they get nothing beside a busy process
     }
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
