@@ -21,5 +21,8 @@ def first_quick(values: Iterable[Any], quick: int = 1) -> list[Any]:
 
 def some_quick(values: Iterable[Any], quick: Collection[Any] | Callable[[Any], bool]) -> list[Any]:
     """Those that are named are for the quick tests too."""
+    values = list(values)
+    if not callable(quick) and any(name not in values for name in quick):
+        raise ValueError(f"not all of {quick} are in the table")
     among = quick if callable(quick) else quick.__contains__
     return [slow_if(value, not among(value)) for value in values]

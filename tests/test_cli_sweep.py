@@ -25,6 +25,7 @@ __all__ = ["finished", "place"]  # fixtures
 SWEEP = ("sweep", "snapshots", "--evaluate", "judge:loss", "--out", "sweep")
 
 
+@pytest.mark.slow
 def test_it_is_the_librarys_sweep() -> None:
     grids = ("--half-lives", "50:800:3", "--relative-stds", "0.1:0.2:2", "--rule", "uniform()")
     done = run(*SWEEP, *grids, "--json")

@@ -617,6 +617,7 @@ def greedy_by_hand(vectors: list[Any], quality: Callable[[Any], float]) -> tuple
     return kept, quality(soup)
 
 
+@pytest.mark.slow
 @given(count=st.integers(1, 7), seed=st.integers(0, 10**6))
 def test_a_greedy_soup_is_the_recipe(
     count: int, seed: int, tmp_path_factory: pytest.TempPathFactory

@@ -525,7 +525,9 @@ class TestWhatCannotBeKnown:
         for day in (1, 2):
             for name in ("asr", "lm"):
                 put(tmp_path / f"CKPT+{day}" / f"{name}.ckpt", weights(day))
-        with pytest.raises(ValueError, match=r"it holds asr.ckpt, lm.ckpt: read the one"):
+        with pytest.raises(
+            ValueError, match=r"it holds asr.ckpt, lm.ckpt: read the file with the weights"
+        ):
             offline.choose(tmp_path)
         chosen = offline.choose(tmp_path, file="lm.ckpt").files
         assert [(file.path.name, file.at) for file in chosen] == [("lm.ckpt", 1), ("lm.ckpt", 2)]
@@ -539,7 +541,9 @@ class TestWhatCannotBeKnown:
                 save_file(weights(step), folder / "diffusion_pytorch_model.safetensors")
                 text(folder / "config.json", "{}")
             put(tmp_path / f"checkpoint-{step}" / "optimizer.bin", {})
-        with pytest.raises(ValueError, match="it holds unet, unet_ema: read the one"):
+        with pytest.raises(
+            ValueError, match="it holds unet, unet_ema: read the file with the weights"
+        ):
             offline.choose(tmp_path)
         chosen = offline.choose(tmp_path, last=1, file="unet").files
         assert [file.path for file in chosen] == [tmp_path / "checkpoint-1000" / "unet"]

@@ -311,7 +311,7 @@ def begun(tied: bool, made: str) -> tuple[nn.Module, Averager]:
 
 @pytest.mark.parametrize("situation", LATER)
 @pytest.mark.parametrize("made", MADE)
-@pytest.mark.parametrize("call", first_quick(["average", "applied", "state_dict", "summary"], 2))
+@pytest.mark.parametrize("call", first_quick(["average", "state_dict", "applied", "summary"], 2))
 def test_what_arises_later_is_noticed(situation: str, made: str, call: str) -> None:
     tied, change, message = LATER[situation]
     model, averager = begun(tied, made)
@@ -460,6 +460,7 @@ def touched(tensor: Tensor) -> set[int]:
     return {start + i for start in places(tensor) for i in range(size)}
 
 
+@pytest.mark.slow
 @given(st.lists(views(), min_size=1, max_size=5), st.booleans())
 @settings(max_examples=400)
 def test_overlaps_are_those_found_byte_by_byte(drawn: list[Tensor], marking: bool) -> None:

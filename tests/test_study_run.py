@@ -667,7 +667,9 @@ def test_a_metric_may_train_a_copy() -> None:
             optimizer.step()
         return cross_entropy(other, x, y)
 
-    assert tried(study(metrics={"f": Metric(tuned)}, arms={}))["first values"]
+    tuning = study(metrics={"f": Metric(tuned)}, arms={})
+    assert tried(tuning)["first values"]
+    assert train(tuning, Run(0, "constant", 0.05))["test"]["live"]["last"]["f"]
 
 
 def stacked_alone(study: Study, run: Run) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def test_every_rule_has_a_chart_of_four_panels(rule: Rule, steps: int, every: in
         assert all(np.isfinite([point["x"], point["y"]]).all() for point in points)
 
 
+@pytest.mark.slow
 def test_a_long_chart_has_few_points() -> None:
     chart = rule_chart("exponential(0.999)").to_dict()
     assert [len(rows(panel, chart)) <= 1002 for panel in chart["concat"]] == [True] * 4

@@ -210,6 +210,7 @@ def test_the_cadence_of_a_long_average_is_the_largest(half_life: float, error: f
     assert displaced(found * (1 - 2e-6)) <= error <= displaced((found + 1) * (1 + 2e-6))
 
 
+@pytest.mark.slow
 def test_a_long_average_refuses_a_tiny_error() -> None:
     message = r"error is 0\.0001, wanted 0\.001 or more of so long an average; or pass steps"
     with pytest.raises(ValueError, match=message):

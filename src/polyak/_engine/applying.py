@@ -43,8 +43,8 @@ _RUN_LATER = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.i
 class _Slots(NamedTuple):
     """The slots that exchange contents with weights, and the places of the weights that are left.
 
-    Slots that are `shared` with a module or another process do not: these have the average inside a
-    block too. `addresses` are those of all slots, which `share_memory_` moves.
+    Slots that are `shared` with a module or another process are not exchanged: they have the average
+    inside a block too. `addresses` are those of all slots, which `share_memory_` moves.
     """
 
     generation: int

@@ -160,7 +160,7 @@ def address(tensor: Tensor) -> int | None:
 
 
 def _clusters(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[_Span]]:
-    """The tensors of each device whose stretches of memory meet, run by run, by address; none that lies alone."""
+    """Groups of tensors of one device whose memory meets, in the order of their addresses."""
     devices: dict[torch.device, list[_Stretch]] = {}
     for name, tensor in tensors:
         part = local(tensor)

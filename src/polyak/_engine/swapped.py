@@ -246,7 +246,7 @@ class SwappedPairs:
 
 
 def shared_memory(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which tensors other processes may share, as forked ones; of the CPU, since these cannot use a GPU's."""
+    """Which tensors other processes, such as forked ones, may share. A forked process cannot use a GPU's."""
     told = _system.shared([t.data_ptr() for t in tensors])
     if told is None:
         told = [t.is_shared() for t in tensors]

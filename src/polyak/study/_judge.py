@@ -44,7 +44,7 @@ class Judge:
 
     def __init__(self, study: Study, model: nn.Module, data: Data, arms: Tracking) -> None:
         self._study, self._data, self._arms = study, data, arms
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._model = copy.deepcopy(model).eval()
         self._tensors = tensors_of(self._model)
         self._initial = arms.vector(arms.networks(LIVE)[0])
 
