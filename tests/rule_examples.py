@@ -56,4 +56,4 @@ _QUICK = [
 
 def each_rule(rules: Iterable[Rule]) -> list[Any]:
     """Rules for a law; the quick tests try one of each class, one debiased, one with a schedule."""
-    return some_quick(rules, _QUICK)
+    return some_quick(rules, lambda rule: rule in _QUICK)  # a law may have fewer rules
