@@ -29,7 +29,7 @@ class Attachment:
     """Watches the optimizers of `live` weights, and calls `step` once each of them has taken its step.
 
     `before` is called before each step, `after` when the attachment is removed. `complete`
-    says that there are no other optimizers: weights that none of these has cause no warning.
+    says that there are no other optimizers. Then a weight without an optimizer causes no warning.
     """
 
     def __init__(

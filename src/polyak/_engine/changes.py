@@ -23,7 +23,7 @@ from polyak._engine.updating import Updating
 from polyak._modes import no_grad, ordinary
 from polyak._ranks.sharding import as_distributed, is_distributed, local, spread
 from polyak.rules import START, Rule, Tick
-from polyak.rules import _clocks as clocks
+from polyak.rules._clocks import tick_after
 
 MOST_UPDATES = 10**8
 """The most updates of an average that files and other programs tell of."""
@@ -31,24 +31,11 @@ MOST_UPDATES = 10**8
 Change = tuple[object, dict[str, object]]
 
 
-def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
-    """The clock of a rule after updates that span these times."""
-    tick = START
-    for time in elapsed:
-        tick = rule.tick(tick, time)
-    return tick
-
-
-def tick_after(rule: Rule, count: int, every: int) -> Tick:
-    """The clock of a rule after `count` updates."""
-    return clocks.tick_after(rule, count, 1.0, float(every))
-
-
 def tick_under(rule: Rule, was: Tick) -> Tick:
     """The clock of an average under another rule: the same number of updates in the same time."""
     nested = was.n and rule.tick(START, 1.0).inner is not None
     mean = was.t / was.n if nested else 0.0
-    return was._replace(inner=clocks.tick_after(rule, was.n, mean, mean).inner if nested else None)
+    return was._replace(inner=tick_after(rule, was.n, mean, mean).inner if nested else None)
 
 
 def begun(
@@ -58,7 +45,7 @@ def begun(
     require_count("begin: count", count, "the number of updates that made the weights")
     require(count <= MOST_UPDATES, "begin: count", count, f"at most {MOST_UPDATES}")
     rule = average.rule
-    tick = tick_after(rule, count, every)
+    tick = tick_after(rule, count, 1.0, float(every))
     moved = [slot for slot in rule.fractions(tick) if count == 1 or len(rule.slots) == 1]
     if not moved:
         raise ValueError(

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from polyak import _tensors as tensors
 from polyak._dtypes import has_mean
-from polyak._engine.changes import MOST_UPDATES, tick_after, ticked
+from polyak._engine.changes import MOST_UPDATES
 from polyak._engine.tracking import is_statistic
 from polyak._lazy import Elements, LazyTensors, TensorSpec, Where
 from polyak.checkpoints._open.files import Verified
 from polyak.rules import LIVE, Rule, Tick
+from polyak.rules._clocks import tick_after, ticked
 
 Weights = LazyTensors
 """name -> tensor, read from its file when asked for."""
@@ -67,7 +68,7 @@ class Clock:
         """The clock of a rule that made these updates."""
         if self.unit == "time":
             return ticked(rule, self.elapsed(every))
-        return tick_after(rule, self._updates(every), every)
+        return tick_after(rule, self._updates(every), 1.0, float(every))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain, repeat
 
 from polyak.rules._means import Tail
@@ -36,7 +37,12 @@ def tick_after(rule: Rule, count: int, first: float, elapsed: float) -> Tick:
             f"{rule} has its own tick(), so polyak steps its clock once for each update: got {count} "
             f"updates, wanted at most {MOST_STEPS}. Load a saved state of this rule, or pass a smaller count"
         )
+    return ticked(rule, chain([first], repeat(elapsed, count - 1)))
+
+
+def ticked(rule: Rule, elapsed: Iterable[float]) -> Tick:
+    """The clock of a rule after updates that span these times."""
     tick = START
-    for time in chain([first], repeat(elapsed, count - 1)):
+    for time in elapsed:
         tick = rule.tick(tick, time)
     return tick

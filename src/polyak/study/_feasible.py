@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from polyak._engine.changes import ticked
 from polyak.rules import LIVE, Window
+from polyak.rules._clocks import ticked
 from polyak.study._schedules import Plateau
 from polyak.study._study import Arm, Ensemble, Study
 from polyak.study._text import percent

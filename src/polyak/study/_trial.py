@@ -219,9 +219,7 @@ def _value(what: str, metric: Metric, model: nn.Module, part: Part) -> str:
 
 def _differ(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have other values; NaN is a value."""
-    if one.shape != other.shape:
-        return True
-    return bool(((one != other) & ((one == one) | (other == other))).any())
+    return one.shape != other.shape or not torch.isclose(one, other, 0, 0, equal_nan=True).all()
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from polyak._engine.changes import ticked
 from polyak.rules import LIVE, Rule, Tail
+from polyak.rules._clocks import ticked
 from polyak.study._schedules import Plateau
 from polyak.study._study import Arm, Study
 from polyak.theory import Profile, coefficients
